@@ -1,0 +1,31 @@
+"""TransformerLens models as residual networks: one view a class of model, registered with `tl_jets.network`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_jets.adapters.bridge import TransformerBridgeView
+from tl_jets.network import register_view
+from tl_jets.stages import ModelView
+
+__all__ = ["TransformerBridgeView", "view"]
+
+
+def view(model: Any) -> ModelView | None:
+    """The view of a TransformerLens model, or None if `model` is something else."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(model, TransformerBridge):
+        return TransformerBridgeView(model)
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 has no HookedTransformer, and raises when asked
+        return None
+    if isinstance(model, HookedTransformer):
+        from tl_jets.adapters.hooked import HookedTransformerView
+
+        return HookedTransformerView(model)
+    return None
+
+
+register_view(view)

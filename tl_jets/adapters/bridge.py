@@ -1,0 +1,139 @@
+"""`TransformerBridge` (TransformerLens 3.x and 4.x) as a residual network.
+
+The submodules of a block keep TransformerLens' names (`ln1`, `attn`, `ln2`, `mlp`, post-norms); which norm comes
+before or after a sublayer is read off the block's own hook aliases, because it differs between versions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.adapters.base import TransformerLensView
+from tl_jets.calculus import Norm
+from tl_jets.decoder import Decoder
+
+# Arguments that would make a replay read or grow the key-value cache of the recorded forward pass.
+_KV_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache_params")
+
+
+class TransformerBridgeView(TransformerLensView):
+    """Replays the bridge components of a block with the arguments of the recorded call."""
+
+    def is_parallel(self, layer: int) -> bool:
+        """Whether attention and MLP read the same stream."""
+        return self.has_mlp(layer) and "hook_resid_mid" not in self.blocks[layer].hook_aliases
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether the block has an MLP at all."""
+        return "mlp" in self.blocks[layer]._modules
+
+    def _edits_mid(self) -> bool:
+        # hook_resid_mid is the input of the MLP branch here: the skip keeps the old value and replays fire the hook.
+        return False
+
+    def _call_modules(self) -> list[tuple[Hashable, torch.nn.Module]]:
+        return [
+            ((layer, name), block._modules[name])
+            for layer, block in enumerate(self.blocks)
+            for name in ("attn", "mlp")
+            if name in block._modules
+        ]
+
+    def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        extra = {} if attention_mask is None else {"attention_mask": attention_mask.long()}
+        return self.model(tokens, return_type="logits", use_cache=False, **extra)
+
+    def _norms(self, layer: int, which: str) -> tuple[str | None, str | None]:
+        """Names of the norms before and after a sublayer."""
+        block = self.blocks[layer]
+        own = {"attn": "ln1", "mlp": "ln2"}[which]
+        head = block.hook_aliases.get(f"hook_{which}_out", f"{which}.hook_out").split(".")[0]
+        post = head if head != which else None
+        pre = own if own in block._modules and own != post else None
+        if which == "mlp" and pre is None and post is None and "ln1" in block._modules:
+            pre = "ln1"  # a parallel block whose sublayers share one norm
+        return pre, post
+
+    def _call(self, calls: Any, layer: int, which: str, stream: Tensor) -> Tensor:
+        block = self.blocks[layer]
+        pre, _ = self._norms(layer, which)
+        if pre is not None:
+            stream = block._modules[pre](stream)
+        if (layer, which) not in calls:
+            raise NotImplementedError(
+                f"A replay calls the {which} component of block {layer}, which this architecture's forward pass never "
+                f"calls. It is not supported; please report its name."
+            )
+        args, kwargs = calls[layer, which]
+        kwargs = {
+            name: None if name in _KV_CACHE_ARGUMENTS else False if name == "use_cache" else value
+            for name, value in kwargs.items()
+        }
+        module = block._modules[which]
+        args, kwargs = _without_residual(module, stream, args, kwargs)
+        out = module(stream, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": stream})
+        return out[0] if isinstance(out, (tuple, list)) else out
+
+    def _finish(self, layer: int, which: str, out: Tensor) -> Tensor:
+        block = self.blocks[layer]
+        _, post = self._norms(layer, which)
+        if post is not None:
+            out = block._modules[post](out)
+        scale = float(getattr(block, "residual_contribution_scale", 1.0))
+        return out if scale == 1.0 else out * scale
+
+    def _call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        return self._call(calls, layer, "attn", stream)
+
+    def _finish_attn(self, layer: int, out: Tensor) -> Tensor:
+        return self._finish(layer, "attn", out)
+
+    def _call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        return self._finish(layer, "mlp", self._call(calls, layer, "mlp", stream))
+
+    def _post_norm(self, layer: int) -> Norm | None:
+        _, post = self._norms(layer, "attn")
+        return None if post is None else self._read_norm(self.blocks[layer]._modules[post])
+
+    def _forget_replay(self, layer: int) -> None:
+        # The components keep what they last saw; a Taylor tensor left there breaks copy.deepcopy(model).
+        attn = self.blocks[layer].attn
+        for name in ("_captured_pre_ln_residual", "_pattern"):
+            if getattr(attn, name, None) is not None:
+                setattr(attn, name, None)
+
+    def _decoder(self) -> Decoder:
+        model = self.model
+        W_U, b_U = model.W_U.detach(), model.b_U.detach()
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.linspace(-40, 40, W_U.shape[1], dtype=self.dtype)
+        probe = probe[torch.randperm(len(probe), generator=generator)].to(W_U.device)
+        transform = model.adapter.apply_output_logits_transform
+        with torch.no_grad(), self.precision():
+            changes = not torch.equal(transform(probe.clone()), probe)
+        plain = Decoder(norm=self._read_norm(getattr(model, "ln_final", None)), W_U=W_U, b_U=b_U)
+        return replace(plain, transform=transform) if changes and not self._reproduces(plain) else plain
+
+    def _reproduces(self, decoder: Decoder) -> bool:
+        """Whether a decoder gives the model's own logits (3.9 applies a folded logit scale twice in the adapter)."""
+        saved, _, logits = self._forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), None)
+        final = saved[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        return bool(torch.allclose(decoder.logits(decoder.norm(final)), logits, rtol=1e-3, atol=1e-3))
+
+
+def _without_residual(module: torch.nn.Module, stream: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Zero the residual of a module that adds it itself (Bloom), so that what is left is its write."""
+    forward = getattr(getattr(module, "original_component", None), "forward", None)
+    names = list(inspect.signature(forward).parameters) if forward is not None else []
+    if "residual" not in names:
+        return args, kwargs
+    zero, index = torch.zeros(stream.shape, dtype=stream.dtype, device=stream.device), names.index("residual")
+    if index < len(args):
+        return (*args[:index], zero, *args[index + 1 :]), kwargs
+    return args, {**kwargs, "residual": zero}

@@ -1,0 +1,199 @@
+"""Reading a TransformerLens model: its norms, its input, its hooks, and whether jets can serve it.
+
+Attribute names differ between versions, architectures and processing steps (`w` or `weight`, offset by one or not,
+`eps` or `variance_epsilon`), so a norm is read by proposing every candidate and keeping the one that reproduces the
+module on random input; a norm that none reproduces is refused.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_jets.calculus import Norm, full_precision
+
+_HALF = (torch.float16, torch.bfloat16)
+_EPS_NAMES = ("eps", "variance_epsilon", "layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps")
+_RECURRENT = ("mamba", "mixer", "ssm", "linear_attn")
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that jets of a model are computed in: float32 for half-precision models, else the model's own."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: torch.dtype) -> Norm:
+    """The norm that a module computes, as a `Norm`.
+
+    Raises:
+        ValueError: A user's hook is active inside the module, so that it is not a norm now.
+        NotImplementedError: No LayerNorm or RMSNorm with the module's parameters reproduces it.
+    """
+    if module is None:
+        return Norm("none")
+    hooked = [name for name, point in module.named_modules() if getattr(point, "fwd_hooks", None)]
+    if hooked:
+        raise ValueError(
+            f"A norm is read with no hooks inside it; hooks are active on {hooked}. Build the ResidualNetwork before "
+            f"entering `model.hooks(...)` and pass it instead of the model."
+        )
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, 2, d_model, generator=generator, dtype=torch.float64) + 0.3
+    probe = (probe * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64)[:, None, None]).to(device, dtype)
+    with torch.no_grad(), full_precision():
+        wanted = module(probe)
+    best, best_error = Norm("none"), float("inf")
+    for candidate in _norm_candidates(module, cfg, dtype):
+        with torch.no_grad():
+            error = float(((candidate(probe) - wanted).abs() / wanted.abs().amax(-1, keepdim=True)).max())
+        if error < best_error:
+            best, best_error = candidate, error
+    if not best_error < 1000 * torch.finfo(dtype).eps:
+        raise NotImplementedError(
+            f"Norms must be LayerNorm, RMSNorm or absent; {type(module).__name__} matches none of them with its own "
+            f"parameters (best relative error {best_error:.1e}). Please report the architecture."
+        )
+    return best
+
+
+def _norm_candidates(module: Any, cfg: Any, dtype: torch.dtype) -> list[Norm]:
+    sources = [module, getattr(module, "original_component", None)]
+    weights: list[Tensor | None] = [None]
+    biases: list[Tensor | None] = [None]
+    epsilons: dict[float, None] = {}
+    for source in sources:
+        for name in ("w", "weight"):
+            weight = getattr(source, name, None)
+            if isinstance(weight, Tensor):
+                weight = weight.detach().to(dtype)
+                weights += [weight, weight + 1]
+        for name in ("b", "bias"):
+            bias = getattr(source, name, None)
+            if isinstance(bias, Tensor):
+                biases.append(bias.detach().to(dtype))
+    for source, name in product([*sources, cfg], _EPS_NAMES):
+        value = getattr(source, name, None)
+        if isinstance(value, (float, int, Tensor)):
+            epsilons[float(value)] = None
+    candidates = [Norm("none")]
+    for kind, weight, bias, eps in product(("RMS", "LN"), weights, biases, epsilons):
+        candidates.append(Norm(kind, weight=weight, bias=bias, eps=eps))
+    return candidates
+
+
+def read_input(model: Any, text_or_tokens: Any) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Token ids and which of them are real.
+
+    Prompts are tokenized one by one with the model's own `to_tokens` and padded on the right: causal attention
+    cannot see what comes later, so no mask is needed and positions are those of the prompt alone.
+
+    Raises:
+        ValueError: No prompt or an empty one, too long a prompt, ids outside the vocabulary, a wrong shape.
+        TypeError: Neither text nor integer token ids.
+    """
+    if isinstance(text_or_tokens, str):
+        text_or_tokens = [text_or_tokens]
+    if isinstance(text_or_tokens, (list, tuple)) and all(isinstance(item, str) for item in text_or_tokens):
+        return _read_text(model, list(text_or_tokens))
+    try:
+        tokens = torch.as_tensor(text_or_tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Input must be a prompt, a list of prompts, or token ids [batch, pos]; got "
+            f"{type(text_or_tokens).__name__}, which is not a rectangular array of ids."
+        ) from error
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"Token ids must be integers [batch, pos]; got dtype {tokens.dtype}.")
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"Token ids must have shape [batch, pos] with pos >= 1; got {tuple(tokens.shape)}.")
+    d_vocab = model.cfg.d_vocab
+    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
+        raise ValueError(
+            f"Token ids must lie in 0..{d_vocab - 1}; got {int(tokens.min())}..{int(tokens.max())}. Is this the "
+            f"tokenizer of another model?"
+        )
+    tokens = tokens.long().to(_device(model))
+    _check_length(model, tokens.shape[1])
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _read_text(model: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    if not prompts or not all(prompts):
+        raise ValueError("A prompt must have at least one character; got an empty one. Pass text or token ids.")
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError("Text needs a model with a tokenizer; this one has none. Pass token ids [batch, pos].")
+    rows = [model.to_tokens(prompt, truncate=False)[0] for prompt in prompts]
+    if not all(len(row) for row in rows):
+        raise ValueError("A prompt must have at least one token; the tokenizer made none of one. Pass other text.")
+    longest = max(len(row) for row in rows)
+    _check_length(model, longest)
+    device = _device(model)
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    tokens = torch.full((len(rows), longest), 0 if pad is None else int(pad), dtype=torch.long, device=device)
+    valid = torch.zeros_like(tokens, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row.to(device)
+        valid[index, : len(row)] = True
+    return tokens, valid
+
+
+def _check_length(model: Any, length: int) -> None:
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx is not None and length > n_ctx:
+        raise ValueError(f"A prompt must fit the context of {n_ctx} tokens; got {length}. Shorten it.")
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def read_mask(attention_mask: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    """A 0/1 attention mask as booleans, checked against the tokens."""
+    mask = torch.as_tensor(attention_mask, device=tokens.device)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask must have the tokens' shape {tuple(tokens.shape)}; got {tuple(mask.shape)}.")
+    if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.bool().any(-1).all()):
+        raise ValueError("attention_mask must be 0 or 1 with a 1 in every row; got something else.")
+    return mask.bool()
+
+
+def refuse_unsupported(model: Any, modules: list[Any]) -> None:
+    """Refuse, by name, what has no residual stream that jets understand.
+
+    Raises:
+        NotImplementedError: Encoder-decoders, state-space blocks, routed experts, quantized weights.
+        ValueError: A model in training mode.
+    """
+    cfg = model.cfg
+    name = type(model).__name__
+    config = getattr(getattr(model, "original_model", None), "config", None)
+
+    def option(*names: str) -> Any:
+        found = (getattr(source, key, None) for source in (cfg, config) for key in names)
+        return next((value for value in found if value), None)
+
+    if option("is_encoder_decoder") or "Encoder" in name:
+        raise NotImplementedError(f"Decoder-only models are supported; {name} is an encoder or encoder-decoder.")
+    if option("num_experts", "num_local_experts", "n_routed_experts") or any(
+        "moe" in type(module).__name__.lower() for module in modules
+    ):
+        raise NotImplementedError(
+            "Models with routed experts (mixture of experts) are not supported: the choice of experts is not "
+            "differentiable, and its jets would silently ignore it."
+        )
+    recurrent = sorted({part for module in modules for part in _RECURRENT if part in getattr(module, "_modules", {})})
+    if recurrent:
+        raise NotImplementedError(f"State-space and recurrent blocks are not supported; this one has {recurrent}.")
+    integer = [key for key, value in model.named_parameters() if not value.is_floating_point()]
+    if option("quantization_config", "load_in_4bit", "load_in_8bit") or integer:
+        raise NotImplementedError(
+            "Quantized weights are not supported: jets need differentiable arithmetic. Load the model in float32."
+        )
+    if model.training:
+        raise ValueError("The model must be in evaluation mode (dropout off); it is training. Call model.eval().")

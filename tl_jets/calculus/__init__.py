@@ -1,0 +1,23 @@
+"""Truncated Taylor arithmetic: series that run through PyTorch code, jets of functions and of norms, modes.
+
+This package knows nothing of models. Source: Chen et al., arXiv 2410.06024, eq. 6-7; Griewank & Walther 2008,
+*Evaluating Derivatives*, ch. 13.
+
+Example:
+    >>> import torch
+    >>> from tl_jets.calculus import jet
+    >>> jet(torch.sin, torch.zeros(1), torch.ones(1), order=3).coefficients.flatten()
+    tensor([ 0.0000,  1.0000,  0.0000, -0.1667])
+"""
+
+# The rule modules fill the table on import; nothing else needs them by name.
+import tl_jets.calculus.rules_arithmetic
+import tl_jets.calculus.rules_inplace
+import tl_jets.calculus.rules_nonlinear
+import tl_jets.calculus.rules_structure  # noqa: F401
+from tl_jets.calculus.jet import Jet, jet
+from tl_jets.calculus.modes import full_precision
+from tl_jets.calculus.norms import Norm, NormJet, center_scale, norm_jet
+from tl_jets.calculus.series import Series
+
+__all__ = ["Jet", "Norm", "NormJet", "Series", "center_scale", "full_precision", "jet", "norm_jet"]

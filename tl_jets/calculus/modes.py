@@ -1,0 +1,304 @@
+"""Keep a model's arithmetic as precise as its inputs, and differentiable to any order.
+
+Models lower precision on purpose: a float64 model still takes its softmax in float32, a bfloat16 model everything. That
+bounds how well jets can be checked and computed. Inside `full_precision()`
+
+- no cast makes a floating-point tensor less precise: `x.float()` on float64, `softmax(dtype=torch.float32)`,
+  `x.to(torch.bfloat16)` keep the dtype of x;
+- no arithmetic runs below float32: half-precision tensors are promoted where they enter it;
+- operands that differ in precision meet at the higher one where PyTorch would refuse (`F.linear`, `matmul`);
+- under forward differentiation and for series, `F.scaled_dot_product_attention` is matrix products and a softmax
+  (the fused kernels have no forward derivative, pytorch#98164), and under nested forward differentiation
+  `F.layer_norm` is its composite formula (its second-order forward derivative is wrong, pytorch#196700).
+
+A float32 model is left as it is, bit for bit.
+
+Cost: a look at the arguments of each PyTorch call, about 2 microseconds; the promoted copies of half-precision weights,
+made anew at each use.
+
+Example:
+    >>> x = torch.zeros(2, dtype=torch.float64)
+    >>> with full_precision():
+    ...     print(torch.softmax(x, -1, dtype=torch.float32).dtype)
+    torch.float64
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from tl_jets.calculus.series import Series
+
+_LOW = (torch.float16, torch.bfloat16)
+_BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
+
+# These read or move a tensor without arithmetic: what they give is promoted when it enters arithmetic.
+_NO_ARITHMETIC = frozenset(
+    [
+        "__get__",
+        "__set__",
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "data_ptr",
+        "storage_offset",
+        "untyped_storage",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_nonzero",
+        "requires_grad_",
+        "detach",
+        "detach_",
+        "__getitem__",
+        "view",
+        "view_as",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "flatten",
+        "unflatten",
+        "select",
+        "narrow",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "movedim",
+        "swapaxes",
+        "contiguous",
+        "embedding",
+        "__len__",
+        "__repr__",
+        "__format__",
+        "__deepcopy__",
+        "__reduce_ex__",
+        "__hash__",
+        "__setstate__",
+        "register_hook",
+    ]
+)
+# PyTorch refuses operands of different precision here, or lowers one silently.
+_MEETS_AT_HIGHEST = frozenset(
+    [
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "mv",
+        "dot",
+        "addmm",
+        "addbmm",
+        "baddbmm",
+        "addmv",
+        "linear",
+        "bilinear",
+        "einsum",
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "group_norm",
+        "scaled_dot_product_attention",
+        "lerp",
+        "conv1d",
+    ]
+)
+_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _FullPrecision(TorchFunctionMode):
+    """The mode behind `full_precision`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name in _NO_ARITHMETIC:
+            return func(*args, **kwargs)
+        if _touches_half(args) or _touches_half(kwargs.values()):
+            # An in-place operation needs its own target, not a promoted copy of it.
+            kept = 1 if _in_place(name) else 0
+            args = (*args[:kept], *(_promote(item) for item in args[kept:]))
+            kwargs = {key: _promote(item) if key != "out" else item for key, item in kwargs.items()}
+        if name in _CASTS and args and isinstance(args[0], Tensor):
+            return args[0] if _bits(args[0]) >= max(_bits_of(_CASTS[name]), 32) else args[0].float()
+        args, kwargs = _without_lowering(name, args, kwargs)
+        if name in _MEETS_AT_HIGHEST:
+            args, kwargs = _at_one_precision(args, kwargs)
+            if name == "scaled_dot_product_attention" and _is_differentiated(args, kwargs):
+                return _attention(*args, **kwargs)
+            if name == "layer_norm" and _is_nested_forward(args[0] if args else kwargs["input"]):
+                return _layer_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def full_precision() -> TorchFunctionMode:
+    """A context in which no tensor loses precision to a cast and every operation has its derivatives.
+
+    Use it around a forward pass and around the jets of its parts alike, so that masks and rotary tables that the
+    forward pass makes are as precise as the rest. Results are at least float32, float64 if the inputs are.
+
+    Returns:
+        A context manager; it may be nested.
+
+    Source: pytorch#196700, pytorch#98164.
+
+    Example:
+        >>> weight = torch.ones(2, 2, dtype=torch.bfloat16)
+        >>> with full_precision():
+        ...     print(F.linear(torch.ones(2), weight).dtype)
+        torch.float32
+    """
+    return _FullPrecision()
+
+
+@cache
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+
+
+def _touches_half(items: Iterable[Any]) -> bool:
+    for item in items:
+        if isinstance(item, Tensor):
+            if item.dtype in _LOW:
+                return True
+        elif isinstance(item, list | tuple) and _touches_half(item):
+            return True
+    return False
+
+
+def _promote(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.float() if item.dtype in _LOW else item
+    return type(item)(_promote(one) for one in item) if type(item) in (list, tuple) else item
+
+
+def _bits_of(dtype: torch.dtype) -> int:
+    return _BITS.get(dtype, 0)
+
+
+def _bits(x: Any) -> int:
+    return _bits_of(x.dtype) if isinstance(x, Tensor) else 0
+
+
+def _without_lowering(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Replace a dtype argument below the precision of the tensor that it applies to, or below float32."""
+    source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
+    floor = max(32, _bits(source))
+
+    def keep(item: Any) -> Any:
+        if not isinstance(item, torch.dtype) or not 0 < _bits_of(item) < floor:
+            return item
+        return torch.float32 if floor == 32 else torch.float64
+
+    if any(isinstance(item, torch.dtype) for item in args):
+        args = tuple(keep(item) for item in args)
+    if isinstance(kwargs.get("dtype"), torch.dtype):
+        kwargs = {**kwargs, "dtype": keep(kwargs["dtype"])}
+    if (
+        name in ("to", "type_as")
+        and isinstance(source, Tensor)
+        and len(args) > 1
+        and 0 < _bits(args[1]) < floor <= _bits(source)
+    ):
+        # Move to the other tensor's device, at this one's precision.
+        args = (args[0], args[1].to(source.dtype), *args[2:])
+    return args, kwargs
+
+
+def _at_one_precision(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Cast all floating-point operands to the widest dtype among them."""
+    found: set[torch.dtype] = set()
+    _collect((*args, *kwargs.values()), found)
+    if len(found) < 2:
+        return args, kwargs
+    widest = max(found, key=_bits_of)
+
+    def cast(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.to(widest) if item.is_floating_point() else item
+        return type(item)(cast(one) for one in item) if type(item) in (list, tuple) else item
+
+    return tuple(cast(item) for item in args), {key: cast(item) for key, item in kwargs.items()}
+
+
+def _collect(items: Iterable[Any], found: set[torch.dtype]) -> None:
+    for item in items:
+        if isinstance(item, Tensor):
+            if item.is_floating_point():
+                found.add(item.dtype)
+        elif type(item) in (list, tuple):
+            _collect(item, found)
+
+
+def _is_nested_forward(x: Tensor) -> bool:
+    """Whether x is inside a transform of torch.func."""
+    return not isinstance(x, Series) and is_functorch_wrapped_tensor(x)
+
+
+def _is_differentiated(args: Any, kwargs: dict[str, Any]) -> bool:
+    tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+    return forward_ad._current_level >= 0 or any(isinstance(x, Series) or _is_nested_forward(x) for x in tensors)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Iterable[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    dims = list(range(-len(list(normalized_shape)), 0))
+    deviation = input - input.mean(dims, keepdim=True)
+    out = deviation * torch.rsqrt(deviation.pow(2).mean(dims, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(query key' scale + mask) value."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value

@@ -1,0 +1,278 @@
+r"""Taylor arithmetic on stacked coefficients: products, quotients, powers and elementary functions.
+
+All functions take and give coefficients `[order+1, *shape]`, u_n being the coefficient of t^n. A product is the Cauchy
+product (a b)_n = sum_i a_i b_{n-i}; a function y = f(u) whose derivative is g(u) obeys y' = g u', hence
+
+    n y_n = sum_{j=1..n} j u_j g_{n-j},
+
+which gives y_n as soon as g_0 .. g_{n-1} are known: g = y for exp, 1 - y^2 for tanh, y - y^2 for the logistic function,
+2/sqrt(pi) exp(-u^2) for erf. Powers use u y' = r u' y. (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13,
+table 13.2.)
+
+| symbol | variable |
+|---|---|
+| u, y | `u`, `y`: argument and result |
+| u' | `slope`: coefficients of du/dt, j u_j at place j - 1 |
+| g | `rate` |
+| k | `order` = len(u) - 1 |
+
+Cost: O(k^2) elementwise multiply-adds, in place.
+
+Example:
+    >>> exponential(torch.tensor([0.0, 1.0, 0.0, 0.0])) * torch.tensor([1.0, 1.0, 2.0, 6.0])
+    tensor([1., 1., 1., 1.])
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "derivative",
+    "error_function",
+    "exponential",
+    "integral",
+    "log_sum_exp",
+    "logarithm",
+    "logistic",
+    "power",
+    "product",
+    "quotient",
+    "reciprocal",
+    "sine_cosine",
+    "softmax",
+    "square",
+    "tangent_hyperbolic",
+]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Cauchy product; trailing axes broadcast."""
+    if a.dtype != b.dtype:
+        common = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(common), b.to(common)
+    if a.ndim < b.ndim:
+        a, b = b, a
+    b = b.reshape(b.shape[0], *(1,) * (a.ndim - b.ndim), *b.shape[1:])
+    terms = a.shape[0]
+    out = a * b[0]
+    for i in range(1, terms):
+        out[i:].addcmul_(a[: terms - i], b[i])
+    return out
+
+
+def square(u: Tensor) -> Tensor:
+    """Cauchy product of a series with itself, each pair i < j once."""
+    terms = u.shape[0]
+    out = u * u[0]
+    out[1:].mul_(2)
+    for i in range(1, terms):
+        if 2 * i < terms:
+            out[2 * i].addcmul_(u[i], u[i])
+            out[2 * i + 1 :].addcmul_(u[i + 1 : terms - i], u[i], value=2)
+    return out
+
+
+def reciprocal(u: Tensor) -> Tensor:
+    """1 / u, from u y = 1: y_n = -(sum_{j=1..n} u_j y_{n-j}) / u_0."""
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    torch.reciprocal(u[0], out=y[0])
+    if u.shape[0] > 1:
+        minus = -y[0]
+        for n in range(1, u.shape[0]):
+            _convolve(u[1 : n + 1], y[:n], out=y[n]).mul_(minus)
+    return y
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient of a by b, from b q = a: q_n = (a_n - sum_{j=1..n} b_j q_{n-j}) / b_0; the shapes are equal."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(common), b.to(common)
+    q = a.clone(memory_format=torch.contiguous_format)
+    q[0].div_(b[0])
+    for n in range(1, q.shape[0]):
+        for j in range(1, n + 1):
+            q[n].addcmul_(b[j], q[n - j], value=-1)
+        q[n].div_(b[0])
+    return q
+
+
+def exponential(u: Tensor) -> Tensor:
+    """exp(u): n y_n = sum_j j u_j y_{n-j}."""
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    torch.exp(u[0], out=y[0])
+    slope = derivative(u)
+    for n in range(1, u.shape[0]):
+        _convolve(slope[:n], y[:n], out=y[n]).div_(n)
+    return y
+
+
+def logarithm(u: Tensor) -> Tensor:
+    """log(u): u y' = u', so y_n = (u_n - sum_{j<n} (j/n) y_j u_{n-j}) / u_0."""
+    y = u.clone(memory_format=torch.contiguous_format)
+    torch.log(u[0], out=y[0])
+    for n in range(1, u.shape[0]):
+        for j in range(1, n):
+            y[n].addcmul_(y[j], u[n - j], value=-j / n)
+        y[n].div_(u[0])
+    return y
+
+
+def tangent_hyperbolic(u: Tensor) -> Tensor:
+    """tanh(u): y' = (1 - y^2) u'."""
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    torch.tanh(u[0], out=y[0])
+    if u.shape[0] == 1:
+        return y
+    rate = torch.empty_like(y[:-1])
+    torch.mul(y[0], y[0], out=rate[0]).neg_().add_(1)
+    slope = derivative(u)
+    for n in range(1, u.shape[0]):
+        _convolve(slope[:n], rate[:n], out=y[n]).div_(n)
+        if n < rate.shape[0]:
+            _self_convolve(y[: n + 1], out=rate[n]).neg_()
+    return y
+
+
+def logistic(u: Tensor) -> Tensor:
+    """1 / (1 + exp(-u)): y' = (y - y^2) u'."""
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    torch.sigmoid(u[0], out=y[0])
+    if u.shape[0] == 1:
+        return y
+    rate = torch.empty_like(y[:-1])
+    # y(1 - y) as y(u) y(-u): no cancellation where y is close to 1.
+    torch.mul(y[0], torch.sigmoid(-u[0]), out=rate[0])
+    slope = derivative(u)
+    for n in range(1, u.shape[0]):
+        _convolve(slope[:n], rate[:n], out=y[n]).div_(n)
+        if n < rate.shape[0]:
+            _self_convolve(y[: n + 1], out=rate[n]).neg_().add_(y[n])
+    return y
+
+
+def sine_cosine(u: Tensor) -> tuple[Tensor, Tensor]:
+    """sin(u) and cos(u), which are each other's rate up to sign."""
+    sine = torch.empty_like(u, memory_format=torch.contiguous_format)
+    cosine = torch.empty_like(sine)
+    torch.sin(u[0], out=sine[0])
+    torch.cos(u[0], out=cosine[0])
+    slope = derivative(u)
+    for n in range(1, u.shape[0]):
+        _convolve(slope[:n], cosine[:n], out=sine[n]).div_(n)
+        _convolve(slope[:n], sine[:n], out=cosine[n]).div_(-n)
+    return sine, cosine
+
+
+def error_function(u: Tensor, scale: float = 1.0) -> Tensor:
+    """erf(scale u): y' = 2/sqrt(pi) exp(-(scale u)^2) scale u'."""
+    value = torch.erf(u[0] * scale)
+    if u.shape[0] == 1:
+        return value.unsqueeze(0)
+    rate = exponential(square(u[:-1]).mul_(-scale * scale)).mul_(2 * scale / math.sqrt(math.pi))
+    return integral(rate, u, value)
+
+
+def power(u: Tensor, exponent: float | int) -> Tensor:
+    """u^exponent for a fixed real exponent.
+
+    Integer exponents are products, right at u_0 = 0; others obey u y' = r u' y, so
+    y_n = sum_{j=1..n} (r j - (n - j)) u_j y_{n-j} / (n u_0), which needs u_0 != 0 above order 0.
+    """
+    if float(exponent).is_integer():
+        return _integer_power(u, int(exponent))
+    y = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    torch.pow(u[0], exponent, out=y[0])
+    for n in range(1, u.shape[0]):
+        for j in range(1, n + 1):
+            y[n].addcmul_(u[j], y[n - j], value=(exponent * j - (n - j)) / n)
+        y[n].div_(u[0])
+    return y
+
+
+def softmax(u: Tensor, dim: int) -> Tensor:
+    """exp(u - max u_0), divided by its sum over `dim`, an axis of the stacked tensor.
+
+    Where u_0 is -inf all coefficients are 0; a row that is -inf throughout is the constant NaN, as in PyTorch.
+    """
+    weights, total, _, empty = _shifted_exponential(u, dim)
+    y = product(weights, reciprocal(total))
+    y[0].masked_fill_(empty, math.nan)
+    return y
+
+
+def log_sum_exp(u: Tensor, dim: int) -> Tensor:
+    """Log sum exp over `dim`, an axis of the stacked tensor, which stays with length 1."""
+    _, total, largest, empty = _shifted_exponential(u, dim)
+    y = logarithm(total)
+    y[0].add_(largest).masked_fill_(empty, -math.inf)
+    return y
+
+
+def derivative(u: Tensor) -> Tensor:
+    """Coefficients of du/dt: j u_j for j = 1..k, `[order, *shape]`."""
+    return u[1:] * _powers(u)
+
+
+def integral(rate: Tensor, u: Tensor, value: Tensor) -> Tensor:
+    """Y with y' = rate u' and y_0 = value: rate is `[order, *shape]` or longer, u `[order+1, *shape]`."""
+    higher = product(rate[: u.shape[0] - 1], derivative(u)).div_(_powers(u))
+    return torch.cat([value.unsqueeze(0), higher])
+
+
+def _powers(u: Tensor) -> Tensor:
+    """1 .. order, shaped to multiply u[1:]."""
+    count = torch.arange(1, u.shape[0], device=u.device, dtype=u.dtype)
+    return count.view(-1, *(1,) * (u.ndim - 1))
+
+
+def _convolve(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Sum_i a_i b_{m-i} over two stacks of one length m + 1, into `out`."""
+    last = a.shape[0] - 1
+    torch.mul(a[0], b[last], out=out)
+    for i in range(1, last + 1):
+        out.addcmul_(a[i], b[last - i])
+    return out
+
+
+def _self_convolve(a: Tensor, out: Tensor) -> Tensor:
+    """Sum_i a_i a_{m-i} over a stack of length m + 1 >= 2, each pair once, into `out`."""
+    last = a.shape[0] - 1
+    torch.mul(a[0], a[last], out=out)
+    for i in range(1, (last + 1) // 2):
+        out.addcmul_(a[i], a[last - i])
+    out.mul_(2)
+    if last % 2 == 0:
+        out.addcmul_(a[last // 2], a[last // 2])
+    return out
+
+
+def _integer_power(u: Tensor, exponent: int) -> Tensor:
+    """u^exponent by repeated squaring."""
+    if exponent < 0:
+        return reciprocal(_integer_power(u, -exponent))
+    if exponent == 0:
+        y = torch.zeros_like(u)
+        y[0] = 1
+        return y
+    if exponent == 1:
+        return u.clone()
+    half = square(u) if exponent < 4 else square(_integer_power(u, exponent // 2))
+    return product(half, u) if exponent % 2 else half
+
+
+def _shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(u - m) with m = max u_0, its sum over `dim`, m, and where a row is -inf throughout.
+
+    There m is taken as 0 and the sum as the constant 1, so that no 0/0 arises.
+    """
+    largest = u[0].amax(dim - 1 if dim > 0 else dim, keepdim=True)
+    empty = largest == -math.inf
+    largest = largest.masked_fill(empty, 0)
+    shifted = u.clone(memory_format=torch.contiguous_format)
+    shifted[0].sub_(largest)
+    weights = exponential(shifted)
+    total = weights.sum(dim, keepdim=True)
+    total[0].masked_fill_(empty, 1)
+    return weights, total, largest, empty

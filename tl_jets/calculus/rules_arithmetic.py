@@ -1,0 +1,336 @@
+"""Rules of arithmetic: sums, products, matrix products, quotients and reductions.
+
+With one plain operand a product is linear: one operation on the stacked tensor. With two series it is the Cauchy
+product (a b)_n = sum_i a_i b_{n-i} (Griewank & Walther 2008, table 13.1). A plain term of a sum changes c_0 only.
+
+Cost at order k: k + 1 operations, stacked, or (k + 1)(k + 2) / 2 for two series.
+
+Example:
+    >>> from tl_jets.calculus import Series
+    >>> x = Series.line(torch.eye(2), torch.eye(2), order=2)
+    >>> (x @ x).coefficients[:, 0, 0]
+    tensor([1., 2., 1.])
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus import recurrences
+from tl_jets.calculus.rules_structure import align, axes, axis, terms_of, value_of
+from tl_jets.calculus.series import Series
+from tl_jets.calculus.table import rule
+
+aten = torch.ops.aten
+Number = float | int
+Operand = Tensor | float | int
+
+
+def _coefficients(x: Series, other: Operand) -> Tensor:
+    """Coefficients of x, ready to broadcast against `other` or its coefficients, in their common dtype.
+
+    PyTorch lets a tensor without axes follow the dtype of one with axes; the stacked tensor must not lose that.
+    """
+    if not isinstance(other, Tensor):
+        return x.coefficients
+    out = align(x, other.ndim)
+    if other.dtype != x.dtype:
+        out = out.to(torch.result_type(value_of(x), value_of(other)))
+    return out
+
+
+# Sums. --------------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def add(a: Operand, b: Operand, alpha: Number = 1) -> Series:
+    """A + alpha b."""
+    if isinstance(a, Series) and isinstance(b, Series):
+        terms_of(a, b)
+        return Series(torch.add(_coefficients(a, b), _coefficients(b, a), alpha=alpha))
+    if isinstance(a, Series):
+        return _add_constant(_coefficients(a, b), b, alpha)
+    assert isinstance(b, Series)
+    scaled = _coefficients(b, a) if alpha == 1 else _coefficients(b, a) * alpha
+    return _add_constant(scaled, a, 1)
+
+
+def _add_constant(coefficients: Tensor, b: Operand, alpha: Number) -> Series:
+    """Add alpha b to c_0."""
+    if isinstance(b, Tensor) and b.shape != coefficients.shape[1:]:
+        shape = torch.broadcast_shapes(coefficients.shape[1:], b.shape)
+        coefficients = coefficients.expand(coefficients.shape[0], *shape)
+    out = coefficients.clone(memory_format=torch.contiguous_format)
+    out[0].add_(b, alpha=alpha)
+    return Series(out)
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def sub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
+    """A - alpha b."""
+    return add(a, b, -alpha)
+
+
+@rule(aten.rsub.Tensor, aten.rsub.Scalar)
+def rsub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
+    """B - alpha a."""
+    return add(b, a, -alpha)
+
+
+@rule(aten.neg.default)
+def neg(x: Series) -> Series:
+    """Minus x."""
+    return Series(-x.coefficients)
+
+
+# Products. ----------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(a: Operand, b: Operand) -> Series:
+    """A b."""
+    if not isinstance(a, Series):
+        a, b = b, a
+    assert isinstance(a, Series)
+    if not isinstance(b, Series):
+        return Series(_coefficients(a, b) * b)
+    terms_of(a, b)
+    if a is b:
+        return Series(recurrences.square(a.coefficients))
+    return Series(recurrences.product(_coefficients(a, b), _coefficients(b, a)))
+
+
+@rule(aten.square.default)
+def square(x: Series) -> Series:
+    """X squared."""
+    return Series(recurrences.square(x.coefficients))
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(a: Operand, b: Operand) -> Series:
+    """A / b."""
+    if not isinstance(b, Series):
+        assert isinstance(a, Series)
+        return Series(_coefficients(a, b) / b)
+    if not isinstance(a, Series):
+        return Series(recurrences.reciprocal(_coefficients(b, a)) * a)
+    terms_of(a, b)
+    if a.shape == b.shape:
+        return Series(recurrences.quotient(_coefficients(a, b), _coefficients(b, a)))
+    return Series(recurrences.product(_coefficients(a, b), recurrences.reciprocal(_coefficients(b, a))))
+
+
+@rule(aten.reciprocal.default)
+def reciprocal(x: Series) -> Series:
+    """1 / x."""
+    return Series(recurrences.reciprocal(x.coefficients))
+
+
+@rule(aten.addcmul.default)
+def addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
+    """X + value a b."""
+    return torch.add(x, a * b, alpha=value)
+
+
+@rule(aten.addcdiv.default)
+def addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
+    """X + value a / b."""
+    return torch.add(x, a / b, alpha=value)
+
+
+@rule(aten.lerp.Scalar, aten.lerp.Tensor)
+def lerp(x: Tensor, end: Tensor, weight: Operand) -> Tensor:
+    """X + weight (end - x)."""
+    return x + weight * (end - x)
+
+
+# Matrix products. ---------------------------------------------------------------------------------------------------
+
+
+@rule(aten.mm.default)
+def mm(a: Tensor, b: Tensor) -> Series:
+    """The product of two matrices."""
+    if isinstance(a, Series) and isinstance(b, Series):
+        terms_of(a, b)
+        return Series(_bmm_series(a.coefficients.unsqueeze(1), b.coefficients.unsqueeze(1)).squeeze(1))
+    if isinstance(a, Series):
+        return Series(_rows_times(a.coefficients, b))
+    assert isinstance(b, Series)
+    return Series(torch.matmul(a, b.coefficients))
+
+
+@rule(aten.bmm.default)
+def bmm(a: Tensor, b: Tensor) -> Series:
+    """The products of two batches of matrices."""
+    if isinstance(a, Series) and isinstance(b, Series):
+        terms_of(a, b)
+        return Series(_bmm_series(a.coefficients, b.coefficients))
+    if isinstance(a, Series):
+        if b.shape[0] == 1:
+            return Series(_rows_times(a.coefficients.squeeze(1), b[0]).unsqueeze(1))
+        return Series(_each_order(a.coefficients, b.expand(a.coefficients.shape[0], *b.shape)))
+    assert isinstance(b, Series)
+    return Series(_each_order(a.expand(b.coefficients.shape[0], *a.shape), b.coefficients))
+
+
+def _rows_times(a: Tensor, b: Tensor) -> Tensor:
+    """[terms, n, m] @ [m, p], as one product of terms * n rows."""
+    return torch.mm(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])
+
+
+def _each_order(a: Tensor, b: Tensor) -> Tensor:
+    """Bmm order by order: no copy of the operand that all orders share."""
+    out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    for left, right, target in zip(a, b, out, strict=True):
+        torch.bmm(left, right, out=target)
+    return out
+
+
+def _bmm_series(a: Tensor, b: Tensor) -> Tensor:
+    """Cauchy product of batched matrices, accumulated in place."""
+    out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    for n in range(a.shape[0]):
+        torch.bmm(a[0], b[n], out=out[n])
+        for i in range(1, n + 1):
+            out[n].baddbmm_(a[i], b[n - i])
+    return out
+
+
+@rule(aten.addmm.default)
+def addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
+    """Beta x + alpha a b, matrices."""
+    if not isinstance(a, Series) and not isinstance(b, Series):
+        return add(_scaled(x, beta), torch.mm(a, b), alpha)
+    return _accumulated(mm(a, b), x, beta, alpha)
+
+
+@rule(aten.baddbmm.default)
+def baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
+    """Beta x + alpha a b, batches of matrices."""
+    if not isinstance(a, Series) and not isinstance(b, Series):
+        return add(_scaled(x, beta), torch.bmm(a, b), alpha)
+    return _accumulated(bmm(a, b), x, beta, alpha)
+
+
+@rule(aten.addmv.default)
+def addmv(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
+    """Beta x + alpha a b, a matrix and a vector."""
+    if not isinstance(a, Series) and not isinstance(b, Series):
+        return add(_scaled(x, beta), torch.mv(a, b), alpha)
+    return _accumulated(mv(a, b), x, beta, alpha)
+
+
+def _accumulated(fresh: Series, x: Tensor, beta: Number, alpha: Number) -> Series:
+    """Alpha fresh + beta x, in the storage of `fresh`, which nobody else holds; beta = 0 ignores even a NaN in x."""
+    if alpha != 1:
+        fresh.coefficients.mul_(alpha)
+    if beta != 0:
+        if isinstance(x, Series):
+            terms_of(fresh, x)
+            fresh.coefficients.add_(align(x, fresh.ndim), alpha=beta)
+        else:
+            fresh.coefficients[0].add_(x, alpha=beta)
+    return fresh
+
+
+def _scaled(x: Tensor, beta: Number) -> Tensor:
+    return x if beta == 1 else x * beta
+
+
+@rule(aten.mv.default)
+def mv(a: Tensor, b: Tensor) -> Series:
+    """A matrix times a vector."""
+    return Series(mm(a, b.unsqueeze(1)).coefficients.squeeze(-1))
+
+
+@rule(aten.dot.default)
+def dot(a: Tensor, b: Tensor) -> Series:
+    """The inner product of two vectors."""
+    return Series(mul(a, b).coefficients.sum(1))
+
+
+# Reductions. --------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.sum.default)
+def sum_all(x: Series, *, dtype: torch.dtype | None = None) -> Series:
+    """The sum over all axes."""
+    return sum_(x, None, dtype=dtype)
+
+
+@rule(aten.sum.dim_IntList)
+def sum_(x: Series, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Series:
+    """The sum over some axes."""
+    if x.ndim == 0:
+        return Series(x.coefficients.to(dtype or x.dtype, copy=True))
+    return Series(x.coefficients.sum(axes(dim, x.ndim), keepdim, dtype=dtype))
+
+
+@rule(aten.mean.default)
+def mean_all(x: Series, *, dtype: torch.dtype | None = None) -> Series:
+    """The mean over all axes."""
+    return mean(x, None, dtype=dtype)
+
+
+@rule(aten.mean.dim)
+def mean(x: Series, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Series:
+    """The mean over some axes."""
+    if x.ndim == 0:
+        return Series(x.coefficients.to(dtype or x.dtype, copy=True))
+    return Series(x.coefficients.mean(axes(dim, x.ndim), keepdim, dtype=dtype))
+
+
+@rule(aten.cumsum.default)
+def cumsum(x: Series, dim: int, *, dtype: torch.dtype | None = None) -> Series:
+    """Running sums along an axis."""
+    if x.ndim == 0:
+        return Series(x.coefficients.to(dtype or x.dtype, copy=True))
+    return Series(x.coefficients.cumsum(axis(dim, x.ndim), dtype=dtype))
+
+
+@rule(aten.var_mean.correction)
+def var_mean(
+    x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
+) -> tuple[Series, Series]:
+    """Variance, sum (x - mean)^2 / (count - correction), and mean."""
+    places = axes(dim, x.ndim)
+    center = x.coefficients.mean(places, keepdim=True)
+    count = x.coefficients[0].numel() // max(center[0].numel(), 1)
+    degrees = max(count - (1 if correction is None else correction), 0)
+    squares = recurrences.square(x.coefficients - center)
+    center = center if keepdim else center.squeeze(places)
+    return Series(squares.sum(places, keepdim).div_(degrees)), Series(center)
+
+
+@rule(aten.var.correction)
+def var(
+    x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
+) -> Series:
+    """The variance."""
+    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+@rule(aten.std.correction)
+def std(
+    x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
+) -> Series:
+    """The square root of the variance."""
+    variance = var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+    return Series(recurrences.power(variance.coefficients, 0.5))
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(
+    x: Series,
+    ord: Number = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Series:
+    """The Euclidean norm; it has no derivative at 0."""
+    if ord != 2:
+        raise NotImplementedError(f"a Series has a Euclidean norm only; got ord={ord}. Write it with abs, pow, sum.")
+    squares = sum_(Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
+    return Series(recurrences.power(squares.coefficients, 0.5))

@@ -1,0 +1,105 @@
+"""Rules that write into a series: `x[...] = y`, `copy_`, `fill_`, `zero_`, masks and index lists.
+
+PyTorch turns `x[:, :, h] = y` into a view of x and a `copy_` or `fill_` on it; views of a Series share its storage, so
+the write reaches x. A plain value goes to c_0 and zeros above. Every other in-place operation `op_` is the rule of `op`
+written back, see `tl_jets.calculus.series`.
+
+Cost: one write of the stacked tensor.
+
+Example:
+    >>> from tl_jets.calculus import Series
+    >>> x = Series.line(torch.ones(3), torch.ones(3), order=1)
+    >>> x[1] = 5.0
+    >>> x.coefficients
+    tensor([[1., 5., 1.],
+            [1., 0., 1.]])
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus.rules_structure import align, lift, terms_of
+from tl_jets.calculus.series import Series, writable
+from tl_jets.calculus.table import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.copy_.default)
+def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
+    """X becomes `source`; a plain one is a constant."""
+    target = writable(x, "copy_")
+    if isinstance(source, Series):
+        terms_of(target, source)
+        target.coefficients.copy_(align(source, x.ndim), non_blocking)
+    else:
+        target.coefficients[0].copy_(source, non_blocking)
+        target.coefficients[1:].zero_()
+    return target
+
+
+@rule(aten.copy.default)
+def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
+    """`source`, broadcast to the shape of x."""
+    terms = terms_of(x, source)
+    return copy_(Series(lift(x, terms).clone()), source, non_blocking)
+
+
+@rule(aten.fill_.Scalar)
+def fill_(x: Series, value: float | int) -> Series:
+    """X becomes a constant number."""
+    x.coefficients.zero_()[0].fill_(value)
+    return x
+
+
+@rule(aten.fill_.Tensor)
+def fill_tensor_(x: Tensor, value: Tensor) -> Series:
+    """X becomes a tensor of one element."""
+    return copy_(x, value)
+
+
+@rule(aten.fill.Scalar)
+def fill(x: Series, value: float | int) -> Series:
+    """A constant number in the shape of x."""
+    return fill_(Series(torch.empty_like(x.coefficients)), value)
+
+
+@rule(aten.fill.Tensor)
+def fill_tensor(x: Tensor, value: Tensor) -> Series:
+    """A tensor of one element in the shape of x."""
+    terms = terms_of(x, value)
+    return copy_(Series(lift(x, terms).clone()), value)
+
+
+@rule(aten.zero_.default)
+def zero_(x: Series) -> Series:
+    """X becomes 0."""
+    x.coefficients.zero_()
+    return x
+
+
+@rule(aten.index_put_.default, aten._index_put_impl_.default)
+def index_put_(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Series:
+    """Write, or add, `values` at index lists and masks."""
+    target = writable(x, "index_put_")
+    terms = terms_of(target, values)
+    # Order by order: index lists may move axes, and the axis of orders must stay the first.
+    for order in range(terms):
+        if isinstance(values, Series):
+            aten.index_put_(target.coefficients[order], indices, values.coefficients[order], accumulate)
+        elif order == 0:
+            aten.index_put_(target.coefficients[0], indices, values, accumulate)
+        elif not accumulate:
+            aten.index_put_(target.coefficients[order], indices, torch.zeros_like(values), False)
+    return target
+
+
+@rule(aten.index_put.default)
+def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Series:
+    """A copy of x with `values` at index lists and masks."""
+    terms = terms_of(x, values)
+    return index_put_(Series(lift(x, terms).clone()), indices, values, accumulate)

@@ -1,0 +1,183 @@
+"""A tensor that carries its truncated Taylor series along a line through any PyTorch code.
+
+For a function f, a point x and a direction v, f(x + t v) = c_0 + c_1 t + ... + c_k t^k + O(t^{k+1}) with
+c_j = D^j f(x)[v, ..., v] / j! (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13). A `Series` looks like
+f(x) to the code that it passes through (shape, dtype, device) and holds all the c_j; every aten operation is replaced
+by its rule in `tl_jets.calculus.table.RULES`.
+
+| symbol | variable |
+|---|---|
+| k | `order` |
+| c_0 .. c_k | `coefficients`, stacked along a new first axis |
+| x, v | `center`, `direction` |
+
+Cost: a linear operation on order k costs k + 1 of itself, as one stacked operation; a product of two series costs
+(k + 1)(k + 2) / 2.
+
+Example:
+    >>> x = Series.line(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), order=2)
+    >>> (x * x).coefficients
+    tensor([[1., 4.],
+            [2., 0.],
+            [1., 0.]])
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch._ops import OpOverload
+
+from tl_jets.calculus.table import RULES
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+class Series(Tensor):
+    """A truncated Taylor series c_0 + c_1 t + ... + c_k t^k that PyTorch code takes for the tensor c_0.
+
+    Slices, views and `x[..., i]` share storage with the series that they come from, `clone` copies, and in-place
+    operations write all coefficients, so that hooks such as `x[:, :, 2] = 0` work. Comparisons and predicates look
+    at c_0 and give plain tensors. An operation without a rule raises.
+
+    Args:
+        coefficients: Taylor coefficients (with the 1/j!), `[order+1, *shape]`, floating point.
+
+    Raises:
+        TypeError: `coefficients` is not a plain floating-point tensor.
+        ValueError: `coefficients` has no leading axis of length order + 1 >= 1.
+
+    Source: Griewank & Walther 2008, ch. 13.
+    """
+
+    coefficients: Float[Tensor, " terms *shape"]
+
+    # The mode stack still sees calls; only the default re-wrapping of plain results is switched off.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, coefficients: Float[Tensor, " terms *shape"]) -> "Series":
+        """Wrap coefficients, without a copy."""
+        if isinstance(coefficients, Series) or not isinstance(coefficients, Tensor):
+            raise TypeError(
+                f"the coefficients of a Series are one plain tensor; got {type(coefficients).__name__}. "
+                "Stack tensors along a new first axis; a series of series is not supported."
+            )
+        if not coefficients.is_floating_point():
+            raise TypeError(
+                f"a Series is of floating point; got {coefficients.dtype}. Cast to float32 or float64 first."
+            )
+        if coefficients.ndim == 0 or coefficients.shape[0] == 0:
+            raise ValueError(
+                f"coefficients have shape [order+1, *shape] with order >= 0; got {list(coefficients.shape)}. "
+                "Stack c_0 .. c_order along a new first axis."
+            )
+        series = torch.Tensor._make_wrapper_subclass(
+            cls,
+            coefficients.shape[1:],
+            strides=coefficients.stride()[1:],
+            dtype=coefficients.dtype,
+            device=coefficients.device,
+        )
+        series.coefficients = coefficients
+        return series
+
+    @classmethod
+    def line(cls, center: Float[Tensor, "*shape"], direction: Float[Tensor, "*shape"], order: int) -> "Series":
+        """The series of t -> center + t direction: c_0 = center, c_1 = direction, zeros above.
+
+        Args:
+            center: the point x, `[*shape]`.
+            direction: the direction v, `[*shape]`.
+            order: highest power k kept, >= 0; at order 0 the direction is dropped.
+
+        Returns:
+            A series with coefficients `[order+1, *shape]`, which shares no storage with the inputs.
+
+        Raises:
+            ValueError: `order` is negative, or `direction` differs from `center` in shape.
+
+        Source: Griewank & Walther 2008, ch. 13.
+
+        Example:
+            >>> Series.line(torch.zeros(2), torch.ones(2), order=3).coefficients.tolist()
+            [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+        """
+        if order < 0:
+            raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
+        if direction.shape != center.shape:
+            raise ValueError(
+                f"center and direction have one shape; got {list(center.shape)} and {list(direction.shape)}. "
+                "Expand one of them first."
+            )
+        coefficients = center.detach().new_zeros((order + 1, *center.shape))
+        coefficients[0] = center.detach()
+        if order > 0:
+            coefficients[1] = direction.detach()
+        return cls(coefficients)
+
+    @property
+    def order(self) -> int:
+        """Highest power of t kept."""
+        return self.coefficients.shape[0] - 1
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Order, shape, dtype and device; the numbers are in `.coefficients`."""
+        return f"Series(order={self.order}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Apply the rule of an aten operation; see `tl_jets.calculus.table`."""
+        kwargs = kwargs or {}
+        found = RULES.get(func)
+        if found is not None:
+            return found(*args, **kwargs)
+        if func._schema.is_mutable:
+            return _write_back(func, args, kwargs)
+        if func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # Under torch.inference_mode composite operations arrive whole: take them apart here.
+            return func.decompose(*args, **kwargs)
+        _refuse(func)
+
+
+def _refuse(func: OpOverload) -> NoReturn:
+    raise NotImplementedError(
+        f"every operation on a Series has a Taylor rule; {func} has none. Write the function with other operations, "
+        "or add a rule with tl_jets.calculus.table.rule."
+    )
+
+
+def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Series:
+    """An in-place operation `op_`: the rule of its functional twin `op`, written into the first argument."""
+    name = func._schema.name.removeprefix("aten::")
+    # `t_` and kin change the shape of the wrapper, which cannot be written back.
+    if not name.endswith("_") or torch.Tag.inplace_view in func.tags:
+        _refuse(func)
+    target = writable(args[0], func)
+    functional = getattr(getattr(torch.ops.aten, name[:-1], None), func._overloadname, None)
+    if functional not in RULES:
+        _refuse(func)
+    result = RULES[functional](*args, **kwargs)
+    if isinstance(result, Series):
+        target.coefficients.copy_(result.coefficients)
+    else:
+        target.coefficients.zero_()[0].copy_(result)
+    return target
+
+
+def writable(target: Any, func: Any) -> Series:
+    """The first argument of an in-place operation, if it can hold a series.
+
+    Raises:
+        TypeError: a series would be written into a plain tensor, which would drop its higher coefficients.
+    """
+    if not isinstance(target, Series):
+        raise TypeError(
+            f"a Series can only be written into a Series; {func} would write one into a plain tensor of shape "
+            f"{list(target.shape)} and lose every coefficient but the first. Allocate the target from the series "
+            "(torch.zeros_like(x), x.new_zeros(...), x.clone()) or use the out-of-place operation."
+        )
+    return target

@@ -1,0 +1,108 @@
+"""The command `tl-jets` (`python -m tl_jets`): what jets say about a real model's prediction.
+
+`tl-jets lens --model PATH_OR_NAME --prompt TEXT` prints the iterative lens (a layer a row, an order a column) and the
+joint lens (a component a row) of one prompt. Errors are one line on standard error, with exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tl_jets import terminal
+from tl_jets.expansion.expand import CENTER_SCALES, OBJECTIVES
+from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
+from tl_jets.loading import load_model
+from tl_jets.network import ResidualNetwork
+from tl_jets.stages import GRANULARITIES
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (0, or 2 for bad input)."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"tl-jets: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="tl-jets", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    lens = commands.add_parser(
+        "lens",
+        help="the iterative and the joint jet lens of a prompt",
+        description="Print what every layer's stream says about the next token (the iterative lens), and the "
+        "prediction as a weighted sum of components (the joint lens). Order 0 is the logit lens. An answer in "
+        "brackets is borrowed: it comes from the model's own final stream, not from the layer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    lens.add_argument("--model", required=True, help="a local Hugging Face directory, or a model's name")
+    lens.add_argument("--prompt", required=True, help="the text to read")
+    lens.add_argument("--order", type=int, default=1, help="highest order of the iterative lens")
+    lens.add_argument("--joint-order", type=int, default=0, help="order of the joint lens")
+    lens.add_argument("--center-scale", choices=CENTER_SCALES, default="none", help="length of the centers")
+    lens.add_argument("--granularity", choices=GRANULARITIES, default="block", help="components of the joint lens")
+    lens.add_argument("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")
+    lens.add_argument("--position", type=int, default=-1, help="the position to read; -1 is the last")
+    lens.add_argument("--top-k", type=int, default=3, help="best tokens a cell")
+    lens.set_defaults(run=run_lens)
+    return top
+
+
+def run_lens(options: argparse.Namespace) -> int:
+    """Print both lenses of one prompt."""
+    if options.order < 0 or options.joint_order < 0:
+        raise UsageError(f"an order must be 0 or more; got {min(options.order, options.joint_order)}")
+    if not options.prompt:
+        raise UsageError("the prompt must not be empty")
+    if options.top_k < 1:
+        raise UsageError(f"--top-k must be 1 or more; got {options.top_k}")
+    network = _network(options.model, options.granularity)
+    shared: dict[str, Any] = {"center_scale": options.center_scale, "top_k": options.top_k}
+    try:
+        trace = network.trace(options.prompt)
+        iterative = iterative_jet_lens(network, trace, order=options.order, **shared)
+        joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
+        position = _position(options.position, len(iterative.positions))
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(_one_line(error)) from error
+    console = Console()
+    console.print(terminal.prompt_line(iterative, position, options.model))
+    console.print(terminal.iterative_table(iterative, position))
+    console.print(terminal.joint_table(joint, position))
+    console.print(terminal.average_table(iterative, joint))
+    return 0
+
+
+def _network(name: str, granularity: Any) -> ResidualNetwork:
+    try:
+        return ResidualNetwork(load_model(name), granularity)
+    except (OSError, ValueError, NotImplementedError, ImportError) as error:
+        what = "no such directory" if Path(name).is_absolute() and not Path(name).exists() else _one_line(error)
+        raise UsageError(f"cannot load model {name!r}: {what}") from error
+
+
+def _position(position: int, length: int) -> int:
+    if not -length <= position < length:
+        raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {position}")
+    return position % length
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

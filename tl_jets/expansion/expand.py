@@ -1,0 +1,352 @@
+r"""Algorithm 1: expand a stage of the network at several centers.
+
+With h the true stream that the stage reads, centers x_1..x_N and weights w on the simplex (Lemma 1),
+
+.. math::
+    \gamma(h) = \sum_i w_i \, J^k \gamma(x_i)(h) + \text{remainder}, \qquad
+    \text{remainder} = O\bigl(\max_i w_i \lVert x_i - h \rVert^{k+1}\bigr) .
+
+The terms of a stage that keeps its stream are the jets w_i J^k gamma(x_i)(h) and what the identity carries: the centers
+x_i themselves for k >= 1 (eq. 9), w_i x_i for k = 0 (footnote 2). The decoder `ln_final` has no identity; each of its
+terms carries w_i b_U.
+
+==========  ===========================================================
+symbol      name here
+==========  ===========================================================
+x_i         `centers[i]`
+h           `trace[stage.stream]`, the variate
+k           `order`
+w_i         `weights`
+gamma       `trace.stage_function(stage)`; `network.decoder.norm`
+==========  ===========================================================
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9.
+Cost: an inner stage, about (k + 1) evaluations of the stage a center; the decoder, closed forms.
+
+Example:
+    The two-block example of the paper, four distinct paths:
+
+    >>> import torch
+    >>> from tl_jets.calculus import Norm
+    >>> from tl_jets.decoder import Decoder
+    >>> from tl_jets.network import CallableModel, ResidualNetwork
+    >>> _ = torch.manual_seed(0)
+    >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
+    >>> network = ResidualNetwork(CallableModel(
+    ...     embed=torch.nn.Embedding(5, 4, dtype=torch.float64),
+    ...     stages=[{"0_block": lambda x: torch.tanh(x @ W[0])}, {"1_block": lambda x: torch.tanh(x @ W[1])}],
+    ...     decoder=Decoder(norm=Norm("RMS"), W_U=torch.randn(4, 5).double(), b_U=torch.zeros(5).double()),
+    ... ))
+    >>> first = jet_expand(network, "0_block", centers=["embed"], order=1)
+    >>> second = jet_expand(network, "1_block", centers=first, order=1)
+    >>> for term in second.terms:
+    ...     print(term)
+    embed
+    embed > 0_block
+    embed > 1_block
+    embed > 0_block > 1_block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import jet, norm_jet
+from tl_jets.expansion.cache import JetCache
+from tl_jets.expansion.paths import Center, Function, Label, Term
+from tl_jets.expansion.simplex import SimplexSolution, check_weights, gram, simplex_kl, simplex_qp
+from tl_jets.network import ResidualNetwork
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage
+from tl_jets.trace import Trace
+
+CenterScale = Literal["none", "match", "orthogonal"]
+Objective = Literal["l2", "centered_l2", "kl"]
+CENTER_SCALES: tuple[CenterScale, ...] = ("none", "match", "orthogonal")
+OBJECTIVES: tuple[Objective, ...] = ("l2", "centered_l2", "kl")
+
+
+def jet_expand(
+    model: Any,
+    step: str,
+    *,
+    centers: Any,
+    order: int = 1,
+    weights: Literal["uniform", "optimal"] | Sequence[float] | Tensor = "uniform",
+    objective: Objective = "centered_l2",
+    center_scale: CenterScale = "none",
+) -> Expansion:
+    """Expand the stage of `step`, or the decoder, at `centers` (Algorithm 1). Symbolic and instant.
+
+    All writes that read the same stream are expanded together: `3_attn` of a parallel block brings `3_mlp` with it,
+    `L3H2` brings the other heads.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
+        step: A step (`3_mlp`, `L3H2`), its stream (`3_mid`), or `ln_final` for the decoder.
+        centers: What to expand at. A sequence (or one) of: a label of the trace (`"embed"`, `"0_attn_out"`,
+            `"3_pre"`), a `Term` of another expansion (`exp["embed > 0_attn"]`), an `Expansion` (all its terms), or a
+            function from a `Trace` to [batch, pos, d_model]. A mapping gives functions their names.
+        order: k >= 0. At order 0 a term is gamma(x_i) itself.
+        weights: `"uniform"`, `"optimal"`, or N numbers on the simplex, as [center] or [center, batch, pos]. Terms
+            are differentiable in a tensor of weights.
+        objective: What optimal weights minimize at the decoder: the norm of the remainder in logits up to a constant
+            a token (`"centered_l2"`) or as they are (`"l2"`, the paper's), or `"kl"`, KL(model || expansion). At an
+            inner stage they minimize the norm of the remainder.
+        center_scale: Rescale the center inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
+            `"orthogonal"`, where the Taylor series of a norm converges for every acute angle.
+
+    Returns:
+        An `Expansion`: call it on a prompt, tokens or a trace to get a `JetCache`.
+
+    Raises:
+        ValueError: Unknown step, label or option, no centers, two of the same name, order < 0, weights off the simplex.
+        TypeError: A center or order of the wrong type.
+
+    Source:
+        Chen et al., Algorithm 1.
+    """
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an integer >= 0; got {order!r}.")
+    if order < 0:
+        raise ValueError(f"order must be an integer >= 0; got {order}.")
+    if center_scale not in CENTER_SCALES:
+        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    chosen = tuple(_read_centers(network, centers))
+    names = [str(center.path) for center in chosen]
+    if not chosen:
+        raise ValueError("An expansion needs at least one center; got none. Pass a label such as 'embed'.")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Centers must have different names; got {twice} more than once.")
+    if isinstance(weights, str):
+        if weights not in ("uniform", "optimal"):
+            raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
+    else:
+        weights = check_weights(torch.as_tensor(weights).movedim(0, -1), len(chosen)).movedim(-1, 0)
+    return Expansion(network, stage, chosen, order, weights, objective, center_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """A stage expanded at centers: a sum of functions of the input, not yet evaluated.
+
+    Call it on a prompt, tokens or a `Trace` to get a `JetCache`; index it by path to get a `Term`, which can be a
+    center of the next expansion.
+
+    Attributes:
+        network: The residual network.
+        stage: The stage, or None for the decoder.
+        centers: What it is expanded at.
+        order: k.
+        weights: `"uniform"`, `"optimal"`, or a tensor.
+        objective: What optimal weights minimize at the decoder.
+        center_scale: How centers are rescaled inside gamma.
+    """
+
+    network: ResidualNetwork
+    stage: Stage | None
+    centers: tuple[Center, ...]
+    order: int
+    weights: str | Tensor
+    objective: Objective = "centered_l2"
+    center_scale: CenterScale = "none"
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the expansion: what the identity carries, then the jets."""
+        paths = [center.path for center in self.centers] if self.stage is not None else []
+        paths += [center.path.then(step) for step in self.steps for center in self.centers]
+        return tuple(Term(path, self) for path in paths)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that are expanded."""
+        return (DECODER_STEP,) if self.stage is None else tuple(step.label for step in self.stage.steps)
+
+    @property
+    def stream(self) -> str:
+        """Label of the stream that the stage reads."""
+        return FINAL_STREAM if self.stage is None else self.stage.stream
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def __getitem__(self, path: Any) -> Term:
+        for term in self.terms:
+            if str(term.path) == str(path):
+                return term
+        raise ValueError(
+            f"A term is named by its path; got {str(path)!r}. The terms are {[str(term) for term in self.terms][:12]}."
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Expansion({', '.join(self.steps[:3])} of {self.network.view.name} at {len(self.centers)} centers, order "
+            f"{self.order}, {len(self)} terms)"
+        )
+
+    def __call__(self, text_or_tokens: Any, **trace_options: Any) -> JetCache:
+        """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
+        if isinstance(text_or_tokens, Trace):
+            return self.evaluate(text_or_tokens)
+        return self.evaluate(self.network.trace(text_or_tokens, **trace_options))
+
+    def evaluate(self, trace: Trace) -> JetCache:
+        """Evaluate on a trace; what it has already evaluated is not evaluated again."""
+        if self not in trace.memo:
+            if trace.network.view is not self.network.view:
+                raise ValueError("A trace must be of the expansion's own model; this one is of another. Trace again.")
+            trace.memo[self] = self._evaluate(trace)
+        return trace.memo[self]
+
+    def _evaluate(self, trace: Trace) -> JetCache:
+        if trace.network is not self.network:
+            trace = Trace(self.network, trace.recording)
+        values = torch.stack([center.evaluate(trace) for center in self.centers])
+        jets = self._jets(trace, values)
+        if self.stage is None:
+            truth, identity = self.network.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
+        else:
+            truth = trace[self.stream] + trace.writes(self.stage).sum(0)
+            identity = values
+        weights, solution = self._weights(trace, jets.sum(0), identity, truth)
+        scaled = weights[..., None].to(jets.dtype)
+        terms = dict(zip([str(term) for term in self.terms], self._terms(scaled, jets, values), strict=True))
+        if self.stage is not None:
+            edits = trace.edits(self.network.next_stream(self.stage))
+            terms, truth = {**terms, **edits}, truth + sum(edits.values(), torch.zeros_like(truth))
+        return JetCache(self, trace, terms, weights, truth, solution)
+
+    def _terms(self, weights: Tensor, jets: Tensor, values: Tensor) -> list[Tensor]:
+        """Identity terms, then jets, in the order of `terms`."""
+        parts = [] if self.stage is None else list(values if self.order >= 1 else weights * values)
+        return parts + [term for jets_of_step in jets for term in weights * jets_of_step]
+
+    def _jets(self, trace: Trace, values: Tensor) -> Tensor:
+        """J^k gamma(x_i)(h), unweighted: [step, center, batch, pos, d_model]."""
+        key = ("jets", self.stage, self.centers, self.order, self.center_scale)
+        if key in trace.memo:
+            return trace.memo[key]
+        norm, variate = self.network.decoder.norm, trace[self.stream]
+        with torch.no_grad():
+            every = variate.expand_as(values)
+            if self.center_scale != "none":
+                values = values * center_scale_factors(norm, values, every, self.center_scale)[..., None]
+            if self.stage is None:
+                jets = norm_jet(norm, values, every, self.order).value(self.order)[None]
+            else:
+                gammas = trace.stage_function(self.stage)
+                jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)
+        trace.memo[key] = jets
+        return jets
+
+    def _weights(self, trace: Trace, jets: Tensor, identity: Tensor, truth: Tensor) -> tuple[Tensor, Any]:
+        """Weights [center, batch, pos], and the solution of the quadratic program if it was solved."""
+        n, shape = len(self.centers), truth.shape[:2]
+        if isinstance(self.weights, Tensor):
+            weights = self.weights.to(truth.device)
+            if weights.ndim == 1:
+                weights = weights[:, None, None].expand(n, *shape)
+            if weights.shape != (n, *shape):
+                raise ValueError(
+                    f"weights must have shape [center] or [center, batch, pos] = {(n, *shape)}; got "
+                    f"{tuple(self.weights.shape)}."
+                )
+            return weights, None
+        if self.weights == "uniform":
+            return torch.full((n, *shape), 1 / n, dtype=truth.dtype, device=truth.device), None
+        with torch.no_grad():
+            if self.stage is None:
+                solution = decoder_weights(self.network, jets, truth, self.objective)
+            else:
+                parts = jets if self.order else jets + identity
+                target = truth - identity.sum(0) if self.order else truth
+                parts, target = parts.double(), target.double()
+                metric = torch.eye(parts.shape[-1], dtype=parts.dtype, device=parts.device)
+                solution = simplex_qp(gram(parts - target, metric), target.square().sum(-1))
+        return solution.weights.movedim(-1, 0).to(truth.dtype), solution
+
+
+def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
+    """Weights at the final norm that come closest to the model's logits, a token at a time.
+
+    Args:
+        network: Its decoder holds the metric, computed once.
+        jets: e_i = J^k norm(x_i)(h_L), [center, batch, pos, d_model].
+        truth: norm(h_L), [batch, pos, d_model].
+        objective: `"l2"`, `"centered_l2"` or `"kl"`.
+
+    Returns:
+        A `SimplexSolution` with weights [batch, pos, center] and the certificate `gap`.
+    """
+    if objective == "kl":
+        return _kl_weights(network, jets, truth)
+    metric = network.decoder.metric(centered=objective == "centered_l2")
+    jets64, truth64 = jets.double(), truth.double()
+    # The weights sum to one, so b_U cancels in every difference and only the d_model part of the metric is needed.
+    H = gram(jets64 - truth64, metric.gram[:-1, :-1])
+    return simplex_qp(H, metric.norm(truth64).square())
+
+
+def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
+    """Weights that minimize KL(model || expansion), in nats, a token at a time."""
+    decoder, shape = network.decoder, truth.shape[:-1]
+    scale = decoder.logit_scale
+    if scale is None:
+        raise NotImplementedError(
+            "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
+            "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
+        )
+    rows = jets.flatten(1, -2)
+    target = torch.log_softmax(scale * decoder.logits(truth.flatten(0, -2)), -1)
+    solution = simplex_kl(lambda chunk: scale * decoder.logits(rows[:, chunk]), target)
+    return solution.reshape(shape)
+
+
+def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:
+    if isinstance(centers, (str, Expansion, Term, Label, Function)) or callable(centers):
+        centers = [centers]
+    if isinstance(centers, Mapping):
+        for name, function in centers.items():
+            yield _read_function(name, function)
+        return
+    if not isinstance(centers, Iterable):
+        raise TypeError(f"centers must be labels, terms, expansions or functions; got {type(centers).__name__}.")
+    for center in centers:
+        if isinstance(center, Expansion):
+            yield from center.terms
+        elif isinstance(center, str):
+            yield _read_label(network, center)
+        elif isinstance(center, (Term, Label, Function)):
+            yield center
+        else:
+            yield _read_function(getattr(center, "__name__", type(center).__name__), center)
+
+
+def _read_function(name: str, function: Any) -> Function:
+    if not isinstance(function, Callable):
+        raise TypeError(
+            f"A center must be a label, a term of an expansion, an expansion, or a function from a Trace to a tensor "
+            f"[batch, pos, d_model]; {name!r} is a {type(function).__name__}."
+        )
+    return Function(name, function)
+
+
+def _read_label(network: ResidualNetwork, label: str) -> Label:
+    known = network.labels
+    if label not in known and not label.startswith("edit:"):
+        raise ValueError(
+            f"A center's label must be a source, stream or write of the network, or a term of an expansion "
+            f"(`expansion[{label!r}]`); got {label!r}. The labels are {', '.join(known[:12])}, ..."
+        )
+    return Label(label)

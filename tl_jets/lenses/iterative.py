@@ -1,0 +1,321 @@
+r"""The iterative jet lens: what every layer's stream says about the next token, at every order.
+
+Layer by layer, the jet of the final norm at the layer's stream x = h_l, evaluated at the final stream
+y = h_L, through the unembedding. Order 0 is the logit lens. Because norms are what they are, every order is a mix of two
+logit vectors,
+
+.. math::
+    \text{lens}_k = \alpha_k \, U(w * x) + \beta_k \, U(w * y) + \text{const}, \qquad \beta_0 = 0,
+
+the layer's own reading and *the model's own answer*. So for k >= 1 a good score may be borrowed: every cell carries its
+`alpha`, `beta` and `borrowed_share`, `borrowed` marks the cells whose answer is not the own part's, and every measure
+stands beside a random center of equal norm and angle (`control`), which knows nothing of the layer.
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (iterative jet lens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import norm_jet
+from tl_jets.expansion.expand import CenterScale
+from tl_jets.lenses.selection import (
+    Rows,
+    TargetInput,
+    check_options,
+    read_targets,
+    stream_labels,
+    trace_of,
+)
+from tl_jets.measures import MEASURES, Measures, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.network import ResidualNetwork
+from tl_jets.readout import CHUNK_SIZE, Control, Mixture, scan_mixture
+from tl_jets.stages import FINAL_STREAM
+from tl_jets.tokens import decode, token_names
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IterativeJetLens:
+    """What every layer's stream says at every order. Axes: [layer, order, batch, pos]; NaN (ids: -1) at padding.
+
+    Attributes:
+        labels: Streams, aligned to the layer axis: `0_pre`, ..., `final_post` (TransformerLens' names).
+        orders: 0..order, aligned to the order axis.
+        positions: Positions in the prompt, aligned to the pos axis.
+        tokens: The tokens at those positions [batch, pos].
+        valid: Which of them are real [batch, pos].
+        center_scale: How centers were rescaled.
+        rho: Radius ratio |v| / |x| of each series; it converges at the final stream where rho < 1 [layer, batch, pos].
+        tail_bound: Bound on what all higher orders add, RMS before the norm's gain; inf where rho >= 1.
+        alpha: Coefficient of the layer's own reading.
+        beta: Coefficient of the model's own answer.
+        borrowed_share: Length of the beta part over the sum of the lengths of both, logits centered over the vocabulary.
+        top_ids: Best tokens, best first [layer, order, batch, pos, k].
+        full_values: Their additive logits [layer, order, batch, pos, k].
+        own_values: What the own part alone (without beta) gives them [layer, order, batch, pos, k].
+        own_top_ids: Best token of the own part alone; None if not measured.
+        model_top_ids: The model's best token [batch, pos].
+        measures: How close to the model each cell is; None if not measured.
+        control: The same for the random center; None if not measured.
+        target_ids: Token ids asked for [target], or [batch, pos, target].
+        target_names: How they were asked for.
+        target_logits: Their additive logits [layer, order, batch, pos, target].
+        target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
+        tokenizer: The model's tokenizer, or None.
+    """
+
+    labels: list[str]
+    orders: list[int]
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    valid: Bool[Tensor, "batch pos"]
+    center_scale: CenterScale
+    rho: Float[Tensor, "layer batch pos"]
+    tail_bound: Float[Tensor, "layer order batch pos"]
+    alpha: Float[Tensor, "layer order batch pos"]
+    beta: Float[Tensor, "layer order batch pos"]
+    borrowed_share: Float[Tensor, "layer order batch pos"]
+    top_ids: Int[Tensor, "layer order batch pos k"]
+    full_values: Float[Tensor, "layer order batch pos k"]
+    own_values: Float[Tensor, "layer order batch pos k"]
+    own_top_ids: Int[Tensor, "layer order batch pos"] | None
+    model_top_ids: Int[Tensor, "batch pos"]
+    measures: Measures | None
+    control: Measures | None
+    target_ids: Tensor | None
+    target_names: list[str | int] | None
+    target_logits: Tensor | None
+    target_ranks: Tensor | None
+    tokenizer: Any
+
+    def __getattr__(self, name: str) -> Tensor:
+        """`lens.kl`, `lens.cosine`, ...: the measures by name."""
+        if name in MEASURES:
+            return getattr(_measured(self.measures), name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, orders "
+            f"0..{self.orders[-1]}, tokens {list(self.tokens.shape)}, center_scale={self.center_scale!r})"
+        )
+
+    @property
+    def borrowed(self) -> Bool[Tensor, "layer order batch pos"]:
+        """Cells whose best token is not the own part's: the answer comes from the model's own final stream."""
+        if self.own_top_ids is None:
+            raise ValueError("borrowed needs a lens run with measures=True; this one was run without.")
+        return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
+
+    def top_tokens(self, tokenizer: Any = None) -> dict[str, Any]:
+        """Decoded best tokens by layer: {label: nested lists [order][batch][pos][k]}."""
+        return {label: decode(tokenizer or self.tokenizer, self.top_ids[i]) for i, label in enumerate(self.labels)}
+
+    def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "layer order batch pos"]:
+        """Rank of one target (0 is the best token) at every layer and order; None takes the only one."""
+        return self._of_target(self.target_ranks, target)
+
+    def logit_difference(self, target: str | int, other: str | int) -> Float[Tensor, "layer order batch pos"]:
+        """Additive logit of `target` minus that of `other`, both among the `targets` asked for."""
+        return self._of_target(self.target_logits, target) - self._of_target(self.target_logits, other)
+
+    def _of_target(self, values: Tensor | None, target: str | int | None) -> Tensor:
+        if values is None or self.target_names is None:
+            raise ValueError("Targets must be asked for when the lens is run; pass targets=...")
+        if target is None and len(self.target_names) == 1:
+            return values[..., 0]
+        if target not in self.target_names:
+            raise ValueError(f"target must be one of {self.target_names}; got {target!r}.")
+        return values[..., self.target_names.index(target)]
+
+    def average(self) -> pd.DataFrame:
+        """Every measure and its control averaged over all real positions of all prompts, a row a layer and order.
+
+        Source: Chen et al., figure 3, bottom.
+        """
+        columns = {"rho": self.rho[:, None].expand_as(self.alpha), "borrowed_share": self.borrowed_share}
+        table = {name: values.flatten(-2).nanmean(-1) for name, values in columns.items()}
+        if self.measures is not None and self.control is not None:
+            control = self.control.mean()
+            for name, values in self.measures.mean().items():
+                table |= {name: values, f"control_{name}": control[name]}
+        return pd.DataFrame(
+            [
+                {"layer": label, "order": order, **{name: float(values[i, k]) for name, values in table.items()}}
+                for i, label in enumerate(self.labels)
+                for k, order in enumerate(self.orders)
+            ]
+        )
+
+    def to_dataframe(self, tokenizer: Any = None, top_k: int | None = None) -> pd.DataFrame:
+        """One row a layer, order, batch, real position and best token.
+
+        Columns: layer, order, batch, pos, token (read at that position), rank, token_index, token_string (the id without a
+        tokenizer), logit, own_logit, borrowed_share, and the measures with their controls.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        arrays = {
+            name: getattr(self, name).cpu().numpy()
+            for name in ("top_ids", "full_values", "own_values", "borrowed_share")
+        }
+        scores = {}
+        if self.measures is not None and self.control is not None:
+            for (name, values), (_, control) in zip(self.measures.items(), self.control.items(), strict=True):
+                scores |= {name: values.cpu().numpy(), f"control_{name}": control.cpu().numpy()}
+        names = token_names(tokenizer, [self.top_ids, self.tokens])
+        rows = []
+        cells = self.valid.nonzero().tolist()
+        tokens = self.tokens.cpu().numpy()
+        for i, label in enumerate(self.labels):
+            for k, order in enumerate(self.orders):
+                for b, p in cells:
+                    here = {"layer": label, "order": order, "batch": b, "pos": self.positions[p]}
+                    here["token"] = names[tokens[b, p]]
+                    shared = {"borrowed_share": arrays["borrowed_share"][i, k, b, p]}
+                    shared |= {name: values[i, k, b, p] for name, values in scores.items()}
+                    for rank, token in enumerate(arrays["top_ids"][i, k, b, p][:top_k]):
+                        row = {**here, "rank": rank, "token_index": token}
+                        row["token_string"] = names[token]
+                        row["logit"] = arrays["full_values"][i, k, b, p, rank]
+                        row["own_logit"] = arrays["own_values"][i, k, b, p, rank]
+                        rows.append(row | shared)
+        return pd.DataFrame(rows)
+
+
+def iterative_jet_lens(
+    model: Any,
+    text_or_tokens: Any,
+    *,
+    order: int = 1,
+    layers: Sequence[int | str] | None = None,
+    positions: int | Sequence[int] | None = None,
+    incl_mid: bool = False,
+    center_scale: CenterScale = "none",
+    targets: TargetInput | None = None,
+    top_k: int = 5,
+    measures: bool = True,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> IterativeJetLens:
+    """Every layer's jet of the final norm at all orders up to `order`, through the unembedding. Order 0: the logit lens.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
+        order: Highest order k >= 0; all orders 0..k are returned and cost about as much as one.
+        layers: Layers (an int l is `l_pre`, n_layers is `final_post`) or stream labels; None for all.
+        positions: Positions to read; None for all. Negative ones count from the end of the padded row.
+        incl_mid: Also read the streams between attention and MLP.
+        center_scale: Length of the center: `"none"` (the layer's own, the paper's), `"match"` or `"orthogonal"`, which
+            make the series converge; see `borrowed_share` and `control` for what that is worth.
+        targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), or a tensor of ids
+            [batch, pos] (one a position).
+        top_k: How many best tokens a cell keeps.
+        measures: Compute the measures, their controls and the own part's best token.
+        seed: Of the random control.
+        attention_mask: Passed to the model (left padding needs it).
+        cache: A ready `ActivationCache` of the same input.
+        chunk_size: Rows of d_vocab logits held at once.
+
+    Returns:
+        An `IterativeJetLens` with axes [layer, order, batch, pos].
+
+    Raises:
+        ValueError: Bad order, layer, position, option or input; the message says what must hold.
+        TypeError: Order or targets of the wrong type.
+
+    Source:
+        Chen et al., section 4; nostalgebraist 2020 for order 0.
+
+    Cost:
+        A forward pass and one product of all layers' streams with the unembedding, whatever the order.
+    """
+    check_options(order, center_scale)
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    trace = trace_of(network, text_or_tokens, attention_mask, cache)
+    rows = Rows.of(trace, positions)
+    labels = stream_labels(network, layers, incl_mid)
+    decoder, norm = network.decoder, network.decoder.norm
+    ids, names = read_targets(network, targets, trace)
+    with torch.no_grad():
+        centers = torch.stack([rows.take(trace[label]) for label in labels]).double()
+        variate = rows.take(trace[FINAL_STREAM]).double()
+        every = variate.expand_as(centers)
+        scale = centers.new_ones(centers.shape[:-1])
+        if center_scale != "none":
+            scale = center_scale_factors(norm, centers, every, center_scale)
+        series = norm_jet(norm, centers * scale[..., None], every, order)
+        alpha, beta = (series.alpha * scale).transpose(0, 1), series.beta.transpose(0, 1)
+        gamma = norm_jet(norm, variate, variate, 0).alpha[0]
+        plane = split_along(norm, centers, variate)
+        random = random_directions(norm, variate, (), seed)
+        dtype = trace[FINAL_STREAM].dtype
+        cast = lambda tensor: tensor.to(dtype)  # noqa: E731
+        mixture = Mixture(
+            own=cast(weighted(norm, norm.center(centers))),
+            shared=cast(weighted(norm, plane.variate)),
+            alpha=cast(alpha),
+            beta=cast(beta),
+            gamma=cast(gamma),
+            bias=norm.bias,
+        )
+        scan = scan_mixture(
+            decoder,
+            mixture,
+            top_k=top_k,
+            targets=None if ids is None else rows.take(ids),
+            measures=measures,
+            control=Control(cast(weighted(norm, random)), cast(plane.along), cast(plane.across)) if measures else None,
+            chunk_size=chunk_size,
+        )
+        found = geometry_in_plane(decoder, plane, plane.orthogonal, alpha, beta, gamma)
+        borrowed = found.pop("borrowed_share")
+        own, control = None, None
+        if measures:
+            of_random = geometry_in_plane(decoder, plane, plane.across[..., None] * random, alpha, beta, gamma)
+            of_random.pop("borrowed_share")
+            own = Measures.of(rows.spread, found, scan.kl, scan.top1_agreement)
+            control = Measures.of(rows.spread, of_random, scan.control.kl, scan.control.top1_agreement)
+        spread = rows.spread
+        return IterativeJetLens(
+            labels=labels,
+            orders=list(range(order + 1)),
+            positions=rows.positions,
+            tokens=trace.tokens[:, rows.positions],
+            valid=rows.keep,
+            center_scale=center_scale,
+            rho=spread(series.rho),
+            tail_bound=spread(series.tail_bound.transpose(0, 1)),
+            alpha=spread(alpha),
+            beta=spread(beta),
+            borrowed_share=spread(borrowed),
+            top_ids=spread(scan.top.indices, -2, -1),
+            full_values=spread(scan.top.values, -2),
+            own_values=spread(scan.own_values, -2),
+            own_top_ids=None if scan.own_top1 is None else spread(scan.own_top1, fill=-1),
+            model_top_ids=spread(scan.model.top.indices[:, 0], fill=-1),
+            measures=own,
+            control=control,
+            target_ids=None if ids is None else ids[:, rows.positions],
+            target_names=names,
+            target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
+            target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
+            tokenizer=network.tokenizer,
+        )
+
+
+def _measured(measures: Measures | None) -> Measures:
+    if measures is None:
+        raise ValueError("The measures were not computed; run the lens with measures=True.")
+    return measures

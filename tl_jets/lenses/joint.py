@@ -1,0 +1,346 @@
+r"""The joint jet lens: the model's logits as one weighted sum over components.
+
+.. math::
+    \text{logits} \approx \sum_i w_i \, U J^k \gamma_{L+1}(x_i)(h_L) + b_U ,
+
+with the embeddings and the writes of blocks, sublayers or heads as x_i, and weights on the simplex that are optimal for a
+stated objective, certified by `gap`. Uniform weights, and optimal weights of random centers of equal norm and angle (the
+control), stand beside.
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import norm_jet
+from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
+from tl_jets.expansion.simplex import SimplexSolution, check_weights, uniform_weights
+from tl_jets.lenses.selection import Rows, check_options, trace_of
+from tl_jets.measures import MEASURES, Measures, geometry, random_directions, split_along, weighted
+from tl_jets.network import ResidualNetwork
+from tl_jets.readout import CHUNK_SIZE, Mixture, MixtureScan, TopTokens, scan_mixture, top_tokens
+from tl_jets.stages import FINAL_STREAM, Granularity
+from tl_jets.tokens import decode, token_names
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class JointJetLens:
+    """The model's logits as a weighted sum over components. Axes: [center, batch, pos]; NaN (ids: -1) at padding.
+
+    Attributes:
+        labels: Components, aligned to the center axis: `embed`, `0_attn_out`, ..., `edit:<hook>`.
+        order: k.
+        objective: What the weights minimize.
+        center_scale: How centers were rescaled.
+        positions: Positions in the prompt, aligned to the pos axis.
+        tokens: The tokens at those positions [batch, pos].
+        valid: Which of them are real [batch, pos].
+        weights: w on the simplex [center, batch, pos].
+        gap: Certificate: the objective is at most this above its minimum [batch, pos], relative to the squared length
+            of the model's logits, or in nats for "kl"; None for given or uniform weights.
+        effective_rank: How many of the centers' weights the data identify [batch, pos]; None with `gap`.
+        rho: Radius ratio of each center's series [center, batch, pos].
+        alpha: Coefficient of each center's own reading.
+        beta: Coefficient of the model's own answer in each center's jet.
+        borrowed_share: Share of the model's own answer in the weighted sum [batch, pos].
+        top_ids: Best tokens of the weighted sum [batch, pos, k].
+        full_values: Their additive logits [batch, pos, k].
+        own_values: The same without the model's own answer [batch, pos, k].
+        own_top_ids: Best token without the model's own answer [batch, pos].
+        model_top_ids: The model's best token [batch, pos].
+        measures: How close to the model the sum is; each measure [batch, pos].
+        uniform: The same for uniform weights.
+        control: The same for random centers of equal norm and angle, with weights optimized in the same way.
+        tokenizer: The model's tokenizer, or None.
+    """
+
+    labels: list[str]
+    order: int
+    objective: str
+    center_scale: CenterScale
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    valid: Bool[Tensor, "batch pos"]
+    weights: Float[Tensor, "center batch pos"]
+    gap: Float[Tensor, "batch pos"] | None
+    effective_rank: Int[Tensor, "batch pos"] | None
+    rho: Float[Tensor, "center batch pos"]
+    alpha: Float[Tensor, "center batch pos"]
+    beta: Float[Tensor, "center batch pos"]
+    borrowed_share: Float[Tensor, "batch pos"]
+    top_ids: Int[Tensor, "batch pos k"]
+    full_values: Float[Tensor, "batch pos k"]
+    own_values: Float[Tensor, "batch pos k"]
+    own_top_ids: Int[Tensor, "batch pos"]
+    model_top_ids: Int[Tensor, "batch pos"]
+    measures: Measures
+    uniform: Measures
+    control: Measures
+    tokenizer: Any
+    _centers: _Centers
+
+    def __getattr__(self, name: str) -> Tensor:
+        """`lens.kl`, `lens.cosine`, ...: the measures by name."""
+        if name in MEASURES:
+            return getattr(self.measures, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"JointJetLens({len(self.labels)} centers, order {self.order}, tokens {list(self.tokens.shape)}, "
+            f"objective={self.objective!r}, center_scale={self.center_scale!r})"
+        )
+
+    @property
+    def borrowed(self) -> Bool[Tensor, "batch pos"]:
+        """Positions whose best token is not that of the sum without the model's own answer."""
+        return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
+
+    def top_tokens(self, tokenizer: Any = None) -> Any:
+        """Decoded best tokens of the weighted sum, nested lists [batch][pos][k]."""
+        return decode(tokenizer or self.tokenizer, self.top_ids)
+
+    def center_top_tokens(self, k: int = 1) -> TopTokens:
+        """Best tokens of each center's own jet J^order(x_i) alone [center, batch, pos, k]; read when asked for."""
+        found = top_tokens(self._centers.network.decoder, self._centers.jets, k=k)
+        spread = self._centers.rows.spread
+        return TopTokens(spread(found.values, -2), spread(found.indices, -2, -1))
+
+    def average(self) -> pd.DataFrame:
+        """The measures of the sum, of uniform weights and of the control, averaged over real positions."""
+        kinds = {"weighted": self.measures, "uniform": self.uniform, "control": self.control}
+        means = {kind: measures.mean() for kind, measures in kinds.items()}
+        rows = [{"weights": kind, **{name: float(v) for name, v in mean.items()}} for kind, mean in means.items()]
+        return pd.DataFrame(rows)
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """One row a center, batch and real position: its weight, rho, alpha, beta and best token."""
+        tokenizer = tokenizer or self.tokenizer
+        top = self.center_top_tokens(1)
+        names = token_names(tokenizer, [top.indices, self.tokens])
+        rows = []
+        for i, label in enumerate(self.labels):
+            for b, p in self.valid.nonzero().tolist():
+                row = {"center": label, "batch": b, "pos": self.positions[p]}
+                row["token"] = names[int(self.tokens[b, p])]
+                row |= {name: float(getattr(self, name)[i, b, p]) for name in ("weights", "rho", "alpha", "beta")}
+                row["token_index"] = int(top.indices[i, b, p, 0])
+                row["token_string"] = names[row["token_index"]]
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def joint_jet_lens(
+    model: Any,
+    text_or_tokens: Any,
+    *,
+    order: int = 0,
+    granularity: Granularity | None = None,
+    embeddings: bool = True,
+    weights: Literal["optimal", "uniform"] | Tensor = "optimal",
+    objective: Objective = "centered_l2",
+    positions: int | Sequence[int] | None = None,
+    center_scale: CenterScale = "none",
+    top_k: int = 5,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> JointJetLens:
+    """The model's logits as a weighted sum over components, with optimal weights, a token at a time.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        order: k >= 0 of each component's jet of the final norm.
+        granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is `"block"` for a model, and a
+            network's own for a `ResidualNetwork`.
+        embeddings: Whether the embeddings are components, too.
+        weights: `"optimal"`, `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos].
+        objective: What optimal weights minimize: the distance to the model's logits up to a constant a token
+            (`"centered_l2"`), as they are (`"l2"`, the paper's), or KL(model || sum) (`"kl"`, nats).
+        positions: Positions to read; None for all.
+        center_scale: Length of the centers: `"none"`, `"match"` or `"orthogonal"`.
+        top_k: How many best tokens a position keeps.
+        seed: Of the random control.
+        attention_mask: Passed to the model (left padding needs it).
+        cache: A ready `ActivationCache` of the same input.
+        chunk_size: Positions whose weights are solved at once.
+
+    Returns:
+        A `JointJetLens`. Edits by the user's hooks on the stream are components of their own (`edit:<hook>`).
+
+    Raises:
+        ValueError: Bad order, position, option, weights or input; the message says what must hold.
+        NotImplementedError: `objective="kl"` on a model with a final softcap.
+
+    Source:
+        Chen et al., section 4, Lemma 1.
+
+    Cost:
+        A forward pass and, a position, a quadratic program with as many variables as components, solved twice (the
+        control); "kl" needs all components' logits.
+    """
+    check_options(order, center_scale)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    own_granularity = model.granularity if isinstance(model, ResidualNetwork) else "block"
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model, granularity or "block")
+    network = network.at(granularity or own_granularity)
+    trace = trace_of(network, text_or_tokens, attention_mask, cache)
+    rows = Rows.of(trace, positions)
+    labels = [label for label in network.components if embeddings or label not in network.sources]
+    labels += [label for stream in network.streams for label in trace.edits(stream)]
+    with torch.no_grad():
+        values = torch.stack([rows.take(trace[label]) for label in labels])
+        variate = rows.take(trace[FINAL_STREAM])
+        centers = _Centers.of(network, rows, values, variate, order, center_scale)
+        truth = network.decoder.norm(variate.double())
+        chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
+        uniform = uniform_weights(len(labels), len(truth), device=truth.device)
+        random = _Centers.of(
+            network, rows, _random_centers(network, values, variate, seed), variate, order, center_scale
+        )
+        of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
+        sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
+        borrowed = (chosen * centers.beta.T).sum(-1)
+        scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size)
+        found = geometry(network.decoder, sums, truth)
+        measures = [
+            Measures.of(
+                rows.spread, {name: v[i] for name, v in found.items()}, scan.kl[i, 0], scan.top1_agreement[i, 0]
+            )
+            for i in range(3)
+        ]
+        spread = rows.spread
+        return JointJetLens(
+            labels=labels,
+            order=order,
+            objective=objective,
+            center_scale=center_scale,
+            positions=rows.positions,
+            tokens=trace.tokens[:, rows.positions],
+            valid=rows.keep,
+            weights=spread(chosen.T),
+            gap=None if solution is None else spread(solution.gap),
+            effective_rank=None if solution is None else spread(solution.effective_rank, fill=-1),
+            rho=spread(centers.rho),
+            alpha=spread(centers.alpha),
+            beta=spread(centers.beta),
+            borrowed_share=spread(_borrowed_share(network, sums[0], borrowed, variate)),
+            top_ids=spread(scan.top.indices[0, 0], -2, -1),
+            full_values=spread(scan.top.values[0, 0], -2),
+            own_values=spread(scan.own_values[0, 0], -2),
+            own_top_ids=spread(scan.own_top1[0, 0], fill=-1),
+            model_top_ids=spread(scan.model.top.indices[:, 0], fill=-1),
+            measures=measures[0],
+            uniform=measures[1],
+            control=measures[2],
+            tokenizer=network.tokenizer,
+            _centers=centers,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Centers:
+    """The jets of the final norm at many centers, real positions only.
+
+    Attributes:
+        network: The network whose final norm is expanded.
+        rows: The way back to [batch, pos].
+        jets: e_i = J^k norm(x_i)(h_L) [center, row, d_model], float64.
+        alpha: Coefficients of w * x_i [center, row].
+        beta: Coefficients of w * h_L [center, row].
+        rho: Radius ratios [center, row].
+    """
+
+    network: ResidualNetwork
+    rows: Rows
+    jets: Tensor
+    alpha: Tensor
+    beta: Tensor
+    rho: Tensor
+
+    @classmethod
+    def of(
+        cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale
+    ) -> _Centers:
+        norm, values = network.decoder.norm, values.double()
+        variate = variate.double().expand_as(values)
+        factors = center_scale_factors(norm, values, variate, scale)
+        series = norm_jet(norm, values * factors[..., None], variate, order)
+        return cls(network, rows, series.value(order), series.alpha[-1] * factors, series.beta[-1], series.rho)
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """sum_i w_i e_i [row, d_model] for weights [row, center]."""
+        return torch.einsum("rn,nrd->rd", weights, self.jets)
+
+
+def _choose(
+    network: ResidualNetwork,
+    jets: Tensor,
+    truth: Tensor,
+    weights: Any,
+    objective: Objective,
+    rows: Rows,
+    chunk_size: int,
+) -> tuple[Tensor, SimplexSolution | None]:
+    """Weights [row, center], and the solution if they were solved."""
+    n = len(jets)
+    if isinstance(weights, str) and weights == "optimal":
+        parts = [
+            decoder_weights(network, jets[:, start : start + chunk_size], truth[start : start + chunk_size], objective)
+            for start in range(0, len(truth), chunk_size)
+        ]
+        solution = SimplexSolution.cat(parts)
+        return solution.weights, solution
+    if isinstance(weights, str) and weights == "uniform":
+        return uniform_weights(n, len(truth), device=truth.device), None
+    if isinstance(weights, str):
+        raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
+    given = check_weights(torch.as_tensor(weights).movedim(0, -1), n).to(truth)
+    return (rows.take(given) if given.ndim > 1 else given.expand(len(truth), n)), None
+
+
+def _random_centers(network: ResidualNetwork, values: Tensor, variate: Tensor, seed: int) -> Tensor:
+    """Random centers of the same norm, and the same angle to the final stream, as the final norm sees them."""
+    plane = split_along(network.decoder.norm, values, variate)
+    random = random_directions(network.decoder.norm, variate, values.shape[:1], seed)
+    return plane.along[..., None] * plane.variate + plane.across[..., None] * random
+
+
+def _scan_sums(
+    network: ResidualNetwork, sums: Tensor, borrowed: Tensor, variate: Tensor, top_k: int, chunk_size: int
+) -> MixtureScan:
+    """Read the weighted sums [sum, row, d_model]; the first is split into its own part and what it borrows."""
+    norm, (n, n_rows) = network.decoder.norm, sums.shape[:2]
+    shared = weighted(norm, norm.center(variate.double()))
+    beta = sums.new_zeros(n, 1, n_rows)
+    beta[0, 0] = borrowed
+    own = sums - beta[:, 0, :, None] * shared
+    own = own if norm.bias is None else own - norm.bias
+    gamma = norm_jet(norm, variate.double(), variate.double(), 0).alpha[0]
+    dtype = variate.dtype
+    mixture = Mixture(
+        own.to(dtype), shared.to(dtype), torch.ones_like(beta).to(dtype), beta.to(dtype), gamma.to(dtype), norm.bias
+    )
+    return scan_mixture(network.decoder, mixture, top_k=top_k, chunk_size=chunk_size)
+
+
+def _borrowed_share(network: ResidualNetwork, total: Tensor, borrowed: Tensor, variate: Tensor) -> Tensor:
+    """Length of the beta part over the sum of the lengths of both parts, logits centered over the vocabulary."""
+    norm, metric = network.decoder.norm, network.decoder.metric(centered=True)
+    shared = borrowed[:, None] * weighted(norm, norm.center(variate.double()))
+    own = total - shared if norm.bias is None else total - shared - norm.bias
+    lengths = metric.norm(shared, 0.0), metric.norm(own, 0.0)
+    return torch.where(borrowed == 0, 0, lengths[0] / (lengths[0] + lengths[1]))

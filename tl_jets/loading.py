@@ -1,0 +1,31 @@
+"""Loading a TransformerLens model by name or from a local Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A `TransformerBridge` in evaluation mode.
+
+    Args:
+        name: A local Hugging Face directory (works offline) or a model's name on the hub.
+        device: Where to put it.
+        dtype: Its precision.
+
+    Raises:
+        OSError: There is no such directory or model.
+        ValueError: The architecture is not one that TransformerLens has.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    looks_local = name.startswith((".", "/", "~")) or Path(name).expanduser().exists()
+    if looks_local and not (Path(name).expanduser() / "config.json").is_file():
+        raise FileNotFoundError(f"a local model must be a directory with a config.json; {name} is not")
+    source = str(Path(name).expanduser()) if looks_local else name
+    model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+    model.eval()
+    return model

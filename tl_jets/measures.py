@@ -1,0 +1,197 @@
+r"""How close an expansion's logits are to the model's, and the random center that every measure stands beside.
+
+For the model's additive logits T and the expansion's L, at one position:
+
+======================  ===========================================================================
+measure                 definition
+======================  ===========================================================================
+`remainder_norm`        |T - L| / |T|
+`cosine`                cos(T, L), the paper's
+`centered_cosine`       the same after the mean over the vocabulary is taken off both
+`kl`                    KL(softmax(tau(T)) || softmax(tau(L))) in nats, tau the model's own last transform
+`top1_agreement`        whether both have the same best token
+======================  ===========================================================================
+
+**The plane of a jet.** The jet of the final norm at a center x lies in the plane of the layer's stream and the final
+stream y. With x = a y + q, q orthogonal to y (both as the norm sees them: centered for LayerNorm),
+
+.. math::
+    L = (\alpha a + \beta) s + \alpha p + c, \qquad T = \gamma s + c, \qquad s = U(w * y),\; p = U(w * q),
+
+so every order's lengths and angles follow from six inner products, and the difference T - L = (gamma - beta - alpha a) s
+- alpha p cancels nothing in the vectors.
+
+**The control** replaces q by a random vector of the same length, orthogonal to y: a center of equal norm and equal angle
+to the final stream, that knows nothing of the layer. Its alpha, beta and rho are those of the layer. What the control
+achieves, too, is not evidence about the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.calculus import Norm
+from tl_jets.decoder import Decoder, Metric
+
+MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """How close logits are to the model's. All of one shape [*axes, batch, pos]; NaN at padding.
+
+    Attributes:
+        remainder_norm: |T - L| / |T| of additive logits.
+        cosine: cos(T, L).
+        centered_cosine: cos(T, L) up to a constant a token.
+        kl: KL(model || expansion) in nats.
+        top1_agreement: 1 where both have the same best token, else 0.
+    """
+
+    remainder_norm: Float[Tensor, "*cells"]
+    cosine: Float[Tensor, "*cells"]
+    centered_cosine: Float[Tensor, "*cells"]
+    kl: Float[Tensor, "*cells"]
+    top1_agreement: Float[Tensor, "*cells"]
+
+    @classmethod
+    def of(
+        cls, spread: Callable[[Tensor], Tensor], geometry: dict[str, Tensor], kl: Tensor, agreement: Tensor
+    ) -> Measures:
+        """The measures of rows, with `spread` bringing them back to [batch, pos]."""
+        values = {**geometry, "kl": kl, "top1_agreement": agreement.to(kl.dtype)}
+        return cls(**{name: spread(value) for name, value in values.items()})
+
+    def map(self, change: Any) -> Measures:
+        """The measures with `change` applied to each tensor."""
+        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+    def mean(self) -> dict[str, Tensor]:
+        """Averages over batch and position, padding excluded, by name: tensors of shape [*axes]."""
+        return {name: getattr(self, name).flatten(-2).nanmean(-1) for name in MEASURES}
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """(name, values) of every measure."""
+        return [(name, getattr(self, name)) for name in MEASURES]
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A center split along the final stream: x = along * y + across * direction, as the final norm sees them.
+
+    Attributes:
+        variate: y, centered if the norm centers, [batch, pos, d_model], float64.
+        along: a, [layer, batch, pos].
+        across: |q|, [layer, batch, pos].
+        orthogonal: q = x - a y, [layer, batch, pos, d_model].
+    """
+
+    variate: Float[Tensor, "*row d_model"]
+    along: Float[Tensor, "layer *row"]
+    across: Float[Tensor, "layer *row"]
+    orthogonal: Float[Tensor, "layer *row d_model"]
+
+
+def split_along(norm: Norm, centers: Tensor, variate: Tensor) -> Plane:
+    """Split centers [layer, *row, d_model] along the variate [*row, d_model], in float64."""
+    x, y = norm.center(centers.double()), norm.center(variate.double())
+    along = (x * y).sum(-1) / y.square().sum(-1).clamp_min(torch.finfo(y.dtype).tiny)
+    orthogonal = x - along[..., None] * y
+    return Plane(y, along, orthogonal.norm(dim=-1), orthogonal)
+
+
+def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Unit vectors orthogonal to the variate [*row, d_model] (and centered with it), [*shape, *row, d_model], float64.
+
+    The draw depends on the seed and the shape alone, not on the device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    y = norm.center(variate.double())
+    noise = torch.randn((*shape, *y.shape), generator=generator, dtype=torch.float64).to(y.device)
+    noise = norm.center(noise)
+    y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    noise = noise - (noise * y).sum(-1, keepdim=True) * y
+    return noise / noise.norm(dim=-1, keepdim=True)
+
+
+def weighted(norm: Norm, states: Tensor) -> Tensor:
+    """w * states: what the norm's gain makes of centered states."""
+    return states if norm.weight is None else states * norm.weight
+
+
+def geometry_in_plane(
+    decoder: Decoder, plane: Plane, across: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
+) -> dict[str, Tensor]:
+    """Remainder norm, both cosines and the borrowed share of jets in the plane of y and `across`.
+
+    Args:
+        decoder: Its metrics and its norm's weight and bias.
+        plane: The centers' split; its `variate` and `along` are used.
+        across: q, or the control's, [layer, *row, d_model].
+        alpha: [layer, order, *row]; L = alpha U(w * x) + beta U(w * y) + c.
+        beta: [layer, order, *row].
+        gamma: The model's own: T = gamma U(w * y) + c, [*row].
+
+    Returns:
+        `remainder_norm`, `cosine`, `centered_cosine`, `borrowed_share`, each [layer, order, *row].
+    """
+    norm = decoder.norm
+    along = plane.along[:, None]
+    A, B = alpha * along + beta, alpha
+    found = {}
+    for centered in (False, True):
+        products = _inner_products(
+            decoder.metric(centered), weighted(norm, plane.variate), weighted(norm, across), norm
+        )
+        ss, sq, qq, sc, qc, cc = (value if value.ndim == gamma.ndim else value[:, None] for value in products)
+        of_model = gamma.square() * ss + 2 * gamma * sc + cc
+        of_lens = A.square() * ss + B.square() * qq + cc + 2 * (A * B * sq + A * sc + B * qc)
+        cross = A * gamma * ss + A * sc + B * gamma * sq + B * qc + gamma * sc + cc
+        cosine = (cross / (of_model * of_lens).clamp_min(0).sqrt()).clamp(-1, 1)
+        if centered:
+            own = _length(alpha.square() * (along.square() * ss + 2 * along * sq + qq))
+            borrowed = beta.abs() * _length(ss)
+            found["centered_cosine"] = cosine
+            found["borrowed_share"] = torch.where(borrowed == 0, 0, borrowed / (own + borrowed))
+        else:
+            short = gamma - A
+            remainder = short.square() * ss - 2 * short * B * sq + B.square() * qq
+            found["cosine"] = cosine
+            found["remainder_norm"] = _length(remainder) / _length(of_model)
+    return found
+
+
+def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Remainder norm and both cosines of the logits of `states` [*axes, d_model] against `truth` [*row, d_model].
+
+    Both are what the unembedding reads, biases of the norm included; both carry b_U once.
+    """
+    plain, centered = decoder.metric(False), decoder.metric(True)
+    states, truth = states.double(), truth.double()
+    return {
+        "remainder_norm": plain.norm(states - truth, 0.0) / plain.norm(truth),
+        "cosine": plain.cosine(states, truth),
+        "centered_cosine": centered.cosine(states, truth),
+    }
+
+
+def _inner_products(metric: Metric, s: Tensor, q: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c>, with c the norm's bias and b_U."""
+    gram = metric.gram
+    bias = s.new_zeros(s.shape[-1]) if norm.bias is None else norm.bias.to(s)
+    c = torch.cat([bias, bias.new_ones(1)]) @ gram
+    Ms, Mq = s @ gram[:-1, :-1], q @ gram[:-1, :-1]
+    cc = (c[:-1] * bias).sum() + c[-1]
+    ss, sc = (Ms * s).sum(-1), s @ c[:-1]
+    return ss, (Ms * q).sum(-1), (Mq * q).sum(-1), sc, q @ c[:-1], cc.expand_as(ss)
+
+
+def _length(square: Tensor) -> Tensor:
+    # Rounding can leave the square of a null vector slightly below zero.
+    return square.clamp_min(0).sqrt()

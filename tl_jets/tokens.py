@@ -1,0 +1,48 @@
+"""How token ids are written: with their spaces, whatever the tokenizer does to a lone token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text that a token adds after another: a lone token loses its leading space in many tokenizers.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; None gives the id itself.
+        token: A token id.
+    """
+    if tokenizer is None:
+        return str(token)
+    alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
+    return twice[len(alone) :] if twice.startswith(alone) else alone
+
+
+def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
+    """Texts of all ids in some tensors, each decoded once; padding (-1) is left out."""
+    ids = {token for tensor in tensors for token in tensor.unique().tolist()}
+    return {token: token_text(tokenizer, token) for token in sorted(ids) if token >= 0}
+
+
+def decode(tokenizer: Any, ids: Tensor) -> Any:
+    """Texts of ids as nested lists of the ids' shape; padding (-1) is None.
+
+    Raises:
+        ValueError: There is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError("Tokens are decoded with a tokenizer; the model has none. Pass tokenizer=...")
+    names = token_names(tokenizer, [ids])
+
+    def nested(values: Any) -> Any:
+        return [nested(value) for value in values] if isinstance(values, list) else names.get(values)
+
+    return nested(ids.tolist())
+
+
+def visible(text: str | None) -> str:
+    """A token's text with spaces and line breaks shown; padding is `?`, an empty token the empty set."""
+    return "?" if text is None else repr(text)[1:-1].replace(" ", "\u00b7") or "\u2205"
