@@ -175,7 +175,7 @@ class Decoder:
 
     norm: Callable[..., Any]
     W_U: Float[Tensor, "d_model d_vocab"] = field(repr=False)
-    b_U: Float[Tensor, " d_vocab"] = field(repr=False)
+    b_U: Float[Tensor, " d_vocab"] = field(repr=False)  # noqa: N815
     transform: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -271,6 +271,16 @@ class Decoder:
                 "Pass what the unembedding reads (after the final norm), not logits."
             )
 
+    @cached_property
+    def logit_scale(self) -> float | None:
+        """The factor that `transform` multiplies logits with: 1 without one, None if it is not a factor (a softcap)."""
+        if self.transform is None:
+            return 1.0
+        probe = torch.linspace(-100, 100, self.d_vocab + 1, dtype=torch.float64, device=self.W_U.device)[1:]
+        mapped = self.transform(probe.clone()).double()
+        scale = float(mapped[-1] / probe[-1])
+        return scale if torch.allclose(mapped, scale * probe, rtol=1e-6, atol=0) else None
+
     def metric(self, centered: bool) -> Metric:
         """The metric of logit vectors, computed at the first call and kept with the decoder.
 
@@ -291,9 +301,13 @@ class Decoder:
             size = self.d_model + 1
             gram = torch.zeros(size, size, dtype=torch.float64, device=self.W_U.device)
             width = max(PANEL, CONVERTED_ELEMENTS // size)
+            tied = self.W_U.stride(0) < self.W_U.stride(1)
             for start in range(0, self.d_vocab, width):
                 stop = min(start + width, self.d_vocab)
-                chunk = torch.empty(size, stop - start, dtype=torch.float64, device=self.W_U.device)
+                # Laid out as W_U is: a copy that transposes takes as long as the product.
+                shape = (stop - start, size) if tied else (size, stop - start)
+                chunk = torch.empty(shape, dtype=torch.float64, device=self.W_U.device)
+                chunk = chunk.T if tied else chunk
                 chunk[:-1] = self.W_U[:, start:stop]
                 chunk[-1] = self.b_U[start:stop]
                 chunk -= mean.unsqueeze(1)

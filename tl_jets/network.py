@@ -246,6 +246,8 @@ class CallableModel:
                 stream = stream + torch.stack(list(outs.values())).sum(0)
             streams[FINAL_STREAM] = stream
             logits = self.decoder.logits(self.decoder.norm(stream))
+            if self.decoder.transform is not None:
+                logits = self.decoder.transform(logits)
         valid = torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
         return Recording(text_or_tokens, valid, sources, streams, writes, logits=logits)
 

@@ -48,8 +48,8 @@ Example:
     >>> scan = scan_mixture(decoder, lens, top_k=3)
     >>> bool((scan.top.indices[:, 0] == decoder.logits(h).topk(3).indices).all())
     True
-    >>> scan.kl[-1].tolist(), scan.top1_agreement[-1].tolist()
-    ([[0.0, 0.0]], [[True, True]])
+    >>> bool((scan.kl[-1] < 1e-6).all()), scan.top1_agreement[-1].tolist()     # the last layer is the model
+    (True, [[True, True]])
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CHUNK_SIZE = 320
 # Width of the blocks whose maxima are compared before any token is: a multiple of every vector width.
 BLOCK = 64
 # Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
-SCRATCH_CPU, SCRATCH_DEVICE = 2**20, 2**25
+SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
 # Layers (and other sets of rows) that share a product with W_U.
 MAX_SETS = 10
@@ -230,20 +230,21 @@ def top_tokens(
     weights = torch.as_tensor(bias_weight, dtype=reader.dtype, device=states.device).expand(rows).reshape(-1, 1)
     values = torch.empty(len(flat), k, dtype=reader.dtype, device=states.device)
     indices = torch.empty(len(flat), k, dtype=torch.long, device=states.device)
-    constant = reader.pad(decoder.b_U)
-    buffer = reader.rows(min(chunk_size, len(flat)))
+    bias = decoder.b_U.to(reader.dtype)
+    buffer = reader.buffer(min(chunk_size, len(flat)))
     for chunk in _slices(len(flat), chunk_size):
         decoder.project(flat[chunk], buffer[: chunk.stop - chunk.start, : decoder.d_vocab])
         for part in _slices(chunk.stop - chunk.start, reader.scratch_rows):
             cells = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits = reader.floor(buffer[part].addcmul_(weights[cells], constant))
+            logits = buffer[part]
+            logits[:, : decoder.d_vocab].addcmul_(weights[cells], bias)
+            reader.floor(logits)
             values[cells], indices[cells] = reader.top(logits, k)
             if log_probs:
                 values[cells] = reader.transformed(values[cells])
                 shift = reader.shift(logits, values[cells, 0])
                 log_total = (shift + _total(logits.exp2_()).log2()) / reader.log2_e
                 values[cells] -= log_total.to(reader.dtype).unsqueeze(-1)
-            buffer[part, decoder.d_vocab :] = 0
     return TopTokens(values.reshape(*rows, k), indices.reshape(*rows, k))
 
 
@@ -282,7 +283,9 @@ def scan_mixture(
         targets = _checked_targets(targets, mixture.own.shape[1], decoder.d_vocab)
     if control is not None:
         if not measures:
-            raise ValueError("A control is there for its measures, got measures=False. Pass measures=True or no control.")
+            raise ValueError(
+                "A control is there for its measures, got measures=False. Pass measures=True or no control."
+            )
         layer, row, d_model = mixture.own.shape
         _check("control.random", control.random, (row, d_model), "row, d_model")
         _check("control.along", control.along, (layer, row), "layer, row")
@@ -291,39 +294,33 @@ def scan_mixture(
     cells = mixture.alpha.shape
     n_targets = 0 if targets is None else targets.shape[1]
     store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
-    model_store = reader.allocate(cells[2:], top_k, n_targets, measures)
-    control_store = None if control is None else reader.allocate(cells, 1, 0, measures)
-    constant = reader.pad(decoder.constant(mixture.bias, reader.dtype))
+    model_store = reader.allocate((1, 1, cells[2]), top_k, n_targets, measures)
+    # All layers of a row mix the same vectors: to the reader they are so many orders of one layer.
+    merged = (1, cells[0] * cells[1], cells[2])
+    control_store = None if control is None else reader.allocate(merged, 1, 0, measures)
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
-    for rows, shared, random, own_logits in _projections(reader, mixture, control, chunk_size):
+    gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
+    for rows, constant, fixed, own_logits in _projections(reader, mixture, control, chunk_size):
         row_targets = None if targets is None else targets[rows]
-        model = reader.read_model(shared, mixture.gamma[rows], constant, row_targets, _view(model_store, rows))
+        shared = fixed[0]
+        model = reader.read_model((constant, gamma[:, rows], shared), row_targets, _view(model_store, 0, rows))
         for layer, own in own_logits:
-            mix = own, alpha[layer, :, rows], shared, beta[layer, :, rows], constant
-            reader.read(mix, row_targets, model, _view(store, rows, layer))
-        if control is None or control_store is None or random is None:
-            continue
-        along, across = (x[:, None, rows, None].to(reader.dtype) for x in (control.along, control.across))
-        borrowed, lent = alpha[:, :, rows] * along + beta[:, :, rows], alpha[:, :, rows] * across
-        for layer in range(cells[0]):
-            mix = random, lent[layer], shared, borrowed[layer], constant
-            reader.read(mix, None, model, _view(control_store, rows, layer))
+            mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], shared
+            reader.read(mix, row_targets, model, _view(store, layer, rows))
+        if control is not None and control_store is not None:
+            along, across = (x[:, None, rows].to(reader.dtype) for x in (control.along, control.across))
+            borrowed, lent = alpha[:, :, rows, 0] * along + beta[:, :, rows, 0], alpha[:, :, rows, 0] * across
+            coefficients = torch.stack([torch.ones_like(lent), borrowed, lent], dim=-1).flatten(0, 1)
+            reader.read_control(coefficients, (constant, *fixed), model, _view(control_store, 0, rows))
+    if control_store is not None:
+        control_store = {name: x.view(*cells, *x.shape[3:]) for name, x in control_store.items()}
     return MixtureScan(
         own_top1=store.get("own_top1"),
-        model=_readings(model_store),
-        control=None if control_store is None else _readings(control_store),
-        **vars(_readings(store)),
+        model=_readings(reader, *[{name: x[0, 0] for name, x in model_store.items()}] * 2),
+        control=None if control_store is None else _readings(reader, control_store, model_store),
+        **vars(_readings(reader, store, model_store)),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Model:
-    """The model's own distribution over the vocabulary at some rows, zero in the padding."""
-
-    probabilities: Tensor  # [row, width]
-    negative_entropy: Tensor  # [1, row], in bits, float64
-    top1: Tensor  # [1, row]
 
 
 class _Reader:
@@ -341,14 +338,10 @@ class _Reader:
         self.log2_e = torch.tensor(LOG2_E, dtype=dtype).item()
 
     def buffer(self, rows: int) -> Tensor:
-        """Rows of padded logits, zero."""
-        return torch.zeros(rows, self.width, dtype=self.dtype, device=self.device)
-
-    def pad(self, vector: Tensor) -> Tensor:
-        """A [d_vocab] vector with zeros in the padding."""
-        padded = self.buffer(1)[0]
-        padded[: self.decoder.d_vocab] = vector
-        return padded
+        """Rows of padded logits: uninitialised, with zeros in the padding."""
+        buffer = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
+        buffer[:, self.decoder.d_vocab :] = 0
+        return buffer
 
     def floor(self, logits: Tensor) -> Tensor:
         """Put the padding below every token, in place."""
@@ -363,18 +356,14 @@ class _Reader:
     def allocate(
         self, cells: tuple[int, ...], k: int, n_targets: int, measures: bool, own_top1: bool = False
     ) -> dict[str, Tensor]:
-        """Empty results, by the names of the fields of `Readings`."""
+        """Empty results; what `_readings` makes of them needs no vocabulary-sized tensor."""
 
         def empty(dtype: torch.dtype, *last: int) -> Tensor:
             return torch.empty(*cells, *last, dtype=dtype, device=self.device)
 
-        store = {
-            "values": empty(self.dtype, k),
-            "indices": empty(torch.long, k),
-            "top1_agreement": empty(torch.bool),
-        }
+        store = {"values": empty(self.dtype, k), "indices": empty(torch.long, k)}
         if measures:
-            store |= {"log_normalizer": empty(self.dtype), "kl": empty(self.dtype)}
+            store |= {name: empty(torch.float64) for name in ("shift", "expected", "total")}
         if n_targets:
             store |= {"target_logits": empty(self.dtype, n_targets), "target_ranks": empty(torch.long, n_targets)}
         if own_top1:
@@ -382,73 +371,108 @@ class _Reader:
         return store
 
     def read_model(
-        self, shared: Tensor, gamma: Tensor, constant: Tensor, targets: Tensor | None, store: dict[str, Tensor]
-    ) -> _Model:
-        """Read the model's own logits, `gamma * shared + constant`, and keep their distribution."""
-        measures = "kl" in store
-        probabilities = self.buffer(len(shared) if measures else 0)
-        negative_entropy = torch.empty(1, len(shared), dtype=torch.float64, device=self.device)
-        gamma = gamma.to(self.dtype).view(1, -1, 1)
+        self, mix: tuple[Tensor, Tensor, Tensor], targets: Tensor | None, store: dict[str, Tensor]
+    ) -> Tensor:
+        """Read the model's own logits, `constant + gamma * shared`. Returns their probabilities, zero in the padding."""
+        constant, gamma, shared = mix
+        probabilities = self.buffer(len(shared) if "total" in store else 0)
         for part in _slices(len(shared), self.scratch_rows):
             logits = self.mix(constant, gamma[:, part], shared[part])
-            top = self.read_top(logits, part, targets, store)
-            store["top1_agreement"][:, part] = True
-            if measures:
-                shift = self.shift(logits, top)
+            view = {name: x[:, part] for name, x in store.items()}
+            top = self.read_top(logits, None if targets is None else targets[part], view)
+            if "total" in store:
+                view["shift"].copy_(self.shift(logits, top))
                 chunk = torch.exp2(logits[0], out=probabilities[part])
                 total = _total(chunk)
                 chunk /= total.unsqueeze(-1).to(self.dtype)
-                log_total = total.log2()
-                negative_entropy[:, part] = self.expectation(logits, chunk) - log_total
-                store["log_normalizer"][:, part] = ((shift + log_total) / self.log2_e).to(self.dtype)
-                store["kl"][:, part] = 0
-        return _Model(probabilities, negative_entropy, store["indices"][..., 0])
+                view["expected"].copy_(self.expectation(logits, chunk))
+                view["total"].copy_(total)
+        return probabilities
 
     def read(
         self,
         mix: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         targets: Tensor | None,
-        model: _Model,
+        probabilities: Tensor,
         store: dict[str, Tensor],
     ) -> None:
-        """Read `alpha * own + beta * shared + constant`; results are views [order, row, ...] of the caller's tensors."""
-        own, alpha, shared, beta, constant = mix
+        """Read `constant + alpha * own + beta * shared`; results are views [order, row, ...] of the caller's tensors."""
+        constant, alpha, own, beta, shared = mix
+        # Order 0 of a jet borrows nothing: the leading orders without `shared` are their own part.
+        borrows = (beta != 0).flatten(1).any(1).tolist()
+        plain = borrows.index(True) if any(borrows) else len(borrows)
         for part in _slices(len(own), max(1, self.scratch_rows // len(alpha))):
             logits = self.mix(constant, alpha[:, part], own[part])
+            view = {name: x[:, part] for name, x in store.items()}
+            if plain < len(alpha):
+                if "own_top1" in store:
+                    view["own_top1"][plain:] = self.top1(logits[plain:])[1]
+                logits[plain:].addcmul_(beta[plain:, part], shared[part])
+            self.finish(logits, None if targets is None else targets[part], probabilities[part], view)
             if "own_top1" in store:
-                store["own_top1"][:, part] = self.top(logits, 1)[1].squeeze(-1)
-            self.floor(logits.addcmul_(beta[:, part], shared[part]))
-            top = self.read_top(logits, part, targets, store)
-            store["top1_agreement"][:, part] = store["indices"][:, part, 0] == model.top1[:, part]
-            if "kl" in store:
-                shift = self.shift(logits, top)
-                expected = self.expectation(logits, model.probabilities[part])
-                log_total = _total(logits.exp2_()).log2()
-                kl = (model.negative_entropy[:, part] - expected + log_total).clamp_min(0) / self.log2_e
-                store["kl"][:, part] = kl.to(self.dtype)
-                store["log_normalizer"][:, part] = ((shift + log_total) / self.log2_e).to(self.dtype)
+                view["own_top1"][:plain] = view["indices"][:plain, ..., 0]
+
+    def read_control(
+        self, coefficients: Tensor, vectors: tuple[Tensor, ...], probabilities: Tensor, store: dict[str, Tensor]
+    ) -> None:
+        """Read mixes [cell, row, vector] of the constant [width] and other vectors [row, width].
+
+        Many mixes of few vectors are a matrix product: half the time of elementwise operations.
+        """
+        basis = self.buffer(len(vectors))
+        basis[0] = vectors[0]
+        for row in range(coefficients.shape[1]):
+            for i, vector in enumerate(vectors[1:], 1):
+                basis[i] = vector[row]
+            for part in _slices(len(coefficients), self.scratch_rows):
+                logits = torch.mm(coefficients[part, row], basis, out=self.rows(part.stop - part.start))
+                view = {name: x[part, row : row + 1] for name, x in store.items()}
+                self.finish(logits.unsqueeze(1), None, probabilities[row : row + 1], view)
+
+    def finish(self, logits: Tensor, targets: Tensor | None, probabilities: Tensor, store: dict[str, Tensor]) -> None:
+        """Read [order, row, width] logits, overwriting them; `store` holds views [order, row, ...]."""
+        top = self.read_top(logits, targets, store)
+        if "total" in store:
+            store["shift"].copy_(self.shift(logits, top))
+            store["expected"].copy_(self.expectation(logits, probabilities))
+            store["total"].copy_(_total(logits.exp2_()))
+
+    def rows(self, count: int) -> Tensor:
+        """Rows of the scratch."""
+        if len(self.scratch) < count:
+            self.scratch = self.buffer(count)
+        return self.scratch[:count]
 
     def mix(self, constant: Tensor, coefficient: Tensor, logits: Tensor) -> Tensor:
         """`constant + coefficient * logits`, [order, row, 1] times [row, width], in the scratch."""
         orders, rows, _ = coefficient.shape
-        if len(self.scratch) < orders * rows:
-            self.scratch = self.buffer(orders * rows)
-        scratch = self.scratch[: orders * rows].view(orders, rows, self.width)
-        return self.floor(torch.addcmul(constant, coefficient, logits, out=scratch))
+        scratch = self.rows(orders * rows).view(orders, rows, self.width)
+        return torch.addcmul(constant, coefficient, logits, out=scratch)
 
-    def read_top(self, logits: Tensor, part: slice, targets: Tensor | None, store: dict[str, Tensor]) -> Tensor:
+    def read_top(self, logits: Tensor, targets: Tensor | None, store: dict[str, Tensor]) -> Tensor:
         """Store the best tokens, and the targets' logits and ranks. Returns the largest transformed logit of each."""
         values, indices = self.top(logits, store["indices"].shape[-1])
-        store["values"][:, part], store["indices"][:, part] = values, indices
+        store["values"].copy_(values)
+        store["indices"].copy_(indices)
         if targets is not None:
-            for i, target in enumerate(targets[part].unbind(1)):
+            for i, target in enumerate(targets.unbind(1)):
                 value = logits.gather(-1, target[None, :, None].expand(len(logits), -1, 1))
-                store["target_logits"][:, part, i] = value.squeeze(-1)
-                store["target_ranks"][:, part, i] = self.rank(logits, value, target)
+                store["target_logits"][..., i] = value.squeeze(-1)
+                store["target_ranks"][..., i] = self.rank(logits, value, target)
         return self.transformed(values[..., 0])
+
+    def top1(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit and its smallest id: `max` returns the first of equals."""
+        blocks = logits.unflatten(-1, (-1, BLOCK))
+        value, block = blocks.amax(-1).max(-1)
+        position = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK)).squeeze(-2).max(-1).indices
+        return value, position.add_(block, alpha=BLOCK)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits, by (value, smallest id): first the k best blocks, then their tokens."""
+        if k == 1:
+            value, token = self.top1(logits)
+            return value.unsqueeze(-1), token.unsqueeze(-1)
         blocks = logits.unflatten(-1, (-1, BLOCK))
         if k * 2 > blocks.shape[-2]:
             return _first(logits, k)
@@ -495,34 +519,44 @@ class _Reader:
 
 def _projections(
     reader: _Reader, mixture: Mixture, control: Control | None, chunk_size: int
-) -> Iterator[tuple[slice, Tensor, Tensor | None, Iterator[tuple[int, Tensor]]]]:
-    """Yield (rows, shared, random, layers), the states times W_U, reusing one buffer: consume layers before the next."""
+) -> Iterator[tuple[slice, Tensor, list[Tensor], Iterator[tuple[int, Tensor]]]]:
+    """Yield (rows, constant, [shared, random], layers), states times W_U in one buffer: consume layers before the next.
+
+    A product costs about as much as 100 rows more for reading W_U: the norm's bias and what layers share ride along.
+    """
     layers, n_rows, _ = mixture.own.shape
+    decoder, d_vocab = reader.decoder, reader.decoder.d_vocab
     fixed = [mixture.shared] if control is None else [mixture.shared, control.random]
     # One more set of rows holds the model's distribution.
-    sets = min(layers + len(fixed) + 1, MAX_SETS)
-    per_set = max(1, min(n_rows, chunk_size // sets))
-    per_buffer = max(1, chunk_size // per_set - 1 - len(fixed))
-    buffer = reader.buffer((min(per_buffer, layers) + len(fixed)) * per_set)
+    per_set = max(1, min(n_rows, chunk_size // min(layers + len(fixed) + 1, MAX_SETS)))
+    groups = list(_slices(layers, max(1, chunk_size // per_set - 1 - len(fixed))))
+    size = max(group.stop - group.start for group in groups) + len(fixed)
+    buffer = reader.buffer(size * per_set + 1)
+    constant = buffer[0]
+    constant[d_vocab:] = reader.lowest
+    bias = torch.zeros_like(mixture.shared[:1]) if mixture.bias is None else mixture.bias.unsqueeze(0)
 
-    def project(states: list[Tensor], first: int, rows: slice) -> Tensor:
-        """States [row, d_model] of one set each, into the buffer from set `first` on."""
-        flat = torch.cat([x[rows] for x in states])
-        into = buffer[first * per_set :][: len(flat)]
-        reader.decoder.project(flat, into[:, : reader.decoder.d_vocab])
-        return into.view(len(states), -1, reader.width)
+    def project(first: int, *states: Tensor) -> Tensor:
+        flat = torch.cat(states)
+        into = buffer[first : first + len(flat)]
+        decoder.project(flat, into[:, :d_vocab])
+        return into
+
+    def following(rows: slice, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from enumerate(head)
+        for group in groups[1:]:
+            into = project(1 + len(fixed) * head.shape[1], *mixture.own[group, rows])
+            yield from enumerate(into.view(-1, *head.shape[1:]), group.start)
 
     for rows in _slices(n_rows, per_set):
-        groups = list(_slices(layers, per_buffer))
-        # The fixed sets ride along with the first layers.
-        head = project(fixed + list(mixture.own[groups[0]]), 0, rows)
-
-        def own(rows: slice = rows, groups: list[slice] = groups, head: Tensor = head) -> Iterator[tuple[int, Tensor]]:
-            yield from enumerate(head[len(fixed) :])
-            for group in groups[1:]:
-                yield from enumerate(project(list(mixture.own[group]), len(fixed), rows), group.start)
-
-        yield rows, head[0], None if control is None else head[1], own()
+        states = [x[rows] for x in fixed] + list(mixture.own[groups[0], rows])
+        if rows.start == 0:
+            head = project(0, bias, *states)[1:]
+            constant[:d_vocab] += decoder.b_U
+        else:
+            head = project(1, *states)
+        head = head.view(len(states), -1, reader.width)
+        yield rows, constant, list(head[: len(fixed)]), following(rows, head[len(fixed) :])
 
 
 def _first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -541,19 +575,24 @@ def _total(values: Tensor) -> Tensor:
     return values.unflatten(-1, (BLOCK, -1)).sum(-1).double().sum(-1)
 
 
-def _view(store: dict[str, Tensor], rows: slice, layer: int | None = None) -> dict[str, Tensor]:
-    """Results of some rows, of one layer or of the model, as views [order, row, ...]."""
-    if layer is None:
-        return {name: x[rows].unsqueeze(0) for name, x in store.items()}
+def _view(store: dict[str, Tensor], layer: int, rows: slice) -> dict[str, Tensor]:
+    """Results of some rows of a layer, as views [order, row, ...]."""
     return {name: x[layer, :, rows] for name, x in store.items()}
 
 
-def _readings(store: dict[str, Tensor]) -> Readings:
+def _readings(reader: _Reader, store: dict[str, Tensor], model: dict[str, Tensor]) -> Readings:
+    """Measures from what was summed over the vocabulary, in binary logarithms. `model` broadcasts over [layer, order]."""
+    log_normalizer = kl = None
+    if "total" in store:
+        log_total = store["total"].log2()
+        negative_entropy = model["expected"] - model["total"].log2()
+        kl = ((negative_entropy - store["expected"] + log_total).clamp_min(0) / reader.log2_e).to(reader.dtype)
+        log_normalizer = ((store["shift"] + log_total) / reader.log2_e).to(reader.dtype)
     return Readings(
         top=TopTokens(store["values"], store["indices"]),
-        log_normalizer=store.get("log_normalizer"),
-        kl=store.get("kl"),
-        top1_agreement=store["top1_agreement"],
+        log_normalizer=log_normalizer,
+        kl=kl,
+        top1_agreement=store["indices"][..., 0] == model["indices"][..., 0],
         target_logits=store.get("target_logits"),
         target_ranks=store.get("target_ranks"),
     )

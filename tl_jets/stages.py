@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -72,6 +72,7 @@ class Recording:
         logits: The model's own output, softcap and scale included; None if only a cache was given.
         hook_state: The user's hooks that were active; replaying under others would be another model.
         calls: What the view needs to call the model's modules again, in its own form.
+        accuracy: Relative error that replays and sums may have: rounding, or that of a cache made elsewhere.
         memo: The view's own cache of constants of this input.
     """
 
@@ -84,9 +85,11 @@ class Recording:
     logits: Tensor | None = None
     hook_state: Hashable = ()
     calls: Any = None
+    accuracy: float = 1e-5
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class ModelView(Protocol):
     """What a residual network must know about a model; `tl_jets.adapters` and `CallableModel` provide it."""
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some, tolerance
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
 
 if TYPE_CHECKING:
     from tl_jets.network import ResidualNetwork
@@ -142,7 +142,7 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
             if step.write in recorded:
                 own = recorded[step.write][record.valid]
                 error = max(error, relative_error(replayed[index][record.valid], own))
-    if not error <= tolerance(wanted.dtype):
+    if not error <= record.accuracy:
         names = ", ".join(step.label for step in stage.steps[:3])
         raise ValueError(
             f"Replaying a step at the model's own stream must give the model's own write; {names} is off by "
@@ -167,7 +167,7 @@ def check_decoder(trace: Trace) -> None:
         if decoder.transform is not None:
             logits = decoder.transform(logits)
         error = relative_error(logits.to(wanted.dtype), wanted)
-    if not error <= 16 * tolerance(wanted.dtype):
+    if not error <= 16 * record.accuracy:
         raise ValueError(
             f"The final norm, unembedding and output transform must reproduce the model's logits from its last "
             f"stream; they are off by {error:.1e} (relative). Either a hook edits ln_final or the unembedding (jets "

@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.reading import read_input, read_mask, read_norm, refuse_unsupported, working_dtype
+from tl_jets.adapters.reading import (
+    read_input,
+    read_mask,
+    read_norm,
+    refuse_training,
+    refuse_unsupported,
+    working_dtype,
+)
 from tl_jets.calculus import Norm, full_precision
 from tl_jets.decoder import Decoder
 from tl_jets.stages import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
@@ -34,7 +41,7 @@ class TransformerLensView(ABC):
     """A TransformerLens model as a residual network (see `tl_jets.network.ModelView`)."""
 
     def __init__(self, model: Any):
-        refuse_unsupported(model, list(model.modules()))
+        refuse_unsupported(model)
         self.model = model
         self.cfg = model.cfg
         self.blocks = list(model.blocks)
@@ -135,11 +142,13 @@ class TransformerLensView(ABC):
 
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """One forward pass (or a ready cache), as streams, writes, edits and sources that add up."""
-        refuse_unsupported(self.model, [])
+        refuse_training(self.model)
         tokens, valid = read_input(self.model, text_or_tokens)
+        is_text = isinstance(text_or_tokens, str) or isinstance(text_or_tokens[0], str)
         if attention_mask is not None:
             valid = read_mask(attention_mask, tokens)
-        elif not bool(valid.all()):
+        elif not bool(valid.all()) or (is_text and getattr(self.tokenizer, "padding_side", "right") == "left"):
+            # Without a mask HookedTransformer takes leading pad tokens for padding if the tokenizer pads on the left.
             if getattr(self.cfg, "attention_dir", "causal") == "bidirectional":
                 raise ValueError(
                     "Prompts of unequal length are padded on the right, which bidirectional attention would see; "
@@ -152,9 +161,12 @@ class TransformerLensView(ABC):
             saved, calls, logits = self._forward(tokens, attention_mask)
         else:
             saved, calls, logits = self._read_cache(cache, tokens), None, None
-        recording = Recording(tokens, valid, {}, {}, {}, logits=logits, hook_state=state, calls=calls)
+        accuracy = tolerance(self.dtype) if cache is None else 1e-5 if self.dtype is self.native_dtype else 1e-2
+        recording = Recording(
+            tokens, valid, {}, {}, {}, logits=logits, hook_state=state, calls=calls, accuracy=accuracy
+        )
         recording.memo["attention_mask"] = attention_mask
-        self._connect(recording, saved, hooked, loose=cache is not None)
+        self._connect(recording, saved, hooked)
         return recording
 
     def _stream_names(self) -> list[str]:
@@ -214,14 +226,9 @@ class TransformerLensView(ABC):
             )
         return saved
 
-    def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str], loose: bool) -> None:
+    def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
         saved = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in saved.items()}
-        accuracy = (
-            max(tolerance(self.dtype), 1e-3 if self.native_dtype is not self.dtype else 1e-5)
-            if loose
-            else (tolerance(self.dtype))
-        )
 
         def arrive(stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
             difference = found - expected
@@ -229,7 +236,7 @@ class TransformerLensView(ABC):
             error = float(difference[real].abs().max() / found[real].abs().max().clamp_min(1e-30))
             if hook in hooked:
                 recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference
-            elif not error <= accuracy:
+            elif not error <= recording.accuracy:
                 raise ValueError(
                     f"A stream must be the sum of what was written to it; {stream} differs by {error:.1e} (relative) "
                     f"and no hook on {hook} explains it. This architecture writes to the stream in a way that is not "

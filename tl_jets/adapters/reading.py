@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformer_lens.utilities.quantization import unreadable_weight_reason
 
 from tl_jets.calculus import Norm, full_precision
 
@@ -163,37 +164,47 @@ def read_mask(attention_mask: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
     return mask.bool()
 
 
-def refuse_unsupported(model: Any, modules: list[Any]) -> None:
+def refuse_unsupported(model: Any) -> None:
     """Refuse, by name, what has no residual stream that jets understand.
 
     Raises:
-        NotImplementedError: Encoder-decoders, state-space blocks, routed experts, quantized weights.
-        ValueError: A model in training mode.
+        NotImplementedError: Encoder-decoders, bidirectional encoders, state-space blocks, routed experts, quantized
+            weights.
     """
-    cfg = model.cfg
     name = type(model).__name__
-    config = getattr(getattr(model, "original_model", None), "config", None)
-
-    def option(*names: str) -> Any:
-        found = (getattr(source, key, None) for source in (cfg, config) for key in names)
-        return next((value for value in found if value), None)
-
-    if option("is_encoder_decoder") or "Encoder" in name:
-        raise NotImplementedError(f"Decoder-only models are supported; {name} is an encoder or encoder-decoder.")
-    if option("num_experts", "num_local_experts", "n_routed_experts") or any(
-        "moe" in type(module).__name__.lower() for module in modules
-    ):
+    modules = getattr(model, "_modules", {})
+    if _option(model, "is_encoder_decoder") or "encoder_blocks" in modules or "mlm_head" in modules:
+        raise NotImplementedError(f"Decoder-only models are supported; {name} holds an encoder or encoder-decoder.")
+    blocks = list(getattr(model, "blocks", ()))
+    kinds = {type(part).__name__ for block in blocks for part in block.children()}
+    if _option(model, "num_experts", "num_local_experts", "n_routed_experts") or kinds & {"MoE", "MoEBridge"}:
         raise NotImplementedError(
             "Models with routed experts (mixture of experts) are not supported: the choice of experts is not "
-            "differentiable, and its jets would silently ignore it."
+            "differentiable, and jets would silently ignore it."
         )
-    recurrent = sorted({part for module in modules for part in _RECURRENT if part in getattr(module, "_modules", {})})
-    if recurrent:
-        raise NotImplementedError(f"State-space and recurrent blocks are not supported; this one has {recurrent}.")
-    integer = [key for key, value in model.named_parameters() if not value.is_floating_point()]
-    if option("quantization_config", "load_in_4bit", "load_in_8bit") or integer:
+    recurrent = sorted({part for block in blocks for part in _RECURRENT if part in block._modules})
+    if recurrent or not blocks or any("attn" not in block._modules for block in blocks):
         raise NotImplementedError(
-            "Quantized weights are not supported: jets need differentiable arithmetic. Load the model in float32."
+            f"Blocks must be attention and MLP; state-space and recurrent ones are not supported, got {recurrent or name}."
         )
+    reasons = (unreadable_weight_reason(parameter) for parameter in model.parameters())
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason or _option(model, "quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit"):
+        raise NotImplementedError(
+            f"Quantized weights are not supported: jets need floating-point arithmetic. Load the model in float32. "
+            f"({reason or 'the configuration says so'})"
+        )
+    refuse_training(model)
+
+
+def refuse_training(model: Any) -> None:
+    """Raise ValueError for a model in training mode, whose dropout makes every number random."""
     if model.training:
         raise ValueError("The model must be in evaluation mode (dropout off); it is training. Call model.eval().")
+
+
+def _option(model: Any, *names: str) -> Any:
+    """The first configuration option of these names that is set, in TransformerLens' or Hugging Face's configuration."""
+    sources = (model.cfg, getattr(getattr(model, "original_model", None), "config", None))
+    found = (getattr(source, name, None) for source in sources for name in names)
+    return next((value for value in found if value), None)

@@ -14,6 +14,7 @@ Example:
 import tl_jets.calculus.rules_arithmetic
 import tl_jets.calculus.rules_inplace
 import tl_jets.calculus.rules_nonlinear
+import tl_jets.calculus.rules_piecewise
 import tl_jets.calculus.rules_structure  # noqa: F401
 from tl_jets.calculus.jet import Jet, jet
 from tl_jets.calculus.modes import full_precision

@@ -112,6 +112,9 @@ def jet(
                 f"center and variate have one {fact}; got {getattr(center, fact)} and {getattr(variate, fact)}. "
                 "Expand, cast or move one of them first."
             )
+    for name, point in (("center", center), ("variate", variate)):
+        if not torch.isfinite(point).all():
+            raise ValueError(f"{name} is finite; it holds NaN or infinity. Find where they arise before expanding.")
     # The argument is a fresh tensor in either case: f may write into it.
     argument = Series.line(center, variate - center, order) if order else center.detach().clone()
     out = f(argument)
@@ -141,5 +144,3 @@ def _check_point(point: Tensor, name: str) -> None:
         raise TypeError(f"jets are computed in float32 or float64; {name} is {point.dtype}. Cast to float32 first.")
     if point.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} is real floating point; got {point.dtype}. Cast to float32 or float64 first.")
-    if not torch.isfinite(point).all():
-        raise ValueError(f"{name} is finite; it holds NaN or infinity. Find where they arise before expanding.")

@@ -1,7 +1,6 @@
-"""Rules of nonlinear functions: elementary functions, activations, softmax, norms, and choices by size.
+"""Rules of smooth nonlinear functions: elementary functions, activations, softmax, norms, fused attention.
 
 Elementary functions follow the recurrences of `tl_jets.calculus.recurrences`; activations and norms compose them.
-Piecewise functions (relu, clamp, max, abs) follow the branch that c_0 takes, with PyTorch's convention at the kink.
 gelu(x) = x Phi(x) = x (1 + erf(x / sqrt 2)) / 2; silu(x) = x / (1 + exp(-x)); softplus' = logistic.
 (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13.)
 
@@ -15,7 +14,6 @@ Example:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +21,13 @@ from torch import Tensor
 
 from tl_jets.calculus import recurrences
 from tl_jets.calculus.rules_arithmetic import add, mul
-from tl_jets.calculus.rules_structure import align, axes, axis, value_of, where
+from tl_jets.calculus.rules_structure import axes, axis
 from tl_jets.calculus.series import Series
 from tl_jets.calculus.table import rule
 
 aten = torch.ops.aten
 Number = float | int
 Operand = Tensor | float | int
-FindExtreme = Callable[..., Any]
 
 
 # Powers, exponentials, logarithms, trigonometry. --------------------------------------------------------------------
@@ -71,7 +68,7 @@ def rsqrt(x: Series) -> Series:
 
 @rule(aten.exp.default)
 def exp(x: Series) -> Series:
-    """exp(x)."""
+    """The exponential."""
     return Series(recurrences.exponential(x.coefficients))
 
 
@@ -89,7 +86,7 @@ def expm1(x: Series) -> Series:
 
 @rule(aten.log.default)
 def log(x: Series) -> Series:
-    """log(x)."""
+    """The natural logarithm."""
     return Series(recurrences.logarithm(x.coefficients))
 
 
@@ -113,13 +110,13 @@ def log1p(x: Series) -> Series:
 
 @rule(aten.sin.default)
 def sin(x: Series) -> Series:
-    """sin(x)."""
+    """The sine."""
     return Series(recurrences.sine_cosine(x.coefficients)[0])
 
 
 @rule(aten.cos.default)
 def cos(x: Series) -> Series:
-    """cos(x)."""
+    """The cosine."""
     return Series(recurrences.sine_cosine(x.coefficients)[1])
 
 
@@ -146,7 +143,7 @@ def _with_value(coefficients: Tensor, value: Tensor) -> Series:
 
 @rule(aten.tanh.default)
 def tanh(x: Series) -> Series:
-    """tanh(x)."""
+    """The hyperbolic tangent."""
     return Series(recurrences.tangent_hyperbolic(x.coefficients))
 
 
@@ -282,160 +279,6 @@ def _inverse_root_mean_square(u: Tensor, places: list[int], eps: Number) -> Tens
 def _affine(fresh: Series, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     out = fresh if weight is None else fresh * weight
     return out if bias is None else out + bias
-
-
-# Piecewise functions: the branch of c_0. ----------------------------------------------------------------------------
-
-
-def _on_branch(x: Series, moves: Tensor, value: Tensor) -> Series:
-    """`value` in c_0; above it the coefficients of x where `moves`, 0 elsewhere."""
-    out = torch.where(moves, align(x, value.ndim), 0)
-    out[0] = value
-    return Series(out)
-
-
-@rule(aten.abs.default)
-def absolute(x: Series) -> Series:
-    """|x|; 0 is a constant."""
-    return Series(x.coefficients * x.coefficients[0].sign())
-
-
-@rule(aten.relu.default)
-def relu(x: Series) -> Series:
-    """max(x, 0); 0 is a constant."""
-    value = x.coefficients[0]
-    return _on_branch(x, value > 0, value.relu())
-
-
-@rule(aten.leaky_relu.default)
-def leaky_relu(x: Series, negative_slope: Number = 0.01) -> Series:
-    """X, or negative_slope x where x <= 0."""
-    return Series(torch.where(x.coefficients[0] > 0, x.coefficients, x.coefficients * negative_slope))
-
-
-@rule(aten.hardtanh.default)
-def hardtanh(x: Series, min_val: Number = -1, max_val: Number = 1) -> Series:
-    """X between two numbers; constant at and beyond them."""
-    value = x.coefficients[0]
-    return _on_branch(x, (value > min_val) & (value < max_val), F.hardtanh(value, min_val, max_val))
-
-
-@rule(aten.clamp.default, aten.clamp.Tensor)
-def clamp(x: Tensor, min: Operand | None = None, max: Operand | None = None) -> Tensor:
-    """X between two bounds; at a bound it still moves."""
-    out = x if min is None else clamp_min(x, min)
-    return out if max is None else clamp_max(out, max)
-
-
-@rule(aten.clamp_min.default, aten.clamp_min.Tensor)
-def clamp_min(x: Tensor, min: Operand) -> Tensor:
-    """max(x, bound)."""
-    return _choose(x, min, ~(value_of(x) < value_of(min)))
-
-
-@rule(aten.clamp_max.default, aten.clamp_max.Tensor)
-def clamp_max(x: Tensor, max: Operand) -> Tensor:
-    """min(x, bound)."""
-    return _choose(x, max, ~(value_of(x) > value_of(max)))
-
-
-@rule(aten.maximum.default)
-def maximum(a: Tensor, b: Tensor) -> Tensor:
-    """The larger; the first on a tie."""
-    return _choose(a, b, value_of(a) >= value_of(b))
-
-
-@rule(aten.minimum.default)
-def minimum(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller; the first on a tie."""
-    return _choose(a, b, value_of(a) <= value_of(b))
-
-
-def _choose(a: Tensor, b: Operand, first: Tensor) -> Series:
-    if isinstance(b, Tensor):
-        return where(first, a, b)
-    assert isinstance(a, Series)
-    out = torch.where(first, a.coefficients, 0)
-    out[0].masked_fill_(~first, b)
-    return Series(out)
-
-
-@rule(aten.nan_to_num.default)
-def nan_to_num(
-    x: Series, nan: Number | None = None, posinf: Number | None = None, neginf: Number | None = None
-) -> Series:
-    """X, with numbers for NaN and infinities."""
-    value = x.coefficients[0]
-    return _on_branch(x, value.isfinite(), value.nan_to_num(nan, posinf, neginf))
-
-
-@rule(aten.max.dim)
-def max_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The largest along an axis, and where it is."""
-    return _extreme(x, dim, keepdim, torch.max)
-
-
-@rule(aten.min.dim)
-def min_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The smallest along an axis, and where it is."""
-    return _extreme(x, dim, keepdim, torch.min)
-
-
-def _extreme(x: Series, dim: int, keepdim: bool, find: FindExtreme) -> tuple[Series, Tensor]:
-    place = axis(dim, x.ndim)
-    if x.ndim == 0:
-        return Series(x.coefficients.clone()), torch.zeros((), dtype=torch.long, device=x.device)
-    index = find(x.coefficients[0], place - 1, keepdim=True).indices
-    values = x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))
-    if keepdim:
-        return Series(values), index
-    return Series(values.squeeze(place)), index.squeeze(place - 1)
-
-
-@rule(aten.amax.default)
-def amax(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The largest over axes; on a tie, one of them."""
-    return _extreme_over(x, dim, keepdim, torch.max)
-
-
-@rule(aten.amin.default)
-def amin(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The smallest over axes; on a tie, one of them."""
-    return _extreme_over(x, dim, keepdim, torch.min)
-
-
-@rule(aten.max.default)
-def max_all(x: Series) -> Series:
-    """The largest of all."""
-    return _extreme_over(x, (), False, torch.max)
-
-
-@rule(aten.min.default)
-def min_all(x: Series) -> Series:
-    """The smallest of all."""
-    return _extreme_over(x, (), False, torch.min)
-
-
-def _extreme_over(x: Series, dims: Sequence[int] | int, keepdim: bool, find: FindExtreme) -> Series:
-    for place in sorted(axes(dims, x.ndim), reverse=True):
-        x = _extreme(x, place - 1, keepdim, find)[0]
-    return x
-
-
-@rule(aten.topk.default)
-def topk(x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Series, Tensor]:
-    """The k largest or smallest by c_0, and where they are."""
-    place = axis(dim, x.ndim)
-    index = torch.topk(x.coefficients[0], k, place - 1, largest, sorted).indices
-    return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
-
-
-@rule(aten.sort.default)
-def sort(x: Series, dim: int = -1, descending: bool = False) -> tuple[Series, Tensor]:
-    """In the order of c_0, and the order."""
-    place = axis(dim, x.ndim)
-    index = torch.sort(x.coefficients[0], place - 1, descending).indices
-    return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
 
 
 @rule(aten._scaled_dot_product_flash_attention_for_cpu.default)

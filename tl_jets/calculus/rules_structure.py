@@ -388,7 +388,7 @@ _LOOKS_AT_VALUE = [
         getattr(aten, name).default
         for name in (
             *("isnan", "isinf", "isposinf", "isneginf", "signbit", "sign", "sgn", "floor", "ceil", "round", "trunc"),
-            *("argmax", "argmin", "any", "all", "equal", "nonzero", "count_nonzero"),
+            *("argmax", "argmin", "any", "all", "equal", "allclose", "nonzero", "count_nonzero"),
             *("logical_not", "logical_and", "logical_or", "logical_xor"),
         )
     ),

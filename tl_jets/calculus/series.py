@@ -153,15 +153,19 @@ def _refuse(func: OpOverload) -> NoReturn:
 def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Series:
     """An in-place operation `op_`: the rule of its functional twin `op`, written into the first argument."""
     name = func._schema.name.removeprefix("aten::")
-    # `t_` and kin change the shape of the wrapper, which cannot be written back.
-    if not name.endswith("_") or torch.Tag.inplace_view in func.tags:
+    # `transpose_` is the twin of `transpose.int`; all others agree on the overload.
+    overload = "int" if name == "transpose_" else func._overloadname
+    functional = getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
+    if not name.endswith("_") or functional not in RULES:
         _refuse(func)
     target = writable(args[0], func)
-    functional = getattr(getattr(torch.ops.aten, name[:-1], None), func._overloadname, None)
-    if functional not in RULES:
-        _refuse(func)
     result = RULES[functional](*args, **kwargs)
-    if isinstance(result, Series):
+    if torch.Tag.inplace_view in func.tags:
+        # `squeeze_` and kin change what the wrapper says of its own shape, too.
+        target.coefficients = result.coefficients
+        with torch._C._DisableTorchDispatch():
+            func(*args, **kwargs)
+    elif isinstance(result, Series):
         target.coefficients.copy_(result.coefficients)
     else:
         target.coefficients.zero_()[0].copy_(result)

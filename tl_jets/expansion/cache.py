@@ -263,14 +263,17 @@ class Check:
 
 def _slope(gamma: Any, center: Tensor, variate: Tensor, order: int, keep: Tensor) -> float | None:
     """Log-log slope of |gamma(x + t v) - sum_j c_j t^j| between two small steps t."""
-    direction = (variate - center) * (0.25 * center.norm() / (variate - center).norm().clamp_min(1e-30))
+    # Small enough for the leading term to show, large enough for it to stand above rounding.
+    eps = torch.finfo(center.dtype).eps
+    step = max(1e-4, (1e4 * eps) ** (1 / (order + 1)))
+    direction = (variate - center) * (step * center.norm() / (variate - center).norm().clamp_min(1e-30))
     with torch.no_grad():
         series = jet(gamma, center, center + direction, order)
         errors = []
         for t in (1.0, 0.5):
             polynomial = sum(c * t**j for j, c in enumerate(series.coefficients))
             errors.append((gamma(center + t * direction) - polynomial)[..., keep, :].norm())
-        floor = 64 * torch.finfo(center.dtype).eps * series.coefficients[0][..., keep, :].norm()
+        floor = 64 * eps * series.coefficients[0][..., keep, :].norm()
     if float(errors[1]) <= float(floor):
         return None
     return float(torch.log2(errors[0] / errors[1]))

@@ -132,7 +132,7 @@ def jet_expand(
         if weights not in ("uniform", "optimal"):
             raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
     else:
-        weights = check_weights(torch.as_tensor(weights).movedim(0, -1), len(chosen)).movedim(-1, 0)
+        weights = read_weights(weights, len(chosen))
     return Expansion(network, stage, chosen, order, weights, objective, center_scale)
 
 
@@ -298,6 +298,20 @@ def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objec
     return simplex_qp(H, metric.norm(truth64).square())
 
 
+def read_weights(weights: Any, n: int) -> Tensor:
+    """Weights that someone gave, center first, as a tensor; numbers become float64.
+
+    Raises:
+        TypeError: Not floating-point numbers.
+        ValueError: Not n weights on the simplex.
+    """
+    if not isinstance(weights, Tensor):
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+    if weights.ndim == 0:
+        raise ValueError(f"weights must have one entry a center on the first axis ({n}); got a single number.")
+    return check_weights(weights.movedim(0, -1), n).movedim(-1, 0)
+
+
 def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
     """Weights that minimize KL(model || expansion), in nats, a token at a time."""
     decoder, shape = network.decoder, truth.shape[:-1]
@@ -310,7 +324,7 @@ def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> Simple
     rows = jets.flatten(1, -2)
     target = torch.log_softmax(scale * decoder.logits(truth.flatten(0, -2)), -1)
     solution = simplex_kl(lambda chunk: scale * decoder.logits(rows[:, chunk]), target)
-    return solution.reshape(shape)
+    return solution.reshape(*shape)
 
 
 def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:

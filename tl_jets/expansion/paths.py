@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -55,6 +55,7 @@ class Path:
         return cls(source, tuple(steps))
 
 
+@runtime_checkable
 class Center(Protocol):
     """A function of the input, with a path that names it."""
 

@@ -1,12 +1,13 @@
 """Jet weights: the best convex combination of an expansion's terms, token by token, with a certificate.
 
-At the final norm the weights enter an expansion linearly, so the weights that bring it closest to the model's own logits
-solve a convex problem on the probability simplex (w >= 0, sum w = 1). In the l2 and centered l2 objectives, for one token,
+At the final norm the weights enter an expansion linearly, so the weights that bring it closest to the model's
+own logits solve a convex problem on the probability simplex (w >= 0, sum w = 1). In the l2 and centered l2
+objectives, for one token,
 
     f(w) = || sum_i w_i e_i - t ||_M^2 = w' H w,     H_ij = <e_i - t, e_j - t>_M,     M = U'U (centered over the vocabulary or not)
 
-because the weights sum to one: no difference of large numbers is left, which G = <e_i, e_j>, b = <e_i, t> would have.
-In the "kl" objective f(w) = KL(softmax(t) || softmax(sum_i w_i z_i)), in nats.
+because the weights sum to one: no difference of large numbers is left, which G = <e_i, e_j>, b = <e_i, t>
+would have. In the "kl" objective f(w) = KL(softmax(t) || softmax(sum_i w_i z_i)), in nats.
 
 | symbol        | variable              | meaning                                                        |
 |---------------|-----------------------|----------------------------------------------------------------|
@@ -18,24 +19,27 @@ In the "kl" objective f(w) = KL(softmax(t) || softmax(sum_i w_i z_i)), in nats.
 | v             | `lifted`              | solution of H v >= 1, v >= 0, v'(H v - 1) = 0; w = v / sum v   |
 | z (dual)      | `multipliers`         | multipliers of w >= 0                                          |
 
-**Certificate.** For convex f, f(w) - min f <= max_i <grad f(w), w - e_i> = grad.w - min_i grad_i, the Frank-Wolfe gap (Jaggi
-2013, *Revisiting Frank-Wolfe*, eq. 2). Every solution carries it, recomputed in float64 from the weights that are returned;
-`converged` says whether it met the tolerance, so nothing fails silently.
+**Certificate.** For convex f, f(w) - min f <= max_i <grad f(w), w - e_i> = grad.w - min_i grad_i, the
+Frank-Wolfe gap (Jaggi 2013, *Revisiting Frank-Wolfe*, eq. 2). Every solution carries it, recomputed in float64
+from the weights that are returned; `converged` says whether it met the tolerance, so nothing fails silently.
 
-**Ties.** Duplicate or dependent centers leave w free. We minimize f + delta * scale * ||w||^2 with delta = 1e-9, which has one
-solution: the shortest weights among all with the same or a smaller objective. It costs at most delta / 2 of gap and
-is within delta of the optimum. `effective_rank` counts the directions that the data fix more firmly than the tie-break.
+**Ties.** Duplicate or dependent centers leave w free. We minimize f + delta * scale * ||w||^2 with delta = 1e-9,
+which has one solution: the shortest weights among all with the same or a smaller objective. It costs at most
+delta / 2 of gap and is within delta of the optimum. Rounding leaves ties even to about 1e-6 (centers of the
+target's size) or 1e-3 (1e6 times that). `effective_rank` counts the directions that the data fix more firmly
+than the tie-break.
 
-**Method.** KKT with the multiplier of sum w = 1 divided out is the linear complementarity problem of v above (H + ridge is
-positive definite, so v exists and is unique). Block principal pivoting solves it, batched, in a handful of Cholesky
-factorizations of the Jacobi-scaled matrix: centers of 4e6 |t| and condition numbers of 1e12 are routine. What it cannot settle goes
-to a primal-dual interior point, which is also the solver of the KL problem, where the Hessian is the N x N covariance of z under q.
+**Method.** KKT with the multiplier of sum w = 1 divided out is the linear complementarity problem of v above
+(H + ridge is positive definite, so v exists and is unique). Block principal pivoting solves it, batched, in a
+handful of Cholesky factorizations of the Jacobi-scaled matrix: centers of 4e6 |t| and condition numbers of
+1e12 are routine. What it cannot settle goes to a primal-dual interior point, which is also the solver of the
+KL problem, where the Hessian is the N x N covariance of z under q.
 
-Sources: Judice & Pires 1994 (block principal pivoting); Nocedal & Wright 2006, section 14.1 and 19.3 (interior points);
-Chen et al. (arXiv 2410.06024), Lemma 1 and Algorithm 1, for the weights themselves.
+Sources: Judice & Pires 1994 (block principal pivoting); Nocedal & Wright 2006, section 14.1 and 19.3 (interior
+points); Chen et al. (arXiv 2410.06024), Lemma 1 and Algorithm 1, for the weights themselves.
 
-Cost, N centers, d_model d, vocabulary V, per token: Gram 2 N d^2 (the metric product, nearly all of it) + 2 N^2 d; QP about 5 to 15
-times N^3 / 3; KL 5 to 20 times (2 N^2 V + 10 N V).
+Cost, N centers, d_model d, vocabulary V, per token: Gram 2 N d^2 (the metric product, nearly all of it) + 2
+N^2 d; QP about 5 to 15 times N^3 / 3; KL 5 to 20 times (2 N^2 V + 10 N V).
 
 >>> import torch
 >>> target = torch.tensor([[1.0, 1.0]], dtype=torch.float64)                                # one token, d_model = 2
@@ -49,8 +53,8 @@ SimplexSolution(1 problem, 3 centers: 1 converged, largest gap 0.0e+00 relative,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -74,6 +78,8 @@ PATIENCE = 20
 COOLING = (1e3, 3e2, 1e2, 3e1, 1e1, 3.0, 1.0)
 """Temperatures, in nats, of the second attempt at a KL problem."""
 
+_TENSORS = ("weights", "objective", "gap", "support", "effective_rank", "tied", "iterations", "converged")
+
 Evaluation = tuple[Tensor, Tensor, Tensor]
 """Objective [rows], gradient [rows n] and Hessian [rows n n]."""
 
@@ -85,15 +91,17 @@ class SimplexSolution:
     Attributes:
         weights: [*problems, n] float64, non-negative, summing to 1 to rounding. Zeros are exact.
         objective: [*problems], f at the weights: squared metric norm (QP) or nats (KL).
-        gap: [*problems], Frank-Wolfe certificate: the objective is at most this above the minimum. In units of `scale` for the QP
-            ("relative"), in nats for the KL.
+        gap: [*problems], Frank-Wolfe certificate: the objective is at most this above the minimum. In units of
+            `scale` for the QP ("relative"), in nats for the KL.
         support: [*problems], number of centers with a positive weight.
-        effective_rank: [*problems], 1 + the number of independent weight-shifting directions, among the centers that are
-            optimal to use, that the data fix more firmly than the tie-break. Equal to `tied` when the weights are unique.
-        tied: [*problems], number of centers that are optimal to use (those with weight, and those as good at no weight).
+        effective_rank: [*problems], 1 + the number of independent weight-shifting directions, among the
+            centers that are optimal to use, that the data fix more firmly than the tie-break. Equal to `tied`
+            when the weights are unique.
+        tied: [*problems], number of centers that are optimal to use (those with weight, and those as good at
+            no weight).
         iterations: [*problems], factorizations that the solver took.
-        converged: [*problems], whether the gap met the tolerance. Where False the weights are still feasible, and `gap` still
-            bounds how far from optimal they are.
+        converged: [*problems], whether the gap met the tolerance. Where False the weights are still feasible,
+            and `gap` still bounds how far from optimal they are.
         gap_unit: "relative" or "nats".
     """
 
@@ -112,6 +120,17 @@ class SimplexSolution:
         """[*problems], whether the data identify the weights; where False the shortest of the optimal weights were taken."""
         return self.effective_rank == self.tied
 
+    @classmethod
+    def cat(cls, parts: Sequence[SimplexSolution]) -> SimplexSolution:
+        """Solutions of one kind, one after the other along their first problem axis."""
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        return cls(**joined, gap_unit=parts[0].gap_unit)
+
+    def reshape(self, *problems: int) -> SimplexSolution:
+        """The same solutions with another shape of problems."""
+        shaped = {name: getattr(self, name).reshape(problems) for name in _TENSORS if name != "weights"}
+        return replace(self, weights=self.weights.reshape(*problems, -1), **shaped)
+
     def __repr__(self) -> str:
         problems, n = self.converged.numel(), self.weights.shape[-1]
         text = f"{problems} problem{'' if problems == 1 else 's'}, {n} center{'' if n == 1 else 's'}"
@@ -128,8 +147,10 @@ def gram(
     """Gram matrices H_ij = <D_i, D_j>_M of the differences between terms and target, in float64.
 
     Args:
-        differences: e_i - t, [n, *problems, d_model], center first, as an expansion stacks its terms. Subtract in float64.
-        metric: M, [d_model, d_model], symmetric positive semidefinite; U'U makes distances those of logits. None is the identity.
+        differences: e_i - t, [n, *problems, d_model], center first, as an expansion stacks its terms. Subtract
+            in float64.
+        metric: M, [d_model, d_model], symmetric positive semidefinite; U'U makes distances those of logits.
+            None is the identity.
 
     Returns:
         [*problems, n, n], exactly symmetric, in squared units of the metric (squared logits for U'U).
@@ -169,13 +190,14 @@ def simplex_qp(
 
     Args:
         differences_gram: H, [*problems, n, n], symmetric positive semidefinite; see `gram`.
-        scale: ||t||_M^2, [*problems], >= 0, in the unit of H. Where it is 0 (a zero target) the largest H_ii stands in for it.
-        tolerance: largest gap that counts as converged, relative to scale, or to the objective where that is larger (an
-            expansion worse than predicting zero; float64 holds no more digits there).
+        scale: ||t||_M^2, [*problems], >= 0, in the unit of H. Where it is 0 (a zero target) the largest H_ii
+            stands in for it.
+        tolerance: largest gap that counts as converged, relative to scale, or to the objective where that is
+            larger (an expansion worse than predicting zero; float64 holds no more digits there).
 
     Returns:
-        The shortest optimal weights, `gap` relative to scale. Gradients do not flow through the solve; evaluating an expansion
-        at the weights stays differentiable in them.
+        The shortest optimal weights, `gap` relative to scale. Gradients do not flow through the solve;
+        evaluating an expansion at the weights stays differentiable in them.
 
     Raises:
         ValueError: shapes do not fit, or values are not finite, or a scale or a diagonal entry is negative.
@@ -192,7 +214,8 @@ def simplex_qp(
 
     weights, iterations = _pivot(hessian)
     gap, objective = _quadratic_gap(hessian, weights)
-    # the pivoting aims at 1e-9: whatever misses the tenth of what was asked for gets the slower, sturdier method
+    # the pivoting aims at 1e-9: whatever misses the tenth of what was asked for gets the slower, sturdier
+    # method
     failed = (gap > 0.1 * tolerance * objective.clamp_min(1)).nonzero()[:, 0]
     if failed.numel():
         rescued, extra = _rescue(hessian[failed], weights[failed])
@@ -221,32 +244,36 @@ def simplex_kl(
     logits: Float[Tensor, "n problems d_vocab"] | Callable[[slice], Float[Tensor, "n chunk d_vocab"]],
     target_log_probs: Float[Tensor, "problems d_vocab"],
     *,
-    chunk_size: int = 32,
+    chunk_size: int = 8,
     tolerance: float = 1e-6,
     max_iterations: int = 60,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> SimplexSolution:
     """Minimize KL(target || softmax(sum_i w_i z_i)) over the probability simplex, token by token, in nats.
 
-    Logits may be given in the model's precision; sums and the certificate are float64, so the gap is that of the problem that
-    the given logits state. A positive constant logit scale is linear: multiply the logits by it. Among several optimal
-    weights it returns interior ones (exact duplicates share evenly), not the shortest.
+    Logits may be given in the model's precision; sums and the certificate are float64, so the gap is that of
+    the problem that the given logits state. A positive constant logit scale is linear: multiply the logits by
+    it. Among several optimal weights it returns interior ones (exact duplicates share evenly), not the
+    shortest.
 
     Args:
-        logits: additive logits z_i of the terms, [n, problems, d_vocab], or a callable that maps a slice of problems to
-            [n, chunk, d_vocab], asked once a chunk, so that at most chunk_size tokens' logits exist at a time.
-        target_log_probs: the model's own log-probabilities (nats), [problems, d_vocab], log-softmaxed over d_vocab.
-        chunk_size: problems a chunk; memory is n * chunk_size * d_vocab logits, plus one token's in float64.
+        logits: additive logits z_i of the terms, [n, problems, d_vocab], or a callable that maps a slice of
+            problems to [n, chunk, d_vocab], asked once a chunk, so that at most chunk_size tokens' logits
+            exist at a time.
+        target_log_probs: the model's own log-probabilities (nats), [problems, d_vocab], log-softmaxed over
+            d_vocab.
+        chunk_size: problems a chunk; memory is n * chunk_size * d_vocab logits as given, and once more in float64.
         tolerance: largest gap that counts as converged, in nats, or relative to an objective above 1 nat.
         max_iterations: Newton steps at most, per problem.
         transform: the model's elementwise map of the combined logits, if it has one. See Raises.
 
     Raises:
-        NotImplementedError: a transform (final softcap) is given: the objective is then no longer convex in the weights, and
-            the Frank-Wolfe gap would certify wrongly.
+        NotImplementedError: a transform (final softcap) is given: the objective is then no longer convex in
+            the weights, and the Frank-Wolfe gap would certify wrongly.
         ValueError: shapes do not fit, values are not finite, or the target is not normalized.
 
-    Source: DESIGN section 2, "Jet weights" (objective "kl"); log-sum-exp is convex: Boyd & Vandenberghe 2004, section 3.1.5.
+    Source: DESIGN section 2, "Jet weights" (objective "kl"); log-sum-exp is convex: Boyd & Vandenberghe 2004,
+    section 3.1.5.
     """
     if transform is not None:
         raise NotImplementedError(
@@ -261,9 +288,7 @@ def simplex_kl(
         chunk = slice(first, min(first + chunk_size, count))
         problem = _KLProblem.of(logits_of(chunk), target_log_probs[chunk])
         parts.append(_solve_kl(problem, tolerance, max_iterations))
-    fields = ("weights", "objective", "gap", "support", "effective_rank", "tied", "iterations", "converged")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
-    return SimplexSolution(**joined, gap_unit="nats")
+    return SimplexSolution.cat(parts)
 
 
 def uniform_weights(
@@ -300,25 +325,37 @@ def check_weights(
     """
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"weights must be a floating-point tensor; got {kind}; pass torch.tensor([...], dtype=torch.float64)")
+        raise TypeError(
+            f"weights must be a floating-point tensor; got {kind}; pass torch.tensor([...], dtype=torch.float64)"
+        )
     shape = tuple(weights.shape)
     if weights.ndim == 0 or shape[-1] != n:
-        raise ValueError(f"weights must have one entry a center on the last axis ({n}); got shape {shape}; reorder or re-count them")
+        raise ValueError(
+            f"weights must have one entry a center on the last axis ({n}); got shape {shape}; reorder or re-count them"
+        )
     if problems is not None and not _broadcasts(shape[:-1], problems):
-        raise ValueError(f"weights must be [n] or [*problems, n] with problems {problems}; got shape {shape}; move the center axis last")
+        raise ValueError(
+            f"weights must be [n] or [*problems, n] with problems {problems}; got shape {shape}; move the center axis last"
+        )
     values = weights.detach().double()
     if not bool(values.isfinite().all()):
-        raise ValueError(f"weights must be finite; got {int((~values.isfinite()).sum())} that are not; check what made them")
+        raise ValueError(
+            f"weights must be finite; got {int((~values.isfinite()).sum())} that are not; check what made them"
+        )
     if bool((values < 0).any()):
-        raise ValueError(f"weights must be non-negative; got a smallest of {float(values.min()):.3g}; clamp and renormalize them")
+        raise ValueError(
+            f"weights must be non-negative; got a smallest of {float(values.min()):.3g}; clamp and renormalize them"
+        )
     off = (values.sum(-1) - 1).abs()
     if bool((off > max(tolerance, n * torch.finfo(weights.dtype).eps)).any()):
         worst = float(values.sum(-1).flatten()[off.argmax()])
-        raise ValueError(f"weights must sum to 1 over the centers; got a sum of {worst:.6g}; divide by weights.sum(-1, keepdim=True)")
+        raise ValueError(
+            f"weights must sum to 1 over the centers; got a sum of {worst:.6g}; divide by weights.sum(-1, keepdim=True)"
+        )
     return weights
 
 
-# --- the quadratic problem; here H is in units of scale, and problems are one axis -------------------------------------------
+# --- the quadratic problem; here H is in units of scale, and problems are one axis ------------------------------------
 
 
 def _pivot(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +410,7 @@ class _Ridged:
         return _Ridged(self.hessian[index], self.scaled[index], self.root[index])
 
     def solve(self, face: Tensor) -> tuple[Tensor, Tensor]:
-        """v = 1 on the face's rows of H v, 0 off the face; and which centers are on the wrong side of it."""
+        """Solve H v = 1 on the face, with v = 0 off it; also tell which centers are on the wrong side of it."""
         inside = face.double()
         block = self.scaled * inside[:, :, None] * inside[:, None, :]
         block.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -434,8 +471,9 @@ def _trim(hessian: Tensor, weights: Tensor, negligible: float = 1e-7) -> Tensor:
 def _identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) -> tuple[Tensor, Tensor]:
     """Effective rank and number of tied centers; see `SimplexSolution`.
 
-    Directions d with sum d = 0 among the tied centers count if d'Hd > d'Rd, R = tie + rounding ridge: eigenvalues above 1 of
-    R^(-1/2) H R^(-1/2), off the direction R^(-1/2) 1. In these units the rounding of H is below 1 whatever its scale.
+    Directions d with sum d = 0 among the tied centers count if d'Hd > d'Rd, R = tie + rounding ridge:
+    eigenvalues above 1 of R^(-1/2) H R^(-1/2), off the direction R^(-1/2) 1. In these units the rounding of H
+    is below 1 whatever its scale.
     """
     excess = gradient - (gradient * weights).sum(-1, keepdim=True)
     tied = (weights > 0) | (excess <= 2 * tie)
@@ -448,7 +486,7 @@ def _identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) 
     return 1 + (eigenvalues > 1).sum(-1), tied.sum(-1)
 
 
-# --- interior point, for any convex objective on the simplex -----------------------------------------------------------------
+# --- interior point, for any convex objective on the simplex ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -472,7 +510,7 @@ def _interior_point(
     rows = torch.arange(weights.shape[0], device=weights.device)
     value, gradient, hessian = evaluate(weights, rows)
     gap = _frank_wolfe_gap(gradient, weights)
-    # central for a barrier no higher than the objective, which is >= 0: the gap of a good start may be 1e4 times that
+    # a barrier no higher than the objective, which is >= 0: the gap of a good start may be 1e4 times that
     multipliers = (torch.minimum(gap, value).clamp_min(1e-300) / n)[:, None] / weights
     iterations, since = torch.zeros_like(rows), torch.zeros_like(rows)
     best, best_gap, negligible = weights.clone(), gap.clone(), torch.zeros_like(weights, dtype=torch.bool)
@@ -547,7 +585,7 @@ def _backtrack(
     value: Tensor,
     gradient: Tensor,
 ) -> tuple[Tensor, Evaluation]:
-    """Halve the steps that do not lower objective - barrier * sum log w; evaluate again only those."""
+    """Quarter the steps that do not lower objective - barrier * sum log w; evaluate again only those."""
     slope = (gradient * dw).sum(-1) - barrier * (dw / w).sum(-1)
     length = length.clone()
     evaluation = evaluate(_normalize(w + length[:, None] * dw), rows)
@@ -565,14 +603,15 @@ def _backtrack(
     return length, evaluation
 
 
-# --- the KL problem ----------------------------------------------------------------------------------------------------------
+# --- the KL problem ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _KLProblem:
     """One chunk of tokens, evaluated token by token so that one token is in cache.
 
-    `logits` are float64, [token d_vocab n], shifted by a constant a center so that E_p z = 0: the gradient then is E_q z.
+    `logits` are float64, [token d_vocab n], shifted by a constant a center so that E_p z = 0: the gradient
+    then is E_q z.
     """
 
     logits: Tensor
@@ -587,7 +626,7 @@ class _KLProblem:
                 f"logits of a chunk must be [n, {expected[0]}, {expected[1]}], as the target's chunk and vocabulary; "
                 f"got shape {tuple(logits.shape)}; stack the terms' logits on a leading axis, n >= 1"
             )
-        log_probs = target_log_probs.double()
+        log_probs = target_log_probs.double().log_softmax(-1)  # exactly normalized, which the gradient relies on
         probs = log_probs.exp()
         # center last: the products of evaluate() run twice as fast, and several times over the same numbers
         centered = probs.new_empty(*expected, logits.shape[0]).copy_(logits.permute(1, 2, 0))
@@ -597,18 +636,20 @@ class _KLProblem:
     def evaluate(self, weights: Tensor, rows: Tensor, temperature: float = 1.0) -> Evaluation:
         """KL in nats, its gradient E_q z and its Hessian Cov_q(z), q = softmax(w.z).
 
-        With a temperature T, log-sum-exp(u) becomes T log-sum-exp(u / T): convex too, smoother, and never smaller.
+        With a temperature T, log-sum-exp(u) becomes T log-sum-exp(u / T): convex too, smoother, and never
+        smaller.
         """
         n = weights.shape[-1]
         value, mean = weights.new_empty(len(rows)), weights.new_empty(len(rows), n)
         second = weights.new_empty(len(rows), n, n)
+        weighted = self.logits.new_empty(self.logits.shape[1:])
         for index, token in enumerate(rows.tolist()):
             z = self.logits[token]
             log_q = (z @ (weights[index] / temperature)).log_softmax(-1)
             q = log_q.exp()
             value[index] = self.probs[token] @ (self.log_probs[token] - temperature * log_q)
             mean[index] = q @ z
-            second[index] = (z * q[:, None]).T @ z
+            second[index] = torch.mul(z, q[:, None], out=weighted).T @ z
         return value, mean, (second - mean[:, :, None] * mean[:, None, :]) / temperature
 
     def centered_gram(self) -> tuple[Tensor, Tensor]:
@@ -636,13 +677,17 @@ def _kl_interior_point(problem: _KLProblem, start: Tensor, tolerance: float, max
         def evaluate(w: Tensor, rows: Tensor, temperature: float = temperature) -> Evaluation:
             return problem.evaluate(w, failed[rows], temperature)
 
-        # a stage ends within a few nats of its own optimum: the next one moves on anyway
+        # a hot stage need only be near its own optimum: the next one moves on anyway
         wanted = tolerance if temperature == 1 else 1e-2 * temperature
         cooled = _interior_point(evaluate, weights, wanted, max_iterations)
         found.iterations[failed] += cooled.iterations
         weights = cooled.weights
     better = cooled.gap < found.gap[failed]
-    for whole, part in ((found.weights, cooled.weights), (found.gap, cooled.gap), (found.negligible, cooled.negligible)):
+    for whole, part in (
+        (found.weights, cooled.weights),
+        (found.gap, cooled.gap),
+        (found.negligible, cooled.negligible),
+    ):
         whole[failed[better]] = part[better]
     return found
 
@@ -651,12 +696,15 @@ def _solve_kl(problem: _KLProblem, tolerance: float, max_iterations: int) -> Sim
     """From nine tenths centered l2 optimum and one tenth every center, each in inverse proportion to its length."""
     products, scale = problem.centered_gram()
     if not bool(products.isfinite().all()):
-        raise ValueError("logits must be finite; got NaN or infinite values; check the terms, or lower the expansion's order")
+        raise ValueError(
+            "logits must be finite; got NaN or infinite values; check the terms, or lower the expansion's order"
+        )
     near = simplex_qp(products, scale)
     diagonal = products.diagonal(dim1=-2, dim2=-1)
     shares = _normalize((diagonal + 1e-12 * diagonal.amax(-1, keepdim=True) + 1e-300).rsqrt())
     start = _normalize(0.9 * near.weights + 0.1 * shares)
-    interior = _kl_interior_point(problem, start, tolerance / 2, max_iterations)  # half of it, since trimming costs a little
+    # half of what is asked for, since trimming costs a little
+    interior = _kl_interior_point(problem, start, tolerance / 2, max_iterations)
     weights = _normalize(torch.where(interior.negligible, 0.0, interior.weights))
     every = torch.arange(weights.shape[0], device=weights.device)
     value, gradient, hessian = problem.evaluate(weights, every)
@@ -680,13 +728,15 @@ def _solve_kl(problem: _KLProblem, tolerance: float, max_iterations: int) -> Sim
     )
 
 
-# --- what must hold of the input ---------------------------------------------------------------------------------------------
+# --- what must hold of the input --------------------------------------------------------------------------------------
 
 
 def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
     shape = tuple(differences_gram.shape)
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
-        raise ValueError(f"differences_gram must be [*problems, n, n] with n >= 1; got shape {shape}; build it with gram()")
+        raise ValueError(
+            f"differences_gram must be [*problems, n, n] with n >= 1; got shape {shape}; build it with gram()"
+        )
     if tuple(scale.shape) != shape[:-2]:
         raise ValueError(
             f"scale must have one entry a problem, shape {shape[:-2]}; got shape {tuple(scale.shape)}; "
@@ -708,7 +758,9 @@ def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
 
 def _check_target(target_log_probs: Tensor, chunk_size: int) -> None:
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 problem; got {chunk_size}; pass how many tokens fit in memory at once")
+        raise ValueError(
+            f"chunk_size must be at least 1 problem; got {chunk_size}; pass how many tokens fit in memory at once"
+        )
     if target_log_probs.ndim != 2:
         raise ValueError(
             f"target_log_probs must be [problems, d_vocab]; got shape {tuple(target_log_probs.shape)}; "

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
-from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
-from tl_jets.expansion.simplex import SimplexSolution, check_weights, uniform_weights
+from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights, read_weights
+from tl_jets.expansion.simplex import SimplexSolution, uniform_weights
 from tl_jets.lenses.selection import Rows, check_options, trace_of
 from tl_jets.measures import MEASURES, Measures, geometry, random_directions, split_along, weighted
 from tl_jets.network import ResidualNetwork
@@ -308,7 +308,7 @@ def _choose(
         return uniform_weights(n, len(truth), device=truth.device), None
     if isinstance(weights, str):
         raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
-    given = check_weights(torch.as_tensor(weights).movedim(0, -1), n).to(truth)
+    given = read_weights(weights, n).movedim(0, -1).to(truth)
     return (rows.take(given) if given.ndim > 1 else given.expand(len(truth), n)), None
 
 

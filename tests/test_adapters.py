@@ -1,0 +1,445 @@
+"""TransformerLens models as residual networks, against what a user would do with hooks, in both worlds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import oracles
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+from tl_jets import ResidualNetwork, jet
+from tl_jets.adapters.reading import read_norm
+from tl_jets.calculus import full_precision
+
+TOLERANCE = 1e-10
+CORE = zoo.available(zoo.CORE)
+ALL = zoo.available()
+UNSUPPORTED = {"opt"}  # refused by name: its MLP is not a module
+
+
+def supported(specs: list) -> list:
+    return [spec for spec in specs if spec.name not in UNSUPPORTED]
+
+
+class _Stop(Exception):
+    pass
+
+
+def run_reading(model: Any, tokens: Tensor, read: str, write: dict[str, Any], **extra: Any) -> Tensor:
+    """Run the whole model with streams overwritten by hooks, and read one activation: what a user would do by hand."""
+    box: list[Tensor] = []
+
+    def grab(tensor: Tensor, hook: Any) -> None:
+        box.append(tensor)
+        raise _Stop
+
+    hooks = [(name, lambda tensor, hook, value=value: value) for name, value in write.items()]
+    # Several models keep state on their modules only; a stopped forward pass leaves none behind.
+    with full_precision(), model.hooks([*hooks, (read, grab)]), contextlib.suppress(_Stop):
+        model(tokens, **extra)
+    return box[-1]
+
+
+def elsewhere(stream: Tensor, seed: int = 0) -> Tensor:
+    """Another stream of the same size."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.7 * stream + 0.6 * stream.std() * torch.randn(stream.shape, generator=generator, dtype=stream.dtype)
+
+
+def overwrites(network: ResidualNetwork, stage: Any, stream: Tensor) -> dict[str, Tensor]:
+    """The hook that puts a stream in front of a stage."""
+    layer, kind = stage.stream.split("_")
+    return {f"blocks.{layer}.hook_resid_{kind}": stream}
+
+
+@pytest.mark.parametrize("spec", supported(ALL), ids=str)
+def test_streams_and_writes_are_the_models_own(spec):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model)
+    trace = network.trace(tokens)
+    with torch.no_grad(), full_precision():
+        logits, cache = model.run_with_cache(tokens)
+    total = sum(trace[label] for label in network.components)
+    assert oracles.relative_error(total, trace["final_post"]) < 1e-12
+    for layer in range(len(model.blocks)):
+        assert torch.equal(trace[f"{layer}_pre"], cache["resid_pre", layer])
+        assert torch.equal(trace[f"{layer}_attn_out"], cache["attn_out", layer])
+        if f"{layer}_mlp" in [step.label for step in network.steps]:
+            assert torch.equal(trace[f"{layer}_mlp_out"], cache["mlp_out", layer])
+    assert torch.equal(trace["final_post"], cache["resid_post", len(model.blocks) - 1])
+    assert torch.equal(trace.logits, logits)
+
+
+@pytest.mark.parametrize("spec", supported(ALL), ids=str)
+def test_gammas_at_the_true_stream_are_bit_equal(spec):
+    model = zoo.build(spec)
+    network = ResidualNetwork(model)
+    trace = network.trace(zoo.tokens(model))
+    for stage in network.stages:
+        with torch.no_grad():
+            replayed = trace.stage_function(stage)(trace[stage.stream])
+        for step, write in zip(stage.steps, replayed, strict=True):
+            assert torch.equal(write, trace[step.write]), step.label
+
+
+@pytest.mark.parametrize("spec", supported(ALL), ids=str)
+def test_gammas_elsewhere_are_what_overwriting_the_stream_gives(spec):
+    """The oracle runs the whole model with the stream replaced by a hook; gamma calls submodules only."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model)
+    trace = network.trace(tokens)
+    for stage in network.stages[-2:]:
+        stream = elsewhere(trace[stage.stream])
+        with torch.no_grad():
+            found = trace.stage_function(stage)(stream)
+        for step, write in zip(stage.steps, found, strict=True):
+            name = f"blocks.{step.layer}.hook_{step.kind}_out"
+            wanted = run_reading(model, tokens, name, overwrites(network, stage, stream))
+            assert oracles.relative_error(write, wanted) < TOLERANCE, step.label
+            assert oracles.relative_error(write, trace[step.write]) > 1e-3, "the other stream must matter"
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_block_gamma_is_the_block_without_its_identity(spec):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model, "block")
+    trace = network.trace(tokens)
+    stage = network.stages[1]
+    stream = elsewhere(trace[stage.stream])
+    with torch.no_grad():
+        found = trace.gamma("1_block")(stream)
+    wanted = run_reading(model, tokens, "blocks.1.hook_resid_post", {"blocks.1.hook_resid_pre": stream}) - stream
+    assert oracles.relative_error(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+def test_jets_of_sublayers_against_nested_differentiation(spec, kind):
+    model = zoo.build(spec)
+    network = ResidualNetwork(model)
+    labels = [step.label for step in network.steps]
+    if f"1_{kind}" not in labels:
+        pytest.skip("the family has no such sublayer")
+    trace = network.trace(zoo.tokens(model, batch=2, pos=5))
+    stage = network.stage(f"1_{kind}")
+    center, variate = trace["0_pre"], trace[stage.stream]
+    gamma = trace.gamma(f"1_{kind}")
+    found = jet(gamma, center, variate, order=3).coefficients
+    with full_precision():
+        wanted = oracles.nested_jvp_coefficients(gamma, center, variate - center, 3)
+    assert oracles.relative_error(found, wanted) < TOLERANCE
+    assert float(found[3].abs().max()) > 1e-6, "the third order must matter"
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_decoder_jets_against_nested_differentiation(spec):
+    network = ResidualNetwork(zoo.build(spec))
+    trace = network.trace(zoo.tokens(network.view.model))
+    center, variate = trace["1_pre"], trace["final_post"]
+
+    def decoder(stream: Tensor) -> Tensor:
+        with full_precision():
+            return network.view.model.ln_final(stream)
+
+    found = jet(decoder, center, variate, order=3).coefficients
+    with full_precision():
+        wanted = oracles.nested_jvp_coefficients(network.decoder.norm, center, variate - center, 3)
+    assert oracles.relative_error(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", supported(ALL), ids=str)
+def test_heads_and_bias_sum_to_the_attention_write(spec):
+    model = zoo.build(spec)
+    network = ResidualNetwork(model, "head")
+    trace = network.trace(zoo.tokens(model))
+    stage = network.stages[0]
+    stream = elsewhere(trace["0_pre"])
+    with torch.no_grad():
+        writes = trace.stage_function(stage)(stream)
+        attn = trace.network.at("sublayer").trace(trace.tokens).gamma("0_attn")(stream)
+    heads = [index for index, step in enumerate(stage.steps) if step.kind in ("head", "attn_bias")]
+    assert len(heads) == model.cfg.n_heads + 1
+    assert oracles.relative_error(writes[heads].sum(0), attn) < 1e-12
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_a_head_is_what_its_value_vectors_carry(spec):
+    """Without post-norm: the bias is constant, and removing head h at hook_z removes its write and its own constant."""
+    model = zoo.build(spec)
+    network = ResidualNetwork(model, "head")
+    tokens = zoo.tokens(model)
+    trace = network.trace(tokens)
+    stage = network.stages[0]
+    with torch.no_grad():
+        here = trace.stage_function(stage)(trace["0_pre"])
+        there = trace.stage_function(stage)(elsewhere(trace["0_pre"]))
+        zero = torch.zeros_like(trace["0_pre"])
+    bias = [step.kind for step in stage.steps].index("attn_bias")
+    if network.view._post_norm(0) is not None:
+        # Shares at the post-norm's own scale: no value biases here, so heads alone make the norm's input.
+        z = run_reading(model, tokens, "blocks.0.attn.hook_z", {})
+        parts = torch.einsum("bphe,hem->hbpm", z, model.blocks[0].attn.W_O)
+        scale = here[: model.cfg.n_heads].sum(0) / parts.sum(0)
+        assert oracles.relative_error(here[: model.cfg.n_heads], parts * scale) < 1e-8
+        assert float(here[bias].abs().max()) < 1e-12
+        return
+    assert oracles.relative_error(here[bias], there[bias]) < 1e-10
+
+    def without_head_2(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, 2] = 0
+        return z
+
+    with torch.no_grad(), model.hooks([("blocks.0.attn.hook_z", without_head_2)]):
+        ablated = network.at("sublayer").trace(tokens)["0_attn_out"]
+        at_zero = network.at("sublayer").trace(tokens).gamma("0_attn")(zero)
+    whole_at_zero = network.at("sublayer").trace(tokens).gamma("0_attn")(zero)
+    constant = whole_at_zero - at_zero  # what head 2 gives at a zero normalized input
+    assert oracles.relative_error(trace["0_attn_out"] - ablated, here[2] + constant) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "gpt_neo"])
+def test_folding_value_biases_changes_no_head(name):
+    spec = next(spec for spec in zoo.available([name]) if spec.world == zoo.available([name])[-1].world)
+    if spec.world == "hooked":
+        raw, folded = (zoo.fresh(zoo.ModelSpec(name, "hooked", "raw")) for _ in range(2))
+        folded.fold_value_biases(folded.state_dict())
+        state = folded.fold_value_biases(folded.state_dict())
+        folded.load_state_dict(state)
+    else:
+        raw, folded = (zoo.fresh(zoo.ModelSpec(name, "bridge", "raw")) for _ in range(2))
+        folded.process_weights(
+            fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=True
+        )
+        folded.to(torch.float64)
+    tokens = zoo.tokens(raw)
+    raw_trace, folded_trace = (ResidualNetwork(model, "head").trace(tokens) for model in (raw, folded))
+    for head in range(raw.cfg.n_heads):
+        label = f"L1H{head}_out"
+        assert oracles.relative_error(raw_trace[label], folded_trace[label]) < 1e-5  # folding runs in float32
+    assert oracles.relative_error(raw_trace["1_attn_bias"], folded_trace["1_attn_bias"]) < 1e-5
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_left_padding_changes_nothing_for_real_tokens(spec):
+    model = zoo.build(spec)
+    tokens, mask = zoo.padded(model)
+    network = ResidualNetwork(model)
+    trace = network.trace(tokens, attention_mask=mask)
+    assert torch.equal(trace.valid, mask.bool())
+    for row in range(len(tokens)):
+        alone = network.trace(tokens[row : row + 1, mask[row].bool()])
+        for label in ("0_attn_out", "1_pre", "final_post"):
+            padded = trace[label][row, mask[row].bool()]
+            assert oracles.relative_error(padded, alone[label][0]) < 1e-9, label
+    center, variate = trace["0_pre"], trace["1_pre"]
+    found = jet(trace.gamma("1_attn"), center, variate, order=2).coefficients
+    assert torch.isfinite(found[:, mask.bool()]).all()
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_jets_follow_the_users_hooks(spec):
+    """Inside `with model.hooks(...)` streams, gammas and jets are those of the edited model."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model, batch=2, pos=5)
+    network = ResidualNetwork(model)
+    plain = network.trace(tokens)
+
+    def ablate(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, 1] = 0
+        return z
+
+    def damp(value: Tensor, hook: Any) -> Tensor:
+        return 0.5 * value
+
+    hooks = [("blocks.0.attn.hook_z", ablate), ("blocks.1.hook_attn_out", damp)]
+    with full_precision(), torch.no_grad():
+        wanted = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    with model.hooks(hooks):
+        trace = network.trace(tokens)
+        assert torch.equal(trace.logits, wanted)
+        assert oracles.relative_error(trace["1_attn_out"], plain["1_attn_out"]) > 1e-3
+        center, variate = trace["0_pre"], trace["1_pre"]
+        gamma = trace.gamma("1_attn")
+        found = jet(gamma, center, variate, order=2).coefficients
+    unedited = jet(network.trace(tokens).gamma("1_attn"), center, variate, order=2).coefficients
+    assert oracles.relative_error(found, 0.5 * unedited) < TOLERANCE
+    with pytest.raises(ValueError, match="under the hooks under which it was made"):
+        trace.gamma("1_attn")
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+@pytest.mark.parametrize("place", ["pre", "mid", "post"])
+def test_steering_the_stream_is_a_labelled_edit(spec, place):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model)
+    hook_name = f"blocks.1.hook_resid_{place}"
+    if place == "mid" and "1_mid" not in network.streams:
+        pytest.skip("the family has no such stream")
+    direction = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
+    hooks = [(hook_name, lambda stream, hook: stream + direction)]
+    with full_precision(), torch.no_grad():
+        wanted = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    with model.hooks(hooks):
+        trace = network.trace(tokens)
+        assert torch.equal(trace.logits, wanted)
+        for stage in network.stages:
+            trace.stage_function(stage)  # the self-check runs
+        total = sum(trace[label] for label in network.components)
+        edits = [label for stream in network.streams for label in trace.edits(stream)]
+        total = total + sum(trace[label] for label in edits)
+        assert oracles.relative_error(total, trace["final_post"]) < 1e-12
+        if place == "mid" and spec.world == "bridge":
+            assert edits == []  # the skip does not see it: it is part of the MLP's gamma
+            return
+        assert edits == [f"edit:{hook_name}"]
+        assert oracles.relative_error(trace[edits[0]], direction.expand_as(trace["0_pre"])) < 1e-12
+
+
+def test_a_ready_cache_gives_the_same_network():
+    for spec in zoo.available(["gpt2", "llama"]):
+        model = zoo.build(spec)
+        tokens = zoo.tokens(model)
+        _, cache = model.run_with_cache(tokens)
+        network = ResidualNetwork(model)
+        trace, own = network.trace(tokens, cache=cache), network.trace(tokens)
+        for label in network.labels:
+            assert oracles.relative_error(trace[label], own[label]) < 1e-6
+        found = trace.gamma("1_mlp")(trace["1_pre"])
+        assert oracles.relative_error(found, own.gamma("1_mlp")(own["1_pre"])) < 1e-6
+
+
+def test_a_cache_of_other_tokens_or_without_streams_is_refused():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    tokens = zoo.tokens(model)
+    _, cache = model.run_with_cache(tokens[:, :5])
+    with pytest.raises(ValueError, match="of the same tokens with its batch dimension"):
+        ResidualNetwork(model).trace(tokens, cache=cache)
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: "attn" in name)
+    with pytest.raises(ValueError, match="must hold every stream and write"):
+        ResidualNetwork(model).trace(tokens, cache=cache)
+
+
+@pytest.mark.parametrize("spec", zoo.available(["gpt2", "llama", "pythia"]), ids=str)
+def test_replays_leave_the_model_as_it_was(spec):
+    model = zoo.fresh(spec)
+    tokens = zoo.tokens(model)
+    before = model(tokens)
+    network = ResidualNetwork(model, "head")
+    trace = network.trace(tokens)
+    jet(trace.stage_function(network.stages[0]), trace["0_pre"] * 0.9, trace["0_pre"], order=2)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert torch.equal(copy.deepcopy(model)(tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", zoo.available(["gpt2", "llama", "pythia", "gemma2"]), ids=str)
+def test_half_precision_models_compute_in_float32(spec, dtype):
+    if spec.processing == "processed":
+        pytest.skip("raw is enough")
+    half = zoo.fresh(spec, torch.float32).to(dtype)
+    full = copy.deepcopy(half).to(torch.float32)
+    tokens = zoo.tokens(half)
+    trace, wanted = ResidualNetwork(half).trace(tokens), ResidualNetwork(full).trace(tokens)
+    assert trace["final_post"].dtype == torch.float32
+    assert oracles.relative_error(trace["final_post"], wanted["final_post"]) < 1e-4
+    found = jet(trace.gamma("1_mlp"), trace["0_pre"], trace["1_pre"], order=1).value
+    assert found.dtype == torch.float32
+    assert (
+        oracles.relative_error(found, jet(wanted.gamma("1_mlp"), wanted["0_pre"], wanted["1_pre"], order=1).value)
+        < 1e-3
+    )
+
+
+@pytest.mark.parametrize("spec", supported(ALL), ids=str)
+def test_norms_are_read_from_the_module(spec):
+    model = zoo.build(spec)
+    cfg, ln_final = model.cfg, getattr(model, "ln_final", None)
+    norm = read_norm(ln_final, cfg, cfg.d_model, torch.device("cpu"), torch.float64)
+    stream = torch.randn(2, 3, cfg.d_model, dtype=torch.float64)
+    if ln_final is not None:
+        with full_precision():
+            assert oracles.relative_error(norm(stream), ln_final(stream)) < 1e-12
+
+
+def test_unsupported_models_are_refused_by_name():
+    model = zoo.fresh(zoo.available(["gpt2"])[0])
+    model.train()
+    with pytest.raises(ValueError, match=r"evaluation mode .* Call model.eval\(\)"):
+        ResidualNetwork(model)
+    model.eval()
+    for option, value, words in (
+        ("num_experts", 4, "routed experts"),
+        ("is_encoder_decoder", True, "Decoder-only"),
+        ("load_in_4bit", True, "Quantized weights"),
+    ):
+        marked = copy.deepcopy(model)
+        setattr(marked.cfg, option, value)
+        with pytest.raises(NotImplementedError, match=words):
+            ResidualNetwork(marked)
+    with pytest.raises(TypeError, match="must be a TransformerLens TransformerBridge or HookedTransformer"):
+        ResidualNetwork(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_bad_input_is_refused():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    network = ResidualNetwork(model)
+    tokens = zoo.tokens(model)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.60; got 3\.\.61"):
+        network.trace(torch.tensor([[3, 61]]))
+    with pytest.raises(ValueError, match="context of 32 tokens; got 33"):
+        network.trace(torch.full((1, 33), 3))
+    with pytest.raises(TypeError, match="must be integers"):
+        network.trace(torch.randn(1, 3))
+    with pytest.raises(TypeError, match="not a rectangular array"):
+        network.trace([[1, 2], [3]])
+    with pytest.raises(ValueError, match="pos >= 1"):
+        network.trace(torch.zeros(2, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="got an empty one"):
+        network.trace("")
+    with pytest.raises(ValueError, match="attention_mask must have the tokens' shape"):
+        network.trace(tokens, attention_mask=torch.ones(1, 2, dtype=torch.long))
+    trace = network.trace(tokens)
+    with pytest.raises(ValueError, match="takes a stream of shape"):
+        trace.gamma("1_mlp")(trace["1_mid"][:, :4])
+    with pytest.raises(ValueError, match="A label must be one of"):
+        trace["9_pre"]
+    with pytest.raises(ValueError, match="A stage is named by"):
+        trace.gamma("9_mlp")
+
+
+def test_a_hook_on_the_decoder_is_refused():
+    for spec in zoo.available(["gpt2", "llama"]):
+        model = zoo.build(spec)
+        network = ResidualNetwork(model)
+        hooks = [("ln_final.hook_normalized", lambda value, hook: 2 * value)]
+        with model.hooks(hooks), pytest.raises(ValueError, match="a hook edits ln_final"):
+            network.trace(zoo.tokens(model))
+        with model.hooks(hooks), pytest.raises(ValueError, match="no hooks inside it"):
+            ResidualNetwork(model)
+
+
+@pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
+@pytest.mark.parametrize("world", sorted({spec.world for spec in ALL}))
+def test_prompts_of_unequal_length_are_padded_on_the_right(world):
+    model = zoo.load_stories(world)
+    network = ResidualNetwork(model)
+    prompts = ["Once upon a time", "Lily and Tom went to the park to play", "The"]
+    trace = network.trace(prompts)
+    for row, prompt in enumerate(prompts):
+        alone = network.trace(prompt)
+        length = alone.tokens.shape[1]
+        assert torch.equal(trace.tokens[row, :length], alone.tokens[0])
+        assert trace.valid[row].sum() == length
+        assert oracles.relative_error(trace["final_post"][row, :length], alone["final_post"][0]) < 1e-5
+    with pytest.raises(ValueError, match="context of 512 tokens"):
+        network.trace("play " * 600)
