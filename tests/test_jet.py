@@ -232,18 +232,7 @@ def test_degenerate_shapes():
 # Errors. ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_runtime_types():
-    """Let the library's own checks speak, not those of jaxtyping."""
-    import jaxtyping
-
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
-@pytest.mark.usefixtures("no_runtime_types")
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(
     ("center", "variate", "order", "error", "message"),
     [
@@ -268,7 +257,7 @@ def test_what_is_refused(center, variate, order, error, message):
         jet(sublayer, center, variate, order)
 
 
-@pytest.mark.usefixtures("no_runtime_types")
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
 def test_quantized_tensors_are_refused():
     quantized = torch.quantize_per_tensor(X.float(), 0.1, 0, torch.qint8)
@@ -276,7 +265,7 @@ def test_quantized_tensors_are_refused():
         jet(sublayer, quantized, quantized, 1)
 
 
-@pytest.mark.usefixtures("no_runtime_types")
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_function_that_gives_no_tensor_is_refused(order):
     with pytest.raises(TypeError, match=r"returned tuple. Wrap it"):

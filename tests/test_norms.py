@@ -170,18 +170,7 @@ def test_center_scale_never_gives_nan():
 # Errors. ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_runtime_types():
-    """Let the library's own checks speak, not those of jaxtyping."""
-    import jaxtyping
-
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
-@pytest.mark.usefixtures("no_runtime_types")
+@pytest.mark.usefixtures("as_users_run_it")
 def test_what_is_refused():
     norm = NORMS["LN"]
     with pytest.raises(ValueError, match=r"kind is one of LN, RMS, none; got 'LNPre'"):

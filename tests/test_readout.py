@@ -213,16 +213,17 @@ def test_one_target_a_row():
     assert torch.equal(one.model.target_logits[..., 0], several.model.target_logits[..., 1])
 
 
+@pytest.mark.parametrize("distinct", [10, 700])
 @pytest.mark.parametrize("k", [1, 3, 7, 40])
-def test_ties_go_to_the_smallest_id(k):
+def test_ties_go_to_the_smallest_id(k, distinct):
     """A vocabulary of few distinct tokens: integer logits, most of them equal to many others, across blocks."""
-    draw = generator(1)
-    distinct = (draw(3, 10) * 2).round()
-    copies = torch.randint(10, (700,), generator=torch.Generator().manual_seed(2))
-    decoder = Decoder(torch.nn.Identity(), distinct[:, copies], torch.zeros(700, dtype=torch.float64))
+    draw, d_vocab = generator(1), 2000
+    tokens = (draw(3, distinct) * 2).round()
+    copies = torch.randint(distinct, (d_vocab,), generator=torch.Generator().manual_seed(2))
+    decoder = Decoder(torch.nn.Identity(), tokens[:, copies], torch.zeros(d_vocab, dtype=torch.float64))
     integers = [(draw(*shape) * 2).round() for shape in ((2, 6, 3), (6, 3), (2, 3, 6), (2, 3, 6), (6,))]
     control = Control(*((draw(*shape) * 2).round() for shape in ((6, 3), (2, 6), (2, 6))))
-    targets = torch.randint(700, (6, 2), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(d_vocab, (6, 2), generator=torch.Generator().manual_seed(3))
     check_scan(decoder, Mixture(*integers), control, targets, k=k)
     states = integers[1]
     assert torch.equal(top_tokens(decoder, states, k=k).indices, ordered(decoder.logits(states))[:, :k])

@@ -724,7 +724,7 @@ def test_a_line():
     assert Series.line(center, direction, order=0).coefficients.tolist() == [[1, 2]]
 
 
-@pytest.mark.usefixtures("no_runtime_types")
+@pytest.mark.usefixtures("as_users_run_it")
 def test_what_is_no_series_is_refused():
     with pytest.raises(ValueError, match=r"order is at least 0; got -1"):
         Series.line(torch.ones(2), torch.ones(2), -1)
@@ -736,17 +736,6 @@ def test_what_is_no_series_is_refused():
         Series(torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"order >= 0; got \[\]"):
         Series(torch.tensor(1.0))
-
-
-@pytest.fixture
-def no_runtime_types():
-    """Let the library's own checks speak, not those of jaxtyping."""
-    import jaxtyping
-
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_a_rule_is_entered_once():

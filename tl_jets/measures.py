@@ -93,8 +93,8 @@ class Plane:
     """
 
     variate: Float[Tensor, "*row d_model"]
-    along: Float[Tensor, "layer *row"]
-    across: Float[Tensor, "layer *row"]
+    along: Float[Tensor, " layer *row"]
+    across: Float[Tensor, " layer *row"]
     orthogonal: Float[Tensor, "layer *row d_model"]
 
 
@@ -106,22 +106,26 @@ def split_along(norm: Norm, centers: Tensor, variate: Tensor) -> Plane:
     return Plane(y, along, orthogonal.norm(dim=-1), orthogonal)
 
 
-def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Unit vectors orthogonal to the variate [*row, d_model] (and centered with it), [*shape, *row, d_model], float64.
+def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], places: Tensor, seed: int) -> Tensor:
+    """Unit vectors orthogonal to the variate [row, d_model] (and centered with it), [*shape, row, d_model], float64.
 
-    The draw depends on the seed and the shape alone, not on the device.
+    A row's draw depends on the seed and its place in the prompt [row] alone, so that a prompt's control is the same by
+    itself, in a batch, padded or sliced, and on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     y = norm.center(variate.double())
-    noise = torch.randn((*shape, *y.shape), generator=generator, dtype=torch.float64).to(y.device)
-    noise = norm.center(noise)
+    draws = [
+        torch.randn((*shape, y.shape[-1]), generator=generator, dtype=torch.float64)
+        for _ in range(int(places.max()) + 1)
+    ]
+    noise = norm.center(torch.stack(draws, -2)[..., places.cpu(), :].to(y.device))
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y
     return noise / noise.norm(dim=-1, keepdim=True)
 
 
 def weighted(norm: Norm, states: Tensor) -> Tensor:
-    """w * states: what the norm's gain makes of centered states."""
+    """The norm's weight times states: what the norm's gain makes of centered states."""
     return states if norm.weight is None else states * norm.weight
 
 

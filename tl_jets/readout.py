@@ -183,12 +183,13 @@ class MixtureScan(Readings):
     """Readings of every layer, order and row of a `Mixture`, of the model, and of the control.
 
     Attributes:
-        own_top1: Best token of the own part, `alpha * own @ W_U + constant`. Shape [layer, order, row]; None if not
-            measured.
+        own_values: What the own part, `alpha * own @ W_U + constant`, gives the tokens in `top`. Shape [layer, order, row, k].
+        own_top1: Best token of the own part. Shape [layer, order, row]; None if not measured.
         model: The same readings of the model's own logits, with [row] as leading axis.
         control: The same readings of the control; None without one. Its `top` holds one token.
     """
 
+    own_values: Float[Tensor, "layer order row k"]
     own_top1: Int[Tensor, "layer order row"] | None
     model: Readings
     control: Readings | None
@@ -294,6 +295,7 @@ def scan_mixture(
     cells = mixture.alpha.shape
     n_targets = 0 if targets is None else targets.shape[1]
     store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
+    store["own_values"] = torch.empty_like(store["values"])
     model_store = reader.allocate((1, 1, cells[2]), top_k, n_targets, measures)
     # All layers of a row mix the same vectors: to the reader they are so many orders of one layer.
     merged = (1, cells[0] * cells[1], cells[2])
@@ -316,6 +318,7 @@ def scan_mixture(
     if control_store is not None:
         control_store = {name: x.view(*cells, *x.shape[3:]) for name, x in control_store.items()}
     return MixtureScan(
+        own_values=store["own_values"],
         own_top1=store.get("own_top1"),
         model=_readings(reader, *[{name: x[0, 0] for name, x in model_store.items()}] * 2),
         control=None if control_store is None else _readings(reader, control_store, model_store),
@@ -411,6 +414,8 @@ class _Reader:
             self.finish(logits, None if targets is None else targets[part], probabilities[part], view)
             if "own_top1" in store:
                 view["own_top1"][:plain] = view["indices"][:plain, ..., 0]
+            borrowed = shared[part].expand_as(logits).gather(-1, view["indices"])
+            torch.addcmul(view["values"], beta[:, part], borrowed, value=-1, out=view["own_values"])
 
     def read_control(
         self, coefficients: Tensor, vectors: tuple[Tensor, ...], probabilities: Tensor, store: dict[str, Tensor]

@@ -162,6 +162,10 @@ class IterativeJetLens:
         Columns: layer, order, batch, pos, token (read at that position), rank, token_index, token_string (the id without a
         tokenizer), logit, own_logit, borrowed_share, and the measures with their controls.
         """
+        if top_k is not None and not 1 <= top_k <= self.top_ids.shape[-1]:
+            raise ValueError(
+                f"top_k must lie in 1..{self.top_ids.shape[-1]}, what the lens kept; got {top_k}. Run it with a larger one."
+            )
         tokenizer = tokenizer or self.tokenizer
         arrays = {
             name: getattr(self, name).cpu().numpy()
@@ -196,7 +200,7 @@ def iterative_jet_lens(
     text_or_tokens: Any,
     *,
     order: int = 1,
-    layers: Sequence[int | str] | None = None,
+    layers: int | str | Sequence[int | str] | None = None,
     positions: int | Sequence[int] | None = None,
     incl_mid: bool = False,
     center_scale: CenterScale = "none",
@@ -214,13 +218,13 @@ def iterative_jet_lens(
         model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
         order: Highest order k >= 0; all orders 0..k are returned and cost about as much as one.
-        layers: Layers (an int l is `l_pre`, n_layers is `final_post`) or stream labels; None for all.
+        layers: Layers (an int l is `l_pre`, n_layers or -1 is `final_post`) or stream labels; None for all.
         positions: Positions to read; None for all. Negative ones count from the end of the padded row.
-        incl_mid: Also read the streams between attention and MLP.
+        incl_mid: With `layers=None`, also read the streams between attention and MLP (parallel blocks have none).
         center_scale: Length of the center: `"none"` (the layer's own, the paper's), `"match"` or `"orthogonal"`, which
             make the series converge; see `borrowed_share` and `control` for what that is worth.
         targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), or a tensor of ids
-            [batch, pos] (one a position).
+            [batch, pos] of the whole input (one a position).
         top_k: How many best tokens a cell keeps.
         measures: Compute the measures, their controls and the own part's best token.
         seed: Of the random control.
@@ -241,7 +245,7 @@ def iterative_jet_lens(
     Cost:
         A forward pass and one product of all layers' streams with the unembedding, whatever the order.
     """
-    check_options(order, center_scale)
+    check_options(order, center_scale, top_k, chunk_size)
     network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
@@ -259,7 +263,7 @@ def iterative_jet_lens(
         alpha, beta = (series.alpha * scale).transpose(0, 1), series.beta.transpose(0, 1)
         gamma = norm_jet(norm, variate, variate, 0).alpha[0]
         plane = split_along(norm, centers, variate)
-        random = random_directions(norm, variate, (), seed)
+        random = random_directions(norm, variate, (), rows.places, seed)
         dtype = trace[FINAL_STREAM].dtype
         cast = lambda tensor: tensor.to(dtype)  # noqa: E731
         mixture = Mixture(

@@ -31,6 +31,7 @@ from tl_jets.network import ResidualNetwork
 from tl_jets.readout import CHUNK_SIZE, Mixture, MixtureScan, TopTokens, scan_mixture, top_tokens
 from tl_jets.stages import FINAL_STREAM, Granularity
 from tl_jets.tokens import decode, token_names
+from tl_jets.trace import Trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,7 +41,7 @@ class JointJetLens:
     Attributes:
         labels: Components, aligned to the center axis: `embed`, `0_attn_out`, ..., `edit:<hook>`.
         order: k.
-        objective: What the weights minimize.
+        objective: What the weights minimize; `"uniform"` or `"given"` if they were not optimized.
         center_scale: How centers were rescaled.
         positions: Positions in the prompt, aligned to the pos axis.
         tokens: The tokens at those positions [batch, pos].
@@ -166,7 +167,8 @@ def joint_jet_lens(
         granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is `"block"` for a model, and a
             network's own for a `ResidualNetwork`.
         embeddings: Whether the embeddings are components, too.
-        weights: `"optimal"`, `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos].
+        weights: `"optimal"`, `"uniform"`, or numbers on the simplex, [center] or
+            [center, batch, pos] of the whole input.
         objective: What optimal weights minimize: the distance to the model's logits up to a constant a token
             (`"centered_l2"`), as they are (`"l2"`, the paper's), or KL(model || sum) (`"kl"`, nats).
         positions: Positions to read; None for all.
@@ -191,7 +193,7 @@ def joint_jet_lens(
         A forward pass and, a position, a quadratic program with as many variables as components, solved twice (the
         control); "kl" needs all components' logits.
     """
-    check_options(order, center_scale)
+    check_options(order, center_scale, top_k, chunk_size)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
     own_granularity = model.granularity if isinstance(model, ResidualNetwork) else "block"
@@ -206,12 +208,12 @@ def joint_jet_lens(
         variate = rows.take(trace[FINAL_STREAM])
         centers = _Centers.of(network, rows, values, variate, order, center_scale)
         truth = network.decoder.norm(variate.double())
-        chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
+        chosen, solution = _choose(network, centers.jets, truth, weights, objective, trace, rows, chunk_size)
         uniform = uniform_weights(len(labels), len(truth), device=truth.device)
         random = _Centers.of(
-            network, rows, _random_centers(network, values, variate, seed), variate, order, center_scale
+            network, rows, _random_centers(network, rows, values, variate, seed), variate, order, center_scale
         )
-        of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
+        of_random, _ = _choose(network, random.jets, truth, weights, objective, trace, rows, chunk_size)
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
         scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size)
@@ -226,7 +228,7 @@ def joint_jet_lens(
         return JointJetLens(
             labels=labels,
             order=order,
-            objective=objective,
+            objective=objective if solution is not None else weights if isinstance(weights, str) else "given",
             center_scale=center_scale,
             positions=rows.positions,
             tokens=trace.tokens[:, rows.positions],
@@ -292,6 +294,7 @@ def _choose(
     truth: Tensor,
     weights: Any,
     objective: Objective,
+    trace: Trace,
     rows: Rows,
     chunk_size: int,
 ) -> tuple[Tensor, SimplexSolution | None]:
@@ -308,14 +311,21 @@ def _choose(
         return uniform_weights(n, len(truth), device=truth.device), None
     if isinstance(weights, str):
         raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
-    given = read_weights(weights, n).movedim(0, -1).to(truth)
-    return (rows.take(given) if given.ndim > 1 else given.expand(len(truth), n)), None
+    given = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+    if given.ndim == 3 and given.shape[1:] == trace.valid.shape:
+        given = rows.take(given.movedim(0, -1)).movedim(-1, 0)  # padding may hold NaN, as a lens' own weights do
+    elif given.ndim > 1:
+        raise ValueError(
+            f"weights must be [center] or [center, batch, pos] with batch and pos {tuple(trace.valid.shape)}, those of "
+            f"the whole input; got shape {tuple(given.shape)}."
+        )
+    return read_weights(given, n).movedim(0, -1).to(truth).expand(len(truth), n), None
 
 
-def _random_centers(network: ResidualNetwork, values: Tensor, variate: Tensor, seed: int) -> Tensor:
+def _random_centers(network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, seed: int) -> Tensor:
     """Random centers of the same norm, and the same angle to the final stream, as the final norm sees them."""
     plane = split_along(network.decoder.norm, values, variate)
-    random = random_directions(network.decoder.norm, variate, values.shape[:1], seed)
+    random = random_directions(network.decoder.norm, variate, values.shape[:1], rows.places, seed)
     return plane.along[..., None] * plane.variate + plane.across[..., None] * random
 
 

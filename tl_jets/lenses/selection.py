@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_jets.expansion.expand import CENTER_SCALES
 from tl_jets.network import ResidualNetwork
-from tl_jets.stages import FINAL_STREAM
 from tl_jets.trace import Trace
 
 TargetInput = str | int | Sequence[str | int] | Tensor
@@ -20,20 +21,26 @@ TargetInput = str | int | Sequence[str | int] | Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Real positions among the chosen ones, flattened, and the way back to [batch, pos]."""
+    """Real positions among the chosen ones, flattened, and the way back to [batch, pos].
+
+    Attributes:
+        positions: The chosen positions, from the start of the padded row.
+        keep: Which of them are real [batch, pos].
+        places: How many real tokens come before each [row]: its position in the prompt without padding.
+    """
 
     positions: list[int]
     keep: Bool[Tensor, "batch pos"]
+    places: Int[Tensor, " row"]
 
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
-        length = trace.tokens.shape[1]
-        wanted = range(length) if positions is None else [positions] if isinstance(positions, int) else list(positions)
-        for position in wanted:
-            if not -length <= position < length:
-                raise ValueError(f"positions must lie in {-length}..{length - 1}; got {position}.")
-        chosen = [position % length for position in wanted]
-        return cls(chosen, trace.valid[:, chosen])
+        """The real ones among `positions`; None for all."""
+        chosen = _read_positions(positions, trace.valid.shape[1])
+        keep = trace.valid[:, chosen]
+        if not keep.any():
+            raise ValueError(f"positions must hold a real token; got {chosen}, all padding. Choose others.")
+        return cls(chosen, keep, (trace.valid.cumsum(1) - 1)[:, chosen][keep])
 
     def take(self, values: Tensor) -> Tensor:
         """[batch, pos, ...] -> [row, ...]."""
@@ -48,16 +55,50 @@ class Rows:
         return out.movedim((0, 1), (axis, axis + 1))
 
 
-def check_options(order: Any, center_scale: str) -> None:
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an integer >= 0; got {order!r}.")
-    if order < 0:
-        raise ValueError(f"order must be an integer >= 0; got {order}.")
+def check_options(order: Any, center_scale: str, top_k: Any, chunk_size: Any) -> None:
+    """Refuse what no lens can do; the messages name the option."""
+    for name, value, least in (("order", order, 0), ("top_k", top_k, 1), ("chunk_size", chunk_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
 
 
+def _read_positions(positions: Any, length: int) -> list[int]:
+    if positions is None:
+        return list(range(length))
+    try:
+        wanted = [_index(positions)]
+    except TypeError:
+        try:
+            wanted = [_index(position) for position in positions]
+        except TypeError as error:
+            raise TypeError(
+                f"positions must be None, an integer or a sequence of integers; got {positions!r}. Write a slice as a "
+                f"range."
+            ) from error
+    if not wanted:
+        raise ValueError("positions must name at least one position; got none. Pass None for all.")
+    for position in wanted:
+        if not -length <= position < length:
+            raise ValueError(f"positions must lie in {-length}..{length - 1} for this input; got {position}.")
+    chosen = [position % length for position in wanted]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"positions must be distinct, or averages would count some twice; got {wanted}.")
+    return chosen
+
+
+def _index(value: Any) -> int:
+    """An integer of any library; a boolean (a mask, perhaps) is none."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        raise TypeError(f"got {value!r}")
+    return operator.index(value)
+
+
 def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any, cache: Any) -> Trace:
+    """The input's trace on this network, made now unless a trace of the same model was given."""
     if not isinstance(text_or_tokens, Trace):
         return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
     if text_or_tokens.network.view is not network.view:
@@ -67,30 +108,31 @@ def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any,
     return Trace(network, text_or_tokens.recording)
 
 
-def stream_labels(network: ResidualNetwork, layers: Sequence[int | str] | None, incl_mid: bool) -> list[str]:
+def stream_labels(
+    network: ResidualNetwork, layers: int | str | Sequence[int | str] | None, incl_mid: bool
+) -> list[str]:
     """Labels of the streams to read, in the order of the network or of `layers`."""
-    known = [label for label in network.labels if label.endswith(("_pre", "_mid")) or label == FINAL_STREAM]
-    every = sorted(
-        known,
-        key=lambda label: (
-            label == FINAL_STREAM,
-            int(label.split("_")[0]) if "_" in label and label[0].isdigit() else 0,
-            label.endswith("_mid"),
-        ),
-    )
+    every = list(network.at("sublayer").streams)
     pre = [label for label in every if not label.endswith("_mid")]
     if layers is None:
         return every if incl_mid else pre
+    if incl_mid:
+        raise ValueError(
+            "incl_mid adds streams to layers=None; got layers, too. Name the streams between attention and MLP among "
+            "them, such as '0_mid'."
+        )
     chosen = []
-    for layer in layers:
-        if isinstance(layer, int) and -len(pre) <= layer < len(pre):
+    for layer in [layers] if isinstance(layers, (int, str)) else layers:
+        if isinstance(layer, int) and not isinstance(layer, bool) and -len(pre) <= layer < len(pre):
             chosen.append(pre[layer])
-        elif layer in every:
-            chosen.append(str(layer))
+        elif isinstance(layer, str) and layer in every:
+            chosen.append(layer)
         else:
             raise ValueError(f"layers must be 0..{len(pre) - 1} or stream labels such as {every[:2]}; got {layer!r}.")
     if not chosen:
         raise ValueError("layers must name at least one stream; got none. Pass None for all.")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers must be distinct streams; got {chosen}. Leave the repeated ones out.")
     return chosen
 
 
@@ -101,24 +143,33 @@ def read_targets(
     if targets is None:
         return None, None
     shape = trace.tokens.shape
+    d_vocab = network.decoder.d_vocab
     if isinstance(targets, Tensor):
-        if targets.is_floating_point() or targets.shape[:2] != shape or targets.ndim > 3:
+        real = targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool
+        if real or targets.shape[:2] != shape or targets.ndim > 3 or targets.numel() == 0:
             raise ValueError(
                 f"A tensor of targets must hold ids [batch, pos] or [batch, pos, target] with batch and pos "
-                f"{tuple(shape)}; got {targets.dtype} {tuple(targets.shape)}."
+                f"{tuple(shape)}, those of the whole input; got {targets.dtype} {tuple(targets.shape)}. Ids that are "
+                f"the same everywhere may be a list."
             )
         ids = targets.long().to(trace.tokens.device).reshape(*shape, -1)
         return ids, list(range(ids.shape[-1]))
     names = [targets] if isinstance(targets, (str, int)) else list(targets)
-    ids = torch.tensor([_single_token(network, name) for name in names], device=trace.tokens.device)
-    return ids.expand(*shape, -1), names
+    if not names:
+        raise ValueError("targets must name at least one token; got none. Pass None for no targets.")
+    found = [_single_token(network, name) for name in names]
+    for name, token in zip(names, found, strict=True):
+        if not 0 <= token < d_vocab:
+            raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {name!r}.")
+    return torch.tensor(found, device=trace.tokens.device).expand(*shape, -1), names
 
 
 def _single_token(network: ResidualNetwork, target: Any) -> int:
-    if isinstance(target, int):
-        return target
     if not isinstance(target, str):
-        raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {type(target).__name__}.")
+        try:
+            return _index(target)
+        except TypeError as error:
+            raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
     if network.tokenizer is None:
         raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
     ids = network.tokenizer(target, add_special_tokens=False)["input_ids"]
