@@ -26,7 +26,7 @@ def supported(specs: list) -> list:
     return [spec for spec in specs if spec.name not in UNSUPPORTED]
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -36,11 +36,11 @@ def run_reading(model: Any, tokens: Tensor, read: str, write: dict[str, Any], **
 
     def grab(tensor: Tensor, hook: Any) -> None:
         box.append(tensor)
-        raise _Stop
+        raise _StopError
 
     hooks = [(name, lambda tensor, hook, value=value: value) for name, value in write.items()]
     # Several models keep state on their modules only; a stopped forward pass leaves none behind.
-    with full_precision(), model.hooks([*hooks, (read, grab)]), contextlib.suppress(_Stop):
+    with full_precision(), model.hooks([*hooks, (read, grab)]), contextlib.suppress(_StopError):
         model(tokens, **extra)
     return box[-1]
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_jets.decoder as decoder_module
+from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
 
 
@@ -18,7 +19,7 @@ def make_decoder(d_model=6, d_vocab=23, *, offset=-30.0, dtype=torch.float64, ti
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     W_U = draw(d_vocab, d_model).to(dtype).T if tied else draw(d_model, d_vocab).to(dtype)
-    return Decoder(torch.nn.Identity(), W_U, (draw(d_vocab) + offset).to(dtype), transform)
+    return Decoder(Norm("none"), W_U, (draw(d_vocab) + offset).to(dtype), transform)
 
 
 def draw(*shape, seed=1, dtype=torch.float64):
@@ -134,7 +135,7 @@ def unchecked():
 def test_errors():
     decoder = make_decoder()
     with pytest.raises(ValueError, match=r"W_U must be \[d_model, d_vocab\].*got shapes \(23, 6\) and \(23,\).*\.T"):
-        Decoder(torch.nn.Identity(), decoder.W_U.T, decoder.b_U)
+        Decoder(Norm("none"), decoder.W_U.T, decoder.b_U)
     with pytest.raises(ValueError, match=r"d_model = 6 .*got shape \(2, 23\)"):
         decoder.logits(torch.zeros(2, 23))
     with pytest.raises(ValueError, match=r"d_model = 6 .*got shape \(2, 5\)"):

@@ -270,7 +270,7 @@ def test_edits_by_hooks_are_terms_of_their_own():
         model = zoo.build(spec)
         net = ResidualNetwork(model)
         direction = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
-        with model.hooks([("blocks.1.hook_resid_pre", lambda x, hook: x + direction)]):
+        with model.hooks([("blocks.1.hook_resid_pre", lambda x, hook, v=direction: x + v)]):
             trace = net.trace(zoo.tokens(model))
             jets = jet_expand(net, "0_mlp", centers=["0_mid"], order=1)(trace)
             assert (

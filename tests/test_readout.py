@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_jets.readout as readout
+from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
 from tl_jets.readout import Control, Mixture, scan_mixture, top_tokens
 
@@ -38,9 +39,7 @@ def make(
 ):
     """A decoder, a mixture, a control and targets; every bias and gain random."""
     draw = generator(seed)
-    decoder = Decoder(
-        torch.nn.Identity(), draw(d_model, d_vocab).to(dtype), (draw(d_vocab) + offset).to(dtype), transform
-    )
+    decoder = Decoder(Norm("none"), draw(d_model, d_vocab).to(dtype), (draw(d_vocab) + offset).to(dtype), transform)
     tensors = (
         draw(layers, rows, d_model),
         draw(rows, d_model),
@@ -171,7 +170,7 @@ def test_scan_in_float32(transform):
 def test_float32_keeps_small_divergences(spread):
     """A vocabulary of real size, flat and peaked distributions, KL from 1e-9 nats up."""
     draw = generator(3)
-    decoder = Decoder(torch.nn.Identity(), draw(16, 50257).float() * spread, draw(50257).float() * spread - 100)
+    decoder = Decoder(Norm("none"), draw(16, 50257).float() * spread, draw(50257).float() * spread - 100)
     shared, gamma = draw(6, 16).float(), torch.ones(6)
     alpha = torch.logspace(-5, 0, 6)[None, :, None].expand(1, 6, 6).contiguous()
     mixture = Mixture(draw(1, 6, 16).float(), shared, alpha, torch.ones_like(alpha), gamma)
@@ -220,7 +219,7 @@ def test_ties_go_to_the_smallest_id(k, distinct):
     draw, d_vocab = generator(1), 2000
     tokens = (draw(3, distinct) * 2).round()
     copies = torch.randint(distinct, (d_vocab,), generator=torch.Generator().manual_seed(2))
-    decoder = Decoder(torch.nn.Identity(), tokens[:, copies], torch.zeros(d_vocab, dtype=torch.float64))
+    decoder = Decoder(Norm("none"), tokens[:, copies], torch.zeros(d_vocab, dtype=torch.float64))
     integers = [(draw(*shape) * 2).round() for shape in ((2, 6, 3), (6, 3), (2, 3, 6), (2, 3, 6), (6,))]
     control = Control(*((draw(*shape) * 2).round() for shape in ((6, 3), (2, 6), (2, 6))))
     targets = torch.randint(d_vocab, (6, 2), generator=torch.Generator().manual_seed(3))
@@ -234,7 +233,7 @@ def test_ties_go_to_the_smallest_id(k, distinct):
 def test_top_tokens(transform, tied):
     draw, transform = generator(), TRANSFORMS[transform]
     weight = draw(130, 7).T if tied else draw(7, 130)
-    decoder = Decoder(torch.nn.Identity(), weight, draw(130) - 50, transform)
+    decoder = Decoder(Norm("none"), weight, draw(130) - 50, transform)
     states, bias_weight = draw(2, 5, 7), draw(2, 5)
     logits = torch.einsum("bpd,dv->bpv", states, weight) + torch.einsum("bp,v->bpv", bias_weight, decoder.b_U)
     for chunk_size in (1, 3, 10, 99):

@@ -7,10 +7,13 @@ joint lens (a component a row) of one prompt. Errors are one line on standard er
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -26,6 +29,14 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message is one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and where to find the options, then exit with status 2."""
+        self.exit(2, f"tl-jets: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (0, or 2 for bad input)."""
     options = parser().parse_args(arguments)
@@ -38,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="tl-jets", description=__doc__.split("\n\n")[0])
+    top = Parser(prog="tl-jets", description=(__doc__ or "").split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     lens = commands.add_parser(
         "lens",
@@ -73,25 +84,53 @@ def run_lens(options: argparse.Namespace) -> int:
     shared: dict[str, Any] = {"center_scale": options.center_scale, "top_k": options.top_k}
     try:
         trace = network.trace(options.prompt)
+        position = _position(options.position, trace.tokens.shape[1])
         iterative = iterative_jet_lens(network, trace, order=options.order, **shared)
         joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
-        position = _position(options.position, len(iterative.positions))
     except (ValueError, NotImplementedError) as error:
         raise UsageError(_one_line(error)) from error
     console = Console()
-    console.print(terminal.prompt_line(iterative, position, options.model))
-    console.print(terminal.iterative_table(iterative, position))
-    console.print(terminal.joint_table(joint, position))
-    console.print(terminal.average_table(iterative, joint))
+    for part in (
+        terminal.heading(iterative, position, options.model, options.prompt),
+        terminal.iterative_table(iterative, position),
+        terminal.joint_table(joint, position),
+        terminal.average_table(iterative, joint),
+        terminal.legend(iterative),
+    ):
+        console.print(part)
     return 0
 
 
 def _network(name: str, granularity: Any) -> ResidualNetwork:
     try:
-        return ResidualNetwork(load_model(name), granularity)
-    except (OSError, ValueError, NotImplementedError, ImportError) as error:
-        what = "no such directory" if Path(name).is_absolute() and not Path(name).exists() else _one_line(error)
-        raise UsageError(f"cannot load model {name!r}: {what}") from error
+        with _quiet():
+            return ResidualNetwork(load_model(name), granularity)
+    except FileNotFoundError as error:
+        raise UsageError(_one_line(error)) from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot load model {name!r}: it is no local directory, and the hub did not give it ({_one_line(error, 120)})"
+        ) from error
+    except Exception as error:  # a loader has many ways to fail, and every one of them is the model's
+        raise UsageError(f"cannot load model {name!r}: {_one_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loader's log, warnings and bar of loaded weights; the bar of a download stays."""
+    from transformers.utils import logging as of_transformers
+
+    bar, disabled = of_transformers.is_progress_bar_enabled(), logging.root.manager.disable
+    of_transformers.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bar:
+            of_transformers.enable_progress_bar()
 
 
 def _position(position: int, length: int) -> int:
@@ -100,8 +139,8 @@ def _position(position: int, length: int) -> int:
     return position % length
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _one_line(error: Exception, width: int = 300) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ d_model^2 * d_vocab multiply-adds in float64, once per decoder (a few forward pa
 
 Example:
     >>> import torch
+    >>> from tl_jets.calculus import Norm
     >>> _ = torch.manual_seed(0)
-    >>> decoder = Decoder(norm=torch.nn.LayerNorm(4), W_U=torch.randn(4, 7), b_U=torch.randn(7))
+    >>> decoder = Decoder(norm=Norm("LN"), W_U=torch.randn(4, 7), b_U=torch.randn(7))
     >>> x, y = torch.randn(2, 4)
     >>> metric = decoder.metric(centered=False)
     >>> by_hand = torch.cosine_similarity(decoder.logits(x), decoder.logits(y), dim=-1)
@@ -52,11 +53,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from tl_jets.calculus import Norm
 
 # Columns of the vocabulary converted at a time where the weights need another dtype: about 32 MB of them.
 CONVERTED_ELEMENTS = 2**22
@@ -164,7 +166,7 @@ class Decoder:
     """How a model turns its last stream into logits: `transform(norm(h) @ W_U + b_U)`.
 
     Attributes:
-        norm: The final norm, callable on [..., d_model] (see `tl_jets.calculus.norms.Norm`).
+        norm: The final norm; `Norm("none")` without one.
         W_U: The unembedding, contiguous or a transposed view. Shape [d_model, d_vocab].
         b_U: Its bias. Shape [d_vocab].
         transform: The model's own softcap or logit scale, elementwise and strictly increasing; None without one.
@@ -173,7 +175,7 @@ class Decoder:
         ValueError: If the shapes of `W_U` and `b_U` do not fit together.
     """
 
-    norm: Callable[..., Any]
+    norm: Norm
     W_U: Float[Tensor, "d_model d_vocab"] = field(repr=False)
     b_U: Float[Tensor, " d_vocab"] = field(repr=False)  # noqa: N815
     transform: Callable[[Tensor], Tensor] | None = None
@@ -297,7 +299,9 @@ class Decoder:
     def _metrics(self) -> tuple[Metric, Metric]:
         # cached_property writes to __dict__, which a frozen dataclass allows.
         with torch.no_grad():
-            mean = torch.cat([self.W_U.mean(1, dtype=torch.float64), self.b_U.mean(dtype=torch.float64).unsqueeze(0)])
+            # By chunks: `mean(dtype=...)` would convert all of W_U at once.
+            total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
+            mean = torch.cat([torch.as_tensor(total), self.b_U.double().sum().unsqueeze(0)]) / self.d_vocab
             size = self.d_model + 1
             gram = torch.zeros(size, size, dtype=torch.float64, device=self.W_U.device)
             width = max(PANEL, CONVERTED_ELEMENTS // size)

@@ -22,9 +22,10 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    looks_local = name.startswith((".", "/", "~")) or Path(name).expanduser().exists()
+    # A name on the hub is `model` or `owner/model`.
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
     if looks_local and not (Path(name).expanduser() / "config.json").is_file():
-        raise FileNotFoundError(f"a local model must be a directory with a config.json; {name} is not")
+        raise FileNotFoundError(f"a local model must be a directory with a config.json; got {name!r}, which is not")
     source = str(Path(name).expanduser()) if looks_local else name
     model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
     model.eval()

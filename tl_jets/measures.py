@@ -38,6 +38,7 @@ from torch import Tensor
 
 from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder, Metric
+from tl_jets.readout import Readings
 
 MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")
 
@@ -62,10 +63,13 @@ class Measures:
 
     @classmethod
     def of(
-        cls, spread: Callable[[Tensor], Tensor], geometry: dict[str, Tensor], kl: Tensor, agreement: Tensor
+        cls, spread: Callable[[Tensor], Tensor], geometry: dict[str, Tensor], read: Readings, cells: Any = ...
     ) -> Measures:
-        """The measures of rows, with `spread` bringing them back to [batch, pos]."""
-        values = {**geometry, "kl": kl, "top1_agreement": agreement.to(kl.dtype)}
+        """The measures of some of the cells that were read, with `spread` bringing rows back to [batch, pos]."""
+        if read.kl is None:
+            raise ValueError("Measures need a scan with measures=True; this one was run without.")
+        kl = read.kl[cells]
+        values = {**geometry, "kl": kl, "top1_agreement": read.top1_agreement[cells].to(kl.dtype)}
         return cls(**{name: spread(value) for name, value in values.items()})
 
     def map(self, change: Any) -> Measures:

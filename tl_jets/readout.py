@@ -39,9 +39,10 @@ Memory: `chunk_size` rows of d_vocab logits, and a few MB.
 
 Example:
     >>> import torch
+    >>> from tl_jets.calculus import Norm
     >>> from tl_jets.decoder import Decoder
     >>> _ = torch.manual_seed(0)
-    >>> decoder = Decoder(norm=torch.nn.Identity(), W_U=torch.randn(4, 50), b_U=torch.randn(50))
+    >>> decoder = Decoder(norm=Norm("none"), W_U=torch.randn(4, 50), b_U=torch.randn(50))
     >>> h = torch.randn(3, 2, 4)                                          # 3 layers, 2 positions
     >>> zeros, ones = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
     >>> lens = Mixture(own=h, shared=h[-1], alpha=ones, beta=zeros, gamma=torch.ones(2))   # the logit lens

@@ -96,7 +96,11 @@ class ModelView(Protocol):
     decoder: Decoder
     tokenizer: Any
     name: str
-    sources: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Labels of what the first stream is the sum of."""
+        ...
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
         """The stages at a granularity; their last output is `final_post`."""

@@ -1,129 +1,194 @@
-"""Lenses as rich tables, for a terminal."""
+"""Lenses as rich tables, for a terminal of 80 columns or more."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.markup import escape
+from rich import box
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.measures import MEASURES
+from tl_jets.measures import MEASURES, Measures
 from tl_jets.tokens import token_text, visible
 
 BORROWED_STYLE = "dim italic"
 OWN_STYLE = "bold"
+DIVERGENT_STYLE = "yellow"
+BAR = "\u2588"
+BAR_WIDTH = 20
+# Components below this weight share a row where there are more than MAX_ROWS.
+SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
+TITLES = {
+    "remainder_norm": "remainder",
+    "cosine": "cosine",
+    "centered_cosine": "centered cos",
+    "kl": "KL",
+    "top1_agreement": "top-1 %",
+}
 
 
-def prompt_line(lens: IterativeJetLens, position: int, model: str) -> Text:
+def heading(lens: IterativeJetLens, position: int, model: str, prompt: str) -> Text:
     """What was asked of which model, and its own answer."""
-    read = _token(lens, lens.tokens[0, position])
-    answer = _token(lens, lens.model_top_ids[0, position])
+    read, answer = _token(lens, lens.tokens[0, position]), _token(lens, lens.model_top_ids[0, position])
     return Text.assemble(
         ("tl-jets lens", "bold"),
-        f"  {model}\nafter ",
-        (read, "bold"),
-        f" (position {lens.positions[position]}) the model says ",
+        ("\nmodel   ", "dim"),
+        model,
+        ("\nprompt  ", "dim"),
+        prompt,
+        ("\nanswer  ", "dim"),
         (answer, "bold"),
-        "\n",
+        f", what the model says after {read} (position {lens.positions[position]})\n",
     )
 
 
-def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Table:
+def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Group:
     """A layer a row, an order a column: best tokens, KL beside its control, and the borrowed share."""
-    table = Table(
-        title=f"Iterative jet lens (center_scale={lens.center_scale}): best tokens; KL to the model, control in brackets",
-        caption="\\[token]: borrowed from the model's own final stream, the layer's own part says something else. "
-        "b: borrowed share.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("layer")
-    table.add_column("rho", justify="right")
+    table = _table()
+    table.add_column("layer\nrho", no_wrap=True)
     for order in lens.orders:
-        table.add_column(f"order {order}" + (" (logit lens)" if order == 0 else ""))
-    tokens = lens.top_tokens()
+        lines = (
+            ("order 0", "logit lens", "KL (control)") if order == 0 else (f"order {order}", "KL (control)", "borrowed")
+        )
+        table.add_column("\n".join(lines))
+    borrowed, control = lens.borrowed[..., batch, position], _measured(lens.control)
     for i, label in enumerate(lens.labels):
-        cells = []
-        for k in range(len(lens.orders)):
-            borrowed = bool(lens.borrowed[i, k, batch, position])
-            words = tokens[label][k][batch][position]
-            cell = Text(_marked(words[0], borrowed), style=BORROWED_STYLE if borrowed else OWN_STYLE)
-            cell.append("".join(f" {visible(word)}" for word in words[1:]), style="dim")
-            cell.append(f"\nKL {_number(lens.kl[i, k, batch, position])} ", style="not bold not italic")
-            cell.append(f"({_number(_control(lens, 'kl')[i, k, batch, position])})", style="dim not italic")
-            if k > 0:
-                cell.append(f"  b {float(lens.borrowed_share[i, k, batch, position]):.2f}", style="not bold not italic")
+        rho = float(lens.rho[i, batch, position])
+        cells = [Text.assemble(label, "\n", (_number(rho), DIVERGENT_STYLE if rho >= 1 else "dim"))]
+        for k, order in enumerate(lens.orders):
+            cell = _answers(lens, lens.top_ids[i, k, batch, position], bool(borrowed[i, k]))
+            cell.append_text(_beside("\n", lens.kl[i, k, batch, position], control.kl[i, k, batch, position]))
+            if order > 0:
+                cell.append(f" {float(lens.borrowed_share[i, k, batch, position]):.0%}")
             cells.append(cell)
-        table.add_row(label, _number(lens.rho[i, batch, position]), *cells)
-    return table
+        table.add_row(*cells)
+    return _titled(f"Iterative jet lens: what each layer's stream says (center_scale={lens.center_scale})", table)
 
 
-def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Table:
-    """A component a row: weight, its own best token; the sum at the bottom."""
+def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Group:
+    """A component a row: weight, its own best tokens; the sum at the bottom, its KL beside control and uniform weights."""
     gap = "" if lens.gap is None else f", gap {float(lens.gap[batch, position]):.0e}"
-    table = Table(
-        title=f"Joint jet lens, order {lens.order} ({lens.objective}{gap}): the logits as a weighted sum",
-        title_justify="left",
-    )
+    table = _table()
     table.add_column("component")
     table.add_column("weight", justify="right")
-    table.add_column("")
-    table.add_column("best tokens of its own jet")
-    top = lens.center_top_tokens(lens.top_ids.shape[-1])
-    for i, label in enumerate(lens.labels):
-        weight = float(lens.weights[i, batch, position])
-        words = [_token(lens, token) for token in top.indices[i, batch, position]]
-        style = "dim" if weight < 1e-3 else ""
-        table.add_row(label, f"{weight:.3f}", "\u2588" * round(20 * weight), Text(" ".join(words)), style=style)
+    table.add_column("", width=BAR_WIDTH)
+    table.add_column("its own best tokens")
+    top = lens.center_top_tokens(lens.top_ids.shape[-1]).indices[:, batch, position]
+    weights = lens.weights[:, batch, position].tolist()
+    hidden = 0
+    for label, weight, ids in zip(lens.labels, weights, top, strict=True):
+        if weight < SMALL_WEIGHT and len(lens.labels) > MAX_ROWS:
+            hidden += 1
+            continue
+        words = Text(" ".join(_token(lens, token) for token in ids))
+        style = "dim" if weight < SMALL_WEIGHT else ""
+        table.add_row(Text(label), f"{weight:.3f}", BAR * round(BAR_WIDTH * weight), words, style=style)
+    if hidden:
+        table.add_row(f"{hidden} others", f"< {SMALL_WEIGHT}", "", "", style="dim")
     table.add_section()
-    words = lens.top_tokens()[batch][position]
-    total = Text(_marked(words[0], bool(lens.borrowed[batch, position])), style=OWN_STYLE)
-    total.append("".join(f" {visible(word)}" for word in words[1:]), style="dim")
-    table.add_row("sum", "1", "", total)
-    return table
+    total = _answers(lens, lens.top_ids[batch, position], bool(lens.borrowed[batch, position]))
+    total.append_text(_beside("\nKL ", lens.kl[batch, position], lens.control.kl[batch, position]))
+    total.append(f"; uniform weights {_number(lens.uniform.kl[batch, position])}")
+    table.add_row("sum", f"{sum(weights):.3f}", "", total)
+    return _titled(f"Joint jet lens, order {lens.order}: the logits as a weighted sum ({lens.objective}{gap})", table)
 
 
-def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Table:
+def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Group:
     """Measures over all positions of the prompt, each beside its control."""
-    table = Table(
-        title="Averages over the prompt's positions; in brackets the random-center control",
-        title_justify="left",
-    )
-    table.add_column("expansion")
+    table = _table()
+    table.add_column("layer")
+    table.add_column("k", justify="right")
     for name in MEASURES:
-        table.add_column(name, justify="right")
-    own, control = iterative.measures, iterative.control
-    if own is not None and control is not None:
-        means, controls = own.mean(), control.mean()
-        for i, label in enumerate(iterative.labels):
-            for k, order in enumerate(iterative.orders):
-                cells = [_beside(means[name][i, k], controls[name][i, k]) for name in MEASURES]
-                table.add_row(f"{label}, order {order}", *cells)
-        table.add_section()
-    means, uniform, controls = joint.measures.mean(), joint.uniform.mean(), joint.control.mean()
-    table.add_row(f"joint, {joint.objective} weights", *(_beside(means[name], controls[name]) for name in MEASURES))
-    table.add_row("joint, uniform weights", *(Text(_number(uniform[name])) for name in MEASURES))
-    return table
+        table.add_column(TITLES[name], justify="right")
+    own, control = _measured(iterative.measures).mean(), _measured(iterative.control).mean()
+    for i, label in enumerate(iterative.labels):
+        for k, order in enumerate(iterative.orders):
+            cells = [_measure(name, own[name][i, k], control[name][i, k]) for name in MEASURES]
+            table.add_row(label if k == 0 else "", str(order), *cells)
+    table.add_section()
+    for label, measures, control in (
+        ("joint", joint.measures.mean(), joint.control.mean()),
+        ("uniform", joint.uniform.mean(), None),
+    ):
+        cells = [_measure(name, measures[name], None if control is None else control[name]) for name in MEASURES]
+        table.add_row(label, str(joint.order), *cells)
+    return _titled("Averages over the prompt's positions, order k: measure (control)", table)
 
 
-def _control(lens: IterativeJetLens, name: str) -> Any:
-    return getattr(lens.control, name)
+def legend(lens: IterativeJetLens) -> Group:
+    """What a newcomer must know to read the tables."""
+    rows = {
+        "order k": "The final norm's Taylor polynomial of degree k around the layer's stream, taken at the final stream, "
+        "then unembedded. Order 0 is the logit lens. Of higher orders a part is the model's own final stream.",
+        "[token]": "Borrowed: the answer comes from that part; what is the layer's own says something else.",
+        "borrowed": "How much of the logits is that part, by length.",
+        "KL (control)": "KL(model || lens) in nats, 0 is best. In brackets: the same for a random vector of the layer's "
+        "length and angle to the final stream, which knows nothing of the layer. A KL no better than its control is no "
+        "evidence about the layer.",
+        "rho": "Distance from the layer's stream to the final one, in lengths of the layer's. At 1 or more the series "
+        "diverges: higher orders then are no better than lower ones.",
+        "joint": "Weights on the components, summing to 1, that bring the sum of their jets closest to the model's "
+        "logits. Its control: random components of equal lengths and angles, weighted in the same way.",
+        "remainder": "Length of what is missing from the model's logits, relative to theirs. top-1 %: how often both have the same best token.",
+    }
+    if lens.orders[-1] == 0:
+        rows = {name: text for name, text in rows.items() if name not in ("[token]", "borrowed")}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in rows.items():
+        table.add_row(Text(name), Text(text, style="dim"))
+    return Group(Text("How to read this", style="bold"), Padding(table, (0, 0, 1, 0)))
 
 
-def _token(lens: Any, token: Any) -> str:
+def _table() -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+    )
+
+
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(title, style="bold"), table, "")
+
+
+def _measured(measures: Measures | None) -> Measures:
+    if measures is None:
+        raise ValueError("A table shows measures; the lens was run without. Run it with measures=True.")
+    return measures
+
+
+def _token(lens: IterativeJetLens | JointJetLens, token: Tensor) -> str:
     return visible(token_text(lens.tokenizer, int(token)))
 
 
-def _marked(word: str | None, borrowed: bool) -> str:
-    return f"[{visible(word)}]" if borrowed else visible(word)
+def _answers(lens: IterativeJetLens | JointJetLens, ids: Tensor, borrowed: bool) -> Text:
+    """Best tokens, the first one marked if it is borrowed."""
+    first, *others = (_token(lens, token) for token in ids)
+    answer = (f"[{first}]", BORROWED_STYLE) if borrowed else (first, OWN_STYLE)
+    return Text.assemble(answer, *((f" {other}", "dim") for other in others))
 
 
-def _beside(value: Any, control: Any) -> Text:
-    return Text.assemble(_number(value), (f" ({_number(control)})", "dim"))
+def _beside(before: str, value: Tensor, control: Tensor) -> Text:
+    return Text.assemble(before, _number(value), (f" ({_number(control)})", "dim"))
+
+
+def _measure(name: str, value: Tensor, control: Tensor | None) -> Text:
+    write = (lambda share: f"{100 * float(share):.0f}") if name == "top1_agreement" else _number
+    return Text.assemble(write(value), ("" if control is None else f" ({write(control)})", "dim"))
 
 
 def _number(value: Any) -> str:
+    """Two decimals or three digits; what is below 1e-6 is rounding."""
     value = float(value)
-    return escape(f"{value:.2f}" if abs(value) < 100 else f"{value:.0e}")
+    size = abs(value)
+    if size >= 1000 or 1e-6 < size < 0.005:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_jets import ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
 from tl_jets.expansion.expand import decoder_weights

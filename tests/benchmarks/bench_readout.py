@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
 from tl_jets.readout import Control, Mixture, scan_mixture
 
@@ -30,7 +31,7 @@ def measurements(rows: int) -> dict[str, Callable[[], object]]:
     model = GPT2LMHeadModel(GPT2Config()).eval()
     tokens = torch.randint(0, D_VOCAB, (1, rows))
     weight = (torch.randn(D_VOCAB, D_MODEL) * 0.1).T  # tied: a transposed view
-    decoder = Decoder(torch.nn.Identity(), weight, torch.randn(D_VOCAB))
+    decoder = Decoder(Norm("none"), weight, torch.randn(D_VOCAB))
     mixture = Mixture(
         own=torch.randn(LAYERS, rows, D_MODEL),
         shared=torch.randn(rows, D_MODEL),
@@ -51,7 +52,7 @@ def measurements(rows: int) -> dict[str, Callable[[], object]]:
         "measures": lambda: scan_mixture(decoder, mixture),
         "measures and control": lambda: scan_mixture(decoder, mixture, control=control),
         "measures, control, target": lambda: scan_mixture(decoder, mixture, control=control, targets=targets),
-        "metrics": lambda: Decoder(torch.nn.Identity(), weight, decoder.b_U).metric(centered=True),
+        "metrics": lambda: Decoder(Norm("none"), weight, decoder.b_U).metric(centered=True),
     }
 
 

@@ -172,10 +172,10 @@ def refuse_unsupported(model: Any) -> None:
             weights.
     """
     name = type(model).__name__
-    modules = getattr(model, "_modules", {})
+    modules: Any = getattr(model, "_modules", {})
     if _option(model, "is_encoder_decoder") or "encoder_blocks" in modules or "mlm_head" in modules:
         raise NotImplementedError(f"Decoder-only models are supported; {name} holds an encoder or encoder-decoder.")
-    blocks = list(getattr(model, "blocks", ()))
+    blocks: list[Any] = list(getattr(model, "blocks", []))
     kinds = {type(part).__name__ for block in blocks for part in block.children()}
     if _option(model, "num_experts", "num_local_experts", "n_routed_experts") or kinds & {"MoE", "MoEBridge"}:
         raise NotImplementedError(

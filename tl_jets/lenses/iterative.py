@@ -183,7 +183,7 @@ class IterativeJetLens:
             for k, order in enumerate(self.orders):
                 for b, p in cells:
                     here = {"layer": label, "order": order, "batch": b, "pos": self.positions[p]}
-                    here["token"] = names[tokens[b, p]]
+                    here["token"] = names[int(tokens[b, p])]
                     shared = {"borrowed_share": arrays["borrowed_share"][i, k, b, p]}
                     shared |= {name: values[i, k, b, p] for name, values in scores.items()}
                     for rank, token in enumerate(arrays["top_ids"][i, k, b, p][:top_k]):
@@ -286,11 +286,11 @@ def iterative_jet_lens(
         found = geometry_in_plane(decoder, plane, plane.orthogonal, alpha, beta, gamma)
         borrowed = found.pop("borrowed_share")
         own, control = None, None
-        if measures:
+        if scan.control is not None:
             of_random = geometry_in_plane(decoder, plane, plane.across[..., None] * random, alpha, beta, gamma)
             of_random.pop("borrowed_share")
-            own = Measures.of(rows.spread, found, scan.kl, scan.top1_agreement)
-            control = Measures.of(rows.spread, of_random, scan.control.kl, scan.control.top1_agreement)
+            own = Measures.of(rows.spread, found, scan)
+            control = Measures.of(rows.spread, of_random, scan.control)
         spread = rows.spread
         return IterativeJetLens(
             labels=labels,

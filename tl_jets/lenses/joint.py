@@ -217,13 +217,9 @@ def joint_jet_lens(
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
         scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size)
+        assert scan.own_top1 is not None  # the scan measures
         found = geometry(network.decoder, sums, truth)
-        measures = [
-            Measures.of(
-                rows.spread, {name: v[i] for name, v in found.items()}, scan.kl[i, 0], scan.top1_agreement[i, 0]
-            )
-            for i in range(3)
-        ]
+        measures = [Measures.of(rows.spread, {name: v[i] for name, v in found.items()}, scan, (i, 0)) for i in range(3)]
         spread = rows.spread
         return JointJetLens(
             labels=labels,
