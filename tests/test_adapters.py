@@ -18,7 +18,7 @@ from tl_jets.calculus import full_precision
 
 TOLERANCE = 1e-10
 CORE = zoo.available(zoo.CORE)
-ALL = zoo.available()
+ALL = CORE + [spec for spec in zoo.available(zoo.EXTRA) if spec.processing == "raw"]
 UNSUPPORTED = {"opt"}  # refused by name: its MLP is not a module
 
 
