@@ -6,11 +6,14 @@ import contextlib
 import copy
 from typing import Any
 
+import numpy
 import oracles
 import pytest
 import torch
+import transformers
 import zoo
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from tl_jets import ResidualNetwork, jet
 from tl_jets.adapters.reading import read_norm
@@ -19,11 +22,11 @@ from tl_jets.calculus import full_precision
 TOLERANCE = 1e-10
 CORE = zoo.available(zoo.CORE)
 ALL = CORE + [spec for spec in zoo.available(zoo.EXTRA) if spec.processing == "raw"]
-UNSUPPORTED = {"opt"}  # refused by name: its MLP is not a module
+UNSUPPORTED = {("bridge", "opt")}  # refused: its MLP is not a module
 
 
 def supported(specs: list) -> list:
-    return [spec for spec in specs if spec.name not in UNSUPPORTED]
+    return [spec for spec in specs if (spec.world, spec.name) not in UNSUPPORTED]
 
 
 class _StopError(Exception):
@@ -443,3 +446,78 @@ def test_prompts_of_unequal_length_are_padded_on_the_right(world):
         assert oracles.relative_error(trace["final_post"][row, :length], alone["final_post"][0]) < 1e-5
     with pytest.raises(ValueError, match="context of 512 tokens"):
         network.trace("play " * 600)
+
+
+@pytest.mark.parametrize("spec", [s for s in ALL if (s.world, s.name) in UNSUPPORTED], ids=str)
+def test_what_cannot_be_replayed_is_refused(spec):
+    trace = ResidualNetwork(zoo.build(spec)).trace(zoo.tokens(zoo.build(spec)))
+    with pytest.raises(NotImplementedError, match="never calls"):
+        trace.gamma("0_mlp")
+
+
+def other_architectures() -> dict[str, Any]:
+    """Tiny models without the residual stream that jets understand, as TransformerLens boots them."""
+    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    mixtral = transformers.MixtralConfig(
+        **small, intermediate_size=32, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32
+    )
+    return {
+        "Decoder-only": transformers.T5ForConditionalGeneration(t5),
+        "state-space": transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
+        ),
+        "routed experts": transformers.MixtralForCausalLM(mixtral),
+    }
+
+
+@pytest.mark.parametrize("words", ["Decoder-only", "state-space", "routed experts"])
+def test_real_models_of_other_kinds_are_refused_by_name(words):
+    hf = other_architectures()[words]
+    model = TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
+    with pytest.raises(NotImplementedError, match=words):
+        ResidualNetwork(model.eval())
+
+
+def interpolated_coefficients(f: Any, center: Tensor, direction: Tensor, order: int) -> Tensor:
+    """Taylor coefficients of t -> f(center + t direction), from a Chebyshev interpolant of 24 real nodes on [-1, 1]."""
+    nodes = torch.cos(torch.pi * (torch.arange(24, dtype=torch.float64) + 0.5) / 24)
+    with torch.no_grad(), full_precision():
+        values = torch.stack([f(center + t * direction) for t in nodes])
+    fit = numpy.polynomial.chebyshev.chebfit(nodes.numpy(), values.flatten(1).numpy(), 23)
+    monomials = numpy.stack([numpy.polynomial.chebyshev.cheb2poly(column) for column in fit.T])
+    return torch.tensor(monomials[:, : order + 1]).T.reshape(order + 1, *values.shape[1:])
+
+
+ANALYTIC = [spec for spec in CORE if spec.processing == "raw" and spec.name != "olmo"]  # OLMo clips q, k and v
+
+
+@pytest.mark.parametrize("spec", ANALYTIC, ids=str)
+def test_sublayer_jets_to_order_six_against_interpolation(spec):
+    """No differentiation at all in the oracle: the model is evaluated at 24 points of a segment."""
+    network = ResidualNetwork(zoo.build(spec))
+    trace = network.trace(zoo.tokens(network.view.model, batch=2, pos=4))
+    for step in network.steps[:2]:
+        stream = trace[network.stage(step.label).stream]
+        direction = 0.08 * elsewhere(stream)
+        gamma = trace.gamma(step.label)
+        found = jet(gamma, stream, stream + direction, order=6).coefficients
+        wanted = interpolated_coefficients(gamma, stream, direction, 6)
+        assert oracles.relative_error(found, wanted) < TOLERANCE, step.label
+        assert float(found[6].abs().max()) > 10 * TOLERANCE * float(1 + found.abs().max()), "order 6 must show"
+
+
+@pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
+@pytest.mark.parametrize("world", sorted({spec.world for spec in ALL}))
+def test_a_trained_model_in_float64(world):
+    model = zoo.load_stories(world, torch.float64)
+    network = ResidualNetwork(model, "head")
+    trace = network.trace("Once upon a time, there was a little girl")
+    for stage in network.stages:
+        trace.stage_function(stage)
+    center, variate = trace["1_pre"], trace["4_pre"]
+    gamma = network.at("sublayer").trace(trace.tokens).gamma("4_attn")
+    found = jet(gamma, center, variate, order=2).coefficients
+    with full_precision():
+        wanted = oracles.nested_jvp_coefficients(gamma, center, variate - center, 2)
+    assert oracles.relative_error(found, wanted) < TOLERANCE

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tl_jets.readout as readout
+import tl_jets.reader as reader
 from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
-from tl_jets.readout import Control, Mixture, scan_mixture, top_tokens
+from tl_jets.mixture import Control, Mixture, scan_mixture
+from tl_jets.readout import top_tokens
 
 TRANSFORMS = {"none": None, "softcap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: 0.3 * x}
 
@@ -155,7 +156,7 @@ def test_scan_of_any_shape(d_vocab, layers, orders, rows, d_model, chunk_size, s
     k = data.draw(st.integers(1, d_vocab))
     inputs = make(d_vocab, layers, orders, rows, d_model, transform=TRANSFORMS[transform], bias=bias, seed=d_vocab)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readout, "SCRATCH_CPU", scratch)
+        patch.setattr(reader, "SCRATCH_CPU", scratch)
         check_scan(*inputs, k=k, chunk_size=chunk_size)
 
 
@@ -262,14 +263,14 @@ def test_inputs_are_not_changed():
 def test_memory_is_bounded(monkeypatch):
     """No tensor holds more than chunk_size rows of logits, whatever the number of layers, orders and rows."""
     sizes = []
-    original = readout._Reader.buffer
+    original = reader.Reader.buffer
 
     def buffer(self, rows):
         sizes.append(rows)
         return original(self, rows)
 
-    monkeypatch.setattr(readout._Reader, "buffer", buffer)
-    monkeypatch.setattr(readout, "SCRATCH_CPU", 0)
+    monkeypatch.setattr(reader.Reader, "buffer", buffer)
+    monkeypatch.setattr(reader, "SCRATCH_CPU", 0)
     decoder, mixture, control, _ = make(100, layers=9, orders=3, rows=50)
     scan_mixture(decoder, mixture, control=control, chunk_size=40)
     assert max(sizes) <= 40

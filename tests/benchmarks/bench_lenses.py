@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_jets import ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
 from tl_jets.expansion.expand import decoder_weights
-from tl_jets.readout import CHUNK_SIZE
+from tl_jets.reader import CHUNK_SIZE
 
 N_TOKENS, D_MODEL, D_VOCAB = 32, 768, 50257
 
