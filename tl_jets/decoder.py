@@ -50,12 +50,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from tl_jets.calculus import Norm
@@ -302,21 +304,37 @@ class Decoder:
             # By chunks: `mean(dtype=...)` would convert all of W_U at once.
             total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
             mean = torch.cat([torch.as_tensor(total), self.b_U.double().sum().unsqueeze(0)]) / self.d_vocab
-            size = self.d_model + 1
-            gram = torch.zeros(size, size, dtype=torch.float64, device=self.W_U.device)
-            width = max(PANEL, CONVERTED_ELEMENTS // size)
-            tied = self.W_U.stride(0) < self.W_U.stride(1)
-            for start in range(0, self.d_vocab, width):
-                stop = min(start + width, self.d_vocab)
-                # Laid out as W_U is: a copy that transposes takes as long as the product.
-                shape = (stop - start, size) if tied else (size, stop - start)
-                chunk = torch.empty(shape, dtype=torch.float64, device=self.W_U.device)
-                chunk = chunk.T if tied else chunk
-                chunk[:-1] = self.W_U[:, start:stop]
-                chunk[-1] = self.b_U[start:stop]
-                chunk -= mean.unsqueeze(1)
-                for row in range(0, size, PANEL):
-                    panel = chunk[row : row + PANEL]
-                    gram[row:, row : row + PANEL].addmm_(chunk[row:], panel.T)
+            gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
+            for chunk in self._centered_columns(mean):
+                _add_gram(gram, chunk)
             gram = gram.tril() + gram.tril(-1).T
             return Metric(gram + self.d_vocab * torch.outer(mean, mean), False), Metric(gram, True)
+
+    def _centered_columns(self, mean: Tensor) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
+        """Columns of [W_U; b_U] less their mean, in float64 and in chunks, in one reused buffer."""
+        size = self.d_model + 1
+        width = max(PANEL, CONVERTED_ELEMENTS // size)
+        buffer = torch.empty(size * min(width, self.d_vocab), dtype=torch.float64, device=self.W_U.device)
+        tied = self.W_U.stride(0) < self.W_U.stride(1)
+        for start in range(0, self.d_vocab, width):
+            stop = min(start + width, self.d_vocab)
+            # Laid out as W_U is: a copy that transposes takes as long as the product.
+            chunk = buffer[: size * (stop - start)]
+            chunk = chunk.view(stop - start, size).T if tied else chunk.view(size, stop - start)
+            chunk[:-1] = self.W_U[:, start:stop]
+            chunk[-1] = self.b_U[start:stop]
+            chunk -= mean.unsqueeze(1)
+            yield chunk
+
+
+def _add_gram(gram: Tensor, columns: Tensor) -> None:
+    """Add `columns @ columns.T` to the lower triangle of `gram`, in place: half the work of the whole product."""
+    if gram.device.type == "cpu":
+        # BLAS reads Fortran's order, in which the upper triangle of the transpose is the lower one here.
+        array = columns.numpy()
+        array, transposed = (array, 0) if array.flags.f_contiguous else (array.T, 1)
+        syrk: Any = get_blas_funcs("syrk", dtype="float64")
+        syrk(1.0, array, trans=transposed, beta=1.0, c=gram.numpy().T, overwrite_c=1)
+        return
+    for row in range(0, len(gram), PANEL):
+        gram[row:, row : row + PANEL].addmm_(columns[row:], columns[row : row + PANEL].T)
