@@ -133,7 +133,8 @@ def legend(lens: IterativeJetLens) -> Group:
         "diverges: higher orders then are no better than lower ones.",
         "joint": "Weights on the components, summing to 1, that bring the sum of their jets closest to the model's "
         "logits. Its control: random components of equal lengths and angles, weighted in the same way.",
-        "remainder": "Length of what is missing from the model's logits, relative to theirs. top-1 %: how often both have the same best token.",
+        "remainder": "Length of what is missing from the model's logits, relative to theirs. top-1 %: how often both have the "
+        "same best token.",
     }
     if lens.orders[-1] == 0:
         rows = {name: text for name, text in rows.items() if name not in ("[token]", "borrowed")}

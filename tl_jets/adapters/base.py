@@ -125,9 +125,9 @@ class TransformerLensView(ABC):
     # Recording
 
     def hook_state(self) -> Hashable:
-        """The user's forward hooks now on the model, by identity."""
+        """The user's forward hooks now on the model, by torch's own numbers, which are never given twice."""
         return tuple(
-            (key, tuple(id(handle) for handle in point.fwd_hooks))
+            (key, tuple(handle.hook.id for handle in point.fwd_hooks))
             for key, point in self._points.items()
             if point.fwd_hooks
         )
@@ -233,6 +233,11 @@ class TransformerLensView(ABC):
         def arrive(stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
             difference = found - expected
             real = recording.valid
+            if not bool(found[real].isfinite().all()):
+                raise ValueError(
+                    f"Every stream must be finite; {stream} holds NaN or infinity. Look at the model's weights, its "
+                    f"precision (float16 overflows), and the hooks on it."
+                )
             error = float(difference[real].abs().max() / found[real].abs().max().clamp_min(1e-30))
             if hook in hooked:
                 recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference

@@ -214,6 +214,8 @@ def norm_jet(
     beta = torch.cat([torch.zeros_like(s[:1]), s[:-1].cumsum(0)])
     tail_bound = torch.stack([rho ** (k + 1) / (1 - rho) for k in range(order + 1)])
     tail_bound = tail_bound.masked_fill(rho >= 1, torch.inf)
+    if norm.kind == "none":
+        tail_bound[0] = (y - x).square().mean(-1).sqrt()  # the identity's jet is exact from order 1 on
     return NormJet(norm, *(t.to(dtype) for t in (x, y, s, beta, rho, tail_bound)))
 
 

@@ -60,7 +60,9 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import jet, norm_jet
 from tl_jets.expansion.cache import JetCache
 from tl_jets.expansion.paths import Center, Function, Label, Term
-from tl_jets.expansion.simplex import SimplexSolution, check_weights, gram, simplex_kl, simplex_qp
+from tl_jets.expansion.simplex import SimplexSolution, gram, simplex_qp
+from tl_jets.expansion.simplex_kl import simplex_kl
+from tl_jets.expansion.weights import read_weights
 from tl_jets.network import ResidualNetwork
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage
 from tl_jets.trace import Trace
@@ -296,20 +298,6 @@ def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objec
     # The weights sum to one, so b_U cancels in every difference and only the d_model part of the metric is needed.
     H = gram(jets64 - truth64, metric.gram[:-1, :-1])
     return simplex_qp(H, metric.norm(truth64).square())
-
-
-def read_weights(weights: Any, n: int) -> Tensor:
-    """Weights that someone gave, center first, as a tensor; numbers become float64.
-
-    Raises:
-        TypeError: Not floating-point numbers.
-        ValueError: Not n weights on the simplex.
-    """
-    if not isinstance(weights, Tensor):
-        weights = torch.as_tensor(weights, dtype=torch.float64)
-    if weights.ndim == 0:
-        raise ValueError(f"weights must have one entry a center on the first axis ({n}); got a single number.")
-    return check_weights(weights.movedim(0, -1), n).movedim(-1, 0)
 
 
 def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:

@@ -37,8 +37,9 @@ from tl_jets.lenses.selection import (
     trace_of,
 )
 from tl_jets.measures import MEASURES, Measures, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.mixture import Control, Mixture, scan_mixture
 from tl_jets.network import ResidualNetwork
-from tl_jets.readout import CHUNK_SIZE, Control, Mixture, scan_mixture
+from tl_jets.reader import CHUNK_SIZE
 from tl_jets.stages import FINAL_STREAM
 from tl_jets.tokens import decode, token_names
 
@@ -66,7 +67,7 @@ class IterativeJetLens:
         model_top_ids: The model's best token [batch, pos].
         measures: How close to the model each cell is; None if not measured.
         control: The same for the random center; None if not measured.
-        target_ids: Token ids asked for [target], or [batch, pos, target].
+        target_ids: Token ids asked for [batch, pos, target].
         target_names: How they were asked for.
         target_logits: Their additive logits [layer, order, batch, pos, target].
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
@@ -224,7 +225,7 @@ def iterative_jet_lens(
         center_scale: Length of the center: `"none"` (the layer's own, the paper's), `"match"` or `"orthogonal"`, which
             make the series converge; see `borrowed_share` and `control` for what that is worth.
         targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), or a tensor of ids
-            [batch, pos] of the whole input (one a position).
+            [batch, pos] aligned with `positions` (one a position).
         top_k: How many best tokens a cell keeps.
         measures: Compute the measures, their controls and the own part's best token.
         seed: Of the random control.
@@ -251,7 +252,7 @@ def iterative_jet_lens(
     rows = Rows.of(trace, positions)
     labels = stream_labels(network, layers, incl_mid)
     decoder, norm = network.decoder, network.decoder.norm
-    ids, names = read_targets(network, targets, trace)
+    ids, names = read_targets(network, targets, rows)
     with torch.no_grad():
         centers = torch.stack([rows.take(trace[label]) for label in labels]).double()
         variate = rows.take(trace[FINAL_STREAM]).double()
@@ -278,7 +279,7 @@ def iterative_jet_lens(
             decoder,
             mixture,
             top_k=top_k,
-            targets=None if ids is None else rows.take(ids),
+            targets=None if ids is None else ids[rows.keep],
             measures=measures,
             control=Control(cast(weighted(norm, random)), cast(plane.along), cast(plane.across)) if measures else None,
             chunk_size=chunk_size,
@@ -311,7 +312,7 @@ def iterative_jet_lens(
             model_top_ids=spread(scan.model.top.indices[:, 0], fill=-1),
             measures=own,
             control=control,
-            target_ids=None if ids is None else ids[:, rows.positions],
+            target_ids=ids,
             target_names=names,
             target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
             target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),

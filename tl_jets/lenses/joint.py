@@ -23,15 +23,17 @@ from torch import Tensor
 
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
-from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights, read_weights
-from tl_jets.expansion.simplex import SimplexSolution, uniform_weights
+from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
+from tl_jets.expansion.simplex import SimplexSolution
+from tl_jets.expansion.weights import read_weights, uniform_weights
 from tl_jets.lenses.selection import Rows, check_options, trace_of
 from tl_jets.measures import MEASURES, Measures, geometry, random_directions, split_along, weighted
+from tl_jets.mixture import Mixture, MixtureScan, scan_mixture
 from tl_jets.network import ResidualNetwork
-from tl_jets.readout import CHUNK_SIZE, Mixture, MixtureScan, TopTokens, scan_mixture, top_tokens
+from tl_jets.reader import CHUNK_SIZE
+from tl_jets.readout import TopTokens, top_tokens
 from tl_jets.stages import FINAL_STREAM, Granularity
 from tl_jets.tokens import decode, token_names
-from tl_jets.trace import Trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +150,7 @@ def joint_jet_lens(
     order: int = 0,
     granularity: Granularity | None = None,
     embeddings: bool = True,
-    weights: Literal["optimal", "uniform"] | Tensor = "optimal",
+    weights: Literal["optimal", "uniform"] | Sequence[float] | Tensor = "optimal",
     objective: Objective = "centered_l2",
     positions: int | Sequence[int] | None = None,
     center_scale: CenterScale = "none",
@@ -168,7 +170,7 @@ def joint_jet_lens(
             network's own for a `ResidualNetwork`.
         embeddings: Whether the embeddings are components, too.
         weights: `"optimal"`, `"uniform"`, or numbers on the simplex, [center] or
-            [center, batch, pos] of the whole input.
+            [center, batch, pos] aligned with `positions`.
         objective: What optimal weights minimize: the distance to the model's logits up to a constant a token
             (`"centered_l2"`), as they are (`"l2"`, the paper's), or KL(model || sum) (`"kl"`, nats).
         positions: Positions to read; None for all.
@@ -208,12 +210,12 @@ def joint_jet_lens(
         variate = rows.take(trace[FINAL_STREAM])
         centers = _Centers.of(network, rows, values, variate, order, center_scale)
         truth = network.decoder.norm(variate.double())
-        chosen, solution = _choose(network, centers.jets, truth, weights, objective, trace, rows, chunk_size)
+        chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
         uniform = uniform_weights(len(labels), len(truth), device=truth.device)
         random = _Centers.of(
             network, rows, _random_centers(network, rows, values, variate, seed), variate, order, center_scale
         )
-        of_random, _ = _choose(network, random.jets, truth, weights, objective, trace, rows, chunk_size)
+        of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
         scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size)
@@ -290,7 +292,6 @@ def _choose(
     truth: Tensor,
     weights: Any,
     objective: Objective,
-    trace: Trace,
     rows: Rows,
     chunk_size: int,
 ) -> tuple[Tensor, SimplexSolution | None]:
@@ -308,12 +309,12 @@ def _choose(
     if isinstance(weights, str):
         raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
     given = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
-    if given.ndim == 3 and given.shape[1:] == trace.valid.shape:
-        given = rows.take(given.movedim(0, -1)).movedim(-1, 0)  # padding may hold NaN, as a lens' own weights do
+    if given.ndim == 3 and given.shape[1:] == rows.keep.shape:
+        given = given[:, rows.keep.to(given.device)]  # padding may hold NaN, as a lens' own weights do
     elif given.ndim > 1:
         raise ValueError(
-            f"weights must be [center] or [center, batch, pos] with batch and pos {tuple(trace.valid.shape)}, those of "
-            f"the whole input; got shape {tuple(given.shape)}."
+            f"weights must be [center] or [center, batch, pos] with batch and pos {tuple(rows.keep.shape)}, aligned "
+            f"with positions; got shape {tuple(given.shape)}."
         )
     return read_weights(given, n).movedim(0, -1).to(truth).expand(len(truth), n), None
 

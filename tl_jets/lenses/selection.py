@@ -46,7 +46,7 @@ class Rows:
         """[batch, pos, ...] -> [row, ...]."""
         return values[:, self.positions][self.keep]
 
-    def spread(self, values: Tensor, axis: int = -1, fill: float = float("nan")) -> Tensor:
+    def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:
         """[..., row, ...] -> [..., batch, pos, ...], with `fill` where a position is padding."""
         moved = values.movedim(axis, 0)
         out = moved.new_full((*self.keep.shape, *moved.shape[1:]), fill)
@@ -137,22 +137,22 @@ def stream_labels(
 
 
 def read_targets(
-    network: ResidualNetwork, targets: TargetInput | None, trace: Trace
+    network: ResidualNetwork, targets: TargetInput | None, rows: Rows
 ) -> tuple[Tensor | None, list[str | int] | None]:
-    """Target ids [batch, pos, target] and how they were asked for."""
+    """Target ids [batch, pos, target] at the chosen positions, and how they were asked for."""
     if targets is None:
         return None, None
-    shape = trace.tokens.shape
+    shape, device = rows.keep.shape, rows.keep.device
     d_vocab = network.decoder.d_vocab
     if isinstance(targets, Tensor):
         real = targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool
         if real or targets.shape[:2] != shape or targets.ndim > 3 or targets.numel() == 0:
             raise ValueError(
                 f"A tensor of targets must hold ids [batch, pos] or [batch, pos, target] with batch and pos "
-                f"{tuple(shape)}, those of the whole input; got {targets.dtype} {tuple(targets.shape)}. Ids that are "
+                f"{tuple(shape)}, aligned with positions; got {targets.dtype} {tuple(targets.shape)}. Ids that are "
                 f"the same everywhere may be a list."
             )
-        ids = targets.long().to(trace.tokens.device).reshape(*shape, -1)
+        ids = targets.long().to(device).reshape(*shape, -1)
         return ids, list(range(ids.shape[-1]))
     names = [targets] if isinstance(targets, (str, int)) else list(targets)
     if not names:
@@ -161,7 +161,7 @@ def read_targets(
     for name, token in zip(names, found, strict=True):
         if not 0 <= token < d_vocab:
             raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {name!r}.")
-    return torch.tensor(found, device=trace.tokens.device).expand(*shape, -1), names
+    return torch.tensor(found, device=device).expand(*shape, -1), names
 
 
 def _single_token(network: ResidualNetwork, target: Any) -> int:
