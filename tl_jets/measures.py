@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -116,13 +117,13 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     A row's draw depends on the seed and its place in the prompt [row] alone, so that a prompt's control is the same by
     itself, in a batch, padded or sliced, and on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
     y = norm.center(variate.double())
-    draws = [
-        torch.randn((*shape, y.shape[-1]), generator=generator, dtype=torch.float64)
-        for _ in range(int(places.max()) + 1)
-    ]
-    noise = norm.center(torch.stack(draws, -2)[..., places.cpu(), :].to(y.device))
+    drawn = {
+        place: np.random.default_rng([seed, place]).standard_normal((*shape, y.shape[-1]))
+        for place in places.unique().tolist()
+    }
+    noise = torch.from_numpy(np.stack([drawn[place] for place in places.tolist()], -2))
+    noise = norm.center(noise.to(y.device))
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y
     return noise / noise.norm(dim=-1, keepdim=True)
@@ -180,13 +181,15 @@ def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tenso
 
     Both are what the unembedding reads, biases of the norm included; both carry b_U once.
     """
-    plain, centered = decoder.metric(False), decoder.metric(True)
-    states, truth = states.double(), truth.double()
-    return {
-        "remainder_norm": plain.norm(states - truth, 0.0) / plain.norm(truth),
-        "cosine": plain.cosine(states, truth),
-        "centered_cosine": centered.cosine(states, truth),
-    }
+    found = {}
+    for name, metric in (("cosine", decoder.metric(False)), ("centered_cosine", decoder.metric(True))):
+        x, y = metric.augment(states, 1.0), metric.augment(truth, 1.0)
+        My = y @ metric.gram
+        yy, xy, xx = (My * y).sum(-1), (My * x).sum(-1), ((x @ metric.gram) * x).sum(-1)
+        found[name] = (xy / (xx * yy).sqrt()).clamp(-1, 1)
+        if not metric.centered:
+            found["remainder_norm"] = metric.norm(states.double() - truth.double(), 0.0) / _length(yy)
+    return found
 
 
 def _inner_products(metric: Metric, s: Tensor, q: Tensor, norm: Norm) -> tuple[Tensor, ...]:

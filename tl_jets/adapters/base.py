@@ -51,7 +51,10 @@ class TransformerLensView(ABC):
         self.native_dtype = parameter.dtype
         self.dtype = working_dtype(parameter.dtype)
         self.name = f"{type(model).__name__}({getattr(self.cfg, 'model_name', None) or 'custom'})"
-        self._points = {id(point): point for point in model.hook_dict.values()}
+        # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
+        self._hook_dict = dict(model.hook_dict)
+        self._points = list({id(point): point for point in self._hook_dict.values()}.values())
+        self._stream_names = self._read_stream_names()
         self.decoder = self._decoder()
 
     @property
@@ -126,14 +129,10 @@ class TransformerLensView(ABC):
 
     def hook_state(self) -> Hashable:
         """The user's forward hooks now on the model, by torch's own numbers, which are never given twice."""
-        return tuple(
-            (key, tuple(handle.hook.id for handle in point.fwd_hooks))
-            for key, point in self._points.items()
-            if point.fwd_hooks
-        )
+        return tuple(tuple(handle.hook.id for handle in point.fwd_hooks) for point in self._points if point.fwd_hooks)
 
     def _hooks_on(self, name: str) -> bool:
-        point = self.model.hook_dict.get(name)
+        point = self._hook_dict.get(name)
         return point is not None and bool(point.fwd_hooks)
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -155,7 +154,7 @@ class TransformerLensView(ABC):
                     "pass one prompt at a time, or tokens with an attention_mask."
                 )
             attention_mask = valid.long()
-        hooked = {name for name in self._stream_names() if self._hooks_on(name)}
+        hooked = {name for name in self._stream_names if self._hooks_on(name)}
         state = self.hook_state()
         if cache is None:
             saved, calls, logits = self._forward(tokens, attention_mask)
@@ -169,14 +168,14 @@ class TransformerLensView(ABC):
         self._connect(recording, saved, hooked)
         return recording
 
-    def _stream_names(self) -> list[str]:
+    def _read_stream_names(self) -> list[str]:
         names = ["hook_embed", "hook_pos_embed"]
         for layer in range(self.n_layers):
             kinds = ["resid_pre", "attn_out", "resid_post"]
             if self.has_mlp(layer):
                 kinds += ["mlp_out"] if self.is_parallel(layer) else ["resid_mid", "mlp_out"]
             names += [f"blocks.{layer}.hook_{kind}" for kind in kinds]
-        return [name for name in names if name in self.model.hook_dict]
+        return [name for name in names if name in self._hook_dict]
 
     def _forward(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Tensor]:
         saved: dict[str, Tensor] = {}
@@ -199,7 +198,7 @@ class TransformerLensView(ABC):
             for key, module in self._call_modules()
         ]
         try:
-            with torch.no_grad(), self.precision(), self.model.hooks([saver(n) for n in self._stream_names()]):
+            with torch.no_grad(), self.precision(), self.model.hooks([saver(n) for n in self._stream_names]):
                 logits = self._run(tokens, attention_mask)
         finally:
             for handle in handles:
@@ -211,13 +210,13 @@ class TransformerLensView(ABC):
         return self.model(tokens, return_type="logits", **extra)
 
     def _read_cache(self, cache: Any, tokens: Tensor) -> dict[str, Tensor]:
-        missing = [name for name in self._stream_names() if name.startswith("blocks") and name not in cache]
+        missing = [name for name in self._stream_names if name.startswith("blocks") and name not in cache]
         if missing:
             raise ValueError(
                 f"A cache must hold every stream and write; it lacks {missing[:3]} ({len(missing)} in all). Make it "
                 f"with model.run_with_cache(tokens) and no names_filter."
             )
-        saved = {name: cache[name].detach() for name in self._stream_names() if name in cache}
+        saved = {name: cache[name].detach() for name in self._stream_names if name in cache}
         shape = saved["blocks.0.hook_resid_pre"].shape
         if shape[:-1] != tokens.shape:
             raise ValueError(
@@ -280,7 +279,7 @@ class TransformerLensView(ABC):
     def sources(self) -> tuple[str, ...]:
         """`embed`, and `pos_embed` where learned positions are added to the stream."""
         learned = getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
-        return ("embed", "pos_embed") if learned and "hook_pos_embed" in self.model.hook_dict else ("embed",)
+        return ("embed", "pos_embed") if learned and "hook_pos_embed" in self._hook_dict else ("embed",)
 
     def _sources(self, saved: dict[str, Tensor], first: Tensor, edited: bool) -> dict[str, Tensor]:
         """The sources' values; they sum to the first stream unless a hook edits it.
