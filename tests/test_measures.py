@@ -32,9 +32,10 @@ def wanted(truth: Tensor, lens: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("kind", ["LN", "RMS", "none"])
-def test_geometry_in_the_plane_of_the_jet(kind, plain):
+def test_geometry_in_the_plane_of_the_jet(kind, plain, control):
     """Six inner products give what full logits give; also where a lens borrows nothing, or is the model."""
     dec = decoder(kind, plain=plain)
     centers, variate = normal(LAYERS, ROWS, D, seed=5), normal(ROWS, D, seed=6)
@@ -44,7 +45,10 @@ def test_geometry_in_the_plane_of_the_jet(kind, plain):
     beta[:, 0] = 0
     alpha[1, 1], beta[1, 1] = 0, gamma
     plane = split_along(dec.norm, centers, variate)
-    found = geometry_in_plane(dec, plane, plane.orthogonal, alpha, beta, gamma)
+    random = random_directions(dec.norm, variate, (), torch.arange(ROWS), seed=3) if control else None
+    found = geometry_in_plane(dec, plane, random, alpha, beta, gamma)
+    if control:
+        centers = plane.along[..., None] * plane.variate + plane.across[..., None] * random
     x, y = (weighted(dec.norm, dec.norm.center(value)) for value in (centers, variate))
     constant = dec.b_U if dec.norm.bias is None else dec.norm.bias @ dec.W_U + dec.b_U
     own, borrowed = alpha[..., None] * (x @ dec.W_U)[:, None], beta[..., None] * (y @ dec.W_U)

@@ -135,14 +135,14 @@ def weighted(norm: Norm, states: Tensor) -> Tensor:
 
 
 def geometry_in_plane(
-    decoder: Decoder, plane: Plane, across: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor
+    decoder: Decoder, plane: Plane, control: Tensor | None, alpha: Tensor, beta: Tensor, gamma: Tensor
 ) -> dict[str, Tensor]:
-    """Remainder norm, both cosines and the borrowed share of jets in the plane of y and `across`.
+    """Remainder norm, both cosines and the borrowed share of jets in the plane of y and q.
 
     Args:
         decoder: Its metrics and its norm's weight and bias.
-        plane: The centers' split; its `variate` and `along` are used.
-        across: q, or the control's, [layer, *row, d_model].
+        plane: The centers' split along y.
+        control: Unit vectors [*row, d_model] to take in place of the direction of q; None for q itself.
         alpha: [layer, order, *row]; L = alpha U(w * x) + beta U(w * y) + c.
         beta: [layer, order, *row].
         gamma: The model's own: T = gamma U(w * y) + c, [*row].
@@ -152,11 +152,12 @@ def geometry_in_plane(
     """
     norm = decoder.norm
     along = plane.along[:, None]
-    A, B = alpha * along + beta, alpha
+    direction, length = (plane.orthogonal, 1) if control is None else (control, plane.across[:, None])
+    A, B = alpha * along + beta, alpha * length
     found = {}
     for centered in (False, True):
         products = _inner_products(
-            decoder.metric(centered), weighted(norm, plane.variate), weighted(norm, across), norm
+            decoder.metric(centered), weighted(norm, plane.variate), weighted(norm, direction), norm
         )
         ss, sq, qq, sc, qc, cc = (value if value.ndim == gamma.ndim else value[:, None] for value in products)
         of_model = gamma.square() * ss + 2 * gamma * sc + cc
@@ -164,7 +165,7 @@ def geometry_in_plane(
         cross = A * gamma * ss + A * sc + B * gamma * sq + B * qc + gamma * sc + cc
         cosine = (cross / (of_model * of_lens).clamp_min(0).sqrt()).clamp(-1, 1)
         if centered:
-            own = _length(alpha.square() * (along.square() * ss + 2 * along * sq + qq))
+            own = alpha.abs() * _length(along.square() * ss + 2 * along * length * sq + length**2 * qq)
             borrowed = beta.abs() * _length(ss)
             found["centered_cosine"] = cosine
             found["borrowed_share"] = torch.where(borrowed == 0, 0, borrowed / (own + borrowed))

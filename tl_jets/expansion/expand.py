@@ -311,7 +311,8 @@ def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> Simple
         )
     rows = jets.flatten(1, -2)
     target = torch.log_softmax(scale * decoder.logits(truth.flatten(0, -2)), -1)
-    solution = simplex_kl(lambda chunk: scale * decoder.logits(rows[:, chunk]), target)
+    # The scale is taken into what W_U multiplies: scaled logits without another tensor of their size.
+    solution = simplex_kl(lambda chunk: decoder.logits(scale * rows[:, chunk], scale), target)
     return solution.reshape(*shape)
 
 

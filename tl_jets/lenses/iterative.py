@@ -284,11 +284,11 @@ def iterative_jet_lens(
             control=Control(cast(weighted(norm, random)), cast(plane.along), cast(plane.across)) if measures else None,
             chunk_size=chunk_size,
         )
-        found = geometry_in_plane(decoder, plane, plane.orthogonal, alpha, beta, gamma)
+        found = geometry_in_plane(decoder, plane, None, alpha, beta, gamma)
         borrowed = found.pop("borrowed_share")
         own, control = None, None
         if scan.control is not None:
-            of_random = geometry_in_plane(decoder, plane, plane.across[..., None] * random, alpha, beta, gamma)
+            of_random = geometry_in_plane(decoder, plane, random, alpha, beta, gamma)
             of_random.pop("borrowed_share")
             own = Measures.of(rows.spread, found, scan)
             control = Measures.of(rows.spread, of_random, scan.control)
