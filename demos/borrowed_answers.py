@@ -20,7 +20,7 @@ PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play",
     "Tom and his dog went to the park. They saw a big tree and",
     "One day, a small bird wanted to fly high in the sky, but it was",
-    "Mom said, \"It is time to eat.\" Ben was very happy because",
+    'Mom said, "It is time to eat." Ben was very happy because',
 ]
 CENTERS = ("none", "match", "orthogonal")
 

@@ -282,6 +282,20 @@ def test_edits_by_hooks_are_terms_of_their_own():
             assert jet_expand(net, "ln_final", centers=centers, order=1)(trace).check().passed
 
 
+@pytest.mark.parametrize("spec", zoo.available(["llama"]), ids=str)
+def test_expansions_of_a_bare_model_compose(spec):
+    """Every call makes a network of its own; traces and terms go from one to the other."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    first = jet_expand(model, "0_mlp", centers=["embed", "0_attn_out"], order=1)
+    second = jet_expand(model, "1_attn", centers=first, order=1)(tokens)
+    net = ResidualNetwork(model)
+    wanted = jet_expand(net, "1_attn", centers=jet_expand(net, "0_mlp", centers=["embed", "0_attn_out"], order=1))
+    for path, term in wanted(net.trace(tokens)).items():
+        assert torch.equal(second[path], term)
+    assert second.check().passed
+
+
 # The cache
 
 

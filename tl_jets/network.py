@@ -145,6 +145,10 @@ class ResidualNetwork:
         """The same model at another granularity; the view and what it has computed are shared."""
         return self if granularity == self.granularity else ResidualNetwork(self, granularity)
 
+    def shares_model(self, other: ResidualNetwork) -> bool:
+        """Whether two networks are of the same model object, so that a trace of one serves the other."""
+        return getattr(self.view, "model", self.view) is getattr(other.view, "model", other.view)
+
     def stage(self, label: str) -> Stage:
         """The stage that a step (`3_mlp`), its write (`3_mlp_out`) or its stream (`3_mid`) names."""
         for stage in self.stages:

@@ -206,7 +206,7 @@ class Expansion:
     def evaluate(self, trace: Trace) -> JetCache:
         """Evaluate on a trace; what it has already evaluated is not evaluated again."""
         if self not in trace.memo:
-            if trace.network.view is not self.network.view:
+            if not trace.network.shares_model(self.network):
                 raise ValueError("A trace must be of the expansion's own model; this one is of another. Trace again.")
             trace.memo[self] = self._evaluate(trace)
         return trace.memo[self]
@@ -309,8 +309,9 @@ def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> Simple
             "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
             "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
         )
-    rows = jets.flatten(1, -2)
-    target = torch.log_softmax(scale * decoder.logits(truth.flatten(0, -2)), -1)
+    dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the model's own logits know no more
+    rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
+    target = torch.log_softmax(decoder.logits(scale * truth, scale), -1)
     # The scale is taken into what W_U multiplies: scaled logits without another tensor of their size.
     solution = simplex_kl(lambda chunk: decoder.logits(scale * rows[:, chunk], scale), target)
     return solution.reshape(*shape)

@@ -101,7 +101,7 @@ def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any,
     """The input's trace on this network, made now unless a trace of the same model was given."""
     if not isinstance(text_or_tokens, Trace):
         return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
-    if text_or_tokens.network.view is not network.view:
+    if not text_or_tokens.network.shares_model(network):
         raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
     if attention_mask is not None or cache is not None:
         raise ValueError("A trace already holds its attention mask and streams; leave attention_mask and cache out.")
