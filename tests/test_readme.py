@@ -19,5 +19,6 @@ def test_python_blocks_run(capsys):
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["terms"].check().passed
+    assert namespace["J"].reconstruction_error < 1e-5 < namespace["J"].ordinary_error
     assert namespace["lens"].kl.shape == (6, 3, 1, 21)
     assert not (namespace["ablated"].kl == namespace["lens"].kl[:, :2]).all()

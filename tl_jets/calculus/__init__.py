@@ -16,9 +16,10 @@ import tl_jets.calculus.rules_inplace
 import tl_jets.calculus.rules_nonlinear
 import tl_jets.calculus.rules_piecewise
 import tl_jets.calculus.rules_structure  # noqa: F401
+from tl_jets.calculus.frozen import frozen
 from tl_jets.calculus.jet import Jet, jet
 from tl_jets.calculus.modes import full_precision
 from tl_jets.calculus.norms import Norm, NormJet, center_scale, norm_jet
 from tl_jets.calculus.series import Series
 
-__all__ = ["Jet", "Norm", "NormJet", "Series", "center_scale", "full_precision", "jet", "norm_jet"]
+__all__ = ["Jet", "Norm", "NormJet", "Series", "center_scale", "frozen", "full_precision", "jet", "norm_jet"]

@@ -1,0 +1,394 @@
+r"""Freeze norm scales, attention patterns and gates inside a running computation, without changing what it gives.
+
+Inside `frozen()` every nonlinearity of a transformer is a linear map of its input with coefficients held at the running
+point, so that its derivative J and its value agree: f(x) = J x + bias.
+
+===========================  =============================  ==============================================
+what the model computes      written as                     what is frozen
+===========================  =============================  ==============================================
+norm                         x * s(x)                       the scale s
+attention                    softmax(q k') v                the pattern softmax(q k')
+activation act(x)            x * (act(x) / x)               the slope act(x) / x; act'(0) at x = 0
+gated activation act(g) * u  act(g) * u                     act(g) as a whole
+===========================  =============================  ==============================================
+
+The mechanism is a look at each PyTorch call:
+
+- what only ever is a scale, a pattern or a factor is detached: softmax, rsqrt, sqrt, norm, exp, sigmoid, reciprocals,
+  every denominator;
+- fused norms and activations keep their value y and get the derivative of the frozen map: y + (lin - lin.detach()),
+  where lin - lin.detach() is an exact zero;
+- what comes out of an activation is remembered as such. When it is multiplied elementwise with another tensor of its
+  shape that is differentiated, it is a gate, and is detached. So is a factor (tanh, erf, sigmoid) that is multiplied
+  with what it was made from: `0.5 * x * (1 + tanh(...))` comes out as the frozen slope times x.
+
+Nothing here knows a model: whoever freezes one checks that it came out affine (`tl_jets.detached` does, and refuses).
+
+The same calls can be made again at another point with the coefficients of the first: `frozen(record=tape)`, then
+`frozen(replay=tape)`. The second computation *is* the frozen map, and its value at zero is the bias.
+
+Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3. Cost: a table
+look-up a call, and a few elementwise operations for each fused norm or activation.
+
+Example:
+    >>> x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+    >>> with frozen():
+    ...     y = torch.nn.functional.gelu(x)
+    >>> torch.equal(y, torch.nn.functional.gelu(x))
+    True
+    >>> slope = torch.autograd.grad(y.sum(), x)[0]
+    >>> bool(torch.allclose(slope * x, y))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tl_jets.calculus.series import Series
+
+# What a tensor is known to be: a number that multiplies something, or the output of an activation.
+_Role = Literal["factor", "activation"]
+_Tape = list[tuple[str, Any]]
+_Rule = Callable[["_Frozen", Callable[..., Any], Any, dict[str, Any]], Any]
+
+
+class _Frozen(TorchFunctionMode):
+    """The mode behind `frozen`."""
+
+    def __init__(self, record: _Tape | None, replay: _Tape | None):
+        super().__init__()
+        self.record = record
+        self.replay = None if replay is None else iter(replay)
+        self.roles: Any = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(_name(func))
+        if rule is None:
+            return func(*args, **kwargs)
+        if not args:
+            args, kwargs = _positional(kwargs)
+        tensors = [item for item in args if isinstance(item, Tensor)]
+        if any(isinstance(item, Series) for item in tensors) or not any(item.is_floating_point() for item in tensors):
+            return func(*args, **kwargs)
+        return rule(self, func, args, kwargs)
+
+    def kept(self, name: str, value: Callable[[], Any], like: Tensor | None = None) -> Any:
+        """A frozen coefficient: computed here, or that of the recorded computation."""
+        if self.replay is None:
+            found = value()
+            if self.record is not None:
+                self.record.append((name, found))
+            return found
+        recorded, found = next(self.replay, ("the end", None))
+        if recorded != name or (like is not None and cast(Tensor, found).shape != like.shape):
+            raise RuntimeError(
+                f"A replay must make the recorded calls in their order, on tensors of the recorded shapes; it came to "
+                f"{name!r} where {recorded!r} was recorded. Replay the same function on an input of the same shape."
+            )
+        return found
+
+    def role(self, x: Any) -> _Role | None:
+        return self.roles.get(x) if isinstance(x, Tensor) else None
+
+    def mark(self, x: Any, role: _Role | None) -> Any:
+        if role is not None and isinstance(x, Tensor):
+            self.roles[x] = role
+        return x
+
+
+def frozen(*, record: _Tape | None = None, replay: _Tape | None = None) -> TorchFunctionMode:
+    """A context in which norm scales, attention patterns and gates are constants for every derivative.
+
+    Values are bit-equal to those outside. Works under reverse and forward differentiation and within `torch.func`;
+    composes with `full_precision`, in either order; leaves Taylor series alone.
+
+    Args:
+        record: A list that the frozen coefficients are appended to, in the order of the calls. Which products are gates
+            is seen only where the tensors are differentiated: record under autograd.
+        replay: A recorded list: the same calls on other tensors of the same shapes then use its coefficients, so that
+            the computation is the recorded one's affine map.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: Both are given.
+        RuntimeError: The replayed calls are not the recorded ones.
+
+    Source: Golden, arXiv 2505.24293, section 3.
+
+    Example:
+        >>> tape, x = [], torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> norm = torch.nn.RMSNorm(2)
+        >>> with frozen(record=tape):
+        ...     y = norm(x)
+        >>> with frozen(replay=tape):
+        ...     twice = norm(2 * x)
+        >>> bool(torch.allclose(twice, 2 * y))
+        True
+    """
+    if record is not None and replay is not None:
+        raise ValueError("A computation is recorded or replayed; got both. Use two contexts.")
+    return _Frozen(record, replay)
+
+
+@cache
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _positional(kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """`softmax(input=x, dim=-1)` as `softmax(x, dim=-1)`."""
+    for name in ("input", "self", "query"):
+        if name in kwargs:
+            return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+    return (), kwargs
+
+
+def _is_live(x: Tensor) -> bool:
+    """Whether x is being differentiated, by any transform; a model's own parameters do not count."""
+    if isinstance(x, torch.nn.Parameter):
+        return False
+    if x.requires_grad:
+        return True
+    if is_functorch_wrapped_tensor(x):
+        if forward_ad._current_level >= 0 and _has_tangent(x):
+            return True
+        return _is_live(get_unwrapped(x))
+    return forward_ad._current_level >= 0 and _has_tangent(x)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _straight_through(value: Tensor, linear: Tensor) -> Tensor:
+    """The value, with the derivative of the linear map."""
+    return value.detach() + (linear - linear.detach())
+
+
+def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    name = _name(func)
+    named = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    return named or kwargs.get("inplace") is True or any(item is True for item in args[1:])
+
+
+def _value(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """What a call gives, as a constant; an in-place call writes to a copy."""
+    x = args[0].detach()
+    x = x.clone() if _in_place(func, args, kwargs) else x
+    return func(x, *args[1:], **kwargs).detach()
+
+
+def _given_back(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Tensor) -> Tensor:
+    """The result, written to the first argument if the call is in place."""
+    return args[0].copy_(result) if _in_place(func, args, kwargs) else result
+
+
+# Rules --------------------------------------------------------------------------------------------------------------
+
+
+def _detach(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A scale, a pattern or a factor: a constant."""
+    result = mode.kept(_name(func), lambda: _value(func, args, kwargs))
+    return mode.mark(_given_back(func, args, kwargs, result), "factor")
+
+
+def _slope(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], role: _Role) -> Any:
+    """A function with f(0) = 0 as x times the constant f(x) / x."""
+    x = args[0]
+    value = None if mode.replay is not None else _value(func, args, kwargs)
+
+    def slope() -> Tensor:
+        assert value is not None
+        here = x.detach()
+        # Beside zero, on the side where ReLU's derivative at zero is that of PyTorch.
+        beside = torch.full((1,), -16 * torch.finfo(here.dtype).tiny, dtype=here.dtype, device=here.device)
+        at_zero = func(beside.clone(), *args[1:], **kwargs) / beside
+        return torch.where(here.abs() < beside.abs(), at_zero, value / here)
+
+    linear = x * mode.kept(_name(func), slope, like=x)
+    result = linear if value is None else _straight_through(value, linear)
+    return mode.mark(_given_back(func, args, kwargs, result), role)
+
+
+def _activation(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return _slope(mode, func, args, kwargs, "activation")
+
+
+def _odd_factor(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A factor of GELU (tanh, erf) until it is multiplied; an activation or a softcap of its own if it never is."""
+    return _slope(mode, func, args, kwargs, "factor")
+
+
+def _clamp(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A clamp of numbers around zero (clipped values, a ReLU written so) is an activation; others are left alone."""
+    bounds = [*args[1:], *kwargs.values()]
+    low = kwargs.get("min", args[1] if len(args) > 1 else None)
+    high = kwargs.get("max", args[2] if len(args) > 2 else None)
+    if any(isinstance(bound, Tensor) for bound in bounds) or not (low or 0) <= 0 <= (high or 0):
+        return func(*args, **kwargs)
+    return _activation(mode, func, args, kwargs)
+
+
+def _layer_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def parts(
+        x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    ) -> tuple:
+        dims = list(range(-len(list(normalized_shape)), 0))
+        return x - x.mean(dims, keepdim=True), dims, weight, bias, eps
+
+    return _fused_norm(mode, func, args, kwargs, *parts(*args, **kwargs))
+
+
+def _rms_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def parts(x: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> tuple:
+        return (
+            x,
+            list(range(-len(list(normalized_shape)), 0)),
+            weight,
+            None,
+            torch.finfo(x.dtype).eps if eps is None else eps,
+        )
+
+    return _fused_norm(mode, func, args, kwargs, *parts(*args, **kwargs))
+
+
+def _fused_norm(
+    mode: _Frozen,
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    centered: Tensor,
+    dims: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    def scale() -> Tensor:
+        return torch.rsqrt(centered.detach().pow(2).mean(dims, keepdim=True) + eps)
+
+    linear = centered * mode.kept(_name(func), scale)
+    linear = linear if weight is None else linear * weight
+    linear = linear if bias is None else linear + bias
+    return linear if mode.replay is not None else _straight_through(func(*args, **kwargs), linear)
+
+
+def _attention(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        query, key = mode.kept(_name(func), lambda: (query.detach(), key.detach()))
+        return func(query, key, value, *rest, **options)
+
+    return attend(*args, **kwargs)
+
+
+def _divide(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A denominator is a scale or a factor: a constant."""
+    denominator = args[1] if len(args) > 1 else kwargs["other"]
+    if not isinstance(denominator, Tensor):
+        return mode.mark(func(*args, **kwargs), mode.role(args[0]))
+    gate = mode.role(denominator) is not None and denominator.shape == args[0].shape
+    constant = mode.kept(_name(func), denominator.detach, like=denominator)
+    result = func(args[0], constant, *args[2:], **{key: value for key, value in kwargs.items() if key != "other"})
+    return mode.mark(result, mode.role(args[0]) or ("activation" if gate else None))
+
+
+def _multiply(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A gate or a factor times a differentiated tensor of its shape is a constant times it."""
+    if len(args) < 2:
+        args, kwargs = (args[0], kwargs["other"]), {key: value for key, value in kwargs.items() if key != "other"}
+    left, right = args[:2]
+    roles = mode.role(left), mode.role(right)
+    if not any(roles) or not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.shape != right.shape:
+        result = func(*args, **kwargs)
+        for role, item in zip(roles, (left, right), strict=True):
+            if role is not None and item.shape == result.shape:
+                return mode.mark(result, role)
+        return result
+    # A factor before an activation; of two alike the right one, so that a square keeps half of itself.
+    index = 0 if roles[1] is None or (roles[0] == "factor" and roles[1] == "activation") else 1
+    tagged, partner = args[index], args[1 - index]
+    constant = mode.kept(_name(func), lambda: tagged.detach() if _is_live(partner) else None)
+    if constant is None:
+        return mode.mark(func(*args, **kwargs), mode.role(tagged))
+    if _in_place(func, args, kwargs):
+        result = left.copy_(constant * partner)
+    else:
+        result = func(*((constant, partner) if index == 0 else (partner, constant)), *args[2:], **kwargs)
+    role: _Role | None = "activation" if roles[index] == "factor" or left is right else None
+    if _in_place(func, args, kwargs):
+        mode.roles.pop(result, None)
+    return mode.mark(result, role)
+
+
+def _power(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Roots are scales; the square of an activation is an activation."""
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent", 2)
+    if isinstance(exponent, Tensor):
+        exponent = exponent.item() if exponent.ndim == 0 else None
+    if exponent in (0.5, -0.5, -1):
+        return _detach(mode, func, args, kwargs)
+    if exponent == 2 and mode.role(args[0]) == "activation" and not _in_place(func, args, kwargs):
+        linear = args[0] * mode.kept(_name(func), args[0].detach)
+        result = linear if mode.replay is not None else _straight_through(func(*args, **kwargs), linear)
+        return mode.mark(result, "activation")
+    return func(*args, **kwargs)
+
+
+def _carry(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A factor plus a number is a factor; so is a copy, a view or a cast."""
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor):
+        parts = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.is_floating_point()]
+        same = [item for item in parts if item.numel() == result.numel()]
+        if len(same) == 1:
+            mode.mark(result, mode.role(same[0]))
+        elif _in_place(func, args, kwargs):
+            mode.roles.pop(result, None)
+    return result
+
+
+def _table(**rules: tuple[_Rule, str]) -> dict[str, _Rule]:
+    return {name: rule for rule, names in rules.values() for name in names.split()}
+
+
+_RULES: dict[str, _Rule] = _table(
+    constants=(
+        _detach,
+        "softmax _softmax special_softmax rsqrt rsqrt_ sqrt sqrt_ norm linalg_norm linalg_vector_norm vector_norm std "
+        "exp exp_ special_exp2 exp2 sigmoid sigmoid_ special_expit softplus hardsigmoid logsigmoid reciprocal "
+        "reciprocal_ __rdiv__ __rtruediv__",
+    ),
+    factors=(_odd_factor, "tanh tanh_ erf erf_ special_erf"),
+    activations=(
+        _activation,
+        "gelu gelu_ silu silu_ mish mish_ relu relu_ relu6 relu6_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ "
+        "hardswish hardswish_ hardtanh hardtanh_ softsign tanhshrink",
+    ),
+    clamps=(_clamp, "clamp clamp_ clip clip_"),
+    layer_norms=(_layer_norm, "layer_norm"),
+    rms_norms=(_rms_norm, "rms_norm"),
+    attention=(_attention, "scaled_dot_product_attention"),
+    quotients=(_divide, "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__"),
+    products=(_multiply, "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__"),
+    powers=(_power, "pow pow_ __pow__ __ipow__ square float_power"),
+    copies=(
+        _carry,
+        "add add_ __add__ __radd__ __iadd__ sub subtract sub_ __sub__ __rsub__ __isub__ rsub neg __neg__ clone contiguous "
+        "to type type_as float double half bfloat16 view reshape flatten unflatten squeeze unsqueeze transpose permute "
+        "dropout nan_to_num masked_fill where",
+    ),
+)

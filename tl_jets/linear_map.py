@@ -1,0 +1,264 @@
+r"""A derivative at one input as a linear map: applied without its matrix, decomposed, made only on request.
+
+The map is held as the graph of a forward pass, in which the same backward pass serves many vectors:
+
+======  ==========================================
+symbol  name here
+======  ==========================================
+J u     `LinearMap.apply` (a backward pass, transposed)
+J' v    `LinearMap.apply_transpose`
+J       `LinearMap.materialize`
+======  ==========================================
+
+Example:
+    >>> x = torch.ones(1, 2, 3, requires_grad=True)
+    >>> J = LinearMap(point=x, value=x.cumsum(1) ** 2)
+    >>> J.materialize()[0, 1, 0].tolist()
+    [[4.0, 0.0, 0.0], [4.0, 0.0, 0.0]]
+    >>> J.apply(torch.ones(1, 2, 3))[0, :, 0].tolist()
+    [2.0, 8.0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Vectors that run through the graph at once, unless the caller says otherwise.
+CHUNK_SIZE = 32
+MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearMap:
+    """A derivative at one input, held as its graph and applied without its matrix.
+
+    Attributes:
+        point: Where it was taken [batch, pos, d_model].
+        value: What the function gives there [batch, out_pos, rows], before `readout`.
+        readout: A matrix [rows, width] that the output is multiplied with (the unembedding), or None.
+    """
+
+    point: Float[Tensor, "batch pos d_model"]
+    value: Float[Tensor, "batch out_pos rows"]
+    readout: Float[Tensor, "rows width"] | None = None
+
+    def __repr__(self) -> str:
+        return f"LinearMap({list(self.in_shape)} -> {list(self.out_shape)}, {size_text(self.n_bytes)} as a matrix)"
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """[batch, pos, d_model]."""
+        return tuple(self.point.shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[batch, out_pos, width]."""
+        width = self.value.shape[-1] if self.readout is None else self.readout.shape[-1]
+        return (*self.value.shape[:-1], width)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the matrix, [batch, out_pos, width, pos, d_model]: prompts do not see each other."""
+        batch, pos, d_model = self.in_shape
+        return batch * self.out_shape[1] * self.out_shape[2] * pos * d_model * self.value.element_size()
+
+    def apply(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos width"]:
+        """J u: what a change of the input does to the output.
+
+        Args:
+            vectors: u [*many, batch, pos, d_model].
+            chunk_size: How many run at once.
+
+        Returns:
+            [*many, batch, out_pos, width].
+
+        Raises:
+            ValueError: The vectors are not of the input's shape.
+        """
+        return self._read(self._apply(vectors, chunk_size))
+
+    def _apply(self, vectors: Tensor, chunk_size: int) -> Tensor:
+        """J u before the readout, by transposing the backward pass."""
+        backward, weights = self._transpose
+        return _batched(backward, weights, vectors, self.in_shape, chunk_size)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        return rows if self.readout is None else rows @ self.readout
+
+    @cached_property
+    def _transpose(self) -> tuple[Tensor, Tensor]:
+        """J' v as a function of v, differentiable."""
+        weights = torch.zeros_like(self.value, requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            (backward,) = torch.autograd.grad(self.value, self.point, weights, create_graph=True)
+        return backward, weights
+
+    def apply_transpose(
+        self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v: the direction of the input that a direction of the output reads.
+
+        Args:
+            vectors: v [*many, batch, out_pos, width].
+            chunk_size: How many run at once.
+
+        Returns:
+            [*many, batch, pos, d_model].
+
+        Raises:
+            ValueError: The vectors are not of the output's shape.
+        """
+        _check_shape(vectors, self.out_shape)
+        vectors = vectors.to(self.value)
+        rows = vectors if self.readout is None else vectors @ self.readout.T
+        return _batched(self.value, self.point, rows, tuple(self.value.shape), chunk_size)
+
+    def materialize(
+        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "batch out_pos width pos d_model"]:
+        """J as a matrix.
+
+        Args:
+            max_bytes: Refuse to make a larger one; None for no limit.
+            chunk_size: Rows computed at once.
+
+        Returns:
+            [batch, out_pos, width, pos, d_model].
+
+        Raises:
+            ValueError: It is larger than `max_bytes`.
+
+        Cost:
+            A backward pass for each output position and row before the readout (d_model of them for logits).
+        """
+        if max_bytes is not None and self.n_bytes > max_bytes:
+            raise ValueError(
+                f"The matrix {[self.out_shape[0], *self.out_shape[1:], *self.in_shape[1:]]} must take at most "
+                f"max_bytes = {size_text(max_bytes)}; it takes {size_text(self.n_bytes)}. Use apply and apply_transpose, fewer "
+                f"positions, or max_bytes=None."
+            )
+        batch, out_pos, rows = self.value.shape
+        units = torch.eye(out_pos * rows, dtype=self.value.dtype, device=self.value.device)
+        found = self.point.new_empty(batch, out_pos * rows, *self.in_shape[1:])
+        for start in range(0, len(units), chunk_size):
+            chunk = units[start : start + chunk_size].view(-1, 1, out_pos, rows).expand(-1, batch, -1, -1)
+            here = _batched(self.value, self.point, chunk, tuple(self.value.shape), chunk_size)
+            found[:, start : start + chunk_size] = here.transpose(0, 1)
+        found = found.view(batch, out_pos, rows, *self.in_shape[1:])
+        return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
+
+    def svd(self, k: int, *, prompt: int = 0, seed: int = 0) -> SingularVectors:
+        """The k largest singular values of one prompt's matrix and their vectors, without the matrix (ARPACK).
+
+        Args:
+            k: How many.
+            prompt: Index of the prompt.
+            seed: Of the start vector.
+
+        Returns:
+            `SingularVectors`, largest first.
+
+        Raises:
+            ValueError: k is not in 1..rank bound - 1, or there is no such prompt.
+
+        Cost:
+            A few dozen products with J and with its transpose.
+        """
+        (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
+        shape = (math.prod(out_shape), math.prod(in_shape))
+        if not 1 <= k < min(shape):
+            raise ValueError(
+                f"k must lie in 1..{min(shape) - 1} here; got {k}. For all of them take the SVD of materialize()."
+            )
+        if not 0 <= prompt < batch:
+            raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
+
+        def product(apply: Callable[[Tensor], Tensor], shape: list[int]) -> Callable[[Any], Any]:
+            def of(vector: Any) -> Any:
+                every = self.point.new_zeros(batch, *shape)
+                every[prompt] = torch.as_tensor(np.ascontiguousarray(vector)).to(every).view(shape)
+                return apply(every.detach())[prompt].flatten().cpu().numpy()
+
+            return of
+
+        dtype = np.float64 if self.value.dtype is torch.float64 else np.float32
+        operator = scipy.sparse.linalg.LinearOperator(
+            shape,
+            matvec=product(self.apply, in_shape),  # pyright: ignore[reportCallIssue]
+            rmatvec=product(self.apply_transpose, out_shape),  # pyright: ignore[reportCallIssue]
+            dtype=dtype,  # pyright: ignore[reportCallIssue]
+        )
+        start = np.random.default_rng(seed).standard_normal(min(shape)).astype(dtype)
+        left, values, right = cast(tuple[Any, Any, Any], scipy.sparse.linalg.svds(operator, k=k, v0=start))
+        order = np.argsort(-values)
+        tensors = [np.ascontiguousarray(array) for array in (values[order], left[:, order].T, right[order])]
+        values, left, right = (torch.from_numpy(array).to(self.value.detach()) for array in tensors)
+        # The sign in which this prompt's own input has it.
+        sign = torch.where(right @ self.point.detach()[prompt].flatten() < 0, -1.0, 1.0).to(right)[:, None]
+        return SingularVectors(values, (sign * left).view(k, *out_shape), (sign * right).view(k, *in_shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SingularVectors:
+    """The largest singular values of a map of one prompt: J is close to sum_i values_i left_i right_i'.
+
+    Signs are such that every right vector has a positive product with the prompt's own input.
+
+    Attributes:
+        values: Largest first [k].
+        left: Directions of the output [k, out_pos, width].
+        right: Directions of the input [k, pos, d_model].
+    """
+
+    values: Float[Tensor, " k"]
+    left: Float[Tensor, "k out_pos width"]
+    right: Float[Tensor, "k pos d_model"]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{value:.3g}" for value in self.values[:6].tolist())
+        return f"SingularVectors({shown}{', ...' if len(self.values) > 6 else ''})"
+
+
+def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, shape: tuple[int, ...], chunk_size: int) -> Tensor:
+    """The backward pass from `outputs` to `inputs` for vectors [*many, *shape]: [*many, *inputs.shape]."""
+    _check_shape(vectors, shape)
+    many = vectors.shape[: -len(shape)]
+    flat = vectors.to(outputs).reshape(-1, *shape)
+    found = flat.new_empty(len(flat), *inputs.shape)
+    for start in range(0, len(flat), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        if len(flat[chunk]) == 1:
+            (found[start],) = torch.autograd.grad(outputs, inputs, flat[start], retain_graph=True)
+        else:
+            (found[chunk],) = torch.autograd.grad(
+                outputs, inputs, flat[chunk], retain_graph=True, is_grads_batched=True
+            )
+    return found.reshape(*many, *inputs.shape)
+
+
+def _check_shape(vectors: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(vectors.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"Vectors must have the shape {list(shape)}, with any number of leading dimensions; got "
+            f"{list(vectors.shape)}."
+        )
+
+
+def size_text(n_bytes: int) -> str:
+    """A size in memory, for people."""
+    size, unit = float(n_bytes), 0
+    while size >= 1024 and unit < 5:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"
