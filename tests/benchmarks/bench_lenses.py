@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,16 +22,10 @@ N_TOKENS, D_MODEL, D_VOCAB = 32, 768, 50257
 def network() -> ResidualNetwork:
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config()).eval()
-    model = TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=_tokenizer(), device="cpu")
+    model = TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
     net = ResidualNetwork(model.eval().requires_grad_(False), "block")
     net.decoder.metric(centered=True)
     return net
-
-
-def _tokenizer() -> Any:
-    from tests.zoo import tokenizer
-
-    return tokenizer()
 
 
 @functools.cache
@@ -87,8 +82,6 @@ def test_joint_kl_weights(ratio):
 
 
 def test_metric_once_per_network(ratio):
-    from dataclasses import replace
-
     ratio(lambda: replace(network().decoder).metric(centered=True), forward, 8.0, rounds=5)
 
 
