@@ -6,8 +6,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import jaxtyping
 import pytest
+
+# The same examples every time: a red run is then about the change, not about luck.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture
