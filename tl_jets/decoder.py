@@ -77,10 +77,12 @@ class Metric:
     Attributes:
         gram: G or G_c in float64; its last row and column belong to `b_U`. Shape [d_model + 1, d_model + 1].
         centered: Whether logits are centered over the vocabulary.
+        mean: sqrt(V) times the mean column: G = G_c + mean mean'. Shape [d_model + 1].
     """
 
     gram: Float[Tensor, "d_model_and_bias d_model_and_bias"]
     centered: bool
+    mean: Float[Tensor, " d_model_and_bias"]
 
     def augment(
         self, states: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"] = 0.0
@@ -255,7 +257,7 @@ class Decoder:
             Logits. Shape [d_vocab].
         """
         constant = self.b_U.to(dtype, copy=True)
-        if bias is not None:
+        if bias is not None and bias.any():
             product = torch.empty(1, self.d_vocab, dtype=dtype, device=self.W_U.device)
             self.project(bias.unsqueeze(0), product)
             constant += product[0]
@@ -312,7 +314,8 @@ class Decoder:
             for chunk in self._centered_columns(mean):
                 _add_gram(gram, chunk)
             gram = gram.tril() + gram.tril(-1).T
-            return Metric(gram + self.d_vocab * torch.outer(mean, mean), False), Metric(gram, True)
+            mean = mean * self.d_vocab**0.5
+            return Metric(gram + torch.outer(mean, mean), False, mean), Metric(gram, True, mean)
 
     def _centered_columns(self, mean: Tensor) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
         """Columns of [W_U; b_U] less their mean, in float64 and in chunks, in one reused buffer."""

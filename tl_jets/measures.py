@@ -155,10 +155,8 @@ def geometry_in_plane(
     direction, length = (plane.orthogonal, 1) if control is None else (control, plane.across[:, None])
     A, B = alpha * along + beta, alpha * length
     found = {}
-    for centered in (False, True):
-        products = _inner_products(
-            decoder.metric(centered), weighted(norm, plane.variate), weighted(norm, direction), norm
-        )
+    both = _inner_products(decoder, weighted(norm, plane.variate), weighted(norm, direction))
+    for centered, products in zip((False, True), both, strict=True):
         ss, sq, qq, sc, qc, cc = (value if value.ndim == gamma.ndim else value[:, None] for value in products)
         of_model = gamma.square() * ss + 2 * gamma * sc + cc
         of_lens = A.square() * ss + B.square() * qq + cc + 2 * (A * B * sq + A * sc + B * qc)
@@ -183,25 +181,34 @@ def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tenso
     Both are what the unembedding reads, biases of the norm included; both carry b_U once.
     """
     found = {}
-    for name, metric in (("cosine", decoder.metric(False)), ("centered_cosine", decoder.metric(True))):
-        x, y = metric.augment(states, 1.0), metric.augment(truth, 1.0)
-        My = y @ metric.gram
-        yy, xy, xx = (My * y).sum(-1), (My * x).sum(-1), ((x @ metric.gram) * x).sum(-1)
+    metric = decoder.metric(centered=True)
+    x, y = metric.augment(states, 1.0), metric.augment(truth, 1.0)
+    Mx, My = x @ metric.gram, y @ metric.gram
+    centered = [(My * y).sum(-1), (My * x).sum(-1), (Mx * x).sum(-1)]
+    x_mean, y_mean = x @ metric.mean, y @ metric.mean
+    plain = [
+        value + extra
+        for value, extra in zip(centered, (y_mean * y_mean, y_mean * x_mean, x_mean * x_mean), strict=True)
+    ]
+    for name, (yy, xy, xx) in (("cosine", plain), ("centered_cosine", centered)):
         found[name] = (xy / (xx * yy).sqrt()).clamp(-1, 1)
-        if not metric.centered:
-            found["remainder_norm"] = metric.norm(states.double() - truth.double(), 0.0) / _length(yy)
+    found["remainder_norm"] = decoder.metric(False).norm(states.double() - truth.double(), 0.0) / _length(plain[0])
     return found
 
 
-def _inner_products(metric: Metric, s: Tensor, q: Tensor, norm: Norm) -> tuple[Tensor, ...]:
-    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c>, with c the norm's bias and b_U."""
-    gram = metric.gram
-    bias = s.new_zeros(s.shape[-1]) if norm.bias is None else norm.bias.to(s)
-    c = torch.cat([bias, bias.new_ones(1)]) @ gram
+def _inner_products(decoder: Decoder, s: Tensor, q: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c>, with c the norm's bias and b_U: of logits, and of centered logits."""
+    metric = decoder.metric(centered=True)
+    gram, mean = metric.gram, metric.mean
+    bias = s.new_zeros(s.shape[-1]) if decoder.norm.bias is None else decoder.norm.bias.to(s)
+    biases = torch.cat([bias, bias.new_ones(1)])
+    c = biases @ gram
     Ms, Mq = s @ gram[:-1, :-1], q @ gram[:-1, :-1]
-    cc = (c[:-1] * bias).sum() + c[-1]
-    ss, sc = (Ms * s).sum(-1), s @ c[:-1]
-    return ss, (Ms * q).sum(-1), (Mq * q).sum(-1), sc, q @ c[:-1], cc.expand_as(ss)
+    ss = (Ms * s).sum(-1)
+    centered = (ss, (Ms * q).sum(-1), (Mq * q).sum(-1), s @ c[:-1], q @ c[:-1], (c @ biases).expand_as(ss))
+    s_mean, q_mean, c_mean = s @ mean[:-1], q @ mean[:-1], biases @ mean
+    extra = (s_mean**2, s_mean * q_mean, q_mean**2, s_mean * c_mean, q_mean * c_mean, c_mean**2)
+    return tuple(value + more for value, more in zip(centered, extra, strict=True)), centered
 
 
 def _length(square: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -183,6 +184,7 @@ def scan_mixture(
     targets: Int[Tensor, " row"] | Int[Tensor, "row target"] | None = None,
     measures: bool = True,
     control: Control | None = None,
+    model_logits: Callable[[slice], Float[Tensor, "row d_vocab"]] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> MixtureScan:
     """Read every layer, order and row of a mixture in one pass over the layers.
@@ -194,6 +196,8 @@ def scan_mixture(
         targets: Token ids whose logits and ranks to return, one or several a row. Shape [row] or [row, target].
         measures: Compute log-normalisers, KL and the best token of the own part; else only top tokens and targets.
         control: The random center to measure beside; None for none. Needs `measures`.
+        model_logits: The model's own additive logits of a slice of rows [row, d_vocab], if they are at hand: `shared`
+            need not be multiplied with `W_U` then.
         chunk_size: Rows of d_vocab logits held at once.
 
     Returns:
@@ -216,7 +220,22 @@ def scan_mixture(
         check_rows("control.random", control.random, (row, d_model), "row, d_model")
         check_rows("control.along", control.along, (layer, row), "layer, row")
 
-    reader = Reader(decoder, decoder.compute_dtype(mixture.own), mixture.own.device)
+    final = _final_layers(mixture, control)
+    if final:
+        rest = [layer for layer in range(len(mixture.own)) if layer not in final]
+        options = {"top_k": top_k, "targets": targets, "measures": measures, "chunk_size": chunk_size}
+        part = scan_mixture(
+            decoder,
+            _of_layers(mixture, rest),
+            control=None
+            if control is None
+            else replace(control, along=control.along[rest], across=control.across[rest]),
+            model_logits=model_logits,
+            **options,
+        )
+        return _with_final_layers(decoder, mixture, part, rest, final)
+
+    reader = Reader(decoder, decoder.compute_dtype(mixture.own), mixture.own.device, mixture.bias)
     cells = mixture.alpha.shape
     n_targets = 0 if targets is None else targets.shape[1]
     store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
@@ -228,13 +247,16 @@ def scan_mixture(
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
     gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
-    for rows, constant, fixed, own_logits in _projections(reader, mixture, control, chunk_size):
+    # Order 0 of a jet borrows nothing: the leading orders without `shared` are their own part.
+    borrows = (beta != 0).transpose(0, 1).flatten(1).any(1).tolist()
+    plain = borrows.index(True) if any(borrows) else len(borrows)
+    for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
         row_targets = None if targets is None else targets[rows]
         shared = fixed[0]
         model = reader.read_model((constant, gamma[:, rows], shared), row_targets, _view(model_store, 0, rows))
         for layer, own in own_logits:
             mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], shared
-            reader.read(mix, row_targets, model, _view(store, layer, rows))
+            reader.read(mix, row_targets, model, _view(store, layer, rows), plain)
         if control is not None and control_store is not None:
             along, across = (x[:, None, rows].to(reader.dtype) for x in (control.along, control.across))
             borrowed, lent = alpha[:, :, rows, 0] * along + beta[:, :, rows, 0], alpha[:, :, rows, 0] * across
@@ -251,8 +273,67 @@ def scan_mixture(
     )
 
 
+def _final_layers(mixture: Mixture, control: Control | None) -> list[int]:
+    """Layers that are the model's own final state, whose jets are the model's own logits at every order."""
+    if len(mixture.own) == 1:
+        return []
+    found = []
+    for layer, (own, alpha, beta) in enumerate(zip(mixture.own, mixture.alpha, mixture.beta, strict=True)):
+        alone, borrowed = (alpha == mixture.gamma) & (beta == 0), (alpha == 0) & (beta == mixture.gamma)
+        same = torch.equal(own, mixture.shared) and bool((alone | borrowed).all())
+        if same and control is not None:
+            same = bool((control.along[layer] == 1).all() and (control.across[layer] == 0).all())
+        if same:
+            found.append(layer)
+    return found[1:] if len(found) == len(mixture.own) else found
+
+
+def _of_layers(mixture: Mixture, layers: list[int]) -> Mixture:
+    return replace(mixture, own=mixture.own[layers], alpha=mixture.alpha[layers], beta=mixture.beta[layers])
+
+
+def _with_final_layers(
+    decoder: Decoder, mixture: Mixture, part: MixtureScan, rest: list[int], final: list[int]
+) -> MixtureScan:
+    """A scan of the other layers, with the model's own readings as those of the final ones."""
+    cells = mixture.alpha.shape
+
+    def joined(found: Tensor | None, of_model: Tensor | None) -> Tensor | None:
+        if found is None or of_model is None:
+            return None
+        every = found.new_empty(*cells, *found.shape[3:])
+        every[rest], every[final] = found, of_model
+        return every
+
+    def readings(found: Readings) -> dict[str, Any]:
+        k = found.top.indices.shape[-1]
+        tops = (
+            joined(x, y[..., :k]) for x, y in zip(vars(found.top).values(), vars(part.model.top).values(), strict=True)
+        )
+        names = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
+        return {"top": TopTokens(*tops)} | {
+            name: joined(getattr(found, name), getattr(part.model, name)) for name in names
+        }
+
+    # Of the model's own state either all is the layer's own, or all is borrowed and the constant is left.
+    alone, top = mixture.alpha[final] != 0, part.model.top
+    constant = decoder.constant(mixture.bias, part.own_values.dtype)
+    first = (constant == constant.max()).nonzero()[0, 0]
+    return MixtureScan(
+        own_values=joined(part.own_values, torch.where(alone.unsqueeze(-1), top.values, constant[top.indices])),
+        own_top1=joined(part.own_top1, torch.where(alone, top.indices[:, 0], first)),
+        model=part.model,
+        control=None if part.control is None else Readings(**readings(part.control)),
+        **readings(part),
+    )
+
+
 def _projections(
-    reader: Reader, mixture: Mixture, control: Control | None, chunk_size: int
+    reader: Reader,
+    mixture: Mixture,
+    control: Control | None,
+    model_logits: Callable[[slice], Tensor] | None,
+    chunk_size: int,
 ) -> Iterator[tuple[slice, Tensor, list[Tensor], Iterator[tuple[int, Tensor]]]]:
     """Yield (rows, constant, [shared, random], layers), states times W_U in one buffer: consume layers before the next.
 
@@ -267,7 +348,6 @@ def _projections(
     size = max(group.stop - group.start for group in groups) + len(fixed)
     buffer = reader.buffer(size * per_set + 1)
     constant = buffer[0]
-    constant[d_vocab:] = reader.lowest
     bias = torch.zeros_like(mixture.shared[:1]) if mixture.bias is None else mixture.bias.unsqueeze(0)
 
     def project(first: int, *states: Tensor) -> Tensor:
@@ -284,12 +364,21 @@ def _projections(
 
     for rows in slices(n_rows, per_set):
         states = [x[rows] for x in fixed] + list(mixture.own[groups[0], rows])
+        count = rows.stop - rows.start
+        given = 0 if model_logits is None else count
         if rows.start == 0:
-            head = project(0, bias, *states)[1:]
+            # The row before what is projected: the constant's place is taken by `shared` if that is given.
+            project(given, bias, *states[given // count :])
+            constant.copy_(buffer[given])
             constant[:d_vocab] += decoder.b_U
+            constant[d_vocab:] = reader.lowest
         else:
-            head = project(1, *states)
-        head = head.view(len(states), -1, reader.width)
+            project(1 + given, *states[given // count :])
+        head = buffer[1 : 1 + len(states) * count].view(len(states), -1, reader.width)
+        if model_logits is not None:
+            torch.sub(model_logits(rows), constant[:d_vocab], out=head[0, :, :d_vocab])
+            head[0] /= mixture.gamma[rows, None].to(reader.dtype)
+            head[0, :, d_vocab:] = 0
         yield rows, constant, list(head[: len(fixed)]), following(rows, head[len(fixed) :])
 
 

@@ -17,7 +17,7 @@ from tl_jets.decoder import Decoder
 # Vocabulary-sized rows held at once. Products of fewer rows with W_U are dominated by reading W_U.
 CHUNK_SIZE = 320
 # Width of the blocks whose maxima are compared before any token is: a multiple of every vector width.
-BLOCK = 64
+BLOCK = 128
 # Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
@@ -28,12 +28,14 @@ MAX_SETS = 10
 class Reader:
     """Reads logit vectors whose last axis is padded to a multiple of BLOCK; the padding never wins and weighs nothing."""
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None) -> None:
         self.decoder, self.dtype, self.device = decoder, dtype, device
         self.width = -(-decoder.d_vocab // BLOCK) * BLOCK
         limit = SCRATCH_CPU if device.type == "cpu" else SCRATCH_DEVICE
         self.scratch_rows = max(1, limit // self.width)
         self.scratch = self.mask = self.buffer(0)
+        # Whether every logit vector has a part that does not depend on the state: the norm's bias or b_U.
+        self.has_constant = bool(decoder.b_U.any()) or (bias is not None and bool(bias.any()))
         # Finite, so that zero times it is zero; small enough to survive a multiplication by log2(e).
         self.lowest = torch.finfo(dtype).min / 4
         # As the kernels round it: what is scaled by it is scaled back by the same number.
@@ -97,22 +99,27 @@ class Reader:
         targets: Tensor | None,
         probabilities: Tensor,
         store: dict[str, Tensor],
+        plain: int,
     ) -> None:
-        """Read `constant + alpha * own + beta * shared`; results are views [order, row, ...] of the caller's tensors."""
+        """Read `constant + alpha * own + beta * shared`; results are views [order, row, ...] of the caller's tensors.
+
+        The first `plain` orders are without `shared`.
+        """
         constant, alpha, own, beta, shared = mix
-        # Order 0 of a jet borrows nothing: the leading orders without `shared` are their own part.
-        borrows = (beta != 0).flatten(1).any(1).tolist()
-        plain = borrows.index(True) if any(borrows) else len(borrows)
         for part in slices(len(own), max(1, self.scratch_rows // len(alpha))):
             logits = self.mix(constant, alpha[:, part], own[part])
             view = {name: x[:, part] for name, x in store.items()}
+            # Without a constant, a positive multiple of the own part has the best token of order 0.
+            alike = plain > 0 and not self.has_constant and bool((alpha[:, part] > 0).all())
             if plain < len(alpha):
-                if "own_top1" in store:
+                if "own_top1" in store and not alike:
                     view["own_top1"][plain:] = self.top1(logits[plain:])[1]
                 logits[plain:].addcmul_(beta[plain:, part], shared[part])
             self.finish(logits, None if targets is None else targets[part], probabilities[part], view)
             if "own_top1" in store:
                 view["own_top1"][:plain] = view["indices"][:plain, ..., 0]
+                if alike:
+                    view["own_top1"][plain:] = view["own_top1"][0]
             borrowed = shared[part].expand_as(logits).gather(-1, view["indices"])
             torch.addcmul(view["values"], beta[:, part], borrowed, value=-1, out=view["own_values"])
 

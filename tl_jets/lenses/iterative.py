@@ -29,6 +29,7 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import CenterScale
 from tl_jets.lenses.selection import (
+    model_logits,
     Rows,
     TargetInput,
     check_options,
@@ -282,6 +283,7 @@ def iterative_jet_lens(
             targets=None if ids is None else ids[rows.keep],
             measures=measures,
             control=Control(cast(weighted(norm, random)), cast(plane.along), cast(plane.across)) if measures else None,
+            model_logits=model_logits(trace, rows),
             chunk_size=chunk_size,
         )
         found = geometry_in_plane(decoder, plane, None, alpha, beta, gamma)

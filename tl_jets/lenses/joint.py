@@ -12,7 +12,7 @@ Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
 from tl_jets.expansion.simplex import SimplexSolution
 from tl_jets.expansion.weights import read_weights, uniform_weights
-from tl_jets.lenses.selection import Rows, check_options, trace_of
+from tl_jets.lenses.selection import Rows, check_options, model_logits, trace_of
 from tl_jets.measures import MEASURES, Measures, geometry, random_directions, split_along, weighted
 from tl_jets.mixture import Mixture, MixtureScan, scan_mixture
 from tl_jets.network import ResidualNetwork
@@ -218,7 +218,7 @@ def joint_jet_lens(
         of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
-        scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size)
+        scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size, model_logits(trace, rows))
         assert scan.own_top1 is not None  # the scan measures
         found = geometry(network.decoder, sums, truth)
         measures = [Measures.of(rows.spread, {name: v[i] for name, v in found.items()}, scan, (i, 0)) for i in range(3)]
@@ -327,7 +327,13 @@ def _random_centers(network: ResidualNetwork, rows: Rows, values: Tensor, variat
 
 
 def _scan_sums(
-    network: ResidualNetwork, sums: Tensor, borrowed: Tensor, variate: Tensor, top_k: int, chunk_size: int
+    network: ResidualNetwork,
+    sums: Tensor,
+    borrowed: Tensor,
+    variate: Tensor,
+    top_k: int,
+    chunk_size: int,
+    given: Callable[[slice], Tensor] | None,
 ) -> MixtureScan:
     """Read the weighted sums [sum, row, d_model]; the first is split into its own part and what it borrows."""
     norm, (n, n_rows) = network.decoder.norm, sums.shape[:2]
@@ -341,7 +347,7 @@ def _scan_sums(
     mixture = Mixture(
         own.to(dtype), shared.to(dtype), torch.ones_like(beta).to(dtype), beta.to(dtype), gamma.to(dtype), norm.bias
     )
-    return scan_mixture(network.decoder, mixture, top_k=top_k, chunk_size=chunk_size)
+    return scan_mixture(network.decoder, mixture, top_k=top_k, model_logits=given, chunk_size=chunk_size)
 
 
 def _borrowed_share(network: ResidualNetwork, total: Tensor, borrowed: Tensor, variate: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_jets.expansion.expand import CENTER_SCALES
 from tl_jets.network import ResidualNetwork
+from tl_jets.stages import FINAL_STREAM
 from tl_jets.trace import Trace
 
 TargetInput = str | int | Sequence[str | int] | Tensor
@@ -46,6 +47,12 @@ class Rows:
         """[batch, pos, ...] -> [row, ...]."""
         return values[:, self.positions][self.keep]
 
+    def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
+        """[batch, pos, ...] as a function of a slice of rows, which copies no more than these."""
+        batch, place = self.keep.nonzero(as_tuple=True)
+        positions = torch.tensor(self.positions, device=place.device)[place]
+        return lambda rows: values[batch[rows], positions[rows]]
+
     def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:
         """[..., row, ...] -> [..., batch, pos, ...], with `fill` where a position is padding."""
         moved = values.movedim(axis, 0)
@@ -53,6 +60,17 @@ class Rows:
         out[self.keep] = moved
         axis = axis % values.ndim
         return out.movedim((0, 1), (axis, axis + 1))
+
+
+def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
+    """The model's own additive logits of a slice of rows, where the forward pass left them as the decoder gives them.
+
+    Float64 models may have cast to float32 inside, and a transform (a softcap) cannot be undone exactly.
+    """
+    if trace.logits is None or trace.network.decoder.transform is not None or trace.logits.dtype != torch.float32:
+        return None
+    same = trace[FINAL_STREAM].dtype == trace.network.decoder.W_U.dtype == torch.float32
+    return rows.pick(trace.logits) if same else None
 
 
 def check_options(order: Any, center_scale: str, top_k: Any, chunk_size: Any) -> None:
