@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm
-from tl_jets.decoder import Decoder, Metric
+from tl_jets.decoder import Decoder
 from tl_jets.mixture import Readings
 
 MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")

@@ -29,10 +29,10 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import CenterScale
 from tl_jets.lenses.selection import (
-    model_logits,
     Rows,
     TargetInput,
     check_options,
+    model_logits,
     read_targets,
     stream_labels,
     trace_of,
