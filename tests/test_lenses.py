@@ -386,6 +386,19 @@ def test_without_measures(spec):
         _ = whole.entropy
 
 
+@by_spec(SMALL)
+def test_without_the_control(spec):
+    _, net, tokens, _ = setting(spec)
+    plain, whole = (iterative_jet_lens(net, tokens, order=2, seed=seed) for seed in (None, 0))
+    assert plain.control is None and whole.control is not None
+    for name in MEASURES:
+        close(getattr(plain.measures, name), getattr(whole.measures, name))
+    assert torch.equal(plain.own_top_ids, whole.own_top_ids)
+    columns = [name for name in whole.average().columns if not name.startswith("control_")]
+    assert list(plain.average().columns) == columns
+    assert not any(name.startswith("control_") for name in plain.to_dataframe().columns)
+
+
 # --- padding, hooks, caches, precisions -----------------------------------------------------------------------------
 
 

@@ -53,8 +53,12 @@ def test_iterative_lens_all_orders_top_k(ratio):
     ratio(lambda: iterative_jet_lens(network(), tokens(), order=3, measures=False), forward_and_product, 1.4)
 
 
+def test_iterative_lens_every_measure(ratio):
+    ratio(lambda: iterative_jet_lens(network(), tokens(), order=3, seed=None), forward_and_product, 1.8)
+
+
 def test_iterative_lens_every_measure_and_control(ratio):
-    ratio(lambda: iterative_jet_lens(network(), tokens(), order=3), forward_and_product, 1.8)
+    ratio(lambda: iterative_jet_lens(network(), tokens(), order=3), forward_and_product, 2.4)
 
 
 def test_iterative_lens_peak_memory(peak_memory):

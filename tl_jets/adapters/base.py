@@ -16,6 +16,7 @@ scale. Constants therefore sit in `<l>_attn_bias`, and folding value biases or n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -229,15 +230,20 @@ class TransformerLensView(ABC):
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
         saved = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in saved.items()}
 
+        padded = not bool(recording.valid.all())
+
+        def largest(values: Tensor) -> float:
+            return float((values[recording.valid] if padded else values).abs().max())
+
         def arrive(stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
             difference = found - expected
-            real = recording.valid
-            if not bool(found[real].isfinite().all()):
+            size = largest(found)  # NaN and infinity survive `max`
+            if not math.isfinite(size):
                 raise ValueError(
                     f"Every stream must be finite; {stream} holds NaN or infinity. Look at the model's weights, its "
                     f"precision (float16 overflows), and the hooks on it."
                 )
-            error = float(difference[real].abs().max() / found[real].abs().max().clamp_min(1e-30))
+            error = largest(difference) / max(size, 1e-30)
             if hook in hooked:
                 recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference
             elif not error <= recording.accuracy:

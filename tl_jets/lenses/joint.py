@@ -13,7 +13,7 @@ Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -212,9 +212,7 @@ def joint_jet_lens(
         truth = network.decoder.norm(variate.double())
         chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
         uniform = uniform_weights(len(labels), len(truth), device=truth.device)
-        random = _Centers.of(
-            network, rows, _random_centers(network, rows, values, variate, seed), variate, order, center_scale
-        )
+        random = centers.randomized(values, variate, seed)
         of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
@@ -281,6 +279,18 @@ class _Centers:
         series = norm_jet(norm, values * factors[..., None], variate, order)
         return cls(network, rows, series.value(order), series.alpha[-1] * factors, series.beta[-1], series.rho)
 
+    def randomized(self, values: Tensor, variate: Tensor, seed: int) -> _Centers:
+        """Jets at random centers of the same norms, and the same angles to the final stream, as the final norm sees them.
+
+        They have the same alpha, beta and rho, which depend on nothing else.
+        """
+        norm = self.network.decoder.norm
+        plane = split_along(norm, values, variate)
+        jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
+        jets *= (self.alpha * plane.across)[..., None]
+        jets += (self.alpha * plane.along + self.beta)[..., None] * plane.variate
+        return replace(self, jets=norm.add_bias(norm.scale(jets)))
+
     def sum(self, weights: Tensor) -> Tensor:
         """sum_i w_i e_i [row, d_model] for weights [row, center]."""
         return torch.einsum("rn,nrd->rd", weights, self.jets)
@@ -319,13 +329,6 @@ def _choose(
     return read_weights(given, n).movedim(0, -1).to(truth).expand(len(truth), n), None
 
 
-def _random_centers(network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, seed: int) -> Tensor:
-    """Random centers of the same norm, and the same angle to the final stream, as the final norm sees them."""
-    plane = split_along(network.decoder.norm, values, variate)
-    random = random_directions(network.decoder.norm, variate, values.shape[:1], rows.places, seed)
-    return plane.along[..., None] * plane.variate + plane.across[..., None] * random
-
-
 def _scan_sums(
     network: ResidualNetwork,
     sums: Tensor,
@@ -352,6 +355,8 @@ def _scan_sums(
 
 def _borrowed_share(network: ResidualNetwork, total: Tensor, borrowed: Tensor, variate: Tensor) -> Tensor:
     """Length of the beta part over the sum of the lengths of both parts, logits centered over the vocabulary."""
+    if not borrowed.any():
+        return torch.zeros_like(borrowed)
     norm, metric = network.decoder.norm, network.decoder.metric(centered=True)
     shared = borrowed[:, None] * weighted(norm, norm.center(variate.double()))
     own = total - shared if norm.bias is None else total - shared - norm.bias
