@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zoo
 import tl_jets.cli as cli
 from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens
 from tl_jets.tokens import token_text, visible
+from tl_jets.views import lens_data, lens_page
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She"
 
@@ -107,6 +109,8 @@ REFUSED = [
     (["--position", "99"], r"--position must lie in -\d+\.\.\d+ for this prompt; got 99"),
     (["--top-k", "0"], "--top-k must be 1 or more; got 0"),
     (["--top-k", "513"], "between 1 and d_vocab = 512, got 513"),
+    (["--html", "/nowhere/page.html"], "cannot write '/nowhere/page.html': there is no directory '/nowhere'"),
+    (["--json", "/"], "cannot write '/'"),
 ]
 
 
@@ -124,9 +128,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, options, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND"),
         (["read"], "invalid choice: 'read'"),
-        (["lens", "--model", "x"], "required: --prompt"),
         (["lens", "--model", "x", "--prompt", "y", "--order", "one"], "--order: invalid int value: 'one'"),
         (["lens", "--model", "x", "--prompt", "y", "--center-scale", "half"], "invalid choice: 'half'"),
     ],
@@ -137,6 +139,28 @@ def test_bad_arguments_are_one_line_and_status_2(capsys, arguments, message):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "--help" in error
+
+
+def test_a_model_of_ones_own_needs_a_prompt(capsys):
+    assert cli.main(["lens", "--model", "x"]) == 2
+    assert capsys.readouterr().err == "tl-jets: a --model of your own needs a --prompt\n"
+
+
+def test_files_hold_what_is_printed(capsys, monkeypatch, stories, tmp_path):
+    paths = {kind: tmp_path / f"lens.{kind}" for kind in ("html", "json", "svg")}
+    lines = run(capsys, monkeypatch, *(word for kind, path in paths.items() for word in (f"--{kind}", str(path))))
+    trace = ResidualNetwork(stories, "block").trace(PROMPT)
+    data = json.loads(paths["json"].read_text())
+    assert data == lens_data(
+        iterative_jet_lens(stories, trace, order=1, top_k=3),
+        joint_jet_lens(stories, trace, top_k=3),
+        model="stories",
+        prompt=PROMPT,
+    )
+    assert paths["html"].read_text() == lens_page(data | {"shown": trace.tokens.shape[1] - 1})
+    picture = paths["svg"].read_text()
+    assert picture.startswith("<svg") and "final_post" in picture and any("final_post" in line for line in lines)
+    assert "@font-face" not in picture and "cdn" not in picture
 
 
 def test_a_damaged_model_is_one_line(capsys, tmp_path):
@@ -156,3 +180,10 @@ def test_as_a_module():
     assert done.stderr == ""
     for part in ("Iterative jet lens", "Joint jet lens", "Averages", "How to read this"):
         assert part in done.stdout
+
+
+def test_without_arguments_it_reads_the_embedded_model():
+    done = subprocess.run([sys.executable, "-m", "tl_jets"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert cli.EMBEDDED_PROMPT in done.stdout and "3_block_out" in done.stdout

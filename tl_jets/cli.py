@@ -1,28 +1,37 @@
 """The command `tl-jets` (`python -m tl_jets`): what jets say about a real model's prediction.
 
 `tl-jets lens --model PATH_OR_NAME --prompt TEXT` prints the iterative lens (a layer a row, an order a column) and the
-joint lens (a component a row) of one prompt. Errors are one line on standard error, with exit status 2.
+joint lens (a component a row) of one prompt; without arguments it does so for the embedded model. Errors are one line on
+standard error, with exit status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from tqdm import tqdm
 
 from tl_jets import terminal
 from tl_jets.expansion.expand import CENTER_SCALES, OBJECTIVES
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.loading import load_model
 from tl_jets.network import ResidualNetwork
+from tl_jets.pretrained import load_tinydocs
 from tl_jets.stages import GRANULARITIES
+from tl_jets.views import lens_data, lens_page
+
+EMBEDDED = "tinydocs"
+EMBEDDED_PROMPT = "The following example shows how to"
 
 
 class UsageError(Exception):
@@ -39,7 +48,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (0, or 2 for bad input)."""
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments or ["lens"])
     try:
         return options.run(options)
     except UsageError as error:
@@ -59,8 +69,12 @@ def parser() -> argparse.ArgumentParser:
         "brackets is borrowed: it comes from the model's own final stream, not from the layer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    lens.add_argument("--model", required=True, help="a local Hugging Face directory, or a model's name")
-    lens.add_argument("--prompt", required=True, help="the text to read")
+    lens.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help=f"a local Hugging Face directory, a model's name, or {EMBEDDED!r}, the embedded",
+    )
+    lens.add_argument("--prompt", help=f"the text to read; without one, {EMBEDDED!r} reads {EMBEDDED_PROMPT!r}")
     lens.add_argument("--order", type=int, default=1, help="highest order of the iterative lens")
     lens.add_argument("--joint-order", type=int, default=0, help="order of the joint lens")
     lens.add_argument("--center-scale", choices=CENTER_SCALES, default="none", help="length of the centers")
@@ -68,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     lens.add_argument("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")
     lens.add_argument("--position", type=int, default=-1, help="the position to read; -1 is the last")
     lens.add_argument("--top-k", type=int, default=3, help="best tokens a cell")
+    lens.add_argument("--html", metavar="FILE", type=Path, help="also write one page that opens offline in a browser")
+    lens.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
+    lens.add_argument("--svg", metavar="FILE", type=Path, help="also write what is printed as a picture")
     lens.set_defaults(run=run_lens)
     return top
 
@@ -76,20 +93,38 @@ def run_lens(options: argparse.Namespace) -> int:
     """Print both lenses of one prompt."""
     if options.order < 0 or options.joint_order < 0:
         raise UsageError(f"an order must be 0 or more; got {min(options.order, options.joint_order)}")
+    if options.prompt is None:
+        if options.model != EMBEDDED:
+            raise UsageError("a --model of your own needs a --prompt")
+        options.prompt = EMBEDDED_PROMPT
     if not options.prompt:
         raise UsageError("the prompt must not be empty")
     if options.top_k < 1:
         raise UsageError(f"--top-k must be 1 or more; got {options.top_k}")
-    network = _network(options.model, options.granularity)
+    for path in (options.html, options.json, options.svg):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
     shared: dict[str, Any] = {"center_scale": options.center_scale, "top_k": options.top_k}
-    try:
-        trace = network.trace(options.prompt)
-        position = _position(options.position, trace.tokens.shape[1])
-        iterative = iterative_jet_lens(network, trace, order=options.order, **shared)
-        joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(_one_line(error)) from error
-    console = Console()
+    # A bar in a terminal, if it takes longer than a second.
+    with tqdm(total=4, delay=1, leave=False, disable=None, bar_format="{desc:24}{bar}{elapsed}") as bar:
+
+        def step(name: str) -> None:
+            bar.set_description_str(name, refresh=False)
+            bar.update()
+
+        try:
+            step("loading the model")
+            network = _network(options.model, options.granularity)
+            step("forward pass")
+            trace = network.trace(options.prompt)
+            position = _position(options.position, trace.tokens.shape[1])
+            step("iterative jet lens")
+            iterative = iterative_jet_lens(network, trace, order=options.order, **shared)
+            step("joint jet lens")
+            joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
+        except (ValueError, NotImplementedError) as error:
+            raise UsageError(_one_line(error)) from error
+    console = Console(record=options.svg is not None)
     for part in (
         terminal.heading(iterative, position, options.model, options.prompt),
         terminal.iterative_table(iterative, position),
@@ -98,13 +133,28 @@ def run_lens(options: argparse.Namespace) -> int:
         terminal.legend(iterative),
     ):
         console.print(part)
+    data = lens_data(iterative, joint, model=options.model, prompt=options.prompt)
+    if options.html is not None:
+        _write(options.html, lens_page(data | {"shown": position}))
+    if options.json is not None:
+        _write(options.json, json.dumps(data, allow_nan=False, ensure_ascii=False, indent=1))
+    if options.svg is not None:
+        _write(options.svg, terminal.picture(console))
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {_one_line(error)}") from error
 
 
 def _network(name: str, granularity: Any) -> ResidualNetwork:
     try:
         with _quiet():
-            return ResidualNetwork(load_model(name), granularity)
+            model = load_tinydocs() if name == EMBEDDED else load_model(name)
+            return ResidualNetwork(model, granularity)
     except FileNotFoundError as error:
         raise UsageError(_one_line(error)) from error
     except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -144,6 +145,12 @@ def legend(lens: IterativeJetLens) -> Group:
     for name, text in rows.items():
         table.add_row(Text(name), Text(text, style="dim"))
     return Group(Text("How to read this", style="bold"), Padding(table, (0, 0, 1, 0)))
+
+
+def picture(console: Console) -> str:
+    """What a recording console has printed, as an SVG that refers to no font or other file elsewhere."""
+    text = console.export_svg(title="tl-jets lens")
+    return re.sub(r"@font-face\s*\{[^}]*\}\s*", "", text)
 
 
 def _table() -> Table:

@@ -1,0 +1,146 @@
+"""Lenses as data and as a page: what the tables of the terminal show, for a program and for a browser.
+
+`lens_data` gives plain lists and numbers (JSON); `lens_page` puts them into one self-contained HTML page that opens
+offline: it asks the network for nothing, and writes every token as text, never as markup.
+
+Example:
+    >>> page_of = lambda token: lens_page({"model": "m", "tokens": [[token]]})
+    >>> "</script><script>" in page_of("</script><script>alert(1)</script>")
+    False
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from torch import Tensor
+
+from tl_jets.lenses import IterativeJetLens, JointJetLens
+from tl_jets.measures import Measures
+from tl_jets.tokens import token_names, visible
+
+# Digits of every number on a page and in a file.
+DIGITS = 6
+
+
+def lens_data(
+    iterative: IterativeJetLens, joint: JointJetLens, *, model: str = "", prompt: str | None = None
+) -> dict[str, Any]:
+    """Both lenses of the same input as nested lists, JSON-able: what cannot be a number there (NaN, infinity) is None.
+
+    Args:
+        iterative: Its axes are [layer, order, batch, pos] (tokens: and k).
+        joint: Its axes are [center, batch, pos].
+        model: What to call the model.
+        prompt: The text that was read, if it was one.
+
+    Returns:
+        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's own best token), `iterative` and
+        `joint`, with the names that the lenses give their parts. Tokens are written with their spaces shown (`·`).
+
+    Raises:
+        ValueError: The lenses are of different tokens, or the iterative lens was run without measures or control.
+    """
+    if iterative.tokens.shape != joint.tokens.shape or bool((iterative.tokens != joint.tokens).any()):
+        raise ValueError(
+            f"Both lenses must be of the same tokens; got {list(iterative.tokens.shape)} and {list(joint.tokens.shape)}. "
+            "Run them on the same trace, at the same positions."
+        )
+    if iterative.measures is None or iterative.control is None:
+        raise ValueError("Measures are shown beside their controls; run the iterative lens with measures and a seed.")
+    centers = joint.center_top_tokens(joint.top_ids.shape[-1])
+    texts = _Texts(iterative.tokenizer, (iterative.tokens, iterative.top_ids, iterative.model_top_ids, centers.indices))
+    texts.add(joint.top_ids)
+    return {
+        "tl_jets": version("tl-jets"),
+        "model": model,
+        "prompt": prompt,
+        "positions": list(iterative.positions),
+        "tokens": texts(iterative.tokens),
+        "answer": texts(iterative.model_top_ids),
+        "iterative": {
+            "axes": ["layer", "order", "batch", "pos"],
+            "labels": list(iterative.labels),
+            "orders": list(iterative.orders),
+            "center_scale": iterative.center_scale,
+            "rho": _numbers(iterative.rho),
+            "alpha": _numbers(iterative.alpha),
+            "beta": _numbers(iterative.beta),
+            "borrowed_share": _numbers(iterative.borrowed_share),
+            "borrowed": iterative.borrowed.tolist(),
+            "top_ids": iterative.top_ids.tolist(),
+            "top_tokens": texts(iterative.top_ids),
+            "full_values": _numbers(iterative.full_values),
+            "own_values": _numbers(iterative.own_values),
+            "measures": _measures(iterative.measures),
+            "control": _measures(iterative.control),
+        },
+        "joint": {
+            "axes": ["center", "batch", "pos"],
+            "labels": list(joint.labels),
+            "order": joint.order,
+            "objective": joint.objective,
+            "center_scale": joint.center_scale,
+            "weights": _numbers(joint.weights),
+            "gap": None if joint.gap is None else _numbers(joint.gap),
+            "rho": _numbers(joint.rho),
+            "borrowed_share": _numbers(joint.borrowed_share),
+            "borrowed": joint.borrowed.tolist(),
+            "center_top_tokens": texts(centers.indices),
+            "top_ids": joint.top_ids.tolist(),
+            "top_tokens": texts(joint.top_ids),
+            "measures": _measures(joint.measures),
+            "uniform": _measures(joint.uniform),
+            "control": _measures(joint.control),
+        },
+    }
+
+
+def lens_page(data: dict[str, Any]) -> str:
+    """One HTML page for what `lens_data` gave: choose a token, see its two lenses.
+
+    It needs no network and no other file. It reads the data as text and writes it as text, so that no token can become
+    markup.
+    """
+    # Inside a script element only "<" can end it; "&" and the line separators are for older readers.
+    safe = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+    text = json.dumps(data, allow_nan=False, ensure_ascii=True).translate(safe)
+    template = files("tl_jets").joinpath("templates/lens.html").read_text(encoding="utf-8")
+    title = f"tl-jets lens: {data.get('prompt') or data.get('model') or ''}"
+    return template.replace("{{ title }}", html.escape(title), 1).replace("{{ data }}", text, 1)
+
+
+class _Texts:
+    """Ids as nested lists of visible texts."""
+
+    def __init__(self, tokenizer: Any, tensors: Iterable[Tensor]):
+        self.tokenizer = tokenizer
+        self.names: dict[int, str] = token_names(tokenizer, tensors)
+
+    def add(self, ids: Tensor) -> None:
+        self.names |= token_names(self.tokenizer, [ids])
+
+    def __call__(self, ids: Tensor) -> Any:
+        def nested(values: Any) -> Any:
+            return [nested(value) for value in values] if isinstance(values, list) else visible(self.names.get(values))
+
+        return nested(ids.tolist())
+
+
+def _measures(measures: Measures) -> dict[str, Any]:
+    return {name: _numbers(values) for name, values in measures.items()}
+
+
+def _numbers(values: Tensor) -> Any:
+    def nested(value: Any) -> Any:
+        if isinstance(value, list):
+            return [nested(item) for item in value]
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+    return nested(values.tolist())
