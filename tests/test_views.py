@@ -87,7 +87,7 @@ def test_padding_is_none(lenses):
 
 
 def test_lenses_of_other_tokens_or_without_controls_are_refused(lenses):
-    iterative, joint = lenses
+    iterative, _ = lenses
     network = ResidualNetwork(zoo.build(zoo.available(zoo.CORE)[0]), "block")
     other = joint_jet_lens(network, torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="Both lenses must be of the same tokens"):
