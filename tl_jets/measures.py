@@ -119,11 +119,11 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     """
     y = norm.center(variate.double())
     drawn = {
-        place: np.random.default_rng([seed, place]).standard_normal((*shape, y.shape[-1]))
+        place: np.random.default_rng([seed, place]).standard_normal((*shape, y.shape[-1]), dtype=np.float32)
         for place in places.unique().tolist()
     }
     noise = torch.from_numpy(np.stack([drawn[place] for place in places.tolist()], -2))
-    noise = norm.center(noise.to(y.device))
+    noise = norm.center(noise.to(y))
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y
     return noise / noise.norm(dim=-1, keepdim=True)

@@ -15,14 +15,14 @@ from torch import Tensor
 from tl_jets.decoder import Decoder
 
 # Vocabulary-sized rows held at once. Products of fewer rows with W_U are dominated by reading W_U.
-CHUNK_SIZE = 320
+CHUNK_SIZE = 448
 # Width of the blocks whose maxima are compared before any token is: a multiple of every vector width.
 BLOCK = 128
 # Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
 # Layers (and other sets of rows) that share a product with W_U.
-MAX_SETS = 10
+MAX_SETS = 14
 
 
 class Reader:
