@@ -31,7 +31,7 @@ from tl_jets.stages import GRANULARITIES
 from tl_jets.views import lens_data, lens_page
 
 EMBEDDED = "tinydocs"
-EMBEDDED_PROMPT = "The following example shows how to"
+EMBEDDED_PROMPT = "If the file does not exist, an error is"
 
 
 class UsageError(Exception):
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     lens.add_argument("--top-k", type=int, default=3, help="best tokens a cell")
     lens.add_argument("--html", metavar="FILE", type=Path, help="also write one page that opens offline in a browser")
     lens.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers")
-    lens.add_argument("--svg", metavar="FILE", type=Path, help="also write what is printed as a picture")
+    lens.add_argument("--svg", metavar="FILE", type=Path, help="also write the two lenses as a picture")
     lens.set_defaults(run=run_lens)
     return top
 
@@ -124,14 +124,13 @@ def run_lens(options: argparse.Namespace) -> int:
             joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
         except (ValueError, NotImplementedError) as error:
             raise UsageError(_one_line(error)) from error
-    console = Console(record=options.svg is not None)
-    for part in (
+    lenses = (
         terminal.heading(iterative, position, options.model, options.prompt),
         terminal.iterative_table(iterative, position),
         terminal.joint_table(joint, position),
-        terminal.average_table(iterative, joint),
-        terminal.legend(iterative),
-    ):
+    )
+    console = Console()
+    for part in (*lenses, terminal.average_table(iterative, joint), terminal.legend(iterative)):
         console.print(part)
     data = lens_data(iterative, joint, model=options.model, prompt=options.prompt)
     if options.html is not None:
@@ -139,7 +138,7 @@ def run_lens(options: argparse.Namespace) -> int:
     if options.json is not None:
         _write(options.json, json.dumps(data, allow_nan=False, ensure_ascii=False, indent=1))
     if options.svg is not None:
-        _write(options.svg, terminal.picture(console))
+        _write(options.svg, terminal.picture(*lenses))
     return 0
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ OWN_STYLE = "bold"
 DIVERGENT_STYLE = "yellow"
 BAR = "\u2588"
 BAR_WIDTH = 20
+PICTURE_WIDTH = 84
 # Components below this weight share a row where there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 TITLES = {
@@ -147,8 +149,10 @@ def legend(lens: IterativeJetLens) -> Group:
     return Group(Text("How to read this", style="bold"), Padding(table, (0, 0, 1, 0)))
 
 
-def picture(console: Console) -> str:
-    """What a recording console has printed, as an SVG that refers to no font or other file elsewhere."""
+def picture(*parts: RenderableType) -> str:
+    """The parts as an SVG that refers to no font or other file elsewhere."""
+    console = Console(record=True, file=io.StringIO(), width=PICTURE_WIDTH)
+    console.print(*parts)
     text = console.export_svg(title="tl-jets lens")
     return re.sub(r"@font-face\s*\{[^}]*\}\s*", "", text)
 
