@@ -110,7 +110,7 @@ REFUSED = [
     (["--top-k", "0"], "--top-k must be 1 or more; got 0"),
     (["--top-k", "513"], "between 1 and d_vocab = 512, got 513"),
     (["--html", "/nowhere/page.html"], "cannot write '/nowhere/page.html': there is no directory '/nowhere'"),
-    (["--json", "/"], "cannot write '/'"),
+    (["--json", "/"], "cannot write '/': it is a directory"),
 ]
 
 

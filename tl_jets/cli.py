@@ -104,6 +104,8 @@ def run_lens(options: argparse.Namespace) -> int:
     for path in (options.html, options.json, options.svg):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
+        if path is not None and path.is_dir():
+            raise UsageError(f"cannot write {str(path)!r}: it is a directory")
     shared: dict[str, Any] = {"center_scale": options.center_scale, "top_k": options.top_k}
     # A bar in a terminal, if it takes longer than a second.
     with tqdm(total=4, delay=1, leave=False, disable=None, bar_format="{desc:24}{bar}{elapsed}") as bar:
