@@ -67,6 +67,9 @@ from tl_jets.decoder import Decoder
 from tl_jets.reader import CHUNK_SIZE, MAX_SETS, Reader, check_rows, check_sizes, slices
 from tl_jets.readout import TopTokens
 
+# What is read of a logit vector beside its best tokens.
+READINGS = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -298,9 +301,7 @@ def _with_final_layers(
     """A scan of the other layers, with the model's own readings as those of the final ones."""
     cells = mixture.alpha.shape
 
-    def joined(found: Tensor | None, of_model: Tensor | None) -> Tensor | None:
-        if found is None or of_model is None:
-            return None
+    def joined(found: Tensor, of_model: Tensor) -> Tensor:
         every = found.new_empty(*cells, *found.shape[3:])
         every[rest], every[final] = found, of_model
         return every
@@ -310,18 +311,20 @@ def _with_final_layers(
         tops = (
             joined(x, y[..., :k]) for x, y in zip(vars(found.top).values(), vars(part.model.top).values(), strict=True)
         )
-        names = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
-        return {"top": TopTokens(*tops)} | {
-            name: joined(getattr(found, name), getattr(part.model, name)) for name in names
-        }
+        both = {name: (getattr(found, name), getattr(part.model, name)) for name in READINGS}
+        read = {name: None if one is None else joined(one, other) for name, (one, other) in both.items()}
+        return {"top": TopTokens(*tops)} | read
 
     # Of the model's own state either all is the layer's own, or all is borrowed and the constant is left.
     alone, top = mixture.alpha[final] != 0, part.model.top
     constant = decoder.constant(mixture.bias, part.own_values.dtype)
-    first = (constant == constant.max()).nonzero()[0, 0]
+    own_top1 = part.own_top1
+    if own_top1 is not None:
+        first = (constant == constant.max()).nonzero()[0, 0]
+        own_top1 = joined(own_top1, torch.where(alone, top.indices[:, 0], first))
     return MixtureScan(
         own_values=joined(part.own_values, torch.where(alone.unsqueeze(-1), top.values, constant[top.indices])),
-        own_top1=joined(part.own_top1, torch.where(alone, top.indices[:, 0], first)),
+        own_top1=own_top1,
         model=part.model,
         control=None if part.control is None else Readings(**readings(part.control)),
         **readings(part),
