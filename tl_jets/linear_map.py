@@ -1,18 +1,19 @@
 r"""A derivative at one input as a linear map: applied without its matrix, decomposed, made only on request.
 
-The map is held as the graph of a forward pass, in which the same backward pass serves many vectors:
-
 ======  ==========================================
 symbol  name here
 ======  ==========================================
-J u     `LinearMap.apply` (a backward pass, transposed)
+J u     `LinearMap.apply`
 J' v    `LinearMap.apply_transpose`
 J       `LinearMap.materialize`
 ======  ==========================================
 
+`GraphMap` holds the graph of a forward pass, in which the same backward pass serves many vectors; J u is that pass
+transposed. `tl_jets.detached.chain` composes the maps of a network's stages.
+
 Example:
     >>> x = torch.ones(1, 2, 3, requires_grad=True)
-    >>> J = LinearMap(point=x, value=x.cumsum(1) ** 2)
+    >>> J = GraphMap(point=x, value=x.cumsum(1) ** 2)
     >>> J.materialize()[0, 1, 0].tolist()
     [[4.0, 0.0, 0.0], [4.0, 0.0, 0.0]]
     >>> J.apply(torch.ones(1, 2, 3))[0, :, 0].tolist()
@@ -22,12 +23,14 @@ Example:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import scipy.sparse.linalg
 import torch
 from jaxtyping import Float
@@ -39,8 +42,8 @@ MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearMap:
-    """A derivative at one input, held as its graph and applied without its matrix.
+class LinearMap(ABC):
+    """A derivative at one input, applied without its matrix.
 
     Attributes:
         point: Where it was taken [batch, pos, d_model].
@@ -53,7 +56,20 @@ class LinearMap:
     readout: Float[Tensor, "rows width"] | None = None
 
     def __repr__(self) -> str:
-        return f"LinearMap({list(self.in_shape)} -> {list(self.out_shape)}, {size_text(self.n_bytes)} as a matrix)"
+        size = size_text(self.n_bytes)
+        return f"{type(self).__name__}({list(self.in_shape)} -> {list(self.out_shape)}, {size} as a matrix)"
+
+    @abstractmethod
+    def apply_rows(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos rows"]:
+        """J u before the readout."""
+
+    @abstractmethod
+    def apply_transpose_rows(
+        self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v for v before the readout."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -87,23 +103,11 @@ class LinearMap:
         Raises:
             ValueError: The vectors are not of the input's shape.
         """
-        return self._read(self._apply(vectors, chunk_size))
+        return self.read(self.apply_rows(vectors, chunk_size=chunk_size))
 
-    def _apply(self, vectors: Tensor, chunk_size: int) -> Tensor:
-        """J u before the readout, by transposing the backward pass."""
-        backward, weights = self._transpose
-        return _batched(backward, weights, vectors, self.in_shape, chunk_size)
-
-    def _read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many width"]:
+        """Rows through the readout."""
         return rows if self.readout is None else rows @ self.readout
-
-    @cached_property
-    def _transpose(self) -> tuple[Tensor, Tensor]:
-        """J' v as a function of v, differentiable."""
-        weights = torch.zeros_like(self.value, requires_grad=True)
-        with torch.inference_mode(False), torch.enable_grad():
-            (backward,) = torch.autograd.grad(self.value, self.point, weights, create_graph=True)
-        return backward, weights
 
     def apply_transpose(
         self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
@@ -123,7 +127,7 @@ class LinearMap:
         _check_shape(vectors, self.out_shape)
         vectors = vectors.to(self.value)
         rows = vectors if self.readout is None else vectors @ self.readout.T
-        return _batched(self.value, self.point, rows, tuple(self.value.shape), chunk_size)
+        return self.apply_transpose_rows(rows, chunk_size=chunk_size)
 
     def materialize(
         self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
@@ -154,29 +158,63 @@ class LinearMap:
         found = self.point.new_empty(batch, out_pos * rows, *self.in_shape[1:])
         for start in range(0, len(units), chunk_size):
             chunk = units[start : start + chunk_size].view(-1, 1, out_pos, rows).expand(-1, batch, -1, -1)
-            here = _batched(self.value, self.point, chunk, tuple(self.value.shape), chunk_size)
+            here = self.apply_transpose_rows(chunk, chunk_size=chunk_size)
             found[:, start : start + chunk_size] = here.transpose(0, 1)
         found = found.view(batch, out_pos, rows, *self.in_shape[1:])
         return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
 
-    def svd(self, k: int, *, prompt: int = 0, seed: int = 0) -> SingularVectors:
+    def block(
+        self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "rows in_pos d_model"]:
+        """The part of J from one input position (None for all) to one output position of one prompt, before the readout.
+
+        Args:
+            out_pos: Index into the output positions.
+            pos: Input position in the padded row, or None for all.
+            prompt: Index of the prompt.
+            chunk_size: Rows computed at once.
+
+        Returns:
+            [rows, 1 or pos, d_model].
+
+        Cost:
+            A backward pass a row; only this part is held.
+        """
+        rows = self.value.shape[-1]
+        keep = slice(None) if pos is None else [pos]
+        found = self.point.new_empty(rows, *self.point[prompt, keep].shape)
+        for start in range(0, rows, chunk_size):
+            wanted = torch.arange(start, min(start + chunk_size, rows), device=self.value.device)
+            units = self.value.new_zeros(len(wanted), *self.value.shape)
+            units[wanted - start, prompt, out_pos, wanted] = 1
+            found[wanted] = self.apply_transpose_rows(units, chunk_size=chunk_size)[:, prompt, keep]
+        return found
+
+    def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
         """The k largest singular values of one prompt's matrix and their vectors, without the matrix (ARPACK).
 
         Args:
             k: How many.
             prompt: Index of the prompt.
+            pos: Of the matrix of this input position alone (J_t); None for all of them side by side.
             seed: Of the start vector.
 
         Returns:
             `SingularVectors`, largest first.
 
         Raises:
-            ValueError: k is not in 1..rank bound - 1, or there is no such prompt.
+            ValueError: k is not in 1..rank bound - 1, or there is no such prompt or position.
 
         Cost:
-            A few dozen products with J and with its transpose.
+            A few dozen products with J and with its transpose. The iteration runs in float64; the products in the
+            map's dtype, whose rounding bounds the accuracy: about eps of the largest value in every value.
         """
         (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
+        keep = slice(None)
+        if pos is not None:
+            if not -in_shape[0] <= pos < in_shape[0]:
+                raise ValueError(f"pos must lie in {-in_shape[0]}..{in_shape[0] - 1}; got {pos}.")
+            keep, in_shape = slice(pos % in_shape[0], pos % in_shape[0] + 1), [1, in_shape[1]]
         shape = (math.prod(out_shape), math.prod(in_shape))
         if not 1 <= k < min(shape):
             raise ValueError(
@@ -185,29 +223,57 @@ class LinearMap:
         if not 0 <= prompt < batch:
             raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
 
-        def product(apply: Callable[[Tensor], Tensor], shape: list[int]) -> Callable[[Any], Any]:
+        def product(apply: Callable[[Tensor], Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
             def of(vector: Any) -> Any:
-                every = self.point.new_zeros(batch, *shape)
-                every[prompt] = torch.as_tensor(np.ascontiguousarray(vector)).to(every).view(shape)
-                return apply(every.detach())[prompt].flatten().cpu().numpy()
+                every = self.point.new_zeros(full)
+                every[index] = torch.as_tensor(np.ascontiguousarray(vector)).to(every).view(every[index].shape)
+                return apply(every)[out_index].flatten().double().cpu().numpy()
 
             return of
 
-        dtype = np.float64 if self.value.dtype is torch.float64 else np.float32
+        of_input, of_output = (prompt, keep), (prompt,)
         operator = scipy.sparse.linalg.LinearOperator(
             shape,
-            matvec=product(self.apply, in_shape),  # pyright: ignore[reportCallIssue]
-            rmatvec=product(self.apply_transpose, out_shape),  # pyright: ignore[reportCallIssue]
-            dtype=dtype,  # pyright: ignore[reportCallIssue]
+            matvec=product(self.apply, self.in_shape, of_input, of_output),  # pyright: ignore[reportCallIssue]
+            rmatvec=product(self.apply_transpose, self.out_shape, of_output, of_input),  # pyright: ignore[reportCallIssue]
+            dtype=np.float64,  # pyright: ignore[reportCallIssue]
         )
-        start = np.random.default_rng(seed).standard_normal(min(shape)).astype(dtype)
+        start = np.random.default_rng(seed).standard_normal(min(shape))
         left, values, right = cast(tuple[Any, Any, Any], scipy.sparse.linalg.svds(operator, k=k, v0=start))
         order = np.argsort(-values)
         tensors = [np.ascontiguousarray(array) for array in (values[order], left[:, order].T, right[order])]
         values, left, right = (torch.from_numpy(array).to(self.value.detach()) for array in tensors)
         # The sign in which this prompt's own input has it.
-        sign = torch.where(right @ self.point.detach()[prompt].flatten() < 0, -1.0, 1.0).to(right)[:, None]
+        sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
         return SingularVectors(values, (sign * left).view(k, *out_shape), (sign * right).view(k, *in_shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GraphMap(LinearMap):
+    """A derivative held as the graph of a forward pass: `value` requires gradients of `point`.
+
+    Cost: J' v a backward pass, J u two (the first is kept); many vectors run as one batch.
+    """
+
+    @cached_property
+    def _transpose(self) -> tuple[Tensor, Tensor]:
+        """J' v as a function of v, differentiable."""
+        weights = torch.zeros_like(self.value, requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            (backward,) = torch.autograd.grad(self.value, self.point, weights, create_graph=True)
+        return backward, weights
+
+    def apply_rows(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos rows"]:
+        """J u before the readout, by transposing the backward pass."""
+        return _batched(*self._transpose, vectors, chunk_size)
+
+    def apply_transpose_rows(
+        self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v for v before the readout."""
+        return _batched(self.value, self.point, vectors, chunk_size)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -219,7 +285,7 @@ class SingularVectors:
     Attributes:
         values: Largest first [k].
         left: Directions of the output [k, out_pos, width].
-        right: Directions of the input [k, pos, d_model].
+        right: Directions of the input [k, pos, d_model]; pos is 1 if one position was asked for.
     """
 
     values: Float[Tensor, " k"]
@@ -230,9 +296,16 @@ class SingularVectors:
         shown = ", ".join(f"{value:.3g}" for value in self.values[:6].tolist())
         return f"SingularVectors({shown}{', ...' if len(self.values) > 6 else ''})"
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a vector. Columns: vector, value, relative (to the largest)."""
+        values = self.values.tolist()
+        rows = [{"vector": i, "value": value, "relative": value / values[0]} for i, value in enumerate(values)]
+        return pd.DataFrame(rows)
 
-def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, shape: tuple[int, ...], chunk_size: int) -> Tensor:
-    """The backward pass from `outputs` to `inputs` for vectors [*many, *shape]: [*many, *inputs.shape]."""
+
+def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, chunk_size: int) -> Tensor:
+    """The backward pass from `outputs` to `inputs` for vectors [*many, *outputs.shape]: [*many, *inputs.shape]."""
+    shape = tuple(outputs.shape)
     _check_shape(vectors, shape)
     many = vectors.shape[: -len(shape)]
     flat = vectors.to(outputs).reshape(-1, *shape)

@@ -1,0 +1,108 @@
+"""Chains of stages: kept graphs and remade ones give the same map; remade ones take the memory of one stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracles
+import pytest
+import torch
+import zoo
+from live_memory import peak_bytes
+
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
+from tl_jets.detached import chain, detached_jacobian
+from tl_jets.detached.chain import Chain, sweep
+
+
+@pytest.fixture(
+    params=[spec for spec in zoo.available(["gpt2", "pythia", "llama"]) if spec.processing == "raw"], ids=str
+)
+def model(request: pytest.FixtureRequest) -> Any:
+    return zoo.build(request.param)
+
+
+@pytest.mark.parametrize("output", ["final_post", "logits", "1_mlp_out", "L1H1_out"])
+def test_what_is_kept_changes_nothing(model, output):
+    network = ResidualNetwork(model)
+    trace = network.trace(zoo.tokens(model, batch=2, pos=5))
+    kept, remade = (detached_jacobian(network, trace, output=output, keep_graph=keep) for keep in (True, False))
+    assert all(part.kept is not None for part in kept.map.parts)
+    assert all(part.kept is None for part in remade.map.parts)
+    assert oracles.relative_error(remade.materialize(), kept.materialize()) < 1e-13
+    assert kept.ordinary is not None and remade.ordinary is not None
+    u = torch.randn(kept.map.in_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert oracles.relative_error(remade.apply(u), kept.apply(u)) < 1e-13
+    assert oracles.relative_error(remade.ordinary.apply(u), kept.ordinary.apply(u)) < 1e-13
+    assert oracles.relative_error(remade.svd(2).values, kept.svd(2).values) < 1e-12
+    assert oracles.relative_error(remade.bias, kept.bias) < 1e-14
+
+
+def test_large_graphs_are_not_kept(model, monkeypatch):
+    network = ResidualNetwork(model)
+    trace = network.trace(zoo.tokens(model, batch=1, pos=5))
+    assert detached_jacobian(network, trace).map.parts[0].kept is not None
+    monkeypatch.setattr(chain, "GRAPH_BYTES", 1000)  # and a hundredth of the matrix is less than that
+    J = detached_jacobian(network, trace)
+    assert all(part.kept is None for part in J.map.parts) and J.reconstruction_error < 1e-12
+    assert all(part.kept is not None for part in detached_jacobian(network, trace, keep_graph=True).map.parts)
+
+
+def test_a_map_that_is_remade_needs_its_hooks(model):
+    tokens = zoo.tokens(model, batch=1, pos=5)
+    hooks = [("blocks.1.attn.hook_z", lambda z, hook: z * 0.5)]
+    network = ResidualNetwork(model)
+    with model.hooks(hooks):
+        kept = detached_jacobian(network, tokens, keep_graph=True)
+        remade = detached_jacobian(network, tokens, keep_graph=False)
+        expected = remade.materialize()
+    assert oracles.relative_error(kept.materialize(), expected) < 1e-13
+    with pytest.raises(ValueError, match="hooks on the model have changed"):
+        remade.materialize()
+    assert kept.ordinary is not None
+    with pytest.raises(ValueError, match="hooks on the model have changed"):
+        kept.ordinary.apply(kept.map.point)
+
+
+def test_one_pass_through_many_maps(model):
+    network = ResidualNetwork(model)
+    trace = network.trace(zoo.tokens(model, batch=2, pos=4))
+    outputs = ["1_mlp_out", "0_attn_out", "final_post", "1_pre", "ln_final"]
+    maps = [linear for linear, _ in Chain(trace, "embed", outputs, [1, 3]).maps()]
+    order = sorted(range(len(outputs)), key=lambda i: len(maps[i].parts))
+    u = torch.randn(3, *maps[0].in_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for i, found in zip(order, sweep([maps[i] for i in order], u), strict=True):
+        alone = detached_jacobian(network, trace, output=outputs[i], positions=[1, 3], ordinary=False)
+        assert oracles.relative_error(found, alone.apply(u)) < 1e-13
+
+
+def deep(layers: int) -> CallableModel:
+    """MLPs wider than the stream, whose gates are what a graph holds."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = Decoder(Norm("RMS"), torch.eye(16), torch.zeros(16))
+
+    def stage(layer: int) -> dict[str, Any]:
+        W_in, W_gate = (torch.randn(16, 512, generator=generator) / 4 for _ in range(2))
+        W_out = torch.randn(512, 16, generator=generator) / 64
+        return {f"{layer}_mlp": lambda x: (torch.nn.functional.silu(x @ W_gate) * (x @ W_in)) @ W_out}
+
+    embed = torch.nn.Embedding(5, 16).requires_grad_(False)
+    return CallableModel(embed, [stage(layer) for layer in range(layers)], decoder)
+
+
+def test_memory_is_that_of_one_stage():
+    tokens = torch.randint(5, (1, 400), generator=torch.Generator().manual_seed(0))
+
+    def peak(layers: int, keep: bool) -> float:
+        network = ResidualNetwork(deep(layers))
+        trace = network.trace(tokens)
+
+        def work() -> Any:
+            J = detached_jacobian(network, trace, keep_graph=keep)
+            return J, J.apply_transpose(J.apply(torch.ones(J.map.in_shape)))
+
+        return peak_bytes(work) / (400 * 512 * 4)  # in gates
+
+    assert peak(4, True) > 3 and peak(16, True) > 15
+    assert peak(16, False) < 1.1 * peak(4, False) + 2
+    assert peak(16, False) < peak(16, True) / 2

@@ -1,0 +1,26 @@
+"""The detached map: a language model as an exact linear map of its input embeddings, at one input.
+
+- `detached(model)`: the model's own forward pass with norm scales, patterns and gates as constants (`context`);
+- `detached_jacobian(model, text)`: the map and its bias, applied, decomposed and decoded (`jacobian`, `chain`,
+  `block_norms`, `decoding`);
+- `detached_spectra(model, text)`: singular values, stable ranks and leading subspaces by layer (`spectra`);
+- `steering_hooks(model, text)`: the map of one prompt applied to another (`steering`).
+
+Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293).
+"""
+
+from tl_jets.detached.block_norms import BlockNorms
+from tl_jets.detached.context import detached
+from tl_jets.detached.jacobian import DetachedJacobian, detached_jacobian
+from tl_jets.detached.spectra import DetachedSpectra, detached_spectra
+from tl_jets.detached.steering import steering_hooks
+
+__all__ = [
+    "BlockNorms",
+    "DetachedJacobian",
+    "DetachedSpectra",
+    "detached",
+    "detached_jacobian",
+    "detached_spectra",
+    "steering_hooks",
+]

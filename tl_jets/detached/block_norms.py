@@ -1,0 +1,186 @@
+r"""How strongly a map reads and writes: norms of rows and columns of one block J_t, by coordinate and by token.
+
+J_t is the part of J from the input at position t to one output position.
+
+============================================  =====================================================================
+norm                                          what it says
+============================================  =====================================================================
+`row_norms`: \|J_t[i, :]\|                    how strongly output coordinate i is written
+`column_norms`: \|J_t[:, j]\|                 how strongly input coordinate j is read
+`written`: \|w_v' J_t\|                       how strongly the input at t can move the logit of token v
+`read`: \|J_t e_v\|                           how much an occurrence of token v at t puts into the output
+============================================  =====================================================================
+
+The first two are those of the paper: the largest rows are decoded as input directions, the largest columns as output
+directions. They depend on the basis of the stream, which a rotation of the weights changes without changing the model. The
+last two do not, and are asked for by token. w_v is the unembedding of v, less the mean over the vocabulary unless
+`centered=False` (the softmax ignores what raises all logits alike), through the final norm at its own scale. e_v is the
+embedding of v as the stream holds it.
+
+Source: Golden (arXiv 2505.24293, v3), section 3.2 and figure 2A; the norms by token are ours. Cost: a backward pass for each
+of d_model rows, and two products of the vocabulary with J_t, in chunks: d_vocab x d_model^2 multiply-adds each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.detached.chain import LOGITS
+from tl_jets.detached.decoding import Directions
+from tl_jets.linear_map import LinearMap
+from tl_jets.readout import TopTokens
+from tl_jets.tokens import decode, token_names
+
+# Tokens whose images are held at once.
+TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockNorms:
+    """Norms of rows and columns of one block J_t, by coordinate and by token.
+
+    Attributes:
+        wrt: What is read.
+        output: What is written.
+        pos: Position that is read.
+        out_pos: Position that is written.
+        centered: Whether logits are taken less their mean over the vocabulary.
+        matrix: J_t, before the unembedding [rows, d_model].
+        row_norms: By output coordinate [rows].
+        column_norms: By input coordinate [d_model].
+        written: |w_v' J_t| by token, in logits per unit of the input [d_vocab].
+        read: |J_t e_v| by token, in units of the output (logits: their length) [d_vocab]; None without an embedding.
+        own: The input itself at this position [d_model].
+        directions: How rows and columns are read as tokens.
+    """
+
+    wrt: str
+    output: str
+    pos: int
+    out_pos: int
+    centered: bool
+    matrix: Float[Tensor, "rows d_model"]
+    row_norms: Float[Tensor, " rows"]
+    column_norms: Float[Tensor, " d_model"]
+    written: Float[Tensor, " d_vocab"]
+    read: Float[Tensor, " d_vocab"] | None
+    own: Float[Tensor, " d_model"]
+    directions: Directions
+
+    def __repr__(self) -> str:
+        size = list(self.matrix.shape)
+        return f"BlockNorms({self.wrt} at {self.pos} -> {self.output} at {self.out_pos}, {size} before the readout)"
+
+    def top_tokens(self, k: int = 10) -> dict[str, TopTokens]:
+        """The k tokens with the largest norms: `written`, and `read` if the model has an embedding; values are norms."""
+        sides = {"written": self.written} | ({} if self.read is None else {"read": self.read})
+        found = {side: norms.topk(k) for side, norms in sides.items()}
+        return {side: TopTokens(best.values, best.indices) for side, best in found.items()}
+
+    def top_rows(self, n: int = 8, k: int = 5) -> tuple[Tensor, TopTokens]:
+        """The n largest rows [n], and the k tokens whose embeddings are nearest to each [n, k] (cosines).
+
+        Each row in the sign in which the prompt's own input has it.
+        """
+        units = self.row_norms.topk(n).indices
+        rows = self.matrix[units]
+        return units, self.directions.nearest(_signed(rows, rows @ self.own), k)
+
+    def top_columns(self, n: int = 8, k: int = 5) -> tuple[Tensor, TopTokens]:
+        """The n largest columns [n], and the k tokens that each raises most [n, k].
+
+        Each column in the sign in which the prompt's own input writes it.
+        """
+        units = self.column_norms.topk(n).indices
+        return units, self.directions.raised(_signed(self.matrix[:, units].T, self.own[units]), k)
+
+    def to_dataframe(self, tokenizer: Any = None, k: int = 10) -> pd.DataFrame:
+        """One row a side and token. Columns: side, rank, token_index, token_string, norm, relative (to the median token)."""
+        tokenizer = tokenizer or self.directions.trace.network.tokenizer
+        rows = []
+        for side, best in self.top_tokens(k).items():
+            median = float((self.written if side == "written" or self.read is None else self.read).median())
+            names = token_names(tokenizer, [best.indices])
+            for rank, (norm, token) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+                row = {"side": side, "rank": rank, "token_index": token, "token_string": names[token], "norm": norm}
+                rows.append(row | {"relative": norm / median if median else float("inf")})
+        return pd.DataFrame(rows)
+
+    def coordinates(self, tokenizer: Any = None, n: int = 8, k: int = 5) -> pd.DataFrame:
+        """The largest rows and columns, decoded. Columns: side (row, column), rank, coordinate, norm, top_tokens."""
+        tokenizer = tokenizer or self.directions.trace.network.tokenizer
+        rows = []
+        for side, norms, (units, best) in (
+            ("row", self.row_norms, self.top_rows(n, k)),
+            ("column", self.column_norms, self.top_columns(n, k)),
+        ):
+            texts: Sequence[Any] = best.indices.tolist() if tokenizer is None else decode(tokenizer, best.indices)
+            for rank, unit in enumerate(units.tolist()):
+                here = {"side": side, "rank": rank, "coordinate": unit, "norm": float(norms[unit])}
+                rows.append(here | {"top_tokens": texts[rank]})
+        return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def block_norms(
+    linear: LinearMap,
+    directions: Directions,
+    wrt: str,
+    *,
+    prompt: int,
+    pos: int,
+    out_pos: int,
+    index: int,
+    centered: bool,
+) -> BlockNorms:
+    """The norms of the block from `pos` to `out_pos`, the output position of that index in the map."""
+    matrix = linear.block(out_pos=index, pos=pos, prompt=prompt)[:, 0]
+    scale = directions.scale([out_pos])[prompt, 0]
+    return BlockNorms(
+        wrt=wrt,
+        output=directions.output,
+        pos=pos,
+        out_pos=out_pos,
+        centered=centered,
+        matrix=matrix,
+        row_norms=matrix.norm(dim=1),
+        column_norms=matrix.norm(dim=0),
+        written=_written(directions, matrix, scale, centered),
+        read=_read(directions, matrix, centered),
+        own=linear.point.detach()[prompt, pos],
+        directions=directions,
+    )
+
+
+def _written(directions: Directions, matrix: Tensor, scale: Tensor, centered: bool) -> Tensor:
+    """|w_v' J_t| for every token."""
+    decoder = directions.decoder
+    seen = directions.normalized(matrix.T).T * scale
+    mean = torch.stack([columns.sum(1) for _, columns in decoder.columns(matrix.dtype)]).sum(0) / decoder.d_vocab
+    shift = mean @ seen if centered else torch.zeros_like(seen[0])
+    return torch.cat([(columns.T @ seen - shift).norm(dim=1) for _, columns in decoder.columns(matrix.dtype)])
+
+
+def _read(directions: Directions, matrix: Tensor, centered: bool) -> Tensor | None:
+    """|J_t e_v| for every token; the length of the logits where the output is logits."""
+    if not directions.has_embedding:
+        return None
+    found = []
+    for rows in directions.embedding().split(TOKENS):
+        image = rows.to(matrix) @ matrix.T
+        if directions.output == LOGITS:
+            found.append(directions.decoder.metric(centered).norm(image, 0.0).to(matrix.dtype))
+        else:
+            found.append(image.norm(dim=1))
+    return torch.cat(found)
+
+
+def _signed(rows: Tensor, products: Tensor) -> Tensor:
+    return torch.where(products < 0, -1.0, 1.0).to(rows)[:, None] * rows

@@ -1,0 +1,283 @@
+r"""The way from one label of a network to others, as a composition of maps: one for each stage.
+
+.. math::
+    J = S_n \cdots S_2 S_1, \qquad S_l = 1 + D\gamma_l \text{ at the true stream of stage } l,
+
+with every gamma frozen (the detached map) or not (the ordinary Jacobian). The map of a stage is a graph of its own. Graphs
+are kept while they are small; if they would take more than `GRAPH_BYTES` and more than a hundredth of the matrix, each is
+made anew whenever it is used: the memory is then that of one stage, whatever the depth, at the price of a forward pass a
+product. `ComposedMap` is a `LinearMap` either way.
+
+The bias takes the same way, one stage after the other: what a frozen stage makes of the bias that arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.calculus import frozen
+from tl_jets.linear_map import CHUNK_SIZE, GraphMap, LinearMap
+from tl_jets.network import ResidualNetwork
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage, some
+from tl_jets.trace import Trace
+
+LOGITS = "logits"
+# Graphs of this size are kept, whatever the matrix.
+GRAPH_BYTES = 2**26
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Part:
+    """One function on the way, at its true input.
+
+    Attributes:
+        point: Its true input [batch, pos, d_model].
+        function: Gives the function; asked each time, because the hooks must still be those of the trace.
+        is_frozen: Whether its norm scales, patterns and gates are constants.
+        kept: Its graph, if that is kept.
+    """
+
+    point: Tensor
+    function: Callable[[], Function]
+    is_frozen: bool = True
+    kept: GraphMap | None = None
+
+    def graph(self, tape: list[tuple[str, Any]] | None = None) -> GraphMap:
+        """Its derivative at the point; a tape records what is frozen."""
+        if self.kept is not None:
+            return self.kept
+        function = self.function()
+        with torch.inference_mode(False), torch.enable_grad():
+            point = self.point.detach().clone().requires_grad_()
+            with frozen(record=tape) if self.is_frozen else nullcontext():
+                return GraphMap(point, function(point))
+
+    def graph_and_bias(self, bias: Tensor) -> tuple[GraphMap, Tensor]:
+        """Its derivative, and the same frozen function of another input."""
+        tape: list[tuple[str, Any]] = []
+        graph, function = self.graph(tape), self.function()
+        with torch.inference_mode(False), torch.no_grad(), frozen(replay=tape):
+            return graph, function(bias)
+
+    def ordinary(self) -> Part:
+        """The same function with nothing frozen."""
+        return Part(self.point, self.function, is_frozen=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComposedMap(LinearMap):
+    """A composition of derivatives.
+
+    Attributes:
+        parts: The functions, in the order in which they are applied.
+    """
+
+    parts: Sequence[Part] = field(default=(), kw_only=True)
+
+    def apply_rows(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos rows"]:
+        """J u before the readout: through one part after the other."""
+        for part in self.parts:
+            vectors = part.graph().apply_rows(vectors, chunk_size=chunk_size)
+        return vectors
+
+    def apply_transpose_rows(
+        self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v for v before the readout: through the parts backwards."""
+        for part in reversed(self.parts):
+            vectors = part.graph().apply_transpose_rows(vectors, chunk_size=chunk_size)
+        return vectors
+
+    def ordinary(self) -> ComposedMap:
+        """The same composition with nothing frozen; its graphs are not kept."""
+        parts = [part.ordinary() for part in self.parts]
+        return ComposedMap(self.point, self.value, self.readout, parts=parts)
+
+
+def sweep(maps: Sequence[ComposedMap], vectors: Tensor) -> Iterator[Tensor]:
+    """J u of maps that begin alike, before their readouts, in the order of their lengths: one pass for all."""
+    done = 0
+    for linear in sorted(maps, key=lambda each: len(each.parts)):
+        *stages, tail = linear.parts
+        for part in stages[done:]:
+            vectors = part.graph().apply_rows(vectors)
+        done = len(stages)
+        yield tail.graph().apply_rows(vectors)
+
+
+class Chain:
+    """The stages of a network between a label and others, which see the same positions.
+
+    Attributes:
+        trace: The input, at a granularity that has all labels.
+        point: The value of the first label [batch, pos, d_model].
+        positions: Output positions.
+
+    Raises:
+        ValueError: A label that there is not, or an output that does not come after `wrt`.
+    """
+
+    def __init__(self, trace: Trace, wrt: str, outputs: Sequence[str], positions: list[int]):
+        network = _network_with(trace.network, wrt, outputs)
+        self.trace = trace = Trace(network, trace.recording)
+        self.positions = positions
+        self.point = trace[wrt]
+        first = network.streams[0]
+        self._offset = trace[first] - self.point if wrt in network.sources else torch.zeros_like(self.point)
+        start = 0 if wrt in network.sources else network.streams.index(wrt)
+        self._counts: dict[str, int] = {}  # how many stages come before an output
+        for output in outputs:
+            is_write = output in _writes(network)
+            stop = _place(network, output) or 0
+            if stop < start + is_write:
+                raise ValueError(f"output must come after wrt in the network; {output!r} does not follow {wrt!r}.")
+            self._counts[output] = stop - start - is_write
+            for stage in network.stages[start:stop]:
+                # What a view computes once per input (heads at zero) must not be computed under `frozen`.
+                if any(step.kind == "head" for step in stage.steps):
+                    with torch.no_grad():
+                        trace.stage_function(stage)(trace[stage.stream])
+        self._stages = network.stages[start : start + max(self._counts.values())]
+
+    def maps(self, keep_graph: bool | None = None) -> list[tuple[ComposedMap, Tensor]]:
+        """The detached map to every output, and the frozen map at zero [batch, out_pos, rows], both before the readout."""
+        network = self.trace.network
+        parts = [self._stage_part(stage) for stage in self._stages]
+        bias, biases = self._offset, {0: self._offset}
+        room, weights = self._room(keep_graph), _weight_storages(network)
+        for count, part in enumerate(parts, 1):
+            graph, bias = part.graph_and_bias(bias)
+            if count in self._counts.values():
+                biases[count] = bias
+            if keep_graph is None and room >= 0:
+                room -= _graph_bytes(graph.value, weights)
+                # All of them at the average of those so far, once there is one of each kind.
+                expected = (self._room(None) - room) / count * len(parts)
+                room = -1.0 if count > 1 and expected > self._room(None) else room
+            part.kept = graph if room >= 0 else None
+            if room < 0:
+                for earlier in parts:
+                    earlier.kept = None
+        found = []
+        for output, count in self._counts.items():
+            tail = self._tail(output)
+            graph, bias = tail.graph_and_bias(biases[count])
+            tail.kept = graph if room >= 0 else None
+            readout = network.decoder.W_U.to(self.point) if output == LOGITS else None
+            on_the_way = [*parts[:count], tail]
+            found.append((ComposedMap(self.point, graph.value.detach(), readout, parts=on_the_way), bias))
+        return found
+
+    def _room(self, keep_graph: bool | None) -> float:
+        """What the graphs may take."""
+        if keep_graph is not None:
+            return 0.0 if keep_graph else -1.0
+        width = len(self.positions) * self.point.shape[-1]
+        return max(float(GRAPH_BYTES), self.point.numel() * self.point.element_size() * width / 100)
+
+    def _stage_part(self, stage: Stage) -> Part:
+        """Stream -> next stream."""
+        trace = self.trace
+        edits = sum(trace.edits(trace.network.next_stream(stage)).values())
+
+        def function() -> Function:
+            gamma = trace.stage_function(stage)
+            return lambda stream: stream + gamma(stream).sum(0) + edits
+
+        return Part(trace[stage.stream], function)
+
+    def _tail(self, output: str) -> Part:
+        """What gives an output at the output positions, after the stages before it."""
+        trace, network, positions = self.trace, self.trace.network, self.positions
+        if output in _writes(network):
+            stage = next(stage for stage in network.stages if output in [step.write for step in stage.steps])
+            index = [step.write for step in stage.steps].index(output)
+
+            def function() -> Function:
+                gamma = trace.stage_function(stage)
+                return lambda stream: gamma(stream)[index][:, positions]
+
+            return Part(trace[stage.stream], function)
+        norm = network.decoder.norm if output in (LOGITS, DECODER_STEP) else None
+        stream = output if norm is None else FINAL_STREAM
+
+        def last(stream: Tensor) -> Tensor:
+            return stream[:, positions] if norm is None else norm(stream[:, positions])
+
+        return Part(trace[stream], lambda: last)
+
+    def truth(self, output: str) -> Tensor:
+        """The model's own output [batch, out_pos, width]."""
+        trace, decoder = self.trace, self.trace.network.decoder
+        if output not in (LOGITS, DECODER_STEP):
+            return trace[output][:, self.positions]
+        if output == LOGITS and decoder.transform is None and trace.logits is not None:
+            return trace.logits[:, self.positions].to(self.point.dtype)
+        normed = decoder.norm(trace[FINAL_STREAM][:, self.positions])
+        return normed if output == DECODER_STEP else decoder.logits(normed)
+
+
+def _network_with(own: ResidualNetwork, wrt: str, outputs: Sequence[str]) -> ResidualNetwork:
+    """The network at the first granularity that has all labels."""
+    for network in (own, own.at("sublayer"), own.at("head")):
+        starts = (*network.sources, *network.streams)
+        if wrt in starts and all(_place(network, output) is not None for output in outputs):
+            return network
+    raise ValueError(
+        f"wrt must be a source or stream and output a stream, a write, or one of {(LOGITS, DECODER_STEP)}; got "
+        f"wrt={wrt!r}, output={', '.join(map(repr, outputs))}. Labels are {some(own.at('head').labels, 24)}."
+    )
+
+
+def _place(network: ResidualNetwork, output: str) -> int | None:
+    """How many stages lead to a label; None if the network has no such label."""
+    if output in (LOGITS, DECODER_STEP):
+        return len(network.stages)
+    if output in network.streams:
+        return network.streams.index(output)
+    places = [i + 1 for i, stage in enumerate(network.stages) if output in (step.write for step in stage.steps)]
+    return places[0] if places else None
+
+
+def _writes(network: ResidualNetwork) -> set[str]:
+    return {step.write for stage in network.stages for step in stage.steps}
+
+
+def _graph_bytes(value: Tensor, ignored: set[int]) -> int:
+    """The memory that a graph holds, apart from storages ignored (the model's weights)."""
+    seen, total, nodes, stack = set(ignored), 0, set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
+            for tensor in saved if isinstance(saved, tuple) else (saved,):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in seen:
+                    seen.add(tensor.untyped_storage().data_ptr())
+                    total += tensor.untyped_storage().nbytes()
+    return total
+
+
+@cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_saved_")]
+
+
+def _weight_storages(network: ResidualNetwork) -> set[int]:
+    model = getattr(network.view, "model", None)
+    return set() if model is None else {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -1,0 +1,126 @@
+"""A model whose norm scales, attention patterns and gates are constants for every derivative, checked to be affine.
+
+Example:
+    >>> import torch
+    >>> from tl_jets import CallableModel, Decoder, Norm
+    >>> decoder = Decoder(Norm("none"), torch.eye(3), torch.zeros(3))
+    >>> model = CallableModel(torch.nn.Embedding(5, 3), [{"0_mlp": torch.nn.functional.silu}], decoder)
+    >>> x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+    >>> with detached(model):
+    ...     y = torch.nn.functional.silu(x)
+    >>> (slope,) = torch.autograd.grad(y.sum(), x)
+    >>> bool(torch.allclose(slope * x, y))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus import frozen, full_precision
+from tl_jets.network import CallableModel, ResidualNetwork
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[None]:
+    """Freeze norm scales, attention patterns and gates of the model's own forward pass, for derivatives taken of it.
+
+    Outputs are bit-equal with and without. Gradients, `torch.func` transforms and hooks see an affine function of the
+    residual stream, up to the model's output, whose softcap is frozen as a factor, too. The user's hooks stay in force.
+    Every PyTorch computation of the block is frozen, that of the hooks included; derivatives may be taken after it.
+
+    On entry a forward pass on four tokens, without the user's hooks, checks that the model comes out affine: the
+    derivative times the first stream, plus the frozen map at zero, must be the output.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one; a network of plain callables is
+            frozen without the check.
+
+    Raises:
+        NotImplementedError: The model does not come out affine (or is of a kind that is not supported).
+        TypeError: The model is of no known kind.
+        ValueError: The model is in training mode.
+
+    Source:
+        Golden, arXiv 2505.24293 (v3), sections 2.2 and 2.3.
+    """
+    inner = model.view if isinstance(model, ResidualNetwork) else model
+    if not isinstance(inner, CallableModel):
+        _check_affine(getattr(inner, "model", inner) if isinstance(model, ResidualNetwork) else inner)
+    with frozen():
+        yield
+
+
+def _check_affine(model: Any) -> None:
+    """A random projection v of the output: v'output = (J'v)'x + v'bias, with x the first stream."""
+    from tl_jets.adapters.reading import refuse_unsupported
+
+    if not hasattr(model, "hook_dict") or not hasattr(model, "blocks"):
+        raise TypeError(
+            f"A model must be a TransformerLens TransformerBridge or HookedTransformer, a tl_jets.CallableModel or a "
+            f"tl_jets.ResidualNetwork; got {type(model).__module__}.{type(model).__qualname__}."
+        )
+    refuse_unsupported(model)
+    generator = torch.Generator().manual_seed(0)
+    length = min(4, getattr(model.cfg, "n_ctx", None) or 4)
+    tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator).to(next(model.parameters()).device)
+    tape: list[tuple[str, Any]] = []
+    first: list[Tensor] = []
+
+    def output(change: Callable[[Tensor], Tensor]) -> Tensor:
+        with model.hooks([("blocks.0.hook_resid_pre", lambda stream, hook: change(stream))]):
+            return model(tokens, return_type="logits")
+
+    def leaf(stream: Tensor) -> Tensor:
+        first.append(stream.detach().clone().requires_grad_())
+        return first[-1]
+
+    with torch.inference_mode(False), _without_hooks(model), full_precision():
+        with torch.enable_grad(), frozen(record=tape):
+            found = output(leaf)
+        probe = torch.randn(found.shape, generator=generator, dtype=torch.float64).to(found)
+        (gradient,) = torch.autograd.grad(found, first[-1], probe)
+        # Last, so that what the model's components keep of it holds no graph.
+        with torch.no_grad(), frozen(replay=tape):
+            bias = output(torch.zeros_like)
+    parts = [gradient * first[-1].detach(), probe * bias, -probe * found.detach()]
+    size = sum(float(part.double().square().sum()) for part in parts) ** 0.5
+    error = abs(sum(float(part.double().sum()) for part in parts)) / size
+    if not error <= rounding(found.dtype):
+        raise NotImplementedError(not_affine(model, error))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error that rounding explains."""
+    return 1e-10 if dtype is torch.float64 else 1e-4
+
+
+def not_affine(model: Any, error: float) -> str:
+    """Why a model is refused: what must hold, and how far it is from it."""
+    cfg = getattr(model, "cfg", None)
+    names = [getattr(cfg, name, None) for name in ("model_name", "original_architecture", "architecture")]
+    called = ", ".join(str(name) for name in names if name) or getattr(model, "name", "a custom model")
+    return (
+        f"A model must come out affine with its norm scales, attention patterns and gates frozen; {type(model).__name__} "
+        f"({called}) is off by {error:.1e} (relative), so something in it multiplies what depends on the input and is none "
+        f"of the three, or differentiates itself (torch.autograd.Function). It cannot be detached; please report its name."
+    )
+
+
+@contextmanager
+def _without_hooks(model: Any) -> Iterator[None]:
+    """The model without the user's hooks, which may expect their own input or count their calls."""
+    points = list({id(point): point for point in model.hook_dict.values()}.values())
+    kept = [(point, name, getattr(point, name)) for point in points for name in ("_forward_hooks", "_backward_hooks")]
+    try:
+        for point, name, hooks in kept:
+            setattr(point, name, type(hooks)())
+        yield
+    finally:
+        for point, name, hooks in kept:
+            setattr(point, name, hooks)

@@ -1,0 +1,96 @@
+"""Directions of streams as tokens: those that a direction raises, and those whose embeddings point along it.
+
+An output direction is read as the model reads its last stream: through the linear part of the final norm (centering, gain)
+and the unembedding, without their biases. An input direction is compared with the embeddings: the cosine, so that long
+embeddings are not preferred (Golden, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.decoder import Decoder
+from tl_jets.detached.chain import LOGITS
+from tl_jets.readout import TopTokens, top_tokens
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM
+from tl_jets.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """How directions of one output of one input are read.
+
+    Attributes:
+        trace: The input.
+        output: What the directions are of: a stream, a write, `ln_final` or `logits`.
+    """
+
+    trace: Trace
+    output: str
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's decoder."""
+        return self.trace.network.decoder
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether the final norm is already applied: `ln_final`, and `logits` before the unembedding."""
+        return self.output in (LOGITS, DECODER_STEP)
+
+    def normalized(self, rows: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_model"]:
+        """What the unembedding reads of stream directions: the linear part of the final norm, its scale apart."""
+        return rows if self.is_normalized else self.decoder.norm.scale(self.decoder.norm.center(rows))
+
+    def scale(self, positions: Sequence[int]) -> Float[Tensor, "batch out_pos 1"]:
+        """The final norm's own factor at output positions; 1 where it is already applied."""
+        norm, final = self.decoder.norm, self.trace[FINAL_STREAM][:, list(positions)]
+        if norm.kind == "none" or self.is_normalized:
+            return torch.ones_like(final[..., :1])
+        return torch.rsqrt(norm.center(final).pow(2).mean(-1, keepdim=True) + norm.eps)
+
+    def raised(self, rows: Float[Tensor, "*many width"], k: int) -> TopTokens:
+        """The k tokens that directions raise most: rows of d_model, or logits as they are."""
+        if self.output == LOGITS and rows.shape[-1] == self.decoder.d_vocab:
+            best = rows.topk(k)
+            return TopTokens(best.values, best.indices)
+        return top_tokens(self.decoder, self.normalized(rows), bias_weight=0.0, k=k)
+
+    def nearest(self, rows: Float[Tensor, "*many d_model"], k: int) -> TopTokens:
+        """The k tokens whose embeddings have the largest cosine with input directions; the values are the cosines."""
+        embedding = self.embedding().to(rows)
+        cosines = torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(embedding, dim=-1).T
+        best = cosines.topk(k)
+        return TopTokens(best.values, best.indices)
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether there is an embedding matrix: not in a network of plain callables."""
+        return hasattr(getattr(self.trace.network.view, "model", None), "W_E")
+
+    def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """What every token puts into the first stream, positions apart: W_E times the model's own factor.
+
+        Raises:
+            ValueError: The model has no embedding matrix (plain callables), or does not put multiples of its rows into the
+                stream.
+        """
+        if not self.has_embedding:
+            raise ValueError("Input directions are read through W_E; a network of plain callables has none.")
+        W_E: Tensor = self.trace.network.view.model.W_E  # pyright: ignore[reportAttributeAccessIssue]
+        own = self.trace["embed"][self.trace.valid]
+        W_E = W_E.detach().to(own)
+        rows = W_E[self.trace.tokens[self.trace.valid]]
+        factor = (rows * own).sum() / rows.square().sum()
+        error = float((own - factor * rows).norm() / own.norm())
+        if not error < 1e-3:
+            raise ValueError(
+                f"A token's embedding must be a multiple of its row of W_E; this model's is off by {error:.1e} (relative): "
+                f"it normalizes its embeddings, or a hook edits them. Its input directions are not read."
+            )
+        return factor * W_E

@@ -1,0 +1,321 @@
+r"""The detached map: a language model as an exact linear map of its input embeddings, at one input.
+
+Freeze every norm scale, attention pattern and gate at the running forward pass (see `tl_jets.calculus.frozen` for which
+those are). The network is then affine in the embeddings e_1 .. e_T and still has the same output:
+
+.. math::
+    \text{output} = \sum_t J_t e_t + \text{bias}.
+
+The bias is the frozen map at zero: biases, learned positions and edits of streams by hooks, carried to the output. It is
+computed by a second pass through the frozen network, never as output - J e, so that `reconstruction_error` measures
+something. The ordinary Jacobian of the same model, which reconstructs nothing, stands beside it.
+
+======================  ==========================================================
+symbol                  name here
+======================  ==========================================================
+e, the input            `wrt`, its value `point` [batch, pos, d_model]
+output                  `value` [batch, out_pos, width], before a final softcap or logit scale
+J u, J' v               `apply`, `apply_transpose`
+J_t e_t                 `contributions` [batch, pos, out_pos, width]
+======================  ==========================================================
+
+Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293, v3), sections 2.2 and 3. Cost: a
+trace, a forward pass under autograd and one for the bias. J' v costs a backward pass, J u two; many vectors run as one
+batch. J itself costs a backward pass for each of its d_model rows (for logits, too: the unembedding is a product with the
+rest). Memory: the graphs of the stages while they are small, that of one stage otherwise (`tl_jets.detached.chain`).
+
+Example:
+    >>> import torch
+    >>> from tl_jets import CallableModel, Decoder, Norm
+    >>> _ = torch.manual_seed(0)
+    >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
+    >>> model = CallableModel(
+    ...     embed=torch.nn.Embedding(5, 4, dtype=torch.float64),
+    ...     stages=[{"0_mlp": lambda x: torch.nn.functional.silu(x @ W[0]) * (x @ W[1])}],
+    ...     decoder=Decoder(Norm("RMS"), torch.randn(4, 7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)),
+    ... )
+    >>> J = detached_jacobian(model, torch.tensor([[0, 3, 1]]), output="logits")
+    >>> J.reconstruction_error < 1e-14, J.ordinary_error > 1e-2
+    (True, True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.detached.block_norms import BlockNorms, block_norms
+from tl_jets.detached.chain import LOGITS, Chain, ComposedMap
+from tl_jets.detached.context import not_affine, rounding
+from tl_jets.detached.decoding import Directions
+from tl_jets.lenses.selection import Rows, trace_of
+from tl_jets.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
+from tl_jets.network import ResidualNetwork
+from tl_jets.readout import TopTokens
+from tl_jets.stages import FINAL_STREAM
+from tl_jets.tokens import decode, token_names, visible
+from tl_jets.trace import Trace
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DetachedJacobian:
+    """A model as an exact linear map at one input: value = sum_t J_t e_t + bias.
+
+    Attributes:
+        output: What was mapped to: `final_post`, `logits`, or another label.
+        wrt: What it is a map of: `embed`, or another source or stream.
+        positions: Output positions in the prompt, aligned to the out_pos axis.
+        tokens: The prompts [batch, pos].
+        value: The model's own output there, before a final softcap or logit scale [batch, out_pos, width].
+        bias: The frozen map at zero, by a pass of its own [batch, out_pos, width].
+        map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
+        ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
+        reconstruction_error: |J e + bias - value| / |value|.
+        ordinary_error: The same for the ordinary Jacobian; None if it was left out.
+        trace: The input that it was taken at.
+    """
+
+    output: str
+    wrt: str
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    value: Float[Tensor, "batch out_pos width"]
+    bias: Float[Tensor, "batch out_pos width"]
+    map: ComposedMap
+    ordinary: ComposedMap | None
+    reconstruction_error: float
+    ordinary_error: float | None
+    trace: Trace = field(repr=False)
+
+    def __repr__(self) -> str:
+        ordinary = "" if self.ordinary_error is None else f" (ordinary Jacobian: {self.ordinary_error:.1e})"
+        return (
+            f"DetachedJacobian({self.wrt} {list(self.map.in_shape)} -> {self.output} {list(self.map.out_shape)}, "
+            f"positions {self.positions}; reconstruction error {self.reconstruction_error:.1e}{ordinary}; "
+            f"{size_text(self.map.n_bytes)} as a matrix)"
+        )
+
+    @property
+    def labels(self) -> list[str]:
+        """The input positions with the first prompt's tokens, aligned to the pos axis: `0 Once`, `1 ·upon`."""
+        names = token_names(self.trace.network.tokenizer, [self.tokens])
+        return [f"{pos} {visible(names[token])}" for pos, token in enumerate(self.tokens[0].tolist())]
+
+    def apply(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos width"]:
+        """J u, `LinearMap.apply`."""
+        return self.map.apply(vectors, chunk_size=chunk_size)
+
+    def apply_transpose(
+        self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v, `LinearMap.apply_transpose`."""
+        return self.map.apply_transpose(vectors, chunk_size=chunk_size)
+
+    def materialize(
+        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "batch out_pos width pos d_model"]:
+        """J as a matrix, `LinearMap.materialize`."""
+        return self.map.materialize(max_bytes=max_bytes, chunk_size=chunk_size)
+
+    @cached_property
+    def _contributions(self) -> Tensor:
+        """J_t e_t before the readout [pos, batch, out_pos, rows]."""
+        point = self.map.point.detach()
+        batch, pos, d_model = point.shape
+        found = self.map.value.new_empty(pos, *self.map.value.shape)
+        for start in range(0, pos, CHUNK_SIZE):
+            index = torch.arange(start, min(start + CHUNK_SIZE, pos), device=point.device)
+            alone = point.new_zeros(len(index), batch, pos, d_model)
+            alone[index - start, :, index] = point[:, index].transpose(0, 1)
+            found[index] = self.map.apply_rows(alone)
+        return found
+
+    @property
+    def contributions(self) -> Float[Tensor, "batch pos out_pos width"]:
+        """J_t e_t: what every input position gives to the output; with `bias` they sum to it.
+
+        Computed on first use, at two backward passes a position (in chunks).
+        """
+        return self.map.read(self._contributions).transpose(0, 1)
+
+    def top_tokens(self, k: int = 5) -> TopTokens:
+        """The k tokens that every input position raises most [batch, pos, out_pos, k]: additive logits and ids.
+
+        A contribution to a stream is read through the frozen final norm and the unembedding, without their biases: with
+        the bias they sum to the logits if the stream is `final_post`.
+        """
+        scale = self.directions.scale(self.positions)[:, None]
+        return self.directions.raised(self._contributions.transpose(0, 1) * scale, k)
+
+    @property
+    def directions(self) -> Directions:
+        """How directions of the output and of the input are read as tokens."""
+        return Directions(self.trace, self.output)
+
+    def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
+        """The k largest singular values and vectors of one prompt's matrix, or of one input position's, `LinearMap.svd`."""
+        return self.map.svd(k, prompt=prompt, pos=pos, seed=seed)
+
+    def decode_left(self, vectors: SingularVectors, k: int = 5) -> TopTokens:
+        """The k tokens that every left singular vector raises most [vector, out_pos, k].
+
+        Directions of a stream go through the linear part of the final norm (centering, gain) and the unembedding.
+        """
+        return self.directions.raised(vectors.left, k)
+
+    def decode_right(self, vectors: SingularVectors, k: int = 5) -> TopTokens:
+        """The k tokens whose embeddings have the largest cosine with every right singular vector [vector, pos, k].
+
+        Raises:
+            ValueError: The model has no embedding matrix (plain callables), or normalizes its embeddings.
+        """
+        return self.directions.nearest(vectors.right, k)
+
+    def block_norms(self, *, pos: int = -1, out_pos: int = -1, prompt: int = 0, centered: bool = True) -> BlockNorms:
+        """How strongly the map from one position to another reads and writes, by coordinate and by token.
+
+        Args:
+            pos: Input position in the padded row.
+            out_pos: Output position in the padded row, one of `positions`.
+            prompt: Index of the prompt.
+            centered: Take logits less their mean over the vocabulary, which the softmax ignores.
+
+        Returns:
+            `BlockNorms`.
+
+        Raises:
+            ValueError: There is no such position.
+
+        Source:
+            Golden, arXiv 2505.24293, section 3.2; see `tl_jets.detached.block_norms`.
+        """
+        length = self.tokens.shape[1]
+        if not -length <= pos < length or out_pos % length not in self.positions or not 0 <= prompt < len(self.tokens):
+            raise ValueError(
+                f"pos must lie in {-length}..{length - 1}, out_pos among {self.positions}, prompt in "
+                f"0..{len(self.tokens) - 1}; got {pos}, {out_pos}, {prompt}."
+            )
+        pos, out_pos = pos % length, out_pos % length
+        index = self.positions.index(out_pos)
+        return block_norms(
+            self.map, self.directions, self.wrt, prompt=prompt, pos=pos, out_pos=out_pos, index=index, centered=centered
+        )
+
+    def to_dataframe(self, tokenizer: Any = None, k: int = 3) -> pd.DataFrame:
+        """One row a prompt, output position and input position, and one for the bias (its `pos` is None).
+
+        Columns: batch, out_pos, pos, token, norm (length of the contribution), share (of the output: its projection on it
+        over the squared length; the shares sum to 1), top_tokens (what it raises most, decoded; ids without a tokenizer).
+        """
+        tokenizer = tokenizer or self.trace.network.tokenizer
+        names = token_names(tokenizer, [self.tokens])
+        best = self.top_tokens(k).indices
+        best = best.tolist() if tokenizer is None else decode(tokenizer, best)
+        contributions, valid = self.contributions, self.trace.valid.tolist()
+        squared = self.value.square().sum(-1)
+        lengths = contributions.norm(dim=-1).tolist()
+        shares = ((contributions * self.value[:, None]).sum(-1) / squared[:, None]).tolist()
+        bias_lengths = self.bias.norm(dim=-1).tolist()
+        bias_shares = ((self.bias * self.value).sum(-1) / squared).tolist()
+        rows = []
+        for b, prompt in enumerate(self.tokens.tolist()):
+            for o, out_pos in enumerate(self.positions):
+                here = {"batch": b, "out_pos": out_pos}
+                for t, token in enumerate(prompt):
+                    if valid[b][t]:
+                        numbers = {"norm": lengths[b][t][o], "share": shares[b][t][o]}
+                        rows.append(here | {"pos": t, "token": names[token]} | numbers | {"top_tokens": best[b][t][o]})
+                numbers = {"norm": bias_lengths[b][o], "share": bias_shares[b][o]}
+                rows.append(here | {"pos": None, "token": "bias"} | numbers | {"top_tokens": None})
+        return pd.DataFrame(rows)
+
+
+def detached_jacobian(
+    model: Any,
+    text_or_tokens: Any,
+    *,
+    output: str = FINAL_STREAM,
+    positions: int | Sequence[int] | None = -1,
+    wrt: str = "embed",
+    ordinary: bool = True,
+    keep_graph: bool | None = None,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+) -> DetachedJacobian:
+    """A model as an exact linear map of its embeddings (or of a later stream), at one input.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork`.
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
+        output: `"final_post"`, `"logits"` (additive: before a final softcap or logit scale), `"ln_final"` (what the
+            unembedding reads), another stream (`"3_pre"`) or a write (`"3_attn_out"`, `"L3H2_out"`).
+        positions: Output positions; None for all. Negative ones count from the end of the padded row. All must be real
+            tokens in every prompt.
+        wrt: `"embed"`, `"pos_embed"`, or a stream: with `output="3_mlp_out"`, `wrt="3_mid"` the map of one MLP.
+        ordinary: Also measure the model's ordinary Jacobian, and give it as a map.
+        keep_graph: Keep the graph of the forward pass (True), or only one stage's at a time and pay a forward pass a
+            product (False). None keeps what takes at most 64 MiB or a hundredth of the matrix.
+        attention_mask: Passed to the model (left padding needs it).
+        cache: A ready `ActivationCache` of the same input.
+
+    Returns:
+        A `DetachedJacobian`. Hooks that were active are part of it. They must still be there when `ordinary` is applied,
+        or the map itself where its graph was not kept; the error says so.
+
+    Raises:
+        ValueError: Bad labels, positions or input; the message says what must hold.
+        NotImplementedError: The model does not come out affine.
+
+    Source:
+        Golden, arXiv 2505.24293 (v3), sections 2.2, 3.1 and 3.3.
+
+    Cost:
+        Four forward passes (trace, graph, bias, ordinary graph) and a product with each Jacobian.
+    """
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    with torch.inference_mode(False):
+        trace = trace_of(network, text_or_tokens, attention_mask, cache)
+        rows = Rows.of(trace, positions)
+        if not bool(rows.keep.all()):
+            raise ValueError(
+                f"positions must be real tokens in every prompt; {rows.positions} are padding in prompts "
+                f"{(~rows.keep).any(1).nonzero().flatten().tolist()}. Pass these one at a time, or padded on the left "
+                f"with an attention_mask."
+            )
+        chain = Chain(trace, wrt, [output], rows.positions)
+        (linear, bias), *_ = chain.maps(keep_graph)
+        with torch.no_grad():
+            bias = network.decoder.logits(bias) if output == LOGITS else bias
+            value = chain.truth(output)
+            error = _error(linear, bias, value)
+            ordinary_map = linear.ordinary() if ordinary else None
+            ordinary_error = None if ordinary_map is None else _error(ordinary_map, bias, value)
+    if not error <= max(rounding(value.dtype), 10 * trace.recording.accuracy):
+        raise NotImplementedError(not_affine(getattr(network.view, "model", network.view), error))
+    return DetachedJacobian(
+        output=output,
+        wrt=wrt,
+        positions=rows.positions,
+        tokens=trace.tokens,
+        value=value,
+        bias=bias,
+        map=linear,
+        ordinary=ordinary_map,
+        reconstruction_error=error,
+        ordinary_error=ordinary_error,
+        trace=trace,
+    )
+
+
+def _error(linear: LinearMap, bias: Tensor, value: Tensor) -> float:
+    found = linear.apply(linear.point.detach()) + bias
+    return float((found - value).norm() / value.norm())

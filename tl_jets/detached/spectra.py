@@ -1,0 +1,311 @@
+r"""Singular values, stable ranks and leading directions of detached maps, layer by layer, for one prompt.
+
+With J = U S V' the map from what is read to one position of what is written:
+
+=================================  ====================================================================
+symbol                             name here
+=================================  ====================================================================
+s_1 >= s_2 >= ...                  `values` [map, vector]
+\|J\|_F^2 / s_1^2                  `stable_rank`: how many directions carry the map, 1 .. d_model
+u_1, u_2, ...                      `left` [map, vector, d_model], each in the sign of the prompt's own input
+<u_i of map l, u_j of map n>       `projections(onto=n)`: the path of the paper's figure 4B
+\|U_l' U_n\|_F^2 / k               `overlap(onto=n)`: mean squared cosine of the two subspaces of k directions
+\|U_l' y\|^2 / \|y\|^2             `explained`: the share of the final stream y inside the layer's k directions
+=================================  ====================================================================
+
+A subspace of k random directions has an overlap and an explained share of k / d_model on average: `chance` stands beside
+both. `explained` says that the layer's map *writes* where the final stream points, not that it has computed the answer.
+
+Source: Golden (arXiv 2505.24293, v3), section 3.5 and figure 4; `overlap`, `explained` and `chance` are ours.
+
+Cost: for each input position asked for, d_model vectors through all stages once (each two backward passes, in chunks), for
+all maps that begin alike together; the matrices are never held, only their Gram matrices [d_model, d_model] in float64.
+
+Example:
+    >>> import torch
+    >>> from tl_jets import CallableModel, Decoder, Norm
+    >>> _ = torch.manual_seed(0)
+    >>> W = torch.randn(2, 4, 4)
+    >>> model = CallableModel(
+    ...     embed=torch.nn.Embedding(5, 4),
+    ...     stages=[{f"{i}_mlp": lambda x, i=i: torch.nn.functional.silu(x @ W[i])} for i in range(2)],
+    ...     decoder=Decoder(Norm("RMS"), torch.randn(4, 7), torch.zeros(7)),
+    ... )
+    >>> spectra = detached_spectra(model, torch.tensor([[0, 3, 1]]), k=2)
+    >>> spectra.labels
+    ['embed > 0_mlp_out', 'embed > 1_pre', 'embed > 1_mlp_out', 'embed > final_post']
+    >>> spectra.values.shape, spectra.projections().shape
+    (torch.Size([4, 2]), torch.Size([4, 2, 2]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.detached.chain import LOGITS, Chain, ComposedMap, sweep
+from tl_jets.detached.decoding import Directions
+from tl_jets.lenses.selection import Rows, trace_of
+from tl_jets.linear_map import MAX_BYTES, size_text
+from tl_jets.network import ResidualNetwork
+from tl_jets.readout import TopTokens
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM
+from tl_jets.tokens import decode
+from tl_jets.trace import Trace
+
+Maps = Literal["cumulative", "layers"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DetachedSpectra:
+    """The leading singular values and left directions of several detached maps of one prompt.
+
+    Attributes:
+        wrt: What each map reads.
+        outputs: What each map writes; in the order of the network if `maps` was a name.
+        position: The position that is written.
+        pos: The position that is read; None for all of them, side by side.
+        tokens: The prompt [1, pos].
+        values: Largest singular values, largest first [map, vector].
+        frobenius: Root of the sum of the squares of all of them [map].
+        stable_rank: frobenius^2 / values[0]^2 [map]; 0 for a map that is zero (an MLP alone, between two positions).
+        left: Left singular vectors, in the sign in which the prompt's own input has them [map, vector, d_model].
+        written: What the model itself has at each output [map, d_model].
+        final: The final stream at the position [d_model].
+        trace: The input.
+    """
+
+    wrt: list[str]
+    outputs: list[str]
+    position: int
+    pos: int | None
+    tokens: Int[Tensor, "1 pos"]
+    values: Float[Tensor, "map vector"]
+    frobenius: Float[Tensor, " map"]
+    stable_rank: Float[Tensor, " map"]
+    left: Float[Tensor, "map vector d_model"]
+    written: Float[Tensor, "map d_model"]
+    final: Float[Tensor, " d_model"]
+    trace: Trace = field(repr=False)
+
+    def __repr__(self) -> str:
+        ranks = ", ".join(f"{rank:.2f}" for rank in self.stable_rank[:4].tolist())
+        dots = ", ..." if len(self.labels) > 4 else ""
+        return (
+            f"DetachedSpectra({len(self.labels)} maps {self.labels[0]!r} .. {self.labels[-1]!r}, {self.values.shape[1]} "
+            f"values each, at position {self.position}; stable ranks {ranks}{dots})"
+        )
+
+    @property
+    def labels(self) -> list[str]:
+        """`embed > 3_pre`, aligned to the map axis."""
+        return [f"{wrt} > {output}" for wrt, output in zip(self.wrt, self.outputs, strict=True)]
+
+    @property
+    def chance(self) -> float:
+        """Overlap and explained share of as many random directions, on average."""
+        return self.left.shape[1] / self.left.shape[2]
+
+    def projections(self, onto: int | str = -1) -> Float[Tensor, "map vector onto_vector"]:
+        """Cosines of every map's left directions with those of one map: the coordinates of the paper's figure 4B.
+
+        Args:
+            onto: Index or label of the map that is projected on; the last by default.
+        """
+        return self.left @ self.left[self._index(onto)].T
+
+    def overlap(self, onto: int | str = -1) -> Float[Tensor, " map"]:
+        """Mean squared cosine of every map's k directions with those of one map: 1 for the same subspace."""
+        return self.projections(onto).square().sum((1, 2)) / self.left.shape[1]
+
+    @property
+    def explained(self) -> Float[Tensor, " map"]:
+        """Share of the final stream's squared length inside every map's k directions."""
+        return (self.left @ self.final).square().sum(1) / self.final.square().sum()
+
+    @property
+    def explained_own(self) -> Float[Tensor, " map"]:
+        """Share of the squared length of what the model itself writes there inside the map's k directions."""
+        inside = torch.einsum("mvd,md->mv", self.left, self.written).square().sum(1)
+        return inside / self.written.square().sum(1)
+
+    def top_tokens(self, k: int = 5) -> TopTokens:
+        """The k tokens that every left direction raises most, through the final norm's linear part [map, vector, k]."""
+        return Directions(self.trace, FINAL_STREAM).raised(self.left, k)
+
+    def to_dataframe(self, tokenizer: Any = None, k: int = 5) -> pd.DataFrame:
+        """One row a map and vector.
+
+        Columns: wrt, output, vector, value, relative (to the largest of the map), stable_rank, overlap (with the last map),
+        explained, explained_own, chance, top_tokens (ids without a tokenizer).
+        """
+        tokenizer = tokenizer or self.trace.network.tokenizer
+        best = self.top_tokens(k).indices
+        texts = best.tolist() if tokenizer is None else decode(tokenizer, best)
+        by_map = {name: getattr(self, name).tolist() for name in ("stable_rank", "explained", "explained_own")} | {
+            "overlap": self.overlap().tolist()
+        }
+        rows = []
+        for i, (wrt, output) in enumerate(zip(self.wrt, self.outputs, strict=True)):
+            for vector, value in enumerate(self.values[i].tolist()):
+                row = {"wrt": wrt, "output": output, "vector": vector, "value": value}
+                row["relative"] = value / max(float(self.values[i, 0]), 1e-300)
+                row |= {name: values[i] for name, values in by_map.items()}
+                rows.append(row | {"chance": self.chance, "top_tokens": texts[i][vector]})
+        return pd.DataFrame(rows)
+
+    def _index(self, which: int | str) -> int:
+        names = {name: i for i, name in enumerate(self.outputs)} | {name: i for i, name in enumerate(self.labels)}
+        index = names.get(which, which) if isinstance(which, str) else which
+        if isinstance(index, str) or not -len(self.outputs) <= index < len(self.outputs):
+            raise ValueError(f"onto must be an index or a label among {self.labels}; got {which!r}.")
+        return index
+
+
+def detached_spectra(
+    model: Any,
+    text_or_tokens: Any,
+    *,
+    maps: Maps | Sequence[tuple[str, str]] = "cumulative",
+    k: int = 8,
+    position: int = -1,
+    pos: int | None = None,
+    max_bytes: int | None = MAX_BYTES,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+) -> DetachedSpectra:
+    """Singular values, stable ranks and leading output directions of detached maps, layer by layer.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork`.
+        text_or_tokens: One prompt, its token ids [1, pos], or a `Trace` of the network.
+        maps: `"cumulative"`: from the embeddings to every layer's stream, attention write and MLP write. `"layers"`: of
+            every layer alone, from its own input (the MLP's is the stream between). Or pairs of labels (wrt, output).
+        k: How many singular values and vectors.
+        position: The position that is written. Negative ones count from the end.
+        pos: The position that is read: the matrix J_t of this token alone. None: all of them side by side.
+        max_bytes: Refuse to hold more at once (d_model^2 x pos numbers); None for no limit.
+        attention_mask: Passed to the model (left padding needs it).
+        cache: A ready `ActivationCache` of the same input.
+
+    Returns:
+        A `DetachedSpectra`.
+
+    Raises:
+        ValueError: More than one prompt, bad labels, positions or k, or too large a prompt.
+
+    Source:
+        Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4.
+
+    Cost:
+        For each position that is read, d_model vectors through all stages of the network, in chunks.
+    """
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    with torch.inference_mode(False), torch.no_grad():
+        trace = trace_of(network, text_or_tokens, attention_mask, cache)
+        pairs = _pairs(network, maps)
+        d_model = trace[FINAL_STREAM].shape[-1]
+        sources = _check(trace, pairs, k, pos, d_model, max_bytes)
+        place = Rows.of(trace, position).positions
+        grams: dict[tuple[str, str], Tensor] = {}
+        images: dict[tuple[str, str], Tensor] = {}
+        written: dict[tuple[str, str], Tensor] = {}
+        for wrt in dict.fromkeys(wrt for wrt, _ in pairs):
+            outputs = [output for start, output in pairs if start == wrt]
+            chain = Chain(trace, wrt, outputs, place)
+            linear = {(wrt, output): found for output, (found, _) in zip(outputs, chain.maps(), strict=True)}
+            written |= {(wrt, output): chain.truth(output)[0, 0] for output in outputs}
+            for source in sources:
+                _add(linear, source, grams, images)
+        values, left, frobenius = zip(*(_decomposed(grams[pair], images[pair], k) for pair in pairs), strict=True)
+        dtype = trace[FINAL_STREAM].dtype
+        top, whole = torch.stack(values), torch.stack(frobenius)
+        return DetachedSpectra(
+            wrt=[wrt for wrt, _ in pairs],
+            outputs=[output for _, output in pairs],
+            position=place[0],
+            pos=None if pos is None else sources[0],
+            tokens=trace.tokens,
+            values=top.to(dtype),
+            frobenius=whole.to(dtype),
+            stable_rank=(whole / top[:, 0]).square().nan_to_num(0.0).to(dtype),
+            left=torch.stack(left).to(dtype),
+            written=torch.stack([written[pair] for pair in pairs]),
+            final=trace[FINAL_STREAM][0, place[0]],
+            trace=trace,
+        )
+
+
+def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
+    """The labels (wrt, output) of every map."""
+    if not isinstance(maps, str):
+        pairs = [tuple(pair) for pair in maps]
+        if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
+            raise ValueError(f"maps must be distinct pairs of labels (wrt, output), or {get_args(Maps)}; got {maps!r}.")
+        if any(output in (LOGITS, DECODER_STEP) for _, output in pairs):
+            raise ValueError(
+                "Spectra are of maps to streams and writes; got 'logits' or 'ln_final'. Use detached_jacobian's svd."
+            )
+        return pairs
+    if maps not in get_args(Maps):
+        raise ValueError(f"maps must be one of {get_args(Maps)} or pairs of labels; got {maps!r}.")
+    fine = network.at("sublayer")
+    pairs, first = [], fine.streams[0]
+    for i, stage in enumerate(fine.stages):
+        following = fine.streams[i + 1]
+        start = fine.sources[0] if maps == "cumulative" else stage.stream
+        pairs += [(start, step.write) for step in stage.steps]
+        if not following.endswith("_mid"):
+            pairs.append((start if maps == "cumulative" else first, following))
+            first = following
+    return pairs
+
+
+def _check(
+    trace: Trace, pairs: Sequence[tuple[str, str]], k: int, pos: int | None, d_model: int, max_bytes: int | None
+) -> list[int]:
+    """The input positions to go through."""
+    batch, length = trace.tokens.shape
+    if batch != 1:
+        raise ValueError(f"Spectra are of one prompt; got {batch}. Pass them one at a time.")
+    if not 1 <= k <= d_model:
+        raise ValueError(f"k must lie in 1..{d_model}; got {k}.")
+    if pos is not None and not -length <= pos < length:
+        raise ValueError(f"pos must lie in {-length}..{length - 1} for this input; got {pos}.")
+    size = d_model**2 * length * trace[FINAL_STREAM].element_size()
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(
+            f"What is held at once must take at most max_bytes = {size_text(max_bytes)}; d_model^2 x {length} positions "
+            f"take {size_text(size)}. Use detached_jacobian(...).svd, a shorter prompt, or max_bytes=None."
+        )
+    return list(range(length)) if pos is None else [pos % length]
+
+
+def _add(
+    linear: dict[tuple[str, str], ComposedMap], source: int, grams: dict[Any, Tensor], images: dict[Any, Tensor]
+) -> None:
+    """Add what one input position gives to every map's J J' and to its J e."""
+    point = next(iter(linear.values())).point
+    d_model = point.shape[-1]
+    units = point.new_zeros(d_model, *point.shape)
+    each = torch.arange(d_model, device=point.device)
+    units[each, 0, source, each] = 1
+    pairs = sorted(linear, key=lambda pair: len(linear[pair].parts))
+    for pair, rows in zip(pairs, sweep([linear[pair] for pair in pairs], units), strict=True):
+        columns = rows[:, 0, 0].double()  # J_t', a row an input coordinate
+        grams[pair] = grams.get(pair, 0) + columns.T @ columns
+        images[pair] = images.get(pair, 0) + point[0, source].double() @ columns
+
+
+def _decomposed(gram: Tensor, image: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular values, their left vectors in the sign of J e, and the Frobenius norm."""
+    squares, vectors = torch.linalg.eigh(gram)
+    left = vectors.T.flip(0)[:k]
+    left = torch.where(left @ image < 0, -1.0, 1.0).to(left)[:, None] * left
+    return squares.flip(0)[:k].clamp_min(0).sqrt(), left, gram.trace().sqrt()
