@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from tl_jets.stages import DECODER_STEP
 from tl_jets.trace import Trace
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Path:
     def then(self, step: str) -> Path:
         """The path that continues through `step`."""
         return Path(self.source, (*self.steps, step))
+
+    @property
+    def n_writes(self) -> int:
+        """How many writes the path passes through: its steps, the decoder apart."""
+        return sum(not step.startswith(DECODER_STEP) for step in self.steps)
 
     @classmethod
     def parse(cls, text: str) -> Path:
