@@ -1,0 +1,544 @@
+r"""Interventions: hooks that ablate or patch what steps write, and what that does to the model's answers.
+
+A step's write is what it adds to the stream (`tl_jets.network`). An ablation replaces it in a forward pass, and everything
+after it reads the changed stream:
+
+==============  ===========================================================================================
+mode            the write becomes
+==============  ===========================================================================================
+``"zero"``      zero
+``"mean"``      its mean over the real positions of all prompts of a reference
+``"resample"``  what it is, at the same position, in a prompt of the reference that is drawn at random
+==============  ===========================================================================================
+
+Attention and MLP are edited at `hook_attn_out` and `hook_mlp_out`, which TransformerLens adds to the stream: after any
+post-norm, with all biases. A block (`3_block`) is both. **Heads** are edited at `attn.hook_z`. A head's write excludes
+constants (`tl_jets.adapters.base`): zero puts z at its value for a zero normalized input, so that value biases, which
+every head would else lose, stay where they are, and folding them changes no ablation; z = 0 would remove b_V W_O, too.
+Zeroing all heads of a layer therefore leaves its constant `3_attn_bias`, zeroing `3_attn` does not. Under a post-norm
+(Gemma-2, OLMo-2) a head is edited before it, and the norm is taken of what is left.
+
+Hooks are `[(hook_name, function)]` for `model.hooks` and `model.run_with_hooks`; nothing is changed until they are used.
+`ablation_effect` runs them through `ResidualNetwork.trace`, which refuses a model whose streams do not follow the edit.
+
+Example:
+    >>> from tl_jets.pretrained import load_tinydocs
+    >>> model = load_tinydocs()
+    >>> prompt = "This function is available on Unix and"
+    >>> without = model.run_with_hooks(prompt, fwd_hooks=ablation_hooks(model, ["0_mlp", "L1H2"]))
+    >>> effect = ablation_effect(model, prompt, ["0_mlp", "L1H2"])
+    >>> effect
+    AblationEffect(2 ablations, zero; 1 prompts at [-1]; of ['<answer>'])
+    >>> change = without[0, -1] - model(prompt)[0, -1]
+    >>> bool(change[effect.target_ids[0, 0, 0]] < 0)
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.expansion.frozen_network import FrozenNetwork
+from tl_jets.expansion.paths import ARROW, Path
+from tl_jets.lenses.selection import Rows, TargetInput, read_targets, trace_of
+from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.stages import DECODER_STEP, GRANULARITIES, some
+from tl_jets.tokens import token_names
+from tl_jets.trace import Trace
+
+Mode = Literal["zero", "mean", "resample"]
+Steps = str | Path | Sequence[str | Path]
+Hooks = list[tuple[str, Callable[..., Tensor]]]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a write is edited: a hook point, and the head of its third axis if it is a head's."""
+
+    write: str
+    layer: int
+    point: str
+    head: int | None = None
+
+
+def ablation_hooks(
+    model: Any, steps: Steps, *, mode: Mode = "zero", reference: Any = None, seed: int = 0
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that ablate the writes of some steps together.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, their writes (`3_mlp_out`), or a `Path`, whose
+            steps are meant.
+        mode: What the writes become: `"zero"`, `"mean"` or `"resample"` (see the module).
+        reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`
+            (whose padding is left out).
+        seed: Which reference prompt every prompt gets under `"resample"`: the same one for all steps.
+
+    Returns:
+        `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
+
+    Raises:
+        ValueError: Unknown steps or mode; a reference where there must be none, or none where there must be one; a
+            reference with padding, or (when the hooks run) of another length than the input, to resample from.
+        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`).
+
+    Cost:
+        Heads at zero: a forward pass on one token and one attention layer each. References: a forward pass.
+
+    Example:
+        >>> from tl_jets.pretrained import load_tinydocs
+        >>> hooks = ablation_hooks(load_tinydocs(), ["L0H3", "2_mlp"])
+        >>> [name for name, function in hooks]
+        ['blocks.0.attn.hook_z', 'blocks.2.hook_mlp_out']
+    """
+    network = _hookable(model)
+    sites = _sites(network, steps)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
+    if (reference is None) != (mode == "zero"):
+        raise ValueError(
+            f"A reference says what writes become in modes 'mean' and 'resample', and is not used in mode 'zero'; got "
+            f"mode {mode!r} and {'no reference' if reference is None else 'a reference'}."
+        )
+    if mode == "zero":
+        constants = _head_constants(network, {site.layer for site in sites if site.head is not None})
+        return [_constant(site, torch.zeros(()) if site.head is None else constants[site]) for site in sites]
+    values, valid = _writes(network, reference, sites)
+    if mode == "mean":
+        return [_constant(site, values[site][valid].mean(0)) for site in sites]
+    if not bool(valid.all()):
+        raise ValueError(
+            "A reference to resample from must have prompts of one length, the input's, as writes are taken at the same "
+            "positions; got some padding. Choose prompts of equal length, or mode='mean'."
+        )
+    return [_resampled(site, values[site], seed) for site in sites]
+
+
+def patch_hooks(
+    model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that replace the writes of some steps by those of another input, or by given tensors.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        steps: One step or several, as in `ablation_hooks`.
+        source: Where the writes come from: a `Trace`, a prompt, a list of prompts, token ids [batch, pos]; or the write
+            itself, [batch, pos, d_model], if there is one step; or such tensors by step (terms of a `JetCache`, say).
+            Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head takes its write
+            from a prompt or a trace only.
+        positions: Where to patch, counted in the padded row, negative ones from its end; None for all. Where the source
+            is padding, the input keeps its own write.
+
+    Returns:
+        `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
+
+    Raises:
+        ValueError: Unknown steps or positions; tensors of another shape; a source of another length or batch than the
+            input (when the hooks run); heads from a trace made under other hooks.
+        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`); a tensor for
+            a head or a block.
+
+    Cost:
+        A forward pass, unless the source is tensors, or a trace and no step a head.
+
+    Example:
+        >>> from tl_jets.pretrained import load_tinydocs
+        >>> model = load_tinydocs()
+        >>> hooks = patch_hooks(model, "1_mlp", "This function is available on Windows and", positions=[-2, -1])
+        >>> patched = model.run_with_hooks("This function is available on Unix and", fwd_hooks=hooks)
+    """
+    network = _hookable(model)
+    sites = _sites(network, steps)
+    if isinstance(source, Tensor) and source.is_floating_point():
+        source = {site.write: source for site in sites} if len(sites) == 1 else {}
+    if isinstance(source, Mapping):
+        values = _given(network, source, sites)
+        valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
+    else:
+        values, valid = _writes(network, source, sites)
+    length = valid.shape[1]
+    if positions is not None:
+        wanted = [positions] if isinstance(positions, int) else list(positions)
+        if not wanted or not all(-length <= position < length for position in wanted):
+            raise ValueError(f"positions must lie in {-length}..{length - 1} for this source; got {wanted}.")
+        chosen = torch.zeros(length, dtype=torch.bool, device=valid.device)
+        chosen[wanted] = True
+        valid = valid & chosen
+    return [_patched(site, values[site], valid) for site in sites]
+
+
+def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that take the vector of one detached path off the last stream of one input.
+
+    The path is a source carried through the frozen linear parts of its steps (`tl_jets.expansion.frozen_network`). It is
+    removed where it arrives: what other paths carry is kept as it was, and only the final norm, whose scale is that of
+    what is left, answers to it. That is a direct, first-order removal, no rerun of the model without a circuit.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one, whose granularity says what
+            steps are; a model's is `"sublayer"`, or `"head"` if the path passes through heads.
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`: the input that the hooks are for.
+        path: `embed > 0_attn > 3_mlp`; its steps in the order of the network.
+
+    Returns:
+        `[(hook_name, function)]`; the function refuses a stream of another shape.
+
+    Raises:
+        ValueError: No such source or step, or steps out of order.
+        NotImplementedError: A network of plain callables; a model that cannot be frozen.
+
+    Source:
+        Golden, arXiv 2505.24293, section 3 (the frozen map); Elhage et al. 2021 (paths).
+
+    Cost:
+        Freezing (two evaluations of every stage, once a trace) and one linear application a step.
+    """
+    network = _hookable(model)
+    path = Path.parse(path) if isinstance(path, str) else path
+    steps = [step for step in path.steps if step != DECODER_STEP]
+    if not isinstance(model, ResidualNetwork) and any(step.startswith("L") for step in steps):
+        network = network.at("head")
+    trace = trace_of(network, text_or_tokens, None, None)
+    frozen = FrozenNetwork.of(trace)
+    if path.source not in frozen.sources:
+        raise ValueError(f"A path starts at one of {some(frozen.sources)}; got {path.source!r}.")
+    places = {step.label: (s, i) for s, stage in enumerate(network.stages) for i, step in enumerate(stage.steps)}
+    order = [places.get(step, (-1, 0)) for step in steps]
+    if any(stage < 0 for stage, _ in order) or any(a >= b for (a, _), (b, _) in pairwise(order)):
+        raise ValueError(
+            f"A path passes through steps of later and later stages, of {some(places)} at granularity "
+            f"{network.granularity!r}; got {str(path)!r}."
+        )
+    with torch.no_grad():
+        vector = frozen.sources[path.source][None]
+        for stage, row in order:
+            vector = frozen.writes(stage, vector)[row]
+
+    def remove(stream: Tensor, hook: Any = None) -> Tensor:
+        _check_shape(stream, vector[0], "without_path")
+        return stream - vector[0].to(stream)
+
+    last = max(step.layer for step in network.steps)
+    return [(f"blocks.{last}.hook_resid_post", remove)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblationEffect:
+    """What ablations change at some positions of some prompts, ablated - clean. Axes: [ablation, batch, pos].
+
+    Attributes:
+        labels: The ablated steps, aligned to the ablation axis.
+        mode: What their writes became.
+        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
+        tokens: The tokens at those positions [batch, pos].
+        target_ids: Token ids [batch, pos, target].
+        target_names: How they were asked for; `<answer>` is the model's own best token.
+        logit: Change of the targets' logits, after the model's own softcap or scale [ablation, batch, pos, target].
+        centered: The same beyond the change of the mean over the vocabulary [ablation, batch, pos, target].
+        kl: KL(clean || ablated) in nats [ablation, batch, pos].
+        tokenizer: The model's tokenizer, or None.
+    """
+
+    labels: list[str]
+    mode: Mode
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    logit: Float[Tensor, "ablation batch pos target"]
+    centered: Float[Tensor, "ablation batch pos target"]
+    kl: Float[Tensor, "ablation batch pos"]
+    tokenizer: Any
+
+    def __repr__(self) -> str:
+        return (
+            f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
+            f"of {self.target_names})"
+        )
+
+    def average(self) -> pd.DataFrame:
+        """A row an ablation, averaged over prompts, positions and targets: logit, centered, kl."""
+        columns = {name: getattr(self, name).flatten(1).mean(1).tolist() for name in ("logit", "centered", "kl")}
+        return pd.DataFrame({"step": self.labels, **columns})
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """A row an ablation, prompt, position and target: step, batch, pos, token, target, logit, centered, kl."""
+        names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
+        logit, centered, kl = self.logit.tolist(), self.centered.tolist(), self.kl.tolist()
+        rows = []
+        for i, b, p, t in torch.ones_like(self.logit).nonzero().tolist():
+            row = {"step": self.labels[i], "batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])]}
+            row |= {"target": names[int(self.target_ids[b, p, t])], "logit": logit[i][b][p][t]}
+            rows.append(row | {"centered": centered[i][b][p][t], "kl": kl[i][b][p]})
+        return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def ablation_effect(
+    model: Any,
+    prompts: Any,
+    steps: Steps | None = None,
+    *,
+    mode: Mode = "zero",
+    targets: TargetInput | None = None,
+    reference: Any = None,
+    positions: int | Sequence[int] = -1,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+) -> AblationEffect:
+    """What each of some ablations does to the model's answers.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        steps: Ablations, one at a time, each a step (as in `ablation_hooks`) or a `Path`, whose steps are ablated
+            together. None for all steps of the network's granularity (attention and MLP sublayers for a model).
+        mode: `"zero"`, `"mean"` or `"resample"`.
+        targets: Tokens whose logits are reported; None for the model's own best token at each position.
+        reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
+        positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
+        seed: Of `"resample"`.
+        attention_mask: Passed to the model (left padding needs it).
+
+    Returns:
+        An `AblationEffect`.
+
+    Raises:
+        ValueError: Bad steps, mode, reference, positions, targets or input; or the streams do not follow the edit.
+        NotImplementedError: A network of plain callables, which has no hooks.
+
+    Cost:
+        A forward pass an ablation, one for the clean answers, and the reference's.
+    """
+    network = _hookable(model)
+    trace = trace_of(network, prompts, attention_mask, None)
+    mask = trace.recording.memo.get("attention_mask")
+    places = _places(trace.valid, positions)
+    if steps is None:
+        steps = [step.label for step in network.steps if step.kind != "attn_bias"]
+    ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
+    if reference is not None and not isinstance(reference, Trace):
+        reference = network.trace(reference)
+
+    def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
+        with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+            logits = network.trace(trace.tokens, attention_mask=mask).logits
+        assert logits is not None  # the model ran
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).double()
+
+    clean = answers([])
+    rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
+    ids, names = read_targets(network, targets, rows)
+    if ids is None or names is None:
+        ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
+    logit, centered, kl = [], [], []
+    for ablation in ablations:
+        found = answers(ablation_hooks(network, ablation, mode=mode, reference=reference, seed=seed))
+        change = found - clean
+        logit.append(change.gather(-1, ids))
+        centered.append(logit[-1] - change.mean(-1, keepdim=True))
+        before, after = clean.log_softmax(-1), found.log_softmax(-1)
+        kl.append((before.exp() * (before - after)).sum(-1))
+    return AblationEffect(
+        labels=[str(ablation) for ablation in ablations],
+        mode=mode,
+        positions=[positions] if isinstance(positions, int) else list(positions),
+        tokens=trace.tokens.gather(1, places),
+        target_ids=ids,
+        target_names=list(names),
+        logit=torch.stack(logit),
+        centered=torch.stack(centered),
+        kl=torch.stack(kl),
+        tokenizer=network.tokenizer,
+    )
+
+
+# Where
+
+
+def _hookable(model: Any) -> ResidualNetwork:
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    if isinstance(network.view, CallableModel):
+        raise NotImplementedError(
+            "Interventions are hooks on a TransformerLens model; a network of plain callables has none. Give it other "
+            "functions: CallableModel(embed, stages, decoder)."
+        )
+    return network
+
+
+def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
+    """Where the writes of some steps are edited, each once."""
+    known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}
+    by_write = {step.write: step for step in known.values()}
+    labels: list[str] = []
+    for step in [steps] if isinstance(steps, (str, Path)) else steps:
+        path = Path.parse(step) if isinstance(step, str) and ARROW in step else step
+        labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [path]
+    sites: list[_Site] = []
+    for label in labels:
+        step = known.get(label) or by_write.get(label)
+        if step is None:
+            raise ValueError(f"A step to edit is one of {some(known, 40)}, or its write; got {label!r}.")
+        if step.kind == "attn_bias":
+            raise NotImplementedError(
+                f"{label} is a constant that no hook point carries; edit {step.layer}_attn instead."
+            )
+        if step.kind == "head":
+            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.attn.hook_z", step.head))
+            continue
+        for kind in ("attn", "mlp") if step.kind == "block" else (step.kind,):
+            if f"{step.layer}_{kind}" in known:
+                write = f"{step.layer}_{kind}_out"
+                sites.append(_Site(write, step.layer, f"blocks.{step.layer}.hook_{kind}_out"))
+    if not sites:
+        raise ValueError(f"An intervention needs at least one step; got {steps!r}.")
+    return list(dict.fromkeys(sites))
+
+
+def _places(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
+    """Where in the padded rows the wanted ones of each prompt's real tokens are."""
+    wanted = [positions] if isinstance(positions, int) else list(positions)
+    shortest = int(valid.sum(1).min())
+    if not wanted or not all(-shortest <= position < shortest for position in wanted):
+        raise ValueError(
+            f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {wanted}."
+        )
+    return torch.stack([row.nonzero()[:, 0][wanted] for row in valid])
+
+
+# What is written
+
+
+def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, Float[Tensor, " d_head"]]:
+    """Every head's z for a zero normalized input: patterns sum to one, so it is the same on any input."""
+    found: dict[_Site, Tensor] = {}
+    if not layers:
+        return found
+    network = network.at("sublayer")
+    with torch.no_grad():
+        trace = network.trace(torch.zeros(1, 1, dtype=torch.long))
+        zero = torch.zeros_like(trace[network.streams[0]])
+        for layer in sorted(layers):
+            gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"
+            z = _grabbing(network, [point], lambda gamma=gamma: gamma(zero))[point][0, -1]
+            found |= {_Site(f"L{layer}H{head}_out", layer, point, head): z[head] for head in range(len(z))}
+    return found
+
+
+def _writes(
+    network: ResidualNetwork, source: Any, sites: list[_Site]
+) -> tuple[dict[_Site, Float[Tensor, "batch pos size"]], Bool[Tensor, "batch pos"]]:
+    """What an input writes at some sites, and which of its positions are real."""
+    points = list(dict.fromkeys(site.point for site in sites if site.head is not None))
+    mask = None
+    if isinstance(source, Trace):
+        trace = trace_of(network, source, None, None)
+        if points and trace.recording.hook_state != network.view.hook_state():
+            raise ValueError(
+                "Heads are read off another run of the trace's input, under the hooks under which it was made; those on "
+                "the model have changed since. Trace again, or do it inside the same `with model.hooks(...)`."
+            )
+        source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
+    else:
+        trace = None
+    grabbed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if trace is None or points:
+            again: list[Trace] = []
+            grabbed = _grabbing(network, points, lambda: again.append(network.trace(source, attention_mask=mask)))
+            trace = trace or again[0]
+    values = {s: trace[s.write] if s.head is None else grabbed[s.point][:, :, s.head] for s in sites}
+    return values, trace.valid
+
+
+def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What passes some hook points while `run` runs."""
+    found: dict[str, Tensor] = {}
+
+    def grab(tensor: Tensor, hook: Any, name: str) -> None:
+        found[name] = tensor.detach()
+
+    hooks = [(name, lambda tensor, hook, name=name: grab(tensor, hook, name)) for name in points]
+    with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+        run()
+    return found
+
+
+def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_Site]) -> dict[_Site, Tensor]:
+    """Tensors that the caller gives, by site."""
+    found: dict[_Site, Tensor] = {}
+    for label, value in source.items():
+        own = _sites(network, label)
+        if len(own) != 1 or own[0].head is not None:
+            raise NotImplementedError(
+                f"A tensor is the write of an attention or MLP sublayer; {label} is not one (a head's write spans d_head "
+                f"dimensions, a block is two writes). Give a prompt or a Trace as the source, or edit the sublayer's."
+            )
+        found[own[0]] = value
+    shapes = {tuple(value.shape[:2]) for value in found.values()}
+    d_model = network.decoder.d_model
+    if any(value.ndim != 3 or value.shape[2] != d_model for value in found.values()) or len(shapes) > 1:
+        raise ValueError(
+            f"Writes must have shape [batch, pos, d_model = {d_model}], all the same; got "
+            f"{[tuple(value.shape) for value in found.values()]}."
+        )
+    missing = [site.write for site in sites if site not in found]
+    if missing:
+        raise ValueError(
+            f"Every step to patch needs its write; nothing was given for {some(missing)}. One tensor serves one step: "
+            f"pass {{step: tensor}} for several."
+        )
+    return found
+
+
+# Hooks
+
+
+def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
+    def edit(write: Tensor, hook: Any = None) -> Tensor:
+        if site.head is None:
+            return new(write)
+        write = write.clone()
+        write[:, :, site.head] = new(write[:, :, site.head])
+        return write
+
+    return site.point, edit
+
+
+def _constant(site: _Site, value: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    return _hook(site, lambda write: value.to(write).expand_as(write))
+
+
+def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..., Tensor]]:
+    def new(write: Tensor) -> Tensor:
+        _check_shape(write[:1], values[:1], "resample")
+        # The same rows at every site: a prompt's writes come from one reference prompt.
+        rows = torch.randint(len(values), (len(write),), generator=torch.Generator().manual_seed(seed))
+        return values[rows.to(values.device)].to(write)
+
+    return _hook(site, new)
+
+
+def _patched(site: _Site, values: Tensor, where: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    def new(write: Tensor) -> Tensor:
+        _check_shape(write, values if len(values) > 1 else values.expand(len(write), -1, -1), "patch")
+        return torch.where(where[..., None].to(write.device), values.to(write), write)
+
+    return _hook(site, new)
+
+
+def _check_shape(write: Tensor, values: Tensor, what: str) -> None:
+    if write.shape != values.shape:
+        raise ValueError(
+            f"{what} needs an input of the shape of what it writes, [batch, pos, size] = {tuple(values.shape)}; got "
+            f"{tuple(write.shape)}. Use the hooks on an input of that batch and length, without a key-value cache."
+        )
