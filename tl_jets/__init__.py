@@ -11,21 +11,37 @@ from importlib.metadata import version
 import tl_jets.adapters  # noqa: F401  (registers the views of TransformerLens models)
 from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
 from tl_jets.decoder import Decoder, Metric
-from tl_jets.detached import DetachedJacobian, detached, detached_jacobian
+from tl_jets.detached import (
+    BlockNorms,
+    DetachedJacobian,
+    DetachedSpectra,
+    detached,
+    detached_jacobian,
+    detached_spectra,
+    steering_hooks,
+)
 from tl_jets.expansion import Expansion, JetCache, Path, Term, jet_expand
+from tl_jets.expansion.exponential import PathExpansion, exponential_expansion
+from tl_jets.expansion.path_cache import PathCache
+from tl_jets.expansion.path_statistics import PathStatistics, path_lengths, path_sums
+from tl_jets.interventions import AblationEffect, ablation_effect, ablation_hooks, patch_hooks, without_path
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
 from tl_jets.linear_map import LinearMap, SingularVectors
 from tl_jets.measures import Measures
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.pretrained import load_tinydocs
 from tl_jets.stages import Stage, Step
 from tl_jets.trace import Trace
 
 __version__ = version("tl-jets")
 
 __all__ = [
+    "AblationEffect",
+    "BlockNorms",
     "CallableModel",
     "Decoder",
     "DetachedJacobian",
+    "DetachedSpectra",
     "Expansion",
     "IterativeJetLens",
     "Jet",
@@ -37,6 +53,9 @@ __all__ = [
     "Norm",
     "NormJet",
     "Path",
+    "PathCache",
+    "PathExpansion",
+    "PathStatistics",
     "ResidualNetwork",
     "Series",
     "SingularVectors",
@@ -44,11 +63,21 @@ __all__ = [
     "Step",
     "Term",
     "Trace",
+    "ablation_effect",
+    "ablation_hooks",
     "detached",
     "detached_jacobian",
+    "detached_spectra",
+    "exponential_expansion",
     "iterative_jet_lens",
     "jet",
     "jet_expand",
     "joint_jet_lens",
+    "load_tinydocs",
     "norm_jet",
+    "patch_hooks",
+    "path_lengths",
+    "path_sums",
+    "steering_hooks",
+    "without_path",
 ]
