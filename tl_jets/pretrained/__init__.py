@@ -7,9 +7,9 @@ under which licences, and how good it is; `demos/tinydocs/train.py` trains it ag
 Example:
     >>> import tl_jets.pretrained
     >>> model = tl_jets.pretrained.load_tinydocs()
-    >>> logits = model("This function is available on Unix and")
+    >>> logits = model("If the file does not exist, an error is")
     >>> model.tokenizer.decode(logits[0, -1].argmax())
-    ' Windows'
+    ' reported'
 """
 
 from __future__ import annotations
