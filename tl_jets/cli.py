@@ -13,13 +13,13 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from tqdm import tqdm
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tl_jets import terminal
 from tl_jets.expansion.expand import CENTER_SCALES, OBJECTIVES
@@ -107,15 +107,9 @@ def run_lens(options: argparse.Namespace) -> int:
         if path is not None and path.is_dir():
             raise UsageError(f"cannot write {str(path)!r}: it is a directory")
     shared: dict[str, Any] = {"center_scale": options.center_scale, "top_k": options.top_k}
-    # A bar in a terminal, if it takes longer than a second.
-    with tqdm(total=4, delay=1, leave=False, disable=None, bar_format="{desc:24}{bar}{elapsed}") as bar:
-
-        def step(name: str) -> None:
-            bar.set_description_str(name, refresh=False)
-            bar.update()
-
+    with _steps(4) as step:
         try:
-            step("loading the model")
+            step("loading TransformerLens and the model")
             network = _network(options.model, options.granularity)
             step("forward pass")
             trace = network.trace(options.prompt)
@@ -142,6 +136,21 @@ def run_lens(options: argparse.Namespace) -> int:
     if options.svg is not None:
         _write(options.svg, terminal.picture(*lenses))
     return 0
+
+
+@contextmanager
+def _steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error while the work lasts, in a terminal only; call what it gives when a step begins."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    in_terminal = {
+        "transient": True,
+        "disable": not console.is_terminal,
+        "redirect_stderr": False,
+    }  # downloads have bars
+    with Progress(*columns, console=console, **in_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda name: progress.update(task, description=name, advance=1)
 
 
 def _write(path: Path, text: str) -> None:

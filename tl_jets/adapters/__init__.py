@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tl_jets.adapters.bridge import TransformerBridgeView
@@ -13,6 +14,8 @@ __all__ = ["TransformerBridgeView", "view"]
 
 def view(model: Any) -> ModelView | None:
     """The view of a TransformerLens model, or None if `model` is something else."""
+    if "transformer_lens" not in sys.modules:  # it takes seconds to import, and nobody has made a model of it
+        return None
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(model, TransformerBridge):

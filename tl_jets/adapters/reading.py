@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformer_lens.utilities.quantization import unreadable_weight_reason
 
 from tl_jets.calculus import Norm, full_precision
 
@@ -187,6 +186,8 @@ def refuse_unsupported(model: Any) -> None:
         raise NotImplementedError(
             f"Blocks must be attention and MLP; state-space and recurrent ones are not supported, got {recurrent or name}."
         )
+    from transformer_lens.utilities.quantization import unreadable_weight_reason
+
     reasons = (unreadable_weight_reason(parameter) for parameter in model.parameters())
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason or _option(model, "quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit"):
