@@ -29,6 +29,7 @@ from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, j
 from tl_jets.linear_map import LinearMap, SingularVectors
 from tl_jets.measures import Measures
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.path_ablation import path_ablation
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.stages import Stage, Step
 from tl_jets.trace import Trace
@@ -76,6 +77,7 @@ __all__ = [
     "load_tinydocs",
     "norm_jet",
     "patch_hooks",
+    "path_ablation",
     "path_lengths",
     "path_sums",
     "steering_hooks",

@@ -36,7 +36,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -237,7 +237,7 @@ class AblationEffect:
 
     Attributes:
         labels: The ablated steps, aligned to the ablation axis.
-        mode: What their writes became.
+        mode: What their writes became; `"path"` where single paths were ablated (`tl_jets.path_ablation`).
         positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
         tokens: The tokens at those positions [batch, pos].
         target_ids: Token ids [batch, pos, target].
@@ -249,7 +249,7 @@ class AblationEffect:
     """
 
     labels: list[str]
-    mode: Mode
+    mode: str
     positions: list[int]
     tokens: Int[Tensor, "batch pos"]
     target_ids: Int[Tensor, "batch pos target"]
@@ -322,7 +322,7 @@ def ablation_effect(
     network = _hookable(model)
     trace = trace_of(network, prompts, attention_mask, None)
     mask = trace.recording.memo.get("attention_mask")
-    places = _places(trace.valid, positions)
+    places = real_positions(trace.valid, positions)
     if steps is None:
         steps = [step.label for step in network.steps if step.kind != "attn_bias"]
     ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
@@ -335,21 +335,36 @@ def ablation_effect(
         assert logits is not None  # the model ran
         return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).double()
 
-    clean = answers([])
+    labels = [str(ablation) for ablation in ablations]
+    every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
+    return effect_of(trace, answers([]), every, labels, mode, places, positions=positions, targets=targets)
+
+
+def effect_of(
+    trace: Trace,
+    clean: Float[Tensor, "batch pos d_vocab"],
+    ablated: Iterable[Float[Tensor, "batch pos d_vocab"]],
+    labels: list[str],
+    mode: str,
+    places: Int[Tensor, "batch pos"],
+    *,
+    positions: int | Sequence[int],
+    targets: TargetInput | None,
+) -> AblationEffect:
+    """What ablations change: `clean` and `ablated` are the model's logits at `places` of the trace, in float64."""
     rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
-    ids, names = read_targets(network, targets, rows)
+    ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
         ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
     logit, centered, kl = [], [], []
-    for ablation in ablations:
-        found = answers(ablation_hooks(network, ablation, mode=mode, reference=reference, seed=seed))
+    for found in ablated:
         change = found - clean
         logit.append(change.gather(-1, ids))
         centered.append(logit[-1] - change.mean(-1, keepdim=True))
         before, after = clean.log_softmax(-1), found.log_softmax(-1)
         kl.append((before.exp() * (before - after)).sum(-1))
     return AblationEffect(
-        labels=[str(ablation) for ablation in ablations],
+        labels=labels,
         mode=mode,
         positions=[positions] if isinstance(positions, int) else list(positions),
         tokens=trace.tokens.gather(1, places),
@@ -358,7 +373,7 @@ def ablation_effect(
         logit=torch.stack(logit),
         centered=torch.stack(centered),
         kl=torch.stack(kl),
-        tokenizer=network.tokenizer,
+        tokenizer=trace.network.tokenizer,
     )
 
 
@@ -404,7 +419,7 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
     return list(dict.fromkeys(sites))
 
 
-def _places(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
+def real_positions(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
     """Where in the padded rows the wanted ones of each prompt's real tokens are."""
     wanted = [positions] if isinstance(positions, int) else list(positions)
     shortest = int(valid.sum(1).min())

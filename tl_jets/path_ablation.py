@@ -1,0 +1,139 @@
+r"""Ablating one path: what the model answers if what arrives along a path is taken away, and everything may respond.
+
+A detached path is exact while norm scales, attention patterns and gates stay as they are (`exponential_expansion`). Whether
+the model would miss it is another question. Here every step of the path is evaluated again, by the model itself, without
+what the step before sent:
+
+.. math::
+    \delta_0 = \text{source}, \qquad
+    \delta_i = \gamma_{s_i}(h_{s_i}) - \gamma_{s_i}(h_{s_i} - \delta_{i-1}), \qquad
+    \text{answer} = \upsilon(h_L - \delta_n) ,
+
+with h the true streams. All that reaches a step along other ways stays, as in path patching. For an affine network this is the
+path itself; elsewhere the two differ by how far patterns, gates and norms respond.
+
+Source: Wang et al. 2022, *Interpretability in the Wild* (path patching; here the other input is zero); Goldowsky-Dill et al.
+2023, *Localizing Model Behavior with Path Patching*.
+
+Example:
+    >>> import tl_jets as tj
+    >>> network = tj.ResidualNetwork(tj.load_tinydocs())
+    >>> prompt = "This function is available on Unix and"
+    >>> effect = path_ablation(network, prompt, ["embed > 0_mlp > ln_final", "embed > 1_attn > 3_mlp > ln_final"])
+    >>> effect
+    AblationEffect(2 ablations, path; 1 prompts at [-1]; of ['<answer>'])
+    >>> bool((effect.centered < 0).any())
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.expansion.frozen_network import FrozenNetwork
+from tl_jets.expansion.paths import Path
+from tl_jets.interventions import AblationEffect, effect_of, real_positions
+from tl_jets.lenses.selection import TargetInput, trace_of
+from tl_jets.network import ResidualNetwork
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM, some
+from tl_jets.trace import Trace
+
+
+@torch.no_grad()
+def path_ablation(
+    model: Any,
+    prompts: Any,
+    paths: str | Path | Sequence[str | Path],
+    *,
+    targets: TargetInput | None = None,
+    positions: int | Sequence[int] = -1,
+    attention_mask: Tensor | None = None,
+) -> AblationEffect:
+    """What the model's answers lose with each of some paths (path patching with zero).
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
+        prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several: a source (an embedding, an edit, a bias such as
+            `3_mlp_bias`, a stream or a write of the trace), and steps in the order of the network.
+        targets: Tokens whose logits are reported; None for the model's own best token at each position.
+        positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
+        attention_mask: Passed to the model (left padding needs it).
+
+    Returns:
+        An `AblationEffect` with a row a path and mode `"path"`: changes of the model's own logits, after a final softcap.
+
+    Raises:
+        ValueError: No such source or step, or steps out of order; bad positions, targets or input.
+        NotImplementedError: A path from a bias in a model that cannot be frozen (see `exponential_expansion`).
+
+    Cost:
+        An evaluation of a stage for every prefix of the paths, each once, and the unembedding for every path.
+    """
+    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    trace = trace_of(network, prompts, attention_mask, None)
+    wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not wanted:
+        raise ValueError("path_ablation needs at least one path; got none.")
+    parsed = [Path.parse(path) if isinstance(path, str) else path for path in wanted]
+    places = real_positions(trace.valid, positions)
+    decoder, final = network.decoder, trace[FINAL_STREAM]
+    sent: dict[Path, Tensor] = {}
+
+    def answers(stream: Tensor) -> Tensor:
+        rows = stream.gather(1, places[..., None].expand(-1, -1, stream.shape[-1]))
+        logits = decoder.logits(decoder.norm(rows))
+        return (logits if decoder.transform is None else decoder.transform(logits)).double()
+
+    for path in parsed:
+        _check_order(network, path)
+    found = (answers(final - _along(trace, path, sent)) for path in parsed)
+    return effect_of(
+        trace,
+        answers(final),
+        found,
+        [str(path) for path in parsed],
+        "path",
+        places,
+        positions=positions,
+        targets=targets,
+    )
+
+
+def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:
+    """What arrives along a path at its end [batch, pos, d_model]; prefixes are evaluated once."""
+    steps = tuple(step for step in path.steps if step != DECODER_STEP)
+    path = Path(path.source, steps)
+    if path not in sent:
+        if not steps:
+            sent[path] = _source(trace, path.source)
+        else:
+            before = _along(trace, Path(path.source, steps[:-1]), sent)
+            gamma, stream = trace.gamma(steps[-1]), trace[trace.network.stage(steps[-1]).stream]
+            sent[path] = gamma(stream) - gamma(stream - before)
+    return sent[path]
+
+
+def _source(trace: Trace, label: str) -> Tensor:
+    if label in trace:
+        return trace[label]
+    with torch.enable_grad():
+        sources = FrozenNetwork.of(trace).sources
+    if label not in sources:
+        raise ValueError(f"A path starts at a label of the trace or a bias, {some({**sources})}; got {label!r}.")
+    return sources[label].detach()
+
+
+def _check_order(network: ResidualNetwork, path: Path) -> None:
+    places = {step.label: place for place, stage in enumerate(network.stages) for step in stage.steps}
+    order = [places.get(step, -1) for step in path.steps if step != DECODER_STEP]
+    if -1 in order or any(a >= b for a, b in pairwise(order)) or DECODER_STEP in path.steps[:-1]:
+        raise ValueError(
+            f"A path passes through steps of later and later stages, of {some(places)} at granularity "
+            f"{network.granularity!r}, and then through {DECODER_STEP}; got {str(path)!r}."
+        )
