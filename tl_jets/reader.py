@@ -21,6 +21,8 @@ BLOCK = 128
 # Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
+# Logits whose products with log2(e) are rounded by less than a thousandth of a bit in float32.
+LARGE = 2.0**13
 # Layers (and other sets of rows) that share a product with W_U.
 MAX_SETS = 14
 
@@ -214,6 +216,10 @@ class Reader:
         if self.decoder.transform is not None:
             logits.copy_(self.transformed(logits))
             self.floor(logits)
+        if float(top.abs().max()) > LARGE:
+            # Rounding top * log2(e) would move the sum of powers by many bits: a pass more.
+            logits.sub_(top.unsqueeze(-1)).mul_(self.log2_e)
+            return top.double() * self.log2_e
         shift = top * self.log2_e
         torch.add(-shift.unsqueeze(-1), logits, alpha=self.log2_e, out=logits)
         return shift.double()
@@ -262,7 +268,8 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> 
         count = int((~tensor.isfinite()).sum())
         raise ValueError(
             f"{name} must be finite, got {count} NaN or infinite values of {tensor.numel()}. Look for masked (padding) "
-            "positions, an overflow in half precision, or a series evaluated at a zero center."
+            "positions, an overflow in half precision, a series evaluated at a zero center, or one of high order that diverges "
+            "(rho > 1; see center_scale)."
         )
 
 
