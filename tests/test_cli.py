@@ -10,6 +10,7 @@ import sys
 import pytest
 import zoo
 
+import tl_jets
 import tl_jets.cli as cli
 from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens
 from tl_jets.tokens import token_text, visible
@@ -67,7 +68,9 @@ def test_lens_prints_what_the_lenses_say(capsys, monkeypatch, stories, columns):
             kl, control = lens.kl[i, k, 0, -1], lens.control.kl[i, k, 0, -1]
             if min(kl, control) > 0.006:
                 assert f"{number(float(kl))} ({number(float(control))})" in scores
-        assert f"{float(lens.borrowed_share[i, 1, 0, -1]):.0%}" in scores
+        own = " -own" if lens.alpha[i, 1, 0, -1] < 0 else ""
+        assert f"{float(lens.borrowed_share[i, 1, 0, -1]):.0%}{own}" in scores
+        assert scores.count("-own") == int((lens.alpha[i, 1:, 0, -1] < 0).sum())
     for i, label in enumerate(joint.labels):
         cells = row(lines, label, "Joint jet lens")[0].split()
         assert cells[1] == f"{float(joint.weights[i, 0, -1]):.3f}"
@@ -96,6 +99,23 @@ def test_options(capsys, monkeypatch, stories):
     assert int(hidden.split()[0]) + len(shown) == len(labels) == 51  # one embedding, 5 x (8 heads, bias, MLP)
     # The logit lens borrows nothing: the legend explains no bracket.
     assert not any(line.startswith("[token]") for line in lines)
+
+
+def test_orders_that_the_terminal_has_no_room_for_are_named(capsys, monkeypatch, stories):
+    lines = run(capsys, monkeypatch, "--order", "7", columns=80)
+    assert any("orders 3 to 7 need a wider terminal, --html or --json" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_options_without_a_command_are_those_of_lens(capsys, stories):
+    assert cli.main(["--model", "stories", "--prompt", PROMPT, "--top-k", "1"]) == 0
+    assert "Iterative jet lens" in capsys.readouterr().out
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0 and capsys.readouterr().out.startswith(f"tl-jets {tl_jets.__version__}")
 
 
 REFUSED = [

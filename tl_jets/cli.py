@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,8 +49,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (0, or 2 for bad input)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments or ["lens"])
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        arguments = ["lens", *arguments]
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except UsageError as error:
@@ -59,7 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = Parser(prog="tl-jets", description=(__doc__ or "").split("\n\n")[0])
+    top = Parser(
+        prog="tl-jets",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Options without a command are those of `lens`; without any, the embedded model is read.",
+    )
+    top.add_argument("--version", action="version", version=f"tl-jets {version('tl-jets')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     lens = commands.add_parser(
         "lens",
@@ -120,12 +128,12 @@ def run_lens(options: argparse.Namespace) -> int:
             joint = joint_jet_lens(network, trace, order=options.joint_order, objective=options.objective, **shared)
         except (ValueError, NotImplementedError) as error:
             raise UsageError(_one_line(error)) from error
+    console = Console()
     lenses = (
         terminal.heading(iterative, position, options.model, options.prompt),
-        terminal.iterative_table(iterative, position),
+        terminal.iterative_table(iterative, position, width=console.width),
         terminal.joint_table(joint, position),
     )
-    console = Console()
     for part in (*lenses, terminal.average_table(iterative, joint), terminal.legend(iterative)):
         console.print(part)
     data = lens_data(iterative, joint, model=options.model, prompt=options.prompt)

@@ -23,6 +23,7 @@ DIVERGENT_STYLE = "yellow"
 BAR = "\u2588"
 BAR_WIDTH = 20
 PICTURE_WIDTH = 84
+LABEL_WIDTH, ORDER_WIDTH = 11, 22
 # Components below this weight share a row where there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 TITLES = {
@@ -49,11 +50,15 @@ def heading(lens: IterativeJetLens, position: int, model: str, prompt: str) -> T
     )
 
 
-def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Group:
-    """A layer a row, an order a column: best tokens, KL beside its control, and the borrowed share."""
+def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0, width: int = PICTURE_WIDTH) -> Group:
+    """A layer a row, an order a column: best tokens, KL beside its control, and the borrowed share.
+
+    The first orders are shown that `width` columns have room for.
+    """
     table = _table()
     table.add_column("layer\nrho", no_wrap=True)
-    for order in lens.orders:
+    shown = lens.orders[: max(1, (width - LABEL_WIDTH) // ORDER_WIDTH)]
+    for order in shown:
         lines = (
             ("order 0", "logit lens", "KL (control)") if order == 0 else (f"order {order}", "KL (control)", "borrowed")
         )
@@ -62,13 +67,17 @@ def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Gr
     for i, label in enumerate(lens.labels):
         rho = float(lens.rho[i, batch, position])
         cells = [Text.assemble(label, "\n", (_number(rho), DIVERGENT_STYLE if rho >= 1 else "dim"))]
-        for k, order in enumerate(lens.orders):
+        for k, order in enumerate(shown):
             cell = _answers(lens, lens.top_ids[i, k, batch, position], bool(borrowed[i, k]))
             cell.append_text(_beside("\n", lens.kl[i, k, batch, position], control.kl[i, k, batch, position]))
             if order > 0:
                 cell.append(f" {float(lens.borrowed_share[i, k, batch, position]):.0%}")
+                if float(lens.alpha[i, k, batch, position]) < 0:
+                    cell.append(" -own", "dim")
             cells.append(cell)
         table.add_row(*cells)
+    if len(shown) < len(lens.orders):
+        table.caption = f"orders {shown[-1] + 1} to {lens.orders[-1]} need a wider terminal, --html or --json"
     return _titled(f"Iterative jet lens: what each layer's stream says (center_scale={lens.center_scale})", table)
 
 
@@ -128,10 +137,11 @@ def legend(lens: IterativeJetLens) -> Group:
         "order k": "The final norm's Taylor polynomial of degree k around the layer's stream, taken at the final stream, "
         "then unembedded. Order 0 is the logit lens. Of higher orders a part is the model's own final stream.",
         "[token]": "Borrowed: the answer comes from that part; what is the layer's own says something else.",
-        "borrowed": "How much of the logits is that part, by length.",
-        "KL (control)": "KL(model || lens) in nats, 0 is best. In brackets: the same for a random vector of the layer's "
-        "length and angle to the final stream, which knows nothing of the layer. A KL no better than its control is no "
-        "evidence about the layer.",
+        "borrowed": "How much of the logits is that part, by length. -own: the layer's own reading is subtracted (alpha < 0), "
+        "as it is at order 1 wherever the stream has grown much since.",
+        "KL (control)": "KL(model || lens) in nats, 0 is best. In round brackets: the same for one random vector of the "
+        "layer's length and angle to the final stream. It has that much of the answer and nothing else of the layer; a KL no "
+        "better is no evidence about the layer. One draw scatters by tens of percent: compare averages.",
         "rho": "Distance from the layer's stream to the final one, in lengths of the layer's. At 1 or more the series "
         "diverges: higher orders then are no better than lower ones.",
         "joint": "Weights on the components, summing to 1, that bring the sum of their jets closest to the model's "
