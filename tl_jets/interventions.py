@@ -15,8 +15,9 @@ Attention and MLP are edited at `hook_attn_out` and `hook_mlp_out`, which Transf
 post-norm, with all biases. A block (`3_block`) is both. **Heads** are edited at `attn.hook_z`. A head's write excludes
 constants (`tl_jets.adapters.base`): zero puts z at its value for a zero normalized input, so that value biases, which
 every head would else lose, stay where they are, and folding them changes no ablation; z = 0 would remove b_V W_O, too.
-Zeroing all heads of a layer therefore leaves its constant `3_attn_bias`, zeroing `3_attn` does not. Under a post-norm
-(Gemma-2, OLMo-2) a head is edited before it, and the norm is taken of what is left.
+Zeroing all heads of a layer therefore leaves its constant `3_attn_bias`, zeroing `3_attn` does not. **Neurons** (`L3N17`) are
+edited at `mlp.hook_post`, where zero is zero. Under a post-norm (Gemma-2, OLMo-2) heads and neurons are edited before it, and the
+norm is taken of what is left.
 
 Hooks are `[(hook_name, function)]` for `model.hooks` and `model.run_with_hooks`; nothing is changed until they are used.
 `ablation_effect` runs them through `ResidualNetwork.trace`, which refuses a model whose streams do not follow the edit.
@@ -61,12 +62,18 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a write is edited: a hook point, and the head of its third axis if it is a head's."""
+    """Where a write is edited: a hook point, and the head or neuron of its third axis if it is one's."""
 
     write: str
     layer: int
     point: str
     head: int | None = None
+    neuron: int | None = None
+
+    @property
+    def part(self) -> int | slice | None:
+        """The index of the third axis that leaves [batch, pos, size]; None for all of it."""
+        return self.head if self.neuron is None else slice(self.neuron, self.neuron + 1)
 
 
 def ablation_hooks(
@@ -76,8 +83,8 @@ def ablation_hooks(
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
-        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, their writes (`3_mlp_out`), or a `Path`, whose
-            steps are meant.
+        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes (`3_mlp_out`), or a `Path`,
+            whose steps are meant.
         mode: What the writes become: `"zero"`, `"mean"` or `"resample"` (see the module).
         reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`
             (whose padding is left out).
@@ -89,7 +96,8 @@ def ablation_hooks(
     Raises:
         ValueError: Unknown steps or mode; a reference where there must be none, or none where there must be one; a
             reference with padding, or (when the hooks run) of another length than the input, to resample from.
-        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`).
+        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`), or the rest of an MLP
+            without some neurons.
 
     Cost:
         Heads at zero: a forward pass on one token and one attention layer each. References: a forward pass.
@@ -133,8 +141,8 @@ def patch_hooks(
         steps: One step or several, as in `ablation_hooks`.
         source: Where the writes come from: a `Trace`, a prompt, a list of prompts, token ids [batch, pos]; or the write
             itself, [batch, pos, d_model], if there is one step; or such tensors by step (terms of a `JetCache`, say).
-            Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head takes its write
-            from a prompt or a trace only.
+            Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head or neuron takes its
+            write from a prompt or a trace only.
         positions: Where to patch, counted in the padded row, negative ones from its end; None for all. Where the source
             is padding, the input keeps its own write.
 
@@ -145,10 +153,10 @@ def patch_hooks(
         ValueError: Unknown steps or positions; tensors of another shape; a source of another length or batch than the
             input (when the hooks run); heads from a trace made under other hooks.
         NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`); a tensor for
-            a head or a block.
+            a head, neuron or block.
 
     Cost:
-        A forward pass, unless the source is tensors, or a trace and no step a head.
+        A forward pass, unless the source is tensors, or a trace and no step a head or neuron.
 
     Example:
         >>> from tl_jets.pretrained import load_tinydocs
@@ -185,7 +193,8 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one, whose granularity says what
-            steps are; a model's is `"sublayer"`, or `"head"` if the path passes through heads.
+            steps are; a model's is `"sublayer"`, or `"head"` if the path passes through heads, with
+            the path's neurons as steps.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`: the input that the hooks are for.
         path: `embed > 0_attn > 3_mlp`; its steps in the order of the network.
 
@@ -205,8 +214,10 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
     network = _hookable(model)
     path = Path.parse(path) if isinstance(path, str) else path
     steps = [step for step in path.steps if step != DECODER_STEP]
-    if not isinstance(model, ResidualNetwork) and any(step.startswith("L") for step in steps):
-        network = network.at("head")
+    if not isinstance(model, ResidualNetwork):
+        neurons = [step for step in steps if getattr(network.view.fine_step(step), "kind", None) == "neuron"]
+        heads = any(step.startswith("L") for step in steps if step not in neurons)
+        network = ResidualNetwork(network, "head" if heads else "sublayer", neurons)
     trace = trace_of(network, text_or_tokens, None, None)
     frozen = FrozenNetwork.of(trace)
     if path.source not in frozen.sources:
@@ -324,7 +335,7 @@ def ablation_effect(
     mask = trace.recording.memo.get("attention_mask")
     places = real_positions(trace.valid, positions)
     if steps is None:
-        steps = [step.label for step in network.steps if step.kind != "attn_bias"]
+        steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
     ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
     if reference is not None and not isinstance(reference, Trace):
         reference = network.trace(reference)
@@ -393,6 +404,7 @@ def _hookable(model: Any) -> ResidualNetwork:
 def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
     """Where the writes of some steps are edited, each once."""
     known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}
+    known |= {step.label: step for step in network.steps}
     by_write = {step.write: step for step in known.values()}
     labels: list[str] = []
     for step in [steps] if isinstance(steps, (str, Path)) else steps:
@@ -400,13 +412,18 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
         labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [path]
     sites: list[_Site] = []
     for label in labels:
-        step = known.get(label) or by_write.get(label)
+        step = known.get(label) or by_write.get(label) or network.view.fine_step(label)
         if step is None:
-            raise ValueError(f"A step to edit is one of {some(known, 40)}, or its write; got {label!r}.")
-        if step.kind == "attn_bias":
-            raise NotImplementedError(
-                f"{label} is a constant that no hook point carries; edit {step.layer}_attn instead."
+            raise ValueError(
+                f"A step to edit is one of {some(known, 40)}, a neuron (L0N17), or its write; got {label!r}."
             )
+        if step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
+            raise NotImplementedError(
+                f"{label} is what no hook point carries alone; edit {step.layer}_{step.kind.split('_')[0]} instead."
+            )
+        if step.kind == "neuron":
+            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.mlp.hook_post", neuron=step.neuron))
+            continue
         if step.kind == "head":
             sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.attn.hook_z", step.head))
             continue
@@ -453,14 +470,14 @@ def _writes(
     network: ResidualNetwork, source: Any, sites: list[_Site]
 ) -> tuple[dict[_Site, Float[Tensor, "batch pos size"]], Bool[Tensor, "batch pos"]]:
     """What an input writes at some sites, and which of its positions are real."""
-    points = list(dict.fromkeys(site.point for site in sites if site.head is not None))
+    points = list(dict.fromkeys(site.point for site in sites if site.part is not None))
     mask = None
     if isinstance(source, Trace):
         trace = trace_of(network, source, None, None)
         if points and trace.recording.hook_state != network.view.hook_state():
             raise ValueError(
-                "Heads are read off another run of the trace's input, under the hooks under which it was made; those on "
-                "the model have changed since. Trace again, or do it inside the same `with model.hooks(...)`."
+                "Heads and neurons are read off another run of the trace's input, under the hooks under which it was made; those "
+                "on the model have changed since. Trace again, or do it inside the same `with model.hooks(...)`."
             )
         source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
     else:
@@ -471,7 +488,7 @@ def _writes(
             again: list[Trace] = []
             grabbed = _grabbing(network, points, lambda: again.append(network.trace(source, attention_mask=mask)))
             trace = trace or again[0]
-    values = {s: trace[s.write] if s.head is None else grabbed[s.point][:, :, s.head] for s in sites}
+    values = {s: trace[s.write] if s.part is None else grabbed[s.point][:, :, s.part] for s in sites}
     return values, trace.valid
 
 
@@ -493,10 +510,11 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
     found: dict[_Site, Tensor] = {}
     for label, value in source.items():
         own = _sites(network, label)
-        if len(own) != 1 or own[0].head is not None:
+        if len(own) != 1 or own[0].part is not None:
             raise NotImplementedError(
                 f"A tensor is the write of an attention or MLP sublayer; {label} is not one (a head's write spans d_head "
-                f"dimensions, a block is two writes). Give a prompt or a Trace as the source, or edit the sublayer's."
+                f"dimensions, a neuron's one, a block is two writes). Give a prompt or a Trace as the source, or edit the "
+                f"sublayer's."
             )
         found[own[0]] = value
     shapes = {tuple(value.shape[:2]) for value in found.values()}
@@ -520,10 +538,10 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
 
 def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
     def edit(write: Tensor, hook: Any = None) -> Tensor:
-        if site.head is None:
+        if site.part is None:
             return new(write)
         write = write.clone()
-        write[:, :, site.head] = new(write[:, :, site.head])
+        write[:, :, site.part] = new(write[:, :, site.part])
         return write
 
     return site.point, edit

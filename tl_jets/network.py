@@ -16,6 +16,7 @@ symbol           name here                       label
 h_l              stream                          ``3_pre``, ``3_mid``, ``final_post``
 gamma_l          step                            ``3_attn``, ``3_mlp``, ``3_block``, ``L3H2``, ``3_attn_bias``
 gamma_l(h)       write                           step + ``_out`` (``3_mlp_out``; ``3_attn_bias`` is its own write)
+part of an MLP   neuron, and what is without     ``L3N17``, ``3_mlp_bias``; with chosen neurons the others, ``3_mlp_rest``
 eta(z)           sources                         ``embed``, ``pos_embed``
                  edit of a stream by a hook      ``edit:blocks.3.hook_resid_pre``
 ===============  ==============================  =====================================================
@@ -81,26 +82,28 @@ class ResidualNetwork:
             granularity, sharing the view).
         granularity: `"block"` (one write a block), `"sublayer"` (attention and MLP) or `"head"` (every head, the
             attention bias, and the MLP).
+        neurons: Neurons (`"L3N17"`) that are steps of their own, beside `3_mlp_rest`, the other neurons of the layer and its
+            bias. Traces know every neuron's write without this.
 
     Raises:
         TypeError: The model is of no known kind.
         NotImplementedError: The model is known and not supported (encoder-decoders, state-space blocks, routed
             experts, quantized weights); the message says why.
-        ValueError: Unknown granularity, or a model in training mode.
+        ValueError: Unknown granularity or neurons, neurons of blocks, or a model in training mode.
 
     Source:
         Chen et al., *Jet Expansions of Residual Computation*, eq. 1-4.
     """
 
-    def __init__(self, model: Any, granularity: Granularity = "sublayer"):
+    def __init__(self, model: Any, granularity: Granularity = "sublayer", neurons: str | Sequence[str] = ()):
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}; got {granularity!r}.")
         self.granularity: Granularity = granularity
         self.view: ModelView = model.view if isinstance(model, ResidualNetwork) else _view(model)
         self._checked: set[Hashable] = model._checked if isinstance(model, ResidualNetwork) else set()
         self.decoder = self.view.decoder
-        self.stages = self.view.stages(granularity)
-        self._stage_of = {step.label: stage for stage in self.stages for step in stage.steps}
+        self.neurons = tuple(dict.fromkeys([neurons] if isinstance(neurons, str) else neurons))
+        self.stages = self._with_neurons(self.view.stages(granularity))
         self._step_of = {step.label: step for stage in self.stages for step in stage.steps}
 
     def __repr__(self) -> str:
@@ -142,8 +145,45 @@ class ResidualNetwork:
         return self.view.tokenizer
 
     def at(self, granularity: Granularity) -> ResidualNetwork:
-        """The same model at another granularity; the view and what it has computed are shared."""
-        return self if granularity == self.granularity else ResidualNetwork(self, granularity)
+        """The same model at another granularity; the view, what it has computed and, below blocks, neurons are shared."""
+        if granularity == self.granularity:
+            return self
+        return ResidualNetwork(self, granularity, () if granularity == "block" else self.neurons)
+
+    def __contains__(self, label: object) -> bool:
+        """Whether a trace can be indexed with a label, edits by hooks apart: one of `labels`, or the write of a neuron."""
+        if label in self.labels:
+            return True
+        try:
+            step = self.view.fine_step(str(label))
+        except ValueError:  # a layer has fewer neurons
+            return False
+        return step is not None and step.write == label
+
+    def part(self, step: Step) -> Stage:
+        """The stage that holds nothing but a neuron or the bias of an MLP, of the stream that the MLP reads."""
+        for stage in self.view.stages("sublayer"):
+            if any(candidate.label == f"{step.layer}_mlp" for candidate in stage.steps):
+                return Stage(stage.stream, (step,))
+        raise ValueError(f"A neuron is of a layer that has an MLP; got {step.label!r}.")
+
+    def _with_neurons(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """Stages whose MLPs are split into the chosen neurons and the rest."""
+        chosen: dict[str, list[Step]] = {}
+        for label in self.neurons:
+            step = self.view.fine_step(label)
+            if step is None or step.kind != "neuron" or step.label != label or self.granularity == "block":
+                raise ValueError(
+                    f"neurons must be labels such as 'L0N17' of a model with MLPs, at granularity 'sublayer' or 'head'; got "
+                    f"{label!r} at {self.granularity!r}."
+                )
+            chosen.setdefault(f"{step.layer}_mlp", []).append(step)
+
+        def split(step: Step) -> tuple[Step, ...]:
+            rest = Step(f"{step.label}_rest", step.layer, "mlp_rest")
+            return (*chosen[step.label], rest) if step.label in chosen else (step,)
+
+        return tuple(Stage(stage.stream, tuple(s for step in stage.steps for s in split(step))) for stage in stages)
 
     def shares_model(self, other: ResidualNetwork) -> bool:
         """Whether two networks are of the same model object, so that a trace of one serves the other."""
@@ -234,6 +274,10 @@ class CallableModel:
             Stage(f"{layer}_pre", tuple(Step(label, layer, "callable") for label in stage))
             for layer, stage in enumerate(self.gammas)
         )
+
+    def fine_step(self, label: str) -> Step | None:
+        """Plain functions have no neurons."""
+        del label
 
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """Evaluate the network on one input (a tensor that `embed` takes)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_jets.decoder import Decoder
 
 Granularity = Literal["block", "sublayer", "head"]
-StepKind = Literal["block", "attn", "mlp", "head", "attn_bias", "callable"]
+StepKind = Literal["block", "attn", "mlp", "head", "attn_bias", "neuron", "mlp_rest", "mlp_bias", "callable"]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "sublayer", "head")
 
 FINAL_STREAM = "final_post"
@@ -28,21 +28,24 @@ class Step:
     """One gamma of the network: a function of a stream that writes to the stream.
 
     Attributes:
-        label: `3_attn`, `3_mlp`, `3_block`, `L3H2`, `3_attn_bias`, or the caller's own for plain callables.
+        label: `3_attn`, `3_mlp`, `3_block`, `L3H2`, `3_attn_bias`, `L3N17`, `3_mlp_bias`, or the caller's own for plain
+            callables.
         layer: The block that it belongs to.
         kind: What it is.
         head: The head index of a `head` step, else None.
+        neuron: The index of a `neuron` step in its layer, else None.
     """
 
     label: str
     layer: int
     kind: StepKind
     head: int | None = None
+    neuron: int | None = None
 
     @property
     def write(self) -> str:
-        """Label of what the step writes: `3_mlp_out`; the attention bias is its own write."""
-        return self.label if self.kind == "attn_bias" else f"{self.label}_out"
+        """Label of what the step writes: `3_mlp_out`; biases are their own writes."""
+        return self.label if self.kind in ("attn_bias", "mlp_bias") else f"{self.label}_out"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ class Stage:
 
     stream: str
     steps: tuple[Step, ...]
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is some neurons of an MLP, or its bias, so that the writes do not sum to the next stream."""
+        kinds = {step.kind for step in self.steps}
+        return not kinds.isdisjoint({"neuron", "mlp_bias"}) and "mlp_rest" not in kinds
 
 
 @dataclass
@@ -104,6 +113,10 @@ class ModelView(Protocol):
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
         """The stages at a granularity; their last output is `final_post`."""
+        ...
+
+    def fine_step(self, label: str) -> Step | None:
+        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
         ...
 
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:

@@ -19,7 +19,8 @@ class Trace:
     """What one forward pass on one input gave, and the gammas as functions of any stream.
 
     Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
-    (`trace["embed"]`) and edits; every value has shape [batch, pos, d_model].
+    (`trace["embed"]`) and edits; every value has shape [batch, pos, d_model]. Neurons (`trace["L3N17_out"]`) and what an MLP
+    writes without any (`trace["3_mlp_bias"]`) are not listed, and evaluated when asked for.
 
     Attributes:
         network: The residual network.
@@ -47,7 +48,7 @@ class Trace:
         return (*self.network.labels, *edits)
 
     def __contains__(self, label: object) -> bool:
-        return label in self.labels
+        return label in self.labels or label in self.network
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.labels)
@@ -61,7 +62,15 @@ class Trace:
             for index, step in enumerate(stage.steps):
                 if step.write == label:
                     return self.writes(stage)[index]
-        raise ValueError(f"A label must be one of {some(self.labels)}; got {label!r}.")
+        part = self._fine_stage(label)
+        if part is not None:
+            return self.writes(part)[0]
+        raise ValueError(f"A label must be one of {some(self.labels)}, or a neuron's write; got {label!r}.")
+
+    def _fine_stage(self, label: str) -> Stage | None:
+        """The stage that holds nothing but the neuron or MLP bias whose write a label is."""
+        step = self.network.view.fine_step(label)
+        return None if step is None or step.write != label else self.network.part(step)
 
     def writes(self, stage: Stage) -> Float[Tensor, "write batch pos d_model"]:
         """The stage's writes at its true stream, stacked in the order of `stage.steps`."""
@@ -70,7 +79,7 @@ class Trace:
             recorded = self.recording.writes
             if all(step.write in recorded for step in stage.steps):
                 self.memo[key] = torch.stack([recorded[step.write] for step in stage.steps])
-            elif len(stage.steps) == 1:
+            elif len(stage.steps) == 1 and not stage.is_part:
                 self.memo[key] = self._total_write(stage)[None]
             else:
                 with torch.no_grad():
@@ -118,7 +127,8 @@ class Trace:
         """One step's write as a function of its stream: [batch, pos, d_model] -> [batch, pos, d_model]."""
         if step == DECODER_STEP:
             return self.network.decoder.norm
-        stage = self.network.stage(step)
+        fine = self.network.view.fine_step(step)
+        stage = self.network.stage(step) if fine is None else self.network.part(fine)
         labels = [candidate.label for candidate in stage.steps]
         if step not in labels:
             raise ValueError(f"A step is one of {some(labels)} in this stage; got {step!r}.")
@@ -129,6 +139,9 @@ class Trace:
 def _check_writes(trace: Trace, stage: Stage) -> None:
     """Once per network, stage and set of hooks: the replayed writes must be the model's own."""
     network, record = trace.network, trace.recording
+    if stage.is_part:  # the view compares its neurons with the MLP's write
+        whole = network.at("sublayer")
+        return _check_writes(Trace(whole, record), whole.stage(stage.stream))
     key = (stage, record.hook_state)
     recorded = record.writes
     if key in network._checked:

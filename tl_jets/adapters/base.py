@@ -11,7 +11,8 @@ A **head's write** is the part of the attention write that its own value vectors
 
 where z_h(0), the head at the zero stream, is what the value path gives for a zero normalized input (attention
 patterns sum to one, so it depends on no pattern). Under a post-norm the same shares are taken at the post-norm's own
-scale. Constants therefore sit in `<l>_attn_bias`, and folding value biases or norms changes no head.
+scale. Constants therefore sit in `<l>_attn_bias`, and folding value biases or norms changes no head. What neurons write
+is in `tl_jets.adapters.neurons`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.neurons import neuron_step, neuron_writes
 from tl_jets.adapters.reading import (
     read_input,
     read_mask,
@@ -56,6 +58,7 @@ class TransformerLensView(ABC):
         self._hook_dict = dict(model.hook_dict)
         self._points = list({id(point): point for point in self._hook_dict.values()}.values())
         self._stream_names = self._read_stream_names()
+        self.checked_neurons: set[Hashable] = set()
         self.decoder = self._decoder()
 
     @property
@@ -78,12 +81,12 @@ class TransformerLensView(ABC):
         """From the attention module's output to what is added to the stream."""
 
     @abstractmethod
-    def _call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream."""
 
     @abstractmethod
-    def _post_norm(self, layer: int) -> Norm | None:
-        """The norm between attention and the stream, if any."""
+    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
+        """The norm between a sublayer and the stream, if any."""
 
     @abstractmethod
     def is_parallel(self, layer: int) -> bool:
@@ -125,6 +128,10 @@ class TransformerLensView(ABC):
             else:
                 stages += [Stage(pre, attn), Stage(mid, mlp)]
         return tuple(stages)
+
+    def fine_step(self, label: str) -> Step | None:
+        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
+        return neuron_step(self, label)
 
     # Recording
 
@@ -318,7 +325,9 @@ class TransformerLensView(ABC):
             if "attn" in kinds:
                 parts += [self._finish_attn(layer, self._call_attn(calls, layer, stream))[None]]
             if "mlp" in kinds:
-                parts += [self._call_mlp(calls, layer, stream)[None]]
+                parts += [self.call_mlp(calls, layer, stream)[None]]
+            if kinds & {"neuron", "mlp_bias"}:
+                parts += [neuron_writes(self, recording, calls, stage, stream)]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @contextmanager
@@ -343,7 +352,7 @@ class TransformerLensView(ABC):
                 middle = stream + write
                 for edit in recording.edits.get(f"{layer}_mid", {}).values():
                     middle, write = middle + edit, write + edit
-            write = write + self._call_mlp(calls, layer, middle)
+            write = write + self.call_mlp(calls, layer, middle)
         return write
 
     def _heads(self, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
@@ -355,15 +364,26 @@ class TransformerLensView(ABC):
             recording.memo[key] = self._z_and_out(calls, layer, zero)[0]
         W_O = self.blocks[layer].attn.W_O.to(self.dtype)
         heads = torch.einsum("bphe,hem->hbpm", z - recording.memo[key], W_O)
-        post = self._post_norm(layer)
+        heads = self.shares(layer, "attn", heads, out)
         write = self._finish_attn(layer, out)
+        return torch.cat([heads, (write - heads.sum(0))[None]])
+
+    def shares(self, layer: int, which: Literal["attn", "mlp"], parts: Tensor, out: Tensor) -> Tensor:
+        """What parts of a sublayer's output `out` are of its write: at the post-norm's own scale, without its bias."""
+        post = self._post_norm(layer, which)
         if post is not None and post.kind != "none":
             centered = post.center(out)
-            heads = post.center(heads) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps)
-            heads = heads if post.weight is None else heads * post.weight
-        scale = float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
-        heads = heads if scale == 1.0 else heads * scale
-        return torch.cat([heads, (write - heads.sum(0))[None]])
+            parts = post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps)
+            parts = parts if post.weight is None else parts * post.weight
+        return parts * self._scale(layer)
+
+    def post_bias(self, layer: int) -> Tensor | None:
+        """What the bias of a norm after the MLP adds to its write [d_model]."""
+        post = self._post_norm(layer, "mlp")
+        return None if post is None or post.bias is None else post.bias * self._scale(layer)
+
+    def _scale(self, layer: int) -> float:
+        return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
 
     def _z_and_out(self, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
         grabbed: list[Tensor] = []

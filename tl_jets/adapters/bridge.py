@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,11 +94,12 @@ class TransformerBridgeView(TransformerLensView):
     def _finish_attn(self, layer: int, out: Tensor) -> Tensor:
         return self._finish(layer, "attn", out)
 
-    def _call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        """What the MLP adds to the stream."""
         return self._finish(layer, "mlp", self._call(calls, layer, "mlp", stream))
 
-    def _post_norm(self, layer: int) -> Norm | None:
-        _, post = self._norms(layer, "attn")
+    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
+        _, post = self._norms(layer, which)
         return None if post is None else self._read_norm(self.blocks[layer]._modules[post])
 
     def _forget_replay(self, layer: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,11 @@ class HookedTransformerView(TransformerLensView):
     def _is_post_norm(self) -> bool:
         return self.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
-    def _post_norm(self, layer: int) -> Norm | None:
-        block = self.blocks[layer]
+    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
+        block, name = self.blocks[layer], {"attn": "ln1", "mlp": "ln2"}[which]
         if self.cfg.use_normalization_before_and_after:
-            return self._read_norm(block.ln1_post)
-        return self._read_norm(block.ln1) if self._is_post_norm else None
+            return self._read_norm(getattr(block, f"{name}_post"))
+        return self._read_norm(getattr(block, name)) if self._is_post_norm else None
 
     def _call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
         block, cfg = self.blocks[layer], self.cfg
@@ -75,7 +75,8 @@ class HookedTransformerView(TransformerLensView):
             out = block.ln1(out)
         return block.hook_attn_out(out)
 
-    def _call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        """What the MLP adds to the stream."""
         block = self.blocks[layer]
         if self.cfg.use_hook_mlp_in:
             stream = block.hook_mlp_in(stream.clone())

@@ -38,7 +38,7 @@ from tl_jets.expansion.paths import Path
 from tl_jets.stages import DECODER_STEP, Stage, Step, some
 
 BIAS = "_bias"
-KINDS = ("attn", "mlp", "head", "block", "bias")
+KINDS = ("attn", "mlp", "head", "neuron", "block", "bias")
 # A prefix of a path, as far as its completions depend on it: conditions still to meet (as bits) and writes so far.
 State = tuple[int, int]
 
@@ -305,6 +305,8 @@ def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source]) -> 
 def _is_of(step: Step, name: str) -> bool:
     if name == "attn":
         return step.kind in ("attn", "head", "attn_bias") or step.label.endswith("_attn")
+    if name == "mlp" and step.kind in ("neuron", "mlp_rest"):
+        return True
     if name in KINDS:
         return step.kind == name or (step.kind == "callable" and step.label.endswith("_" + name))
     return step.kind in ("head", "attn_bias") and name == f"{step.layer}_attn"

@@ -1,0 +1,120 @@
+r"""What single neurons of an MLP write.
+
+With m(x) the activations that reach the output matrix W_out (after the gate, and after SoLU's norm),
+
+.. math::
+    \text{write}(x) = \text{mlp\_bias} + \sum_n \text{write}_n(x), \qquad
+    \text{write}_n(x) = m_n(x)\, W_{\text{out}}[n], \quad \text{mlp\_bias} = b_{\text{out}} .
+
+Under a post-norm (Gemma-2, OLMo-2) the shares of neurons and of b_out are taken at the post-norm's own scale, and its bias belongs
+to `<l>_mlp_bias`; Granite's multiplier multiplies all. A neuron at zero activation writes zero: unlike a head, it has no
+constant of its own. (A path that starts at `<l>_mlp_bias` is another matter: it carries what the whole frozen MLP writes for a
+stream of zero, b_in included.)
+
+A layer has thousands of neurons: only those that are asked for are evaluated. Before a layer's neurons are used for the first
+time, all of them and b_out are compared with what the MLP itself wrote.
+
+Example:
+    >>> from tl_jets import ResidualNetwork, load_tinydocs
+    >>> trace = ResidualNetwork(load_tinydocs()).trace("This function is available on Unix and")
+    >>> trace["L2N17_out"].shape == trace["2_mlp_out"].shape, "L2N17_out" in trace, len(trace.labels)
+    (True, True, 18)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.stages import Recording, Stage, Step, relative_error
+
+if TYPE_CHECKING:
+    from tl_jets.adapters.base import TransformerLensView
+
+_NEURON = re.compile(r"L(\d+)N(\d+)(_out)?")
+_BIAS = re.compile(r"(\d+)_mlp_bias")
+
+
+def neuron_step(view: TransformerLensView, label: str) -> Step | None:
+    """The neuron or MLP bias that a label, or that of a write, names; None if it names neither.
+
+    Raises:
+        ValueError: The layer has no neuron of that number.
+    """
+    bias, neuron = _BIAS.fullmatch(label), _NEURON.fullmatch(label)
+    found = bias or neuron
+    if found is None or int(found[1]) >= view.n_layers or not view.has_mlp(int(found[1])):
+        return None
+    layer = int(found[1])
+    if neuron is None:
+        return Step(f"{layer}_mlp_bias", layer, "mlp_bias")
+    index, size = int(neuron[2]), len(_output_weights(view, layer)[0])
+    if index >= size:
+        raise ValueError(f"Neurons of layer {layer} are numbered 0..{size - 1}; got {label!r}.")
+    return Step(f"L{layer}N{index}", layer, "neuron", neuron=index)
+
+
+def neuron_writes(view: TransformerLensView, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
+    """The writes of a stage's neurons and MLP bias at any stream, in the order of its steps, then of the rest if it is one."""
+    layer = stage.steps[0].layer
+    _check(view, recording, calls, layer)
+    post, write = _activations(view, calls, layer, stream)
+    W_out, b_out = _output_weights(view, layer)
+    parts = [step for step in stage.steps if step.kind in ("neuron", "mlp_bias")]
+    biases = [float(step.kind == "mlp_bias") for step in parts]
+    units = [b_out.expand_as(write) if s.neuron is None else post[..., s.neuron, None] * W_out[s.neuron] for s in parts]
+    found = view.shares(layer, "mlp", torch.stack(units), post @ W_out + b_out)
+    post_bias = view.post_bias(layer)
+    if post_bias is not None:
+        found = found + found.new_tensor(biases)[:, None, None, None] * post_bias
+    if any(step.kind == "mlp_rest" for step in stage.steps):
+        found = torch.cat([found, (write - found.sum(0))[None]])
+    return found
+
+
+def _output_weights(view: TransformerLensView, layer: int) -> tuple[Tensor, Tensor]:
+    """W_out [d_mlp, d_model] and b_out [d_model]."""
+    mlp = view.blocks[layer].mlp
+    W_out, b_out = getattr(mlp, "W_out", None), getattr(mlp, "b_out", None)
+    if not isinstance(W_out, Tensor):
+        raise _refusal(view, layer, f"{type(mlp).__name__} has no W_out")
+    W_out = W_out.detach().to(view.dtype)
+    return W_out, W_out.new_zeros(W_out.shape[1]) if b_out is None else b_out.detach().to(view.dtype)
+
+
+def _activations(view: TransformerLensView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+    """What reaches W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
+    grabbed: list[Tensor] = []
+    with view.model.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
+        write = view.call_mlp(calls, layer, stream)
+    if not grabbed:
+        raise _refusal(view, layer, f"blocks.{layer}.mlp.hook_post never fired")
+    return grabbed[-1], write
+
+
+def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
+    """Once per layer and set of hooks: all neurons, and b_out, must be what the MLP wrote."""
+    key = (layer, recording.hook_state)
+    if key in view.checked_neurons:
+        return
+    stream = recording.streams.get(f"{layer}_mid", recording.streams[f"{layer}_pre"])
+    with torch.no_grad():
+        post, write = _activations(view, calls, layer, stream)
+        W_out, b_out = _output_weights(view, layer)
+        out = post @ W_out + b_out if post.shape == (*stream.shape[:2], len(W_out)) else torch.zeros_like(write)
+        found, post_bias = view.shares(layer, "mlp", out, out), view.post_bias(layer)
+        found = found if post_bias is None else found + post_bias
+        error = relative_error(found[recording.valid], write[recording.valid])
+    if not error <= 16 * recording.accuracy:
+        raise _refusal(view, layer, f"all neurons and b_out are off the MLP's write by {error:.1e} (relative)")
+    view.checked_neurons.add(key)
+
+
+def _refusal(view: TransformerLensView, layer: int, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"Neurons must be readable at hook_post and sum to the MLP's write; in block {layer} of {view.name} {reason}: a hook "
+        f"edits the MLP's output, or its kind is not understood. Take the whole MLP, '{layer}_mlp'."
+    )
