@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import zoo
@@ -16,6 +18,7 @@ from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens
 from tl_jets.tokens import token_text, visible
 from tl_jets.views import lens_data, lens_page
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time, there was a little girl named Lily. She"
 
 pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
@@ -202,8 +205,20 @@ def test_as_a_module():
         assert part in done.stdout
 
 
-def test_without_arguments_it_reads_the_embedded_model():
-    done = subprocess.run([sys.executable, "-m", "tl_jets"], capture_output=True, text=True, timeout=300)
+def words(picture: str) -> list[str]:
+    """What stands in an SVG, in order."""
+    return " ".join(html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", picture)).split()
+
+
+def test_without_arguments_it_reads_the_embedded_model(tmp_path):
+    command = [sys.executable, "-m", "tl_jets", "--svg", str(tmp_path / "lens.svg")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0
+    # The README's picture is this one, up to rounding.
+    found, shown = (words(file.read_text()) for file in (tmp_path / "lens.svg", ROOT / "demos" / "lens.svg"))
+    number = re.compile(r"[\d.]+")
+    assert [number.sub("#", word) for word in found] == [number.sub("#", word) for word in shown]
+    values = [[float(x) for word in text for x in re.findall(r"\d+\.\d+", word)] for text in (found, shown)]
+    assert len(values[0]) > 30 and values[0] == pytest.approx(values[1], rel=0.02, abs=0.011)
     assert done.stderr == ""
     assert cli.EMBEDDED_PROMPT in done.stdout and "3_block_out" in done.stdout

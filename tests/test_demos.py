@@ -53,9 +53,19 @@ def test_what_predicts_ablation_is_a_table_of_correlations(monkeypatch, capsys):
 @pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
 def test_the_readme_table_is_what_the_demo_prints(monkeypatch, capsys):
     printed = printed_by("borrowed_answers.py", str(zoo.STORIES), monkeypatch=monkeypatch, capsys=capsys)
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| `\d_pre` \|", line)]
     assert len(rows) == 5
     for row in rows:
         cells = [cell.strip().strip("`") for cell in row.strip("|").split("|")]
         found = next(line for line in printed if cells[0] in line)
         assert numbers(found) == pytest.approx(numbers(row), abs=0.021), cells[0]
+
+
+def test_the_detached_map(monkeypatch, capsys):
+    """Its checks are in the demo itself."""
+    monkeypatch.setattr(sys, "argv", ["detached_map.py"])
+    runpy.run_path(str(ROOT / "demos" / "detached_map.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert all(f"{table}. " in printed for table in range(1, 6))
+    error = next(line for line in printed.splitlines() if "error" in line and "occurred" in line)
+    assert "raised" in error and float(re.findall(r"[+-]\d+\.\d+", error)[0]) > 6

@@ -21,13 +21,25 @@ def model(request: pytest.FixtureRequest) -> Any:
     return zoo.build(request.param)
 
 
-@pytest.mark.parametrize(("maps", "pos"), [("cumulative", None), ("cumulative", 2), ("layers", 2)])
-def test_they_are_those_of_the_matrices(model, maps, pos):
-    tokens = zoo.tokens(model, batch=1, pos=5)
+@pytest.mark.parametrize(
+    ("spec", "maps", "pos"),
+    [
+        *(
+            (spec, maps, pos)
+            for spec in RAW[:1]
+            for maps, pos in [("cumulative", None), ("cumulative", 2), ("layers", 2)]
+        ),
+        *((spec, "layers", 2) for spec in RAW[1:]),
+    ],
+    ids=str,
+)
+def test_they_are_those_of_the_matrices(spec, maps, pos):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model, batch=1, pos=4)
     network = ResidualNetwork(model)
     spectra = detached_spectra(network, tokens, maps=maps, k=6, pos=pos, position=-2)
     trace = network.trace(tokens)
-    final = trace["final_post"][0, 3]
+    final = trace["final_post"][0, 2]
     lefts = []
     for i, (wrt, output) in enumerate(zip(spectra.wrt, spectra.outputs, strict=True)):
         J = detached_jacobian(network, trace, wrt=wrt, output=output, positions=-2, ordinary=False)
@@ -122,6 +134,31 @@ def test_pairs_and_tables(model):
     assert "DetachedSpectra(3 maps" in repr(spectra)
     assert spectra.projections("1_attn_out")[0].diagonal().allclose(torch.ones(2, dtype=torch.float64))
     assert torch.equal(spectra.overlap(-2), spectra.overlap("embed > L1H2_out"))
+
+
+def test_the_way_of_the_leading_directions():
+    """In the coordinates of the last map: of a network of known matrices, by hand."""
+    model, weights, embedding = linear_network()
+    eye = torch.eye(12, dtype=torch.float64)
+    spectra = detached_spectra(model, torch.tensor([[4, 2, 3]]), k=3)
+    path = spectra.projection_path()
+    assert list(path.columns) == ["wrt", "output", "vector", "onto_0", "onto_1", "inside", "chance", "top_token"]
+    assert path.output.tolist() == [output for output in spectra.outputs for _ in range(2)]
+    products = [(eye + weights[0]).T, ((eye + weights[0]) @ (eye + weights[1]) @ (eye + weights[2])).T]
+    first, last = (torch.linalg.svd(product)[0][:, :2].T for product in products)
+    for lefts, product in zip((first, last), products, strict=True):
+        lefts *= torch.where(lefts @ product @ embedding[3] < 0, -1.0, 1.0).double()[:, None]
+    found = torch.tensor(path[path.output == "1_pre"][["onto_0", "onto_1"]].to_numpy())
+    assert oracles.relative_error(found, first @ last.T) < 1e-9
+    inside = torch.tensor(path[path.output == "1_pre"].inside.to_numpy())
+    assert oracles.relative_error(inside, (first @ last.T @ last).square().sum(1)) < 1e-9
+    assert path.chance.unique().tolist() == [2 / 12]
+    assert path.top_token.tolist() == spectra.left[:, :2].argmax(-1).flatten().tolist()  # W_U is the identity
+    end = spectra.projection_path(onto="1_pre", n=1)
+    assert end[end.output == "final_post"].onto_0.item() == pytest.approx(float(last[0] @ first[0]))
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=r"n must lie in 1\.\.3"):
+            spectra.projection_path(n=n)
 
 
 def test_what_is_refused(model, as_users_run_it):

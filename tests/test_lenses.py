@@ -244,11 +244,11 @@ def test_iterative_lens_is_brute_force(spec, mode):
     assert lens.alpha.dtype is torch.float64
     check_iterative(lens, hand)
     check_iterative_control(lens, hand, seed=5)
-    # At the final stream every order is the model, and higher ones borrow all of it.
+    # At the final stream every order is the model, whose own reading that is.
     assert bool((lens.kl[-1] < 1e-10).all()) and bool(lens.top1_agreement[-1].all())
+    assert not bool(lens.borrowed[-1].any()) and not bool(lens.borrowed_share[-1].any())
     if hand.has_norm and mode == "none":
-        close(lens.alpha[-1, 0], 1 / hand.size(hand.final))
-        close(lens.beta[-1, 1:], (1 / hand.size(hand.final)).expand(ORDER, -1, -1))
+        close(lens.alpha[-1], (1 / hand.size(hand.final)).expand(ORDER + 1, -1, -1))
 
 
 @by_spec(SPECS)
@@ -457,6 +457,15 @@ def test_prompts_of_unequal_length(spec, lens_of):
         assert averages.kl[1] == pytest.approx(float(lens.uniform.kl[lens.valid].mean()))
     rows = lens.to_dataframe()
     assert set(zip(rows.batch, rows.pos, strict=True)) == {(b, p) for b, n in enumerate((6, 3, 2)) for p in range(n)}
+
+
+@by_spec(SMALL[:1])
+@pytest.mark.parametrize("lens_of", [iterative_jet_lens, joint_jet_lens])
+def test_the_last_position_of_prompts_of_unequal_length_is_refused(spec, lens_of):
+    _, net, _, _ = setting(spec)
+    with pytest.raises(ValueError, match=r"-1 is padding in prompts \[1, 2\].*positions=None and choose by `valid`"):
+        lens_of(net, ["w5 w9 w33 w4 w8", "w21 w7", "w3"], positions=-1)
+    assert lens_of(net, ["w5 w9 w33", "w21 w7 w1"], positions=-1).valid.all()
 
 
 def steer(tensor: Tensor, hook: Any) -> Tensor:
@@ -763,6 +772,28 @@ def test_dataframes_hold_the_cells(spec):
 def word(token: Tensor) -> str:
     """What the tiny tokenizer's token adds after another one."""
     return " " + {0: "<unk>", 1: "<s>", 2: "</s>"}.get(int(token), f"w{int(token)}")
+
+
+@by_spec(GPT2[:1])
+def test_a_lens_is_indexed_by_layers_moves_and_completes(spec):
+    _, net, tokens, _ = setting(spec)
+    lens = iterative_jet_lens(net, tokens, order=1, targets=[3])
+    part = lens[["final_post", "1_pre"]]
+    assert part.labels == ["final_post", "1_pre"] and part.orders == lens.orders
+    index = [lens.labels.index(label) for label in part.labels]
+    assert torch.equal(part.kl, lens.kl[index]) and torch.equal(part.control.cosine, lens.control.cosine[index])
+    assert torch.equal(part.top_ids, lens.top_ids[index]) and torch.equal(part.target_ranks, lens.target_ranks[index])
+    assert torch.equal(part.tokens, lens.tokens) and torch.equal(lens["1_pre"].rho, lens.rho[[1]])
+    frame, whole = lens["1_pre"].to_dataframe(), lens.to_dataframe()
+    assert frame.equals(whole[whole.layer == "1_pre"].reset_index(drop=True))
+    for wrong in ("3_pre_", [], ["1_pre", "L0H0"]):
+        with pytest.raises(ValueError, match="indexed by its layers"):
+            lens[wrong]
+    joint = joint_jet_lens(net, tokens)
+    for result in (lens, joint):
+        moved = result.to("meta")
+        assert moved.kl.device.type == moved.top_ids.device.type == "meta" and result.kl.device.type == "cpu"
+        assert {"kl", "cosine", "to", "top_ids"} <= set(dir(result))
 
 
 @by_spec(GPT2)

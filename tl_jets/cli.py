@@ -151,12 +151,9 @@ def _steps(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on standard error while the work lasts, in a terminal only; call what it gives when a step begins."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    in_terminal = {
-        "transient": True,
-        "disable": not console.is_terminal,
-        "redirect_stderr": False,
-    }  # downloads have bars
-    with Progress(*columns, console=console, **in_terminal) as progress:
+    quiet = not console.is_terminal
+    # Downloads draw bars of their own: standard error is left to them.
+    with Progress(*columns, console=console, transient=True, disable=quiet, redirect_stderr=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, description=name, advance=1)
 

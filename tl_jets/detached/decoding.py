@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.calculus import norm_jet
 from tl_jets.decoder import Decoder
 from tl_jets.detached.chain import LOGITS
 from tl_jets.readout import TopTokens, top_tokens
@@ -49,10 +50,10 @@ class Directions:
 
     def scale(self, positions: Sequence[int]) -> Float[Tensor, "batch out_pos 1"]:
         """The final norm's own factor at output positions; 1 where it is already applied."""
-        norm, final = self.decoder.norm, self.trace[FINAL_STREAM][:, list(positions)]
-        if norm.kind == "none" or self.is_normalized:
+        final = self.trace[FINAL_STREAM][:, list(positions)]
+        if self.is_normalized:
             return torch.ones_like(final[..., :1])
-        return torch.rsqrt(norm.center(final).pow(2).mean(-1, keepdim=True) + norm.eps)
+        return norm_jet(self.decoder.norm, final, final, 0).alpha[0][..., None]
 
     def raised(self, rows: Float[Tensor, "*many width"], k: int) -> TopTokens:
         """The k tokens that directions raise most: rows of d_model, or logits as they are."""

@@ -8,7 +8,7 @@ symbol                             name here
 s_1 >= s_2 >= ...                  `values` [map, vector]
 \|J\|_F^2 / s_1^2                  `stable_rank`: how many directions carry the map, 1 .. d_model
 u_1, u_2, ...                      `left` [map, vector, d_model], each in the sign of the prompt's own input
-<u_i of map l, u_j of map n>       `projections(onto=n)`: the path of the paper's figure 4B
+<u_i of map l, u_j of map n>       `projections(onto=n)`; `projection_path(onto=n)`: the paper's figure 4B
 \|U_l' U_n\|_F^2 / k               `overlap(onto=n)`: mean squared cosine of the two subspaces of k directions
 \|U_l' y\|^2 / \|y\|^2             `explained`: the share of the final stream y inside the layer's k directions
 =================================  ====================================================================
@@ -119,6 +119,42 @@ class DetachedSpectra:
             onto: Index or label of the map that is projected on; the last by default.
         """
         return self.left @ self.left[self._index(onto)].T
+
+    def projection_path(self, onto: int | str = -1, n: int = 2, tokenizer: Any = None) -> pd.DataFrame:
+        """The way of the leading directions, map after map, in the coordinates of one map's leading directions.
+
+        Each map's first n left directions are projected on the first n of one map (the paper: n = 2, on the last layer's).
+
+        Args:
+            onto: Index or label of the map that is projected on; the last by default.
+            n: How many directions.
+            tokenizer: To decode what each direction raises most; None for the model's own.
+
+        Returns:
+            One row a map and vector. Columns: wrt, output, vector, onto_0, ..., onto_{n-1} (cosines), inside (the share of
+            the direction's squared length in these coordinates), chance (that of a random direction), top_token (its id
+            without a tokenizer).
+
+        Raises:
+            ValueError: No such map, or n is not in 1..k.
+
+        Source:
+            Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4B; `inside` and `chance` are ours.
+        """
+        if not 1 <= n <= self.left.shape[1]:
+            raise ValueError(f"n must lie in 1..{self.left.shape[1]}, the directions kept; got {n}.")
+        cosines = self.projections(onto)[:, :n, :n].tolist()
+        tokenizer = tokenizer or self.trace.network.tokenizer
+        best = self.top_tokens(1).indices[:, :n, 0]
+        texts = best.tolist() if tokenizer is None else decode(tokenizer, best)
+        rows = []
+        for i, (wrt, output) in enumerate(zip(self.wrt, self.outputs, strict=True)):
+            for vector, along in enumerate(cosines[i]):
+                row = {"wrt": wrt, "output": output, "vector": vector}
+                row |= {f"onto_{j}": cosine for j, cosine in enumerate(along)}
+                row |= {"inside": sum(cosine**2 for cosine in along), "chance": n / self.left.shape[2]}
+                rows.append(row | {"top_token": texts[i][vector]})
+        return pd.DataFrame(rows)
 
     def overlap(self, onto: int | str = -1) -> Float[Tensor, " map"]:
         """Mean squared cosine of every map's k directions with those of one map: 1 for the same subspace."""

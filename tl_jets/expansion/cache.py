@@ -38,7 +38,8 @@ class JetCache(Mapping[str, Tensor]):
         trace: The input that it was evaluated on.
         terms: Path -> term, [batch, pos, d_model], weights included. At the decoder a term is what the unembedding
             reads, before `W_U`; its logits also carry w_i b_U (`logits`).
-        weights: w [center, batch, pos], in the order of `expansion.centers`.
+        weights: w [center, batch, pos], in the order of `expansion.centers`. Detached terms of the decoder: the multiple of
+            b_U that each carries [path, batch, pos], 0 but for `ln_final_bias`, 1.
         truth: What the terms approximate: the stream that the stage produces, or the final norm's output.
         solution: The solved weights with their certificate, or None if the weights were given or uniform.
     """
@@ -66,8 +67,8 @@ class JetCache(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return (
-            f"JetCache({len(self)} terms of {list(self.truth.shape)} for {', '.join(self.expansion.steps[:3])}, order "
-            f"{self.expansion.order}; relative remainder {self.relative_remainder:.3g})"
+            f"JetCache({len(self)} terms of {list(self.truth.shape)} for {', '.join(self.expansion.steps[:3])}, "
+            f"{self.expansion.kind}; relative remainder {self.relative_remainder:.3g})"
         )
 
     @property
@@ -109,7 +110,7 @@ class JetCache(Mapping[str, Tensor]):
         return torch.stack([self[path] for path in (self.labels if paths is None else paths)])
 
     def bias_weights(self) -> Float[Tensor, "path *batch pos"]:
-        """The multiple w_i of b_U that each term's logits carry, in the order of `labels`."""
+        """The multiple of b_U that each term's logits carry, in the order of `labels`: w_i, or 0 and 1 (detached)."""
         self._require_decoded("bias weights")
         return self.weights
 
@@ -165,8 +166,8 @@ class JetCache(Mapping[str, Tensor]):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a path and real position: path, batch, pos, token, weight, norm, and the top token if decoded.
 
-        `norm` is the length of the term in d_model; `weight` is that of its center (identity terms of order >= 1
-        carry 1).
+        `norm` is the length of the term in d_model; `weight` is that of its center (identity terms of order >= 1 and
+        detached terms carry 1).
         """
         if not self._whole or self.truth.ndim != 3:
             raise ValueError("to_dataframe needs a whole cache [batch, pos, d_model]; slice the table instead.")
@@ -192,6 +193,8 @@ class JetCache(Mapping[str, Tensor]):
 
     def _term_weights(self) -> Tensor:
         """The weight that each term carries, in the order of `labels`."""
+        if self.expansion.linearize == "detached":
+            return torch.ones_like(self.weights[:1]).expand(len(self), *self.weights.shape[1:])
         parts = [self.weights] * len(self.expansion.steps)
         if self.expansion.stage is not None:
             parts = [self.weights if self.expansion.order == 0 else torch.ones_like(self.weights), *parts]
@@ -205,7 +208,8 @@ class JetCache(Mapping[str, Tensor]):
 
         Two things are measured: whether terms and remainder, decoded by the model's own transform, give the model's
         logits (at the decoder) or its next stream; and whether each jet agrees with gamma itself near its center, as
-        a Taylor polynomial of order k must: the error at step t falls like t^(k+1).
+        a Taylor polynomial of order k must: the error at step t falls like t^(k+1). Detached terms are no jets and have no
+        slopes: that the frozen stage gives the model's own write was compared when it was frozen.
 
         Returns:
             A `Check`; `check().passed` says whether both hold.
@@ -226,7 +230,7 @@ class JetCache(Mapping[str, Tensor]):
         sum_error = float((total - own)[keep].abs().max() / own[keep].abs().max())
         gamma = network.decoder.norm if stage is None else trace.stage_function(stage)
         slopes = {}
-        for center in self.expansion.centers:
+        for center in self.expansion.centers if self.expansion.linearize == "jet" else ():
             slopes[str(center.path)] = _slope(
                 gamma, center.evaluate(trace), trace[self.expansion.stream], self.expansion.order, keep
             )

@@ -10,6 +10,17 @@ The terms of a stage that keeps its stream are the jets w_i J^k gamma(x_i)(h) an
 x_i themselves for k >= 1 (eq. 9), w_i x_i for k = 0 (footnote 2). The decoder `ln_final` has no identity; each of its
 terms carries w_i b_U.
 
+**Detached** (``linearize="detached"``): norm scales, attention patterns and gates frozen at the true streams make a stage
+affine, gamma(h) = A h + b, so that its terms need no weights and no order: x_i and A x_i for every center, and b as a term of
+its own (`3_mlp_bias`; a layer's attention has one, `3_attn_bias`). What remains is what the same maps make of h - sum x_i:
+nothing, if the centers sum to the stream. At the decoder A is the final norm with the scale of h_L, direct logit attribution;
+b_U is part of `ln_final_bias`. The order-0 jet of x_i is that attribution times a factor a position,
+
+.. math::
+    J^0 \gamma_{L+1}(x_i) - \text{bias} = \frac{\mathrm{rms}(h_L)}{\mathrm{rms}(x_i)} \, A x_i ,
+
+with rms = sqrt(mean(x^2) + eps), after centering for LayerNorm: on stories260K 1.5 to 16 for its components.
+
 ==========  ===========================================================
 symbol      name here
 ==========  ===========================================================
@@ -20,8 +31,9 @@ w_i         `weights`
 gamma       `trace.stage_function(stage)`; `network.decoder.norm`
 ==========  ===========================================================
 
-Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9.
-Cost: an inner stage, about (k + 1) evaluations of the stage a center; the decoder, closed forms.
+Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9; Golden, arXiv 2505.24293, for
+detached terms. Cost: an inner stage, about (k + 1) evaluations of the stage a center, or, detached, two evaluations and a
+fraction of one a center; the decoder, closed forms.
 
 Example:
     The two-block example of the paper, four distinct paths:
@@ -45,6 +57,13 @@ Example:
     embed > 0_block
     embed > 1_block
     embed > 0_block > 1_block
+
+    Detached, with the centers that sum to the stream, the terms sum to what the model has there:
+
+    >>> exact = jet_expand(network, "1_block", centers=["embed", "0_block_out"], linearize="detached")
+    >>> terms = exact(torch.tensor([[0, 3, 1]]))
+    >>> terms.labels[2:], terms.relative_remainder < 1e-14
+    (['embed > 1_block', '0_block_out > 1_block', '1_block_bias'], True)
 """
 
 from __future__ import annotations
@@ -59,12 +78,13 @@ from torch import Tensor
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import jet, norm_jet
 from tl_jets.expansion.cache import JetCache
-from tl_jets.expansion.paths import Center, Function, Label, Term
+from tl_jets.expansion.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
+from tl_jets.expansion.paths import Center, Function, Label, Path, Term
 from tl_jets.expansion.simplex import SimplexSolution, gram, simplex_qp
 from tl_jets.expansion.simplex_kl import simplex_kl
 from tl_jets.expansion.weights import read_weights
 from tl_jets.network import ResidualNetwork
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.trace import Trace
 
 CenterScale = Literal["none", "match", "orthogonal"]
@@ -78,10 +98,11 @@ def jet_expand(
     step: str,
     *,
     centers: Any,
-    order: int = 1,
-    weights: Literal["uniform", "optimal"] | Sequence[float] | Tensor = "uniform",
+    order: int | None = None,
+    weights: Literal["uniform", "optimal"] | Sequence[float] | Tensor | None = None,
     objective: Objective = "centered_l2",
     center_scale: CenterScale = "none",
+    linearize: Linearize = "jet",
 ) -> Expansion:
     """Expand the stage of `step`, or the decoder, at `centers` (Algorithm 1). Symbolic and instant.
 
@@ -94,35 +115,39 @@ def jet_expand(
         centers: What to expand at. A sequence (or one) of: a label of the trace (`"embed"`, `"0_attn_out"`,
             `"3_pre"`), a `Term` of another expansion (`exp["embed > 0_attn"]`), an `Expansion` (all its terms), or a
             function from a `Trace` to [batch, pos, d_model]. A mapping gives functions their names.
-        order: k >= 0. At order 0 a term is gamma(x_i) itself.
-        weights: `"uniform"`, `"optimal"`, or N numbers on the simplex, as [center] or [center, batch, pos]. Terms
+        order: k >= 0; None is 1. At order 0 a term is gamma(x_i) itself.
+        weights: `"uniform"` (None), `"optimal"`, or N numbers on the simplex, as [center] or [center, batch, pos]. Terms
             are differentiable in a tensor of weights.
         objective: What optimal weights minimize at the decoder: the norm of the remainder in logits up to a constant
             a token (`"centered_l2"`) or as they are (`"l2"`, the paper's), or `"kl"`, KL(model || expansion). At an
             inner stage they minimize the norm of the remainder.
         center_scale: Rescale the center inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
             `"orthogonal"`, where the Taylor series of a norm converges for every acute angle.
+        linearize: `"jet"`, the paper's, or `"detached"`: terms of the frozen stage, linear in the centers, and a term for
+            its constant; no order, weights or center_scale, and no gradients. At the decoder: direct logit attribution.
 
     Returns:
         An `Expansion`: call it on a prompt, tokens or a trace to get a `JetCache`.
 
     Raises:
-        ValueError: Unknown step, label or option, no centers, two of the same name, order < 0, weights off the simplex.
+        ValueError: Unknown step, label or option, no centers, two of the same name, order < 0, weights off the simplex,
+            options of jets for detached terms.
         TypeError: A center or order of the wrong type.
+        NotImplementedError: When evaluated: a stage does not come out affine.
 
     Source:
-        Chen et al., Algorithm 1.
+        Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
     """
     network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
     stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an integer >= 0; got {order!r}.")
-    if order < 0:
-        raise ValueError(f"order must be an integer >= 0; got {order}.")
+    order = read_order(linearize, order, 1)
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    if linearize == "detached":
+        check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
+    weights = "uniform" if weights is None else weights
     chosen = tuple(_read_centers(network, centers))
     names = [str(center.path) for center in chosen]
     if not chosen:
@@ -135,7 +160,15 @@ def jet_expand(
             raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
     else:
         weights = read_weights(weights, len(chosen))
-    return Expansion(network, stage, chosen, order, weights, objective, center_scale)
+    found = Expansion(network, stage, chosen, order, weights, objective, center_scale, linearize)
+    if linearize == "detached":
+        taken = sorted(set(names).intersection(map(str, found.constants)))
+        if taken:
+            raise ValueError(
+                f"Centers and the constants of a frozen stage must have different names; {taken} are both. Constants of "
+                f"earlier stages are terms of detached expansions of these."
+            )
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +186,7 @@ class Expansion:
         weights: `"uniform"`, `"optimal"`, or a tensor.
         objective: What optimal weights minimize at the decoder.
         center_scale: How centers are rescaled inside gamma.
+        linearize: `"jet"`, or `"detached"`, whose order is 0 and whose weights are all 1.
     """
 
     network: ResidualNetwork
@@ -162,18 +196,31 @@ class Expansion:
     weights: str | Tensor
     objective: Objective = "centered_l2"
     center_scale: CenterScale = "none"
+    linearize: Linearize = "jet"
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the expansion: what the identity carries, then the jets."""
+        """The terms of the expansion: what the identity carries, then the jets; detached, then the constants."""
         paths = [center.path for center in self.centers] if self.stage is not None else []
         paths += [center.path.then(step) for step in self.steps for center in self.centers]
-        return tuple(Term(path, self) for path in paths)
+        return tuple(Term(path, self) for path in (*paths, *self.constants))
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps that are expanded."""
+        if self.linearize == "detached":
+            return tuple(affine_labels(self.stage)[0])
         return (DECODER_STEP,) if self.stage is None else tuple(step.label for step in self.stage.steps)
+
+    @property
+    def constants(self) -> tuple[Path, ...]:
+        """Detached, what the frozen stage writes for a stream of zeros: `3_mlp_bias`, `ln_final_bias`."""
+        return tuple(map(Path, affine_labels(self.stage)[1])) if self.linearize == "detached" else ()
+
+    @property
+    def kind(self) -> str:
+        """`order 1`, or `detached`."""
+        return self.linearize if self.linearize == "detached" else f"order {self.order}"
 
     @property
     def stream(self) -> str:
@@ -193,8 +240,8 @@ class Expansion:
 
     def __repr__(self) -> str:
         return (
-            f"Expansion({', '.join(self.steps[:3])} of {self.network.view.name} at {len(self.centers)} centers, order "
-            f"{self.order}, {len(self)} terms)"
+            f"Expansion({', '.join(self.steps[:3])} of {self.network.view.name} at {len(self.centers)} centers, {self.kind}, "
+            f"{len(self)} terms)"
         )
 
     def __call__(self, text_or_tokens: Any, **trace_options: Any) -> JetCache:
@@ -215,15 +262,20 @@ class Expansion:
         if trace.network is not self.network:
             trace = Trace(self.network, trace.recording)
         values = torch.stack([center.evaluate(trace) for center in self.centers])
-        jets = self._jets(trace, values)
         if self.stage is None:
             truth, identity = self.network.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
         else:
             truth = trace[self.stream] + trace.writes(self.stage).sum(0)
             identity = values
-        weights, solution = self._weights(trace, jets.sum(0), identity, truth)
-        scaled = weights[..., None].to(jets.dtype)
-        terms = dict(zip([str(term) for term in self.terms], self._terms(scaled, jets, values), strict=True))
+        if self.linearize == "detached":
+            linear, constants = affine_terms(trace, self.stage, values)
+            parts = [*([] if self.stage is None else values), *linear.flatten(0, 1), *constants]
+            weights, solution = self._detached_weights(truth), None
+        else:
+            jets = self._jets(trace, values)
+            weights, solution = self._weights(trace, jets.sum(0), identity, truth)
+            parts = self._terms(weights[..., None].to(jets.dtype), jets, values)
+        terms = dict(zip([str(term) for term in self.terms], parts, strict=True))
         if self.stage is not None:
             edits = trace.edits(self.network.next_stream(self.stage))
             terms, truth = {**terms, **edits}, truth + sum(edits.values(), torch.zeros_like(truth))
@@ -251,6 +303,11 @@ class Expansion:
                 jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)
         trace.memo[key] = jets
         return jets
+
+    def _detached_weights(self, truth: Tensor) -> Tensor:
+        """1 for every center; at the decoder the multiples of b_U: 0, and 1 for the constant."""
+        values = [float(self.stage is not None)] * len(self.centers) + ([1.0] if self.stage is None else [])
+        return truth.new_tensor(values)[:, None, None].expand(-1, *truth.shape[:2])
 
     def _weights(self, trace: Trace, jets: Tensor, identity: Tensor, truth: Tensor) -> tuple[Tensor, Any]:
         """Weights [center, batch, pos], and the solution of the quadratic program if it was solved."""
@@ -347,10 +404,9 @@ def _read_function(name: str, function: Any) -> Function:
 
 
 def _read_label(network: ResidualNetwork, label: str) -> Label:
-    known = network.labels
-    if label not in known and not label.startswith("edit:"):
+    if label not in network and not label.startswith("edit:"):
         raise ValueError(
             f"A center's label must be a source, stream or write of the network, or a term of an expansion "
-            f"(`expansion[{label!r}]`); got {label!r}. The labels are {', '.join(known[:12])}, ..."
+            f"(`expansion[{label!r}]`); got {label!r}. The labels are {some(network.labels)}."
         )
     return Label(label)

@@ -18,7 +18,7 @@ symbol      name here
 A_s         `FrozenStage.linear`
 b_s         `FrozenStage.constants`; labels by `frozen_biases`
 h           `trace[stage.stream]`
-D           `FrozenNetwork.decode`
+D           `FrozenNetwork.decode`, `frozen_norm`
 ==========  =================================================
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3; Elhage et al. 2021.
@@ -28,20 +28,21 @@ fraction of an evaluation each (stories260K, 21 tokens: 0.06 ms against 1.7 to 3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.calculus import frozen
+from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
 from tl_jets.expansion.lattice import BIAS, frozen_biases
 from tl_jets.linear_map import GraphMap, LinearMap
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage
 from tl_jets.trace import Trace
 
+Linearize = Literal["jet", "detached"]
 # Numbers in the stacked streams that run through a stage at once.
 CHUNK_ELEMENTS = 2**20
 MAX_CHUNK = 128
@@ -60,6 +61,17 @@ class FrozenStage:
     stage: Stage
     linear: LinearMap
     constants: Float[Tensor, "write batch pos d_model"]
+
+    @classmethod
+    def of(cls, trace: Trace, stage: Stage) -> FrozenStage:
+        """Freeze one stage at its true stream.
+
+        Raises:
+            NotImplementedError: It does not come out affine; the message names it and the model.
+            ValueError: The hooks on the model are not those of the trace.
+        """
+        with torch.inference_mode(False):
+            return _freeze(trace, stage)
 
     def writes(self, values: Float[Tensor, "path batch pos d_model"]) -> Float[Tensor, "write path batch pos d_model"]:
         """A_s x of every step, for many x."""
@@ -98,13 +110,10 @@ class FrozenNetwork:
         """
         key = ("frozen network", trace.network.stages)
         if key not in trace.memo:
-            with torch.inference_mode(False):
-                stages = tuple(_freeze(trace, stage) for stage in trace.network.stages)
-            norm, final = trace.network.decoder.norm, trace[FINAL_STREAM]
-            scale = torch.ones_like(final[..., :1])
-            if norm.kind != "none":
-                scale = torch.rsqrt(norm.center(final).pow(2).mean(-1, keepdim=True) + norm.eps)
-            trace.memo[key] = cls(trace, stages, scale)
+            stages = tuple(FrozenStage.of(trace, stage) for stage in trace.network.stages)
+            final = trace[FINAL_STREAM]
+            scale = norm_jet(trace.network.decoder.norm, final, final, 0).alpha[0]
+            trace.memo[key] = cls(trace, stages, scale[..., None])
         return trace.memo[key]
 
     @cached_property
@@ -155,6 +164,77 @@ class FrozenNetwork:
         for index, position in enumerate(positions):
             found[:, index, :, position] = rows[:, :, index]
         return found
+
+
+def frozen_norm(norm: Norm, center: Float[Tensor, "*rows d_model"], variate: Float[Tensor, "*rows d_model"]) -> NormJet:
+    """The norm with its scale frozen at the variate, in the form of its jets: a multiple of the center, nothing borrowed.
+
+    `alpha` is the norm's own factor at the variate, `beta` is 0; `rho` and `tail_bound` are NaN, for there is no series.
+    """
+    scale = norm_jet(norm, variate, variate, 0)
+    nothing = torch.full_like(scale.alpha, float("nan"))
+    return replace(scale, center=norm.center(center.double()).to(center), rho=nothing[0], tail_bound=nothing)
+
+
+def affine_terms(
+    trace: Trace, stage: Stage | None, values: Float[Tensor, "center batch pos d_model"]
+) -> tuple[Float[Tensor, "step center batch pos d_model"], Float[Tensor, "constant batch pos d_model"]]:
+    """What a frozen stage (None: the final norm) makes of many streams, and what it makes of nothing.
+
+    Returns:
+        A_s x_i of every step that reads the stream, and the constants in the order of `affine_labels`.
+    """
+    if stage is None:
+        norm, final = trace.network.decoder.norm, trace[FINAL_STREAM]
+        linear = frozen_norm(replace(norm, bias=None), values, final.expand_as(values)).value()
+        return linear[None], norm.add_bias(torch.zeros_like(final))[None]
+    frozen_stage = FrozenStage.of(trace, stage)
+    with torch.inference_mode(False):
+        writes = frozen_stage.writes(values.detach().clone())
+    reading = [index for index, step in enumerate(stage.steps) if step.kind != "attn_bias"]
+    constants = [frozen_stage.constants[steps].sum(0) for _, steps in frozen_biases([stage])[0]]
+    return writes[reading], torch.stack(constants)
+
+
+def affine_labels(stage: Stage | None) -> tuple[list[str], list[str]]:
+    """Labels of the steps that read the stream of a frozen stage (None: the final norm), and of its constants."""
+    if stage is None:
+        return [DECODER_STEP], [DECODER_STEP + BIAS]
+    reading = [step.label for step in stage.steps if step.kind != "attn_bias"]
+    return reading, [label for label, _ in frozen_biases([stage])[0]]
+
+
+def read_order(linearize: Linearize, order: Any, default: int) -> int:
+    """The order asked for, or the default; 0 for detached terms, which have none."""
+    if linearize not in get_args(Linearize):
+        raise ValueError(f"linearize must be one of {get_args(Linearize)}; got {linearize!r}.")
+    if order is None:
+        return 0 if linearize == "detached" else default
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an integer >= 0; got {order!r}.")
+    if order < 0:
+        raise ValueError(f"order must be an integer >= 0; got {order}.")
+    return order
+
+
+def check_detached(*, order: int, center_scale: str, weights: Any = None, objective: str = "centered_l2") -> None:
+    """Refuse what is a choice about jets, where norm scales, patterns and gates are frozen.
+
+    Raises:
+        ValueError: An order above 0, weights, an objective or a center_scale was given.
+    """
+    given = {
+        f"order={order}": (order > 0, "they are linear in the centers, so that there is no higher order"),
+        "weights": (weights is not None, "they all carry 1: together they are the model as they are"),
+        f"objective={objective!r}": (objective != "centered_l2", "they have no weights to optimize"),
+        f"center_scale={center_scale!r}": (center_scale != "none", "a longer center only gives a longer term"),
+    }
+    for option, (is_given, reason) in given.items():
+        if is_given:
+            raise ValueError(
+                f"Detached terms take no order above 0, weights, objective or center_scale; got {option}, but {reason}. Leave "
+                f"it out, or use linearize='jet'."
+            )
 
 
 def chunk_size(like: Tensor) -> int:

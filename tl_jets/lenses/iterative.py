@@ -11,13 +11,18 @@ the layer's own reading and *the model's own answer*. So for k >= 1 a good score
 `alpha`, `beta` and `borrowed_share`, `borrowed` marks the cells whose answer is not the own part's, and every measure
 stands beside a random center of equal norm and angle (`control`), which knows nothing of the layer.
 
+Detached (``linearize="detached"``), the final norm keeps the scale that it has at h_L: alpha = 1 / scale(h_L) at every layer,
+beta = 0. The lens is then what the stream so far gives to the model's logits, cumulative direct logit attribution: logits of
+the order-0 jet, the logit lens, times scale(h_l) / scale(h_L), biases apart. Its order of tokens is the logit lens' where
+there are no biases; its sizes are the model's, so that differences of layers are what their writes give.
+
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (iterative jet lens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -28,6 +33,8 @@ from torch import Tensor
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import CenterScale
+from tl_jets.expansion.frozen_network import Linearize, check_detached, frozen_norm, read_order
+from tl_jets.lenses.result import LensResult
 from tl_jets.lenses.selection import (
     Rows,
     TargetInput,
@@ -37,16 +44,22 @@ from tl_jets.lenses.selection import (
     stream_labels,
     trace_of,
 )
-from tl_jets.measures import MEASURES, Measures, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
 from tl_jets.mixture import Control, Mixture, scan_mixture
 from tl_jets.network import ResidualNetwork
 from tl_jets.reader import CHUNK_SIZE
 from tl_jets.stages import FINAL_STREAM
 from tl_jets.tokens import decode, token_names
 
+# What has a layer axis.
+_LAYERED = {
+    *("rho", "tail_bound", "alpha", "beta", "borrowed_share", "top_ids", "full_values", "own_values", "own_top_ids"),
+    *("measures", "control", "target_logits", "target_ranks"),
+}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class IterativeJetLens:
+class IterativeJetLens(LensResult):
     """What every layer's stream says at every order. Axes: [layer, order, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
@@ -56,10 +69,12 @@ class IterativeJetLens:
         tokens: The tokens at those positions [batch, pos].
         valid: Which of them are real [batch, pos].
         center_scale: How centers were rescaled.
-        rho: Radius ratio |v| / |x| of each series; it converges at the final stream where rho < 1 [layer, batch, pos].
+        linearize: `"jet"`, or `"detached"`, whose only order is 0.
+        rho: Radius ratio |v| / |x| of each series; it converges at the final stream where rho < 1 [layer, batch, pos]. NaN
+            for detached lenses, which are no series; so is `tail_bound`.
         tail_bound: Bound on what all higher orders add, RMS before the norm's gain; inf where rho >= 1.
         alpha: Coefficient of the layer's own reading.
-        beta: Coefficient of the model's own answer.
+        beta: Coefficient of the model's own answer; 0 for `final_post`, whose own reading that is.
         borrowed_share: Length of the beta part over the sum of the lengths of both, logits centered over the vocabulary.
         top_ids: Best tokens, best first [layer, order, batch, pos, k].
         full_values: Their additive logits [layer, order, batch, pos, k].
@@ -81,6 +96,7 @@ class IterativeJetLens:
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     center_scale: CenterScale
+    linearize: Linearize
     rho: Float[Tensor, "layer batch pos"]
     tail_bound: Float[Tensor, "layer order batch pos"]
     alpha: Float[Tensor, "layer order batch pos"]
@@ -99,16 +115,22 @@ class IterativeJetLens:
     target_ranks: Tensor | None
     tokenizer: Any
 
-    def __getattr__(self, name: str) -> Tensor:
-        """`lens.kl`, `lens.cosine`, ...: the measures by name."""
-        if name in MEASURES:
-            return getattr(_measured(self.measures), name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+    def __getitem__(self, labels: str | Sequence[str]) -> IterativeJetLens:
+        """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`. The layer axis stays."""
+        wanted = [labels] if isinstance(labels, str) else list(labels)
+        unknown = [label for label in wanted if label not in self.labels]
+        if unknown or not wanted:
+            raise ValueError(
+                f"A lens is indexed by its layers, {self.labels}; got {labels!r}. Its tensors take numbers."
+            )
+        index = [self.labels.index(label) for label in wanted]
+        return replace(self._mapped(lambda values: values[index], _LAYERED), labels=wanted)
 
     def __repr__(self) -> str:
+        kind = f"orders 0..{self.orders[-1]}" if self.linearize == "jet" else self.linearize
         return (
-            f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, orders "
-            f"0..{self.orders[-1]}, tokens {list(self.tokens.shape)}, center_scale={self.center_scale!r})"
+            f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, {kind}, tokens "
+            f"{list(self.tokens.shape)}, center_scale={self.center_scale!r})"
         )
 
     @property
@@ -206,11 +228,12 @@ def iterative_jet_lens(
     model: Any,
     text_or_tokens: Any,
     *,
-    order: int = 1,
+    order: int | None = None,
     layers: int | str | Sequence[int | str] | None = None,
     positions: int | Sequence[int] | None = None,
     incl_mid: bool = False,
     center_scale: CenterScale = "none",
+    linearize: Linearize = "jet",
     targets: TargetInput | None = None,
     top_k: int = 5,
     measures: bool = True,
@@ -224,12 +247,14 @@ def iterative_jet_lens(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
-        order: Highest order k >= 0; all orders 0..k are returned and cost about as much as one.
+        order: Highest order k >= 0; all orders 0..k are returned and cost about as much as one. None is 1.
         layers: Layers (an int l is `l_pre`, n_layers or -1 is `final_post`) or stream labels; None for all.
         positions: Positions to read; None for all. Negative ones count from the end of the padded row.
         incl_mid: With `layers=None`, also read the streams between attention and MLP (parallel blocks have none).
         center_scale: Length of the center: `"none"` (the layer's own, the paper's), `"match"` or `"orthogonal"`, which
             make the series converge; see `borrowed_share` and `control` for what that is worth.
+        linearize: `"jet"`, or `"detached"`: the final norm with its scale at the final stream, direct logit attribution of
+            every layer's stream; takes neither an order above 0 nor a center_scale.
         targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), or a tensor of ids
             [batch, pos] aligned with `positions` (one a position).
         top_k: How many best tokens a cell keeps.
@@ -252,7 +277,10 @@ def iterative_jet_lens(
     Cost:
         A forward pass and one product of all layers' streams with the unembedding, whatever the order.
     """
-    check_options(order, center_scale, top_k, chunk_size)
+    check_options(center_scale, top_k, chunk_size)
+    order = read_order(linearize, order, 1)
+    if linearize == "detached":
+        check_detached(order=order, center_scale=center_scale)
     network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
@@ -266,9 +294,16 @@ def iterative_jet_lens(
         scale = centers.new_ones(centers.shape[:-1])
         if center_scale != "none":
             scale = center_scale_factors(norm, centers, every, center_scale)
-        series = norm_jet(norm, centers * scale[..., None], every, order)
+        if linearize == "detached":
+            series = frozen_norm(norm, centers, every)
+        else:
+            series = norm_jet(norm, centers * scale[..., None], every, order)
         alpha, beta = (series.alpha * scale).transpose(0, 1), series.beta.transpose(0, 1)
         gamma = norm_jet(norm, variate, variate, 0).alpha[0]
+        for own in (i for i, label in enumerate(labels) if label == FINAL_STREAM):
+            # Two ways to say the same: the model's answer is the last stream's own reading, at every order.
+            alpha, beta = alpha.clone(), beta.clone()
+            alpha[own], beta[own] = gamma, 0
         plane = split_along(norm, centers, variate)
         random = None
         if measures and seed is not None:
@@ -311,6 +346,7 @@ def iterative_jet_lens(
             tokens=trace.tokens[:, rows.positions],
             valid=rows.keep,
             center_scale=center_scale,
+            linearize=linearize,
             rho=spread(series.rho),
             tail_bound=spread(series.tail_bound.transpose(0, 1)),
             alpha=spread(alpha),
@@ -329,9 +365,3 @@ def iterative_jet_lens(
             target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
             tokenizer=network.tokenizer,
         )
-
-
-def _measured(measures: Measures | None) -> Measures:
-    if measures is None:
-        raise ValueError("The measures were not computed; run the lens with measures=True.")
-    return measures

@@ -7,6 +7,10 @@ with the embeddings and the writes of blocks, sublayers or heads as x_i, and wei
 stated objective, certified by `gap`. Uniform weights, and optimal weights of random centers of equal norm and angle (the
 control), stand beside.
 
+Detached (``linearize="detached"``), the final norm keeps the scale that it has at h_L, and the logits are the sum as it is, of
+every component's direct logit attribution (embeddings included) and of the final norm's bias and b_U (`ln_final_bias`): all
+weights are 1, nothing remains and nothing is optimized or borrowed.
+
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
 """
 
@@ -24,10 +28,12 @@ from torch import Tensor
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
+from tl_jets.expansion.frozen_network import Linearize, affine_labels, check_detached, frozen_norm, read_order
 from tl_jets.expansion.simplex import SimplexSolution
 from tl_jets.expansion.weights import read_weights, uniform_weights
+from tl_jets.lenses.result import LensResult
 from tl_jets.lenses.selection import Rows, check_options, model_logits, trace_of
-from tl_jets.measures import MEASURES, Measures, geometry, random_directions, split_along, weighted
+from tl_jets.measures import Measures, geometry, random_directions, split_along, weighted
 from tl_jets.mixture import Mixture, MixtureScan, scan_mixture
 from tl_jets.network import ResidualNetwork
 from tl_jets.reader import CHUNK_SIZE
@@ -37,23 +43,25 @@ from tl_jets.tokens import decode, token_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class JointJetLens:
+class JointJetLens(LensResult):
     """The model's logits as a weighted sum over components. Axes: [center, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
-        labels: Components, aligned to the center axis: `embed`, `0_attn_out`, ..., `edit:<hook>`.
+        labels: Components, aligned to the center axis: `embed`, `0_attn_out`, ..., `edit:<hook>`; detached, `ln_final_bias`.
         order: k.
-        objective: What the weights minimize; `"uniform"` or `"given"` if they were not optimized.
+        objective: What the weights minimize; `"uniform"` or `"given"` if they were not optimized, `"detached"` if there
+            is nothing to weigh.
         center_scale: How centers were rescaled.
+        linearize: `"jet"`, or `"detached"`, whose weights are all 1.
         positions: Positions in the prompt, aligned to the pos axis.
         tokens: The tokens at those positions [batch, pos].
         valid: Which of them are real [batch, pos].
-        weights: w on the simplex [center, batch, pos].
+        weights: w on the simplex [center, batch, pos]; detached, 1.
         gap: Certificate: the objective is at most this above its minimum [batch, pos], relative to the squared length
             of the model's logits, or in nats for "kl"; None for given or uniform weights.
         effective_rank: How many of the centers' weights the data identify [batch, pos]; None with `gap`.
-        rho: Radius ratio of each center's series [center, batch, pos].
-        alpha: Coefficient of each center's own reading.
+        rho: Radius ratio of each center's series [center, batch, pos]; NaN if detached, which is no series.
+        alpha: Coefficient of each center's own reading; 0 for `ln_final_bias`, a constant.
         beta: Coefficient of the model's own answer in each center's jet.
         borrowed_share: Share of the model's own answer in the weighted sum [batch, pos].
         top_ids: Best tokens of the weighted sum [batch, pos, k].
@@ -62,7 +70,7 @@ class JointJetLens:
         own_top_ids: Best token without the model's own answer [batch, pos].
         model_top_ids: The model's best token [batch, pos].
         measures: How close to the model the sum is; each measure [batch, pos].
-        uniform: The same for uniform weights.
+        uniform: The same for uniform weights; detached, that of `measures`.
         control: The same for random centers of equal norm and angle, with weights optimized in the same way.
         tokenizer: The model's tokenizer, or None.
     """
@@ -71,6 +79,7 @@ class JointJetLens:
     order: int
     objective: str
     center_scale: CenterScale
+    linearize: Linearize
     positions: list[int]
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
@@ -92,15 +101,10 @@ class JointJetLens:
     tokenizer: Any
     _centers: _Centers
 
-    def __getattr__(self, name: str) -> Tensor:
-        """`lens.kl`, `lens.cosine`, ...: the measures by name."""
-        if name in MEASURES:
-            return getattr(self.measures, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
-
     def __repr__(self) -> str:
+        kind = f"order {self.order}" if self.linearize == "jet" else self.linearize
         return (
-            f"JointJetLens({len(self.labels)} centers, order {self.order}, tokens {list(self.tokens.shape)}, "
+            f"JointJetLens({len(self.labels)} centers, {kind}, tokens {list(self.tokens.shape)}, "
             f"objective={self.objective!r}, center_scale={self.center_scale!r})"
         )
 
@@ -114,9 +118,14 @@ class JointJetLens:
         return decode(tokenizer or self.tokenizer, self.top_ids)
 
     def center_top_tokens(self, k: int = 1) -> TopTokens:
-        """Best tokens of each center's own jet J^order(x_i) alone [center, batch, pos, k]; read when asked for."""
-        found = top_tokens(self._centers.network.decoder, self._centers.jets, k=k)
-        spread = self._centers.rows.spread
+        """Best tokens of each center's own jet J^order(x_i) alone [center, batch, pos, k]; read when asked for.
+
+        A jet carries the final norm's bias and b_U; a detached term does not, `ln_final_bias` does.
+        """
+        centers = self._centers
+        bias_weight = centers.constants[:, None].expand(centers.jets.shape[:-1])
+        found = top_tokens(centers.network.decoder, centers.jets, bias_weight=bias_weight, k=k)
+        spread = centers.rows.spread
         return TopTokens(spread(found.values, -2), spread(found.indices, -2, -1))
 
     def average(self) -> pd.DataFrame:
@@ -150,10 +159,11 @@ def joint_jet_lens(
     order: int = 0,
     granularity: Granularity | None = None,
     embeddings: bool = True,
-    weights: Literal["optimal", "uniform"] | Sequence[float] | Tensor = "optimal",
+    weights: Literal["optimal", "uniform"] | Sequence[float] | Tensor | None = None,
     objective: Objective = "centered_l2",
     positions: int | Sequence[int] | None = None,
     center_scale: CenterScale = "none",
+    linearize: Linearize = "jet",
     top_k: int = 5,
     seed: int = 0,
     attention_mask: Tensor | None = None,
@@ -169,12 +179,14 @@ def joint_jet_lens(
         granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is `"block"` for a model, and a
             network's own for a `ResidualNetwork`.
         embeddings: Whether the embeddings are components, too.
-        weights: `"optimal"`, `"uniform"`, or numbers on the simplex, [center] or
+        weights: `"optimal"` (None), `"uniform"`, or numbers on the simplex, [center] or
             [center, batch, pos] aligned with `positions`.
         objective: What optimal weights minimize: the distance to the model's logits up to a constant a token
             (`"centered_l2"`), as they are (`"l2"`, the paper's), or KL(model || sum) (`"kl"`, nats).
         positions: Positions to read; None for all.
         center_scale: Length of the centers: `"none"`, `"match"` or `"orthogonal"`.
+        linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
+            the final stream; takes no order above 0, weights, objective or center_scale.
         top_k: How many best tokens a position keeps.
         seed: Of the random control.
         attention_mask: Passed to the model (left padding needs it).
@@ -195,9 +207,14 @@ def joint_jet_lens(
         A forward pass and, a position, a quadratic program with as many variables as components, solved twice (the
         control); "kl" needs all components' logits.
     """
-    check_options(order, center_scale, top_k, chunk_size)
+    check_options(center_scale, top_k, chunk_size)
+    order = read_order(linearize, order, 0)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    is_detached = linearize == "detached"
+    if is_detached:
+        check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
+    weights = "optimal" if weights is None else weights
     own_granularity = model.granularity if isinstance(model, ResidualNetwork) else "block"
     network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model, granularity or "block")
     network = network.at(granularity or own_granularity)
@@ -208,12 +225,22 @@ def joint_jet_lens(
     with torch.no_grad():
         values = torch.stack([rows.take(trace[label]) for label in labels])
         variate = rows.take(trace[FINAL_STREAM])
-        centers = _Centers.of(network, rows, values, variate, order, center_scale)
+        if is_detached:
+            labels += affine_labels(None)[1]
+            values = torch.cat([values, torch.zeros_like(values[:1])])
+            centers = _Centers.detached(network, rows, values, variate)
+        else:
+            centers = _Centers.of(network, rows, values, variate, order, center_scale)
         truth = network.decoder.norm(variate.double())
-        chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
-        uniform = uniform_weights(len(labels), len(truth), device=truth.device)
         random = centers.randomized(values, variate, seed)
-        of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
+        if is_detached:
+            chosen = uniform = of_random = truth.new_ones(len(truth), len(labels))
+            solution, optimized = None, linearize
+        else:
+            chosen, solution = _choose(network, centers.jets, truth, weights, objective, rows, chunk_size)
+            uniform = uniform_weights(len(labels), len(truth), device=truth.device)
+            of_random, _ = _choose(network, random.jets, truth, weights, objective, rows, chunk_size)
+            optimized = objective if solution is not None else weights if isinstance(weights, str) else "given"
         sums = torch.stack([centers.sum(chosen), centers.sum(uniform), random.sum(of_random)])
         borrowed = (chosen * centers.beta.T).sum(-1)
         scan = _scan_sums(network, sums, borrowed, variate, top_k, chunk_size, model_logits(trace, rows))
@@ -224,8 +251,9 @@ def joint_jet_lens(
         return JointJetLens(
             labels=labels,
             order=order,
-            objective=objective if solution is not None else weights if isinstance(weights, str) else "given",
+            objective=optimized,
             center_scale=center_scale,
+            linearize=linearize,
             positions=rows.positions,
             tokens=trace.tokens[:, rows.positions],
             valid=rows.keep,
@@ -260,6 +288,7 @@ class _Centers:
         alpha: Coefficients of w * x_i [center, row].
         beta: Coefficients of w * h_L [center, row].
         rho: Radius ratios [center, row].
+        constants: The multiple of the norm's bias and of b_U that each center carries [center].
     """
 
     network: ResidualNetwork
@@ -268,6 +297,7 @@ class _Centers:
     alpha: Tensor
     beta: Tensor
     rho: Tensor
+    constants: Tensor
 
     @classmethod
     def of(
@@ -277,7 +307,24 @@ class _Centers:
         variate = variate.double().expand_as(values)
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
-        return cls(network, rows, series.value(order), series.alpha[-1] * factors, series.beta[-1], series.rho)
+        jets, constants = series.value(order), values.new_ones(len(values))
+        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
+
+    @classmethod
+    def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> _Centers:
+        """The frozen final norm at many centers, of which the last one, zero, stands for its constant."""
+        norm, values = network.decoder.norm, values.double()
+        linear = frozen_norm(norm, values, variate.double().expand_as(values))
+        constants = values.new_zeros(len(values))
+        constants[-1] = 1
+        alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
+        found = cls(network, rows, values, alpha, beta, linear.rho, constants)
+        return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
+
+    def _with_constants(self, linear: Tensor) -> Tensor:
+        """What every center makes of the final norm, from its part without the norm's bias."""
+        bias = self.network.decoder.norm.bias
+        return linear if bias is None else linear + self.constants[:, None, None] * bias
 
     def randomized(self, values: Tensor, variate: Tensor, seed: int) -> _Centers:
         """Jets at random centers of the same norms, and the same angles to the final stream, as the final norm sees them.
@@ -289,7 +336,7 @@ class _Centers:
         jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
         jets *= (self.alpha * plane.across)[..., None]
         jets += (self.alpha * plane.along + self.beta)[..., None] * plane.variate
-        return replace(self, jets=norm.add_bias(norm.scale(jets)))
+        return replace(self, jets=self._with_constants(norm.scale(jets)))
 
     def sum(self, weights: Tensor) -> Tensor:
         """sum_i w_i e_i [row, d_model] for weights [row, center]."""

@@ -39,6 +39,14 @@ class Rows:
         """The real ones among `positions`; None for all."""
         chosen = _read_positions(positions, trace.valid.shape[1])
         keep = trace.valid[:, chosen]
+        from_end = [] if positions is None else [positions] if isinstance(positions, int) else list(positions)
+        for place, position in enumerate(from_end):
+            if int(position) < 0 and 0 < int(keep[:, place].sum()) < len(keep):
+                raise ValueError(
+                    f"Negative positions count from the end of the padded row; {int(position)} is padding in prompts "
+                    f"{(~keep[:, place]).nonzero()[:, 0].tolist()}, which are shorter. Pass prompts of one length, or tokens "
+                    f"padded on the left with their attention_mask, or positions=None and choose by `valid`."
+                )
         if not keep.any():
             raise ValueError(f"positions must hold a real token; got {chosen}, all padding. Choose others.")
         return cls(chosen, keep, (trace.valid.cumsum(1) - 1)[:, chosen][keep])
@@ -73,9 +81,9 @@ def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
     return rows.pick(trace.logits) if same else None
 
 
-def check_options(order: Any, center_scale: str, top_k: Any, chunk_size: Any) -> None:
+def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
     """Refuse what no lens can do; the messages name the option."""
-    for name, value, least in (("order", order, 0), ("top_k", top_k, 1), ("chunk_size", chunk_size, 1)):
+    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
         if value < least:
