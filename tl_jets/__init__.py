@@ -24,6 +24,8 @@ from tl_jets.expansion import Expansion, JetCache, Path, Term, jet_expand
 from tl_jets.expansion.exponential import PathExpansion, exponential_expansion
 from tl_jets.expansion.path_cache import PathCache
 from tl_jets.expansion.path_statistics import PathStatistics, path_lengths, path_sums
+from tl_jets.expansion.reorganise import ReorganizedExpansion, reorganized_expansion
+from tl_jets.interactions import Interactions, interactions
 from tl_jets.interventions import AblationEffect, ablation_effect, ablation_hooks, patch_hooks, without_path
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
 from tl_jets.linear_map import LinearMap, SingularVectors
@@ -44,6 +46,7 @@ __all__ = [
     "DetachedJacobian",
     "DetachedSpectra",
     "Expansion",
+    "Interactions",
     "IterativeJetLens",
     "Jet",
     "JetCache",
@@ -57,6 +60,7 @@ __all__ = [
     "PathCache",
     "PathExpansion",
     "PathStatistics",
+    "ReorganizedExpansion",
     "ResidualNetwork",
     "Series",
     "SingularVectors",
@@ -70,6 +74,7 @@ __all__ = [
     "detached_jacobian",
     "detached_spectra",
     "exponential_expansion",
+    "interactions",
     "iterative_jet_lens",
     "jet",
     "jet_expand",
@@ -80,6 +85,7 @@ __all__ = [
     "path_ablation",
     "path_lengths",
     "path_sums",
+    "reorganized_expansion",
     "steering_hooks",
     "without_path",
 ]
