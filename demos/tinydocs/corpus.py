@@ -1,8 +1,9 @@
-"""The text that tinydocs is trained on: the prose of the documentation of Python 3.11 and of PostgreSQL 15.
+"""What tinydocs is trained on, the prose of documentation; and Python source, to fine-tune it on.
 
-Two Debian packages, `python3.11-doc` and `postgresql-doc-15`, are downloaded with `apt-get download` (no root, any machine
-with Debian 12's package lists) into a cache outside the repository, unpacked with `dpkg-deb -x`, and read with the standard
-library's HTML parser. A page becomes a document, and a document is a list of paragraphs:
+Debian packages are downloaded with `apt-get download` (no root, any machine with Debian 12's package lists) into a cache
+outside the repository and unpacked with `dpkg-deb -x`. A file becomes a page, and a page is a list of paragraphs.
+
+`DOCS`: the HTML pages of `python3.11-doc` and `postgresql-doc-15`, read with the standard library's HTML parser:
 
 - running text only: what stands in `<p>`, `<li>` and `<dd>` of a page's body. Code blocks, tables' bare cells, signatures,
   headings, navigation, indexes, footnote marks and header-link marks are dropped; inline code stays;
@@ -10,10 +11,13 @@ library's HTML parser. A page becomes a document, and a document is a list of pa
   people type;
 - at least `MIN_WORDS` words; a paragraph that has occurred before, on whichever page, is dropped.
 
+`CODE`: the modules of Python 3.11's standard library (`libpython3.11-stdlib`, `libpython3.11-minimal`). A paragraph is a line
+with its indentation; empty lines and trailing white space are dropped, and so are files that are tables of data.
+
 A page is held out if a seeded hash of its name says so (`HELD_OUT` of them), so the split does not depend on the order of the
 files, and no paragraph is on both sides.
 
-Cost: 15 MB of download, and half a minute of one core.
+Cost: 15 MB of download (code: 3 MB), and half a minute of one core.
 
 Example::
 
@@ -27,7 +31,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,17 +39,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 CACHE = Path("~/.cache/tl-jets/tinydocs")
-# The package, where its pages are, and its licence.
-SOURCES = {
-    "python3.11-doc": ("usr/share/doc/python3.11/html", "PSF License Version 2 (examples: Zero-Clause BSD)"),
-    "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html", "PostgreSQL License"),
-}
 HELD_OUT = 0.05
 SPLIT_SEED = 0
 MIN_WORDS = 5
 
 _NOT_PROSE = re.compile(
-    r"(genindex|bookindex|contents|search|py-modindex|copyright|license|download|legalnotice|biblio)"
+    r"(.*/)?(genindex|bookindex|contents|search|py-modindex|copyright|license|download|legalnotice|biblio)"
+)
+_DATA = re.compile(
+    r"encodings/|pydoc_data/|_sysconfigdata|lib2to3/tests/|turtledemo/|html/entities|config-|(.*/)?_?mime"
 )
 _BLOCK = re.compile(r"p|li|dd|dt|dl|ul|ol|div|section|table|thead|tbody|tr|td|th|blockquote|h[1-6]|pre|hr|body|main")
 _PROSE = re.compile(r"p|li|dd")
@@ -118,48 +120,102 @@ def paragraphs(html: str) -> list[str]:
     return parser.found
 
 
-def fetch(cache: Path) -> dict[str, str]:
-    """Download and unpack what is not in the cache yet; the version of every package.
+def lines(source: str) -> list[str]:
+    """The lines of a module that are not empty."""
+    return [line for line in map(str.rstrip, source.splitlines()) if line]
 
-    Raises:
-        RuntimeError: There is no `apt-get`, it does not know a package, or the download failed.
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus comes from, and how its files are read.
+
+    Attributes:
+        name: Of its files in the cache.
+        sources: By Debian package: where its files are, and its licence.
+        ending: Of the files' names.
+        left_out: Files that are not read, by the beginning of their path within the package's folder.
+        read: The paragraphs of a file.
+        once: Whether a paragraph that has occurred before is dropped.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package, (folder, _) in SOURCES.items():
-        if not list(cache.glob(f"{package}_*.deb")):
-            _call(["apt-get", "download", package], cache)
-        archive = max(cache.glob(f"{package}_*.deb"))
-        if not (cache / package / folder).is_dir():
-            _call(["dpkg-deb", "-x", archive.name, package], cache)
-        versions[package] = _call(["dpkg-deb", "-f", archive.name, "Version"], cache).strip()
-    return versions
+
+    name: str
+    sources: dict[str, tuple[str, str]]
+    ending: str
+    left_out: re.Pattern[str]
+    read: Callable[[str], list[str]]
+    once: bool
+
+    def load(self, cache: Path) -> tuple[list[Page], dict[str, object]]:
+        """The pages and their provenance, from the cache if they are there: versions, counts, the SHA256 of the text."""
+        cache = cache.expanduser()
+        text, facts = cache / f"{self.name}.jsonl", cache / f"{self.name}-provenance.json"
+        if not facts.is_file():
+            versions = self.fetch(cache)
+            found = list(self.pages(cache))
+            text.write_text(
+                "".join(json.dumps(vars(page), ensure_ascii=False) + "\n" for page in found), encoding="utf-8"
+            )
+            facts.write_text(json.dumps(_provenance(found, versions), indent=1), encoding="utf-8")
+        with text.open(encoding="utf-8") as rows:
+            return [Page(**json.loads(row)) for row in rows], json.loads(facts.read_text(encoding="utf-8"))
+
+    def fetch(self, cache: Path) -> dict[str, str]:
+        """Download and unpack what is not in the cache yet; the version of every package.
+
+        Raises:
+            RuntimeError: There is no `apt-get`, it does not know a package, or the download failed.
+        """
+        cache.mkdir(parents=True, exist_ok=True)
+        versions = {}
+        for package, (folder, _) in self.sources.items():
+            if not list(cache.glob(f"{package}_*.deb")):
+                _call(["apt-get", "download", package], cache)
+            archive = max(cache.glob(f"{package}_*.deb"))
+            if not (cache / package / folder).is_dir():
+                _call(["dpkg-deb", "-x", archive.name, package], cache)
+            versions[package] = _call(["dpkg-deb", "-f", archive.name, "Version"], cache).strip()
+        return versions
+
+    def pages(self, cache: Path) -> Iterator[Page]:
+        """All pages of the unpacked packages, by name."""
+        seen: set[str] = set()
+        files: list[tuple[str, Path]] = []
+        for package, (folder, _) in self.sources.items():
+            for path in sorted((cache / package / folder).rglob("*" + self.ending)):
+                name = path.relative_to(cache / package / folder).as_posix()
+                if path.is_file() and not self.left_out.match(name):
+                    files.append((f"{package}/{name}", path))
+        for name, path in tqdm(files, desc="reading pages", unit="page"):
+            found = self.read(path.read_text(encoding="utf-8", errors="replace"))
+            if self.once:
+                found = [text for text in dict.fromkeys(found) if text not in seen]
+                seen.update(found)
+            if found:
+                yield Page(name, _is_held_out(name), found)
 
 
-def pages(cache: Path) -> Iterator[Page]:
-    """All pages of the unpacked packages, by name, without repeated paragraphs."""
-    seen: set[str] = set()
-    files = [(package, path) for package, (folder, _) in SOURCES.items() for path in _html(cache / package / folder)]
-    for package, path in tqdm(files, desc="reading pages", unit="page"):
-        name = f"{package}/{path.relative_to(cache / package / SOURCES[package][0]).as_posix()}"
-        new = [text for text in paragraphs(path.read_text(encoding="utf-8")) if text not in seen]
-        new = list(dict.fromkeys(new))
-        seen.update(new)
-        if new:
-            yield Page(name, _is_held_out(name), new)
-
-
-def load(cache: Path) -> tuple[list[Page], dict[str, object]]:
-    """The corpus and its provenance, from the cache if it is there: versions, counts and the SHA256 of the text."""
-    cache = cache.expanduser()
-    text, facts = cache / "pages.jsonl", cache / "provenance.json"
-    if not facts.is_file():
-        versions = fetch(cache)
-        corpus = list(pages(cache))
-        text.write_text("".join(json.dumps(vars(page), ensure_ascii=False) + "\n" for page in corpus), encoding="utf-8")
-        facts.write_text(json.dumps(_provenance(corpus, versions), indent=1), encoding="utf-8")
-    with text.open(encoding="utf-8") as lines:
-        return [Page(**json.loads(line)) for line in lines], json.loads(facts.read_text(encoding="utf-8"))
+DOCS = Corpus(
+    name="pages",
+    sources={
+        "python3.11-doc": ("usr/share/doc/python3.11/html", "PSF License Version 2 (examples: Zero-Clause BSD)"),
+        "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html", "PostgreSQL License"),
+    },
+    ending=".html",
+    left_out=_NOT_PROSE,
+    read=paragraphs,
+    once=True,
+)
+CODE = Corpus(
+    name="code",
+    sources={
+        "libpython3.11-stdlib": ("usr/lib/python3.11", "PSF License Version 2"),
+        "libpython3.11-minimal": ("usr/lib/python3.11", "PSF License Version 2"),
+    },
+    ending=".py",
+    left_out=_DATA,
+    read=lines,
+    once=False,
+)
 
 
 def _provenance(corpus: list[Page], versions: dict[str, str]) -> dict[str, object]:
@@ -176,10 +232,6 @@ def _provenance(corpus: list[Page], versions: dict[str, str]) -> dict[str, objec
     return facts
 
 
-def _html(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.html") if not _NOT_PROSE.match(path.name))
-
-
 def _is_held_out(name: str) -> bool:
     digest = hashlib.sha256(f"{SPLIT_SEED}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
@@ -191,18 +243,20 @@ def _call(command: list[str], folder: Path) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         raise RuntimeError(
-            f"the corpus comes from Debian's packages {', '.join(SOURCES)}; `{' '.join(command)}` failed: {said}; "
-            "on Debian 12 with package lists it works without root, or put the .deb files into the cache yourself"
+            f"the corpus comes from packages of Debian 12; `{' '.join(command)}` failed: {said}; with package lists it "
+            "works without root, or put the .deb files into the cache yourself"
         ) from error
 
 
 def main() -> None:
-    """Build the corpus in the cache and print its provenance."""
+    """Build a corpus in the cache and print its provenance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="where packages and text are kept (default: %(default)s)"
     )
-    print(json.dumps(load(parser.parse_args().cache)[1], indent=1))
+    parser.add_argument("--code", action="store_true", help="Python source, not documentation")
+    options = parser.parse_args()
+    print(json.dumps((CODE if options.code else DOCS).load(options.cache)[1], indent=1))
 
 
 if __name__ == "__main__":

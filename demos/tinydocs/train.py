@@ -4,6 +4,9 @@
     python demos/tinydocs/train.py --cache DIR --export     # write the trained model into tl_jets/pretrained/tinydocs
     python demos/tinydocs/train.py --cache DIR --evaluate   # what is written there beside a Kneser-Ney bigram model
 
+With `--code` all three are about tinycode, which is not shipped yet: tinydocs, trained on for `FINE_TUNING` steps on Python
+source, with the same vocabulary.
+
 The model is transformers' own `LlamaForCausalLM`: RMSNorm, rotary positions, SwiGLU, no biases, untied embeddings. It is
 trained in float32 on windows of `N_CTX` tokens that all begin with `<s>` and then, at the beginning of a paragraph, with
 text; so a short prompt looks like what it was trained on. Matrices within the layers are trained with Muon (Jordan et al.
@@ -40,12 +43,14 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PACKAGED = Path(__file__).resolve().parents[2] / "tl_jets" / "pretrained" / "tinydocs"
+PRETRAINED = Path(__file__).resolve().parents[2] / "tl_jets" / "pretrained"
+TINYDOCS, TINYCODE = PRETRAINED / "tinydocs", PRETRAINED / "tinycode"
 D_VOCAB, N_CTX = 4096, 256
 UNKNOWN, BOS, EOS = 0, 1, 2
 IGNORED = -100  # a target that is not scored
 WARM_UP = 50
 MORE_RATE = 0.4
+FINE_TUNING = {"steps": 0, "more_steps": 600}  # of a recipe: the second, lower rate alone
 
 
 @dataclass(frozen=True)
@@ -137,11 +142,14 @@ def encode(tokenizer: tokenizers.Tokenizer, pages: list[corpus.Page]) -> Text:
     return Text(np.array(tokens, dtype=np.int64), np.array(starts))
 
 
-def prepare(cache: Path) -> tuple[Text, Text, tokenizers.Tokenizer, dict[str, Any]]:
-    """Training text, held-out text, the tokenizer (trained once, then kept in the cache), and the corpus' provenance."""
-    pages, provenance = corpus.load(cache)
+def prepare(cache: Path, code: bool) -> tuple[Text, Text, tokenizers.Tokenizer, dict[str, Any]]:
+    """Training text, held-out text, the tokenizer, and the corpus' provenance.
+
+    The tokenizer of tinydocs is trained once and kept in the cache; tinycode takes the shipped one.
+    """
+    pages, provenance = (corpus.CODE if code else corpus.DOCS).load(cache)
     training, held_out = ([page for page in pages if page.held_out == part] for part in (False, True))
-    kept = cache / "tokenizer.json"
+    kept = TINYDOCS / "tokenizer.json" if code else cache / "tokenizer.json"
     if not kept.is_file():
         _replace(kept, lambda path: train_tokenizer(training).save(str(path), pretty=False))
     tokenizer = tokenizers.Tokenizer.from_file(str(kept))
@@ -186,13 +194,15 @@ def rate_factor(step: int, recipe: Recipe) -> float:
     return MORE_RATE * min((since + 1) / WARM_UP, (recipe.more_steps - since) / recipe.more_steps)
 
 
-def train(recipe: Recipe, text: Text, checkpoint: Path, every: int) -> transformers.LlamaForCausalLM:
-    """Train, or go on training from the checkpoint.
+def train(
+    recipe: Recipe, text: Text, checkpoint: Path, every: int, start: transformers.LlamaForCausalLM | None = None
+) -> transformers.LlamaForCausalLM:
+    """Train a new model, or `start`, or go on training from the checkpoint.
 
     Raises:
         ValueError: The checkpoint is of a run with another recipe.
     """
-    model = build(recipe).train()
+    model = (build(recipe) if start is None else start).train()
     trainers = optimizers(model, recipe)
     first = 0
     if checkpoint.is_file():
@@ -288,28 +298,37 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--export", action="store_true", help=f"write the trained model into {PACKAGED.name}/")
+    parser.add_argument("--code", action="store_true", help="tinycode, not tinydocs")
+    action.add_argument("--export", action="store_true", help="write the trained model into the package")
     action.add_argument("--evaluate", action="store_true", help="print the held-out figures of what is there")
     for field in fields(Recipe):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
+        parser.add_argument(option, type=type(field.default), help=f"default: {field.default}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    cache = options.cache.expanduser()
-    training, held_out, tokenizer, provenance = prepare(cache)
+    cache, folder = options.cache.expanduser(), TINYCODE if options.code else TINYDOCS
+    training, held_out, tokenizer, provenance = prepare(cache, options.code)
     if options.evaluate:
-        shipped = transformers.LlamaForCausalLM.from_pretrained(PACKAGED, dtype=torch.float32).eval()
-        nats, count = held_out_nats(shipped, held_out)
-        bigrams = baseline(training, held_out)
-        figures = {"held-out tokens": count, "tinydocs": nats, "Kneser-Ney bigrams": bigrams, "gain": bigrams - nats}
-        print(json.dumps(provenance | {"nats per token": figures}, indent=1))
+        figures: dict[str, float] = {}
+        for shipped in [TINYDOCS, folder][not options.code :]:
+            figures[shipped.name], count = held_out_nats(_shipped(shipped), held_out)
+        figures["Kneser-Ney bigrams"] = baseline(training, held_out)
+        figures["gain"] = figures["Kneser-Ney bigrams"] - figures[folder.name]
+        print(json.dumps(provenance | {"held-out tokens": count, "nats per token": figures}, indent=1))
         return
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    model = train(recipe, training, cache / "checkpoint.pt", options.every)
+    given = {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    defaults = FINE_TUNING if options.code else {}
+    recipe = Recipe(**defaults | {name: value for name, value in given.items() if value is not None})
+    start = _shipped(TINYDOCS) if options.code else None
+    model = train(recipe, training, cache / f"{folder.name}.pt", options.every, start)
     if options.export:
-        export(model, tokenizer, PACKAGED)
+        export(model, tokenizer, folder)
     else:
         print(f"held out: {held_out_nats(model, held_out)[0]:.4f} nats a token")
+
+
+def _shipped(folder: Path) -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 if __name__ == "__main__":
