@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -206,8 +206,9 @@ class LinearMap(ABC):
             ValueError: k is not in 1..rank bound - 1, or there is no such prompt or position.
 
         Cost:
-            A few dozen products with J and with its transpose. The iteration runs in float64; the products in the
-            map's dtype, whose rounding bounds the accuracy: about eps of the largest value in every value.
+            A few dozen products with J and with its transpose. The iteration runs in float64, on the shorter side of J
+            (J J' or J'J); the products in the map's dtype, whose rounding bounds the accuracy: a value s is off by about
+            eps s_1^2 / s, so that values below sqrt(eps) s_1 are noise.
         """
         (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
         keep = slice(None)
@@ -224,25 +225,32 @@ class LinearMap(ABC):
             raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
 
         def product(apply: Callable[[Tensor], Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
-            def of(vector: Any) -> Any:
+            def of(vector: Tensor) -> Tensor:
                 every = self.point.new_zeros(full)
-                every[index] = torch.as_tensor(np.ascontiguousarray(vector)).to(every).view(every[index].shape)
-                return apply(every)[out_index].flatten().double().cpu().numpy()
+                every[index] = vector.view(every[index].shape)
+                return apply(every)[out_index].flatten()
 
             return of
 
         of_input, of_output = (prompt, keep), (prompt,)
-        operator = scipy.sparse.linalg.LinearOperator(
-            shape,
-            matvec=product(self.apply, self.in_shape, of_input, of_output),  # pyright: ignore[reportCallIssue]
-            rmatvec=product(self.apply_transpose, self.out_shape, of_output, of_input),  # pyright: ignore[reportCallIssue]
-            dtype=np.float64,  # pyright: ignore[reportCallIssue]
-        )
+        J = product(self.apply, self.in_shape, of_input, of_output)
+        transpose = product(self.apply_transpose, self.out_shape, of_output, of_input)
+        # Vectors of the shorter side are iterated; those of the longer one, which may be a prompt long, are made at the end.
+        wide = shape[0] <= shape[1]
+        across, back = (transpose, J) if wide else (J, transpose)
+
+        def gram(vector: Any) -> Any:
+            short = torch.as_tensor(np.ascontiguousarray(vector)).to(self.point)
+            return back(across(short)).double().cpu().numpy()
+
+        operator = scipy.sparse.linalg.LinearOperator((min(shape),) * 2, matvec=gram, dtype=np.float64)  # pyright: ignore[reportCallIssue]
         start = np.random.default_rng(seed).standard_normal(min(shape))
-        left, values, right = cast(tuple[Any, Any, Any], scipy.sparse.linalg.svds(operator, k=k, v0=start))
-        order = np.argsort(-values)
-        tensors = [np.ascontiguousarray(array) for array in (values[order], left[:, order].T, right[order])]
-        values, left, right = (torch.from_numpy(array).to(self.value.detach()) for array in tensors)
+        squares, found = scipy.sparse.linalg.eigsh(operator, k=k, v0=start)
+        short = torch.from_numpy(np.ascontiguousarray(found[:, np.argsort(-squares)].T)).to(self.point)
+        long = torch.stack([across(vector) for vector in short])
+        values = long.double().norm(dim=1).to(long)
+        long /= values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
+        left, right = (short, long) if wide else (long, short)
         # The sign in which this prompt's own input has it.
         sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
         return SingularVectors(values, (sign * left).view(k, *out_shape), (sign * right).view(k, *in_shape))

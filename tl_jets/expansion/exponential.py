@@ -53,14 +53,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tl_jets.expansion.collect import Collector
 from tl_jets.expansion.expand import CENTER_SCALES, CenterScale
-from tl_jets.expansion.frozen_network import FrozenNetwork, chunk_size
+from tl_jets.expansion.frozen_network import FrozenNetwork, Linearize, chunk_size
 from tl_jets.expansion.jet_stages import JetStages, stage_weights
 from tl_jets.expansion.lattice import Lattice, count_text, lattice_of, narrowed
 from tl_jets.expansion.path_cache import PathCache
@@ -73,7 +73,6 @@ from tl_jets.network import ResidualNetwork
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.trace import Trace
 
-Linearize = Literal["jet", "detached"]
 MAX_PATHS = 4096
 SHOWN = 10
 
