@@ -31,9 +31,11 @@ from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, j
 from tl_jets.linear_map import LinearMap, SingularVectors
 from tl_jets.measures import Measures
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path
 from tl_jets.path_ablation import path_ablation
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.stages import Stage, Step
+from tl_jets.tables import NgramTable, side_by_side
 from tl_jets.trace import Trace
 
 __version__ = version("tl-jets")
@@ -54,6 +56,7 @@ __all__ = [
     "LinearMap",
     "Measures",
     "Metric",
+    "NgramTable",
     "Norm",
     "NormJet",
     "Path",
@@ -70,6 +73,7 @@ __all__ = [
     "Trace",
     "ablation_effect",
     "ablation_hooks",
+    "bigram_log_normalizers",
     "detached",
     "detached_jacobian",
     "detached_spectra",
@@ -77,6 +81,8 @@ __all__ = [
     "interactions",
     "iterative_jet_lens",
     "jet",
+    "jet_bigrams",
+    "jet_bigrams_by_path",
     "jet_expand",
     "joint_jet_lens",
     "load_tinydocs",
@@ -86,6 +92,7 @@ __all__ = [
     "path_lengths",
     "path_sums",
     "reorganized_expansion",
+    "side_by_side",
     "steering_hooks",
     "without_path",
 ]

@@ -1,0 +1,24 @@
+"""Jet n-grams: a model's weights as a table of n-grams over the whole vocabulary, without a corpus.
+
+Example:
+    >>> import tl_jets as tj
+    >>> table = jet_bigrams(tj.load_tinydocs(), "mlps", top_k=20)
+    >>> table["Victor"].to_dataframe()["token_2"].tolist()
+    [' Stinner']
+"""
+
+from tl_jets.ngrams.bigrams import bigram_job, bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path
+from tl_jets.ngrams.fingerprints import fingerprint
+from tl_jets.ngrams.jobs import Job, sweep
+from tl_jets.ngrams.streams import VocabularyStreams
+
+__all__ = [
+    "Job",
+    "VocabularyStreams",
+    "bigram_job",
+    "bigram_log_normalizers",
+    "fingerprint",
+    "jet_bigrams",
+    "jet_bigrams_by_path",
+    "sweep",
+]

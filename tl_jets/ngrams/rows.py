@@ -1,0 +1,178 @@
+"""The exact best tokens of every row of states, with exact log-normalizers, in bounded memory.
+
+Unlike the best pairs over all rows (`tl_jets.ngrams.scan`), every row must be read for its own best tokens. Logits of a few hundred
+rows are held (`tl_jets.reader`), the best k + `SPARE` tokens are found by block maxima, and their logits computed again in float64.
+What cannot be told apart in working precision (the last one kept and the next one after the spares) is read in float64 as a whole
+row. Order: (score, id); ties by the smallest id.
+
+Cost: a product with `W_U`, and k + 8 columns of it gathered a row: 1.1 times the product for k = 5, 1.5 times for k = 100.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.decoder import Decoder
+from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, exact_logits, log_parts
+from tl_jets.reader import Reader, slices, total_of
+from tl_jets.tables import rank, rounded
+
+# Tokens beyond the k best that are scored in float64, too: what float32 may have put in the wrong order.
+SPARE = 8
+# Numbers gathered from W_U in float64 at a time.
+GATHERED = 2**21
+
+
+class RowReader:
+    """Reads the best `k` tokens of each of some rows. Arguments as of `tl_jets.ngrams.scan.TopScan`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        k: int,
+        *,
+        score: Score = "logprob",
+        tokens: Int[Tensor, " token"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.decoder, self.normalize = decoder, score == "logprob"
+        self.reader = Reader(decoder, dtype, torch.device(device))
+        self.tiles = Tiles(decoder, dtype, torch.device(device))  # for its bound of errors
+        self.allowed = torch.ones(decoder.d_vocab, dtype=torch.bool, device=device)
+        if tokens is not None:
+            self.allowed.zero_()[tokens] = True
+        self.n_allowed = int(self.allowed.sum())
+        self.k = min(k, self.n_allowed)
+        self.buffer = self.reader.buffer(0)
+
+    @torch.no_grad()
+    def read(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> BestPairs:
+        """The best tokens of each row, row by row; ids and errors as in `TopScan.add`."""
+        if len(self.buffer) < len(states):
+            self.buffer = self.reader.buffer(len(states))
+        logits = self.buffer[: len(states)]
+        inside = logits[:, : self.decoder.d_vocab]
+        self.decoder.project(states, inside)
+        inside += self.decoder.b_U.to(self.reader.dtype)
+        top, total = self._log_normalizer(logits)
+        if not bool(top.isfinite().all()):
+            raise ValueError(
+                f"Every logit must be finite; those of tokens {ids[~top.isfinite()][:5].tolist()} are not. Look at the model's "
+                "weights, its precision (float16 overflows), and the hooks on it."
+            )
+        if self.n_allowed < self.decoder.d_vocab:
+            inside[:, ~self.allowed] = self.reader.lowest
+        count = min(self.k + SPARE, self.n_allowed)
+        rough, tokens = self.reader.top(self.reader.floor(logits), count)
+        tokens, order = tokens.sort(1)  # by ids, so that stable sorts leave ties in their order
+        rough = rough.gather(1, order)
+        exact = self._gathered(states, tokens)
+        scores, log_normalizer = self._scores(rough, exact, top, total)
+        best = _sorted(exact, self.k)
+        unsure = self._unsure(states, rough, exact.gather(1, best), count)
+        tokens, scores = tokens.gather(1, best), scores.gather(1, best)
+        for part in slices(len(unsure), EXACT_ROWS):
+            rows = unsure[part]
+            if len(rows):
+                tokens[rows], scores[rows], log_normalizer[rows] = self._whole_rows(states[rows])
+        pairs = torch.stack([ids.unsqueeze(1).expand_as(tokens), tokens], dim=-1)
+        return BestPairs(pairs.flatten(0, 1), scores.flatten(), log_normalizer.repeat_interleave(self.k))
+
+    def _log_normalizer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit after the transform and the sum of exp(logit - largest), a row: float64."""
+        reader = self.reader
+        top = reader.transformed(logits[:, : self.decoder.d_vocab].amax(1))
+        total = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
+        if self.normalize:
+            for part in slices(len(logits), reader.scratch_rows):
+                chunk = reader.rows(part.stop - part.start).copy_(logits[part])
+                shift = reader.shift(reader.floor(chunk), top[part])
+                total[part] = total_of(chunk.exp2_()) * torch.exp2(shift - top[part].double() * reader.log2_e)
+        return top, total
+
+    def _gathered(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Additive logits of some tokens a row, in float64: products taken one by one, the same wherever they stand."""
+        W_U, b_U = self.decoder.W_U.T, self.decoder.b_U
+        exact = torch.empty(tokens.shape, dtype=torch.float64, device=states.device)
+        for part in slices(len(tokens), max(1, GATHERED // (tokens.shape[1] * states.shape[1]))):
+            columns = W_U[tokens[part]].double()
+            exact[part] = columns.mul_(states[part].double().unsqueeze(1)).sum(-1)
+        return exact + b_U[tokens].double()
+
+    def _scores(self, rough: Tensor, exact: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of candidates and log-normalizers, with the candidates' shares of the sum as float64 has them."""
+        transform = self.decoder.transform or (lambda x: x)
+        mine, largest = transform(exact), top.double()
+        if not self.normalize:
+            return mine, torch.full_like(largest, torch.nan)
+        shift = mine.amax(1, keepdim=True).maximum(largest.unsqueeze(1))
+        theirs = transform(rough).double()
+        others = total * (largest - shift[:, 0]).exp() - (theirs - shift).exp().sum(1)  # of all but the candidates
+        weights = (mine - shift).exp()
+        others = others.clamp_min(0)
+        log_normalizer = shift[:, 0] + (others + weights.sum(1)).log()
+        # Where a candidate is the row's largest, it is left out of the sum: a log-probability near 0 keeps its digits.
+        best = mine.argmax(1, keepdim=True)
+        peak = mine.gather(1, best)
+        rest = (others + weights.scatter(1, best, 0.0).sum(1)).unsqueeze(1)
+        precise = (mine - peak) - rest.log1p()
+        return torch.where(peak >= shift, precise, mine - log_normalizer.unsqueeze(1)), log_normalizer
+
+    def _unsure(self, states: Tensor, rough: Tensor, best: Tensor, count: int) -> Tensor:
+        """Rows where a token that is no candidate may be among the best k."""
+        if count == self.n_allowed:
+            return torch.empty(0, dtype=torch.long, device=states.device)
+        error = self.tiles.errors(states) / abs(self.tiles.scale)
+        return (best[:, -1] <= rough.amin(1).double() + error.double()).nonzero()[:, 0]
+
+    def _whole_rows(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, scores and log-normalizers of rows that are read in float64 as a whole."""
+        logits = exact_logits(self.decoder, states)
+        top, rest = log_parts(logits)
+        allowed = self.allowed.nonzero()[:, 0]
+        scores = logits[:, allowed]
+        if self.normalize:
+            scores = (scores - top.unsqueeze(1)) - rest.unsqueeze(1)
+        best = _sorted(scores, self.k)
+        return allowed[best], scores.gather(1, best), top + rest
+
+
+class RowScan:
+    """Collects the best tokens of each row that is added; scans of one decoder may share a reader."""
+
+    def __init__(self, reader: RowReader):
+        self.reader = reader
+        self.found: list[BestPairs] = []
+
+    def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
+        """Read some rows; see `TopScan.add`."""
+        self.found.append(self.reader.read(states, ids))
+
+    def close(self) -> None:
+        """No more rows come; nothing waits."""
+
+    def finish(self) -> BestPairs:
+        """All rows' best tokens, the best of all first."""
+        found = _joined(self.found)
+        order = rank(found.ids, found.scores)
+        return BestPairs(found.ids[order], found.scores[order], found.log_normalizers[order])
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been found, to go on from with `restore`."""
+        return vars(_joined(self.found)) if self.found else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.found = [BestPairs(**state)] if state else []
+
+
+def _joined(found: list[BestPairs]) -> BestPairs:
+    return BestPairs(*(torch.cat([getattr(x, name) for x in found]) for name in ("ids", "scores", "log_normalizers")))
+
+
+def _sorted(values: Float[Tensor, "row token"], k: int) -> Int[Tensor, "row best"]:
+    """Positions of the k largest of each row; what differs by rounding only stays in its order."""
+    return rounded(values).sort(dim=1, descending=True, stable=True).indices[:, :k]

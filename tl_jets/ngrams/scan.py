@@ -1,0 +1,439 @@
+r"""The exact best pairs (row, token) of many logit vectors, streamed: no [row, d_vocab] tensor, let alone V x V.
+
+Rows are states that the unembedding reads; pairs are scored by log-probability (or logit). What a set of rows costs is
+one product with `W_U`, tile by tile, and three passes over each tile while it is in cache,
+
+1. maxima of blocks of 128 tokens (`reader.BLOCK`), which are kept,
+2. exp2, and 3. sum, which give the row's log-normalizer over the whole vocabulary. A number that suits earlier rows is added to all
+   logits so that nothing overflows; rows that it does not suit are read again, minus their maximum.
+
+After the last tile, `block maximum - log-normalizer` is the best score of a block. **Lemma.** Let t be the K-th largest of
+these over all blocks of all rows. Every one of the K best pairs lies in a block whose best score is at least t: its score is at
+least the K-th best score, which is at least t, for K blocks hold a pair that good. So blocks are all that a scan must keep;
+their threshold only rises, and few rows reach it. No logit is read twice.
+
+**Exactness.** A logit in working precision (unit roundoff u) is off by at most
+
+.. math:: \varepsilon_r = u \, (d + 32) \, |x_r| \max_v |u_v|
+
+(the bound of a dot product), a log-probability with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is kept if
+its upper bound reaches the K-th largest lower bound. What is kept is scored again, in float64, with the log-normalizer of its
+row in float64: log p = (l - max) - log1p(sum of the others), so that a score near 0 keeps its digits. Order: (score, ids).
+
+Cost: rows * d_vocab * d_model multiply-adds and 5% of it; the float64 scoring is two float32 products for each row of the
+result, (2 * rows of the result / rows) of a scan. Memory: a tile, block maxima (d_vocab / 128 a row), 128 rows of logits in float64
+at the end, and the states of the rows that are kept.
+
+Example:
+    >>> import torch
+    >>> from tl_jets.calculus import Norm
+    >>> from tl_jets.decoder import Decoder
+    >>> _ = torch.manual_seed(0)
+    >>> decoder = Decoder(Norm("none"), torch.randn(4, 300), torch.randn(300))
+    >>> states = torch.randn(50, 4)
+    >>> scan = TopScan(decoder, 5)
+    >>> for start in (0, 20, 40):
+    ...     scan.add(states[start : start + 20], torch.arange(start, min(start + 20, 50)))
+    >>> best = scan.finish()
+    >>> table = decoder.logits(states.double()).log_softmax(-1)
+    >>> values, pairs = table.flatten().topk(5)
+    >>> best.ids.tolist() == [[int(i) // 300, int(i) % 300] for i in pairs], bool(torch.allclose(best.scores, values))
+    (True, True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.decoder import Decoder
+from tl_jets.reader import BLOCK, LOG2_E, slices
+from tl_jets.tables import rank
+
+Score = Literal["logprob", "logit"]
+SCORES: tuple[Score, ...] = ("logprob", "logit")
+
+# Tokens of a tile: with 1024 rows, what the caches of two cores hold.
+TILE_CPU, TILE_DEVICE = 2048, 16384
+# Rows whose logits are held in float64 at the end.
+EXACT_ROWS, ROWS_OF_TEMPORARIES = 128, 16
+# Between them, no term of a sum of 2^logit has overflowed, and those that were lost to underflow do not count.
+LEAST_SUM, LARGEST_SUM = -60.0, 100.0
+# Relative error of a sum of 2^exponent in working precision, in units of its roundoff: a generous bound.
+SUM_ERROR = 64
+# What the factors of a float32 product are rounded by, where a user allows it (torch.set_float32_matmul_precision).
+_FACTOR_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
+
+
+@dataclass(frozen=True, eq=False)
+class BestPairs:
+    """The best pairs of a scan, best first; ties by ids.
+
+    Attributes:
+        ids: Row and token. Shape [pair, 2].
+        scores: Log-probabilities in nats, or logits after the model's transform; float64. Shape [pair].
+        log_normalizers: log sum exp of the row's logits; float64. Shape [pair].
+    """
+
+    ids: Int[Tensor, "pair 2"]
+    scores: Float[Tensor, " pair"]
+    log_normalizers: Float[Tensor, " pair"]
+
+
+class RowsRead(NamedTuple):
+    """What `Tiles.read` found out about some rows.
+
+    Attributes:
+        log_normalizers: Binary logarithms, of the logits as they are in `maxima`; None if not asked for. Shape [row].
+        offset: What was added to all logits, here and in `maxima`.
+        next_offset: What suits the next rows; NaN if these differ so much that none does.
+    """
+
+    log_normalizers: Float[Tensor, " row"] | None
+    offset: float
+    next_offset: float
+
+
+class Tiles:
+    """Logits of rows of states, tile by tile, in binary logarithms and in one buffer, with the maxima of their blocks.
+
+    Args:
+        decoder: The model's decoder.
+        dtype: To compute in: float32, or float64.
+        device: Where.
+        normalize: Whether log-normalizers are wanted.
+        tokens: Which tokens may be chosen, sorted; None for all. Log-normalizers are over all tokens nevertheless.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        normalize: bool = True,
+        tokens: Int[Tensor, " token"] | None = None,
+    ):
+        self.decoder, self.dtype, self.device, self.normalize = decoder, dtype, device, normalize
+        # Without a normalizer, only the tokens that may be chosen are multiplied.
+        self.gathered = None if normalize else tokens
+        self.size = decoder.d_vocab if self.gathered is None else len(self.gathered)
+        self.n_blocks = -(-self.size // BLOCK)
+        self.width = TILE_CPU if device.type == "cpu" else TILE_DEVICE
+        self.scratch = torch.empty(0, dtype=dtype, device=device)
+        self.penalty: Tensor | None = None
+        if tokens is not None and normalize:
+            self.penalty = torch.full((decoder.d_vocab,), -math.inf, dtype=dtype, device=device)
+            self.penalty[tokens] = 0
+        # A factor is applied to states and bias; another transform to every tile.
+        scale = decoder.logit_scale
+        self.scale = LOG2_E * (scale if scale is not None else 1)
+        self.transform = decoder.transform if scale is None else None
+        if self.transform is not None:
+            self.scale = 1.0
+        bias = decoder.b_U.to(dtype) if self.gathered is None else decoder.b_U[self.gathered].to(dtype)
+        self.bias = bias * self.scale if bool(bias.any()) else None
+        self.largest_bias = float(bias.abs().max()) * self.scale
+        self.largest_column = self._largest_column() * abs(self.scale)
+
+    def _largest_column(self) -> float:
+        return max(
+            float(torch.linalg.vector_norm(columns, dim=0).max()) for _, columns in self.decoder.columns(self.dtype)
+        )
+
+    def scaled(self, states: Tensor) -> Tensor:
+        """States whose products with `W_U` are binary logarithms (natural ones if there is a softcap to apply first)."""
+        return states.to(self.dtype) * self.scale
+
+    def product(self, x: Tensor, tokens: slice, bias: Tensor | float | None, out: Tensor) -> None:
+        """Write the logits of scaled states for some tokens to `out`, in working precision."""
+        W_U = self.decoder.W_U[:, tokens if self.gathered is None else self.gathered[tokens]].to(self.dtype)
+        if bias is None:
+            torch.mm(x, W_U, out=out)
+        else:
+            torch.addmm(torch.as_tensor(bias, dtype=self.dtype, device=self.device), x, W_U, out=out)
+
+    def errors(self, states: Float[Tensor, "row d_model"], offset: float = 0.0) -> Float[Tensor, " row"]:
+        """How far a binary logarithm that was read may be from its exact value, given the offset in it. Shape [row]."""
+        roundoff = torch.finfo(self.dtype).eps / 2
+        factors = _FACTOR_ROUNDOFF[torch.get_float32_matmul_precision()] if self.dtype is torch.float32 else 0.0
+        length = torch.linalg.vector_norm(states.to(self.dtype), dim=1)
+        error = ((states.shape[1] + 32) * roundoff + 2 * factors) * length * self.largest_column
+        error = error + 8 * roundoff * (self.largest_bias + abs(offset))
+        return error if self.transform is None else error * LOG2_E
+
+    def read(
+        self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = 0.0
+    ) -> RowsRead:
+        """Read some rows, and fill in the maxima of all blocks.
+
+        Args:
+            states: What the unembedding reads. Shape [row, d_model].
+            maxima: To be filled in: maxima of blocks, in binary logarithms. Shape [row, block].
+            offset: A number to add to all logits, so that no sum overflows: `next_offset` of the rows before.
+        """
+        x = self.scaled(states)
+        if not self.normalize:
+            self._sums(x, maxima, 0.0)
+            return RowsRead(None, 0.0, 0.0)
+        if math.isfinite(offset):
+            found = self._sums(x, maxima, offset).log2()
+            if bool(((found > LEAST_SUM) & (found < LARGEST_SUM)).all()):
+                return RowsRead(found.to(self.dtype), offset, offset)
+        # Once a sweep, or never: read the rows again with their maxima taken off, and see what offset suits them.
+        found = self._careful(x, maxima)
+        least, largest = (float(y) for y in found.aminmax())
+        suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
+        return RowsRead(found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan)
+
+    def _sums(self, x: Tensor, maxima: Tensor, offset: float) -> Tensor:
+        """Sums of 2^logit, and block maxima in `maxima`."""
+        bias = self.bias if offset == 0 else offset + (0 if self.bias is None else self.bias)
+        total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
+        for tokens, blocks in self._parts():
+            logits = self._tile(x, tokens, bias)
+            found = logits.view(len(x), -1, BLOCK).amax(-1)
+            maxima[:, blocks] = found if self.penalty is None else self._allowed(logits, found, tokens)
+            if self.normalize:
+                total += logits.exp2_().sum(1)
+        return total
+
+    def _careful(self, x: Tensor, maxima: Tensor) -> Tensor:
+        """Log-normalizers with each row's running maximum taken off first: a pass more."""
+        top = torch.full((len(x),), -math.inf, dtype=self.dtype, device=self.device)
+        total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
+        for tokens, blocks in self._parts():
+            logits = self._tile(x, tokens, self.bias)
+            found = logits.view(len(x), -1, BLOCK).amax(-1)
+            maxima[:, blocks] = found if self.penalty is None else self._allowed(logits, found, tokens)
+            higher = torch.maximum(top, found.amax(1))
+            total *= torch.exp2((top - higher).double())
+            top = higher
+            total += logits.sub_(top.unsqueeze(1)).exp2_().sum(1)
+        return total.log2() + top.double()
+
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        """Tokens and blocks of each tile."""
+        for start in range(0, self.size, self.width):
+            stop = min(start + self.width, self.size)
+            yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
+
+    def _tile(self, x: Tensor, tokens: slice, bias: Tensor | float | None) -> Tensor:
+        """Binary logarithms [row, whole blocks] of some tokens; the padding is -inf."""
+        size = tokens.stop - tokens.start
+        width = -(-size // BLOCK) * BLOCK
+        if len(self.scratch) < len(x) * self.width:
+            self.scratch = torch.empty(len(x) * self.width, dtype=self.dtype, device=self.device)
+        padded = self.scratch[: len(x) * width].view(len(x), width)
+        logits = padded[:, :size]
+        self.product(x, tokens, bias[tokens] if isinstance(bias, Tensor) else bias, logits)
+        if self.transform is not None:
+            torch.mul(self.transform(logits), LOG2_E, out=logits)
+        padded[:, size:] = -math.inf
+        return padded
+
+    def _allowed(self, logits: Tensor, found: Tensor, tokens: slice) -> Tensor:
+        """Block maxima over the tokens that may be chosen."""
+        if self.penalty is None:
+            return found
+        penalty = self.penalty[tokens]
+        if bool((penalty == 0).all()):
+            return found
+        if not bool((penalty == 0).any()):
+            return torch.full_like(found, -math.inf)
+        penalty = torch.nn.functional.pad(penalty, (0, logits.shape[1] - len(penalty)))
+        return (logits + penalty).view(len(logits), -1, BLOCK).amax(-1)
+
+
+class TopScan:
+    """The best `k` pairs (row, token) over all rows that are added.
+
+    Args:
+        decoder: The model's decoder.
+        k: How many pairs.
+        score: `"logprob"` (over the whole vocabulary) or `"logit"`.
+        tokens: Which tokens may be chosen, sorted; None for all.
+        dtype: To scan in: float32, or float64.
+        device: Where the states are.
+        tiles: To share buffers with another scan of the same kind.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        k: int,
+        *,
+        score: Score = "logprob",
+        tokens: Int[Tensor, " token"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tiles: Tiles | None = None,
+    ):
+        self.decoder, self.k, self.tokens = decoder, k, tokens
+        self.normalize = score == "logprob"
+        self.tiles = tiles or Tiles(decoder, dtype, torch.device(device), normalize=self.normalize, tokens=tokens)
+        self.dtype, self.device = self.tiles.dtype, self.tiles.device
+        # What the K-th best lower bound is so far, in binary logarithms.
+        self.threshold = -math.inf
+        self.offset = 0.0
+        self.sum_error = SUM_ERROR * torch.finfo(self.dtype).eps
+        self.kept = _Kept.none(decoder.d_model, self.dtype, self.device)
+        self.maxima = torch.empty(0, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
+        """Read some rows.
+
+        Args:
+            states: What the unembedding reads. Shape [row, d_model].
+            ids: What the rows are called in the result; no id twice.
+
+        Raises:
+            ValueError: A logit is not finite.
+        """
+        maxima = self.rows_of_maxima(len(states))
+        shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
+        best = maxima.amax(1) if shift is None else maxima.amax(1) - shift
+        _check_finite(best, ids)
+        errors = self.tiles.errors(states, offset)
+        hits = (self.bounds(best, errors)[1] >= self.threshold).nonzero()[:, 0]
+        if len(hits):
+            scores = maxima[hits] if shift is None else maxima[hits] - shift[hits, None]
+            lower, upper = self.bounds(scores, errors[hits, None])
+            row, block = ((upper >= self.threshold) & (scores > -math.inf)).nonzero().unbind(1)
+            found = _Kept(ids[hits], states[hits].to(self.dtype), row, block, lower[row, block], upper[row, block])
+            self.kept = self.kept.joined(found)
+            self._prune()
+
+    def rows_of_maxima(self, rows: int) -> Float[Tensor, "row block"]:
+        """Room for block maxima."""
+        if len(self.maxima) < rows:
+            self.maxima = torch.empty(rows, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
+        return self.maxima[:rows]
+
+    def bounds(self, scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of exact scores, in binary logarithms."""
+        if self.normalize:
+            others = (1 - torch.exp2(scores)).clamp_min(0)
+            errors = 2 * errors * (others + 2 * errors).clamp_max(1) + self.sum_error
+        return scores - errors, scores + errors
+
+    def _prune(self) -> None:
+        if len(self.kept.lower) > self.k:
+            self.threshold = max(self.threshold, float(self.kept.lower.topk(self.k).values[-1]))
+        self.kept = self.kept.where(self.kept.upper >= self.threshold)
+
+    def close(self) -> None:
+        """No more rows come; nothing waits."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What is kept so far, to go on from with `restore`."""
+        threshold = torch.tensor([self.threshold], dtype=torch.float64)
+        return {name: x.contiguous() for name, x in vars(self.kept).items()} | {"threshold": threshold}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        state = dict(state)
+        self.threshold = float(state.pop("threshold"))
+        self.kept = _Kept(**{name: x.to(self.device) for name, x in state.items()})
+
+    @torch.no_grad()
+    def finish(self) -> BestPairs:
+        """Score what was kept in float64 and return the best."""
+        kept, found = self.kept, []
+        allowed = torch.ones(self.tiles.n_blocks * BLOCK, dtype=torch.bool, device=self.device)
+        allowed[self.tiles.size :] = False
+        if self.tokens is not None and self.normalize:
+            allowed.zero_()[self.tokens] = True
+        for part in slices(len(kept.ids), EXACT_ROWS):
+            inside = (kept.row >= part.start) & (kept.row < part.stop)
+            if bool(inside.any()):
+                row, block = kept.row[inside] - part.start, kept.block[inside]
+                exact = exact_logits(self.decoder, kept.states[part])
+                found.append(self._exact_pairs(exact, kept.ids[part], row, block, allowed))
+        if not found:
+            nothing = torch.empty(0, dtype=torch.float64, device=self.device)
+            return BestPairs(torch.empty(0, 2, dtype=torch.long, device=self.device), nothing, nothing)
+        ids, scores, log_normalizers = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = rank(ids, scores)[: self.k]
+        return BestPairs(ids[order], scores[order], log_normalizers[order])
+
+    def _exact_pairs(
+        self, logits: Tensor, ids: Tensor, row: Tensor, block: Tensor, allowed: Bool[Tensor, " token"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, scores and log-normalizers of all pairs in some blocks that may be among the best."""
+        top, rest = log_parts(logits)
+        position = (block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
+        row = row.repeat_interleave(BLOCK)
+        row, position = row[allowed[position]], position[allowed[position]]
+        token = position if self.tiles.gathered is None else self.tiles.gathered[position]
+        scores = logits[row, token]
+        if self.normalize:
+            scores = (scores - top[row]) - rest[row]
+        # Only what may be among the best is sorted; the bound is float32's, and lower than needed.
+        likely = scores * LOG2_E >= self.threshold - 1e-6 * (1 + abs(self.threshold))
+        row, token, scores = row[likely], token[likely], scores[likely]
+        return torch.stack([ids[row], token], dim=1), scores, (top + rest)[row]
+
+
+@dataclass
+class _Kept:
+    """Blocks that may hold one of the best pairs, and the states of their rows."""
+
+    ids: Tensor  # of each kept row
+    states: Tensor  # [kept row, d_model]
+    row: Tensor  # of each block: its index in `ids`
+    block: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @classmethod
+    def none(cls, d_model: int, dtype: torch.dtype, device: torch.device) -> _Kept:
+        def empty(of: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=of, device=device)
+
+        long, bounds = [empty(torch.long, 0) for _ in range(3)], [empty(dtype, 0) for _ in range(2)]
+        return cls(long[0], empty(dtype, 0, d_model), *long[1:], *bounds)
+
+    def joined(self, other: _Kept) -> _Kept:
+        row = torch.cat([self.row, other.row + len(self.ids)])
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("ids", "states", "block", "lower", "upper"))
+        ids, states, block, lower, upper = (torch.cat(pair) for pair in pairs)
+        return _Kept(ids, states, row, block, lower, upper)
+
+    def where(self, keep: Tensor) -> _Kept:
+        rows, row = self.row[keep].unique(return_inverse=True)
+        return _Kept(self.ids[rows], self.states[rows], row, self.block[keep], self.lower[keep], self.upper[keep])
+
+
+def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """The model's logits of some rows in float64, after its transform."""
+    logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
+    decoder.project(states.double(), logits)
+    logits += decoder.b_U.double()
+    return logits if decoder.transform is None else decoder.transform(logits).double()
+
+
+def log_parts(logits: Float[Tensor, "row d_vocab"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """The largest logit, and what the others add to the log-normalizer: log1p(sum of exp(others - largest))."""
+    top, position = logits.max(1)
+    rest = torch.empty_like(top)
+    for part in slices(len(logits), ROWS_OF_TEMPORARIES):
+        others = (logits[part] - top[part].unsqueeze(1)).exp_().scatter_(1, position[part].unsqueeze(1), 0.0)
+        rest[part] = others.sum(1).log1p()
+    return top, rest
+
+
+def _check_finite(scores: Tensor, ids: Tensor) -> None:
+    finite = scores.isfinite()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"Every logit must be finite; those of tokens {ids[~finite][:5].tolist()} are not. Look at the model's weights, "
+            "its precision (float16 overflows), and the hooks on it."
+        )

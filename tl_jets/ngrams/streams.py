@@ -1,0 +1,206 @@
+r"""Vocabulary streams: what the network holds for every token of the vocabulary along a path that mixes no positions.
+
+A bi-gram path is a function of one token, so that it can be evaluated on the whole vocabulary, without a corpus and
+without positional embeddings (Chen et al., footnote 4):
+
+=====================  =============================================================  ====================
+path                   stream of token z, decoded by the model's own decoder          label
+=====================  =============================================================  ====================
+`"direct"`             W_E[z]                                                         `direct`
+`["3_mlp"]`            gamma_3_mlp(W_E[z])                                            `3_mlp`
+`["1_mlp", "3_mlp"]`   gamma_3_mlp(gamma_1_mlp(W_E[z]))                               `1_mlp > 3_mlp`
+`"mlps"`               x := x + gamma_l_mlp(x) from x = W_E[z], over all MLPs         `mlps`
+=====================  =============================================================  ====================
+
+W_E[z] is the model's own `embed` source: scaled or normalized before the first block as the model does it. The MLPs are
+the model's own modules, replayed with their hooks (see `tl_jets.adapters`), and nothing of attention is evaluated.
+
+Cost: an embedding and the MLPs of the path, a token; no forward pass but one on two one-token prompts, for the self-check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.expansion.paths import ARROW
+from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.stages import Stage, Step, relative_error, some
+from tl_jets.trace import Trace
+
+DIRECT, MLPS = "direct", "mlps"
+_FIRST_STREAM = "blocks.0.hook_resid_pre"
+
+PathInput = str | Sequence[str]
+
+
+class VocabularyStreams:
+    """The streams of single tokens along one or several paths of a network.
+
+    Args:
+        model: A model or a `ResidualNetwork`.
+        paths: The paths, see above; a step alone (`"3_mlp"`) is a path of one step.
+
+    Attributes:
+        network: The network at sublayer granularity.
+        paths: What each path stands for, by label: its steps, or None for `mlps`.
+        n_tokens: How many tokens the model embeds.
+
+    Raises:
+        ValueError: A path names a step that mixes positions or does not exist, or goes backwards; a hook edits a stream;
+            the network's self-check fails.
+    """
+
+    def __init__(self, model: Any, paths: Sequence[PathInput]):
+        self.network = ResidualNetwork(model).at("sublayer")
+        self.paths = {label: steps for label, steps in (_read_path(self.network, path) for path in paths)}
+        view = self.network.view
+        self.n_tokens = _count_tokens(self.network)
+        self._names: list[str] = []
+        if not isinstance(view, CallableModel):
+            known = view.model.hook_dict  # type: ignore[attr-defined]
+            self._names = [name for name in ("hook_embed", "hook_pos_embed", _FIRST_STREAM) if name in known]
+        self._trace = self._checked_trace()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the streams are."""
+        return self._trace["embed"].device
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """The `embed` source of single tokens, as a trace has it."""
+        view: Any = self.network.view
+        prompts = tokens.to(self._trace.tokens.device).unsqueeze(1)
+        if isinstance(view, CallableModel):
+            return view.embeds["embed"](prompts)[:, 0]
+        saved: dict[str, Tensor] = {}
+
+        def save(tensor: Tensor, hook: Any, name: str) -> None:
+            saved[name] = tensor.detach().to(view.dtype)
+            if name == _FIRST_STREAM:
+                raise _EmbeddedError  # the rest of the forward pass is not needed
+
+        def saver(name: str) -> tuple[str, Any]:
+            return name, lambda tensor, hook: save(tensor, hook, name)
+
+        with (
+            view.precision(),
+            view.model.hooks([saver(name) for name in self._names]),
+            contextlib.suppress(_EmbeddedError),
+        ):
+            view.model(prompts, return_type="logits")
+        return view._sources(saved, saved[_FIRST_STREAM], False)["embed"][:, 0]
+
+    @torch.no_grad()
+    def stream(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
+        """What the decoder reads at the end of a path, before the final norm.
+
+        Args:
+            embed: The tokens' embeddings, from `embed`.
+            label: Which path.
+        """
+        steps = self.paths[label]
+        stream = embed
+        for step in self._mlps if steps is None else steps:
+            write = self._write(step, stream)
+            stream = stream + write if steps is None else write
+        return stream
+
+    def states(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
+        """What the unembedding reads: `stream` after the final norm, in float32, or float64 for a float64 model."""
+        state = self.network.decoder.norm(self.stream(embed, label))
+        return state.to(self.network.decoder.compute_dtype(state))
+
+    @property
+    def _mlps(self) -> list[str]:
+        return mlp_steps(self.network)
+
+    def _write(self, step: str, stream: Tensor) -> Tensor:
+        return self.network.view.writes(self._trace.recording, _alone(self.network, step), stream.unsqueeze(1))[0, :, 0]
+
+    def _checked_trace(self) -> Trace:
+        """A trace of two one-token prompts: it carries the arguments of replays, and checks embedding and MLPs."""
+        first = torch.tensor([[0], [self.n_tokens - 1]])
+        trace = self.network.trace(first)
+        if any(trace.recording.edits.values()):
+            raise ValueError(
+                "A path's streams are those of the model without edits; a hook edits "
+                f"{some(trace.recording.edits)}. Take the hook on the stream away; hooks inside steps are kept."
+            )
+        self._trace = trace
+        more = torch.arange(min(self.n_tokens, 5))
+        found = torch.cat([self.embed(first[:, 0]), self.embed(more)])
+        self._agree("embed", found[:2], trace["embed"][:, 0])
+        for step in {step for steps in self.paths.values() for step in (self._mlps if steps is None else steps)}:
+            trace.stage_function(self.network.stage(step))  # compares the replay with what the model wrote
+            self._agree(step, self._write(step, found)[:2], self._write(step, found[:2]))
+        return trace
+
+    def _agree(self, name: str, found: Tensor, wanted: Tensor) -> None:
+        error = relative_error(found, wanted)
+        if not error <= self._trace.recording.accuracy:
+            raise ValueError(
+                f"{name} of a token must not depend on the tokens evaluated beside it; it differs by {error:.1e} "
+                "(relative). A hook or the architecture mixes positions or prompts, so that it has no bi-grams."
+            )
+
+
+class _EmbeddedError(Exception):
+    """Leaves a forward pass once the tokens are embedded."""
+
+
+def mlp_steps(network: ResidualNetwork) -> list[str]:
+    """Labels of the steps that mix no positions: the MLPs, in order."""
+    return [step.label for step in network.at("sublayer").steps if _is_mlp(step)]
+
+
+def _is_mlp(step: Step) -> bool:
+    return step.kind == "mlp" or (step.kind == "callable" and step.label.endswith("_mlp"))
+
+
+def _alone(network: ResidualNetwork, label: str) -> Stage:
+    """The stage of a step without the other steps that read its stream (attention, in a parallel block)."""
+    stage = network.stage(label)
+    return Stage(stage.stream, tuple(step for step in stage.steps if step.label == label))
+
+
+def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str] | None]:
+    """A path's label and steps; None stands for all MLPs with their identities."""
+    known = mlp_steps(network)
+    if path == MLPS:
+        if not known:
+            raise ValueError(
+                f'"{MLPS}" needs a model with MLPs; this one has none. Its only bi-gram path is "{DIRECT}".'
+            )
+        return MLPS, None
+    steps = [] if path == DIRECT else [path] if isinstance(path, str) else list(path)
+    for step in steps:
+        if step in known:
+            continue
+        if "attn" in step or step.startswith("L") or step.endswith("_block"):
+            raise ValueError(
+                f"A bi-gram path must be a function of one token; {step!r} holds attention, which reads other tokens, too. "
+                f"Use MLPs ({some(known)}), or the skip-trigrams of its heads."
+            )
+        raise ValueError(
+            f'A step of a path must be one of {some(known)}, or the path "{DIRECT}" or "{MLPS}"; got {step!r}.'
+        )
+    order = [known.index(step) for step in steps]
+    if order != sorted(set(order)):
+        raise ValueError(f"A path must pass its steps in the order of the network, each once; got {steps}.")
+    return ARROW.join(steps) or DIRECT, steps
+
+
+def _count_tokens(network: ResidualNetwork) -> int:
+    view: Any = network.view
+    if not isinstance(view, CallableModel):
+        return int(view.cfg.d_vocab)
+    if "embed" not in view.embeds:
+        raise ValueError(f'A network of callables must name its token embedding "embed"; it has {list(view.embeds)}.')
+    return int(getattr(view.embeds["embed"], "num_embeddings", network.decoder.d_vocab))
