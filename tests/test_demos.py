@@ -69,3 +69,16 @@ def test_the_detached_map(monkeypatch, capsys):
     assert all(f"{table}. " in printed for table in range(1, 6))
     error = next(line for line in printed.splitlines() if "error" in line and "occurred" in line)
     assert "raised" in error and float(re.findall(r"[+-]\d+\.\d+", error)[0]) > 6
+
+
+def test_the_readme_shows_the_bigrams_that_the_library_finds():
+    network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
+    tables = tl_jets.jet_bigrams_by_path(network, ["direct", "mlps"], top_k=20)
+    tables |= tl_jets.jet_bigrams_by_path(network, top_k=20)
+    found = tl_jets.side_by_side(tables, 20)
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = lines.index("| " + " | ".join(["rank", *found.columns]) + " |")
+    shown = [re.findall(r"`` (.*?) ``", line) for line in lines[start + 2 : start + 22]]
+    wanted = [[cell.replace("|", "\\|") for cell in row] for row in found.to_numpy().tolist()]
+    same = sum(a == b for row, cells in zip(shown, wanted, strict=True) for a, b in zip(row, cells, strict=True))
+    assert same >= 118, "120 cells; a near-tie may fall otherwise elsewhere"

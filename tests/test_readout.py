@@ -184,7 +184,9 @@ def test_float32_keeps_small_divergences(spread):
 @pytest.mark.parametrize("transform", ["none", "scale"])
 def test_diverging_series_keep_their_divergences(transform):
     """Orders where a series of rho > 1 has come to logits of 1e3 to 1e16: large, finite and never a perfect zero."""
-    decoder, mixture, control, _ = make(700, orders=14, dtype=torch.float32, transform=TRANSFORMS[transform], offset=0.0)
+    decoder, mixture, control, _ = make(
+        700, orders=14, dtype=torch.float32, transform=TRANSFORMS[transform], offset=0.0
+    )
     mixture.alpha.mul_(torch.logspace(0, 16, 14)[:, None])
     scan = check_scan(decoder, mixture, control, None, k=1, rtol=1e-4, atol=1e-5)
     assert float(scan.kl.max()) > 1e15 and bool((scan.kl[1, 3:] > 1).all())

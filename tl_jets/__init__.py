@@ -9,6 +9,7 @@ Example:
 from importlib.metadata import version
 
 import tl_jets.adapters  # noqa: F401  (registers the views of TransformerLens models)
+import tl_jets.studies as studies
 from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
 from tl_jets.decoder import Decoder, Metric
 from tl_jets.detached import (
@@ -31,7 +32,7 @@ from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, j
 from tl_jets.linear_map import LinearMap, SingularVectors
 from tl_jets.measures import Measures
 from tl_jets.network import CallableModel, ResidualNetwork
-from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path
+from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
 from tl_jets.path_ablation import path_ablation
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.stages import Stage, Step
@@ -84,6 +85,7 @@ __all__ = [
     "jet_bigrams",
     "jet_bigrams_by_path",
     "jet_expand",
+    "jet_trigrams",
     "joint_jet_lens",
     "load_tinydocs",
     "norm_jet",
@@ -94,5 +96,7 @@ __all__ = [
     "reorganized_expansion",
     "side_by_side",
     "steering_hooks",
+    "studies",
+    "trigram_scores",
     "without_path",
 ]

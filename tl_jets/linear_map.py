@@ -247,13 +247,15 @@ class LinearMap(ABC):
         start = np.random.default_rng(seed).standard_normal(min(shape))
         squares, found = scipy.sparse.linalg.eigsh(operator, k=k, v0=start)
         short = torch.from_numpy(np.ascontiguousarray(found[:, np.argsort(-squares)].T)).to(self.point)
-        long = torch.stack([across(vector) for vector in short])
-        values = long.double().norm(dim=1).to(long)
+        long = self.point.new_empty(k, max(shape))
+        for row, vector in zip(long, short, strict=True):
+            row.copy_(across(vector))
+        values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
         long /= values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
         left, right = (short, long) if wide else (long, short)
         # The sign in which this prompt's own input has it.
         sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
-        return SingularVectors(values, (sign * left).view(k, *out_shape), (sign * right).view(k, *in_shape))
+        return SingularVectors(values, left.mul_(sign).view(k, *out_shape), right.mul_(sign).view(k, *in_shape))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,6 +11,7 @@ from tl_jets.ngrams.bigrams import bigram_job, bigram_log_normalizers, jet_bigra
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.jobs import Job, sweep
 from tl_jets.ngrams.streams import VocabularyStreams
+from tl_jets.ngrams.trigrams import jet_trigrams, trigram_scores
 
 __all__ = [
     "Job",
@@ -20,5 +21,7 @@ __all__ = [
     "fingerprint",
     "jet_bigrams",
     "jet_bigrams_by_path",
+    "jet_trigrams",
     "sweep",
+    "trigram_scores",
 ]

@@ -1,0 +1,380 @@
+"""Skip-trigrams against all V^3 triples, whose attention and writes are read from forward passes by hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import oracles
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+from tl_jets import CallableModel, Decoder, Norm
+from tl_jets.calculus import full_precision
+from tl_jets.ngrams import factors, join
+from tl_jets.ngrams.head_maps import HeadReader
+from tl_jets.ngrams.trigrams import jet_trigrams, trigram_scores
+
+V = zoo.D_VOCAB
+NORMALIZES = ["vocab", "pair", "none"]
+# A softcap whose scores the component does not show; 3.9 rotates Cohere in a way that is no rotation.
+REFUSED = {("softcap", "bridge"), ("shortformer", "hooked")} | ({("cohere", "bridge")} if zoo.MAJOR == 3 else set())
+FAMILIES = [
+    spec
+    for spec in zoo.available()
+    if (spec.name, spec.world) not in REFUSED and (spec.processing == "raw" or spec.name in zoo.CORE)
+]
+SOME = zoo.available(["gpt2", "pythia", "gptj", "llama", "qwen3", "gemma2", "olmo", "attn_only"])
+SOME = [spec for spec in SOME if spec.processing == "raw"]
+
+
+class _StopError(Exception):
+    pass
+
+
+def activation(model: Any, layer: int, streams: Tensor, name: str) -> Tensor:
+    """One activation of a whole forward pass whose stream before a layer is overwritten: what a user would do by hand."""
+    box: list[Tensor] = []
+    tokens = torch.zeros(streams.shape[:2], dtype=torch.long)
+    hooks = [
+        (f"blocks.{layer}.hook_resid_pre", lambda own, hook: streams),
+        (f"blocks.{layer}.attn.{name}", lambda own, hook: box.append(own)),
+        (f"blocks.{layer}.hook_resid_post", lambda own, hook: (_ for _ in ()).throw(_StopError())),
+    ]
+    with torch.no_grad(), full_precision(), model.hooks(hooks), contextlib.suppress(_StopError):
+        model(tokens)
+    return box[-1]
+
+
+def embeddings(model: Any) -> Tensor:
+    """Every token's stream without positions: that at position 0, less the positional embedding where there is one."""
+    box: dict[str, Tensor] = {}
+    names = ["blocks.0.hook_resid_pre", "hook_pos_embed"]
+    learned = getattr(model.cfg, "positional_embedding_type", "standard") == "standard"
+
+    def save(name: str) -> Any:
+        return lambda own, hook: box.__setitem__(name, own)
+
+    with torch.no_grad(), full_precision(), model.hooks([(n, save(n)) for n in names if n in model.hook_dict]):
+        model(torch.arange(V)[:, None])
+    stream = box["blocks.0.hook_resid_pre"][:, 0]
+    return stream - box["hook_pos_embed"][:, 0] if learned and "hook_pos_embed" in box else stream
+
+
+def log_ratios(model: Any, layer: int, head: int, distance: int) -> Tensor:
+    """log of (attention of z2 to z1, `distance` places before it) / (attention of z2 to itself): [z2, z1], from patterns."""
+    embed = embeddings(model)
+    filler = torch.randn(distance - 1, embed.shape[1], dtype=embed.dtype, generator=torch.Generator().manual_seed(5))
+    rows = []
+    for query in range(V):
+        middle = filler.expand(V, -1, -1)
+        streams = torch.cat([embed[:, None], middle, embed[query].expand(V, 1, -1)], dim=1)
+        pattern = activation(model, layer, streams, "hook_pattern")[:, head, -1]
+        rows.append(pattern[:, 0].log() - pattern[:, -1].log())
+    return torch.stack(rows)
+
+
+def raw_scores(model: Any, layer: int, head: int, distance: int) -> Tensor | None:
+    """Scores [z2, z1] as the model shows them before the softmax."""
+    embed = embeddings(model)
+    rows = []
+    for query in range(V):
+        streams = torch.cat([embed[:, None].expand(-1, distance, -1), embed[query].expand(V, 1, -1)], dim=1)
+        rows.append(activation(model, layer, streams, "hook_attn_scores")[:, head, -1, 0])
+    return torch.stack(rows)
+
+
+def attention_table(model: Any, layer: int, head: int, distance: int, normalize: str) -> Tensor:
+    """A(z1 | z2) as [z2, z1]. A ratio of weights is exp(s(z2, z1)) times what depends on z2 only."""
+    if normalize == "none":
+        return raw_scores(model, layer, head, distance)
+    ratios = log_ratios(model, layer, head, distance)
+    if normalize == "pair":
+        return -torch.log1p(torch.exp(-ratios))
+    return ratios - ratios.exp().sum(1, keepdim=True).log()
+
+
+def output_table(model: Any, layer: int, head: int) -> Tensor:
+    """log P(z3 | z1) as [z1, z3]: the head alone, through W_O, norms and unembedding written out."""
+    embed, spec = embeddings(model), model.cfg
+    value = activation(model, layer, embed[:, None], "hook_z")[:, 0]
+    nothing = activation(model, layer, torch.zeros_like(embed[:1, None]), "hook_z")[:, 0]
+    value, nothing = (x.unflatten(-1, (spec.n_heads, -1)) if x.ndim == 2 else x for x in (value, nothing))
+    block = model.blocks[layer]
+    write = (value - nothing)[:, head] @ block.attn.W_O[head].double()
+    post = post_norm(model, block)
+    if post is not None:  # without its bias, that of the zero write
+        with full_precision():
+            write = post(write[:, None])[:, 0] - post(torch.zeros_like(write[:1, None]))[:, 0]
+    write = write * getattr(block, "residual_contribution_scale", 1.0)
+    with torch.no_grad(), full_precision():
+        final = getattr(model, "ln_final", None) if getattr(spec, "normalization_type", 1) is not None else None
+        logits = model.unembed(write[:, None] if final is None else final(write[:, None]))[:, 0]
+        cap = getattr(spec, "output_logits_soft_cap", None) or 0
+        if hasattr(model, "adapter"):
+            logits = model.adapter.apply_output_logits_transform(logits[:, None])[:, 0]
+        elif cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+    return logits - logits.exp().sum(1, keepdim=True).log() if logits.abs().max() < 600 else logits.log_softmax(1)
+
+
+def post_norm(model: Any, block: Any) -> Any:
+    if type(model).__name__ == "HookedTransformer":
+        if model.cfg.use_normalization_before_and_after:
+            return block.ln1_post
+        return block.ln1 if model.cfg.original_architecture == "Olmo2ForCausalLM" else None
+    name = block.hook_aliases.get("hook_attn_out", "attn.hook_out").split(".")[0]
+    return None if name == "attn" else block._modules[name]
+
+
+def brute_force(attention: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """All triples (z1, z2, z3) and scores by (score, ids), from [z2, z1] and [z1, z3]."""
+    scores = (attention.T[:, :, None] + output[:, None, :]).flatten()
+    order = scores.sort(descending=True, stable=True).indices
+    return torch.stack([order // V**2, order // V % V, order % V], dim=1), scores[order]
+
+
+def assert_best(table: Any, ids: Tensor, scores: Tensor) -> None:
+    k = len(table)
+    assert oracles.relative_error(table.scores, scores[:k]) < 1e-10
+    # Scores apart by rounding only may change places between two computations.
+    apart = (scores[1:k] - scores[: k - 1]).abs() > 1e-11
+    same = (table.ids == ids[:k]).all(1)
+    assert same.all() or (not apart[(~same[1:]) & (~same[:-1])].any() and same.float().mean() > 0.99)
+
+
+@pytest.mark.parametrize("spec", FAMILIES, ids=str)
+def test_best_are_those_of_all_triples_in_every_family(spec):
+    model, layer, head = zoo.build(spec), 1, 2
+    output = output_table(model, layer, head)
+    ids, scores = brute_force(attention_table(model, layer, head, 2, "vocab"), output)
+    table = jet_trigrams(model, layer, head, distance=2, top_k=500)
+    assert len(table) == 500
+    assert_best(table, ids, scores)
+    assert oracles.relative_error(table.parts["log_prob"], output[table.ids[:, 0], table.ids[:, 2]]) < 1e-10
+
+
+@pytest.mark.parametrize("normalize", NORMALIZES)
+@pytest.mark.parametrize("spec", SOME, ids=str)
+def test_every_normalization_and_size(spec, normalize):
+    if normalize == "none" and spec.world == "bridge" and spec.name in ("gptj", "attn_only"):
+        pytest.skip("these components show no scores before the softmax")
+    model = zoo.build(spec)
+    output = output_table(model, 0, 1)
+    ids, scores = brute_force(attention_table(model, 0, 1, 1, normalize), output)
+    for top_k in (1, 10, 500, 5000):
+        table = jet_trigrams(model, 0, 1, top_k=top_k, normalize=normalize)
+        assert len(table) == top_k
+        assert_best(table, ids, scores)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_seeds_in_small_pieces(seed, monkeypatch):
+    small = {"TILE_ROWS": 7, "TILE_COLUMNS": 9, "SAMPLE": 4, "EXACT_ROWS": 2, "FIRST_ROUND": 3, "REFINED_ROWS": 5}
+    for name, value in small.items():
+        for module in (factors, join):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    world = "bridge" if seed % 2 or zoo.MAJOR == 4 else "hooked"
+    model = zoo.fresh(zoo.ModelSpec(["gpt2", "llama", "gemma2"][seed % 3], world, "raw"), seed=seed)
+    layer, head, normalize = seed % 2, seed % zoo.N_HEADS, ["vocab", "vocab", "pair"][seed % 3]
+    full = torch.cartesian_prod(*[torch.arange(V)] * 3)
+    own = trigram_scores(model, layer, head, full, normalize=normalize)
+    ids, scores = brute_force(attention_table(model, layer, head, 1, normalize), output_table(model, layer, head))
+    assert oracles.relative_error(own, scores[(ids @ torch.tensor([V**2, V, 1])).argsort()]) < 1e-10
+    for top_k in (1, 10, 500, 5000):
+        assert_best(jet_trigrams(model, layer, head, top_k=top_k, normalize=normalize), ids, scores)
+
+
+def test_equal_tokens_are_ties_by_id():
+    model = zoo.fresh(zoo.available(["gpt2"])[0])
+    weight = model.original_model.get_input_embeddings().weight
+    weight[20:50] = weight[20].clone()  # tied: equal keys, queries and outputs
+    table = jet_trigrams(model, 0, 0, top_k=V**3)
+    _, scores = brute_force(attention_table(model, 0, 0, 1, "vocab"), output_table(model, 0, 0))
+    assert oracles.relative_error(table.scores, scores) < 1e-10
+    blocks = (table.scores[1:] - table.scores[:-1]).abs() > 1e-10
+    number = table.ids @ torch.tensor([V**2, V, 1])
+    assert ((number[1:] > number[:-1]) | blocks).all()
+    for top_k in (10, 300, 3000):
+        assert torch.equal(jet_trigrams(model, 0, 0, top_k=top_k).ids, table.ids[:top_k])
+
+
+def test_heads_of_a_layer_are_the_heads_one_by_one():
+    model = zoo.build(zoo.available(["llama"])[0])
+    tables = jet_trigrams(model, 2, top_k=50)
+    assert list(tables) == [0, 1, 2, 3]
+    for head, table in tables.items():
+        alone = jet_trigrams(model, 2, head, top_k=50)
+        assert torch.equal(table.ids, alone.ids) and table.path == alone.path == f"L2H{head}"
+    assert not torch.equal(tables[0].ids, tables[1].ids)
+    assert list(jet_trigrams(model, 2, [3, 1], top_k=5)) == [3, 1]
+
+
+def test_given_triples_and_parts():
+    model = zoo.build(zoo.available(["qwen3"])[0])
+    table = jet_trigrams(model, 1, 3, top_k=200, distance=3)
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    scores = trigram_scores(model, 1, 3, table.ids[shuffled], distance=3)
+    torch.testing.assert_close(scores, table.scores[shuffled], rtol=0, atol=1e-12)
+    torch.testing.assert_close(table.parts["attention"] + table.parts["log_prob"], table.scores, rtol=0, atol=1e-12)
+    assert trigram_scores(model, 1, 3, [[1, 2, 3]]).shape == (1,)
+
+
+def test_rows_restrict_keys_and_no_normalizer():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    ids, scores = brute_force(attention_table(model, 1, 0, 1, "vocab"), output_table(model, 1, 0))
+    inside = torch.isin(ids[:, 0], torch.tensor([3, 7, 44]))
+    table = jet_trigrams(model, 1, 0, top_k=400, rows=[44, 3, 7, 7])
+    assert_best(table, ids[inside], scores[inside])
+    assert table.settings["rows"]["count"] == 3
+
+
+@pytest.mark.parametrize("world", ["bridge"] if zoo.MAJOR == 4 else ["bridge", "hooked"])
+def test_a_key_bias_changes_raw_scores_only(world):
+    model = zoo.fresh(zoo.ModelSpec("gpt2", world, "processed"))
+    layer, head = 1, 2
+    before = {name: jet_trigrams(model, layer, head, top_k=300, normalize=name) for name in NORMALIZES}
+    attn = model.blocks[layer].attn
+    if world == "hooked":
+        attn.b_K[head] += 3 * torch.randn(
+            attn.b_K.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+    else:
+        shift = 3 * torch.randn(model.cfg.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        next(p for n, p in attn.k.named_parameters() if n.endswith("bias")).add_(shift)
+    after = {name: jet_trigrams(model, layer, head, top_k=300, normalize=name) for name in NORMALIZES}
+    for name in ("vocab", "pair"):
+        assert torch.equal(before[name].ids, after[name].ids)
+        torch.testing.assert_close(before[name].scores, after[name].scores, rtol=0, atol=1e-9)
+    assert not torch.equal(before["none"].ids, after["none"].ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "qwen2"])
+def test_folding_changes_no_table(name):
+    """Folding runs in float32, hence the tolerance; it moves value biases, norms and the means of logits."""
+    for world in {spec.world for spec in zoo.available([name])}:
+        raw, processed = (zoo.build(zoo.ModelSpec(name, world, kind)) for kind in ("raw", "processed"))
+        for head in (0, 3):
+            table, other = (jet_trigrams(model, 1, head, top_k=200) for model in (raw, processed))
+            torch.testing.assert_close(table.scores, other.scores, rtol=0, atol=2e-4)
+            again = trigram_scores(processed, 1, head, table.ids)
+            torch.testing.assert_close(again, table.scores, rtol=0, atol=2e-4)
+
+
+def test_distance_counts_for_rotary_models_only():
+    for name, changes in (("llama", True), ("gptj", True), ("gpt2", False), ("bloom", False)):
+        model = zoo.build(zoo.available([name])[0])
+        near, far = (jet_trigrams(model, 0, 1, top_k=50, distance=distance) for distance in (1, 5))
+        assert torch.equal(near.ids, far.ids) != changes
+    bloom = zoo.build(zoo.available(["bloom"])[0])
+    near, far = (jet_trigrams(bloom, 0, 1, top_k=50, distance=d, normalize="pair") for d in (1, 5))
+    assert (near.scores > far.scores).all()  # ALiBi turns from the far one
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_float32_finds_what_float64_finds(name):
+    spec = zoo.available([name])[0]
+    exact = jet_trigrams(zoo.build(spec), 1, 1, top_k=300)
+    table = jet_trigrams(zoo.build(spec, torch.float32), 1, 1, top_k=300)
+    torch.testing.assert_close(table.scores, exact.scores, rtol=0, atol=5e-5)
+    assert len(set(map(tuple, table.ids.tolist())) & set(map(tuple, exact.ids.tolist()))) >= 297
+
+
+def test_bf16_models_are_read_in_float32():
+    model = zoo.build(zoo.available(["gpt2"])[0], torch.bfloat16)
+    table = jet_trigrams(model, 1, 1, top_k=20)
+    assert table.settings["dtype"] == "float32" and table.scores.isfinite().all()
+
+
+def test_the_fit_reproduces_attention_and_names_the_rotation():
+    for name, words in (
+        ("gptj", "neighbours of 4"),
+        ("pythia", "halves of 4"),
+        ("llama", "halves of 6"),
+        ("gpt2", "none"),
+    ):
+        model = zoo.build(zoo.available([name])[0])
+        found = HeadReader(model, 1).scores(3)
+        assert found.rotation == words and found.cap is None
+    assert HeadReader(zoo.build(zoo.available(["gemma2"])[0]), 1).scores(3).cap == 4.0
+
+
+def test_what_is_refused():
+    mistral = zoo.build(zoo.available(["mistral"])[0])
+    with pytest.raises(ValueError, match="window"):
+        jet_trigrams(mistral, 0, 0, distance=4)
+    assert len(jet_trigrams(mistral, 0, 0, distance=3, top_k=1)) == 1
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    for wrong in (0, -1, zoo.N_CTX, True):
+        with pytest.raises(ValueError, match="distance must be"):
+            jet_trigrams(model, 0, 0, distance=wrong)
+    with pytest.raises(ValueError, match="layer must be"):
+        jet_trigrams(model, 2, 0)
+    with pytest.raises(ValueError, match="head must be"):
+        jet_trigrams(model, 0, 4)
+    with pytest.raises(ValueError, match="top_k"):
+        jet_trigrams(model, 0, 0, top_k=0)
+    with pytest.raises(ValueError, match="rows must be"):
+        jet_trigrams(model, 0, 0, rows=[V])
+    with pytest.raises(ValueError, match="triples must be"):
+        trigram_scores(model, 0, 0, [[1, 2]])
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_wrong_options_and_models_meet_the_librarys_own_errors():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    with pytest.raises(ValueError, match="normalize must be"):
+        jet_trigrams(model, 0, 0, normalize="all")
+    plain = CallableModel(
+        torch.nn.Embedding(5, 4), [{"0_mlp": torch.tanh}], Decoder(Norm("RMS"), torch.randn(4, 5), torch.zeros(5))
+    )
+    with pytest.raises(NotImplementedError, match="plain functions"):
+        jet_trigrams(plain, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["softcap", "shortformer"])
+def test_attention_that_is_not_understood_is_refused(name):
+    specs = [spec for spec in zoo.available([name]) if (spec.name, spec.world) in REFUSED and spec.processing == "raw"]
+    if not specs:
+        pytest.skip("this TransformerLens has no such model")
+    with pytest.raises(NotImplementedError, match=r"Attention weights|functions of their token"):
+        jet_trigrams(zoo.build(specs[0]), 0, 0)
+
+
+def test_a_hook_that_edits_attention_is_refused_and_one_on_values_is_honoured():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    with (
+        model.hooks([("blocks.0.attn.hook_pattern", lambda own, hook: own * 0.5)]),
+        pytest.raises(NotImplementedError, match="sum to 1"),
+    ):
+        jet_trigrams(model, 0, 0)
+    plain = jet_trigrams(model, 0, 0, top_k=20)
+    with model.hooks([("blocks.0.attn.hook_q", lambda own, hook: own * 1.5)]):
+        sharper = jet_trigrams(model, 0, 0, top_k=20)
+    assert sharper.scores[0] > plain.scores[0] and plain.fingerprint != sharper.fingerprint
+
+
+def test_the_model_is_left_as_it_was():
+    model = zoo.build(zoo.available(["llama"])[0])
+    tokens = zoo.tokens(model)
+    before = model(tokens)
+    jet_trigrams(model, 0, top_k=3)
+    assert torch.equal(model(tokens), before)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
+def test_a_trained_model_in_float32():
+    model = zoo.load_stories("bridge")
+    table = jet_trigrams(model, 2, 3, top_k=50)
+    scores = trigram_scores(model, 2, 3, table.ids)
+    torch.testing.assert_close(scores, table.scores, rtol=0, atol=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randint(0, model.cfg.d_vocab, (2000, 3), generator=generator)
+    others[:, 0] = table.ids[torch.randint(0, 50, (2000,), generator=generator), 0]
+    scores = trigram_scores(model, 2, 3, others)
+    better = others[scores > table.scores[-1]]
+    assert set(map(tuple, better.tolist())) <= set(map(tuple, table.ids.tolist()))

@@ -1,0 +1,170 @@
+r"""Rows of logits that are a product of two thin factors, over the whole vocabulary: normalizers, maxima, log-probabilities.
+
+A head's query-key scores and its decoded writes are products of inner dimension d_head, [V, d_head] x [d_head, V]. They are read
+tile by tile, in binary logarithms (2^x costs a quarter of e^x), and never held. What a pass subtracts before it sums is no maximum,
+which would be a pass of its own, but a lower bound of the row's log-normalizer: the sum over a sample of the columns, or Jensen's
+inequality, log sum exp(x) >= log V + mean(x), whichever is larger.
+
+Cost: a row is d_head V multiply-adds and about as much time again for four passes over its tiles. Memory: a tile.
+
+Example:
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> factors = Factors(torch.randn(5, 2), torch.randn(2, 30))
+    >>> best, rough = best_log_prob(factors, factors.rows)
+    >>> exact = (factors.rows @ factors.columns).log_softmax(1).amax(1)
+    >>> bool(torch.allclose(best.float(), exact, atol=1e-5)), bool((rough >= best).all())
+    (True, True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.reader import LOG2_E
+
+# Rows and columns of a tile, columns whose sum bounds a normalizer from below, and rows in float64 at a time.
+TILE_ROWS, TILE_COLUMNS, SAMPLE, EXACT_ROWS = 1024, 1024, 1024, 32
+# Binary logarithm of what is nothing in a sum; powers that float32 holds with fewer digits are slow to compute.
+SMALLEST = -120.0
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Logits of rows over columns as a product: `transform(rows @ columns + constant)`."""
+
+    rows: Float[Tensor, "row inner"]
+    columns: Float[Tensor, "inner column"]
+    constant: Float[Tensor, " column"] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    def tiles(
+        self, rows: Float[Tensor, "part inner"], less: Float[Tensor, "part 1"] | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "part tile"]]]:
+        """Logits of some rows in binary logarithms, `less` a number a row; some columns at a time, in one buffer."""
+        n_rows, n_columns = len(rows), self.columns.shape[1]
+        buffer = rows.new_empty(n_rows * min(TILE_COLUMNS, n_columns))
+        scale = LOG2_E if self.transform is None else 1.0
+        rows, constant = rows * scale, None if self.constant is None else self.constant * scale
+        for start in range(0, n_columns, TILE_COLUMNS):
+            part = slice(start, min(start + TILE_COLUMNS, n_columns))
+            tile = buffer[: n_rows * (part.stop - start)].view(n_rows, part.stop - start)
+            if constant is not None:
+                torch.addmm(constant[part], rows, self.columns[:, part], out=tile)
+            else:
+                torch.mm(rows, self.columns[:, part], out=tile)
+            if self.transform is not None:
+                torch.mul(self.transform(tile), LOG2_E, out=tile)
+            yield part, tile if less is None else tile.sub_(less)
+
+    @cached_property
+    def _sample(self) -> Factors:
+        """The longest columns, and others evenly spaced: where large logits are likely."""
+        length, size = self.columns.shape[1], min(SAMPLE, self.columns.shape[1])
+        longest = self.columns.norm(dim=0).topk(size // 2).indices
+        even = torch.linspace(0, length - 1, size - size // 2, device=longest.device).long()
+        chosen = torch.cat([longest, even]).unique()
+        constant = None if self.constant is None else self.constant[chosen]
+        return Factors(self.rows, self.columns[:, chosen].contiguous(), constant, self.transform)
+
+    @cached_property
+    def _mean(self) -> tuple[Tensor, float]:
+        return self.columns.mean(1, keepdim=True), 0.0 if self.constant is None else float(self.constant.mean())
+
+    def lower_bound(self, rows: Tensor) -> Tensor:
+        """Lower bounds of log-normalizers, in binary logarithms: the sum over a sample, or Jensen's. Shape [part, 1]."""
+        logits = torch.cat([tile.clone() for _, tile in self._sample.tiles(rows)], dim=1)
+        largest = logits.amax(1, keepdim=True)
+        bound = largest + logits.sub_(largest).exp2_().sum(1, keepdim=True).log2_()
+        if self.transform is not None:
+            return bound
+        column, constant = self._mean
+        return torch.maximum(bound, (rows @ column + constant) * LOG2_E + math.log2(self.columns.shape[1]))
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """The largest logit of each row, in binary logarithms. Shape [part, 1]."""
+        return torch.stack([tile.amax(1) for _, tile in self.tiles(rows)]).amax(0).unsqueeze(1)
+
+    @cached_property
+    def reach(self) -> float:
+        """An upper bound of the size of logits before the transform."""
+        product = self.rows.norm(dim=1).max() * self.columns.norm(dim=0).max()
+        return float(product + (0.0 if self.constant is None else self.constant.abs().max()))
+
+    def rounding(self) -> float:
+        """How far a logit in working precision is off at most, in nats: the bound of a dot product, and of a sum of exp."""
+        return torch.finfo(self.rows.dtype).eps * ((self.rows.shape[1] + 32) * self.reach + 64)
+
+    def exact(self, rows: Int[Tensor, " part"]) -> Float[Tensor, "part column"]:
+        """Logits of some rows in float64, in nats."""
+        logits = self.rows[rows].double() @ self.columns.double()
+        logits = logits if self.constant is None else logits + self.constant.double()
+        return logits if self.transform is None else self.transform(logits).double()
+
+
+def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], None]) -> tuple[Tensor, Tensor]:
+    """Lower bounds of some rows' log-normalizers, and what they are short of; binary logarithms [part, 1].
+
+    Args:
+        factors: Logits.
+        rows: Some of their rows.
+        each: Called with every tile, less the lower bounds.
+    """
+    bound = factors.lower_bound(rows)
+    may_underflow = 2 * LOG2_E * factors.reach > -SMALLEST
+
+    def total() -> Tensor:
+        sums = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
+        for part, tile in factors.tiles(rows, bound):
+            each(part, tile)
+            if may_underflow:
+                tile.clamp_min_(SMALLEST)
+            sums += tile.exp2_().sum(1, keepdim=True)
+        return sums
+
+    sums = total()
+    if not bool(sums.isfinite().all()):  # the sample missed what matters, and 2^(logit - bound) overflowed
+        bound = factors.largest(rows)
+        sums = total()
+    return bound, sums.log2().to(rows.dtype)
+
+
+def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """The largest log-probability of each row, and its upper bound by the lower bound of its normalizer; nats."""
+    largest = rows.new_full((len(rows),), -math.inf)
+
+    def each(columns: slice, tile: Tensor) -> None:
+        torch.maximum(largest, tile.amax(1), out=largest)
+
+    _, short = normalizers(factors, rows, each)
+    largest = largest.double() / LOG2_E
+    return largest - short[:, 0].double() / LOG2_E, largest
+
+
+def log_softmax(logits: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    """Log-probabilities whose largest keeps its digits near 0: the others' sum through log1p."""
+    top, place = logits.max(1, keepdim=True)
+    others = torch.exp(logits - top).scatter_(1, place, 0.0).sum(1, keepdim=True)
+    return (logits - top) - others.log1p()
+
+
+def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
+    """Log-probabilities of pairs (row, column) in float64; each row's logits are computed once."""
+    distinct, which = rows.unique(return_inverse=True)
+    order = which.argsort(stable=True)
+    found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(distinct), EXACT_ROWS):
+        table = log_softmax(factors.exact(distinct[start : start + EXACT_ROWS]))
+        low, high = torch.searchsorted(
+            which[order], torch.tensor([start, start + len(table)], device=rows.device)
+        ).tolist()
+        inside = order[low:high]
+        found[inside] = table[which[inside] - start, columns[inside]]
+    return found

@@ -1,0 +1,308 @@
+r"""The query-key and output-value maps of attention heads on the vocabulary, read from the model's own modules.
+
+A head scores a query token z2 against a key token z1 that stands `distance` places before it, and writes of z1:
+
+.. math::
+    s(z_2, z_1) = \tau\bigl(q(z_2)^\top M_{\text{distance}} \, k(z_1)\bigr), \qquad
+    w(z_1) = \bigl(v(z_1) - v(0)\bigr) W_O .
+
+q, k and v are what the layer's own modules (pre-norm, biases, query and key norms, clipping, hooks) give for a token alone at
+position 0, without positional embedding; v(0) is the value of the zero stream, so that a head's write carries no constant
+(`tl_jets.adapters.base`). M holds what position and scale do: the rotary embedding by `distance` and the attention scale; tau
+is the softcap, if there is one.
+
+| symbol | variable |
+|---|---|
+| q, k, v - v(0) | `HeadVectors.query`, `key`, `value` |
+| M k | `ScoreMap.keys(k)` |
+| M at distance 0 times k | `ScoreMap.own_keys(k)` |
+| tau | `ScoreMap.cap` |
+| W_O, then norms, then W_U | `OutputMap` |
+
+Cost: the layer's attention on every token (four d_model^2 a token) and n (distance + 1) tokens of a forward pass, n about 50.
+
+Example:
+    >>> import tl_jets as tj
+    >>> heads = HeadReader(tj.load_tinydocs(), 0)
+    >>> vectors = heads.vectors(torch.arange(3), [1, 2])
+    >>> vectors.query.shape == (2, 3, heads.view.cfg.d_head), heads.scores(distance=2).cap
+    (True, None)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.calculus import Norm, full_precision
+from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
+from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
+from tl_jets.stages import Stage, relative_error, tolerance
+
+# Where queries and keys are read, what is closest to their product first.
+_POINTS = (("hook_rot_q", "hook_rot_k"), ("hook_q_normed", "hook_k_normed"), ("hook_q", "hook_k"))
+# Logits of the recording that replays take their arguments from, and attention weights of the fit, held at once.
+RECORDED_LOGITS, FITTED_WEIGHTS = 2**24, 2**24
+# What the fit may miss of log-ratios in float64, relative to the largest.
+FIT_ERROR = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class HeadVectors:
+    """Queries, keys and values of some heads on some tokens; a key head is repeated for the heads that share it."""
+
+    query: Float[Tensor, "head token d_head"]
+    key: Float[Tensor, "head token d_head"]
+    value: Float[Tensor, "head token d_head"]
+
+
+class HeadReader:
+    """Queries, keys and values of one attention layer on single tokens, and how it scores them.
+
+    Args:
+        model: A model or a `ResidualNetwork`.
+        layer: The layer.
+
+    Attributes:
+        network: The network at sublayer granularity.
+        n_tokens: How many tokens the model embeds.
+        n_heads: Heads of the layer.
+
+    Raises:
+        ValueError: There is no such layer; a hook edits a stream; the network's self-check fails.
+        NotImplementedError: Plain functions, which have no heads; positions that are added to queries and keys.
+    """
+
+    def __init__(self, model: Any, layer: int):
+        self.network = ResidualNetwork(model).at("sublayer")
+        view: Any = self.network.view
+        if isinstance(view, CallableModel):
+            raise NotImplementedError("Skip-trigrams are of attention heads; plain functions have none. Pass a model.")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < view.n_layers:
+            raise ValueError(f"layer must be one of 0..{view.n_layers - 1}; got {layer!r}.")
+        if getattr(view.cfg, "positional_embedding_type", None) == "shortformer":
+            raise NotImplementedError(
+                "Queries and keys must be functions of their token; shortformer attention adds positions to them."
+            )
+        self.view, self.layer, self.n_heads = view, layer, int(view.cfg.n_heads)
+        self.streams = VocabularyStreams(self.network, [DIRECT])
+        self.n_tokens = self.streams.n_tokens
+        # Replays need the shape of the recorded forward pass, which holds so many rows of logits.
+        self._rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
+        zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self.streams.device)
+        with torch.no_grad():
+            trace = self.network.trace(zeros)
+            trace.gamma(f"{layer}_attn")  # compares the replay with what the model wrote
+        self._recording = trace.recording
+        step = next(step for step in self.network.steps if step.label == f"{layer}_attn")
+        self._attention = Stage(self.network.stage(step.label).stream, (step,))
+        self._zero_value = self._read(torch.zeros_like(trace["embed"][:1, 0]))[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.streams.device
+
+    def vectors(self, tokens: Int[Tensor, " token"], heads: Sequence[int]) -> HeadVectors:
+        """Queries, keys and values (less those of the zero stream) of some heads, in the network's working precision.
+
+        Args:
+            tokens: Token ids.
+            heads: Head indices.
+        """
+        kept: list[list[Tensor]] = [[], [], []]
+        for part in tokens.split(self._rows):
+            query, key, value = self._read(self.streams.embed(part))
+            for into, found in zip(kept, (query, key, value - self._zero_value), strict=True):
+                into.append(found[:, list(heads)])
+        query, key, value = (torch.cat(parts).transpose(0, 1).contiguous() for parts in kept)
+        return HeadVectors(query, key, value)
+
+    @torch.no_grad()
+    def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [token, head, d_head] of streams that stand alone at position 0."""
+        found: dict[str, Tensor] = {}
+        padded = stream.new_zeros(self._rows, 1, stream.shape[1])
+        padded[: len(stream), 0] = stream
+        with self.view.model.hooks(self._savers(found, "hook_z")):
+            self.network.view.writes(self._recording, self._attention, padded)
+        query, key = self._query_and_key(found)
+        value = found["hook_z"].unflatten(-1, (self.n_heads, -1)) if found["hook_z"].ndim == 3 else found["hook_z"]
+        return query[: len(stream), 0], key[: len(stream), 0], value[: len(stream), 0]
+
+    def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
+        """Hooks that keep queries, keys and more, by their TransformerLens names."""
+
+        def saver(name: str) -> Callable[..., None]:
+            return lambda tensor, hook: found.__setitem__(name, tensor.detach())
+
+        prefix = f"blocks.{self.layer}.attn."
+        names = [name for pair in _POINTS for name in pair] + list(more)
+        return [(prefix + name, saver(name)) for name in names if prefix + name in self.view._hook_dict]
+
+    def _query_and_key(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[batch, pos, head, d_head] each; grouped keys repeated."""
+        names = next((pair for pair in _POINTS if pair[0] in found and pair[1] in found), None)
+        if names is None:
+            raise NotImplementedError(
+                f"Skip-trigrams need queries and keys of layer {self.layer}; none of {[q for q, _ in _POINTS]} fired. "
+                "Please report the architecture."
+            )
+        query, key = found[names[0]], found[names[1]]
+        if query.ndim == 3:
+            query = query.unflatten(-1, (self.n_heads, -1))
+            key = key.unflatten(-1, (-1, query.shape[-1]))
+        return query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+
+    # The score map
+
+    @torch.no_grad()
+    def scores(self, distance: int) -> ScoreMap:
+        """How the layer scores a key `distance` places before the query.
+
+        Raises:
+            ValueError: The distance is not in 1..n_ctx - 1, or outside of the layer's attention window.
+            NotImplementedError: No rotation reproduces the model's attention; a hook edits it; attention sinks.
+        """
+        n_ctx = int(getattr(self.view.cfg, "n_ctx", 0) or 2**31)
+        if isinstance(distance, bool) or not isinstance(distance, int) or not 1 <= distance < n_ctx:
+            raise ValueError(f"distance must be in 1..{n_ctx - 1}, places between key and query; got {distance!r}.")
+        data = self._sample(distance)
+        for cap in (None, *self._caps()):
+            if cap is not None and not data.true_scores:
+                continue
+            for pairs, rotation in rotations(data.query.shape[-1], getattr(self.view.cfg, "rotary_dim", None)):
+                found = data.fit(pairs, cap, rotation, distance)
+                if data.error(found) <= max(FIT_ERROR, tolerance(self.view.native_dtype) / 16):
+                    return found
+        raise NotImplementedError(
+            f"Attention weights of layer {self.layer} must follow from queries and keys, a rotation and a scale; none "
+            "reproduces the model's own. A hook edits them, or the architecture does something else (a softcap whose "
+            "scores are not shown, for one). Please report its name."
+        )
+
+    def _caps(self) -> list[float]:
+        """Softcaps that the configuration speaks of."""
+        own = getattr(self.view.blocks[self.layer].attn, "original_component", None)
+        names = ("attn_scores_soft_cap", "attn_logit_softcapping")
+        values = (getattr(source, name, None) for source in (self.view.cfg, own) for name in names)
+        return sorted({float(value) for value in values if isinstance(value, (int, float)) and value > 0})
+
+    def _sample(self, distance: int) -> ScoreSample:
+        """Queries and keys of random streams, and how the model itself weighs them at the distance."""
+        streams = self._random_streams(2 * self._samples())
+        alone = self._attend(streams[:, None])
+        query, key = (x[:, 0].double() for x in self._query_and_key(alone))
+        half = len(streams) // 2
+        x, y = slice(0, half), slice(half, None)
+        prompts = self._random_streams(half * (distance - 1), seed=1).view(half, distance - 1, streams.shape[1])
+        prompts = torch.cat([streams[y, None], prompts, streams[x, None]], dim=1)
+        weights, scores = [], []
+        size = max(1, FITTED_WEIGHTS // (self.n_heads * (distance + 1) ** 2))
+        for part in prompts.split(size):
+            found = self._attend(part)
+            last = [found[name][:, :, -1].double() for name in ("hook_pattern", "hook_attn_scores") if name in found]
+            weights.append(last[0])
+            scores.append(last[-1])
+        weight, score = torch.cat(weights), torch.cat(scores)
+        if not bool(weight[..., 0].any()):
+            raise ValueError(
+                f"distance must be inside of the attention window of layer {self.layer}; {distance} is not, all weights are 0."
+            )
+        if relative_error(weight.sum(-1), torch.ones_like(weight[..., 0])) > 1e-3:
+            raise NotImplementedError(
+                "Attention weights of a query must sum to 1; these do not (attention sinks, or a hook that edits them)."
+            )
+        true = relative_error(score.softmax(-1), weight) < 1e-6
+        ends = torch.tensor([0, -1], device=weight.device)
+        return ScoreSample(query[x], key[y], key[x], weight[..., ends].log(), score[..., ends] if true else None)
+
+    def _samples(self) -> int:
+        """Enough streams for four equations an unknown."""
+        return max(24, -(-4 * (2 * int(self.view.cfg.d_head) + self.n_heads) // self.n_heads))
+
+    def _random_streams(self, count: int, seed: int = 0) -> Float[Tensor, "token d_model"]:
+        """Embedded tokens and noise of their size, in float64."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, self.n_tokens, (max(count, 1),), generator=generator)
+        embed = torch.cat([self.streams.embed(part) for part in tokens.split(self._rows)]).double()
+        noise = torch.randn(embed.shape, generator=generator, dtype=torch.float64).to(embed.device)
+        return (embed + embed.pow(2).mean().sqrt() * noise)[:count]
+
+    def _attend(self, streams: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
+        """Activations of the layer's attention in the model's own forward pass on other streams, in float64."""
+        found: dict[str, Tensor] = {}
+        tokens = torch.zeros(streams.shape[:2], dtype=torch.long, device=streams.device)
+        prefix = f"blocks.{self.layer}."
+
+        def stop(tensor: Tensor, hook: Any) -> None:
+            raise _AttendedError
+
+        hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: streams), *self._savers(found, "hook_attn_scores")]
+        hooks += [(prefix + "attn.hook_pattern", lambda tensor, hook: found.__setitem__("hook_pattern", tensor))]
+        # Some attention modules show weights and scores after their output: the block is left at its end.
+        hooks += [(prefix + "hook_resid_post", stop)]
+        try:
+            with full_precision(), self.view.model.hooks(hooks):
+                self.view._run(tokens, None)
+        except _AttendedError:
+            pass
+        finally:
+            self.view._forget_replay(self.layer)
+        return found
+
+
+class _AttendedError(Exception):
+    """Leaves a forward pass once the layer has attended."""
+
+
+class OutputMap:
+    r"""How a head's write decodes: logits of z1 are `coordinates(v) @ columns + constant`, with inner dimension d_head.
+
+    The decoder's norm divides by the root mean square of the (centered) write, a quadratic form of v:
+    mean((v A)^2) = v (A A' / d_model) v', so that no write is ever made.
+
+    A post-norm (Gemma-2, OLMo-2) is applied to the head's write alone, there being no full write: its weight counts, its scale
+    is undone by the final norm (up to eps), and its bias is a constant, which no head carries.
+
+    Attributes:
+        columns: W_O through the norms' weights and W_U. Shape [d_head, d_vocab].
+        constant: What the final norm's bias and b_U add to every logit vector. Shape [d_vocab].
+    """
+
+    def __init__(self, reader: HeadReader, head: int):
+        view, decoder = reader.view, reader.network.decoder
+        block = view.blocks[reader.layer]
+        dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype))
+        W_O = block.attn.W_O[head].detach().to(dtype)
+        self._norms: list[tuple[Tensor, float]] = []
+        post = view._post_norm(reader.layer)
+        if post is not None:
+            W_O = self._through(post, W_O)
+        W_O = self._through(decoder.norm, W_O * float(getattr(block, "residual_contribution_scale", 1.0)))
+        self.columns: Float[Tensor, "d_head d_vocab"] = torch.empty(
+            len(W_O), decoder.d_vocab, dtype=dtype, device=W_O.device
+        )
+        decoder.project(W_O, self.columns)
+        self.constant: Float[Tensor, " d_vocab"] = decoder.constant(decoder.norm.bias, dtype)
+
+    def _through(self, norm: Norm, W_O: Tensor) -> Tensor:
+        """W_O through a norm; the quadratic form of what it divides by is kept."""
+        if norm.kind != "none":
+            W_O = norm.center(W_O)
+            self._norms.append((W_O.double() @ W_O.double().T / W_O.shape[1], norm.eps))
+        return W_O if norm.weight is None else W_O * norm.weight.to(W_O.dtype)
+
+    def coordinates(self, value: Float[Tensor, "token d_head"]) -> Float[Tensor, "token d_head"]:
+        """Values divided by what the norms divide their writes by. In float64 for float64 values, else as `columns`."""
+        size = torch.ones(len(value), 1, dtype=torch.float64, device=value.device)
+        for gram, eps in self._norms:
+            scaled = value.double() * size
+            size = size * torch.rsqrt((scaled @ gram * scaled).sum(-1, keepdim=True).clamp_min(0) + eps)
+        return (value.double() * size).to(torch.promote_types(value.dtype, self.columns.dtype))

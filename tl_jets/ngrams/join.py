@@ -1,0 +1,224 @@
+"""The exact join of a head's skip-trigrams: see `tl_jets.ngrams.trigrams` for what is joined, and why it is enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.ngrams.factors import (
+    EXACT_ROWS,
+    TILE_ROWS,
+    Factors,
+    best_log_prob,
+    log_softmax,
+    log_softmax_at,
+    normalizers,
+)
+from tl_jets.reader import LOG2_E
+from tl_jets.tables import rank
+
+Normalize = Literal["vocab", "pair", "none"]
+NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
+
+# Keys whose outputs are looked at before the first stop, and at most; keys whose bounds are tightened at a time.
+FIRST_ROUND, LAST_ROUND, REFINED_ROWS = 512, 8192, 256
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMaps:
+    """What a head does with every token of the vocabulary: query-key scores, writes decoded, and how A follows."""
+
+    scores: Factors  # rows are queries, columns keys
+    outputs: Factors  # rows are keys, columns output tokens
+    own: Float[Tensor, " token"]  # score of each token with itself, less what ALiBi takes off the other
+    normalize: Normalize
+
+    def attention(self, logits: Tensor, normalizer: Tensor) -> Tensor:
+        """A from scores in nats and what they are normalized by."""
+        if self.normalize == "none":
+            return logits
+        difference = logits - normalizer
+        return -torch.nn.functional.softplus(-difference) if self.normalize == "pair" else difference
+
+    def exact(self, ids: Int[Tensor, "triple 3"]) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
+        """A and log P of triples in float64, normalizers included."""
+        key, query, output = ids.unbind(1)
+        if self.normalize == "vocab":
+            attention = log_softmax_at(self.scores, query, key)
+        else:
+            raw = (self.scores.rows[query].double() * self.scores.columns[:, key].double().T).sum(1)
+            raw = raw if self.scores.transform is None else self.scores.transform(raw)
+            attention = self.attention(raw, self.own[query].double())
+        return attention, log_softmax_at(self.outputs, key, output)
+
+
+class Search:
+    """The exact best triples of a head."""
+
+    def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any]):
+        self.maps, self.top_k, self.advance = maps, top_k, advance
+        self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
+        exact = maps.scores.rows.dtype is torch.float64
+        # In float32 normalizers are rounded until the end: a few more triples are kept until their scores are exact.
+        self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
+        self.found = _Best(top_k if exact else top_k + max(16, top_k // 8))
+        slope = max(1.0, abs(float(maps.outputs.transform(torch.ones(1)) if maps.outputs.transform else 1.0)))
+        self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
+
+    def run(self, keys: Int[Tensor, " key"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [triple, 3], A and log P of the best triples (and a few more), whose key is one of `keys`."""
+        self.normalizer, best_attention = self._bounds()
+        bound = best_attention[keys]
+        order = bound.argsort(descending=True, stable=True)
+        keys, bound = keys[order], bound[order]
+        start, size = 0, FIRST_ROUND
+        while start < len(keys) and bool(bound[start] + self.slack >= self.found.threshold):
+            part = slice(start, min(start + size, len(keys)))
+            total = bound[part] + self._best_outputs(keys[part], bound[part])
+            for batch in total.argsort(descending=True).split(REFINED_ROWS):
+                self._consider(keys[part][batch], total[batch], bound[part][batch])
+            self.advance(part.stop - start)
+            start, size = part.stop, min(2 * size, LAST_ROUND)
+        self.advance(len(keys) - start)
+        ids = self.found.ids
+        return ids, *self.maps.exact(ids)
+
+    def _bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
+        """What each query's scores are normalized by, and an upper bound of each key's best A; nats, float64."""
+        maps, scores = self.maps, self.maps.scores
+        vocab, n_keys = maps.normalize == "vocab", scores.columns.shape[1]
+        normalizer = torch.zeros_like(maps.own) if maps.normalize == "none" else maps.own.clone()
+        best = scores.rows.new_full((n_keys,), -math.inf)
+        for start in range(0, len(scores.rows), TILE_ROWS):
+            part = slice(start, start + TILE_ROWS)
+            rows, block = scores.rows[part], scores.rows.new_full((n_keys,), -math.inf)
+            if vocab:
+                bound, short = normalizers(scores, rows, partial(_column_maxima, block))
+                normalizer[part] = (bound + short)[:, 0].double() / LOG2_E
+                block -= short.min()
+            else:
+                shift = (normalizer[part, None] * LOG2_E).to(rows.dtype)
+                for columns, tile in scores.tiles(rows, shift):
+                    block[columns] = tile.amax(0)
+            torch.maximum(best, block, out=best)
+            self.advance(len(rows))
+        best = best.double() / LOG2_E
+        return normalizer, maps.attention(best, torch.zeros_like(best)) if maps.normalize == "pair" else best
+
+    def _best_outputs(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"]) -> Float[Tensor, " key"]:
+        """The best log P of each key, in nats; for a key that has no chance, an upper bound that shows it."""
+        outputs, found = self.maps.outputs, []
+        for start in range(0, len(keys), TILE_ROWS):
+            part = slice(start, start + TILE_ROWS)
+            rows = outputs.rows[keys[part]]
+            if self.few_live:  # first without normalizers
+                best = rough = (outputs.largest(rows) - outputs.lower_bound(rows))[:, 0].double() / LOG2_E
+            else:
+                best, rough = best_log_prob(outputs, rows)
+            live = (bound[part] + rough + self.slack >= self.found.threshold).nonzero()[:, 0]
+            if self.few_live and len(live):
+                best = rough.index_copy(0, live, best_log_prob(outputs, rows[live])[0])
+            self.few_live = 2 * len(live) < len(rows)
+            found.append(best)
+        return torch.cat(found)
+
+    def _consider(self, keys: Tensor, total: Float[Tensor, " key"], bound: Float[Tensor, " key"]) -> None:
+        """Join the keys whose best A and log P together reach the threshold; bounds of A, which may be loose, are tightened."""
+        live = total + self.slack >= self.found.threshold
+        if not bool(live.any()):
+            return
+        keys = keys[live]
+        total = total[live] - bound[live] + self._best_attention(keys)
+        for batch in total.argsort(descending=True).split(EXACT_ROWS):
+            live = batch[total[batch] + self.slack >= self.found.threshold]
+            if not len(live):
+                return
+            self._join(keys[live])
+
+    def _best_attention(self, keys: Int[Tensor, " key"]) -> Float[Tensor, " key"]:
+        """The best A of each key over all queries, in nats."""
+        rows, best = self.by_key.rows[keys], []
+        shift = (self.normalizer * LOG2_E).to(rows.dtype)
+        for part, tile in self.by_key.tiles(rows):
+            best.append(tile.sub_(shift[part]).amax(1))
+        largest = torch.stack(best).amax(0).double() / LOG2_E
+        return self.maps.attention(largest, torch.zeros_like(largest)) if self.maps.normalize == "pair" else largest
+
+    def _join(self, keys: Int[Tensor, " key"]) -> None:
+        """Find the triples of some keys that may be among the best."""
+        attention = self.maps.attention(self.by_key.exact(keys), self.normalizer)
+        log_prob = log_softmax(self.maps.outputs.exact(keys))
+        if self.found.threshold == -math.inf:
+            self._raise_threshold(attention, log_prob)
+        best = attention.amax(1) + log_prob.amax(1)
+        for row in (best >= self.found.threshold).nonzero()[:, 0].tolist():
+            query, output, score = _pairs(attention[row], log_prob[row], self.found.threshold, self.found.size)
+            self.found.add(torch.stack([keys[row].expand_as(query), query, output], dim=1), score)
+        self.found.cut()
+
+    def _raise_threshold(self, attention: Tensor, log_prob: Tensor) -> None:
+        """A lower bound of the K-th best score, from a square of the best of each row, so that few pairs are left."""
+        side = math.isqrt(self.found.size - 1) + 1
+        a = attention.topk(min(side, attention.shape[1])).values
+        p = log_prob.topk(min(side, log_prob.shape[1])).values
+        sums = (a.unsqueeze(2) + p.unsqueeze(1)).flatten()
+        if len(sums) >= self.found.size:
+            self.found.raise_to(float(sums.topk(self.found.size).values[-1]))
+
+
+def _column_maxima(into: Tensor, columns: slice, tile: Tensor) -> None:
+    into[columns] = tile.amax(0)
+
+
+class _Best:
+    """The best triples so far, and the score that others must reach."""
+
+    def __init__(self, size: int):
+        self.size, self.threshold = size, -math.inf
+        self.ids: Tensor = torch.empty(0, 3, dtype=torch.long)
+        self.scores: Tensor = torch.empty(0, dtype=torch.float64)
+        self._new: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, ids: Tensor, scores: Tensor) -> None:
+        """Consider triples; `cut` afterwards."""
+        self._new.append((ids, scores))
+
+    def cut(self) -> None:
+        """Keep the best, by (score, ids)."""
+        if self._new:
+            ids, scores = (torch.cat(parts) for parts in zip(*self._new, strict=True))
+            ids, scores = torch.cat([self.ids.to(ids.device), ids]), torch.cat([self.scores.to(ids.device), scores])
+            order = rank(ids, scores)[: self.size]
+            self.ids, self.scores, self._new = ids[order], scores[order], []
+        if len(self.ids) == self.size:
+            self.raise_to(float(self.scores[-1]))
+
+    def raise_to(self, score: float) -> None:
+        """That many triples have this score at least; less what makes scores ties."""
+        self.threshold = max(self.threshold, score - 1e-9 * (1 + abs(score)))
+
+
+def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, output and score of the pairs of ranks i j <= k that reach the threshold."""
+    query = _leading(attention, threshold - float(log_prob.max()), k)
+    output = _leading(log_prob, threshold - float(attention.max()), k)
+    a, p = attention[query], log_prob[output]
+    reach = torch.searchsorted(-p, a - threshold + 1e-9, right=True)
+    count = torch.minimum(reach, k // torch.arange(1, len(a) + 1, device=a.device))
+    i = torch.arange(len(a), device=a.device).repeat_interleave(count)
+    j = torch.arange(len(i), device=a.device) - (count.cumsum(0) - count)[i]
+    return query[i], output[j], a[i] + p[j]
+
+
+def _leading(values: Tensor, lowest: float, k: int) -> Tensor:
+    """Positions of at most k values from `lowest` up, best first, ties (within 2^-36) by position."""
+    found = (values >= lowest - 1e-9).nonzero()[:, 0]
+    grid = (values[found] * 2**36).round()
+    return found[grid.sort(descending=True, stable=True).indices[:k]]

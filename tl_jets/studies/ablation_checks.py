@@ -1,0 +1,240 @@
+r"""Whether the model uses what the table of a component says: its own n-grams' logits when it is ablated.
+
+The best n-grams of the path through an MLP (or skip-trigrams of a head) are put before the model as prompts, all but their last
+token, and the component is ablated. If it does what its table says, the logit of the last token falls; by how much is read beside
+
+- the same n-grams when **another component** of the same kind is ablated,
+- the same prompts with **last tokens shuffled** among the n-grams, when the component is ablated.
+
+Logits are taken beyond their mean over the vocabulary, unless `logit="raw"`. 95% intervals are percentile bootstraps over n-grams;
+those of differences are paired. Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so that the
+component reads a stream that its table knows nothing of: a fall is not given by construction.
+
+Source: Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2 (logit change under intervention); the controls are ours.
+
+Cost: two forward passes on the prompts for every component that is ablated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.interventions import ablation_effect
+from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.ngrams import jet_bigrams
+from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.stages import some
+from tl_jets.studies.intervals import bootstrap_interval
+from tl_jets.tables import NgramTable
+
+OWN, SHUFFLED = "own", "shuffled"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblationCheck:
+    """What ablating components does to the logits of one component's n-grams. Changes are ablated - clean.
+
+    Attributes:
+        step: The component whose n-grams they are.
+        components: What was ablated, one at a time: `step`, then others of its kind.
+        table: The n-grams.
+        prompts: What the model was given. Shape [ngram, pos].
+        own: Change of the logit of each n-gram's last token. Shape [component, ngram].
+        shuffled: The same for last tokens of other n-grams. Shape [component, ngram, draw].
+        mode: What the ablated write became.
+        logit: `"centered"` or `"raw"`.
+        resamples: Of the bootstrap.
+        seed: Of the draws.
+    """
+
+    step: str
+    components: list[str]
+    table: NgramTable = field(repr=False)
+    prompts: Int[Tensor, "ngram pos"] = field(repr=False)
+    own: Float[Tensor, "component ngram"] = field(repr=False)
+    shuffled: Float[Tensor, "component ngram draw"] = field(repr=False)
+    mode: str = "zero"
+    logit: str = "centered"
+    resamples: int = 1000
+    seed: int = 0
+
+    def _row(self, values: Tensor) -> dict[str, float]:
+        low, high = bootstrap_interval(values, resamples=self.resamples, seed=self.seed)
+        return {"mean": float(values.mean()), "low": low, "high": high, "fell": float((values < 0).double().mean())}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each ablated component and kind of n-gram: mean change, its 95% interval, the share that fell."""
+        rows = []
+        for i, component in enumerate(self.components):
+            for kind, values in ((OWN, self.own[i]), (SHUFFLED, self.shuffled[i].mean(1))):
+                rows.append({"ablated": component, "n-grams": kind, **self._row(values)})
+        return pd.DataFrame(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """The component's own n-grams under its own ablation, the controls, and the paired differences from them."""
+        own, shuffled = self.own[0], self.shuffled[0].mean(1)
+        rows = [{"what": f"own n-grams, {self.step} ablated", **self._row(own)}]
+        rows += [{"what": f"shuffled n-grams, {self.step} ablated", **self._row(shuffled)}]
+        if len(self.components) > 1:
+            others = self.own[1:].mean(0)
+            rows.insert(1, {"what": f"own n-grams, others ablated (mean of {len(self.own) - 1})", **self._row(others)})
+            rows.append({"what": "own ablation - others'", **self._row(own - others)})
+        rows.append({"what": "own - shuffled n-grams", **self._row(own - shuffled)})
+        return pd.DataFrame(rows)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the own n-grams fall, and by more than both controls: all intervals of `summary` are below zero."""
+        rows = self.summary()
+        tested = rows[~rows["what"].str.contains("others ablated|shuffled n-grams, ")]
+        return bool((tested["high"] < 0).all())
+
+    def __repr__(self) -> str:
+        verdict = "confirmed" if self.confirmed else "not confirmed"
+        title = (
+            f"AblationCheck({self.step}: {len(self.table)} n-grams of path {self.table.path}, {self.mode} ablation, change of the "
+            f"{self.logit} logit; {verdict})"
+        )
+        return f"{title}\n{self.summary().round(3).to_string(index=False)}"
+
+
+def ablation_check(
+    model: Any,
+    step: str,
+    *,
+    table: NgramTable | None = None,
+    top_k: int = 50,
+    mode: Literal["zero", "mean"] = "zero",
+    reference: Any = None,
+    others: Sequence[str] | int | None = None,
+    n_random: int = 20,
+    logit: Literal["centered", "raw"] = "centered",
+    prepend_bos: bool | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> AblationCheck:
+    """Ablate a component and see whether the n-grams of its own table suffer.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        step: An MLP (`3_mlp`), a head (`L3H2`), or, with a table, an attention sublayer.
+        table: N-grams of the component; None for the `top_k` best bi-grams of an MLP's own path, or skip-trigrams of a head. Of
+            a longer one, the first `top_k`. Skip-trigrams must be of distance 1, so that key and query stand side by side.
+        top_k: How many n-grams.
+        mode: What the ablated write becomes: `"zero"`, or `"mean"` over a reference (see `ablation_hooks`).
+        reference: For `"mean"`: a prompt, prompts, token ids [batch, pos], or a `Trace`.
+        others: Components to compare with: labels, or how many of the same kind to draw; None for all of them.
+        n_random: How often last tokens are shuffled.
+        logit: Change of the logit beyond its mean over the vocabulary (`"centered"`), or of the logit itself (`"raw"`).
+        prepend_bos: Whether prompts begin with the beginning-of-sequence token; None for what the model does.
+        bootstrap: Resamples of the intervals.
+        seed: Of shuffling, drawing and bootstrap.
+
+    Returns:
+        An `AblationCheck`.
+
+    Raises:
+        ValueError: The step does not exist, an attention sublayer comes without a table, or an option is not one of its values.
+        NotImplementedError: A network of plain callables, which has no hooks; skip-trigrams of another distance.
+
+    Source:
+        Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> check = ablation_check(tj.load_tinydocs(), "0_mlp", top_k=10, n_random=5)
+        >>> check.components
+        ['0_mlp', '1_mlp', '2_mlp', '3_mlp']
+    """
+    network = ResidualNetwork(model)
+    if isinstance(network.view, CallableModel):
+        raise NotImplementedError(
+            "Ablations are hooks on a TransformerLens model; a network of plain callables has none. Give it other functions."
+        )
+    kinds = {s.label: s.kind for kind in ("head", "sublayer") for s in network.at(kind).steps}
+    if step not in kinds or kinds[step] == "attn_bias":
+        raise ValueError(
+            f"step must be an MLP, an attention sublayer or a head, one of {some(kinds, 40)}; got {step!r}."
+        )
+    if logit not in ("centered", "raw") or mode not in ("zero", "mean") or n_random < 1 or top_k < 1:
+        raise ValueError(
+            f'logit must be "centered" or "raw", mode "zero" or "mean", n_random and top_k 1 or more; got {logit!r}, {mode!r}, '
+            f"{n_random} and {top_k}."
+        )
+    table = _own_ngrams(network, step, kinds[step], table, top_k)
+    prompts = _prompts(network, table, prepend_bos)
+    draw = np.random.default_rng(seed)
+    same = [label for label, kind in kinds.items() if kind == kinds[step] and label != step]
+    components = [step, *_others(same, others, draw)]
+    last = table.ids[:, -1]
+    shuffles = torch.from_numpy(np.stack([draw.permutation(len(last)) for _ in range(n_random)], axis=1))
+    targets = torch.cat([last[:, None], last[shuffles]], dim=1).unsqueeze(1)
+    effect = ablation_effect(network, prompts, components, mode=mode, reference=reference, targets=targets, seed=seed)
+    change = (effect.centered if logit == "centered" else effect.logit)[:, :, 0].cpu()
+    return AblationCheck(
+        step=step,
+        components=components,
+        table=table,
+        prompts=prompts,
+        own=change[..., 0],
+        shuffled=change[..., 1:],
+        mode=mode,
+        logit=logit,
+        resamples=bootstrap,
+        seed=seed,
+    )
+
+
+def _own_ngrams(network: ResidualNetwork, step: str, kind: str, table: NgramTable | None, top_k: int) -> NgramTable:
+    if table is None:
+        if kind == "head":
+            layer, head = (int(number) for number in re.findall(r"\d+", step))
+            return jet_trigrams(network, layer, head, top_k=top_k, progress=False)
+        if kind != "mlp":
+            raise ValueError(
+                f"MLPs have bi-grams and heads have skip-trigrams; {step} is of kind {kind}. Give a table: ablation_check(model, "
+                f"{step!r}, table=...)."
+            )
+        return jet_bigrams(network, [step], top_k=top_k, progress=False)
+    if table.n < 2 or len(table) < 2:
+        raise ValueError(f"A table must have two n-grams of two tokens or more; got {len(table)} {table.n}-grams.")
+    if table.settings.get("distance", 1) != 1:
+        raise NotImplementedError(
+            f"Key and query must stand side by side in a prompt; the table is of distance {table.settings['distance']}. Make it "
+            "with distance=1."
+        )
+    return table[:top_k]
+
+
+def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | None) -> Int[Tensor, "ngram pos"]:
+    """All but the last token of each n-gram, as the model's own prompts begin."""
+    view: Any = network.view
+    bos = getattr(network.tokenizer, "bos_token_id", None)
+    if prepend_bos is None:
+        prepend_bos = bos is not None and bool(getattr(view.cfg, "default_prepend_bos", True))
+    prompts = table.ids[:, :-1]
+    if not prepend_bos:
+        return prompts
+    if bos is None:
+        raise ValueError("prepend_bos=True needs a tokenizer with a beginning-of-sequence token; the model has none.")
+    return torch.cat([torch.full((len(prompts), 1), bos), prompts], dim=1)
+
+
+def _others(same: list[str], others: Sequence[str] | int | None, draw: np.random.Generator) -> list[str]:
+    if others is None:
+        return same
+    if isinstance(others, int):
+        return [same[i] for i in sorted(draw.permutation(len(same))[: max(0, others)])]
+    unknown = [label for label in others if label not in same]
+    if unknown:
+        raise ValueError(f"Others must be components of the same kind, of {some(same, 40)}; got {unknown}.")
+    return list(others)

@@ -1,0 +1,148 @@
+"""Real counts of a text as tables of n-grams, to compare what each path of a model says with.
+
+Example:
+    >>> import torch
+    >>> counts = ngram_counts([[1, 2, 1, 2], [1, 3]], score="logprob")
+    >>> counts.to_dataframe()[["id_1", "id_2", "count", "context_count"]].values.tolist()
+    [[2.0, 1.0, 1.0, 1.0], [1.0, 2.0, 2.0, 3.0], [1.0, 3.0, 1.0, 3.0]]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.tables import NgramTable
+from tl_jets.tokens import token_names
+
+CountScore = Literal["logcount", "logprob"]
+TokenInput = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]
+
+TEXT = "text"
+
+
+def ngram_counts(
+    tokens: TokenInput,
+    *,
+    n: int = 2,
+    score: CountScore = "logcount",
+    min_count: int = 1,
+    tokenizer: Any = None,
+) -> NgramTable:
+    """The n-grams of a text, with how often they occur.
+
+    Args:
+        tokens: Token ids of a text, or of several; no n-gram goes from one text to the next.
+        n: How many tokens an n-gram has.
+        score: `"logcount"`, log of the count, or `"logprob"`, log P(z_n | what comes before) = log(count / context_count), in nats.
+        min_count: N-grams that occur less often are left out. Of those that occur once, `"logprob"` says little.
+        tokenizer: The model's, to name tokens by; without it they are called by their ids.
+
+    Returns:
+        A table of path `text`, with the parts `count` and `context_count` (how often the first n - 1 tokens are followed by
+        anything; for n = 1 the number of tokens). `settings` hold the number of n-grams and the sha256 of the tokens.
+
+    Raises:
+        ValueError: There is no n-gram, or an option is not one of its values.
+
+    Cost:
+        Sorting the n-grams of the text.
+    """
+    if score not in ("logcount", "logprob") or n < 1 or min_count < 1:
+        raise ValueError(
+            f'score must be "logcount" or "logprob", n and min_count 1 or more; got {score!r}, {n} and {min_count}.'
+        )
+    texts = _texts(tokens)
+    grams = np.concatenate(
+        [np.lib.stride_tricks.sliding_window_view(x, n) for x in texts if len(x) >= n] or [np.empty((0, n))]
+    )
+    if not len(grams):
+        raise ValueError(
+            f"A text must have {n} tokens at least; the longest of {len(texts)} has {max(map(len, texts), default=0)}."
+        )
+    ids, counts = np.unique(grams, axis=0, return_counts=True) if n > 3 else _unique(grams)
+    contexts = np.full(len(ids), len(grams))
+    if n > 1:
+        changes = np.r_[True, (ids[1:, :-1] != ids[:-1, :-1]).any(1)]
+        contexts = np.add.reduceat(counts, np.flatnonzero(changes))[np.cumsum(changes) - 1]
+    keep = counts >= min_count
+    if not keep.any():
+        raise ValueError(
+            f"No n-gram occurs {min_count} times; the most frequent {counts.max()} times. Take a smaller min_count."
+        )
+    total = hashlib.sha256()
+    for x in texts:
+        total.update(f"{len(x)} ".encode() + x.tobytes())
+    found, count, context = (torch.from_numpy(np.ascontiguousarray(x[keep])) for x in (ids, counts, contexts))
+    return NgramTable.ranked(
+        found.long(),
+        (count.double() / (context.double() if score == "logprob" else 1)).log(),
+        names=token_names(tokenizer, [found]),
+        path=TEXT,
+        settings={
+            "ngram": "counts",
+            "score": score,
+            "min_count": min_count,
+            "total": len(grams),
+            "texts": len(texts),
+            "sha256": total.hexdigest(),
+        },
+        parts={"count": count.double(), "context_count": context.double()},
+    )
+
+
+def unigram_probabilities(tokens: TokenInput, d_vocab: int, *, add: float | int = 0) -> Float[Tensor, " d_vocab"]:
+    """How often each token of the vocabulary occurs in a text, as probabilities.
+
+    Args:
+        tokens: Token ids of a text, or of several.
+        d_vocab: How many tokens the vocabulary has.
+        add: Added to every count (Laplace's smoothing), so that no token has none.
+
+    Returns:
+        Float64. Shape [d_vocab].
+
+    Raises:
+        ValueError: There is no token, or one is not of the vocabulary.
+
+    Example:
+        >>> unigram_probabilities([0, 2, 2, 2], 4).tolist()
+        [0.25, 0.0, 0.75, 0.0]
+    """
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *_texts(tokens)])
+    if not len(ids) or ids.max() >= d_vocab or add < 0:
+        raise ValueError(
+            f"Tokens must be ids in 0..{d_vocab - 1}, one at least, and add 0 or more; got {len(ids)} ids up to "
+            f"{ids.max(initial=-1)}, and {add}."
+        )
+    counts = torch.from_numpy(np.bincount(ids, minlength=d_vocab)).double() + add
+    return counts / counts.sum()
+
+
+def _texts(tokens: TokenInput) -> list[np.ndarray]:
+    """Ids of each text as int64 arrays."""
+    if isinstance(tokens, Tensor):
+        nested = [tokens] if tokens.ndim == 1 else list(tokens)
+    else:
+        nested = [tokens] if len(tokens) and not isinstance(tokens[0], (Sequence, Tensor)) else tokens
+    arrays = [np.asarray(text.detach().cpu() if isinstance(text, Tensor) else text) for text in nested]
+    for array in arrays:
+        if array.ndim != 1 or (len(array) and (not np.issubdtype(array.dtype, np.integer) or array.min() < 0)):
+            raise ValueError(f"A text must be a list of token ids, none negative; got {array.dtype} {array.shape}.")
+    return [array.astype(np.int64) for array in arrays]
+
+
+def _unique(grams: Int[np.ndarray, "gram n"]) -> tuple[np.ndarray, np.ndarray]:
+    """Different rows in order, and how often each occurs: as numbers of one base, much faster than as rows."""
+    base = int(grams.max()) + 1
+    if base ** grams.shape[1] >= 2**63:
+        return np.unique(grams, axis=0, return_counts=True)
+    powers = base ** np.arange(grams.shape[1] - 1, -1, -1)
+    numbers, counts = np.unique(grams @ powers, return_counts=True)
+    return numbers[:, None] // powers % base, counts

@@ -1,0 +1,190 @@
+r"""What changed between two models of one vocabulary: the bi-grams whose probability rose or fell most, exactly.
+
+.. math::
+    \Delta(z_1, z_2) = P_b(z_2 | z_1) - P_a(z_2 | z_1) \qquad \text{or} \qquad \log P_b(z_2 | z_1) - \log P_a(z_2 | z_1)
+
+along one path, over all V x V pairs, `ROWS` first tokens at a time: both models' rows are held, and the best so far. The change of
+the logarithm is largest where both probabilities are next to nothing; `at_least` says what one of the two must reach.
+
+Source: Chen et al., arXiv 2410.06024, section 5.3 (effects of fine-tuning).
+
+Cost: V^2 d_model multiply-adds in float64 a model; every row is read exactly, none is screened.
+Memory: about 8 * `ROWS` rows of logits.
+
+Example:
+    >>> import tl_jets as tj
+    >>> model = tj.load_tinydocs()
+    >>> found = diff(model, model, top_k=5, rows=range(200))
+    >>> len(found.rises), len(found.falls), float(found.kl.max())
+    (0, 0, 0.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_jets.ngrams.streams import PathInput
+from tl_jets.reader import slices
+from tl_jets.studies.pairs import ROWS, RowScores
+from tl_jets.studies.vocabularies import Vocabulary
+from tl_jets.tables import NgramTable, rank
+from tl_jets.tokens import token_names
+
+Change = Literal["probability", "logprob"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelDiff:
+    """The bi-grams that changed most from one model to another.
+
+    Attributes:
+        rises: Those whose probability rose, largest rise first; parts `before` and `after` are log-probabilities (nats).
+        falls: Those whose probability fell; scores are how far it fell, largest first.
+        first: First tokens that were looked at. Shape [row].
+        kl: KL(before || after) of what follows each first token, in nats. Shape [row].
+        path: The path.
+        fingerprints: Of the weights before and after.
+    """
+
+    rises: NgramTable
+    falls: NgramTable
+    first: Int[Tensor, " row"] = field(repr=False)
+    kl: Float[Tensor, " row"] = field(repr=False)
+    path: str
+    fingerprints: tuple[str, str] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelDiff(path {self.path}; mean KL {float(self.kl.mean()):.4g} nats over {len(self.kl):,} first tokens)\n"
+            f"rises: {self.rises!r}\nfalls: {self.falls!r}"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Rises, then falls (with a negative `change`): the bi-gram, change, and both log-probabilities."""
+        frames = []
+        for table, sign in ((self.rises, 1), (self.falls, -1)):
+            frame = table.to_dataframe().rename(columns={"score": "change"})
+            frames.append(frame.assign(change=sign * frame["change"]))
+        return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+
+
+@torch.no_grad()
+def diff(
+    a: Any,
+    b: Any,
+    *,
+    path: PathInput = "direct",
+    top_k: int = 100,
+    change: Change = "probability",
+    at_least: float | int = 0,
+    rows: Sequence[int] | Int[Tensor, " row"] | None = None,
+    progress: bool = True,
+) -> ModelDiff:
+    """The bi-grams that changed most from model a to model b.
+
+    Args:
+        a: The model before, or its `ResidualNetwork`.
+        b: The model after, of the same vocabulary.
+        path: As `jet_bigrams` takes it; of both.
+        top_k: How many rises, and how many falls.
+        change: Of the `"probability"` or of the `"logprob"`.
+        at_least: Only pairs whose probability is at least this in one of the models.
+        rows: Ids of the first tokens to look at; None for all.
+        progress: Show a bar in a terminal.
+
+    Returns:
+        A `ModelDiff`. Pairs that did not change are in neither table.
+
+    Raises:
+        ValueError: The vocabularies differ, or an option is not one of its values; see `jet_bigrams`.
+
+    Source:
+        Chen et al., arXiv 2410.06024, section 5.3.
+    """
+    if change not in ("probability", "logprob") or top_k < 1 or not 0 <= at_least <= 1:
+        raise ValueError(
+            f'change must be "probability" or "logprob", top_k 1 or more and at_least in 0..1; got {change!r}, {top_k} and '
+            f"{at_least}."
+        )
+    before, after = RowScores(a, path), RowScores(b, path)
+    Vocabulary.of(before.network).check(Vocabulary.of(after.network))
+    first = _first_tokens(rows, min(before.n_tokens, after.n_tokens))
+    rises, falls, kl = _Movers(top_k), _Movers(top_k), []
+    floor = torch.tensor(float(at_least), dtype=torch.float64).log()
+    with tqdm(total=len(first), unit="token", delay=1, leave=False, disable=None if progress else True) as bar:
+        for part in slices(len(first), ROWS):
+            old, new = before.read(first[part])[0].cpu(), after.read(first[part])[0].cpu()
+            p, q = old.exp(), new.exp()
+            kl.append((p * (old - new)).sum(1))
+            delta = q - p if change == "probability" else new - old
+            delta[torch.maximum(old, new) < floor] = 0
+            rises.add(first[part], delta, old, new)
+            falls.add(first[part], delta.neg_(), old, new)
+            bar.update(len(old))
+    shared = {
+        "ngram": "bi-grams that changed",
+        "change": change,
+        "top_k": top_k,
+        "at_least": at_least,
+        "before": before.fingerprint,
+        "after": after.fingerprint,
+        "rows": "all" if rows is None else len(first),
+    }
+
+    def table(movers: _Movers, score: str) -> NgramTable:
+        names = token_names(after.network.tokenizer, [movers.ids])
+        parts = {"before": movers.before, "after": movers.after}
+        return NgramTable(
+            movers.ids, movers.scores, names, after.path, {**shared, "score": score}, after.fingerprint, parts
+        )
+
+    return ModelDiff(
+        rises=table(rises, "rise"),
+        falls=table(falls, "fall"),
+        first=first,
+        kl=torch.cat(kl).clamp_min(0),
+        path=after.path,
+        fingerprints=(before.fingerprint, after.fingerprint),
+    )
+
+
+class _Movers:
+    """The pairs with the largest positive changes so far; ties by ids."""
+
+    def __init__(self, top_k: int):
+        self.top_k = top_k
+        self.ids = torch.empty(0, 2, dtype=torch.long)
+        self.scores, self.before, self.after = (torch.empty(0, dtype=torch.float64) for _ in range(3))
+
+    def add(self, first: Tensor, change: Tensor, before: Tensor, after: Tensor) -> None:
+        """Take in the changes [row, d_vocab] after some first tokens."""
+        least = float(self.scores[-1]) if len(self.scores) == self.top_k else 0.0
+        flat = change.flatten()
+        if int((flat > least).sum()) > self.top_k:
+            least = float(flat.topk(self.top_k).values[-1])
+        # A hair lower, for what ties with the last one after rounding (tables.rank).
+        place = ((flat > 0) & (flat >= least * (1 - 1e-9))).nonzero()[:, 0]
+        row, column = place // change.shape[1], place % change.shape[1]
+        ids = torch.cat([self.ids, torch.stack([first[row], column], dim=1)])
+        found = [(self.scores, flat[place]), (self.before, before[row, column]), (self.after, after[row, column])]
+        joined = [torch.cat(pair) for pair in found]
+        order = rank(ids, joined[0])[: self.top_k]
+        self.ids = ids[order]
+        self.scores, self.before, self.after = (values[order] for values in joined)
+
+
+def _first_tokens(rows: Any, size: int) -> Int[Tensor, " row"]:
+    if rows is None:
+        return torch.arange(size)
+    found = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows))
+    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.min() < 0 or found.max() >= size:
+        raise ValueError(f"rows must be token ids in 0..{size - 1}, at least one; got {rows!r}. Pass None for all.")
+    return found.cpu().long().unique()

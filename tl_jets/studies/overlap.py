@@ -1,0 +1,179 @@
+r"""Tables against each other: pseudo-joint scores, and the share of a reference's best n-grams that a table has, too.
+
+.. math::
+    \text{pseudo-joint}(z_1, z_2) = \log P(z_2 | z_1) + \log \text{unigram}(z_1)
+
+The conditional scores of a path rank what is certain after tokens that may never occur; the pseudo-joint ranks what would occur in
+a text whose first tokens are those of the unigram, which the caller gives.
+
+**How far a re-ranked table is that of the whole.** A table holds the best pairs of a score; what it left out may come first under
+another. No pair that was left out has a conditional score above the last one kept (of its own row, for `per="row"`), so its
+pseudo-joint is at most that plus log unigram. Rows of the new table above the largest of these bounds are the whole's best:
+`settings["exact_top"]` counts them.
+
+Source: Chen et al., arXiv 2410.06024, section 5.2 (hit ratio, pseudo-joint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.tables import NgramTable, rounded
+
+# How far the sum of float32 probabilities may be from one.
+NORMALIZED = 1e-4
+
+
+def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> NgramTable:
+    """Re-rank a table of bi-grams by log P(z2|z1) + log unigram(z1).
+
+    The table that comes out ranks what was in the table; `settings["exact_top"]` says how many of its first rows are the best of
+    all pairs (of the table's rows and columns). `jet_bigrams(per="row")` over the tokens that the unigram knows gives many of them.
+
+    Args:
+        table: Bi-grams by log-probability.
+        unigram: A probability for every token of the vocabulary. Shape [d_vocab].
+
+    Returns:
+        A table with the parts `logprob` (the conditional score) and those of `table`. Bi-grams whose first token has no
+        probability are left out, and counted in `settings["left_out"]`.
+
+    Raises:
+        ValueError: The table is not of bi-grams by log-probability, or the unigram is no distribution over its vocabulary.
+
+    Example:
+        >>> import torch, tl_jets as tj
+        >>> from tl_jets.ngrams import jet_bigrams
+        >>> table = jet_bigrams(tj.load_tinydocs(), "mlps", per="row", top_k=20, rows=list(range(300, 400)))
+        >>> joint = pseudo_joint(table, torch.ones(4096) / 4096)
+        >>> len(joint), 50 < joint.settings["exact_top"] < 2000
+        (2000, True)
+    """
+    if table.n != 2 or table.settings.get("score", "logprob") != "logprob" or not len(table):
+        raise ValueError(
+            "A pseudo-joint is of bi-grams by log-probability; got a table of "
+            f'{len(table)} {table.n}-grams by {table.settings.get("score")!r}. Take jet_bigrams(..., score="logprob").'
+        )
+    unigram = check_unigram(unigram, at_least=int(table.ids.max()) + 1)
+    prior = unigram.log()[table.ids[:, 0]]
+    known = prior > -math.inf
+    ids, conditional = table.ids[known], table.scores[known]
+    scores = conditional + prior[known]
+    bound = torch.tensor(_bound_of_the_rest(table, unigram), dtype=torch.float64)
+    settings = dict(table.settings) | {
+        "score": "pseudo-joint",
+        "unigram_sha256": hashlib.sha256(unigram.numpy().tobytes()).hexdigest(),
+        "of": "all pairs, for the first exact_top rows; of the table that was given, for the others",
+        "exact_top": int((rounded(scores) > rounded(bound)).sum()),
+        "left_out": int((~known).sum()),
+    }
+    return NgramTable.ranked(
+        ids,
+        scores,
+        names=table.names,
+        path=table.path,
+        settings=settings,
+        fingerprint=table.fingerprint,
+        parts={"logprob": conditional, **{name: x[known] for name, x in table.parts.items()}},
+    )
+
+
+def _bound_of_the_rest(table: NgramTable, unigram: Tensor) -> float:
+    """No pair that a table left out has a pseudo-joint above this; infinity if it is not what `jet_bigrams` made."""
+    settings, log_unigram = table.settings, unigram.log()
+    top_k, per = settings.get("top_k"), settings.get("per")
+    rows, columns = (_how_many(settings.get(name, "all"), len(unigram)) for name in ("rows", "columns"))
+    if not isinstance(top_k, int) or per not in ("global", "row"):
+        return math.inf
+    if per == "global":
+        if len(table) == rows * columns:
+            return -math.inf
+        return float(table.scores[-1] + log_unigram.max()) if len(table) == top_k else math.inf
+    first, row, count = table.ids[:, 0].unique(return_inverse=True, return_counts=True)
+    if not bool((count == min(top_k, columns)).all()) or (len(first) < rows and settings.get("rows", "all") != "all"):
+        return math.inf
+    last = torch.full((len(first),), math.inf, dtype=torch.float64)
+    last.scatter_reduce_(0, row, table.scores, "amin")
+    bound = -math.inf if top_k >= columns else float((last + log_unigram[first]).max())
+    # Tokens that the model does not embed, or whose rows were cut away: their log-probabilities may be 0.
+    absent = torch.ones(len(unigram), dtype=torch.bool).scatter(0, first, False)
+    return bound if len(first) >= rows else max(bound, float(log_unigram[absent].max()))
+
+
+def _how_many(described: Any, size: int) -> int:
+    return size if described == "all" else int(described["count"])
+
+
+def hit_ratio(table: NgramTable, reference: NgramTable, n: int) -> float:
+    """The share of a reference's best n n-grams that are among a table's best n.
+
+    Args:
+        table: A table, best first.
+        reference: Another: of the last checkpoint, of real counts (`ngram_counts`), of another path.
+        n: How many n-grams of each.
+
+    Returns:
+        Between 0 and 1; the same with table and reference exchanged.
+
+    Raises:
+        ValueError: One has fewer than n rows, the n-grams are of different lengths, or an id has two names.
+
+    Source:
+        Chen et al., arXiv 2410.06024, section 5.2.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> from tl_jets.ngrams import jet_bigrams
+        >>> model = tj.load_tinydocs()
+        >>> hit_ratio(jet_bigrams(model, "mlps", top_k=50), jet_bigrams(model, "mlps", top_k=20), 20)
+        1.0
+    """
+    check_same_vocabulary(table, reference)
+    if not 1 <= n <= min(len(table), len(reference)):
+        raise ValueError(
+            f"n must be between 1 and the rows of both tables, {len(table)} and {len(reference)}; got {n}. The best n of a "
+            "shorter table are not known: make it with top_k of n or more."
+        )
+    return share_found(table.ids[:n], reference.ids[:n])
+
+
+def share_found(ids: Int[Tensor, "row n"], wanted: Int[Tensor, "wanted_row n"]) -> float:
+    """The share of wanted n-grams that are among some."""
+    found = set(map(tuple, ids.tolist()))
+    return sum(tuple(row) in found for row in wanted.tolist()) / len(wanted)
+
+
+def check_same_vocabulary(table: NgramTable, reference: NgramTable) -> None:
+    """Raise ValueError unless n-grams of both tables are the same n-grams when their ids are."""
+    if table.n != reference.n:
+        raise ValueError(f"Tables must be of n-grams of one length; got {table.n} and {reference.n}.")
+    shared = table.names.keys() & reference.names.keys()
+    different = [token for token in sorted(shared) if table.names[token] != reference.names[token]]
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"Tables must be of one vocabulary; {len(different)} of {len(shared)} shared ids have two names, such as {token}: "
+            f"{table.names[token]!r} and {reference.names[token]!r}. Make both with one tokenizer."
+        )
+
+
+def check_unigram(
+    unigram: Float[Tensor, " token"], *, size: int | None = None, at_least: int = 1
+) -> Float[Tensor, " token"]:
+    """A unigram in float64 on the CPU, if it is a distribution over a vocabulary of `size` (or `at_least` so many)."""
+    found = unigram.detach().cpu().double()
+    total = float(found.sum())
+    fits = found.ndim == 1 and (len(found) == size if size is not None else len(found) >= at_least)
+    if not fits or not bool((found >= 0).all()) or not abs(total - 1) <= NORMALIZED:
+        wanted = f"{size}" if size is not None else f"at least {at_least}"
+        raise ValueError(
+            f"A unigram must be a probability for every token of the vocabulary ({wanted}), none negative, that sum to 1; got "
+            f"shape {tuple(unigram.shape)} with sum {total:.6g}. `unigram_probabilities` counts tokens."
+        )
+    return found

@@ -1,0 +1,238 @@
+r"""Which path carries what: the bi-grams of each path against those of a real text, beside two controls.
+
+For every path,
+
+- **hit ratio**: which share of the n most frequent bi-grams of the text are among the path's n best by pseudo-joint,
+  log P(z2|z1) + log unigram(z1), with the unigram of the text;
+- **rank correlation** (Spearman) of log P(z2|z1) of the path and of the text, over the n most frequent bi-grams.
+
+Controls: the same with the *second tokens shuffled* among the n bi-grams (what comes of knowing common tokens, or of chance), and
+a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens. A path that is no better than this row does
+not know which tokens follow which.
+
+Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours.
+
+Cost: for each path a sweep over the first tokens of the text; repeated with more bi-grams a row if n of them are not certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from tl_jets.network import ResidualNetwork
+from tl_jets.ngrams import jet_bigrams_by_path
+from tl_jets.ngrams.streams import PathInput, mlp_steps
+from tl_jets.studies.intervals import central
+from tl_jets.studies.overlap import pseudo_joint, share_found
+from tl_jets.studies.pairs import RowScores, list_digest
+from tl_jets.tables import NgramTable, rank
+
+NO_MODEL = "unigram (no model)"
+# Bi-grams of each first token that are looked at before more are.
+PER_ROW = 32
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TextComparison:
+    """Paths against the bi-grams of a text.
+
+    Attributes:
+        labels: Paths, then `unigram (no model)`.
+        hit_ratio: Share of the text's n most frequent bi-grams among each path's n best. Shape [path].
+        correlation: Rank correlation of conditional log-probabilities over these bi-grams. Shape [path].
+        hit_control: Hit ratios with second tokens shuffled. Shape [path, control].
+        correlation_control: Rank correlations with second tokens shuffled. Shape [path, control].
+        n: How many bi-grams.
+        tables: The n best bi-grams of each path by pseudo-joint.
+        text: Where the counts come from: the settings of their table.
+        fingerprint: Of the model's weights.
+    """
+
+    labels: list[str]
+    hit_ratio: Float[Tensor, " path"]
+    correlation: Float[Tensor, " path"]
+    hit_control: Float[Tensor, "path control"]
+    correlation_control: Float[Tensor, "path control"]
+    n: int
+    tables: dict[str, NgramTable] = field(repr=False)
+    text: dict[str, Any] = field(repr=False)
+    fingerprint: str = ""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a path: both measures, each with the mean and the central 95% of its control."""
+        rows = []
+        for i, label in enumerate(self.labels):
+            row: dict[str, Any] = {"path": label}
+            for name in ("hit", "correlation"):
+                control = getattr(self, f"{name}_control")[i].numpy()
+                row["hit_ratio" if name == "hit" else name] = float(
+                    (self.hit_ratio if name == "hit" else self.correlation)[i]
+                )
+                row |= {f"{name}_control": float(control.mean()) if len(control) else float("nan")}
+                row |= dict(zip((f"{name}_control_low", f"{name}_control_high"), central(control), strict=True))
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        columns = ["path", "hit_ratio", "hit_control", "correlation", "correlation_control"]
+        shown = self.to_dataframe()[columns].round(3).to_string(index=False)
+        return f"TextComparison(the {self.n:,} most frequent bi-grams of {self.text['total']:,} in the text)\n{shown}"
+
+
+def compare_with_counts(
+    model: Any,
+    counts: NgramTable,
+    *,
+    paths: Sequence[PathInput] | None = None,
+    n: int = 1000,
+    controls: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> TextComparison:
+    """The bi-grams of each path against those of a text.
+
+    Args:
+        model: A model or a `ResidualNetwork`.
+        counts: Bi-grams of the text in the model's vocabulary, all of them: `ngram_counts(tokens)`.
+        paths: Paths; None for `direct`, every MLP, and `mlps`.
+        n: How many bi-grams are compared; fewer if the text has fewer.
+        controls: How often second tokens are shuffled.
+        seed: Of shuffling.
+        progress: Show bars.
+
+    Returns:
+        A `TextComparison`.
+
+    Raises:
+        ValueError: `counts` is no table of `ngram_counts` with n = 2 and min_count = 1, or of another vocabulary; see
+            `jet_bigrams`.
+
+    Source:
+        Chen et al., arXiv 2410.06024, section 5.2.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> from tl_jets.studies import ngram_counts
+        >>> model = tj.load_tinydocs()
+        >>> counts = ngram_counts(model.to_tokens("The server returns the number of bytes.", prepend_bos=False)[0])
+        >>> compare_with_counts(model, counts, paths=["mlps"], controls=3).labels
+        ['mlps', 'unigram (no model)']
+    """
+    network = ResidualNetwork(model)
+    _check_counts(counts, network.decoder.d_vocab)
+    if paths is None:
+        steps = mlp_steps(network)
+        paths = ["direct", *steps, *(["mlps"] if steps else [])]
+    order = rank(counts.ids, counts.parts["count"])[:n]
+    wanted = counts.ids[order]
+    real = (counts.parts["count"] / counts.parts["context_count"]).log()[order]
+    unigram = _first_tokens(counts, network.decoder.d_vocab)
+    second = _second_tokens(counts, network.decoder.d_vocab)
+    tables = best_joint(network, paths, unigram, len(order), progress=progress)
+    draw = np.random.default_rng(seed)
+    shuffles = [torch.from_numpy(draw.permutation(len(order))) for _ in range(controls)]
+    shuffled = [torch.stack([wanted[:, 0], wanted[shuffle, 1]], dim=1) for shuffle in shuffles]
+    rows = []
+    for path, table in zip(paths, tables.values(), strict=True):
+        scores, _ = RowScores(network, path).of(torch.cat([wanted, *shuffled]))
+        rows.append(_row(table.ids, scores.view(controls + 1, -1), [wanted, *shuffled], real))
+    independent = second.log()[torch.cat([wanted, *shuffled])[:, 1]].view(controls + 1, -1)
+    rows.append(_row(_best_products(unigram, second, len(order)), independent, [wanted, *shuffled], real))
+    hits, correlations = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
+    return TextComparison(
+        labels=[*tables, NO_MODEL],
+        hit_ratio=hits[:, 0],
+        correlation=correlations[:, 0],
+        hit_control=hits[:, 1:],
+        correlation_control=correlations[:, 1:],
+        n=len(order),
+        tables=tables,
+        text=dict(counts.settings) | {"compared": list_digest(wanted)},
+        fingerprint=next(iter(tables.values())).fingerprint,
+    )
+
+
+def best_joint(
+    model: Any, paths: Sequence[PathInput], unigram: Float[Tensor, " d_vocab"], n: int, *, progress: bool = True
+) -> dict[str, NgramTable]:
+    """The n best bi-grams of some paths by pseudo-joint, exactly: over all pairs whose first token the unigram knows.
+
+    Args:
+        model: A model or a `ResidualNetwork`.
+        paths: As `jet_bigrams_by_path` takes them.
+        unigram: A probability for every token. Shape [d_vocab].
+        n: How many; fewer if there are fewer pairs.
+        progress: Show bars.
+
+    Returns:
+        Tables by path.
+    """
+    d_vocab = len(unigram)
+    rows = unigram.nonzero()[:, 0].tolist()
+    n = min(n, len(rows) * d_vocab)
+    found: dict[str, NgramTable] = {}
+    missing, top_k = list(paths), min(PER_ROW, d_vocab)
+    labels: list[str] = []
+    while missing:
+        tables = jet_bigrams_by_path(model, missing, per="row", top_k=top_k, rows=rows, progress=progress)
+        labels = labels or list(tables)
+        joint = {label: pseudo_joint(table, unigram) for label, table in tables.items()}
+        missing = [path for path, table in zip(missing, joint.values(), strict=True) if table.settings["exact_top"] < n]
+        found |= {label: table[:n] for label, table in joint.items() if table.settings["exact_top"] >= n}
+        # What lies exactly at the bound is never certain, but a row that is whole leaves nothing out.
+        top_k = min(8 * top_k, d_vocab)
+    return {label: found[label] for label in labels}
+
+
+def _row(best: Tensor, scores: Tensor, lists: list[Tensor], real: Tensor) -> tuple[list[float], list[float]]:
+    """Hit ratios and rank correlations of the list and of its shuffled versions."""
+    hits = [share_found(best, pairs) for pairs in lists]
+    ranks = rankdata(real.numpy())
+    return hits, [_correlation(rankdata(row.numpy()), ranks) for row in scores]
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 2 or not x.std() or not y.std():
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _first_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
+    total = torch.zeros(d_vocab, dtype=torch.float64).index_add_(0, counts.ids[:, 0], counts.parts["count"])
+    return total / total.sum()
+
+
+def _second_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
+    total = torch.zeros(d_vocab, dtype=torch.float64).index_add_(0, counts.ids[:, 1], counts.parts["count"])
+    return total / total.sum()
+
+
+def _best_products(first: Tensor, second: Tensor, n: int) -> Tensor:
+    """The n pairs with the largest first(z1) second(z2): both are among the n best of their side."""
+    one, two = (x.topk(min(n, len(x))).indices for x in (first, second))
+    products = (first[one][:, None] * second[two]).flatten()
+    place = products.topk(min(n, len(products))).indices
+    return torch.stack([one[place // len(two)], two[place % len(two)]], dim=1)
+
+
+def _check_counts(counts: NgramTable, d_vocab: int) -> None:
+    complete = counts.settings.get("ngram") == "counts" and counts.settings.get("min_count") == 1
+    if counts.n != 2 or not complete or int(counts.parts["count"].sum()) != counts.settings["total"]:
+        raise ValueError(
+            f"Paths are compared with all bi-grams of a text; got {len(counts)} {counts.n}-grams of path {counts.path!r}. Take "
+            "ngram_counts(tokens) as it is, with min_count=1."
+        )
+    if int(counts.ids.max()) >= d_vocab:
+        raise ValueError(
+            f"A text must be in the model's vocabulary of {d_vocab} tokens; it has token {int(counts.ids.max())}. Count "
+            "tokens of the model's tokenizer."
+        )

@@ -1,0 +1,47 @@
+"""Whether two models have one vocabulary, so that an id means the same token in both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tl_jets.network import ResidualNetwork
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What ids mean to a model.
+
+    Attributes:
+        d_vocab: How many tokens it can answer with.
+        ids: Ids of the tokenizer's entries; None without a tokenizer.
+    """
+
+    d_vocab: int
+    ids: dict[str, int] | None = field(repr=False)
+
+    @classmethod
+    def of(cls, model: Any) -> Vocabulary:
+        """A model's vocabulary."""
+        network = ResidualNetwork(model)
+        tokenizer = network.tokenizer
+        return cls(network.decoder.d_vocab, None if tokenizer is None else dict(tokenizer.get_vocab()))
+
+    def check(self, other: Vocabulary, name: str = "the other model") -> None:
+        """Raise ValueError unless another model's ids mean the same tokens."""
+        if self.d_vocab != other.d_vocab:
+            raise ValueError(
+                f"Models must share one vocabulary; this one has {self.d_vocab} tokens, {name} {other.d_vocab}. Compare "
+                "checkpoints of one tokenizer."
+            )
+        if (self.ids is None) != (other.ids is None):
+            raise ValueError(
+                f"Models must share one vocabulary, which their tokenizers tell; one of this and {name} has no tokenizer. "
+                "Load both with it, or both without."
+            )
+        if self.ids is not None and other.ids is not None and self.ids != other.ids:
+            different = {token for token, _ in self.ids.items() ^ other.ids.items()}
+            raise ValueError(
+                f"Models must share one vocabulary; {len(different)} entries of the tokenizers of this one and {name} differ, "
+                f"such as {sorted(different)[:3]}. Compare checkpoints of one tokenizer."
+            )
