@@ -105,12 +105,16 @@ def layers(network: ResidualNetwork) -> Table:
 
 
 def steered(network: ResidualNetwork, model: Any) -> tuple[Table, list[str]]:
-    """The answers with the last stream mixed with what the other prompt's map makes of this one; and the first of them."""
-    table, answers = table_of(f"5. steered with the map of {STEER!r}", "strength", "Answers"), []
+    """The answers with the last stream mixed with what the other prompt's map makes of this one, and how the text goes on."""
+    table, answers = table_of(f"5. steered with the map of {STEER!r}", "strength", "Answers", "Goes on"), []
+    tokens = model.to_tokens(PROMPT)
     for strength in (0.0, 0.3, 0.6, 1.0):
         hooks = steering_hooks(network, STEER, output=-1, strength=strength)
-        logits = model.run_with_hooks(model.to_tokens(PROMPT), fwd_hooks=hooks)[0, -1]
-        table.add_row(f"{strength:.1f}", says(network, logits, 5))
+        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
+        with model.hooks(fwd_hooks=hooks):
+            text = model.generate(tokens, max_new_tokens=10, do_sample=False, stop_at_eos=False, verbose=False)
+        goes_on = visible(model.tokenizer.decode(text[0, tokens.shape[1] :]))
+        table.add_row(f"{strength:.1f}", says(network, logits, 4), goes_on)
         answers.append(says(network, logits))
     return table, answers
 
