@@ -33,7 +33,6 @@ from tl_jets.ngrams import (
     jet_bigrams_by_path,
     sweep,
 )
-from tl_jets.ngrams.jobs import State
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
@@ -539,7 +538,7 @@ def test_an_interrupted_sweep_over_paths_goes_on(tmp_path, monkeypatch):
     model = zoo.build(zoo.available(["llama"])[0])
     options = {"top_k": 9, "chunk_size": 6, "progress": False}
     whole = jet_bigrams_by_path(model, **options)
-    monkeypatch.setattr(State.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr("tl_jets.ngrams.jobs.STATE_SECONDS", 0.0)
     for per, stop_at in (("global", 4), ("row", 8)):
         folder = tmp_path / per
         expected = whole if per == "global" else jet_bigrams_by_path(model, **options, per=per)
@@ -575,10 +574,10 @@ import os, signal, sys, time
 import torch
 from tl_jets import CallableModel, Decoder, Norm
 from tl_jets.ngrams import bigram_job, sweep
-from tl_jets.ngrams.jobs import State
+from tl_jets.ngrams import jobs
 
 torch.set_num_threads(1)
-State.__init__.__defaults__ = (0.0,)
+jobs.STATE_SECONDS = 0.0
 torch.manual_seed(0)
 embed = torch.nn.Embedding(3000, 16)
 stages = [{f"{i}_mlp": torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()).requires_grad_(False)} for i in range(3)]

@@ -77,7 +77,7 @@ class JetCache(Mapping[str, Tensor]):
         return list(self.terms)
 
     @property
-    def remainder(self) -> Float[Tensor, "*batch pos d_model"]:
+    def remainder(self) -> Float[Tensor, "*cells d_model"]:
         """What the terms leave of the true output: for k >= 1 that includes h - sum x_i, for k = 0 sum (1 - w_i) x_i."""
         return self.truth - torch.stack(list(self.terms.values())).sum(0)
 
@@ -101,7 +101,7 @@ class JetCache(Mapping[str, Tensor]):
     def _whole(self) -> bool:
         return self.truth.shape[:-1] in (self.trace.valid.shape, self.trace.valid.shape[1:])
 
-    def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *batch pos d_model"]:
+    def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
         """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
 
         Terms of an inner stage are parts of a residual stream: TransformerLens' `cache.logit_attrs(stack, tokens)`
@@ -109,12 +109,12 @@ class JetCache(Mapping[str, Tensor]):
         """
         return torch.stack([self[path] for path in (self.labels if paths is None else paths)])
 
-    def bias_weights(self) -> Float[Tensor, "path *batch pos"]:
+    def bias_weights(self) -> Float[Tensor, "path ..."]:
         """The multiple of b_U that each term's logits carry, in the order of `labels`: w_i, or 0 and 1 (detached)."""
         self._require_decoded("bias weights")
         return self.weights
 
-    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch pos d_vocab"]:
+    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
         """Additive logits (before a final softcap or logit scale) of one path, or of all terms together.
 
         The logits of all paths sum to the logits of the expansion: each carries its share w_i of b_U.

@@ -151,11 +151,10 @@ class State:
     Args:
         file: Where; None keeps no state.
         header: What the state belongs to.
-        seconds: How often it is saved.
     """
 
-    def __init__(self, file: Path | None, header: Mapping[str, Any], seconds: float = STATE_SECONDS):
-        self.file, self.seconds = file, seconds
+    def __init__(self, file: Path | None, header: Mapping[str, Any]):
+        self.file = file
         self.header = dict(header)
         self.saved = time.monotonic()
 
@@ -178,7 +177,7 @@ class State:
 
     def save(self, rows: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Save what `tensors` gives, if it is time to."""
-        if self.file is None or time.monotonic() < self.saved + self.seconds:
+        if self.file is None or time.monotonic() < self.saved + STATE_SECONDS:
             return
         about = {"tl_jets": json.dumps({"header": self.header, "rows": rows})}
         data = to_bytes({name: x.cpu().contiguous() for name, x in tensors().items()}, metadata=about)
