@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -461,11 +462,12 @@ def test_prompts_of_unequal_length(spec, lens_of):
 
 @by_spec(SMALL[:1])
 @pytest.mark.parametrize("lens_of", [iterative_jet_lens, joint_jet_lens])
-def test_the_last_position_of_prompts_of_unequal_length_is_refused(spec, lens_of):
+def test_the_last_position_of_prompts_of_unequal_length_is_refused(spec, lens_of, as_users_run_it):
     _, net, _, _ = setting(spec)
     with pytest.raises(ValueError, match=r"-1 is padding in prompts \[1, 2\].*positions=None and choose by `valid`"):
         lens_of(net, ["w5 w9 w33 w4 w8", "w21 w7", "w3"], positions=-1)
-    assert lens_of(net, ["w5 w9 w33", "w21 w7 w1"], positions=-1).valid.all()
+    for last in (-1, np.int64(-1), torch.tensor(-1), [np.int64(-1)]):
+        assert lens_of(net, ["w5 w9 w33", "w21 w7 w1"], positions=last).valid.all()
 
 
 def steer(tensor: Tensor, hook: Any) -> Tensor:

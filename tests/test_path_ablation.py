@@ -8,7 +8,7 @@ import zoo
 from oracles import relative_error
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, exponential_expansion
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, detached_jacobian, exponential_expansion
 from tl_jets.calculus import full_precision
 from tl_jets.path_ablation import path_ablation
 
@@ -60,6 +60,19 @@ def test_it_is_what_overwriting_the_streams_gives(spec):
     assert relative_error(found.centered[0], (change - change.mean(-1, keepdim=True))[..., [3, 11]]) < 1e-9
 
 
+@pytest.mark.parametrize("spec", zoo.available(["gpt2"]), ids=str)
+def test_a_bias_is_what_the_frozen_step_writes_at_zero(spec):
+    """Not b_out, which a trace calls by the same name."""
+    net = ResidualNetwork(zoo.build(spec))
+    trace = net.trace(zoo.tokens(net.view.model, batch=2, pos=6))
+    bias = detached_jacobian(net, trace, output="0_mlp_out", wrt="0_mid", positions=None).bias
+    assert relative_error(bias, trace["0_mlp_bias"].expand_as(bias)) > 0.1
+    final, decoder = trace["final_post"], net.decoder
+    change = decoder.logits(decoder.norm(final - bias)) - decoder.logits(decoder.norm(final))
+    found = path_ablation(net, trace, "0_mlp_bias > ln_final", targets=[5])
+    assert relative_error(found.logit[0], change[:, -1:, [5]]) < 1e-9
+
+
 def test_frozen_paths_of_an_affine_network_are_its_path_ablations():
     maps = [normal(D, D, seed=10 + i) for i in range(3)]
     biases = [normal(D, seed=20 + i) for i in range(3)]
@@ -88,7 +101,10 @@ def test_paths_that_are_none_are_refused():
     for paths, message in [
         ("embed > 1_mlp > 0_mlp", "later and later stages"),
         ("embed > 7_mlp", "later and later stages"),
-        ("nowhere > 0_mlp", "a label of the trace or a bias"),
+        ("nowhere > 0_mlp", "starts at one of"),
+        ("1_mlp_bias > 0_mlp", "after its source"),
+        ("1_mlp_out > ln_final", "starts at one of"),
+        ("ln_final_bias", "starts at one of"),
         ([], "at least one path"),
     ]:
         with pytest.raises(ValueError, match=message):

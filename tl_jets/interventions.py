@@ -39,7 +39,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -49,6 +48,7 @@ from torch import Tensor
 
 from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.paths import ARROW, Path
+from tl_jets.expansion.walk import read_path
 from tl_jets.lenses.selection import Rows, TargetInput, read_targets, trace_of
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.stages import DECODER_STEP, GRANULARITIES, some
@@ -202,7 +202,8 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
         `[(hook_name, function)]`; the function refuses a stream of another shape.
 
     Raises:
-        ValueError: No such source or step, or steps out of order.
+        ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
+            stream.
         NotImplementedError: A network of plain callables; a model that cannot be frozen.
 
     Source:
@@ -212,23 +213,16 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
         Freezing (two evaluations of every stage, once a trace) and one linear application a step.
     """
     network = _hookable(model)
-    path = Path.parse(path) if isinstance(path, str) else path
-    steps = [step for step in path.steps if step != DECODER_STEP]
     if not isinstance(model, ResidualNetwork):
+        steps = (Path.parse(path) if isinstance(path, str) else path).steps
         neurons = [step for step in steps if getattr(network.view.fine_step(step), "kind", None) == "neuron"]
         heads = any(step.startswith("L") for step in steps if step not in neurons)
         network = ResidualNetwork(network, "head" if heads else "sublayer", neurons)
     trace = trace_of(network, text_or_tokens, None, None)
+    path, order = read_path(trace, path)
     frozen = FrozenNetwork.of(trace)
     if path.source not in frozen.sources:
-        raise ValueError(f"A path starts at one of {some(frozen.sources)}; got {path.source!r}.")
-    places = {step.label: (s, i) for s, stage in enumerate(network.stages) for i, step in enumerate(stage.steps)}
-    order = [places.get(step, (-1, 0)) for step in steps]
-    if any(stage < 0 for stage, _ in order) or any(a >= b for (a, _), (b, _) in pairwise(order)):
-        raise ValueError(
-            f"A path passes through steps of later and later stages, of {some(places)} at granularity "
-            f"{network.granularity!r}; got {str(path)!r}."
-        )
+        raise ValueError(f"A path starts at one of {some(frozen.sources)}; {path.source!r} is zero for this input.")
     with torch.no_grad():
         vector = frozen.sources[path.source][None]
         for stage, row in order:

@@ -29,18 +29,19 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tl_jets.expansion.frozen_network import FrozenNetwork
+from tl_jets.expansion.lattice import BIAS
 from tl_jets.expansion.paths import Path
+from tl_jets.expansion.walk import read_path
 from tl_jets.interventions import AblationEffect, effect_of, real_positions
 from tl_jets.lenses.selection import TargetInput, trace_of
 from tl_jets.network import ResidualNetwork
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM, some
+from tl_jets.stages import FINAL_STREAM
 from tl_jets.trace import Trace
 
 
@@ -59,8 +60,8 @@ def path_ablation(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
         prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several: a source (an embedding, an edit, a bias such as
-            `3_mlp_bias`, a stream or a write of the trace), and steps in the order of the network.
+        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several, as detached paths are named: a source (an embedding, an
+            edit, or the constant of a frozen step such as `3_mlp_bias`), and steps in the order of the network.
         targets: Tokens whose logits are reported; None for the model's own best token at each position.
         positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
         attention_mask: Passed to the model (left padding needs it).
@@ -69,7 +70,8 @@ def path_ablation(
         An `AblationEffect` with a row a path and mode `"path"`: changes of the model's own logits, after a final softcap.
 
     Raises:
-        ValueError: No such source or step, or steps out of order; bad positions, targets or input.
+        ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
+            stream; bad positions, targets or input.
         NotImplementedError: A path from a bias in a model that cannot be frozen (see `exponential_expansion`).
 
     Cost:
@@ -80,7 +82,7 @@ def path_ablation(
     wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not wanted:
         raise ValueError("path_ablation needs at least one path; got none.")
-    parsed = [Path.parse(path) if isinstance(path, str) else path for path in wanted]
+    parsed = [read_path(trace, path)[0] for path in wanted]
     places = real_positions(trace.valid, positions)
     decoder, final = network.decoder, trace[FINAL_STREAM]
     sent: dict[Path, Tensor] = {}
@@ -90,14 +92,12 @@ def path_ablation(
         logits = decoder.logits(decoder.norm(rows))
         return (logits if decoder.transform is None else decoder.transform(logits)).double()
 
-    for path in parsed:
-        _check_order(network, path)
     found = (answers(final - _along(trace, path, sent)) for path in parsed)
     return effect_of(
         trace,
         answers(final),
         found,
-        [str(path) for path in parsed],
+        [str(path) for path in wanted],
         "path",
         places,
         positions=positions,
@@ -107,33 +107,19 @@ def path_ablation(
 
 def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:
     """What arrives along a path at its end [batch, pos, d_model]; prefixes are evaluated once."""
-    steps = tuple(step for step in path.steps if step != DECODER_STEP)
-    path = Path(path.source, steps)
     if path not in sent:
-        if not steps:
+        if not path.steps:
             sent[path] = _source(trace, path.source)
         else:
-            before = _along(trace, Path(path.source, steps[:-1]), sent)
-            gamma, stream = trace.gamma(steps[-1]), trace[trace.network.stage(steps[-1]).stream]
-            sent[path] = gamma(stream) - gamma(stream - before)
+            *before, last = path.steps
+            gamma, stream = trace.gamma(last), trace[trace.network.stage(last).stream]
+            sent[path] = gamma(stream) - gamma(stream - _along(trace, Path(path.source, tuple(before)), sent))
     return sent[path]
 
 
 def _source(trace: Trace, label: str) -> Tensor:
-    if label in trace:
+    if not label.endswith(BIAS):
         return trace[label]
-    with torch.enable_grad():
-        sources = FrozenNetwork.of(trace).sources
-    if label not in sources:
-        raise ValueError(f"A path starts at a label of the trace or a bias, {some({**sources})}; got {label!r}.")
-    return sources[label].detach()
-
-
-def _check_order(network: ResidualNetwork, path: Path) -> None:
-    places = {step.label: place for place, stage in enumerate(network.stages) for step in stage.steps}
-    order = [places.get(step, -1) for step in path.steps if step != DECODER_STEP]
-    if -1 in order or any(a >= b for a, b in pairwise(order)) or DECODER_STEP in path.steps[:-1]:
-        raise ValueError(
-            f"A path passes through steps of later and later stages, of {some(places)} at granularity "
-            f"{network.granularity!r}, and then through {DECODER_STEP}; got {str(path)!r}."
-        )
+    with torch.enable_grad():  # the constant of a frozen step, which a trace's label of the same name need not be
+        found = FrozenNetwork.of(trace).sources.get(label)
+    return torch.zeros_like(trace[FINAL_STREAM]) if found is None else found.detach()

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.jet_stages import JetStages
-from tl_jets.expansion.lattice import Lattice, Source, State
+from tl_jets.expansion.lattice import Lattice, Source, State, lattice_of
 from tl_jets.expansion.paths import Path
+from tl_jets.stages import DECODER_STEP, some
 from tl_jets.trace import Trace
 
 # What a stage makes of prefixes.
@@ -135,3 +137,33 @@ def with_edits(lattice: Lattice, trace: Trace) -> Lattice:
     ]
     known = {source.label for source in lattice.sources}
     return replace(lattice, sources=(*lattice.sources, *(edit for edit in found if edit.label not in known)))
+
+
+def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int]]]:
+    """A path from a source of the frozen network, without its decoder, and the stage and row of each of its steps.
+
+    Raises:
+        ValueError: No such source or step; steps out of order, or before the source; or the decoder's own constant, which is
+            in no stream.
+    """
+    path = Path.parse(path) if isinstance(path, str) else path
+    network = trace.network
+    lattice = with_edits(lattice_of(network.stages, network.sources, detached=True), trace)
+    starts = {source.label: source.start for source in lattice.sources if source.start <= len(network.stages)}
+    if path.source not in starts:
+        raise ValueError(f"A path starts at one of {some(starts)}; got {path.source!r}.")
+    places = {
+        step.label: (place, row)
+        for place, stage in enumerate(network.stages)
+        for row, step in enumerate(stage.steps)
+        if step.kind != "attn_bias"
+    }
+    steps = path.steps[:-1] if path.steps[-1:] == (DECODER_STEP,) else path.steps
+    order = [places.get(step, (-1, 0)) for step in steps]
+    following = [starts[path.source] - 1, *(stage for stage, _ in order)]
+    if any(a >= b for a, b in pairwise(following)):
+        raise ValueError(
+            f"A path passes through steps of later and later stages, after its source, of {some(places)} at granularity "
+            f"{network.granularity!r}; got {str(path)!r}."
+        )
+    return Path(path.source, steps), order

@@ -37,13 +37,14 @@ class Rows:
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
         """The real ones among `positions`; None for all."""
-        chosen = _read_positions(positions, trace.valid.shape[1])
+        length = trace.valid.shape[1]
+        wanted = _read_positions(positions, length)
+        chosen = [position % length for position in wanted]
         keep = trace.valid[:, chosen]
-        from_end = [] if positions is None else [positions] if isinstance(positions, int) else list(positions)
-        for place, position in enumerate(from_end):
-            if int(position) < 0 and 0 < int(keep[:, place].sum()) < len(keep):
+        for place, position in enumerate(wanted):
+            if position < 0 and 0 < int(keep[:, place].sum()) < len(keep):
                 raise ValueError(
-                    f"Negative positions count from the end of the padded row; {int(position)} is padding in prompts "
+                    f"Negative positions count from the end of the padded row; {position} is padding in prompts "
                     f"{(~keep[:, place]).nonzero()[:, 0].tolist()}, which are shorter. Pass prompts of one length, or tokens "
                     f"padded on the left with their attention_mask, or positions=None and choose by `valid`."
                 )
@@ -93,6 +94,7 @@ def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
 
 
 def _read_positions(positions: Any, length: int) -> list[int]:
+    """The positions as they were asked for, as integers."""
     if positions is None:
         return list(range(length))
     try:
@@ -110,10 +112,9 @@ def _read_positions(positions: Any, length: int) -> list[int]:
     for position in wanted:
         if not -length <= position < length:
             raise ValueError(f"positions must lie in {-length}..{length - 1} for this input; got {position}.")
-    chosen = [position % length for position in wanted]
-    if len(set(chosen)) < len(chosen):
+    if len({position % length for position in wanted}) < len(wanted):
         raise ValueError(f"positions must be distinct, or averages would count some twice; got {wanted}.")
-    return chosen
+    return wanted
 
 
 def _index(value: Any) -> int:
