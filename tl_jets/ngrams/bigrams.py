@@ -26,7 +26,6 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,12 +44,12 @@ from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
+from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 from tl_jets.reader import LOG2_E, slices
 from tl_jets.tables import NgramTable
 from tl_jets.tokens import token_names
 
 Per = Literal["global", "row"]
-TokenIds = Sequence[int] | Int[Tensor, " token"]
 
 # Rows of a scan at a time, and of the model's MLPs at a time.
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
@@ -250,27 +249,16 @@ class _Sweep:
         for name, value, known in (("per", options.per, ("global", "row")), ("score", options.score, SCORES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}; got {value!r}.")
-        self.rows = self._tokens("rows", options.rows, self.streams.n_tokens)
-        self.columns = (
-            None if options.columns is None else self._tokens("columns", options.columns, self.decoder.d_vocab)
-        )
+        self.rows = read_tokens("rows", options.rows, self.streams.n_tokens, self.device)
+        self.columns = None
+        if options.columns is not None:
+            self.columns = read_tokens("columns", options.columns, self.decoder.d_vocab, self.device)
         default = CHUNK_PER_ROW if options.per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         self.chunk_size = default if options.chunk_size is None else options.chunk_size
         if options.top_k < 1 or self.chunk_size < 1:
             raise ValueError(f"top_k and chunk_size must be 1 or more; got {options.top_k} and {self.chunk_size}.")
         self.dtype = self.decoder.compute_dtype(self.streams.embed(self.rows[:1]))
         self.screens = self._screens()
-
-    def _tokens(self, name: str, ids: TokenIds | None, size: int) -> Int[Tensor, " token"]:
-        """Sorted ids, each once."""
-        if ids is None:
-            return torch.arange(size, device=self.device)
-        found = torch.as_tensor(ids, device=self.device)
-        if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
-            raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
-        if int(found.min()) < 0 or int(found.max()) >= size:
-            raise ValueError(f"{name} must be ids in 0..{size - 1}; got {int(found.min())}..{int(found.max())}.")
-        return found.long().unique()
 
     def _screens(self) -> bool:
         """Whether rows are screened in bfloat16."""
@@ -313,8 +301,8 @@ class _Sweep:
             "score": options.score,
             "per": options.per,
             "top_k": options.top_k,
-            "rows": _described(self.rows, options.rows),
-            "columns": _described(self.columns, options.columns),
+            "rows": described(self.rows, options.rows),
+            "columns": described(self.columns, options.columns),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         return {"path": label, "settings": settings, "fingerprint": self.fingerprint}
@@ -383,10 +371,3 @@ def _job(plan: _Sweep, name: str) -> Job:
 
 def _named(scans: Mapping[str, Any]) -> dict[str, Tensor]:
     return {f"{label}/{key}": x for label, scan in scans.items() for key, x in scan.state().items()}
-
-
-def _described(ids: Tensor | None, given: Any) -> str | dict[str, Any]:
-    """A subset of tokens in few words: how many, and which by their hash."""
-    if given is None or ids is None:
-        return "all"
-    return {"count": len(ids), "sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()}

@@ -45,7 +45,6 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -59,10 +58,9 @@ from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.head_maps import HeadReader, OutputMap
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
 from tl_jets.ngrams.score_map import ScoreMap
+from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 from tl_jets.tables import NgramTable
 from tl_jets.tokens import token_names
-
-TokenIds = Sequence[int] | Int[Tensor, " token"]
 
 # Numbers of queries, keys and values that are held at once.
 HELD = 2**26
@@ -145,14 +143,14 @@ def jet_trigrams(
     layer_maps = _Layer(model, layer, distance, normalize)
     reader = layer_maps.reader
     heads = _read_heads(head, reader.n_heads)
-    keys = _read_tokens("rows", rows, reader.n_tokens).to(reader.device)
+    keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
     settings = {
         "ngram": "skip-trigram",
         "score": "score" if normalize == "none" else "logprob",
         "top_k": top_k,
         "distance": distance,
         "normalize": normalize,
-        "rows": "all" if rows is None else _described(keys),
+        "rows": described(keys, rows),
         "dtype": str(reader.view.dtype).removeprefix("torch."),
     }
     model_fingerprint, tables = fingerprint(reader.network), {}
@@ -265,23 +263,6 @@ def _read_heads(head: int | Sequence[int] | None, n_heads: int) -> list[int]:
     if not given or any(isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < n_heads for h in given):
         raise ValueError(f"head must be one of 0..{n_heads - 1}, several of them, or None for all; got {head!r}.")
     return list(dict.fromkeys(given))
-
-
-def _read_tokens(name: str, ids: TokenIds | None, size: int) -> Int[Tensor, " token"]:
-    """Sorted token ids, each once."""
-    if ids is None:
-        return torch.arange(size)
-    found = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids))
-    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
-        raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
-    if int(found.min()) < 0 or int(found.max()) >= size:
-        raise ValueError(f"{name} must be ids in 0..{size - 1}; got {int(found.min())}..{int(found.max())}.")
-    return found.long().unique()
-
-
-def _described(ids: Tensor) -> dict[str, Any]:
-    """A subset of tokens in few words: how many, and which by their hash."""
-    return {"count": len(ids), "sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()}
 
 
 def _check_finite(*vectors: Tensor) -> None:
