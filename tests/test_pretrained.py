@@ -18,7 +18,7 @@ import transformers
 import zoo
 
 from tl_jets.network import ResidualNetwork
-from tl_jets.pretrained import TINYDOCS, load_tinydocs
+from tl_jets.pretrained import TINYCODE, TINYDOCS, load_tinycode, load_tinydocs
 
 ROOT = Path(__file__).parents[1]
 WORLDS = ["bridge", "hooked"] if zoo.MAJOR < 4 else ["bridge"]
@@ -149,15 +149,35 @@ def test_the_library_takes_it(model):
     torch.testing.assert_close(trace.logits, model(PROMPTS[0]), atol=2e-5, rtol=2e-5)
 
 
-def test_it_fits_into_six_megabytes_and_says_what_it_is():
-    files = [path for path in TINYDOCS.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= 6_000_000
-    card = (TINYDOCS / "MODEL_CARD.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("folder", "licences", "gain_at_least"), [(TINYDOCS, ["PSF", "PostgreSQL"], 1.0), (TINYCODE, ["PSF"], 0.9)]
+)
+def test_it_fits_into_six_megabytes_and_says_what_it_is(folder, licences, gain_at_least):
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|$", card, flags=re.MULTILINE))
-    nats, baseline, gain = (float(rows[key]) for key in ("tinydocs", "Kneser-Ney bigrams", "gain"))
+    nats, baseline, gain = (float(rows[key]) for key in (folder.name, "Kneser-Ney bigrams", "gain"))
     assert gain == pytest.approx(baseline - nats, abs=2e-3)
-    assert gain >= 1.0
-    assert "PSF" in card and "PostgreSQL" in card and len(re.findall(r"\b[0-9a-f]{64}\b", card)) >= 2
+    assert gain >= gain_at_least
+    assert all(licence in card for licence in licences) and len(re.findall(r"\b[0-9a-f]{64}\b", card)) >= 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("world", WORLDS)
+def test_tinycode_is_tinydocs_that_has_read_python(model, world):
+    code = load_tinycode(model_class=world)
+    assert code.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    lines = [
+        "    def __init__(self, name):\n        self.name = name",
+        "for key, value in items.items():",
+        "import os\nimport sys",
+    ]
+    gains = {
+        kind: [float(model(text, return_type="loss") - code(text, return_type="loss")) for text in texts]
+        for kind, texts in (("code", lines), ("prose", SENTENCES))
+    }
+    assert min(gains["code"]) > 1.0
+    assert sum(gains["prose"]) < 0, "fine-tuning costs prose"
 
 
 def test_loading_needs_no_network():

@@ -34,7 +34,7 @@ from tl_jets.measures import Measures
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
 from tl_jets.path_ablation import path_ablation
-from tl_jets.pretrained import load_tinydocs
+from tl_jets.pretrained import load_tinycode, load_tinydocs
 from tl_jets.stages import Stage, Step
 from tl_jets.tables import NgramTable, side_by_side
 from tl_jets.trace import Trace
@@ -87,6 +87,7 @@ __all__ = [
     "jet_expand",
     "jet_trigrams",
     "joint_jet_lens",
+    "load_tinycode",
     "load_tinydocs",
     "norm_jet",
     "patch_hooks",

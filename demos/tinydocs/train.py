@@ -4,7 +4,7 @@
     python demos/tinydocs/train.py --cache DIR --export     # write the trained model into tl_jets/pretrained/tinydocs
     python demos/tinydocs/train.py --cache DIR --evaluate   # what is written there beside a Kneser-Ney bigram model
 
-With `--code` all three are about tinycode, which is not shipped yet: tinydocs, trained on for `FINE_TUNING` steps on Python
+With `--code` all three are about tinycode (`tl_jets.load_tinycode`): tinydocs, trained on for `FINE_TUNING` steps on Python
 source, with the same vocabulary.
 
 The model is transformers' own `LlamaForCausalLM`: RMSNorm, rotary positions, SwiGLU, no biases, untied embeddings. It is

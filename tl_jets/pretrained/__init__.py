@@ -1,8 +1,9 @@
-"""tinydocs: a small language model that comes with tl-jets, so that examples, tests and first steps need no download.
+"""tinydocs and tinycode: small language models that come with tl-jets, so that examples and first steps need no download.
 
-A Llama-style decoder of 2 million parameters (4 layers, 4 heads, `d_model` 128, 4096 byte-level tokens, 256 positions) that
-was trained on the prose of the documentation of Python 3.11 and of PostgreSQL 15. `tinydocs/MODEL_CARD.md` says how, on what,
-under which licences, and how good it is; `demos/tinydocs/train.py` trains it again.
+Llama-style decoders of 2 million parameters (4 layers, 4 heads, `d_model` 128, 4096 byte-level tokens, 256 positions). tinydocs
+was trained on the prose of the documentation of Python 3.11 and of PostgreSQL 15; tinycode is tinydocs, trained on with Python
+source: two checkpoints with one vocabulary, before and after. `tinydocs/MODEL_CARD.md` and `tinycode/MODEL_CARD.md` say how, on
+what, under which licences, and how good they are; `demos/tinydocs/train.py` trains them again.
 
 Example:
     >>> import tl_jets.pretrained
@@ -26,11 +27,13 @@ import torch
 
 from tl_jets.loading import load_model
 
-TINYDOCS = Path(__file__).parent / "tinydocs"
+TINYDOCS, TINYCODE = (Path(__file__).parent / name for name in ("tinydocs", "tinycode"))
+
+ModelClass = Literal["bridge", "hooked"]
 
 
 def load_tinydocs(
-    *, model_class: Literal["bridge", "hooked"] = "bridge", device: str = "cpu", dtype: torch.dtype = torch.float32
+    *, model_class: ModelClass = "bridge", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
     """The model that comes with tl-jets, in evaluation mode, with its tokenizer; nothing is downloaded.
 
@@ -54,15 +57,44 @@ def load_tinydocs(
         >>> model.to_str_tokens("Return the number of bytes.")
         ['<s>', 'Return', ' the', ' number', ' of', ' bytes', '.']
     """
+    return _load(TINYDOCS, model_class, device, dtype)
+
+
+def load_tinycode(
+    *, model_class: ModelClass = "bridge", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Tinydocs after fine-tuning on the source of Python's standard library: same vocabulary, same shape, other weights.
+
+    Args:
+        model_class: See `load_tinydocs`.
+        device: Where to put it.
+        dtype: Its precision.
+
+    Returns:
+        A `TransformerBridge` or `HookedTransformer`.
+
+    Raises:
+        ValueError: See `load_tinydocs`.
+        ImportError: See `load_tinydocs`.
+
+    Example:
+        >>> model = load_tinycode()
+        >>> model.tokenizer.decode(model("    def __init__(")[0, -1].argmax())
+        'self'
+    """
+    return _load(TINYCODE, model_class, device, dtype)
+
+
+def _load(folder: Path, model_class: str, device: str, dtype: torch.dtype) -> Any:
     if model_class not in ("bridge", "hooked"):
         raise ValueError(f'model_class must be "bridge" or "hooked"; got {model_class!r}; leave it out for a bridge')
     with _no_progress_bar():
         if model_class == "bridge":
-            return load_model(str(TINYDOCS), device=device, dtype=dtype)
-        return _hooked(device, dtype)
+            return load_model(str(folder), device=device, dtype=dtype)
+        return _hooked(folder, device, dtype)
 
 
-def _hooked(device: str, dtype: torch.dtype) -> Any:
+def _hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
     lens: Any = importlib.import_module("transformer_lens")  # what it has depends on its version
     try:
         build, configure = lens.HookedTransformer, lens.HookedTransformerConfig
@@ -74,11 +106,11 @@ def _hooked(device: str, dtype: torch.dtype) -> Any:
     import transformers
 
     conversions: Any = importlib.import_module("transformer_lens.pretrained.weight_conversions")
-    original = transformers.LlamaForCausalLM.from_pretrained(TINYDOCS, dtype=dtype)
+    original = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     given: Any = original.config
     d_head = given.hidden_size // given.num_attention_heads
     cfg = configure(  # HookedTransformer.from_pretrained loads the names that it knows, and no directory
-        model_name=TINYDOCS.name,
+        model_name=folder.name,
         original_architecture="LlamaForCausalLM",
         n_layers=given.num_hidden_layers,
         d_model=given.hidden_size,
@@ -101,7 +133,7 @@ def _hooked(device: str, dtype: torch.dtype) -> Any:
     )
     with warnings.catch_warnings():  # that TransformerLens 4 has no such class: who asks for it by name knows
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = build(cfg, transformers.AutoTokenizer.from_pretrained(TINYDOCS), move_to_device=False)
+        model = build(cfg, transformers.AutoTokenizer.from_pretrained(folder), move_to_device=False)
     model.load_and_process_state_dict(
         conversions.convert_llama_weights(original, cfg),
         fold_ln=False,
