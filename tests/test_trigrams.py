@@ -378,3 +378,29 @@ def test_a_trained_model_in_float32():
     scores = trigram_scores(model, 2, 3, others)
     better = others[scores > table.scores[-1]]
     assert set(map(tuple, better.tolist())) <= set(map(tuple, table.ids.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_triples_that_float32_cannot_tell_apart_are_told_apart(seed):
+    """Saturated: in dozens of triples both probabilities are 1 but for less than rounding; all of them have to be kept."""
+    torch.manual_seed(seed)
+    n_tokens, top_k = 120, 20
+    queries, keys, values, columns = (12 * torch.randn(n_tokens, 8) for _ in range(4))
+    maps = join.HeadMaps(
+        factors.Factors(queries, keys.T), factors.Factors(values, columns.T), torch.zeros(n_tokens).double(), "vocab"
+    )
+    ids, attention, log_prob = join.Search(maps, top_k, lambda count: None).run(torch.arange(n_tokens))
+
+    def log_softmax(logits):
+        top, place = logits.max(1, keepdim=True)
+        return (logits - top) - (logits - top).exp().scatter(1, place, 0.0).sum(1, keepdim=True).log1p()
+
+    A = log_softmax(queries.double() @ keys.double().T).T  # [key, query]
+    P = log_softmax(values.double() @ columns.double().T)
+    wanted = (A[:, :, None] + P[:, None, :]).flatten().topk(top_k).values
+    assert wanted[-1] > -1e-6, "what float32 cannot tell from 0"
+    found, place = (attention + log_prob).topk(top_k)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    key, query, output = ids[place].unbind(1)
+    torch.testing.assert_close(A[key, query] + P[key, output], wanted, rtol=1e-9, atol=0)
+    assert len(ids[place].unique(dim=0)) == top_k

@@ -11,9 +11,9 @@ Example:
     >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> factors = Factors(torch.randn(5, 2), torch.randn(2, 30))
-    >>> best, rough = best_log_prob(factors, factors.rows)
-    >>> exact = (factors.rows @ factors.columns).log_softmax(1).amax(1)
-    >>> bool(torch.allclose(best.float(), exact, atol=1e-5)), bool((rough >= best).all())
+    >>> best, normalizer = best_log_prob(factors, factors.rows)
+    >>> logits = (factors.rows @ factors.columns).double()
+    >>> bool(torch.allclose(best, logits.log_softmax(1).amax(1))), bool(torch.allclose(normalizer, logits.logsumexp(1)))
     (True, True)
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from tl_jets.reader import LOG2_E
 
 # Rows and columns of a tile, columns whose sum bounds a normalizer from below, and rows in float64 at a time.
-TILE_ROWS, TILE_COLUMNS, SAMPLE, EXACT_ROWS = 1024, 1024, 1024, 32
+TILE_ROWS, TILE_COLUMNS, SAMPLE, EXACT_ROWS = 512, 1024, 1024, 32
 # Binary logarithm of what is nothing in a sum; powers that float32 holds with fewer digits are slow to compute.
 SMALLEST = -120.0
 
@@ -45,24 +45,31 @@ class Factors:
     constant: Float[Tensor, " column"] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
 
+    @cached_property
+    def _extended(self) -> Tensor:
+        """The columns, the constant and ones below them: what is added to or taken off a row costs no pass over its logits."""
+        ones = torch.ones_like(self.columns[:1])
+        return torch.cat([self.columns, *([] if self.constant is None else [self.constant[None]]), ones])
+
     def tiles(
         self, rows: Float[Tensor, "part inner"], less: Float[Tensor, "part 1"] | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "part tile"]]]:
         """Logits of some rows in binary logarithms, `less` a number a row; some columns at a time, in one buffer."""
         n_rows, n_columns = len(rows), self.columns.shape[1]
         buffer = rows.new_empty(n_rows * min(TILE_COLUMNS, n_columns))
-        scale = LOG2_E if self.transform is None else 1.0
-        rows, constant = rows * scale, None if self.constant is None else self.constant * scale
+        linear = self.transform is None
+        scaled = rows * LOG2_E if linear else rows
+        constant = [] if self.constant is None else [torch.full_like(rows[:, :1], LOG2_E if linear else 1.0)]
+        last = -less if linear and less is not None else torch.zeros_like(rows[:, :1])
+        scaled = torch.cat([scaled, *constant, last], dim=1)
         for start in range(0, n_columns, TILE_COLUMNS):
             part = slice(start, min(start + TILE_COLUMNS, n_columns))
             tile = buffer[: n_rows * (part.stop - start)].view(n_rows, part.stop - start)
-            if constant is not None:
-                torch.addmm(constant[part], rows, self.columns[:, part], out=tile)
-            else:
-                torch.mm(rows, self.columns[:, part], out=tile)
+            torch.mm(scaled, self._extended[:, part], out=tile)
             if self.transform is not None:
                 torch.mul(self.transform(tile), LOG2_E, out=tile)
-            yield part, tile if less is None else tile.sub_(less)
+                tile = tile if less is None else tile.sub_(less)
+            yield part, tile
 
     @cached_property
     def _sample(self) -> Factors:
@@ -93,6 +100,10 @@ class Factors:
         return torch.stack([tile.amax(1) for _, tile in self.tiles(rows)]).amax(0).unsqueeze(1)
 
     @cached_property
+    def _precise(self) -> Float[Tensor, "inner column"]:
+        return self.columns.double()
+
+    @cached_property
     def reach(self) -> float:
         """An upper bound of the size of logits before the transform."""
         product = self.rows.norm(dim=1).max() * self.columns.norm(dim=0).max()
@@ -100,12 +111,13 @@ class Factors:
 
     def rounding(self) -> float:
         """How far a logit in working precision is off at most, in nats: the bound of a dot product, and of a sum of exp."""
-        return torch.finfo(self.rows.dtype).eps * ((self.rows.shape[1] + 32) * self.reach + 64)
+        # A row's bound is one more term of its products, no larger than twice the logits and log V.
+        return torch.finfo(self.rows.dtype).eps * ((self.rows.shape[1] + 32) * 3 * (self.reach + 16) + 64)
 
     def exact(self, rows: Int[Tensor, " part"]) -> Float[Tensor, "part column"]:
         """Logits of some rows in float64, in nats."""
-        logits = self.rows[rows].double() @ self.columns.double()
-        logits = logits if self.constant is None else logits + self.constant.double()
+        logits = self.rows[rows].double() @ self._precise
+        logits = logits if self.constant is None else logits.add_(self.constant)
         return logits if self.transform is None else self.transform(logits).double()
 
 
@@ -137,34 +149,33 @@ def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], 
 
 
 def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """The largest log-probability of each row, and its upper bound by the lower bound of its normalizer; nats."""
+    """The largest log-probability of each row, and its log-normalizer; nats."""
     largest = rows.new_full((len(rows),), -math.inf)
 
     def each(columns: slice, tile: Tensor) -> None:
         torch.maximum(largest, tile.amax(1), out=largest)
 
-    _, short = normalizers(factors, rows, each)
-    largest = largest.double() / LOG2_E
-    return largest - short[:, 0].double() / LOG2_E, largest
-
-
-def log_softmax(logits: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
-    """Log-probabilities whose largest keeps its digits near 0: the others' sum through log1p."""
-    top, place = logits.max(1, keepdim=True)
-    others = torch.exp(logits - top).scatter_(1, place, 0.0).sum(1, keepdim=True)
-    return (logits - top) - others.log1p()
+    bound, short = (values[:, 0].double() / LOG2_E for values in normalizers(factors, rows, each))
+    return largest.double() / LOG2_E - short, bound + short
 
 
 def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
-    """Log-probabilities of pairs (row, column) in float64; each row's logits are computed once."""
+    """Log-probabilities of pairs (row, column) in float64; each row's logits are computed once.
+
+    Those near 0 keep their digits: the sum of the others goes through log1p.
+    """
     distinct, which = rows.unique(return_inverse=True)
     order = which.argsort(stable=True)
     found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, len(distinct), EXACT_ROWS):
-        table = log_softmax(factors.exact(distinct[start : start + EXACT_ROWS]))
+        logits = factors.exact(distinct[start : start + EXACT_ROWS])
+        top, place = logits.max(1, keepdim=True)
         low, high = torch.searchsorted(
-            which[order], torch.tensor([start, start + len(table)], device=rows.device)
+            which[order], torch.tensor([start, start + len(logits)], device=rows.device)
         ).tolist()
         inside = order[low:high]
-        found[inside] = table[which[inside] - start, columns[inside]]
+        row = which[inside] - start
+        gaps = logits[row, columns[inside]] - top[row, 0]
+        others = logits.sub_(top).exp_().scatter_(1, place, 0.0).sum(1)
+        found[inside] = gaps - others.log1p()[row]
     return found

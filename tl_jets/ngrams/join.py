@@ -17,7 +17,6 @@ from tl_jets.ngrams.factors import (
     TILE_ROWS,
     Factors,
     best_log_prob,
-    log_softmax,
     log_softmax_at,
     normalizers,
 )
@@ -29,6 +28,8 @@ NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
 
 # Keys whose outputs are looked at before the first stop, and at most; keys whose bounds are tightened at a time.
 FIRST_ROUND, LAST_ROUND, REFINED_ROWS = 512, 8192, 256
+# Triples that are kept at most, where many have nearly the same score.
+LARGEST = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +66,47 @@ class Search:
     def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any]):
         self.maps, self.top_k, self.advance = maps, top_k, advance
         self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
-        exact = maps.scores.rows.dtype is torch.float64
-        # In float32 normalizers are rounded until the end: a few more triples are kept until their scores are exact.
-        self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
-        self.found = _Best(top_k if exact else top_k + max(16, top_k // 8))
         slope = max(1.0, abs(float(maps.outputs.transform(torch.ones(1)) if maps.outputs.transform else 1.0)))
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
 
     def run(self, keys: Int[Tensor, " key"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [triple, 3], A and log P of the best triples (and a few more), whose key is one of `keys`."""
+        """Ids [triple, 3], A and log P of the best triples (and a few more), whose key is one of `keys`.
+
+        Raises:
+            ValueError: More triples tie than rounding can tell apart and than are held at once.
+        """
         self.normalizer, best_attention = self._bounds()
         bound = best_attention[keys]
         order = bound.argsort(descending=True, stable=True)
-        keys, bound = keys[order], bound[order]
+        # Normalizers are rounded until the end: a few more triples are kept until their scores are exact.
+        size = self.top_k + max(16, self.top_k // 8)
+        while True:
+            self._collect(keys[order], bound[order], size)
+            self.advance = _nothing  # a bar counts keys once
+            ids = self.found.ids
+            attention, log_prob = self.maps.exact(ids)
+            if self._is_certain(attention + log_prob):
+                return ids, attention, log_prob
+            size *= 2
+            if size > max(LARGEST, 2 * self.top_k):
+                raise ValueError(
+                    f"The best {self.top_k} triples must be told from the others; more than {size // 2} have the same score "
+                    f"up to rounding ({self.maps.scores.rows.dtype}). Ask for a smaller top_k, or use a float64 model."
+                )
+
+    def _is_certain(self, exact: Float[Tensor, " triple"]) -> bool:
+        """Whether no triple that was not kept can be among the best, if it is off by at most four times what the kept ones are."""
+        kept = self.found.scores
+        if len(kept) < self.found.size:
+            return True
+        last = exact.topk(self.top_k).values[-1]
+        return bool(last >= kept[-1] + 4 * (exact - kept).abs().max())
+
+    def _collect(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"], size: int) -> None:
+        """Find the best triples of some keys, which come by decreasing bounds of A."""
+        self.found = _Best(size)
+        self.output_normalizer = torch.full_like(self.normalizer, math.nan)  # of keys that may be joined
+        self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
         start, size = 0, FIRST_ROUND
         while start < len(keys) and bool(bound[start] + self.slack >= self.found.threshold):
             part = slice(start, min(start + size, len(keys)))
@@ -87,8 +116,6 @@ class Search:
             self.advance(part.stop - start)
             start, size = part.stop, min(2 * size, LAST_ROUND)
         self.advance(len(keys) - start)
-        ids = self.found.ids
-        return ids, *self.maps.exact(ids)
 
     def _bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
         """What each query's scores are normalized by, and an upper bound of each key's best A; nats, float64."""
@@ -116,16 +143,15 @@ class Search:
         """The best log P of each key, in nats; for a key that has no chance, an upper bound that shows it."""
         outputs, found = self.maps.outputs, []
         for start in range(0, len(keys), TILE_ROWS):
-            part = slice(start, start + TILE_ROWS)
-            rows = outputs.rows[keys[part]]
+            part = keys[start : start + TILE_ROWS]
+            rows, reach = outputs.rows[part], bound[start : start + TILE_ROWS] + self.slack
+            best = torch.zeros_like(reach)
             if self.few_live:  # first without normalizers
-                best = rough = (outputs.largest(rows) - outputs.lower_bound(rows))[:, 0].double() / LOG2_E
-            else:
-                best, rough = best_log_prob(outputs, rows)
-            live = (bound[part] + rough + self.slack >= self.found.threshold).nonzero()[:, 0]
-            if self.few_live and len(live):
-                best = rough.index_copy(0, live, best_log_prob(outputs, rows[live])[0])
-            self.few_live = 2 * len(live) < len(rows)
+                best = (outputs.largest(rows) - outputs.lower_bound(rows))[:, 0].double() / LOG2_E
+            live = (reach + best >= self.found.threshold).nonzero()[:, 0]
+            if len(live):
+                best[live], self.output_normalizer[part[live]] = best_log_prob(outputs, rows[live])
+            self.few_live = 2 * int((reach + best >= self.found.threshold).sum()) < len(rows)
             found.append(best)
         return torch.cat(found)
 
@@ -154,12 +180,13 @@ class Search:
     def _join(self, keys: Int[Tensor, " key"]) -> None:
         """Find the triples of some keys that may be among the best."""
         attention = self.maps.attention(self.by_key.exact(keys), self.normalizer)
-        log_prob = log_softmax(self.maps.outputs.exact(keys))
+        log_prob = self.maps.outputs.exact(keys).sub_(self.output_normalizer[keys, None])
         if self.found.threshold == -math.inf:
             self._raise_threshold(attention, log_prob)
-        best = attention.amax(1) + log_prob.amax(1)
-        for row in (best >= self.found.threshold).nonzero()[:, 0].tolist():
-            query, output, score = _pairs(attention[row], log_prob[row], self.found.threshold, self.found.size)
+        best = torch.stack([attention.amax(1), log_prob.amax(1)], dim=1)
+        for row in (best.sum(1) >= self.found.threshold).nonzero()[:, 0].tolist():
+            threshold, size = self.found.threshold, self.found.size
+            query, output, score = _pairs(attention[row], log_prob[row], best[row].tolist(), threshold, size)
             self.found.add(torch.stack([keys[row].expand_as(query), query, output], dim=1), score)
         self.found.cut()
 
@@ -171,6 +198,10 @@ class Search:
         sums = (a.unsqueeze(2) + p.unsqueeze(1)).flatten()
         if len(sums) >= self.found.size:
             self.found.raise_to(float(sums.topk(self.found.size).values[-1]))
+
+
+def _nothing(count: int) -> None:
+    pass
 
 
 def _column_maxima(into: Tensor, columns: slice, tile: Tensor) -> None:
@@ -205,10 +236,12 @@ class _Best:
         self.threshold = max(self.threshold, score - 1e-9 * (1 + abs(score)))
 
 
-def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, output and score of the pairs of ranks i j <= k that reach the threshold."""
-    query = _leading(attention, threshold - float(log_prob.max()), k)
-    output = _leading(log_prob, threshold - float(attention.max()), k)
+def _pairs(
+    attention: Tensor, log_prob: Tensor, best: list[float], threshold: float, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, output and score of the pairs of ranks i j <= k that reach the threshold; `best` are the largest of both."""
+    query = _leading(attention, threshold - best[1], k)
+    output = _leading(log_prob, threshold - best[0], k)
     a, p = attention[query], log_prob[output]
     reach = torch.searchsorted(-p, a - threshold + 1e-9, right=True)
     count = torch.minimum(reach, k // torch.arange(1, len(a) + 1, device=a.device))
