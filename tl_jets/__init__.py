@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import tl_jets.adapters  # noqa: F401  (registers the views of TransformerLens models)
 import tl_jets.studies as studies
+import tl_jets.views as views
 from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
 from tl_jets.decoder import Decoder, Metric
 from tl_jets.detached import (
@@ -99,5 +100,6 @@ __all__ = [
     "steering_hooks",
     "studies",
     "trigram_scores",
+    "views",
     "without_path",
 ]

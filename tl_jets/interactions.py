@@ -64,6 +64,7 @@ from tl_jets.expansion.reorganise import REST
 from tl_jets.lenses.selection import Rows, TargetInput, trace_of
 from tl_jets.measures import random_directions, split_along, weighted
 from tl_jets.network import ResidualNetwork
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.tokens import token_names
 from tl_jets.trace import Trace
@@ -72,7 +73,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interactions:
+class Interactions(Shown):
     """Second-degree effects of pairs of components on a logit. Axes: [component, component, batch, pos]; NaN at padding.
 
     Logits are additive (before a final softcap or scale) and centered over the vocabulary: beyond the mean of all tokens.
@@ -125,6 +126,9 @@ class Interactions:
     def __str__(self) -> str:
         table = self.average().head(SHOWN)[["first", "second", "effect", "size", "control"]]
         return f"{self!r}\n{table.to_string(index=False, float_format='{:.3g}'.format)}"
+
+    def _body(self) -> str:
+        return dataframe_html(self.average(), whole="average()")
 
     def average(self) -> pd.DataFrame:
         """One row a pair, averaged over real positions, the largest mean size first.

@@ -51,6 +51,7 @@ from tl_jets.expansion.paths import ARROW, Path
 from tl_jets.expansion.walk import read_path
 from tl_jets.lenses.selection import Rows, TargetInput, read_targets, trace_of
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.notebook import Shown
 from tl_jets.stages import DECODER_STEP, GRANULARITIES, some
 from tl_jets.tokens import token_names
 from tl_jets.trace import Trace
@@ -237,7 +238,7 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationEffect:
+class AblationEffect(Shown):
     """What ablations change at some positions of some prompts, ablated - clean. Axes: [ablation, batch, pos].
 
     Attributes:

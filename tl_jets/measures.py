@@ -33,6 +33,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,12 +41,13 @@ from torch import Tensor
 from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
 from tl_jets.mixture import Readings
+from tl_jets.notebook import Shown, dataframe_html
 
 MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True, eq=False)
-class Measures:
+class Measures(Shown):
     """How close logits are to the model's. All of one shape [*axes, batch, pos]; NaN at padding.
 
     Attributes:
@@ -80,6 +82,19 @@ class Measures:
     def mean(self) -> dict[str, Tensor]:
         """Averages over batch and position, padding excluded, by name: tensors of shape [*axes]."""
         return {name: getattr(self, name).flatten(-2).nanmean(-1) for name in MEASURES}
+
+    def _headline(self) -> str:
+        return f"Measures of cells {list(self.kl.shape)}"
+
+    def _body(self) -> str:
+        cells = {name: values[~values.isnan()].double() for name, values in self.items()}
+        kinds = {"mean": Tensor.mean, "smallest": Tensor.min, "largest": Tensor.max}
+        rows = [
+            {"measure": name}
+            | {kind: float(take(values)) if len(values) else float("nan") for kind, take in kinds.items()}
+            for name, values in cells.items()
+        ]
+        return dataframe_html(pd.DataFrame(rows))
 
     def items(self) -> list[tuple[str, Tensor]]:
         """(name, values) of every measure."""

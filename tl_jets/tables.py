@@ -27,7 +27,6 @@ Example:
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import tempfile
@@ -41,6 +40,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.tokens import visible
 
 # In the metadata of a Parquet schema.
@@ -54,7 +54,7 @@ _UNITS = {"logprob": "log-probability", "logit": "logit"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NgramTable:
+class NgramTable(Shown):
     """n-grams of a model, best first; ties by ids. Everything is on the CPU.
 
     Index it by the first token, as text or id: `table["at"]`, `table[17]` (texts without a space around them also find the
@@ -168,8 +168,12 @@ class NgramTable:
         more = f"\n... {len(self) - SHOWN_ROWS:,} more" if len(self) > SHOWN_ROWS else ""
         return f"{self._title()}\n{self._shown(SHOWN_ROWS).to_string()}{more}" if len(self) else self._title()
 
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self._title())}</p>{self._shown(2 * SHOWN_ROWS).to_html(escape=True)}"
+    def _headline(self) -> str:
+        return self._title()
+
+    def _body(self) -> str:
+        frame = self[: 2 * SHOWN_ROWS].to_dataframe().drop(columns=self._id_columns)
+        return dataframe_html(frame, rows=len(frame), total=len(self))
 
     def __len__(self) -> int:
         return len(self.ids)

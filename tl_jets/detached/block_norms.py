@@ -35,6 +35,7 @@ from torch import Tensor
 from tl_jets.detached.chain import LOGITS
 from tl_jets.detached.decoding import Directions
 from tl_jets.linear_map import LinearMap
+from tl_jets.notebook import Shown
 from tl_jets.readout import TopTokens
 from tl_jets.tokens import decode, token_names
 
@@ -43,7 +44,7 @@ TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockNorms:
+class BlockNorms(Shown):
     """Norms of rows and columns of one block J_t, by coordinate and by token.
 
     Attributes:

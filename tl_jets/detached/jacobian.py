@@ -57,7 +57,9 @@ from tl_jets.detached.context import not_affine, rounding
 from tl_jets.detached.decoding import Directions
 from tl_jets.lenses.selection import Rows, trace_of
 from tl_jets.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
+from tl_jets.markup import text
 from tl_jets.network import ResidualNetwork
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.readout import TopTokens
 from tl_jets.stages import FINAL_STREAM
 from tl_jets.tokens import decode, token_names, visible
@@ -65,7 +67,7 @@ from tl_jets.trace import Trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DetachedJacobian:
+class DetachedJacobian(Shown):
     """A model as an exact linear map at one input: value = sum_t J_t e_t + bias.
 
     Attributes:
@@ -101,6 +103,12 @@ class DetachedJacobian:
             f"positions {self.positions}; reconstruction error {self.reconstruction_error:.1e}{ordinary}; "
             f"{size_text(self.map.n_bytes)} as a matrix)"
         )
+
+    def _body(self) -> str:
+        if "_contributions" in self.__dict__:
+            return dataframe_html(self.to_dataframe())
+        say = "What each token gives: to_dataframe(), or tl_jets.views.detached_tokens; two backward passes a position, once."
+        return f"<p>{text(say)}</p>"
 
     @property
     def labels(self) -> list[str]:

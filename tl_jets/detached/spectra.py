@@ -54,6 +54,7 @@ from tl_jets.detached.decoding import Directions
 from tl_jets.lenses.selection import Rows, trace_of
 from tl_jets.linear_map import MAX_BYTES, size_text
 from tl_jets.network import ResidualNetwork
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.readout import TopTokens
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.tokens import decode
@@ -63,7 +64,7 @@ Maps = Literal["cumulative", "layers"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DetachedSpectra:
+class DetachedSpectra(Shown):
     """The leading singular values and left directions of several detached maps of one prompt.
 
     Attributes:
@@ -101,6 +102,11 @@ class DetachedSpectra:
             f"DetachedSpectra({len(self.labels)} maps {self.labels[0]!r} .. {self.labels[-1]!r}, {self.values.shape[1]} "
             f"values each, at position {self.position}; stable ranks {ranks}{dots})"
         )
+
+    def _body(self) -> str:
+        columns = {"map": self.labels, "stable_rank": self.stable_rank.tolist(), "explained": self.explained.tolist()}
+        columns |= {f"value {i}": values.tolist() for i, values in enumerate(self.values.T[:4])}
+        return dataframe_html(pd.DataFrame(columns), rows=len(self.labels))
 
     @property
     def labels(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_jets.calculus import jet
 from tl_jets.expansion.paths import Path
 from tl_jets.expansion.simplex import SimplexSolution
+from tl_jets.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.readout import TopTokens, top_tokens
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.tokens import token_text
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class JetCache(Mapping[str, Tensor]):
+class JetCache(Shown, Mapping[str, Tensor]):
     """The terms of an expansion on one input, by path.
 
     Attributes:
@@ -84,7 +85,7 @@ class JetCache(Mapping[str, Tensor]):
     @property
     def relative_remainder(self) -> float:
         """Length of the remainder over the length of the true output, real tokens only, in d_model."""
-        keep = self.trace.valid.reshape(self.truth.shape[:-1]) if self._whole else ...
+        keep = self._real()
         return float(self.remainder[keep].norm() / self.truth[keep].norm())
 
     @property
@@ -99,7 +100,8 @@ class JetCache(Mapping[str, Tensor]):
 
     @property
     def _whole(self) -> bool:
-        return self.truth.shape[:-1] in (self.trace.valid.shape, self.trace.valid.shape[1:])
+        shape, valid = self.truth.shape[:-1], self.trace.valid
+        return shape == valid.shape or (len(valid) == 1 and shape == valid.shape[1:])
 
     def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
         """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
@@ -190,6 +192,19 @@ class JetCache(Mapping[str, Tensor]):
                     row["top_token"] = token_text(tokenizer, int(top[index, batch, pos]))
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    def _body(self) -> str:
+        """The first terms, averaged over real positions: nothing is decoded for a look."""
+        keep = self._real()
+        paths = self.labels[:SHOWN_ROWS]
+        norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
+        length = float(self.truth.norm(dim=-1)[keep].mean())
+        frame = pd.DataFrame({"path": paths, "norm": norms, "relative": [norm / length for norm in norms]})
+        return dataframe_html(frame, total=len(self))
+
+    def _real(self) -> Any:
+        """Which cells are real tokens: all of a slice, whose positions are not known."""
+        return self.trace.valid.reshape(self.truth.shape[:-1]) if self._whole else ...
 
     def _term_weights(self) -> Tensor:
         """The weight that each term carries, in the order of `labels`."""

@@ -134,6 +134,9 @@ class PathCache(JetCache):
         error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
         return Check(error, {}, 1)
 
+    def _real(self) -> Any:
+        return self.valid
+
     def _map(self, change: Any) -> PathCache:
         """Apply `change(tensor, axis of the batch dimension)` to every tensor."""
         found = cast(PathCache, super()._map(change))

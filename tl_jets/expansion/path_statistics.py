@@ -52,6 +52,7 @@ from tl_jets.expansion.path_measures import Yardstick
 from tl_jets.expansion.walk import rows_of, with_edits
 from tl_jets.lenses.selection import Rows, TargetInput, trace_of
 from tl_jets.network import ResidualNetwork
+from tl_jets.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.readout import top_tokens
 from tl_jets.stages import DECODER_STEP
 from tl_jets.tokens import decode, token_names
@@ -62,7 +63,7 @@ MEASURES = ("norm", "cosine", "share", "effect")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics:
+class PathStatistics(Shown):
     """How much of the model's logits parts of them are. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
@@ -106,6 +107,9 @@ class PathStatistics:
             f"PathStatistics({len(self.labels):,} parts by {self.by}, {count_text(sum(self.counts))} paths; tokens "
             f"{list(self.tokens.shape)}; effect on {self.target_names})"
         )
+
+    def _body(self) -> str:
+        return dataframe_html(self.largest(SHOWN_ROWS, "size"), total=len(self.labels), whole="average()")
 
     @property
     def effect(self) -> Float[Tensor, "part batch pos"]:

@@ -128,6 +128,43 @@ class JointJetLens(LensResult):
         spread = centers.rows.spread
         return TopTokens(spread(found.values, -2), spread(found.indices, -2, -1))
 
+    def contributions(
+        self,
+        k: int = 1,
+        *,
+        prompt: int = 0,
+        places: Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> TopTokens:
+        """What every center's weighted jet adds to the logits of its own best tokens, beyond the mean of the vocabulary.
+
+        Args:
+            k: How many best tokens.
+            prompt: Index of the prompt.
+            places: Indices along the pos axis; None for all.
+            labels: Centers; None for all.
+
+        Returns:
+            Centered additive logits, best first, and ids [center, place, k]; NaN and -1 at padding.
+        """
+        centers, decoder = self._centers, self._centers.network.decoder
+        wanted = list(range(len(self.positions))) if places is None else [p % len(self.positions) for p in places]
+        keep = centers.rows.keep
+        here = keep[prompt, wanted]
+        row_of = (keep.flatten().cumsum(0) - 1).view_as(keep)[prompt, wanted][here]
+        chosen = [self.labels.index(label) for label in (self.labels if labels is None else labels)]
+        jets = centers.jets[chosen][:, row_of]
+        weights = self.weights[chosen][:, prompt, wanted][:, here].to(jets)
+        constants = centers.constants[chosen, None].expand(jets.shape[:-1])
+        found = top_tokens(decoder, jets, bias_weight=constants, k=k)
+        metric = decoder.metric(centered=False)
+        means = metric.augment(jets, constants) @ metric.mean / decoder.d_vocab**0.5
+        values = found.values.new_full((*weights.shape[:1], len(wanted), k), float("nan"))
+        indices = found.indices.new_full(values.shape, -1)
+        values[:, here] = (weights[..., None] * (found.values - means[..., None])).to(values)
+        indices[:, here] = found.indices
+        return TopTokens(values, indices)
+
     def average(self) -> pd.DataFrame:
         """The measures of the sum, of uniform weights and of the control, averaged over real positions."""
         kinds = {"weighted": self.measures, "uniform": self.uniform, "control": self.control}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tl_jets.measures import MEASURES, Measures
+from tl_jets.notebook import Shown, View
 
 Result = TypeVar("Result", bound="LensResult")
 
 
-class LensResult:
+class LensResult(Shown):
     """A frozen dataclass of tensors, one of which is `measures`."""
 
     measures: Measures | None
@@ -25,6 +26,11 @@ class LensResult:
         if self.measures is None:
             raise ValueError("The measures were not computed; run the lens with measures=True.")
         return getattr(self.measures, name)
+
+    def _view(self) -> View:
+        from tl_jets.views.lens_tables import lens_summary  # views are made of results, and drawn only when looked at
+
+        return lens_summary(self)  # type: ignore[arg-type]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *MEASURES})

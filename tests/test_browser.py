@@ -1,0 +1,274 @@
+"""Pages in headless Chromium: they render, a pointer brings up the right numbers, nothing is asked for, everything is legible.
+
+Without a Chromium they are skipped, unless TL_JETS_BROWSER is "required".
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import zoo
+from hostile import HOSTILE, HostileTokenizer
+
+import tl_jets as tj
+from tl_jets import ResidualNetwork, views
+from tl_jets.markup import precise
+from tl_jets.notebook import View, page
+from tl_jets.tokens import token_text, visible
+
+REQUIRED = os.environ.get("TL_JETS_BROWSER") == "required"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# The sandbox needs what containers lack; the rest keeps the browser itself from calling home.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+SCHEMES = ("light", "dark")
+
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
+
+if not REQUIRED:
+    missing = "playwright" if sync_playwright is None else None if CHROMIUM else "chromium"
+    pytestmark = pytest.mark.skipif(missing is not None, reason=f"there is no {missing} here")
+
+# The smallest contrast of any text with what is behind it (WCAG 2, relative luminance), and that text.
+WORST_CONTRAST = """() => {
+  const canvas = document.createElement("canvas"); canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  const over = (color, behind) => {
+    context.globalAlpha = 1; context.fillStyle = `rgb(${behind.join(",")})`; context.fillRect(0, 0, 1, 1);
+    context.globalAlpha = color.opacity; context.fillStyle = color.text; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const ground = element => {
+    const behind = element.parentElement ? ground(element.parentElement)
+      : matchMedia("(prefers-color-scheme: dark)").matches ? [18, 18, 18] : [255, 255, 255];
+    return over({text: getComputedStyle(element).backgroundColor, opacity: 1}, behind);
+  };
+  const opacity = element => element ? Number(getComputedStyle(element).opacity) * opacity(element.parentElement) : 1;
+  const luminance = color => {
+    const [r, g, b] = color.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let worst = {contrast: 21, text: "", n: 0};
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+    if (!text || ["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName)) continue;
+    const behind = ground(element), ink = over({text: getComputedStyle(element).color, opacity: opacity(element)}, behind);
+    const [low, high] = [luminance(ink), luminance(behind)].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    worst.n += 1;
+    if (contrast < worst.contrast) worst = {contrast, text, n: worst.n, ink, behind};
+  }
+  return worst;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if sync_playwright is None or CHROMIUM is None:
+        pytest.fail("TL_JETS_BROWSER=required, but playwright or a Chromium is missing: apt-get install chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A document in a browser, and everything that it said and asked for."""
+
+    def __init__(self, browser, file, scheme):
+        self.context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+        self.messages, self.requests, self.url = [], [], file.as_uri()
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.context.on("console", lambda message: self.messages.append((message.type, message.text)))
+        self.context.on("weberror", lambda error: self.messages.append(("error", str(error.error))))
+        self.page = self.context.new_page()
+        self.page.goto(self.url)
+
+    def __enter__(self):
+        return self.page
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                assert self.messages == [] and self.requests == [self.url]
+                assert self.page.evaluate("window.brokenOut === undefined && !document.querySelector('img[src=x]')")
+        finally:
+            self.context.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Write a document and open it in a color scheme."""
+
+    def opened(document, scheme="light"):
+        file = tmp_path / "page.html"
+        file.write_text(document, encoding="utf-8")
+        return Opened(browser, file, scheme)
+
+    return opened
+
+
+@pytest.fixture(scope="module", params=["own", "hostile"])
+def world(request):
+    """Results of a small random model, its own tokens or hostile ones, and their views."""
+    spec = next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama")
+    network = ResidualNetwork(zoo.build(spec), "sublayer")
+    trace = network.trace(["a b c d", "a b"])
+    iterative, joint = tj.iterative_jet_lens(network, trace, order=1), tj.joint_jet_lens(network, trace)
+    sums, table = tj.path_sums(network, trace), tj.jet_trigrams(network, 1, 0, top_k=20, progress=False)
+    if request.param == "hostile":
+        tokenizer = HostileTokenizer()
+        iterative, joint, sums = (replace(result, tokenizer=tokenizer) for result in (iterative, joint, sums))
+        sums = replace(sums, target_names=[HOSTILE[1]])
+        table = replace(table, names={token: HOSTILE[token % len(HOSTILE)] for token in table.names})
+    made = {
+        "lens table": views.lens_table(iterative),
+        "joint table": views.lens_table(joint),
+        "lens tokens": views.lens_tokens(iterative, measure="cosine"),
+        "path tokens": views.path_tokens(sums),
+        "detached tokens": views.detached_tokens(tj.detached_jacobian(network, trace, positions=1)),
+        "top tokens": views.top_tokens(iterative),
+        "top tokens of components": views.top_tokens(joint),
+        "trigrams": views.trigram_heatmap(network, table, size=5),
+    }
+    return {"iterative": iterative, "joint": joint, "sums": sums, "table": table, "views": made}
+
+
+def hovered(page, place):
+    """What a pointer brings up over an element; nothing before and nothing after."""
+    assert page.locator(".tip").count() == 0
+    place.hover()
+    (tip,) = page.locator(".tip").all()
+    text, box = tip.text_content(), tip.bounding_box()
+    assert box["x"] >= 0 and box["y"] >= 0 and box["x"] + box["width"] <= 1200
+    page.mouse.move(0, 0)
+    return text
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_views_are_legible_and_quiet(world, show, scheme):
+    for name, view in world["views"].items():
+        with show(view.page(), scheme) as opened:
+            assert opened.locator("h1").text_content() == view.title, name
+            worst = opened.evaluate(WORST_CONTRAST)
+            assert worst["n"] > 10 and worst["contrast"] >= 4.5, (name, worst)
+            dark = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_full_colors_are_legible_and_differ(show):
+    """The strongest and the weakest color of each kind, whatever a result holds."""
+    kinds = [
+        f'<td class="{kind}" style="--v:{v}"><bdi>x</bdi></td>'
+        for kind in ("above", "below", "rising")
+        for v in (0.01, 0.3, 1)
+    ]
+    for scheme in SCHEMES:
+        with show(View("t", f"<table><tr>{''.join(kinds)}</tr></table>").page(), scheme) as opened:
+            assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+            colors = [cell.evaluate("e => getComputedStyle(e).backgroundColor") for cell in opened.locator("td").all()]
+            assert len(set(colors)) == 6 and colors[3:6] == colors[6:]  # what only rises is blue
+
+
+def test_a_pointer_brings_up_the_numbers(world, show):
+    lens = world["iterative"]
+    with show(world["views"]["lens table"].page()) as opened:
+        for i, p in ((0, 0), (1, 2), (len(lens.labels) - 1, 1)):
+            place = opened.locator("tbody tr").nth(i).locator("td").nth(p)
+            best = visible(token_text(lens.tokenizer, int(lens.top_ids[i, 1, 0, p, 0])))
+            assert place.locator("bdi").text_content() == best
+            lines = hovered(opened, place).split("\n")
+            assert lines[0] == f"{lens.labels[i]}, order 1, position {p}"
+            assert lines[1].startswith(f"{best}  logit {precise(float(lens.full_values[i, 1, 0, p, 0]))}, own part ")
+            kl, control = (precise(float(m.kl[i, 1, 0, p])) for m in (lens.measures, lens.control))
+            assert f"KL (nats) {kl} (control {control})" in lines
+            # Once more: the browser's own title is gone, and the text is still there.
+            assert hovered(opened, place).split("\n") == lines and place.get_attribute("title") is None
+
+
+def test_every_view_has_something_under_the_pointer(world, show):
+    for name, view in world["views"].items():
+        with show(view.page()) as opened:
+            places = opened.locator("td[title], span[title]")
+            n = places.count()
+            assert n >= 3, name
+            wanted = [places.nth(i).get_attribute("title") for i in (0, n - 1)]
+            found = opened.locator("td[title], span[title], [data-tip]")
+            assert [hovered(opened, found.nth(i)) for i in (0, n - 1)] == wanted, name
+
+
+def test_the_keyboard_closes_a_tip(world, show):
+    with show(world["views"]["lens table"].page()) as opened:
+        opened.locator("td[title]").first.hover()
+        assert opened.locator(".tip").count() == 1
+        opened.keyboard.press("Escape")
+        assert opened.locator(".tip").count() == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_joined_page(world, show, scheme):
+    pytest.importorskip("matplotlib")
+    figure = views.figures.lens_table(world["joint"])
+    results = [world[name] for name in ("iterative", "joint", "sums", "table")]
+    document = page(HOSTILE[0], *world["views"].values(), *results, world["iterative"].to_dataframe(), figure)
+    with show(document, scheme) as opened:
+        assert opened.locator("h1").text_content() == HOSTILE[0]
+        assert opened.locator("section").count() == len(world["views"]) + len(results) + 2
+        assert opened.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 300)")
+        assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+        frame = opened.locator("section").nth(len(world["views"]) + len(results))
+        shown = frame.locator("tbody tr").first.locator("td").all_text_contents()
+        first = world["iterative"].to_dataframe().iloc[0]
+        assert shown[:2] == [first["layer"], "0"] and visible(first["token_string"]) in shown
+
+
+@pytest.mark.parametrize(("theme", "scheme"), [("true", "dark"), ("false", "light")])
+def test_a_notebook_s_theme_wins(world, show, theme, scheme):
+    """A notebook has several outputs, each with its own style and script, and a theme that need not be the system's."""
+    outputs = "".join(
+        result._repr_html_() for result in (world["iterative"], world["joint"], world["sums"], world["table"])
+    )
+    document = f'<!DOCTYPE html><meta charset="utf-8"><body data-jp-theme-light="{theme}">{outputs}</body>'
+    with show(document, scheme) as opened:
+        assert opened.locator(".tl-jets").count() == 4
+        color = opened.locator(".tl-jets").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert (color == "rgb(255, 255, 255)") == (theme == "true")
+        assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+        for output in (0, 1):
+            place = opened.locator(".tl-jets").nth(output).locator("td[title], td[data-tip]").first
+            assert hovered(opened, place)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_lens_page(world, show, scheme):
+    iterative, joint = world["iterative"], world["joint"]
+    data = views.lens_data(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0])
+    name = lambda token: visible(token_text(iterative.tokenizer, int(token)))  # noqa: E731
+    with show(views.lens_page(data | {"shown": 1}), scheme) as opened:
+        assert opened.title() == f"tl-jets lens: {HOSTILE[0]}"
+        chips = opened.locator("button.token")
+        real = [name(token) for b in range(2) for token in iterative.tokens[b][iterative.valid[b]]]
+        assert chips.all_text_contents() == real
+        for p in (1, 2):
+            chips.nth(p).click()
+            assert chips.nth(p).get_attribute("aria-pressed") == "true"
+            assert opened.locator("#answer strong").text_content() == name(iterative.model_top_ids[0, p])
+            rows = opened.locator("#iterative tr")
+            assert rows.count() == 1 + len(iterative.labels)
+            for i in range(len(iterative.labels)):
+                cell = rows.nth(1 + i).locator("td.cell").nth(1)
+                assert cell.locator("bdi").first.text_content() == name(iterative.top_ids[i, 1, 0, p, 0])
+                assert cell.get_attribute("title").startswith(f"{iterative.labels[i]}, order 1\n")
+            weights = opened.locator("#joint tr td:nth-child(2)").all_text_contents()[: len(joint.labels)]
+            assert [float(each) for each in weights] == pytest.approx(joint.weights[:, 0, p].tolist(), abs=6e-4)
+            worst = opened.evaluate(WORST_CONTRAST)
+            assert worst["contrast"] >= 4.5, worst

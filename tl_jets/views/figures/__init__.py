@@ -1,0 +1,21 @@
+"""Figures for papers, with matplotlib: lens tables, measures with their controls, path shares, learning curves, spectra.
+
+Every function returns a matplotlib `Figure` and shows nothing: a notebook shows what is the last line of a cell,
+`figure.savefig("a.pdf")` writes it. Where one axes suffices, `ax=` takes yours. Colors are told apart by color-blind readers and in
+gray: Okabe and Ito's with a marker each, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of
+what they control. Tokens are plain text: a dollar sign starts no formula.
+
+matplotlib is an extra, `pip install "tl-jets[plots]"`, imported when a figure is drawn.
+
+Example:
+    >>> import tl_jets as tj
+    >>> lens = tj.iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and", order=1)
+    >>> figure = measures(lens, names=["kl"])
+    >>> [line.get_label() for line in figure.axes[0].lines]
+    ['order 0', 'control', 'order 1', 'control']
+"""
+
+from tl_jets.views.figures.lenses import lens_table, measures
+from tl_jets.views.figures.results import learning_curves, path_shares, spectra
+
+__all__ = ["learning_curves", "lens_table", "measures", "path_shares", "spectra"]

@@ -1,0 +1,136 @@
+"""Axes of matplotlib as all figures here have them: imported when drawn, plain, with text cells and slanted names.
+
+Example:
+    See `tl_jets.views.figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tl_jets.markup import largest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), without black and yellow, and a marker for each.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+BELOW_TO_ABOVE = ("#1c66a8", "#6fb0e0", "#ffffff", "#f5a34a", "#9c4f00")
+NEAR_TO_FAR = ("#3182c4", "#6fb0e0", "#ffffff")
+SMALL = 8  # points
+FAR = 10.0  # from where on what counts from 0 has no color: nats
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, imported now.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib, which is not installed: pip install "tl-jets[plots]".') from error
+    return plt
+
+
+def new_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The axes given, or those of a new figure of this size in inches."""
+    figure, (ax,) = new_panels(ax, 1, size)
+    return figure, ax
+
+
+def new_panels(ax: Axes | None, n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """N axes side by side, each of this size in inches; or the one given.
+
+    Raises:
+        ValueError: One is given for several, or none is asked for.
+    """
+    plt = pyplot()
+    if n < 1 or (ax is not None and n > 1):
+        raise ValueError(f"A figure has a panel at least, and ax= is for a single one; {n} panels are asked for.")
+    if ax is not None:
+        return ax.figure, [ax]  # type: ignore[return-value]
+    figure, axes = plt.subplots(1, n, figsize=(n * size[0], size[1]), layout="constrained", squeeze=False)
+    # pyplot shows what it holds at the end of a cell; what is returned would be shown twice.
+    plt.close(figure)
+    return figure, list(axes[0])
+
+
+def depth_color(index: int, n: int) -> Any:
+    """The color of one of n layers, dark to bright."""
+    import matplotlib
+
+    return matplotlib.colormaps["cividis"](0.92 * index / max(n - 1, 1))
+
+
+def plain(ax: Axes) -> None:
+    """No frame but the axes, small numbers."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=SMALL)
+
+
+def short_legend(
+    ax: Axes, lines: Sequence[Any], extra: Sequence[Any] = (), *, most: int = 6, outside: bool = False
+) -> None:
+    """A legend of lines by their labels: of many the first, the middle and the last, then what is drawn beside them."""
+    lines = list(lines) if len(lines) <= most else [lines[0], lines[len(lines) // 2], lines[-1]]
+    place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if outside else {}
+    for entry in ax.legend(handles=[*lines, *extra], fontsize=SMALL - 1, frameon=False, **place).get_texts():
+        entry.set_parse_math(False)
+
+
+def name_ticks(ax: Axes, names: Sequence[str], most: int = 16) -> None:
+    """Names along the horizontal axis, slanted; every n-th where there are too many."""
+    step = -(-len(names) // most)
+    places = range(0, len(names), step)
+    shown = [names[i] for i in places]
+    ax.set_xticks(list(places), shown, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+
+
+def draw_cells(
+    ax: Axes, texts: list[list[str]], values: list[list[float]] | None, *, diverging: bool, bar: str
+) -> None:
+    """A table of texts on colored cells, and a color bar.
+
+    Args:
+        ax: Where to.
+        texts: A row a list; rows after those of `values` have no color.
+        values: What the colors stand for: around zero, or from 0 (blue) up; None for no colors.
+        diverging: Which of the two.
+        bar: What the values are.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
+
+    n_rows, n_columns = len(texts), len(texts[0])
+    colors: dict[tuple[int, int], Any] = {}
+    if values is not None:
+        top = largest(value for row in values for value in row)
+        cmap = LinearSegmentedColormap.from_list("tl_jets", BELOW_TO_ABOVE if diverging else NEAR_TO_FAR)
+        norm = Normalize(-top, top) if diverging else PowerNorm(0.5, 0.0, min(top, FAR), clip=True)
+        image = ax.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+        shown = ax.figure.colorbar(
+            image, ax=ax, pad=0.01, aspect=30, extend="neither" if diverging or top <= FAR else "max"
+        )
+        shown.set_label(bar, fontsize=SMALL)
+        shown.ax.tick_params(labelsize=SMALL - 1)
+        shown.outline.set_visible(False)
+        colors = {(i, j): cmap(norm(value)) for i, row in enumerate(values) for j, value in enumerate(row)}
+    ax.set_xlim(-0.5, n_columns - 0.5)
+    ax.set_ylim(n_rows - 0.5, -0.5)
+    for i, row in enumerate(texts):
+        for j, word in enumerate(row):
+            ink = _ink(colors.get((i, j), (1.0, 1.0, 1.0, 1.0)))
+            ax.text(j, i, word, ha="center", va="center", fontsize=SMALL, color=ink, parse_math=False, clip_on=True)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _ink(color: Sequence[float]) -> str:
+    """Black or white, whichever has the larger contrast on a color (WCAG's relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"

@@ -1,0 +1,229 @@
+"""Figures of lenses: the table of the paper's figure 3, and measures beside their controls.
+
+Example:
+    See `tl_jets.views.figures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from tl_jets.lenses import IterativeJetLens, JointJetLens
+from tl_jets.tokens import token_names, visible
+from tl_jets.views.figures.axes import (
+    COLORS,
+    MARKERS,
+    SMALL,
+    depth_color,
+    draw_cells,
+    name_ticks,
+    new_axes,
+    new_panels,
+    plain,
+    short_legend,
+)
+from tl_jets.views.lens_tables import order_index
+from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_WIDTH, CELL_HEIGHT = 0.78, 0.27  # inches
+ROUNDING = 1e-6
+
+
+def lens_table(
+    lens: IterativeJetLens | JointJetLens,
+    *,
+    order: int | None = None,
+    prompt: int = 0,
+    positions: Sequence[int] | None = None,
+    top: int | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """The best token of every component or layer (rows) at every position (columns), as in the paper's figure 3.
+
+    Args:
+        lens: A joint lens: rows are components with their mean weights, the color is what the component adds to the logit of its
+            own best token, beyond the mean of the vocabulary, diverging at zero. Or an iterative lens: rows are layers, the
+            color is the KL, answers in square brackets are borrowed (no colors or brackets if it has no measures).
+        order: Of an iterative lens; None for its highest.
+        prompt: Index of the prompt.
+        positions: Positions in the padded row, among those of the lens; None for all real ones.
+        top: Of a joint lens: the components with the largest weights; None for all.
+        ax: Axes to draw on; None for a new figure.
+
+    Returns:
+        The figure; below the rows of the lens that of the model's own answers.
+
+    Raises:
+        ValueError: There is no such order, prompt or position.
+        ImportError: matplotlib is not installed.
+
+    Source:
+        Chen et al., arXiv 2410.06024, figure 3.
+
+    Cost:
+        A joint lens: its components' jets at these positions through the unembedding.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> lens = tj.joint_jet_lens(tj.load_tinydocs(), "This function is available on Unix and")
+        >>> lens_table(lens).axes[1].get_ylabel()
+        'added to the logit of its token (centered)'
+    """
+    places = places_of(lens, prompt, positions)
+    if isinstance(lens, JointJetLens):
+        labels, texts, values = _joint_cells(lens, prompt, places, top)
+        title = "Joint jet lens" if lens.linearize == "detached" else f"Joint jet lens, order {lens.order}"
+        bar = "added to the logit of its token (centered)"
+    else:
+        k = order_index(lens, order)
+        labels, texts, values = _iterative_cells(lens, k, prompt, places)
+        title, bar = f"Iterative jet lens, order {lens.orders[k]}", "KL(model || lens), nats"
+    names = token_names(lens.tokenizer, [lens.tokens, lens.model_top_ids])
+    labels = [*labels, "model"]
+    texts = [*texts, [visible(names[int(lens.model_top_ids[prompt, p])]) for p in places]]
+    widest = max(len(word) for row in texts for word in row)
+    width = max(CELL_WIDTH, 0.075 * widest + 0.1)
+    figure, ax = new_axes(ax, (width * len(places) + 2.0, CELL_HEIGHT * len(labels) + 1.0))
+    draw_cells(ax, texts, values, diverging=isinstance(lens, JointJetLens), bar=bar)
+    read = [f"{visible(names[int(lens.tokens[prompt, p])])}\n{lens.positions[p]}" for p in places]
+    ax.set_xticks(range(len(places)), read, fontsize=SMALL, parse_math=False)
+    ax.set_yticks(range(len(labels)), labels, fontsize=SMALL, parse_math=False)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.set_title(title + of_prompts(lens, prompt), fontsize=SMALL + 2, loc="left")
+    return figure
+
+
+def measures(
+    lens: IterativeJetLens | JointJetLens,
+    *,
+    names: Sequence[str] = ("kl", "centered_cosine", "remainder_norm", "top1_agreement"),
+    against: Literal["layer", "order"] = "layer",
+    ax: Axes | None = None,
+) -> Figure:
+    """How close a lens is to the model, averaged over all real positions, each measure beside its control.
+
+    Args:
+        lens: A lens with measures. Of a joint lens a bar each for its weights, uniform weights and the control.
+        names: Which measures: a panel each.
+        against: Of an iterative lens: the horizontal axis. `"layer"` has a line an order, `"order"` a line a layer. Controls
+            (random centers of equal length and angle) are dashed, if the lens has them.
+        ax: Axes to draw on, for a single measure; None for a new figure.
+
+    Returns:
+        The figure. KL and remainder are on a logarithmic axis where they span two decades, without their zeros.
+
+    Raises:
+        ValueError: The lens has no measures, or there is no such measure, or one axes is given for several.
+        ImportError: matplotlib is not installed.
+
+    Source:
+        Chen et al., arXiv 2410.06024, figure 3, bottom; the controls are ours.
+
+    Cost:
+        None.
+
+    Example:
+        See the module.
+    """
+    for name in names:
+        check_measure(name)
+    if lens.measures is None:
+        raise ValueError("A figure of measures needs them; this lens was run without. Run it with measures=True.")
+    if against not in ("layer", "order"):
+        raise ValueError(f"against must be 'layer' or 'order'; got {against!r}.")
+    figure, panels = new_panels(ax, len(names), (3.1, 2.5))
+    for panel, name in zip(panels, names, strict=True):
+        if isinstance(lens, JointJetLens):
+            _bars_of(panel, lens, name)
+        else:
+            _lines_of(panel, lens, name, against)
+        panel.set_title(MEASURE_NAMES[name], fontsize=SMALL + 1, loc="left")
+    if isinstance(lens, IterativeJetLens):
+        controls = [line for line in panels[0].lines if line.get_label() == "control"]
+        lines = [line for line in panels[0].lines if line not in controls]
+        short_legend(panels[-1], lines, controls[:1], outside=ax is None)
+    return figure
+
+
+def _joint_cells(
+    lens: JointJetLens, prompt: int, places: list[int], top: int | None
+) -> tuple[list[str], list[list[str]], list[list[float]]]:
+    """Row labels with weights, tokens, and what is added to their logits."""
+    weights = lens.weights[:, prompt, places].mean(1)
+    chosen = sorted(weights.argsort(descending=True, stable=True)[:top].tolist())
+    found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
+    names = token_names(lens.tokenizer, [found.indices])
+    labels = [f"{lens.labels[i]}  {float(weights[i]):.2f}" for i in chosen]
+    texts = [[visible(names[best]) for best in row] for row in found.indices[..., 0].tolist()]
+    return labels, texts, found.values[..., 0].tolist()
+
+
+def _iterative_cells(
+    lens: IterativeJetLens, k: int, prompt: int, places: list[int]
+) -> tuple[list[str], list[list[str]], list[list[float]] | None]:
+    """Layers, tokens (borrowed ones in square brackets), and KL."""
+    best = lens.top_ids[:, k, prompt, places, 0]
+    names = token_names(lens.tokenizer, [best])
+    texts = [[visible(names[token]) for token in row] for row in best.tolist()]
+    if lens.own_top_ids is not None:
+        borrowed = lens.borrowed[:, k, prompt, places].tolist()
+        texts = [
+            [f"[{word}]" if b else word for word, b in zip(*row, strict=True)]
+            for row in zip(texts, borrowed, strict=True)
+        ]
+    values = None if lens.measures is None else lens.measures.kl[:, k, prompt, places].tolist()
+    return list(lens.labels), texts, values
+
+
+def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str) -> None:
+    """One measure of an iterative lens, and its control."""
+    table = lens.average()
+    by_order = against == "layer"
+    lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
+    column, other = ("order", "layer") if by_order else ("layer", "order")
+    log = name in ("kl", "remainder_norm") and _spans_decades(table.filter(regex=f"^(control_)?{name}$").to_numpy())
+    if log:
+        panel.set_yscale("log")
+    for i, line in enumerate(lines):
+        rows = table[table[column] == line].set_index(other).loc[ticks]
+        color = COLORS[i % len(COLORS)] if by_order else depth_color(i, len(lines))
+        marker = MARKERS[i % len(MARKERS)]
+        label = f"order {line}" if by_order else str(line)
+        panel.plot(range(len(ticks)), _seen(rows[name], log), color=color, marker=marker, ms=4, lw=1.3, label=label)
+        if lens.control is not None:
+            style = {"ls": "--", "lw": 1, "ms": 3, "mfc": "white", "marker": marker, "color": color}
+            panel.plot(range(len(ticks)), _seen(rows[f"control_{name}"], log), label="control", **style)
+    if by_order:
+        name_ticks(panel, lens.labels)
+    else:
+        panel.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+        panel.set_xlabel("order", fontsize=SMALL + 1)
+    plain(panel)
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether what is not rounding spans two decades."""
+    values = values[values > ROUNDING]
+    return len(values) > 0 and values.max() > 100 * values.min()
+
+
+def _seen(values: pd.Series, log: bool) -> pd.Series:
+    """On a logarithmic axis without what is rounding."""
+    return values.where(values > ROUNDING) if log else values
+
+
+def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
+    """One measure of a joint lens, of uniform weights, and of the control."""
+    table = lens.average()
+    panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.75"], width=0.6)
+    panel.set_xticks(range(len(table)), table["weights"].tolist())
+    plain(panel)

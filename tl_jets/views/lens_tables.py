@@ -1,0 +1,318 @@
+"""Lenses as tables: the best token of every layer or component at every position, and the k best at one.
+
+A cell of the iterative lens is the blue the closer its layer is to the model; one of the joint lens is colored by what its
+component adds to the logit of its own best token, orange above zero and blue below. Answers that are borrowed from the model's own
+final stream stand in square brackets, controls in round ones. A lens that was run without measures or without a control has a table
+without them, and its caption says so.
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, figure 3. Cost: nothing for the iterative lens; the joint lens reads
+its components' jets at the positions that are shown through the unembedding.
+
+Example:
+    >>> import tl_jets as tj
+    >>> lens = tj.iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and", order=1)
+    >>> lens_table(lens, order=0).title
+    'Iterative jet lens, order 0 (the logit lens)'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tl_jets.lenses import IterativeJetLens, JointJetLens
+from tl_jets.markup import cell, diverging, largest, number, precise, rising, row_head, table, text, token
+from tl_jets.notebook import View
+from tl_jets.tokens import token_names, visible
+from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+
+# Of a lens in a notebook.
+SHOWN_POSITIONS, SHOWN_COMPONENTS = 8, 16
+# From where on a KL has no color, in nats.
+FAR = 10.0
+
+
+def lens_table(
+    lens: IterativeJetLens | JointJetLens,
+    *,
+    order: int | None = None,
+    measure: str = "kl",
+    prompt: int = 0,
+    positions: Sequence[int] | None = None,
+    top: int | None = None,
+) -> View:
+    """The best token of every layer or component (rows) at every position (columns).
+
+    Args:
+        lens: An iterative or a joint lens.
+        order: Of an iterative lens; None for its highest.
+        measure: Of an iterative lens: what is written under the token, beside its control, and colors the cell.
+        prompt: Index of the prompt.
+        positions: Positions in the padded row, among those of the lens; None for all real ones.
+        top: Of a joint lens: the components with the largest weights at these positions; None for all.
+
+    Returns:
+        A `View`. A pointer brings up the numbers of a cell.
+
+    Raises:
+        ValueError: There is no such order, measure, prompt or position.
+
+    Source:
+        Chen et al., arXiv 2410.06024, figure 3.
+
+    Cost:
+        See the module.
+
+    Example:
+        See the module.
+    """
+    places = places_of(lens, prompt, positions)
+    if isinstance(lens, JointJetLens):
+        return _joint_table(lens, prompt, places, top)
+    check_measure(measure)
+    return _iterative_table(lens, order_index(lens, order), measure, prompt, places)
+
+
+def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, prompt: int = 0, k: int = 5) -> View:
+    """The k best tokens of every layer and order, or of every component, at one position, with their logits.
+
+    Args:
+        lens: An iterative or a joint lens.
+        position: Position in the padded row, among those of the lens; negative ones count from the prompt's last real token
+            back.
+        prompt: Index of the prompt.
+        k: How many tokens; an iterative lens has as many as it was run with (`top_k`) at most.
+
+    Returns:
+        A `View`: additive logits of an iterative lens, with their own parts where the answer is a mix; of a joint lens the
+        weighted contributions beyond the mean of the vocabulary.
+
+    Raises:
+        ValueError: There is no such position or prompt, or the lens kept fewer than k tokens.
+
+    Cost:
+        See the module.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> lens = tj.joint_jet_lens(tj.load_tinydocs(), "This function is available on Unix and")
+        >>> "4_block" in top_tokens(lens, k=3).html, "3_block" in top_tokens(lens, k=3).html
+        (False, True)
+    """
+    places = places_of(lens, prompt, None if position < 0 else [position])
+    if not -len(places) <= min(position, 0):
+        raise ValueError(f"position must be among the {len(places)} real ones of the prompt; got {position}.")
+    place = places[position] if position < 0 else places[0]
+    kept = lens.top_ids.shape[-1]
+    if k < 1 or (isinstance(lens, IterativeJetLens) and k > kept):
+        raise ValueError(f"k must lie in 1..{kept}, what the lens kept; got {k}. Run it with a larger top_k.")
+    read = visible(token_names(lens.tokenizer, [lens.tokens[prompt, place]])[int(lens.tokens[prompt, place])])
+    where = f"after {read} (position {lens.positions[place]}{of_prompts(lens, prompt)})"
+    if isinstance(lens, JointJetLens):
+        return View(f"Best tokens of components {where}", _joint_best(lens, prompt, place, k))
+    return View(f"Best tokens of layers {where}", _iterative_best(lens, prompt, place, k))
+
+
+def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
+    """What a notebook shows of a lens: the first prompt's last positions, orders 0 and highest, the largest components."""
+    prompt = int(lens.valid.any(1).nonzero()[0, 0])
+    places = places_of(lens, prompt, None, most=SHOWN_POSITIONS)
+    if isinstance(lens, JointJetLens):
+        positions = [lens.positions[place] for place in places]
+        view = lens_table(lens, prompt=prompt, positions=positions, top=SHOWN_COMPONENTS)
+        return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
+    kinds = sorted({lens.orders[0], lens.orders[-1]})
+    tables = [_iterative_table(lens, lens.orders.index(order), "kl", prompt, places) for order in kinds]
+    return View(repr(lens), "".join(f"<p>{text(view.title)}</p>{view.html}" for view in tables))
+
+
+def closeness(measure: str, value: float) -> float:
+    """How close to the model a measure says a cell is, in 0..1: the strength of its color."""
+    if measure == "kl":
+        return 1 - math.sqrt(min(max(value, 0.0), FAR) / FAR)
+    return 1 - min(value, 1.0) if measure == "remainder_norm" else max(value, 0.0)
+
+
+def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place: int, names: dict[int, str]) -> str:
+    """All numbers of one cell, a line each."""
+    at = (layer, order, prompt, place)
+    lines = [f"{lens.labels[layer]}, order {lens.orders[order]}, position {lens.positions[place]}"]
+    for token_id, full, own in zip(
+        *(values[at].tolist() for values in (lens.top_ids, lens.full_values, lens.own_values)), strict=True
+    ):
+        part = f", own part {precise(own)}" if lens.orders[order] else ""
+        lines.append(f"{visible(names[token_id])}  logit {precise(full)}{part}")
+    for name, values in [] if lens.measures is None else lens.measures.items():
+        control = "" if lens.control is None else f" (control {precise(float(getattr(lens.control, name)[at]))})"
+        lines.append(f"{MEASURE_NAMES[name]} {precise(float(values[at]))}{control}")
+    lines.append(f"alpha {precise(float(lens.alpha[at]))}, beta {precise(float(lens.beta[at]))}")
+    if lens.orders[order]:
+        lines.append(f"borrowed share {precise(float(lens.borrowed_share[at]))}")
+    rho = float(lens.rho[layer, prompt, place])
+    if not math.isnan(rho):
+        lines.append(f"rho {precise(rho)}{': the series diverges' if rho >= 1 else ''}")
+    return "\n".join(lines)
+
+
+def order_index(lens: IterativeJetLens, order: int | None) -> int:
+    """Index of an order along the order axis; None is the highest."""
+    wanted = lens.orders[-1] if order is None else order
+    if wanted not in lens.orders:
+        raise ValueError(
+            f"order must be one of {lens.orders}, those of the lens; got {order}. Run it with a higher order."
+        )
+    return lens.orders.index(wanted)
+
+
+def answer(shown: str, borrowed: bool) -> str:
+    """A best token: bold, or in square brackets where it is borrowed."""
+    return f'<span class="borrowed">[{token(shown)}]</span>' if borrowed else f"<b>{token(shown)}</b>"
+
+
+def _order_name(lens: IterativeJetLens, index: int) -> str:
+    if lens.linearize == "detached":
+        return "detached"
+    return "order 0 (the logit lens)" if lens.orders[index] == 0 else f"order {lens.orders[index]}"
+
+
+def _iterative_table(lens: IterativeJetLens, k: int, measure: str, prompt: int, places: list[int]) -> View:
+    names = token_names(lens.tokenizer, [lens.top_ids[:, k, prompt], lens.tokens, lens.model_top_ids])
+    borrowed = None if lens.own_top_ids is None else lens.borrowed[:, k, prompt].tolist()
+    rows = []
+    for i, label in enumerate(lens.labels):
+        cells = [row_head(text(label))]
+        for p in places:
+            inner = answer(names[int(lens.top_ids[i, k, prompt, p, 0])], borrowed is not None and borrowed[i][p])
+            color = ""
+            if lens.measures is not None:
+                value = float(getattr(lens.measures, measure)[i, k, prompt, p])
+                color = rising(closeness(measure, value))
+                beside = lens.control
+                control = "" if beside is None else f" ({number(float(getattr(beside, measure)[i, k, prompt, p]))})"
+                inner += f"<small>{number(value)}{control}</small>"
+            cells.append(cell(inner, color, hover=describe(lens, i, k, prompt, p, names)))
+        rows.append(cells)
+    rows.append([row_head("model"), *(cell(answer(names[int(lens.model_top_ids[prompt, p])], False)) for p in places)])
+    scale = "" if lens.center_scale == "none" else f", center_scale={lens.center_scale}"
+    title = f"Iterative jet lens, {_order_name(lens, k)}{scale}{of_prompts(lens, prompt)}"
+    return View(
+        title, table(_read_heads(lens, prompt, places, names, "layer"), rows, caption=_legend(lens, k, measure))
+    )
+
+
+def _legend(lens: IterativeJetLens, k: int, measure: str) -> str:
+    if lens.measures is None:
+        return "The best token of every layer. Run the lens with measures=True and a seed for its measures and their controls."
+    parts = [f"Under each token its {MEASURE_NAMES[measure]}; bluer is closer to the model."]
+    if lens.control is None:
+        parts.append("No control: run the lens with a seed.")
+    else:
+        parts.append(
+            "In (round) brackets that of a random center of equal length and angle, which knows nothing of the layer."
+        )
+    if lens.orders[k]:
+        parts.append("[Square] brackets: borrowed from the model's own final stream.")
+    return " ".join(parts)
+
+
+def _read_heads(
+    lens: IterativeJetLens | JointJetLens, prompt: int, places: list[int], names: dict[int, str], first: str
+) -> list[str]:
+    read = [names[int(lens.tokens[prompt, p])] for p in places]
+    return [first, *(f"{token(name)}<small>{lens.positions[p]}</small>" for name, p in zip(read, places, strict=True))]
+
+
+def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | None) -> View:
+    if top is not None and top < 1:
+        raise ValueError(f"top must be 1 or more, or None for all components; got {top}.")
+    weights = lens.weights[:, prompt, places]
+    # In the order of the network, whichever are the largest.
+    chosen = sorted(weights.mean(1).argsort(descending=True, stable=True)[:top].tolist())
+    found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
+    names = token_names(lens.tokenizer, [found.indices, lens.tokens, lens.top_ids[..., 0], lens.model_top_ids])
+    values, ids = found.values[..., 0].tolist(), found.indices[..., 0].tolist()
+    scale = largest(value for row in values for value in row)
+    rows = []
+    for row, i in enumerate(chosen):
+        label, mean = lens.labels[i], float(weights[i].mean())
+        cells = [row_head(f"{text(label)}<small>{number(mean)}</small>", "weight, mean of the columns")]
+        for value, best, weight, p in zip(values[row], ids[row], weights[i].tolist(), places, strict=True):
+            hover = (
+                f"{label}, position {lens.positions[p]}\n{visible(names[best])}  contribution {precise(value)}\n"
+                f"weight {precise(weight)}, alpha {precise(float(lens.alpha[i, prompt, p]))}, beta "
+                f"{precise(float(lens.beta[i, prompt, p]))}, rho {precise(float(lens.rho[i, prompt, p]))}"
+            )
+            shown = f"{token(names[best])}<small>{number(value)}</small>"
+            cells.append(cell(shown, diverging(value, scale), hover=hover))
+        rows.append(cells)
+    total = [row_head("sum")]
+    for p in places:
+        kl, control, uniform = (float(m.kl[prompt, p]) for m in (lens.measures, lens.control, lens.uniform))
+        hover = f"KL {precise(kl)}, control {precise(control)}, uniform weights {precise(uniform)} (nats)"
+        shown = answer(names[int(lens.top_ids[prompt, p, 0])], bool(lens.borrowed[prompt, p]))
+        total.append(cell(f"{shown}<small>{number(kl)} ({number(control)})</small>", hover=hover))
+    rows.append(total)
+    rows.append([row_head("model"), *(cell(answer(names[int(lens.model_top_ids[prompt, p])], False)) for p in places)])
+    caption = (
+        "Each component's own best token; under it, and as color, what the component adds to its logit beyond the mean of the "
+        "vocabulary (weights included). Under the component its mean weight. Under the sum its KL to the model in nats, in "
+        "(round) brackets that of random components."
+    )
+    kind = "detached" if lens.linearize == "detached" else f"order {lens.order}, {lens.objective} weights"
+    if len(chosen) < len(lens.labels):
+        kind += f", the {len(chosen)} largest weights of {len(lens.labels)}"
+    heads = _read_heads(lens, prompt, places, names, "component")
+    return View(f"Joint jet lens, {kind}{of_prompts(lens, prompt)}", table(heads, rows, caption=caption))
+
+
+def _iterative_best(lens: IterativeJetLens, prompt: int, place: int, k: int) -> str:
+    ids = lens.top_ids[:, :, prompt, place, :k]
+    names = token_names(lens.tokenizer, [lens.top_ids[:, :, prompt, place]])
+    borrowed = None if lens.own_top_ids is None else lens.borrowed[:, :, prompt, place].tolist()
+    rows = []
+    for i, label in enumerate(lens.labels):
+        cells = [row_head(text(label))]
+        for o, order in enumerate(lens.orders):
+            values = lens.full_values[i, o, prompt, place, :k].tolist()
+            shown = [
+                f"{answer(names[best], order > 0 and borrowed is not None and borrowed[i][o]) if j == 0 else token(names[best])} "
+                f"{number(value)}"
+                for j, (best, value) in enumerate(zip(ids[i, o].tolist(), values, strict=True))
+            ]
+            color, below = "", ""
+            if lens.measures is not None:
+                kl = float(lens.measures.kl[i, o, prompt, place])
+                control = "" if lens.control is None else f" ({number(float(lens.control.kl[i, o, prompt, place]))})"
+                color, below = rising(closeness("kl", kl)), f"<small>KL {number(kl)}{control}</small>"
+            hover = describe(lens, i, o, prompt, place, names)
+            cells.append(cell("<br>".join(shown) + below, color, hover=hover))
+        rows.append(cells)
+    heads = ["layer", *(_order_name(lens, o) for o in range(len(lens.orders)))]
+    return table(heads, rows, caption="Tokens with their additive logits. " + _legend(lens, len(lens.orders) - 1, "kl"))
+
+
+def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
+    found = lens.contributions(k, prompt=prompt, places=[place])
+    names = token_names(lens.tokenizer, [found.indices, lens.top_ids[prompt, place]])
+    values, ids = found.values[:, 0], found.indices[:, 0]
+    scale = largest(values.flatten().tolist())
+    rows = []
+    for i, label in enumerate(lens.labels):
+        cells = [row_head(text(label)), cell(number(float(lens.weights[i, prompt, place])))]
+        pairs = zip(ids[i].tolist(), values[i].tolist(), strict=True)
+        cells += [
+            cell(
+                f"{token(names[best])} {number(value)}", diverging(value, scale), hover=f"contribution {precise(value)}"
+            )
+            for best, value in pairs
+        ]
+        rows.append(cells)
+    best = [
+        cell(answer(names[token_id], j == 0 and bool(lens.borrowed[prompt, place])))
+        for j, token_id in enumerate(lens.top_ids[prompt, place, :k].tolist())
+    ]
+    rows.append([row_head("sum"), cell(number(float(lens.weights[:, prompt, place].sum()))), *best])
+    heads = ["component", "weight", *(str(j + 1) for j in range(k))]
+    return table(
+        heads, rows, caption="Tokens with what the component adds to their logits beyond the mean of the vocabulary."
+    )

@@ -1,0 +1,53 @@
+"""What views call things, and which positions and tokens of a result they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tl_jets.measures import MEASURES
+
+MEASURE_NAMES = {
+    "remainder_norm": "remainder",
+    "cosine": "cosine",
+    "centered_cosine": "centered cosine",
+    "kl": "KL (nats)",
+    "top1_agreement": "top-1",
+}
+
+
+def check_measure(measure: str, known: Sequence[str] = MEASURES) -> None:
+    """Raise ValueError unless there is such a measure."""
+    if measure not in known:
+        raise ValueError(f"measure must be one of {tuple(known)}; got {measure!r}.")
+
+
+def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: int | None = None) -> list[int]:
+    """Indices along a result's pos axis, real tokens only: those of `positions` (as the result names them), or all.
+
+    Args:
+        result: With `positions`, `tokens` and `valid`.
+        prompt: Index of the prompt.
+        positions: Positions in the padded row; None for all.
+        most: The last so many.
+
+    Raises:
+        ValueError: There is no such prompt or position, or all of them are padding.
+    """
+    n_prompts = len(result.tokens)
+    if not 0 <= prompt < n_prompts:
+        raise ValueError(f"prompt must lie in 0..{n_prompts - 1}, the prompts of the result; got {prompt}.")
+    wanted = list(result.positions) if positions is None else list(positions)
+    unknown = [position for position in wanted if position not in result.positions]
+    if unknown:
+        raise ValueError(f"positions must be among those of the result, {list(result.positions)}; got {unknown}.")
+    valid = result.valid[prompt].tolist()
+    places = [place for place in map(list(result.positions).index, wanted) if valid[place]]
+    if not places:
+        raise ValueError(f"positions must hold a real token; those of prompt {prompt} are padding. Choose others.")
+    return places if most is None else places[-most:]
+
+
+def of_prompts(result: Any, prompt: int) -> str:
+    """`, prompt 2 of 3`, where there are several."""
+    return f", prompt {prompt + 1} of {len(result.tokens)}" if len(result.tokens) > 1 else ""

@@ -1,0 +1,224 @@
+"""The prompt's tokens, colored: by layer what a lens says there, by path what it gives, by position what it contributes.
+
+A strip of tokens a row; under each token its number, and as color the same around zero (orange above, blue below) or as
+closeness to the model (bluer is closer). A pointer brings up the rest. Nothing runs the model but `detached_tokens`, which
+makes the map's contributions if they were not asked for yet.
+
+Example:
+    >>> import tl_jets as tj
+    >>> lens = tj.iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and", order=1)
+    >>> lens_tokens(lens, measure="centered_cosine").title
+    'Iterative jet lens by token: centered cosine, order 1'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tl_jets.detached import DetachedJacobian
+from tl_jets.expansion.path_cache import PathCache
+from tl_jets.expansion.path_statistics import MEASURES as PATH_MEASURES
+from tl_jets.expansion.path_statistics import PathStatistics
+from tl_jets.lenses import IterativeJetLens
+from tl_jets.markup import cell, diverging, largest, number, precise, rising, row_head, table, text, token
+from tl_jets.notebook import View
+from tl_jets.tokens import decode, token_names, visible
+from tl_jets.views.lens_tables import closeness, describe, order_index
+from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+
+Contribution = Literal["share", "norm"]
+_SIGNS = "Orange is above zero, blue below. "
+
+
+def lens_tokens(
+    lens: IterativeJetLens,
+    *,
+    measure: str = "kl",
+    order: int | None = None,
+    prompt: int = 0,
+    positions: Sequence[int] | None = None,
+) -> View:
+    """The prompt's tokens, a strip a layer, colored by how close the layer is to the model there.
+
+    Args:
+        lens: A lens run with measures.
+        measure: Which one: `"kl"` (nats), `"cosine"`, `"centered_cosine"`, `"remainder_norm"` or `"top1_agreement"`.
+        order: None for the lens' highest.
+        prompt: Index of the prompt.
+        positions: Positions in the padded row, among those of the lens; None for all real ones.
+
+    Returns:
+        A `View`; under each token the measure, in (round) brackets that of the random center, if the lens has one.
+
+    Raises:
+        ValueError: The lens has no measures, or there is no such measure, order, prompt or position.
+
+    Cost:
+        None.
+
+    Example:
+        See the module.
+    """
+    check_measure(measure)
+    if lens.measures is None:
+        raise ValueError("Tokens are colored by a measure; this lens was run without. Run it with measures=True.")
+    places, k = places_of(lens, prompt, positions), order_index(lens, order)
+    names = token_names(lens.tokenizer, [lens.tokens, lens.top_ids[:, k, prompt]])
+    rows = []
+    for i, label in enumerate(lens.labels):
+        chips = []
+        for p in places:
+            value = float(getattr(lens.measures, measure)[i, k, prompt, p])
+            below = number(value)
+            if lens.control is not None:
+                below += f" ({number(float(getattr(lens.control, measure)[i, k, prompt, p]))})"
+            hover = describe(lens, i, k, prompt, p, names)
+            chips.append(_chip(names[int(lens.tokens[prompt, p])], below, rising(closeness(measure, value)), hover))
+        rows.append([row_head(text(label)), _strip(chips)])
+    control = (
+        "No control: run the lens with a seed." if lens.control is None else "In (round) brackets: a random center."
+    )
+    title = f"Iterative jet lens by token: {MEASURE_NAMES[measure]}, order {lens.orders[k]}{of_prompts(lens, prompt)}"
+    caption = f"What is read after each token, a layer a row; bluer is closer to the model. {control}"
+    return View(title, table(["layer", "tokens"], rows, caption=caption))
+
+
+def path_tokens(
+    paths: PathStatistics | PathCache,
+    *,
+    measure: str = "effect",
+    top: int | None = 12,
+    prompt: int = 0,
+    positions: Sequence[int] | None = None,
+) -> View:
+    """The prompt's tokens, a strip a path (or a part by length, component or source), colored by what it gives there.
+
+    Args:
+        paths: `PathStatistics` of any kind, or a whole `PathCache`, whose statistics by path are taken (a product with the
+            unembedding).
+        measure: `"effect"` (on the logit of the first target, beyond the mean of the vocabulary), `"share"`, `"norm"` or
+            `"cosine"`.
+        top: The parts with the largest sizes of the measure, averaged over what is shown; None for all in their order.
+        prompt: Index of the prompt.
+        positions: Positions in the padded row, among those of the result; None for all real ones.
+
+    Returns:
+        A `View`; colors are around zero, orange above and blue below, on one scale.
+
+    Raises:
+        ValueError: There is no such measure, prompt or position, or top is below 1.
+
+    Cost:
+        None for statistics.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> path_tokens(tj.path_sums(tj.load_tinydocs(), "is available on"), top=3).title
+        'Paths by component: effect on <answer>, the 3 largest of 8'
+    """
+    statistics = paths.statistics() if isinstance(paths, PathCache) else paths
+    check_measure(measure, PATH_MEASURES)
+    if top is not None and top < 1:
+        raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
+    places = places_of(statistics, prompt, positions)
+    values = getattr(statistics, measure)[:, prompt, places].double()
+    chosen: list[int] = list(range(len(statistics.labels)))
+    if top is not None and top < len(chosen):
+        chosen = values.abs().nanmean(1).argsort(descending=True, stable=True)[:top].tolist()
+    names = token_names(statistics.tokenizer, [statistics.tokens, statistics.top_ids, statistics.target_ids])
+    scale = largest(value for i in chosen for value in values[i].tolist())
+    rows = []
+    for i in chosen:
+        chips = []
+        for value, p in zip(values[i].tolist(), places, strict=True):
+            at = (i, prompt, p)
+            lines = [f"{statistics.labels[i]}, position {statistics.positions[p]}"]
+            lines += [f"{name} {precise(float(getattr(statistics, name)[at]))}" for name in ("norm", "cosine", "share")]
+            targets = zip(statistics.target_ids[prompt, p].tolist(), statistics.effects[at].tolist(), strict=True)
+            lines += [f"effect on {visible(names[target])} {precise(effect)}" for target, effect in targets]
+            lines.append(f"best token {visible(names[int(statistics.top_ids[at])])}")
+            read = names[int(statistics.tokens[prompt, p])]
+            chips.append(_chip(read, _shown(measure, value), _color(measure, value, scale), "\n".join(lines)))
+        rows.append([row_head(text(statistics.labels[i])), _strip(chips)])
+    what = f"effect on {statistics.target_names[0]}" if measure == "effect" else measure
+    some = "" if len(chosen) == len(statistics.labels) else f", the {len(chosen)} largest of {len(statistics.labels):,}"
+    title = f"Paths by {statistics.by}: {what}{some}{of_prompts(statistics, prompt)}"
+    signs = "" if measure == "norm" else _SIGNS
+    caption = f"What each {statistics.by} gives after each token. {signs}Full color is {number(scale)}."
+    return View(title, table([statistics.by, "tokens"], rows, caption=caption))
+
+
+def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", prompt: int = 0, k: int = 3) -> View:
+    """The prompt's tokens, a strip an output position, colored by what each contributes to it in the detached map.
+
+    Args:
+        jacobian: A detached map.
+        by: `"share"`, the projection of J_t e_t on the output over the output's squared length (with the bias the shares sum to
+            1), or `"norm"`, its length.
+        prompt: Index of the prompt.
+        k: How many tokens that a contribution raises most a pointer brings up.
+
+    Returns:
+        A `View`; the last chip of a strip is the bias.
+
+    Raises:
+        ValueError: There is no such kind of contribution, or no such prompt.
+
+    Cost:
+        Two backward passes a position, once (`DetachedJacobian.contributions`).
+
+    Example:
+        >>> import tl_jets as tj
+        >>> detached_tokens(tj.detached_jacobian(tj.load_tinydocs(), "is available on")).title
+        'Detached map embed > final_post: share of each token'
+    """
+    if by not in ("share", "norm"):
+        raise ValueError(f"by must be 'share' or 'norm'; got {by!r}.")
+    if not 0 <= prompt < len(jacobian.tokens):
+        raise ValueError(f"prompt must lie in 0..{len(jacobian.tokens) - 1}, the prompts of the map; got {prompt}.")
+    frame: Any = jacobian.to_dataframe(k=k)
+    frame = frame[frame["batch"] == prompt]
+    scale = largest(frame[by])
+    tokenizer = jacobian.trace.network.tokenizer
+    rows = []
+    for out_pos, group in frame.groupby("out_pos", sort=False):
+        chips = []
+        for row in group.itertuples(index=False):
+            value, bias = getattr(row, by), row.top_tokens is None
+            lines = [
+                "bias" if bias else f"position {int(row.pos)}",
+                f"share {precise(row.share)}, norm {precise(row.norm)}",
+            ]
+            if not bias:
+                raised = [visible(str(each)) for each in row.top_tokens]
+                lines.append(f"raises {' '.join(raised)}")
+            name = "bias" if bias else row.token
+            chips.append(_chip(name, _shown(by, value), _color(by, value, scale), "\n".join(lines)))
+        read = jacobian.tokens[prompt, out_pos]
+        shown = str(int(read)) if tokenizer is None else decode(tokenizer, read[None])[0]
+        rows.append([row_head(f"{token(shown)}<small>{out_pos}</small>"), _strip(chips)])
+    what = f"shares, which sum to 1 with the bias. {_SIGNS}" if by == "share" else "lengths of the contributions. "
+    caption = f"What each input token gives to the output at a position: {what}Full color is {number(scale)}."
+    title = f"Detached map {jacobian.wrt} > {jacobian.output}: {by} of each token{of_prompts(jacobian, prompt)}"
+    return View(title, table(["output at", "input tokens"], rows, caption=caption))
+
+
+def _chip(name: str, below: str, color: str, hover: str) -> str:
+    """One token with its number under it."""
+    colored = color.replace('class="', 'class="chip ') if color else ' class="chip"'
+    return cell(f"{token(name)}<small>{text(below)}</small>", colored, hover=hover, tag="span")
+
+
+def _strip(chips: list[str]) -> str:
+    return f'<td><div class="chips">{"".join(chips)}</div></td>'
+
+
+def _shown(measure: str, value: float) -> str:
+    """A number with its sign, unless it is a length."""
+    shown = number(value)
+    return f"+{shown}" if measure != "norm" and value > 1e-6 else shown
+
+
+def _color(measure: str, value: float, scale: float) -> str:
+    return rising(value / scale) if measure == "norm" else diverging(value, scale)
