@@ -1,20 +1,28 @@
-"""The command line: what it prints for a real model, and one line on standard error for everything it refuses."""
+"""The command line: `tl-jets lens`, and what all commands share: files, errors, exit statuses, hostile tokens, help."""
 
 from __future__ import annotations
 
+import argparse
 import html
+import inspect
 import json
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import zoo
+from commands import numbers, share_models, tinydocs
 
 import tl_jets
-import tl_jets.cli as cli
-from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens
+from tl_jets import ResidualNetwork, cli, iterative_jet_lens, joint_jet_lens
+from tl_jets.cli import session
+from tl_jets.cli.arguments import EMBEDDED_PROMPT
+from tl_jets.cli.output import plain
 from tl_jets.tokens import token_text, visible
 from tl_jets.views import lens_data, lens_page
 
@@ -27,8 +35,7 @@ pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not 
 @pytest.fixture
 def stories(monkeypatch):
     """The command's loader, with the model loaded once for all tests."""
-    load = cli.load_model
-    monkeypatch.setattr(cli, "load_model", lambda name: zoo.load_stories("bridge") if name == "stories" else load(name))
+    share_models(monkeypatch)
     return zoo.load_stories("bridge")
 
 
@@ -127,13 +134,19 @@ REFUSED = [
     (["--model", "no-such-model"], "cannot load model 'no-such-model': it is no local directory, and the hub"),
     (["--prompt", ""], "the prompt must not be empty"),
     (["--prompt", "a dog " * 600], "must fit the context of 512 tokens"),
-    (["--order", "-1"], "an order must be 0 or more; got -1"),
-    (["--joint-order", "-2"], "an order must be 0 or more; got -2"),
     (["--position", "99"], r"--position must lie in -\d+\.\.\d+ for this prompt; got 99"),
-    (["--top-k", "0"], "--top-k must be 1 or more; got 0"),
     (["--top-k", "513"], "between 1 and d_vocab = 512, got 513"),
     (["--html", "/nowhere/page.html"], "cannot write '/nowhere/page.html': there is no directory '/nowhere'"),
     (["--json", "/"], "cannot write '/': it is a directory"),
+    (["--json", "-", "--html", "-"], "each output needs a file of its own; got '-' more than once"),
+    (
+        ["--json", "/tmp/a", "--html", "/tmp/../tmp/a"],
+        "each output needs a file of its own; got '/tmp/.*a' more than once",
+    ),
+    (["--prompt", "a \udcff"], "the prompt must be UTF-8; got bytes that are not at character 2"),
+    (["--linearize", "detached", "--order", "1"], "Detached terms take no order above 0"),
+    (["--layers", "17"], "layers must be 0..5 or stream labels"),
+    (["--target", "tiger lily"], "no single token reads 'tiger·lily'"),
 ]
 
 
@@ -152,7 +165,13 @@ def test_bad_input_is_one_line_and_status_2(capsys, options, message):
     ("arguments", "message"),
     [
         (["read"], "invalid choice: 'read'"),
-        (["lens", "--model", "x", "--prompt", "y", "--order", "one"], "--order: invalid int value: 'one'"),
+        (["lens", "--order", "one"], "--order: must be a whole number, 0 or more; got 'one'"),
+        (["lens", "--order", "-1"], "--order: must be a whole number, 0 or more; got '-1'"),
+        (["lens", "--joint-order", "-2"], "--joint-order: must be a whole number, 0 or more; got '-2'"),
+        (["lens", "--top-k", "0"], "--top-k: must be a whole number, 1 or more; got '0'"),
+        (["paths", "--layers", "3"], "unrecognized arguments: --layers 3 (see tl-jets paths --help)"),
+        (["ngrams", "--prompt", "a"], "unrecognized arguments: --prompt a (see tl-jets ngrams --help)"),
+        (["jacobian", "--pos", "1"], "unrecognized arguments: --pos 1"),
         (["lens", "--model", "x", "--prompt", "y", "--center-scale", "half"], "invalid choice: 'half'"),
     ],
 )
@@ -221,4 +240,257 @@ def test_without_arguments_it_reads_the_embedded_model(tmp_path):
     values = [[float(x) for word in text for x in re.findall(r"\d+\.\d+", word)] for text in (found, shown)]
     assert len(values[0]) > 30 and values[0] == pytest.approx(values[1], rel=0.02, abs=0.011)
     assert done.stderr == ""
-    assert cli.EMBEDDED_PROMPT in done.stdout and "3_block_out" in done.stdout
+    assert EMBEDDED_PROMPT in done.stdout and "3_block_out" in done.stdout
+
+
+# Lenses that are not the paper's
+
+
+def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories):
+    lines = run(capsys, monkeypatch, "--linearize", "detached", "--granularity", "sublayer")
+    net = ResidualNetwork(stories, "sublayer")
+    trace = net.trace(PROMPT)
+    lens, joint = (f(net, trace, linearize="detached", top_k=3) for f in (iterative_jet_lens, joint_jet_lens))
+    for i, label in enumerate(lens.labels):
+        _, scores = row(lines, label, "Iterative jet lens")
+        assert scores.split()[0] == "-"
+        if min(lens.kl[i, 0, 0, -1], lens.control.kl[i, 0, 0, -1]) > 0.006:
+            assert f"{number(float(lens.kl[i, 0, 0, -1]))} ({number(float(lens.control.kl[i, 0, 0, -1]))})" in scores
+    # Effects are the sizes that the sums of paths have with no write after: they sum to the model's own centered logit.
+    logits = stories(PROMPT)[0, -1].double()
+    answer = int(logits.argmax())
+    data = numbers(capsys, "lens", "--model", "stories", "--prompt", PROMPT, "--linearize", "detached",
+                   "--granularity", "sublayer")  # fmt: skip
+    effects = data["joint"]["effect"]
+    assert list(effects) == joint.labels and data["iterative"]["linearize"] == "detached"
+    assert sum(effects.values()) == pytest.approx((logits[answer] - logits.mean()).item(), rel=1e-4)
+    for label in joint.labels[:-1]:
+        assert float(row(lines, label, "Joint jet lens")[0].split()[1]) == pytest.approx(
+            effects[label], rel=0.05, abs=6e-3
+        )
+    assert effects["ln_final_bias"] == 0 and not any("ln_final_bias" in line for line in lines)
+    assert all(value is None for layer in data["iterative"]["rho"] for value in layer[0])
+    legend = "\n".join(lines[lines.index("How to read this") :])
+    assert "rho is a dash" in legend and "[token]" not in legend
+
+
+def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):
+    options = ("--target", "was", "--target", "id:300", "--order", "1", "--layers", "-1", "--layers", "3_mid")
+    lines = run(capsys, monkeypatch, *options)
+    ids = [stories.tokenizer("was", add_special_tokens=False)["input_ids"][0], 300]
+    lens = iterative_jet_lens(stories, PROMPT, order=1, layers=[-1, "3_mid"], targets=ids)
+    assert lens.labels == ["final_post", "3_mid"]
+    for i, label in enumerate(lens.labels):
+        found = re.findall(r"([\d,]+) \(([-+][\d.e-]+)\)", row(lines, label, "Targets")[0])
+        expected = [(t, k) for t in range(2) for k in range(2)]
+        assert [int(rank.replace(",", "")) for rank, _ in found] == [
+            int(lens.target_ranks[i, k, 0, -1, t]) + 1 for t, k in expected
+        ]
+        assert [float(logit) for _, logit in found] == pytest.approx(
+            [float(lens.target_logits[i, k, 0, -1, t]) for t, k in expected], rel=0.05, abs=6e-3
+        )
+    asked = ("lens", "--model", "stories", "--prompt", PROMPT, *options)
+    data = numbers(capsys, *asked)["iterative"]
+    assert [target["id"] for target in data["targets"]] == ids
+    assert data["target_ranks"] == plain(lens.target_ranks) and data["labels"] == lens.labels
+
+
+def test_uniform_weights_without_embeddings(capsys, monkeypatch, stories):
+    lines = run(capsys, monkeypatch, "--weights", "uniform", "--no-embeddings", "--seed", "3")
+    joint = joint_jet_lens(stories, PROMPT, weights="uniform", embeddings=False, seed=3)
+    assert not any(line.startswith("embed") for line in lines)
+    assert {row(lines, label, "Joint")[0].split()[1] for label in joint.labels} == {"0.200"}
+    kl, control = float(joint.kl[0, -1]), float(joint.control.kl[0, -1])
+    assert f"KL {number(kl)} ({number(control)})" in row(lines, "sum", "Joint")[1]
+
+
+# Files and standard output
+
+
+def test_a_dash_is_standard_output_and_nothing_else_stands_there(capsys, stories):
+    asked = ("lens", "--model", "stories", "--prompt", PROMPT)
+    assert numbers(capsys, *asked)["model"] == "stories"
+    page = commands.run(capsys, *asked, "--html", "-")
+    assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
+    assert commands.run(capsys, *asked, "--svg", "-").startswith("<svg")
+
+
+def test_what_is_no_number_is_null():
+    assert plain({"a": [float("nan"), 1.5, (float("inf"), 2)], 3: "x"}) == {"a": [None, 1.5, [None, 2]], "3": "x"}
+
+
+def test_files_are_written_before_tables(capsys, monkeypatch, tmp_path, stories):
+    """A reader that goes away after the first lines has its file all the same."""
+    file = tmp_path / "lens.json"
+
+    def broken(*parts):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("tl_jets.cli.output.Terminal.print", broken)
+    status = cli.main(["lens", "--model", "stories", "--prompt", PROMPT, "--json", str(file)])
+    assert status == 141 and capsys.readouterr().err == ""
+    assert json.loads(file.read_text())["model"] == "stories"
+
+
+# Exit statuses
+
+
+def test_an_unexpected_error_is_one_line_and_status_1(capsys, monkeypatch, stories):
+    def fails(*arguments, **options):
+        raise RuntimeError("the machine\nis on fire")
+
+    monkeypatch.setattr("tl_jets.cli.jacobian.detached_jacobian", fails)
+    asked = ["jacobian", "--model", "stories", "--prompt", PROMPT]
+    error = commands.run(capsys, *asked, status=1)
+    assert error == "tl-jets: unexpected RuntimeError: the machine is on fire (--traceback shows where)\n"
+    with pytest.raises(RuntimeError):
+        cli.main([*asked, "--traceback"])
+
+
+def test_an_interrupt_is_status_130(capsys, monkeypatch, stories):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_jets.cli.lens.iterative_jet_lens", interrupted)
+    assert commands.run(capsys, "lens", "--model", "stories", "--prompt", "a", status=130) == "tl-jets: interrupted\n"
+
+
+def test_the_process_dies_quietly_of_a_closed_pipe_and_of_an_interrupt():
+    command = [sys.executable, "-m", "tl_jets", "lens", "--model", str(zoo.STORIES), "--prompt", "The dog"]
+    closed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    closed.stdout.close()
+    assert (closed.wait(timeout=300), closed.stderr.read()) == (141, b"")
+    lasting = (
+        "import sys, time; from tl_jets import cli; "
+        "cli.lens.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(cli.main([]))"
+    )
+    begun = subprocess.Popen([sys.executable, "-c", lasting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert begun.stdout.readline() == "begun\n"
+    begun.send_signal(signal.SIGINT)
+    out, error = begun.communicate(timeout=100)
+    assert (begun.returncode, out, error) == (130, "", "tl-jets: interrupted\n")
+
+
+# Tokens, as they are given and as they are shown
+
+
+# Every token is an attack on a terminal or on a page.
+HOSTILE = (
+    "[bold]x[/bold]",
+    "\x1b[31m",
+    "</script><script>alert(1)</script>",
+    "\u202eevil",
+    ":smile:",
+    "\r\n",
+    "'\"",
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lens", "--target", "id:1"],
+        ["lens", "--linearize", "detached"],
+        ["paths", "--ablate", "--target", "id:3"],
+        ["ngrams"],
+        ["ngrams", "--token", "id:2", "--path", "direct"],
+        ["ngrams", "--trigrams", "0", "--head", "0"],
+        ["jacobian", "--target", "id:4"],
+    ],
+    ids=" ".join,
+)
+def test_no_token_is_markup_or_moves_the_cursor(capsys, monkeypatch, tmp_path, arguments):
+    share_models(monkeypatch)
+    decode = lambda ids, **options: "".join(HOSTILE[int(i) % len(HOSTILE)] for i in ids)  # noqa: E731
+    monkeypatch.setattr(tinydocs().tokenizer, "decode", decode)
+    page = tmp_path / "page.html"
+    text = commands.run(capsys, *arguments, "--html", str(page))
+    assert all(char == "\n" or char.isprintable() for char in text)
+    assert any(shown in text for shown in ("[bold]x[/bold]", "\\x1b[31m", ":smile:", "\\u202eevil"))
+    written = page.read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", written) and "<script>alert" not in written
+
+
+def test_a_prompt_moves_no_cursor(capsys, stories):
+    text = commands.run(capsys, "lens", "--model", "stories", "--prompt", "a \x1b[31m [red]\n\u202e :smile:")
+    assert r"prompt  a \x1b[31m [red]\n\u202e :smile:" in text
+
+
+def test_tokens_are_found_as_they_are_shown(stories):
+    for model in (stories, tinydocs()):
+        network = ResidualNetwork(model)
+        texts = [token_text(model.tokenizer, i) for i in range(network.decoder.d_vocab)]
+        for token in range(0, len(texts), 41):
+            if texts.count(texts[token]) > 1:
+                with pytest.raises(session.UsageError, match="tokens read"):
+                    session.read_token(network, texts[token])
+            elif texts[token]:
+                found = session.read_token(network, visible(texts[token]))
+                assert texts[found] in (texts[token], visible(texts[token])), texts[token]
+                assert session.read_token(network, texts[token]) == token
+
+
+def test_a_text_is_looked_for_as_it_is_first():
+    network = ResidualNetwork(tinydocs())
+    texts = [token_text(network.tokenizer, i) for i in range(network.decoder.d_vocab)]
+    both = next(text for text in texts if text.isalpha() and f" {text}" in texts)
+    alone = next(text[1:] for text in texts if text[:1] == " " and text[1:].isalpha() and text[1:] not in texts)
+    assert texts[session.read_token(network, both)] == both
+    assert texts[session.read_token(network, f" {both}")] == f" {both}"
+    assert texts[session.read_token(network, alone)] == f" {alone}"
+
+
+# Help
+
+
+COMMANDS = {name: parser for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
+            for name, parser in action.choices.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name):
+    parser, text = COMMANDS[name], COMMANDS[name].format_help()
+    assert "what the numbers mean:" in text and re.search("control", text)
+    for action in parser._actions:
+        assert action.help
+        for option in action.option_strings:
+            assert re.search(rf"^  (-h, )?{option}\b", text, re.MULTILINE), option
+        if action.default not in (None, argparse.SUPPRESS) and action.nargs != 0:
+            assert f"(default: {action.default})" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_the_help_are_commands(name):
+    examples = re.findall(r"^  (tl-jets .*)$", COMMANDS[name].epilog, re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        words = shlex.split(example.split(" | ")[0], comments=True)
+        assert words[1] == name
+        assert cli.parser().parse_args(words[1:]).command == name
+
+
+@pytest.mark.parametrize(
+    ("name", "functions", "own"),
+    [
+        ("lens", (iterative_jet_lens, joint_jet_lens), {"joint_order", "no_embeddings"}),
+        ("paths", (tl_jets.exponential_expansion, ResidualNetwork), {"ablate", "no_components", "seed"}),
+        ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores"}),
+        ("jacobian", (tl_jets.detached_jacobian,), {"targets", "svd", "top_k", "seed"}),
+    ],
+)
+def test_options_are_called_as_the_arguments_of_the_functions(name, functions, own):
+    known = {parameter for function in functions for parameter in inspect.signature(function).parameters}
+    singular = {"target": "targets", "position": "positions"}
+    given = {action.dest for action in COMMANDS[name]._actions} - {"help", "prompt", "html", "json", "svg", "traceback"}
+    if name == "paths":  # positions are an argument of the call
+        given -= {"position"}
+    assert {singular.get(option, option) for option in given} - own <= known
+
+
+def test_the_top_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"tl-jets {name} " in text for name in COMMANDS) and "exit status: 0 fine; 2" in text

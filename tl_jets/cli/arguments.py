@@ -1,0 +1,113 @@
+"""The options that commands share, and how they are parsed and explained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from tl_jets.stages import GRANULARITIES
+
+EMBEDDED = "tinydocs"
+EMBEDDED_PROMPT = "If the file does not exist, an error is"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here, where the command is known."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and where to find the options, then exit with status 2."""
+        text = " ".join(message.split())
+        self.exit(2, f"tl-jets: {text} (see {self.prog} --help)\n")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as they were written, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, argparse.SUPPRESS) or action.nargs == 0:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], *, summary: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A command's parser, without options yet."""
+    found = commands.add_parser(
+        name, help=summary, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False
+    )
+    found.set_defaults(run=run)
+    return found
+
+
+def add_model(parser: Any, *, prompt: bool = True) -> None:
+    """What is read."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        metavar="PATH_OR_NAME",
+        help=f"a local Hugging Face directory, a model's name, or {EMBEDDED!r}, the embedded",
+    )
+    if prompt:
+        parser.add_argument(
+            "--prompt",
+            metavar="TEXT",
+            help=f"the text to read; without one, {EMBEDDED!r} reads {EMBEDDED_PROMPT!r}. One that begins with a dash is "
+            "given as --prompt=TEXT",
+        )
+        parser.add_argument(
+            "--position", type=int, default=-1, metavar="N", help="the position to read; -1 is the last"
+        )
+
+
+def add_granularity(parser: Any, default: str, what: str) -> None:
+    """What a component is."""
+    parser.add_argument("--granularity", choices=GRANULARITIES, default=default, help=what)
+
+
+def add_target(parser: Any, help: str, **options: Any) -> None:
+    """A token, as text or id."""
+    parser.add_argument("--target", metavar="TOKEN", help=help, **options)
+
+
+def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
+    """Where results are written to, and what happens to errors."""
+    parser.add_argument("--html", metavar="FILE", help=f"also write {html}")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="also write all numbers, tokens with their spaces shown (\u00b7); what is no number is null",
+    )
+    if svg:
+        parser.add_argument("--svg", metavar="FILE", help="also write the two lenses as a picture")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a whole number that is not too small."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+        return value
+
+    return read
+
+
+# Sentences that more than one --help has.
+TOKEN_HELP = "as text (' is', or \u00b7is as the tables write it) or as id:317"
+FILES_HELP = """\
+A FILE of - is standard output; the tables are then left out."""

@@ -1,0 +1,212 @@
+"""`tl-jets jacobian`: the model as an exact linear map at one prompt, and what each token gives to the answer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files, add_model, add_target, at_least
+from tl_jets.cli.output import Output, header
+from tl_jets.cli.pages import command_page, records, section
+from tl_jets.cli.session import (
+    UsageError,
+    load_network,
+    one_line,
+    read_position,
+    read_prompt,
+    read_token,
+    refusals,
+    steps,
+    token_record,
+)
+from tl_jets.detached import DetachedJacobian, detached_jacobian
+from tl_jets.detached.chain import LOGITS
+from tl_jets.linear_map import SingularVectors
+from tl_jets.notebook import View
+from tl_jets.stages import FINAL_STREAM
+from tl_jets.terminal import jacobian as terminal
+from tl_jets.views import detached_tokens
+
+DESCRIPTION = """\
+Freeze every norm scale, attention pattern and gate at one prompt, and the
+model is a linear map J of its token embeddings, plus a bias, with the same
+output. This prints what each token gives through J, and the directions that J
+passes on most.
+
+what the numbers mean:
+  reconstruction error   what J e + bias misses of the model's own output,
+                         relative; rounding only. The control beside it is the
+                         ordinary Jacobian, which is no equivalent of the model
+  effect                 what a token gives to the answer's logit beyond the
+                         mean of the vocabulary; effects and bias sum to it
+  share                  of the output: its projection on it; shares sum to 1
+  norm                   length of what the token gives; parts may cancel
+"""
+EPILOG = f"""\
+{FILES_HELP}
+
+examples:
+  tl-jets jacobian
+  tl-jets jacobian --prompt "The file is opened in" --svd 6
+  tl-jets jacobian --output 2_pre                # map to the stream before layer 2
+  tl-jets jacobian --wrt 3_mid --output 3_mlp_out --svd 4      # one MLP
+
+What the model does elsewhere J does not tell: it is exact at this prompt only.
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = add_command(
+        commands,
+        "jacobian",
+        run,
+        summary="the model as an exact linear map at one prompt",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add_target(parser, f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)")
+    add(
+        "--output",
+        default=LOGITS,
+        metavar="LABEL",
+        help="what is mapped to: logits, ln_final, a stream (final_post, 3_pre) or a write (3_mlp_out, L3H2_out)",
+    )
+    add("--wrt", default="embed", metavar="LABEL", help="what it is a map of: embed, pos_embed, or a stream (3_mid)")
+    add(
+        "--svd",
+        type=at_least(0),
+        default=4,
+        metavar="K",
+        help="how many singular values, with their directions; 0 for none",
+    )
+    add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
+    add("--seed", type=int, default=0, metavar="N", help="of the search for singular values")
+    add_files(parser, "one page that opens offline in a browser")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what the map of one prompt does."""
+    prompt, output = read_prompt(options.model, options.prompt), Output.of(options)
+    if options.target is not None and options.output != LOGITS:
+        raise UsageError(f"--target is a logit; it needs --output {LOGITS}, got --output {options.output}")
+    with steps(5) as step, refusals():
+        step("loading TransformerLens and the model")
+        network = load_network(options.model, "sublayer")
+        step("forward pass")
+        trace = network.trace(prompt)
+        position = read_position(options.position, trace.tokens.shape[1])
+        if options.top_k > network.decoder.d_vocab:
+            raise UsageError(f"--top-k must be at most {network.decoder.d_vocab}, the vocabulary; got {options.top_k}")
+        final = trace[FINAL_STREAM][0, position]
+        answer = int(network.decoder.logits(network.decoder.norm(final)).argmax())
+        target = None
+        if options.output == LOGITS:
+            target = answer if options.target is None else read_token(network, options.target)
+        step("linear map")
+        J = detached_jacobian(network, trace, output=options.output, wrt=options.wrt, positions=position)
+        step("contributions")
+        data = header("jacobian", model=options.model, prompt=prompt) | jacobian_data(J, answer, target, options.top_k)
+        if options.svd:
+            step("singular values")
+            vectors = J.svd(options.svd, seed=options.seed)
+            data["svd"] = singular_data(J, vectors, options.top_k)
+    output.write_json(data)
+    if "html" in output:
+        parts = [detached_tokens(J), *_sections(data)]
+        output.write("html", command_page("jacobian", terminal.asked(data), terminal.explained(data), *parts))
+    output.print(*terminal.tables(data))
+
+
+def _sections(data: dict[str, Any]) -> list[View]:
+    """The tables of a page."""
+    columns = {
+        "pos": "pos",
+        "token": "read",
+        "effect": "effect",
+        "share": "share",
+        "norm": "norm",
+        "top": "raises most",
+    }
+    sums = [{"token": name} | data[name] for name in ("bias", "sum")]
+    found = [section(terminal.title(data), records([*data["tokens"], *sums], columns))]
+    if data["svd"]:
+        columns = {"value": "value", "relative": "relative", "raises": "output raises", "pos": "input mostly at"}
+        columns |= {"at": "read there", "part_at_pos": "part of it", "reads": "nearest embeddings"}
+        found.append(section(f"The {len(data['svd'])} largest singular values of J", records(data["svd"], columns)))
+    return found
+
+
+@torch.no_grad()
+def jacobian_data(J: DetachedJacobian, answer: int, target: int | None, top_k: int) -> dict[str, Any]:
+    """What every token gives, as plain values; `effect` is on the target's logit, None where there is none."""
+    tokenizer = J.trace.network.tokenizer
+    value, bias = J.value[0, 0].double(), J.bias[0, 0].double()
+    parts = J.contributions[0, :, 0].double()
+    squared = value.square().sum()
+
+    def record(part: torch.Tensor) -> dict[str, Any]:
+        effect = None if target is None else float(part[target] - part.mean())
+        return {"effect": effect, "norm": float(part.norm()), "share": float(part @ value / squared)}
+
+    best = J.top_tokens(top_k).indices[0, :, 0].tolist()
+    tokens = [
+        {"pos": pos, **token_record(tokenizer, token), **record(part)}
+        | {"top": [token_record(tokenizer, raised) for raised in best[pos]] if bool(part.any()) else []}
+        for pos, (token, part) in enumerate(zip(J.tokens[0].tolist(), parts, strict=True))
+    ]
+    (position,) = J.positions
+    return {
+        "position": position,
+        "read": token_record(tokenizer, int(J.tokens[0, position])),
+        "answer": token_record(tokenizer, answer),
+        "target": None if target is None else token_record(tokenizer, target),
+        "output": J.output,
+        "wrt": J.wrt,
+        "shape": [*J.map.out_shape[1:], *J.map.in_shape[1:]],
+        "is_softcapped": J.trace.network.decoder.transform is not None,
+        "reconstruction_error": J.reconstruction_error,
+        "ordinary_error": J.ordinary_error,
+        "tokens": tokens,
+        "bias": record(bias),
+        "sum": record(parts.sum(0) + bias),
+        "value": record(value),
+        "svd": None,
+    }
+
+
+@torch.no_grad()
+def singular_data(J: DetachedJacobian, vectors: SingularVectors, top_k: int) -> list[dict[str, Any]]:
+    """Singular values, what their output directions raise, and which embeddings their input directions are nearest to.
+
+    An input direction has a part at every position; the one where it is longest is read. `reads` is None where directions
+    of the input are not embeddings: of a later stream, or in a model that normalizes its embeddings.
+    """
+    tokenizer = J.trace.network.tokenizer
+    raised = J.decode_left(vectors, top_k).indices[:, 0].tolist()
+    lengths = vectors.right.norm(dim=-1)
+    nearest, reason = None, None
+    if J.wrt == "embed":
+        try:
+            nearest = J.decode_right(vectors, top_k).indices
+        except ValueError as error:
+            reason = one_line(error)
+    else:
+        reason = f"directions of {J.wrt} are not those of embeddings"
+    values = vectors.values.tolist()
+    rows = []
+    for i, value in enumerate(values):
+        pos = int(lengths[i].argmax())
+        row = {"value": value, "relative": value / values[0] if values[0] else None}
+        row["raises"] = [token_record(tokenizer, token) for token in raised[i]]
+        row |= {"pos": pos, "part_at_pos": float((lengths[i, pos] / lengths[i].norm()).square())}
+        row["at"] = token_record(tokenizer, int(J.tokens[0, pos]))
+        row["reads"] = None
+        if nearest is not None:
+            row["reads"] = [token_record(tokenizer, token) for token in nearest[i, pos].tolist()]
+        rows.append(row | ({"why_not_read": reason} if reason else {}))
+    return rows

@@ -1,0 +1,351 @@
+"""`tl-jets paths`: the largest paths of a prediction, sums over paths, and what ablation says of both."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from tl_jets.cli.arguments import (
+    FILES_HELP,
+    TOKEN_HELP,
+    add_command,
+    add_files,
+    add_granularity,
+    add_model,
+    add_target,
+    at_least,
+)
+from tl_jets.cli.output import Output, header
+from tl_jets.cli.pages import command_page, records, section
+from tl_jets.cli.session import load_network, read_position, read_prompt, read_token, refusals, steps, token_record
+from tl_jets.expansion.expand import CENTER_SCALES
+from tl_jets.expansion.exponential import MAX_PATHS, PathExpansion, exponential_expansion
+from tl_jets.expansion.path_cache import PathCache
+from tl_jets.expansion.path_statistics import PathStatistics, path_sums
+from tl_jets.expansion.paths import Path
+from tl_jets.interventions import AblationEffect, ablation_effect
+from tl_jets.notebook import View
+from tl_jets.path_ablation import path_ablation
+from tl_jets.stages import DECODER_STEP, FINAL_STREAM
+from tl_jets.terminal import paths as terminal
+from tl_jets.trace import Trace
+
+# The constant of the decoder itself: a path through nothing, which no ablation can take away.
+CONSTANT = f"{DECODER_STEP}_bias"
+# Random paths for comparison have at least this part of the smallest effect in the table.
+LEAST_OF_CONTROL = 0.1
+
+DESCRIPTION = """\
+A transformer whose norm scales, attention patterns and gates are frozen at
+one prompt is, exactly, the sum of its paths from input to output. This prints
+the largest of them, and the sums of all paths through each component, by what
+they give to the answer's logit.
+
+what the numbers mean:
+  effect      what the path adds to the answer's logit beyond the mean of the
+              vocabulary, while everything else stays frozen; all effects sum
+              to the answer's own
+  ablation    how far that logit falls if what arrives along this path is
+              taken away and the model responds (--ablate)
+  verdict     confirmed: the fall is within a factor of two of the effect;
+              refuted: below a tenth of it, or of the other sign; else partly
+
+The controls: an effect is a fact about the frozen network; whether the model
+would miss the path only an ablation can say, and random paths beside it say
+how often that happens by chance.
+"""
+EPILOG = f"""\
+{FILES_HELP}
+
+examples:
+  tl-jets paths
+  tl-jets paths --prompt "This function is available on Unix and" --ablate
+  tl-jets paths --granularity head --through L1H2 --top 10
+  tl-jets paths --target " raised" --linearize jet --order 0
+
+--through, --avoiding and --sources take steps (3_mlp, L3H2), sources (embed,
+3_mlp_bias) or kinds (attn, mlp, head, block, bias); repeat them for more.
+More than --max-paths detached paths are searched by a beam (greedy: large
+paths may be missed; the effects shown are exact all the same).
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = add_command(
+        commands,
+        "paths",
+        run,
+        summary="the largest paths of a prediction, and what ablation says of them",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add_target(parser, f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)")
+    add("--top", type=at_least(1), default=20, metavar="N", help="how many paths, and components")
+    add(
+        "--rank",
+        choices=("effect", "length"),
+        default="effect",
+        help="what is large: the effect on the target, or the length of a path's logits",
+    )
+    add_granularity(parser, "sublayer", "what a step of a path is")
+    add("--ablate", action="store_true", help="also ablate each path alone, and as many random ones")
+    add("--no-components", action="store_true", help="leave out the sums through each component")
+    add("--through", action="append", metavar="LABEL", help="keep paths through this")
+    add("--avoiding", action="append", metavar="LABEL", help="keep paths that do not pass through this")
+    add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
+    add("--max-writes", type=at_least(0), metavar="N", help="keep paths with at most N steps before the final norm")
+    add("--max-paths", type=at_least(1), default=MAX_PATHS, metavar="N", help="evaluate at most so many")
+    add(
+        "--linearize",
+        choices=("detached", "jet"),
+        default="detached",
+        help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
+    )
+    add("--order", type=at_least(0), default=1, metavar="K", help="of the jets")
+    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
+    add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
+    add("--seed", type=int, default=0, metavar="N", help="of the random paths")
+    add_files(parser, "one page that opens offline in a browser")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was computed for one prompt, position and target.
+
+    Attributes:
+        trace: The prompt.
+        position: Where the answer is read.
+        target: The token whose logit is explained.
+        logit: Its additive logit, beyond the mean of the vocabulary.
+        cache: The largest paths.
+        paths: How large they are.
+        ablated: Path ablations of these and of the random ones, None without `--ablate`.
+        drawn: The random paths by label, with their effects.
+        why_none: Why there are no random paths; empty if there are.
+        components: Sums over all paths through each component; None if left out.
+        zeroed: Zero ablations of the components that can be.
+    """
+
+    trace: Trace
+    position: int
+    target: int
+    logit: float
+    cache: PathCache
+    paths: PathStatistics
+    ablated: AblationEffect | None
+    drawn: dict[str, float]
+    why_none: str
+    components: PathStatistics | None
+    zeroed: AblationEffect | None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the largest paths of one prompt."""
+    prompt, output = read_prompt(options.model, options.prompt), Output.of(options)
+    with steps(6) as step, refusals():
+        step("loading TransformerLens and the model")
+        network = load_network(options.model, options.granularity)
+        step("forward pass")
+        trace = network.trace(prompt)
+        position = read_position(options.position, trace.tokens.shape[1])
+        answer, target, logit = _target(trace, position, options.target)
+        step("paths")
+        expansion = _expansion(options, network, target, options.top, options.sources)
+        cache = expansion(trace, positions=position)
+        paths = cache.statistics(targets=[target])
+        ablated, drawn, why_none = None, {}, ""
+        if options.ablate:
+            step("path ablation")
+            drawn, why_none = _drawn(options, cache.expansion, trace, position, target, paths)
+            tested = [path for path in dict.fromkeys((*paths.labels, *drawn)) if path != CONSTANT]
+            ablated = path_ablation(network, trace, tested, targets=[target], positions=position) if tested else None
+        components, zeroed = None, None
+        if options.linearize == "detached" and not options.no_components:
+            step("sums through components")
+            components = path_sums(network, trace, positions=position, targets=[target])
+            step("zero ablation")
+            zeroed = ablation_effect(network, trace, targets=[target], positions=position)
+    found = Found(trace, position, target, logit, cache, paths, ablated, drawn, why_none, components, zeroed)
+    asked = {"model": options.model, "prompt": prompt, "rank": options.rank, "granularity": options.granularity}
+    data = header("paths", **asked) | paths_data(found, answer)
+    output.write_json(data)
+    if "html" in output:
+        output.write("html", command_page("paths", terminal.asked(data), terminal.explained(data), *_sections(data)))
+    output.print(*terminal.tables(data, top=options.top))
+
+
+def _sections(data: dict[str, Any]) -> list[View]:
+    """The tables of a page."""
+    columns = {"effect": "effect", "path_ablation": "path ablation", "verdict": "verdict"}
+    columns |= {"norm": "norm", "share": "share", "top": "its own best", "path": "path"}
+    rest = {"effect": data["effect_of_rest"], "path": "all other paths"}
+    total = {"effect": data["target"]["logit"], "path": "the model"}
+    found = [section(terminal.title(data), records([*data["paths"], rest, total], columns), terminal.notes(data))]
+    if data["control"]:
+        names = {key: columns[key] for key in ("effect", "path_ablation", "verdict", "path")}
+        found.append(section("The control: random paths of comparable effect", records(data["control"], names)))
+    if data["components"] is not None:
+        names = {"component": "component", "n_paths": "paths", "effect": "effect", "zero_ablation": "zero ablation"}
+        names |= {"kl": "KL", "top": "best of the sum"}
+        rows = data["components"]["rows"]
+        found.append(section("All detached paths through each component", records(rows, names)))
+    return found
+
+
+def _target(trace: Trace, position: int, given: str | None) -> tuple[int, int, float]:
+    """The model's answer, the token to explain, and its centered additive logit."""
+    decoder = trace.network.decoder
+    logits = decoder.logits(decoder.norm(trace[FINAL_STREAM][0, position])).detach().double()
+    answer = int(logits.argmax())
+    target = answer if given is None else read_token(trace.network, given)
+    return answer, target, float(logits[target] - logits.mean())
+
+
+def _expansion(
+    options: argparse.Namespace, network: Any, target: int, top: int | None, sources: list[str] | None
+) -> PathExpansion:
+    """The paths asked for; the largest, or all of them."""
+    is_jet = options.linearize == "jet"
+    return exponential_expansion(
+        network,
+        options.order,
+        linearize=options.linearize,
+        through=options.through,
+        avoiding=options.avoiding,
+        sources=sources,
+        max_writes=options.max_writes,
+        top=top,
+        rank=options.rank,
+        targets=[target],
+        center_scale=options.center_scale if is_jet else "none",
+        renormalize=is_jet and options.renormalize,
+        max_paths=options.max_paths,
+    )
+
+
+def _drawn(
+    options: argparse.Namespace,
+    expansion: PathExpansion,
+    trace: Trace,
+    position: int,
+    target: int,
+    largest: PathStatistics,
+) -> tuple[dict[str, float], str]:
+    """As many random paths as there are largest ones, of comparable effect; or why there are none."""
+    if expansion.count > options.max_paths:
+        return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
+    # By name, since constants that are zero here count against --max-paths otherwise.
+    sources = [source.label for source in expansion.lattice.sources]
+    every = _expansion(options, trace.network, target, None, sources)(trace, positions=position)
+    every = every.statistics(targets=[target])
+    effects = dict(zip(every.labels, every.effect[:, 0, 0].tolist(), strict=True))
+    shown = {path for path in largest.labels if path != CONSTANT}
+    least = LEAST_OF_CONTROL * min((abs(effects[path]) for path in shown), default=math.inf)
+    others = [path for path in effects if path not in (*shown, CONSTANT) and abs(effects[path]) > least]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    return {others[i]: effects[others[i]] for i in order[: len(shown)]}, "" if others else "no others are comparable"
+
+
+def verdict(effect: float, fall: float) -> str:
+    """What the fall of the logit under a path's ablation says about its effect."""
+    ratio = fall / effect if effect else math.inf
+    return "confirmed" if 0.5 <= ratio <= 2 else "refuted" if ratio < 0.1 or not effect else "partly"
+
+
+def paths_data(found: Found, answer: int) -> dict[str, Any]:
+    """Everything that was found, as plain values: what the tables show, for a program."""
+    tokenizer, expansion = found.trace.network.tokenizer, found.cache.expansion
+    falls = {}
+    if found.ablated is not None:
+        changes = found.ablated.centered[:, 0, 0, 0].tolist()
+        falls = dict(zip(found.ablated.labels, (-change for change in changes), strict=True))
+    records = [_path_record(found.paths, i, falls) for i in range(len(found.paths.labels))]
+    controls = [
+        {"path": path, "effect": effect, "path_ablation": falls[path], "verdict": verdict(effect, falls[path])}
+        for path, effect in found.drawn.items()
+    ]
+    ablation = None
+    if found.ablated is not None:
+        ablation = {
+            "shown": _summary([r for r in records if "path_ablation" in r]),
+            "random": _summary(controls) if controls else None,
+            "why_none": found.why_none,
+        }
+    shown = sum(record["effect"] for record in records)
+    return {
+        "position": found.position,
+        "read": token_record(tokenizer, int(found.trace.tokens[0, found.position])),
+        "answer": token_record(tokenizer, answer),
+        "target": token_record(tokenizer, found.target) | {"logit": found.logit},
+        "linearize": expansion.linearize,
+        "order": expansion.order if expansion.linearize == "jet" else None,
+        "n_paths": expansion.count,
+        "filters": {name: value for name, value in expansion.filters.items() if value is not None},
+        "is_exhaustive": found.cache.is_exhaustive,
+        "is_softcapped": found.trace.network.decoder.transform is not None,
+        "remainders": found.cache.remainders,
+        "effect_of_shown": shown,
+        "effect_of_rest": found.logit - shown,
+        "paths": records,
+        "ablation": ablation,
+        "control": controls,
+        "components": _components(found),
+    }
+
+
+def _path_record(statistics: PathStatistics, index: int, falls: dict[str, float]) -> dict[str, Any]:
+    label, at = statistics.labels[index], (index, 0, 0)
+    record = {"path": label, "n_writes": 0 if label == CONSTANT else Path.parse(label).n_writes}
+    record |= {name: float(getattr(statistics, name)[at]) for name in ("effect", "norm", "cosine", "share")}
+    record |= {"top": _top(statistics, index), "is_answer": bool(statistics.copies[at])}
+    if label in falls:
+        record |= {"path_ablation": falls[label], "verdict": verdict(record["effect"], falls[label])}
+    return record
+
+
+def _top(statistics: PathStatistics, index: int) -> dict[str, Any]:
+    return token_record(statistics.tokenizer, int(statistics.top_ids[index, 0, 0]))
+
+
+def _components(found: Found) -> dict[str, Any] | None:
+    """Sums over paths beside zero ablation, largest effect first."""
+    sums, zeroed = found.components, found.zeroed
+    if sums is None or zeroed is None:
+        return None
+    falls = dict(zip(zeroed.labels, (-zeroed.centered[:, 0, 0, 0]).tolist(), strict=True))
+    losses = dict(zip(zeroed.labels, zeroed.kl[:, 0, 0].tolist(), strict=True))
+    rows = []
+    for i, label in enumerate(sums.labels):
+        row = {"component": label, "n_paths": sums.counts[i], "effect": float(sums.effect[i, 0, 0])}
+        row |= {"share": float(sums.share[i, 0, 0]), "top": _top(sums, i)}
+        rows.append(row | {"zero_ablation": falls.get(label), "kl": losses.get(label)})
+    rows.sort(key=lambda row: -abs(row["effect"]))
+    paired = [(row["effect"], row["zero_ablation"]) for row in rows if row["zero_ablation"] is not None]
+    return {"rank_correlation": rank_correlation(paired), "rows": rows}
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many of some paths are confirmed, and how well their effects rank the falls."""
+    counts = Counter(record["verdict"] for record in records)
+    kinds = {kind: counts[kind] for kind in ("confirmed", "partly", "refuted")}
+    pairs = [(record["effect"], record["path_ablation"]) for record in records]
+    return {"n": len(records), **kinds, "rank_correlation": rank_correlation(pairs)}
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's, or None where it is undefined: fewer than three pairs, or all alike."""
+    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+        return None
+    effects, falls = (rankdata(side) for side in zip(*pairs, strict=True))
+    return float(np.corrcoef(effects, falls)[0, 1])

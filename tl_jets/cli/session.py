@@ -1,0 +1,160 @@
+"""What every command does first: load the model, read the prompt, find the token asked for; errors become one line."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT
+from tl_jets.loading import load_model
+from tl_jets.network import ResidualNetwork
+from tl_jets.pretrained import load_tinydocs
+from tl_jets.stages import some
+from tl_jets.tokens import token_text, visible
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+def read_prompt(model: str, prompt: str | None) -> str:
+    """The prompt asked for, or the embedded model's own."""
+    if prompt is None:
+        if model != EMBEDDED:
+            raise UsageError("a --model of your own needs a --prompt")
+        return EMBEDDED_PROMPT
+    if not prompt:
+        raise UsageError("the prompt must not be empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the prompt must be UTF-8; got bytes that are not at character {error.start}") from error
+    return prompt
+
+
+def read_position(position: int, length: int) -> int:
+    """The position from the start of the prompt."""
+    if not -length <= position < length:
+        raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {position}")
+    return position % length
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the library refuses is what the user asked for: one line."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(one_line(error)) from error
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error while the work lasts, in a terminal only; call what it gives when a step begins."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    quiet = not console.is_terminal
+    # Downloads draw bars of their own: standard error is left to them.
+    with Progress(*columns, console=console, transient=True, disable=quiet, redirect_stderr=False) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda name: progress.update(task, description=name, advance=1)
+
+
+def load_network(name: str, granularity: Any) -> ResidualNetwork:
+    """The model as a residual network, loaded without a word."""
+    try:
+        with _quiet():
+            model = load_tinydocs() if name == EMBEDDED else load_model(name)
+            return ResidualNetwork(model, granularity)
+    except FileNotFoundError as error:
+        raise UsageError(one_line(error)) from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot load model {name!r}: it is no local directory, and the hub did not give it ({one_line(error, 120)})"
+        ) from error
+    except Exception as error:  # a loader has many ways to fail, and every one of them is the model's
+        raise UsageError(f"cannot load model {name!r}: {one_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loader's log, warnings and bar of loaded weights; the bar of a download stays."""
+    from transformers.utils import logging as of_transformers
+
+    bar, disabled = of_transformers.is_progress_bar_enabled(), logging.root.manager.disable
+    of_transformers.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bar:
+            of_transformers.enable_progress_bar()
+
+
+def read_token(network: ResidualNetwork, given: str, n_tokens: int | None = None) -> int:
+    """The id of a single token, given as its text, as the tables write it, or as `id:317`.
+
+    A text is looked for as it is, then with `\u00b7` read as a space, then behind a space; each first by the tokenizer,
+    then among the texts of the whole vocabulary (not every tokenizer gives a text back that was decoded).
+    """
+    tokenizer, d_vocab = network.tokenizer, n_tokens or network.decoder.d_vocab
+    by_id = re.fullmatch(r"id:(\d+)", given)
+    if by_id:
+        token = int(by_id[1])
+        if token >= d_vocab:
+            raise UsageError(f"a token's id must lie in 0..{d_vocab - 1}; got {given!r}")
+        return token
+    if tokenizer is None:
+        raise UsageError(f"the model has no tokenizer; give a token by its id, as id:317, not {given!r}")
+    texts = list(dict.fromkeys((given, _unescaped(given), f" {given}")))
+    by_text: dict[str, list[int]] | None = None
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if len(ids) == 1 and ids[0] < d_vocab and token_text(tokenizer, ids[0]) == text:
+            return int(ids[0])
+        if by_text is None:
+            by_text = {}
+            for token in range(d_vocab):
+                by_text.setdefault(token_text(tokenizer, token), []).append(token)
+        found = by_text.get(text, [])
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UsageError(
+                f"{len(found)} tokens read {visible(text)}; give one by its id: {some([f'id:{i}' for i in found])}"
+            )
+    parts = " ".join(visible(token_text(tokenizer, i)) for i in tokenizer(given, add_special_tokens=False)["input_ids"])
+    raise UsageError(
+        f"no single token reads {visible(given)!r}; it is {parts}. Give one token, with its leading space, or id:317"
+    )
+
+
+def _unescaped(text: str) -> str:
+    """What `tl_jets.tokens.visible` made a text from."""
+    text = text.replace("\u00b7", " ")
+    try:
+        return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text
+    except (SyntaxError, ValueError):
+        return text
+
+
+def token_record(tokenizer: Any, token: int) -> dict[str, Any]:
+    """A token for a file: its text, spaces shown, and its id."""
+    return {"token": visible(token_text(tokenizer, token)), "id": token}
+
+
+def one_line(error: Exception, width: int = 500) -> str:
+    """An error's message on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")

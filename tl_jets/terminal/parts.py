@@ -1,0 +1,95 @@
+"""What the tables of all commands share: headings, cells, legends, and how numbers and texts are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+OWN_STYLE = "bold"
+NOT_A_NUMBER = "-"
+
+
+class Terminal(Console):
+    """A console that reads no markup or emoji codes, and leaves a closed pipe to its caller."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Newer versions of rich end the process here."""
+        raise BrokenPipeError
+
+
+def heading(command: str, rows: Mapping[str, str | Text]) -> Text:
+    """The first words of an output: the command, and what was asked of which model."""
+    width = max(8, *(len(name) + 1 for name in rows))
+    found = Text.assemble((f"tl-jets {command}", "bold"))
+    for name, value in rows.items():
+        found.append(f"\n{name:{width}}", "dim")
+        found.append(printable(value) if isinstance(value, str) else value)
+    return found.append("\n")
+
+
+def answer_line(answer: str, read: str, position: int) -> Text:
+    """What the model itself says, after which token."""
+    return Text.assemble((answer, "bold"), f", what the model says after {read} (position {position})")
+
+
+def new_table() -> Table:
+    """A table with a line below its head, and no other."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+    )
+
+
+def titled(title: str, table: Table, *notes: str) -> Group:
+    """A table below its title, with remarks below it."""
+    return Group(Text(title, style="bold"), table, *(Text(note, style="dim") for note in notes), "")
+
+
+def legend(rows: Mapping[str, str]) -> Group:
+    """What a newcomer must know to read the tables."""
+    found = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    found.add_column(style="bold", no_wrap=True)
+    found.add_column()
+    for name, text in rows.items():
+        found.add_row(Text(name), Text(text, style="dim"))
+    return Group(Text("How to read this", style="bold"), Padding(found, (0, 0, 1, 0)))
+
+
+def words(tokens: Sequence[str]) -> Text:
+    """Tokens, best first, the first one bold."""
+    return Text(" ").join(Text(token, style="dim" if i else OWN_STYLE) for i, token in enumerate(tokens))
+
+
+def number(value: Any) -> str:
+    """Two decimals or three digits; what is below 1e-6 is rounding, what is no number a dash."""
+    if value is None or math.isnan(value := float(value)):
+        return NOT_A_NUMBER
+    size = abs(value)
+    value = value if size > 1e-6 else 0.0
+    if math.isfinite(size) and (size >= 1000 or 1e-6 < size < 0.005):
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
+
+
+def signed(value: Any) -> str:
+    """A number with its sign."""
+    text = number(value)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def printable(text: str) -> str:
+    """A text on one line, without what moves a cursor or turns the direction of reading."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
