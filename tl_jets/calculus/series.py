@@ -41,7 +41,7 @@ class Series(Tensor):
     operations write all coefficients, so that hooks such as `x[:, :, 2] = 0` work. Comparisons and predicates look
     at c_0 and give plain tensors. An operation without a rule raises.
 
-    Args:
+    Attributes:
         coefficients: Taylor coefficients (with the 1/j!), `[order+1, *shape]`, floating point.
 
     Raises:
