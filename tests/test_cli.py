@@ -392,7 +392,7 @@ HOSTILE = (
     [
         ["lens", "--target", "id:1"],
         ["lens", "--linearize", "detached"],
-        ["paths", "--ablate", "--target", "id:3"],
+        ["paths", "--ablate", "--target", "id:8"],
         ["ngrams"],
         ["ngrams", "--token", "id:2", "--path", "direct"],
         ["ngrams", "--trigrams", "0", "--head", "0"],
@@ -408,6 +408,8 @@ def test_no_token_is_markup_or_moves_the_cursor(capsys, monkeypatch, tmp_path, a
     text = commands.run(capsys, *arguments, "--html", str(page))
     assert all(char == "\n" or char.isprintable() for char in text)
     assert any(shown in text for shown in ("[bold]x[/bold]", "\\x1b[31m", ":smile:", "\\u202eevil"))
+    if arguments[0] == "paths":  # in a cell that is no Text
+        assert "the logit of [bold]x[/bold]" in " ".join(text.split())
     written = page.read_text()
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", written) and "<script>alert" not in written
 

@@ -43,7 +43,7 @@ def test_without_options_all_paths_stand_side_by_side(capsys, tables):
         same(found["tables"][label], table)
     text = run(capsys, "ngrams", "--top-k", "6")
     assert max(map(len, text.splitlines())) <= 80
-    assert "the 6 best bi-grams of all over the vocabulary" in text
+    assert "the 6 best bi-grams of the whole vocabulary" in text
     frame = tj.side_by_side(tables, 6)
     for label in PATHS:
         for cell in frame[label]:

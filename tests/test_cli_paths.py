@@ -111,11 +111,12 @@ def test_random_paths_are_the_control(capsys, network, trace):
 
 
 def test_a_target_and_a_position_of_ones_own(capsys, network, trace):
-    found = numbers(capsys, *ASKED, "--target", "·not", "--position", "3", "--no-components", "--top", "3")
-    (token,) = network.tokenizer(" not", add_special_tokens=False)["input_ids"]
-    assert (found["target"]["id"], found["position"], found["components"]) == (token, 3, None)
+    found = numbers(capsys, *ASKED, "--target", "·the", "--position", "3", "--no-components", "--top", "12")
+    (token,) = network.tokenizer(" the", add_special_tokens=False)["input_ids"]
+    assert found["answer"]["id"] != token == found["target"]["id"]
+    assert (found["position"], found["components"]) == (3, None)
     assert found["target"]["logit"] == pytest.approx(own_logit(token, 3), rel=1e-4)
-    expansion = tj.exponential_expansion(network, linearize="detached", top=3, rank="effect", targets=[token])
+    expansion = tj.exponential_expansion(network, linearize="detached", top=12, rank="effect", targets=[token])
     paths = expansion(trace, positions=3).statistics(targets=[token])
     assert [row["effect"] for row in found["paths"]] == pytest.approx(paths.effect[:, 0, 0].tolist(), rel=1e-6)
     assert "target  ·not, whose logit is explained" in run(capsys, *ASKED, "--target", "·not", "--no-components")

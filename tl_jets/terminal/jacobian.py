@@ -111,9 +111,9 @@ def explained(data: Mapping[str, Any]) -> dict[str, str]:
     rows["share"] = f"Of {data['output']}: the projection on it; shares sum to 100%. norm: length; parts may cancel."
     rows["raises most"] = "Best tokens of what the position gives, read by the final norm and the unembedding."
     if data["svd"]:
-        rows["singular"] = (
-            "A direction of the input that J passes on most, and what comes out of it. Near a prompt that is not this one J "
-            "is another map."
+        rows["value"] = (
+            "J makes the direction of the input so many times as long, and turns it into that of the output. (47%): the part "
+            "of the direction that is at this position. At another prompt J is another map."
         )
     if data["is_softcapped"]:
         rows["softcap"] = "Logits are those before the model's final softcap or scale."

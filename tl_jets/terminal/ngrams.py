@@ -55,7 +55,7 @@ def _what(table: NgramTable, top_k: int) -> str:
     if settings.get("per") == "row" or settings["rows"] != "all":
         best = f"the {top_k} best {kind} of each token"
         return best if table.n == 2 else f"the {top_k} best {kind}"
-    return f"the {top_k} best {kind} of all over the vocabulary"
+    return f"the {top_k} best {kind} of the whole vocabulary"
 
 
 def _name(found: Mapping[str, NgramTable], token: int) -> str:

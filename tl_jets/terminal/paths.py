@@ -99,7 +99,7 @@ def _components(components: Mapping[str, Any], top: int) -> RenderableType:
         cells = [count_text(row["n_paths"]), signed(row["effect"]), signed(row["zero_ablation"]), number(row["kl"])]
         table.add_row(Text(row["component"]), *cells, Text(row["top"]["token"]))
     note = f"rank correlation of effect and zero ablation: {signed(components['rank_correlation'])}"
-    more = [f"{len(rows) - top} smaller components: --top, --json"] if len(rows) > top else []
+    more = [f"{len(rows) - top} more, all smaller: --top, --json"] if len(rows) > top else []
     return titled("All detached paths through each component", table, *more, note)
 
 
