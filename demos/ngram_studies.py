@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,10 @@ def paragraphs(text: str) -> list[str]:
     return [part for part in found if part.count(" ") >= 4 and ">>>" not in part]
 
 
-def docstrings() -> list[str]:
-    """The prose of the docstrings in the top-level modules of Python's standard library."""
+def docstrings(files: Iterable[Path] | None = None) -> list[str]:
+    """The prose of the docstrings in some files; by default the top-level modules of Python's standard library."""
     found: dict[str, None] = {}
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) if files is None else files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 found |= dict.fromkeys(paragraphs(ast.get_docstring(node) or ""))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import zoo
 
 import tl_jets
@@ -19,6 +22,10 @@ def printed_by(demo: str, *arguments: str, monkeypatch, capsys) -> list[str]:
     monkeypatch.setattr(sys, "argv", [demo, *arguments])
     runpy.run_path(str(ROOT / "demos" / demo), run_name="__main__")
     return capsys.readouterr().out.splitlines()
+
+
+def modules(*names: str) -> list[Path]:
+    return [Path(sysconfig.get_path("stdlib"), f"{name}.py") for name in names]
 
 
 def numbers(text: str) -> list[float]:
@@ -82,3 +89,104 @@ def test_the_readme_shows_the_bigrams_that_the_library_finds():
     wanted = [[cell.replace("|", "\\|") for cell in row] for row in found.to_numpy().tolist()]
     same = sum(a == b for row, cells in zip(shown, wanted, strict=True) for a, b in zip(row, cells, strict=True))
     assert same >= 118, "120 cells; a near-tie may fall otherwise elsewhere"
+
+
+def test_the_model_learns_the_bigrams_of_its_text(monkeypatch, capsys, tmp_path):
+    """From scratch to a hit ratio above that of shuffled bi-grams, in 80 steps of a very small model."""
+    monkeypatch.syspath_prepend(str(ROOT / "demos"))
+    demo = runpy.run_path(str(ROOT / "demos" / "bigram_dynamics.py"))
+    recipe = demo["Recipe"](steps=80, batch=8, context=64, rate=1e-2, doublings=2, n_layers=1, d_model=32, d_mlp=64)
+    assert recipe.looked_at == [0, 20, 40, 80]
+    tokenizer = tl_jets.load_tinydocs().tokenizer
+    text = demo["Text"].of(modules("datetime", "argparse", "ast", "inspect", "doctest", "tarfile", "typing"), tokenizer)
+    found = demo["follow"](text, recipe, 100)
+    assert list(found.tracks) == ["direct", "0_mlp", "mlps"] and found.steps == recipe.looked_at
+    assert found.run.nats[0] == pytest.approx(math.log(4096), abs=0.05) and found.run.nats[-1] < 7.5
+    direct = found.tracks["direct"]
+    assert direct.hit_ratio[-1] > direct.hit_control[-1].max() and direct.hit_ratio[-1] > direct.hit_ratio[0] + 0.05
+    assert abs(direct.hit_ratio[0] - direct.hit_control[0].mean()) < 0.05
+    own = found.own_hits()
+    assert own[-1][0] > own[-1][1] and own[-1][0] > own[0][0] + 0.1
+    # The given bi-grams are what they are said to be.
+    real = {
+        tuple(row): int(count)
+        for row, count in zip(found.counts.ids.tolist(), found.counts.parts["count"], strict=True)
+    }
+    frequent, control = (set(map(tuple, found.kinds["frequent" + x].tolist())) for x in ("", ", never in the text"))
+    assert min(map(real.__getitem__, frequent)) >= 5 and not control & real.keys() and len(control) > 20
+    assert found.margins("direct", "frequent")[-1] > 0.2 > abs(found.margins("direct", "frequent")[0])
+    said = " ".join(found.conclusions())
+    assert f"direct ({direct.hit_ratio[-1]:.2f})" in said
+    assert f"frequent ones {found.margins('direct', 'frequent')[-1]:+.1f} nats" in said
+    assert len(found.over_steps()) == 4 and len(found.of_kinds()) == 5
+    demo["plot"](found, tmp_path / "curves.svg")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    # A run is determined by its seed.
+    again = demo["Training"](recipe, text, found.run.pairs, found.run.unigram, 100)
+    for step, _ in again:
+        if step == 20:
+            break
+    assert again.nats == found.run.nats[:2]
+
+
+def test_what_the_model_itself_predicts_is_an_average_over_places(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demos"))
+    demo = runpy.run_path(str(ROOT / "demos" / "bigram_dynamics.py"))
+    tokenizer = tl_jets.load_tinydocs().tokenizer
+    text = demo["Text"].of(modules("heapq", "random", "statistics"), tokenizer)
+    recipe = demo["Recipe"](steps=1, batch=4, context=16, n_layers=1, d_model=16, d_mlp=16)
+    windows = demo["sample"](text, recipe)
+    pairs = windows[0, :2][None]
+    unigram = tl_jets.studies.unigram_probabilities(text.training, 4096)
+    run = demo["Training"](recipe, text, pairs, unigram, 50)
+    for step, model in run:
+        logits = model(windows[:, :-1])
+        where = windows[:, :-1] == pairs[0, 0]
+        mean = logits.softmax(-1)[where][:, pairs[0, 1]].mean()
+        assert run.own_scores[step].item() == pytest.approx(mean.log().item(), abs=1e-4)
+        best = run.own[step].ids[0]
+        where = windows[:, :-1] == best[0]
+        expected = logits.softmax(-1)[where][:, best[1]].mean().log() + unigram[best[0]].log()
+        assert run.own[step].scores[0].item() == pytest.approx(expected.item(), abs=1e-4)
+        targets = demo["Text"].windows(text, 16, held_out=True)
+    assert step == 1 and targets.shape[1] == 17
+
+
+def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demos"))
+    demo = runpy.run_path(str(ROOT / "demos" / "fine_tuned_bigrams.py"))
+    found = demo["compare"](modules("ast", "argparse", "inspect", "typing"), n=300)
+    rises, falls = found.shares(found.changed.rises), found.shares(found.changed.falls)
+    source, docs = demo["SOURCE"], demo["DOCS"]
+    assert rises[source][0] > rises[docs][0] and rises[source][0] > 2 * rises[source][1]
+    assert falls[docs][0] > 2 * falls[docs][1]
+    ids = torch.tensor([[*found.code.ids[5]], [4095, 4095]])
+    expected = float(found.code.parts["count"][5] / found.code.parts["context_count"][5])
+    assert demo["probabilities"](found.code, ids).tolist() == [pytest.approx(expected), 0.0]
+    first = found.movers(found.changed.rises)
+    assert first["after"].astype(float).gt(first["before"].astype(float)).all() and len(first) == 20
+    assert "bi-grams of source" in found.conclusions()[0]
+
+
+def test_paths_are_compared_with_a_text(monkeypatch, capsys, tmp_path):
+    """The demo of n-gram studies on a short text: its tables are what the studies find."""
+    demo = runpy.run_path(str(ROOT / "demos" / "ngram_studies.py"))
+    network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
+    texts = demo["paragraphs"](
+        "Return the  number\nof bytes that were read.\n\nToo short.\n\n>>> a = 1 this is a line of code\n\n"
+        "The server is not available on all of the platforms."
+    )
+    assert texts == [
+        "Return the number of bytes that were read.",
+        "The server is not available on all of the platforms.",
+    ]
+    counts = demo["count"](network, texts * 3)
+    assert set(counts.parts["count"].tolist()) <= {3.0, 6.0} and counts.names[int(counts.ids[0, 0])]
+    found = tl_jets.studies.compare_with_counts(network, counts, n=10, paths=["direct", "mlps"], progress=False)
+    frame = demo["compared"](found)
+    assert frame["path"].tolist() == ["direct", "mlps", "unigram (no model)"]
+    assert frame["hit ratio"].tolist() == [f"{x:.2f}" for x in found.hit_ratio.tolist()]
+    some = demo["docstrings"](modules("ast"))
+    assert len(some) > 20 and all(x.count(" ") >= 4 for x in some)
+    table = demo["rendered"](frame, "a title")
+    assert table.row_count == 3 and [column.header for column in table.columns] == list(frame.columns)

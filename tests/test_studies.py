@@ -36,9 +36,12 @@ from tl_jets.studies import (
     pseudo_joint,
     roles,
     track,
+    track_by_path,
     unigram_probabilities,
 )
 from tl_jets.studies.intervals import central
+from tl_jets.studies.pairs import RowScores
+from tl_jets.studies.row_changes import RowChanges
 from tl_jets.studies.vocabularies import Vocabulary
 from tl_jets.tables import NgramTable
 
@@ -501,7 +504,7 @@ def test_track_holds_one_model_at_a_time():
     alive.clear()
     again = track(((step, load(step)) for step in (3, 4, 5)), **options)
     assert again.to_dataframe().equals(found.to_dataframe())
-    assert list(again.to_dataframe().columns)[:3] == ["checkpoint", "hit_ratio", "mean_score"]
+    assert list(again.to_dataframe().columns)[:4] == ["checkpoint", "hit_ratio", "hit_control", "mean_score"]
     assert len(set(found.fingerprints)) == 3 and "3 checkpoints" in repr(found)
 
 
@@ -518,6 +521,37 @@ def test_track_with_a_reference_and_a_unigram():
     assert found.scores.shape == (3, 0)
 
 
+def test_tracks_of_several_paths_are_those_of_each():
+    models = {f"step {seed}": toy(seed) for seed in range(3)}
+    pairs, unigram = random_pairs(6), torch.full((V,), 1 / V, dtype=torch.float64)
+    for reference in ("last", best_joint(models["step 1"], ["mlps"], unigram, 50)["mlps"]):
+        options = {"pairs": pairs, "reference": reference, "n": 50, "unigram": unigram, "controls": 3, "seed": 2}
+        found = track_by_path(models, **options)
+        assert list(found) == ["direct", "0_mlp", "1_mlp", "mlps"]
+        for path, mine in found.items():
+            alone = track(models, path=path, **options)
+            assert mine.to_dataframe().equals(alone.to_dataframe()) and mine.path == path
+            for model, table, scores in zip(models.values(), mine.tables, mine.scores, strict=True):
+                log_probs = toy_log_probs(model, path)
+                assert table.ids.tolist() == ordered(log_probs)[0][:50].tolist()
+                torch.testing.assert_close(scores, log_probs[pairs[:, 0], pairs[:, 1]], atol=1e-10, rtol=1e-10)
+
+
+def test_the_control_of_a_hit_ratio():
+    models = {str(seed): toy(seed, size=0.5) for seed in range(3)}
+    found = track(models, reference="last", n=40, controls=4, seed=9)
+    draw = np.random.default_rng(9)
+    best = [set(map(tuple, ordered(toy_log_probs(model))[0][:40].tolist())) for model in models.values()]
+    first, second = np.array(ordered(toy_log_probs(models["2"]))[0][:40]).T
+    for i in range(4):
+        shuffled = set(zip(first.tolist(), second[draw.permutation(40)].tolist(), strict=True))
+        expected = [len(shuffled & pairs) / 40 for pairs in best]
+        assert len(shuffled) < 40 or found.hit_control[:, i].tolist() == expected
+    assert found.hit_control.mean() < 0.5 < found.hit_ratio[-1]
+    np.testing.assert_allclose(found.to_dataframe()["hit_control"], found.hit_control.mean(1))
+    assert "hit_control" not in track(models, reference="last", n=40, controls=0).to_dataframe()
+
+
 def test_track_refuses(as_users_run_it):
     with pytest.raises(ValueError, match="something to track"):
         track({"a": toy()})
@@ -527,6 +561,14 @@ def test_track_refuses(as_users_run_it):
         track({"a": toy()}, ["a"], pairs=[(1, 2)])
     with pytest.raises(ValueError, match="got none"):
         track(iter([]), pairs=[(1, 2)])
+    with pytest.raises(ValueError, match="Each path must be given once"):
+        track_by_path({"a": toy()}, paths=["0_mlp", ["0_mlp"]], pairs=[(1, 2)])
+
+    def never(name):
+        raise AssertionError("a reference that is too short is found out before anything is loaded")
+
+    with pytest.raises(ValueError, match="got 30, a reference of 20 rows"):
+        track(never, ["a"], reference=jet_bigrams(toy(), top_k=20), n=30)
     with pytest.raises(ValueError, match="61 tokens, checkpoint 'b' 62"):
         track({"a": toy(), "b": toy(d_vocab=62)}, pairs=[(1, 2)])
 
@@ -552,6 +594,66 @@ def test_diff_is_that_of_both_matrices(change, path):
     np.testing.assert_allclose(found.kl, (before.exp() * (before - after)).sum(1), atol=1e-10)
     frame = found.to_dataframe()
     assert (frame["change"][:300] > 0).all() and (frame["change"][300:] < 0).all()
+
+
+def toy32(seed, *, shift=0.0, size=1.0, transform=None):
+    """A network of plain functions in float32; `shift` moves its weights a little, `size` its logits a lot."""
+    source = torch.Generator().manual_seed(0)
+    moved = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        base = torch.randn(*shape, generator=source)
+        return base + shift * torch.randn(*shape, generator=moved)
+
+    embed = torch.nn.Embedding.from_pretrained(draw(900, 8))
+    decoder = Decoder(Norm("RMS", weight=draw(8), eps=1e-3), size * draw(8, 900), draw(900) - 20, transform)
+    return CallableModel(embed, [{"0_mlp": torch.tanh}], decoder)
+
+
+def capped(logits):
+    return 25 * torch.tanh(logits / 25)
+
+
+@pytest.mark.parametrize("change", ["probability", "logprob"])
+@pytest.mark.parametrize(("size", "transform"), [(1.0, None), (15.0, None), (2.0, capped)], ids=["1", "15", "cap"])
+def test_diff_in_float32_misses_nothing(change, size, transform, monkeypatch):
+    a, b = toy32(1, size=size, transform=transform), toy32(2, shift=0.2, size=size, transform=transform)
+    everything = torch.arange(900)
+    before, after = (RowScores(model, "mlps").read(everything)[0] for model in (a, b))
+    delta = after.exp() - before.exp() if change == "probability" else after - before
+    rows_read, read = [], RowScores.read
+    monkeypatch.setattr(RowScores, "read", lambda self, first: rows_read.extend(first.tolist()) or read(self, first))
+    for at_least in (0.0, 0.02):
+        rows_read.clear()
+        found = diff(a, b, path="mlps", top_k=60, change=change, at_least=at_least)
+        assert len(set(rows_read)) < 700, "most rows are read in float32 only"
+        keep = torch.maximum(before, after).exp().numpy() >= at_least
+        for table, sign in ((found.rises, 1), (found.falls, -1)):
+            best, scores = ordered(sign * delta, keep)
+            assert table.ids.tolist() == best[:60].tolist()
+            np.testing.assert_allclose(table.scores, scores[:60], atol=1e-10)
+        np.testing.assert_allclose(found.kl, (before.exp() * (before - after)).sum(1), rtol=1e-4)
+    close = toy32(3, shift=1e-3, size=size, transform=transform)
+    exact = read(RowScores(close, "mlps"), everything)[0]
+    np.testing.assert_allclose(
+        diff(a, close, path="mlps").kl, (before.exp() * (before - exact)).sum(1), rtol=0.03, atol=1e-12
+    )
+
+
+def test_what_float32_says_of_rows_are_bounds():
+    a, b = toy32(1), toy32(2, shift=0.3)
+    everything = torch.arange(900)
+    before, after = (RowScores(model, "direct").read(everything)[0] for model in (a, b))
+    for change in ("probability", "logprob"):
+        delta = after.exp() - before.exp() if change == "probability" else after - before
+        found = RowChanges(RowScores(a), RowScores(b), change=change).read(everything)
+        for bound, sign in ((found.rise, 1), (found.fall, -1)):
+            largest = (sign * delta).amax(1)
+            assert (bound >= largest).all() and (bound <= largest + 1e-3 * (1 + largest.abs())).all()
+    broken = toy32(1)
+    broken.embeds["embed"].weight.data[7, 0] = math.nan
+    with pytest.raises(ValueError, match=r"those of tokens \[7\] are not"):
+        diff(a, broken)
 
 
 def test_diff_of_models_is_antisymmetric_and_of_rows():

@@ -10,7 +10,7 @@ Example:
 """
 
 from tl_jets.studies.ablation_checks import AblationCheck, ablation_check
-from tl_jets.studies.checkpoints import Track, track
+from tl_jets.studies.checkpoints import Track, track, track_by_path
 from tl_jets.studies.component_roles import Roles, roles
 from tl_jets.studies.counts import ngram_counts, unigram_probabilities
 from tl_jets.studies.differences import ModelDiff, diff
@@ -40,5 +40,6 @@ __all__ = [
     "pseudo_joint",
     "roles",
     "track",
+    "track_by_path",
     "unigram_probabilities",
 ]

@@ -32,6 +32,7 @@ from tl_jets.interventions import ablation_effect
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.notebook import Shown
 from tl_jets.stages import some
 from tl_jets.studies.intervals import bootstrap_interval
 from tl_jets.tables import NgramTable
@@ -40,7 +41,7 @@ OWN, SHUFFLED = "own", "shuffled"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationCheck:
+class AblationCheck(Shown):
     """What ablating components does to the logits of one component's n-grams. Changes are ablated - clean.
 
     Attributes:

@@ -23,6 +23,7 @@ from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.notebook import Shown
 from tl_jets.studies.counts import TEXT
 from tl_jets.studies.overlap import check_same_vocabulary, check_unigram, share_found
 from tl_jets.studies.text_comparison import best_joint
@@ -33,7 +34,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Roles:
+class Roles(Shown):
     """The best bi-grams of every MLP, and their overlaps.
 
     Attributes:

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.ngrams.streams import PathInput
+from tl_jets.notebook import Shown
 from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of
@@ -51,7 +52,7 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Mass:
+class Mass(Shown):
     """How much of a list of bi-grams a path holds.
 
     Attributes:

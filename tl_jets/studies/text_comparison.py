@@ -12,13 +12,15 @@ not know which tokens follow which.
 
 Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours.
 
-Cost: for each path a sweep over the first tokens of the text; repeated with more bi-grams a row if n of them are not certain.
+Cost: for each path a sweep over the first tokens of the text, and those first tokens once more that may have more than `PER_ROW`
+of the n bi-grams.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from tl_jets.network import ResidualNetwork
-from tl_jets.ngrams import jet_bigrams_by_path
+from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.streams import PathInput, mlp_steps
+from tl_jets.notebook import Shown
 from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest
@@ -39,10 +42,12 @@ from tl_jets.tables import NgramTable, rank
 NO_MODEL = "unigram (no model)"
 # Bi-grams of each first token that are looked at before more are.
 PER_ROW = 32
+# Scores that are closer than this, relatively, may be ties.
+TIE = 1e-9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextComparison:
+class TextComparison(Shown):
     """Paths against the bi-grams of a text.
 
     Attributes:
@@ -179,18 +184,44 @@ def best_joint(
     d_vocab = len(unigram)
     rows = unigram.nonzero()[:, 0].tolist()
     n = min(n, len(rows) * d_vocab)
-    found: dict[str, NgramTable] = {}
-    missing, top_k = list(paths), min(PER_ROW, d_vocab)
-    labels: list[str] = []
-    while missing:
-        tables = jet_bigrams_by_path(model, missing, per="row", top_k=top_k, rows=rows, progress=progress)
-        labels = labels or list(tables)
-        joint = {label: pseudo_joint(table, unigram) for label, table in tables.items()}
-        missing = [path for path, table in zip(missing, joint.values(), strict=True) if table.settings["exact_top"] < n]
-        found |= {label: table[:n] for label, table in joint.items() if table.settings["exact_top"] >= n}
-        # What lies exactly at the bound is never certain, but a row that is whole leaves nothing out.
-        top_k = min(8 * top_k, d_vocab)
-    return {label: found[label] for label in labels}
+    width = min(PER_ROW, d_vocab)
+    network = ResidualNetwork(model)
+    found = {}
+    tables = jet_bigrams_by_path(network, paths, per="row", top_k=width, rows=rows, progress=progress)
+    for path, (label, table) in zip(paths, tables.items(), strict=True):
+        joint = pseudo_joint(table, unigram)
+        unsure = _rows_with_more(joint, n) if width < d_vocab else []
+        if unsure:
+            options: dict[str, Any] = {"per": "row", "top_k": min(n, d_vocab), "rows": unsure, "progress": progress}
+            joint = _with_rows(joint, pseudo_joint(jet_bigrams(network, path, **options), unigram), unsure)
+        best = joint[:n]
+        whole = {"per": "global", "top_k": n, "of": "all pairs", "exact_top": len(best)}
+        found[label] = replace(best, settings={**best.settings, **whole})
+    return found
+
+
+def _rows_with_more(joint: NgramTable, n: int) -> list[int]:
+    """First tokens of which the n best pairs may hold one that the table left out: its last one of them is that good."""
+    first, row = joint.ids[:, 0].unique(return_inverse=True)
+    if len(joint) < n:
+        return first.tolist()
+    last = torch.full((len(first),), math.inf, dtype=torch.float64).scatter_reduce_(0, row, joint.scores, "amin")
+    threshold = float(joint.scores[n - 1])
+    return first[last >= threshold - TIE * (1 + abs(threshold))].tolist()
+
+
+def _with_rows(joint: NgramTable, other: NgramTable, rows: list[int]) -> NgramTable:
+    """A table with the rows of some first tokens from another one."""
+    kept = joint.where(id_1=sorted(set(joint.ids[:, 0].tolist()) - set(rows)))
+    return NgramTable.ranked(
+        torch.cat([kept.ids, other.ids]),
+        torch.cat([kept.scores, other.scores]),
+        names={**joint.names, **other.names},
+        path=joint.path,
+        settings=joint.settings,
+        fingerprint=joint.fingerprint,
+        parts={name: torch.cat([x, other.parts[name]]) for name, x in kept.parts.items()},
+    )
 
 
 def _row(best: Tensor, scores: Tensor, lists: list[Tensor], real: Tensor) -> tuple[list[float], list[float]]:
