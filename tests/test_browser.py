@@ -223,7 +223,9 @@ def test_a_joined_page(world, show, scheme):
     with show(document, scheme) as opened:
         assert opened.locator("h1").text_content() == HOSTILE[0]
         assert opened.locator("section").count() == len(world["views"]) + len(results) + 2
-        assert opened.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 300)")
+        assert opened.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 300)") == [
+            True
+        ]
         assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
         frame = opened.locator("section").nth(len(world["views"]) + len(results))
         shown = frame.locator("tbody tr").first.locator("td").all_text_contents()
@@ -237,12 +239,27 @@ def test_a_notebook_s_theme_wins(world, show, theme, scheme):
     outputs = "".join(
         result._repr_html_() for result in (world["iterative"], world["joint"], world["sums"], world["table"])
     )
-    document = f'<!DOCTYPE html><meta charset="utf-8"><body data-jp-theme-light="{theme}">{outputs}</body>'
+    # What notebooks do to tables.
+    of_notebooks = (
+        ".output table { margin-left: auto; margin-right: auto; table-layout: fixed; width: 100%; }"
+        ".output td, .output th, .output tr { text-align: right; white-space: normal; vertical-align: middle; }"
+        ".output tbody tr:nth-child(odd) { background: #ff0; } .output tbody tr:hover { background: #f00; }"
+    )
+    document = (
+        f'<!DOCTYPE html><meta charset="utf-8"><style>{of_notebooks}</style>'
+        f'<body data-jp-theme-light="{theme}"><div class="output">{outputs}</div></body>'
+    )
     with show(document, scheme) as opened:
         assert opened.locator(".tl-jets").count() == 4
         color = opened.locator(".tl-jets").first.evaluate("e => getComputedStyle(e).backgroundColor")
         assert (color == "rgb(255, 255, 255)") == (theme == "true")
         assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+        row = opened.locator("tbody tr").first
+        row.hover()
+        assert row.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
+        assert row.locator("td").first.evaluate("e => getComputedStyle(e).textAlign") == "left"
+        assert opened.locator("table").first.bounding_box()["x"] < 40
+        opened.mouse.move(0, 0)
         for output in (0, 1):
             place = opened.locator(".tl-jets").nth(output).locator("td[title], td[data-tip]").first
             assert hovered(opened, place)

@@ -400,6 +400,8 @@ def results(network, trace, lenses):
         "iterative, detached": iterative_jet_lens(network, trace, linearize="detached"),
         "iterative, one position": iterative_jet_lens(network, prompt, positions=-1),
         "joint": joint,
+        "no tokenizer": replace(iterative, tokenizer=None),
+        "joint, no tokenizer": replace(joint, tokenizer=None),
         "joint, detached": joint_jet_lens(network, trace, linearize="detached"),
         "joint, uniform": joint_jet_lens(network, trace, weights="uniform"),
         "measures": iterative.measures,

@@ -177,13 +177,14 @@ def _part(part: Any) -> str:
         return part._section()
     if isinstance(part, pd.DataFrame):
         return f"<section>{dataframe_html(part, rows=len(part), columns=part.shape[1])}</section>"
-    if callable(getattr(part, "_repr_html_", None)):
-        return f"<section>{part._repr_html_()}</section>"
-    if callable(getattr(part, "savefig", None)):
+    if callable(getattr(part, "savefig", None)):  # before _repr_html_, which a figure has and which gives nothing
         image = io.BytesIO()
         part.savefig(image, format="png", dpi=FIGURE_DPI)
         data = base64.b64encode(image.getvalue()).decode()
         return f'<section><img alt="figure" style="max-width:100%" src="data:image/png;base64,{data}"></section>'
+    found = part._repr_html_() if callable(getattr(part, "_repr_html_", None)) else None
+    if isinstance(found, str):
+        return f"<section>{found}</section>"
     raise TypeError(
         "A part of a page is a View, a result, a pandas table, a matplotlib figure, or an object with _repr_html_; got "
         f"{type(part).__name__}. Put text into a view of its own: View(title, html)."

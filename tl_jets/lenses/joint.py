@@ -154,7 +154,7 @@ class JointJetLens(LensResult):
         row_of = (keep.flatten().cumsum(0) - 1).view_as(keep)[prompt, wanted][here]
         chosen = [self.labels.index(label) for label in (self.labels if labels is None else labels)]
         jets = centers.jets[chosen][:, row_of]
-        weights = self.weights[chosen][:, prompt, wanted][:, here].to(jets)
+        weights = self.weights[chosen][:, prompt, wanted].to(jets)[:, here]
         constants = centers.constants[chosen, None].expand(jets.shape[:-1])
         found = top_tokens(decoder, jets, bias_weight=constants, k=k)
         metric = decoder.metric(centered=False)

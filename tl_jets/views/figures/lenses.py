@@ -213,7 +213,7 @@ def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str) -> N
 def _spans_decades(values: np.ndarray) -> bool:
     """Whether what is not rounding spans two decades."""
     values = values[values > ROUNDING]
-    return len(values) > 0 and values.max() > 100 * values.min()
+    return len(values) > 0 and bool(values.max() > 100 * values.min())
 
 
 def _seen(values: pd.Series, log: bool) -> pd.Series:
