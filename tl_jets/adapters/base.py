@@ -13,6 +13,9 @@ where z_h(0), the head at the zero stream, is what the value path gives for a ze
 patterns sum to one, so it depends on no pattern). Under a post-norm the same shares are taken at the post-norm's own
 scale. Constants therefore sit in `<l>_attn_bias`, and folding value biases or norms changes no head. What neurons write
 is in `tl_jets.adapters.neurons`.
+
+A model may be spread over several devices: what is recorded and what is made of it is where `W_U` is, and a replay takes its
+stream to the device of the block and its writes back.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -50,7 +54,7 @@ class TransformerLensView(ABC):
         self.blocks = list(model.blocks)
         self.n_layers = len(self.blocks)
         parameter = next(model.parameters())
-        self.device = parameter.device
+        self.input_device, self.device = parameter.device, model.W_U.device
         self.native_dtype = parameter.dtype
         self.dtype = working_dtype(parameter.dtype)
         self.name = f"{type(model).__name__}({getattr(self.cfg, 'model_name', None) or 'custom'})"
@@ -169,6 +173,7 @@ class TransformerLensView(ABC):
         else:
             saved, calls, logits = self._read_cache(cache, tokens), None, None
         accuracy = tolerance(self.dtype) if cache is None else 1e-5 if self.dtype is self.native_dtype else 1e-2
+        tokens, valid = tokens.to(self.device), valid.to(self.device)
         recording = Recording(
             tokens, valid, {}, {}, {}, logits=logits, hook_state=state, calls=calls, accuracy=accuracy
         )
@@ -211,11 +216,11 @@ class TransformerLensView(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        return saved, calls, logits
+        return saved, calls, logits.to(self.device)
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        extra = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return self.model(tokens, return_type="logits", **extra)
+        extra = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.input_device)}
+        return self.model(tokens.to(self.input_device), return_type="logits", **extra)
 
     def _read_cache(self, cache: Any, tokens: Tensor) -> dict[str, Tensor]:
         missing = [name for name in self._stream_names if name.startswith("blocks") and name not in cache]
@@ -235,7 +240,10 @@ class TransformerLensView(ABC):
 
     def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
-        saved = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in saved.items()}
+        saved = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in saved.items()
+        }
 
         padded = not bool(recording.valid.all())
 
@@ -316,9 +324,10 @@ class TransformerLensView(ABC):
         calls = self._calls(recording)
         layer = stage.steps[0].layer
         kinds = {step.kind for step in stage.steps}
+        own, stream = stream.device, _moved(stream, self.device_of(layer))
         with self._replaying(layer):
             if kinds == {"block"}:
-                return self._block(recording, calls, layer, stream)[None]
+                return _moved(self._block(recording, calls, layer, stream)[None], own)
             parts = []
             if "head" in kinds:
                 parts += [self._heads(recording, calls, layer, stream)]
@@ -328,7 +337,7 @@ class TransformerLensView(ABC):
                 parts += [self.call_mlp(calls, layer, stream)[None]]
             if kinds & {"neuron", "mlp_bias"}:
                 parts += [neuron_writes(self, recording, calls, stage, stream)]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return _moved(torch.cat(parts) if len(parts) > 1 else parts[0], own)
 
     @contextmanager
     def _replaying(self, layer: int) -> Iterator[None]:
@@ -351,7 +360,7 @@ class TransformerLensView(ABC):
             if not self.is_parallel(layer):
                 middle = stream + write
                 for edit in recording.edits.get(f"{layer}_mid", {}).values():
-                    middle, write = middle + edit, write + edit
+                    middle, write = middle + edit.to(stream.device), write + edit.to(stream.device)
             write = write + self.call_mlp(calls, layer, middle)
         return write
 
@@ -394,5 +403,19 @@ class TransformerLensView(ABC):
             raise NotImplementedError(f"Heads need {name}, which never fired; use granularity='sublayer'.")
         return grabbed[-1], out
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block is."""
+        return next(self.blocks[layer].parameters()).device
+
     def _read_norm(self, module: Any) -> Norm:
         return read_norm(module, self.cfg, self.cfg.d_model, self.device, self.dtype)
+
+    def _read_last_norm(self, module: Any) -> Norm:
+        norm = self._read_norm(module)
+        weight, bias = (None if x is None else x.to(self.device) for x in (norm.weight, norm.bias))
+        return replace(norm, weight=weight, bias=bias)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; untouched where it is there already, so that Taylor tensors and wrappers stay what they are."""
+    return tensor if tensor.device == device else tensor.to(device)

@@ -46,8 +46,8 @@ class TransformerBridgeView(TransformerLensView):
         ]
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        extra = {} if attention_mask is None else {"attention_mask": attention_mask.long()}
-        return self.model(tokens, return_type="logits", use_cache=False, **extra)
+        extra = {} if attention_mask is None else {"attention_mask": attention_mask.long().to(self.input_device)}
+        return self.model(tokens.to(self.input_device), return_type="logits", use_cache=False, **extra)
 
     def _norms(self, layer: int, which: str) -> tuple[str | None, str | None]:
         """Names of the norms before and after a sublayer."""
@@ -111,20 +111,22 @@ class TransformerBridgeView(TransformerLensView):
 
     def _decoder(self) -> Decoder:
         model = self.model
-        W_U, b_U = model.W_U.detach(), model.b_U.detach()
+        W_U = model.W_U.detach()
+        b_U = model.b_U.detach().to(W_U.device)
         generator = torch.Generator().manual_seed(0)
         probe = torch.linspace(-40, 40, W_U.shape[1], dtype=self.dtype)
         probe = probe[torch.randperm(len(probe), generator=generator)].to(W_U.device)
         transform = model.adapter.apply_output_logits_transform
         with torch.no_grad(), self.precision():
             changes = not torch.equal(transform(probe.clone()), probe)
-        plain = Decoder(norm=self._read_norm(getattr(model, "ln_final", None)), W_U=W_U, b_U=b_U)
+        norm = self._read_last_norm(getattr(model, "ln_final", None))
+        plain = Decoder(norm=norm, W_U=W_U, b_U=b_U)
         return replace(plain, transform=transform) if changes and not self._reproduces(plain) else plain
 
     def _reproduces(self, decoder: Decoder) -> bool:
         """Whether a decoder gives the model's own logits (3.9 applies a folded logit scale twice in the adapter)."""
         saved, _, logits = self._forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), None)
-        final = saved[f"blocks.{self.n_layers - 1}.hook_resid_post"]
+        final = saved[f"blocks.{self.n_layers - 1}.hook_resid_post"].to(self.device)
         return bool(torch.allclose(decoder.logits(decoder.norm(final)), logits, rtol=1e-3, atol=1e-3))
 
 

@@ -84,7 +84,7 @@ class HookedTransformerView(TransformerLensView):
 
     def _decoder(self) -> Decoder:
         model, cfg = self.model, self.cfg
-        norm = self._read_norm(getattr(model, "ln_final", None) if cfg.normalization_type is not None else None)
+        norm = self._read_last_norm(getattr(model, "ln_final", None) if cfg.normalization_type is not None else None)
         cap = float(getattr(cfg, "output_logits_soft_cap", 0) or 0)
 
         def softcap(logits: Tensor) -> Tensor:

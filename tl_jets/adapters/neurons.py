@@ -100,14 +100,15 @@ def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: i
     key = (layer, recording.hook_state)
     if key in view.checked_neurons:
         return
-    stream = recording.streams.get(f"{layer}_mid", recording.streams[f"{layer}_pre"])
+    stream = recording.streams.get(f"{layer}_mid", recording.streams[f"{layer}_pre"]).to(view.device_of(layer))
+    valid = recording.valid.to(stream.device)
     with torch.no_grad():
         post, write = _activations(view, calls, layer, stream)
         W_out, b_out = _output_weights(view, layer)
         out = post @ W_out + b_out if post.shape == (*stream.shape[:2], len(W_out)) else torch.zeros_like(write)
         found, post_bias = view.shares(layer, "mlp", out, out), view.post_bias(layer)
         found = found if post_bias is None else found + post_bias
-        error = relative_error(found[recording.valid], write[recording.valid])
+        error = relative_error(found[valid], write[valid])
     if not error <= 16 * recording.accuracy:
         raise _refusal(view, layer, f"all neurons and b_out are off the MLP's write by {error:.1e} (relative)")
     view.checked_neurons.add(key)

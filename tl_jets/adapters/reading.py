@@ -27,7 +27,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: torch.dtype) -> Norm:
-    """The norm that a module computes, as a `Norm`.
+    """The norm that a module computes, as a `Norm` where the module is; on `device` if it has no parameters.
 
     Raises:
         ValueError: A user's hook is active inside the module, so that it is not a norm now.
@@ -41,6 +41,8 @@ def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: 
             f"A norm is read with no hooks inside it; hooks are active on {hooked}. Build the ResidualNetwork before "
             f"entering `model.hooks(...)` and pass it instead of the model."
         )
+    own = next(module.parameters(), None)
+    device = device if own is None else own.device
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(4, 2, d_model, generator=generator, dtype=torch.float64) + 0.3
     probe = (probe * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64)[:, None, None]).to(device, dtype)

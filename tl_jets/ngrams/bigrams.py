@@ -11,7 +11,8 @@ whole V x V matrix, which is never held (`tl_jets.ngrams.scan`).
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), section on jet n-grams, footnote 4.
 
 Cost: V^2 d_model multiply-adds a path (GPT-2 small: 40 forward passes of 1,024 tokens) and about a tenth of it for everything
-else; the MLPs of the path on V tokens. Memory: about 60 MB for GPT-2 small; with screening `W_U` in bfloat16 besides.
+else; the MLPs of the path on V tokens. Memory: about 60 MB for GPT-2 small; with screening `W_U` in bfloat16 besides. Several
+processes divide it (`tl_jets.ngrams.shards`).
 
 Example:
     >>> import tl_jets as tj
@@ -27,50 +28,22 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from tl_jets.network import ResidualNetwork
-from tl_jets.ngrams.fingerprints import fingerprint
-from tl_jets.ngrams.jobs import SUFFIX, Job, State, check_header, finish
-from tl_jets.ngrams.rows import RowReader, RowScan
-from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
-from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
-from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
-from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
+from tl_jets.ngrams.bigram_sweep import BigramSweep, Options, Per, planned
+from tl_jets.ngrams.jobs import SUFFIX, Job, check_header, finish
+from tl_jets.ngrams.scan import Score
+from tl_jets.ngrams.screen import Screen
+from tl_jets.ngrams.shards import Distributed
+from tl_jets.ngrams.streams import PathInput
+from tl_jets.ngrams.token_ids import TokenIds
 from tl_jets.reader import LOG2_E, slices
 from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
-
-Per = Literal["global", "row"]
-
-# Rows of a scan at a time, and of the model's MLPs at a time.
-CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
-CHUNK_PER_ROW = 320
-STREAM_ROWS = 512
-# Below so many multiply-adds, measuring whether bfloat16 is fast takes longer than it can save.
-WORTH_PROBING = 10**11
-
-
-@dataclass(frozen=True)
-class Options:
-    """How bi-grams are chosen and computed; see `jet_bigrams`."""
-
-    top_k: int = 100
-    per: Per = "global"
-    rows: TokenIds | None = None
-    columns: TokenIds | None = None
-    score: Score = "logprob"
-    chunk_size: int | None = None
-    screen: Screen | None = "auto"
-    progress: bool = True
 
 
 def jet_bigrams(
@@ -86,6 +59,7 @@ def jet_bigrams(
     screen: Screen | None = "auto",
     progress: bool = True,
     save: str | Path | None = None,
+    distributed: Distributed = False,
 ) -> NgramTable:
     """The best bi-grams of a path over the whole vocabulary.
 
@@ -104,6 +78,8 @@ def jet_bigrams(
         progress: Show a bar in a terminal, if it takes longer than a second.
         save: A file for the table. If it is there already, it is loaded instead (and refused if it is of other settings or
             another model); the unfinished state is saved beside it every half a minute, and resumed.
+        distributed: True, or a process group: all its processes call this with the same model and options, divide the rows,
+            and return the same table. Files are those of process 0. See `tl_jets.ngrams.shards`.
 
     Returns:
         Bi-grams, best first, ties by ids; with the part `log_normalizer`, log sum exp of the first token's logits, for
@@ -111,7 +87,8 @@ def jet_bigrams(
 
     Raises:
         ValueError: The path mixes positions or does not exist, ids are not of the vocabulary, an option is not one of its
-            values, a logit is not finite, or `save` belongs to something else.
+            values, a logit is not finite, or `save` belongs to something else; or processes were given different things.
+        RuntimeError: Another process failed.
 
     Source:
         Chen et al., arXiv 2410.06024, jet n-grams.
@@ -125,8 +102,8 @@ def jet_bigrams(
         >>> sorted(set(table.ids[:, 0].tolist())), len(table)
         ([40, 41, 42], 6)
     """
-    options = Options(top_k, per, rows, columns, score, chunk_size, screen, progress)
-    job = _job(_Sweep(model, [path], options), "table")
+    options = Options(top_k, per, rows, columns, score, chunk_size, screen, progress, distributed)
+    job = _job(planned(model, [path], options, saves=save is not None), "table")
     return job.run(None) if save is None else finish(job, save)
 
 
@@ -143,6 +120,7 @@ def jet_bigrams_by_path(
     screen: Screen | None = "auto",
     progress: bool = True,
     folder: str | Path | None = None,
+    distributed: Distributed = False,
 ) -> dict[str, NgramTable]:
     """The best bi-grams of several paths, in one sweep over the vocabulary: tokens are embedded once, buffers shared.
 
@@ -159,6 +137,7 @@ def jet_bigrams_by_path(
         progress: Show a bar.
         folder: Where each table is saved as `<path>.parquet`. Tables that are there are loaded, an unfinished sweep is
             resumed.
+        distributed: Divide the rows among processes.
 
     Returns:
         Tables by path.
@@ -166,29 +145,26 @@ def jet_bigrams_by_path(
     Raises:
         ValueError: See `jet_bigrams`; or the model has no MLP.
     """
-    if isinstance(paths, str) and paths != "each_mlp":
-        raise ValueError(f'paths must be "each_mlp" or a list of paths; got {paths!r}. Use jet_bigrams for one path.')
-    given = mlp_steps(ResidualNetwork(model)) if isinstance(paths, str) else list(paths)
-    if not given:
-        raise ValueError('There must be a path at least; got none. A model without MLPs has the path "direct" only.')
-    options = Options(top_k, per, rows, columns, score, chunk_size, screen, progress)
-    plan = _Sweep(model, given, options)
+    options = Options(top_k, per, rows, columns, score, chunk_size, screen, progress, distributed)
+    plan = planned(model, paths, options, saves=folder is not None)
+    labels = list(plan.streams.paths)
     if folder is None:
-        return plan.run(list(plan.streams.paths), None)
+        return plan.run(labels, None)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {label: folder / f"{label}{SUFFIX}" for label in plan.streams.paths}
-    tables = {label: NgramTable.load(file) for label, file in files.items() if file.exists()}
-    for label, table in tables.items():
-        check_header(table.header, plan.header(label), files[label])
-    missing = [label for label in files if label not in tables]
+    files = {label: folder / f"{label}{SUFFIX}" for label in labels}
+    tables = plan.processes.first(lambda: _found(plan, files))
+    missing = [label for label in labels if label not in tables]
     if missing:
         state = folder / "unfinished.state"
         tables |= plan.run(missing, state)
-        for label in missing:
-            tables[label].save(files[label])
-        state.unlink(missing_ok=True)
-    return {label: tables[label] for label in files}
+
+        def save() -> None:
+            for label in missing:
+                tables[label].save(files[label])
+            state.unlink(missing_ok=True)
+
+        plan.processes.first(save)
+    return {label: tables[label] for label in labels}
 
 
 def bigram_job(model: Any, path: PathInput = "direct", *, name: str | None = None, **options: Any) -> Job:
@@ -200,13 +176,18 @@ def bigram_job(model: Any, path: PathInput = "direct", *, name: str | None = Non
         name: Of the file; the path by default.
         **options: Those of `jet_bigrams`, without `save`.
     """
-    plan = _Sweep(model, [path], Options(**options))
+    plan = planned(model, [path], Options(**options), saves=True)
     return _job(plan, name or next(iter(plan.streams.paths)))
 
 
 @torch.no_grad()
 def bigram_log_normalizers(
-    model: Any, path: PathInput = "direct", *, rows: TokenIds | None = None, chunk_size: int | None = None
+    model: Any,
+    path: PathInput = "direct",
+    *,
+    rows: TokenIds | None = None,
+    chunk_size: int | None = None,
+    distributed: Distributed = False,
 ) -> Float[Tensor, " row"]:
     """Logarithms of the sums of exp the logits after each first token: what its log-probabilities are normalized by.
 
@@ -215,6 +196,7 @@ def bigram_log_normalizers(
         path: See `jet_bigrams`.
         rows: Ids of the first tokens; None for all.
         chunk_size: First tokens at a time.
+        distributed: Divide the rows among processes.
 
     Returns:
         Nats, in float64; as exact as logits in working precision. Shape [row].
@@ -225,149 +207,36 @@ def bigram_log_normalizers(
     Cost:
         As `jet_bigrams`.
     """
-    plan = _Sweep(model, [path], Options(rows=rows, chunk_size=chunk_size, screen=None))
+    options = Options(rows=rows, chunk_size=chunk_size, screen=None, distributed=distributed)
+    plan = planned(model, [path], options)
     (label,) = plan.streams.paths
-    tiles = plan.tiles
-    found, offset = [], 0.0
-    for part in slices(len(plan.rows), plan.chunk_size):
+    tiles, offset = plan.tiles, 0.0
+
+    def read(part: slice) -> Tensor:
+        nonlocal offset
         states = plan.states(plan.streams.embed(plan.rows[part]), label)
         maxima = torch.empty(len(states), tiles.n_blocks, dtype=tiles.dtype, device=tiles.device)
         shifted, applied, offset = tiles.read(states, maxima, offset)
         assert shifted is not None
-        found.append((shifted.double() - applied) / LOG2_E)
-    return torch.cat(found)
+        return (shifted.double() - applied) / LOG2_E
+
+    return torch.cat(plan.processes.map(read, list(slices(len(plan.rows), plan.chunk_size)))).to(plan.device)
 
 
-class _Sweep:
-    """Paths and options, checked; runs the sweep."""
-
-    def __init__(self, model: Any, paths: Sequence[PathInput], options: Options):
-        self.streams = VocabularyStreams(model, paths)
-        self.network, self.options = self.streams.network, options
-        self.decoder = self.network.decoder
-        self.device = self.streams.device
-        for name, value, known in (("per", options.per, ("global", "row")), ("score", options.score, SCORES)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}; got {value!r}.")
-        self.rows = read_tokens("rows", options.rows, self.streams.n_tokens, self.device)
-        self.columns = None
-        if options.columns is not None:
-            self.columns = read_tokens("columns", options.columns, self.decoder.d_vocab, self.device)
-        default = CHUNK_PER_ROW if options.per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
-        self.chunk_size = default if options.chunk_size is None else options.chunk_size
-        if options.top_k < 1 or self.chunk_size < 1:
-            raise ValueError(f"top_k and chunk_size must be 1 or more; got {options.top_k} and {self.chunk_size}.")
-        self.dtype = self.decoder.compute_dtype(self.streams.embed(self.rows[:1]))
-        self.screens = self._screens()
-
-    def _screens(self) -> bool:
-        """Whether rows are screened in bfloat16."""
-        options = self.options
-        if options.screen not in ("auto", "bf16", None):
-            raise ValueError(f'screen must be "auto", "bf16" or None; got {options.screen!r}.')
-        possible = (
-            options.per == "global"
-            and options.score == "logprob"
-            and self.columns is None
-            and self.decoder.logit_scale is not None
-            and self.dtype is torch.float32
-        )
-        if options.screen == "bf16" and not possible:
-            raise ValueError(
-                'screen="bf16" needs per="global", score="logprob", all columns, a float32 sweep and a model without a '
-                'softcap; this one has something else. Use screen="auto" or None.'
-            )
-        work = len(self.rows) * self.decoder.d_vocab * self.decoder.d_model
-        if options.screen == "auto" and possible and work > WORTH_PROBING:
-            return bf16_is_fast(self.device, self.decoder.d_model)
-        return options.screen == "bf16"
-
-    @cached_property
-    def tiles(self) -> Tiles:
-        """Buffers that all paths share."""
-        normalize = self.options.score == "logprob"
-        return Tiles(self.decoder, self.dtype, self.device, normalize=normalize, tokens=self.columns)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The model's fingerprint."""
-        return fingerprint(self.network)
-
-    def header(self, label: str) -> dict[str, Any]:
-        """What the header of a path's table is."""
-        options = self.options
-        settings = {
-            "ngram": "bigram",
-            "score": options.score,
-            "per": options.per,
-            "top_k": options.top_k,
-            "rows": described(self.rows, options.rows),
-            "columns": described(self.columns, options.columns),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-        return {"path": label, "settings": settings, "fingerprint": self.fingerprint}
-
-    def states(self, embed: Tensor, label: str) -> Tensor:
-        """What the unembedding reads, a few rows at a time: MLPs are wide."""
-        return torch.cat([self.streams.states(embed[part], label) for part in slices(len(embed), STREAM_ROWS)])
-
-    def _scans(self, labels: Sequence[str]) -> dict[str, TopScan | ScreenedScan | RowScan]:
-        options = self.options
-        shared: dict[str, Any] = {
-            "score": options.score,
-            "tokens": self.columns,
-            "dtype": self.dtype,
-            "device": self.device,
-        }
-        if options.per == "row":
-            reader = RowReader(self.decoder, options.top_k, **shared)
-            return {label: RowScan(reader) for label in labels}
-        scans = {label: TopScan(self.decoder, options.top_k, **shared, tiles=self.tiles) for label in labels}
-        if not self.screens:
-            return {**scans}
-        tiles = RoundedTiles(self.decoder, self.dtype, self.device)
-        return {label: ScreenedScan(scan, tiles, self.chunk_size) for label, scan in scans.items()}
-
-    @torch.no_grad()
-    def run(self, labels: Sequence[str], state_file: Path | None) -> dict[str, NgramTable]:
-        """Sweep over the vocabulary and return the tables of some of the paths."""
-        scans = self._scans(labels)
-        state = State(state_file, self.header(" + ".join(self.streams.paths)) if state_file else {})
-        first, tensors = state.load()
-        if first:
-            for label, scan in scans.items():
-                own = f"{label}/"
-                scan.restore(
-                    {key.removeprefix(own): x.to(self.device) for key, x in tensors.items() if key.startswith(own)}
-                )
-        bar = {"unit": "token", "delay": 1, "leave": False, "disable": None if self.options.progress else True}
-        with tqdm(total=len(self.rows), initial=first, **bar) as shown:
-            for start in range(first, len(self.rows), self.chunk_size):
-                ids = self.rows[start : start + self.chunk_size]
-                embed = self.streams.embed(ids)
-                for label, scan in scans.items():
-                    scan.add(self.states(embed, label), ids)
-                shown.update(len(ids))
-                state.save(start + len(ids), lambda: _named(scans))
-        for scan in scans.values():
-            scan.close()
-        return {label: self._table(label, scan.finish()) for label, scan in scans.items()}
-
-    def _table(self, label: str, best: BestPairs) -> NgramTable:
-        ids = best.ids.cpu()
-        parts = {"log_normalizer": best.log_normalizers} if self.options.score == "logprob" else {}
-        names = token_names(self.network.tokenizer, [ids])
-        return NgramTable(ids, best.scores, names, **self.header(label), parts=parts)
+def _found(plan: BigramSweep, files: Mapping[str, Path]) -> dict[str, NgramTable]:
+    """The tables that are there already; the folder is made."""
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+    tables = {label: NgramTable.load(file) for label, file in files.items() if file.exists()}
+    for label, table in tables.items():
+        check_header(table.header, plan.header(label), files[label])
+    return tables
 
 
-def _job(plan: _Sweep, name: str) -> Job:
+def _job(plan: BigramSweep, name: str) -> Job:
     (label,) = plan.streams.paths
 
     def run(state: Path | None) -> NgramTable:
         return plan.run([label], state)[label]
 
-    return Job(name, run, **plan.header(label))
-
-
-def _named(scans: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {f"{label}/{key}": x for label, scan in scans.items() for key, x in scan.state().items()}
+    return Job(name, run, **plan.header(label), processes=plan.processes)

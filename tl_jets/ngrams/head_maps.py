@@ -138,13 +138,17 @@ class HeadReader:
 
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
         """Hooks that keep queries, keys and more, by their TransformerLens names."""
-
-        def saver(name: str) -> Callable[..., None]:
-            return lambda tensor, hook: found.__setitem__(name, tensor.detach())
-
-        prefix = f"blocks.{self.layer}.attn."
         names = [name for pair in _POINTS for name in pair] + list(more)
-        return [(prefix + name, saver(name)) for name in names if prefix + name in self.view._hook_dict]
+        savers = [self._saver(found, name) for name in names]
+        return [(name, save) for name, save in savers if name in self.view._hook_dict]
+
+    def _saver(self, found: dict[str, Tensor], name: str) -> tuple[str, Callable[..., None]]:
+        """A hook that keeps what an activation of the layer's attention is."""
+
+        def save(tensor: Tensor, hook: Any) -> None:
+            found[name] = tensor.detach().to(self.device)
+
+        return f"blocks.{self.layer}.attn.{name}", save
 
     def _query_and_key(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[batch, pos, head, d_head] each; grouped keys repeated."""
@@ -244,8 +248,9 @@ class HeadReader:
         def stop(tensor: Tensor, hook: Any) -> None:
             raise _AttendedError
 
-        hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: streams), *self._savers(found, "hook_attn_scores")]
-        hooks += [(prefix + "attn.hook_pattern", lambda tensor, hook: found.__setitem__("hook_pattern", tensor))]
+        moved = streams.to(self.view.device_of(self.layer))
+        hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: moved), *self._savers(found, "hook_attn_scores")]
+        hooks += [self._saver(found, "hook_pattern")]
         # Some attention modules show weights and scores after their output: the block is left at its end.
         hooks += [(prefix + "hook_resid_post", stop)]
         try:
@@ -280,7 +285,7 @@ class OutputMap:
         view, decoder = reader.view, reader.network.decoder
         block = view.blocks[reader.layer]
         dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype))
-        W_O = block.attn.W_O[head].detach().to(dtype)
+        W_O = block.attn.W_O[head].detach().to(decoder.W_U.device, dtype)
         self._norms: list[tuple[Tensor, float]] = []
         post = view._post_norm(reader.layer)
         if post is not None:
@@ -297,7 +302,7 @@ class OutputMap:
         if norm.kind != "none":
             W_O = norm.center(W_O)
             self._norms.append((W_O.double() @ W_O.double().T / W_O.shape[1], norm.eps))
-        return W_O if norm.weight is None else W_O * norm.weight.to(W_O.dtype)
+        return W_O if norm.weight is None else W_O * norm.weight.to(W_O)
 
     def coordinates(self, value: Float[Tensor, "token d_head"]) -> Float[Tensor, "token d_head"]:
         """Values divided by what the norms divide their writes by. In float64 for float64 values, else as `columns`."""

@@ -35,6 +35,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.tables import NgramTable, write_atomically
 
 SUFFIX = ".parquet"
@@ -52,6 +53,7 @@ class Job:
         path: The table's path.
         settings: The table's settings, plain JSON values.
         fingerprint: The model's fingerprint.
+        processes: Those that make the table together, each with its own such job; the first one reads and writes files.
 
     Raises:
         ValueError: The name is no file name.
@@ -62,6 +64,7 @@ class Job:
     path: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    processes: Processes = field(default=ALONE, repr=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w .,>+-]*", self.name):
@@ -115,18 +118,30 @@ def finish(job: Job, file: str | Path) -> NgramTable:
         ValueError: The file is not of this job.
     """
     file = Path(file)
+    table = job.processes.first(lambda: _there(job, file))
+    if table is not None:
+        return table
+    state = file.with_name(f"{file.name}.state")
+    table = job.run(state)
+    assert table.header == job.header, "a job makes the table that it announces"
+
+    def save() -> None:
+        table.save(file)
+        state.unlink(missing_ok=True)
+
+    job.processes.first(save)
+    return table
+
+
+def _there(job: Job, file: Path) -> NgramTable | None:
+    """The table of a job from its file, if there is one."""
     if file.exists():
         table = NgramTable.load(file)
         check_header(table.header, job.header, file)
         return table
     for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
-    state = file.with_name(f"{file.name}.state")
-    table = job.run(state)
-    assert table.header == job.header, "a job makes the table that it announces"
-    table.save(file)
-    state.unlink(missing_ok=True)
-    return table
+    return None
 
 
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
@@ -175,10 +190,13 @@ class State:
         check_header(about["header"], self.header, self.file)
         return int(about["rows"]), tensors
 
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return self.file is not None and time.monotonic() >= self.saved + STATE_SECONDS
+
     def save(self, rows: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Save what `tensors` gives, if it is time to."""
-        if self.file is None or time.monotonic() < self.saved + STATE_SECONDS:
-            return
+        """Save what `tensors` gives, and how many rows it is of."""
+        assert self.file is not None, "a state without a file is never due"
         about = {"tl_jets": json.dumps({"header": self.header, "rows": rows})}
         data = to_bytes({name: x.cpu().contiguous() for name, x in tensors().items()}, metadata=about)
         write_atomically(self.file, lambda stream: stream.write(data))

@@ -20,6 +20,7 @@ from tl_jets.ngrams.factors import (
     log_softmax_at,
     normalizers,
 )
+from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.reader import LOG2_E
 from tl_jets.tables import rank
 
@@ -63,8 +64,8 @@ class HeadMaps:
 class Search:
     """The exact best triples of a head."""
 
-    def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any]):
-        self.maps, self.top_k, self.advance = maps, top_k, advance
+    def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any], processes: Processes = ALONE):
+        self.maps, self.top_k, self.advance, self.processes = maps, top_k, advance, processes
         self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
         slope = max(1.0, abs(float(maps.outputs.transform(torch.ones(1)) if maps.outputs.transform else 1.0)))
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
@@ -84,7 +85,8 @@ class Search:
             self._collect(keys[order], bound[order], size)
             self.advance = _nothing  # a bar counts keys once
             ids = self.found.ids
-            attention, log_prob = self.maps.exact(ids)
+            parts = self.processes.map(self.maps.exact, ids.chunk(self.processes.size))
+            attention, log_prob = (torch.cat(x).to(ids.device) for x in zip(*parts, strict=True))
             if self._is_certain(attention + log_prob):
                 return ids, attention, log_prob
             size *= 2
@@ -103,7 +105,16 @@ class Search:
         return bool(last >= kept[-1] + 4 * (exact - kept).abs().max())
 
     def _collect(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"], size: int) -> None:
-        """Find the best triples of some keys, which come by decreasing bounds of A."""
+        """Find the best triples of some keys, which come by decreasing bounds of A: each process those of its keys."""
+        own = slice(self.processes.rank, None, self.processes.size)
+        parts = self.processes.exchange(partial(self._collect_own, keys[own], bound[own], size))
+        self.found = _Best(size)
+        for ids, scores in parts:
+            self.found.add(ids.to(keys.device), scores.to(keys.device))
+        self.found.cut()
+
+    def _collect_own(self, keys: Tensor, bound: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Ids and scores of the best triples of some keys."""
         self.found = _Best(size)
         self.output_normalizer = torch.full_like(self.normalizer, math.nan)  # of keys that may be joined
         self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
@@ -116,14 +127,24 @@ class Search:
             self.advance(part.stop - start)
             start, size = part.stop, min(2 * size, LAST_ROUND)
         self.advance(len(keys) - start)
+        return self.found.ids, self.found.scores
 
     def _bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
         """What each query's scores are normalized by, and an upper bound of each key's best A; nats, float64."""
+        maps, parts = self.maps, self.processes.exchange(self._own_bounds)
+        normalizer, best = (torch.stack(x).amax(0).to(maps.own.device) for x in zip(*parts, strict=True))
+        return normalizer, maps.attention(best, torch.zeros_like(best)) if maps.normalize == "pair" else best
+
+    def _own_bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
+        """Normalizers of this process's queries (of others lower bounds), and each key's best score less them."""
         maps, scores = self.maps, self.maps.scores
         vocab, n_keys = maps.normalize == "vocab", scores.columns.shape[1]
         normalizer = torch.zeros_like(maps.own) if maps.normalize == "none" else maps.own.clone()
+        if vocab:
+            normalizer.fill_(-math.inf)
         best = scores.rows.new_full((n_keys,), -math.inf)
-        for start in range(0, len(scores.rows), TILE_ROWS):
+        first, step = TILE_ROWS * self.processes.rank, TILE_ROWS * self.processes.size
+        for start in range(first, len(scores.rows), step):
             part = slice(start, start + TILE_ROWS)
             rows, block = scores.rows[part], scores.rows.new_full((n_keys,), -math.inf)
             if vocab:
@@ -136,8 +157,7 @@ class Search:
                     block[columns] = tile.amax(0)
             torch.maximum(best, block, out=best)
             self.advance(len(rows))
-        best = best.double() / LOG2_E
-        return normalizer, maps.attention(best, torch.zeros_like(best)) if maps.normalize == "pair" else best
+        return normalizer, best.double() / LOG2_E
 
     def _best_outputs(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"]) -> Float[Tensor, " key"]:
         """The best log P of each key, in nats; for a key that has no chance, an upper bound that shows it."""

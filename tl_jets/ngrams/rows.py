@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_jets.decoder import Decoder
 from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, exact_logits, log_parts
+from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.reader import Reader, slices, total_of
 from tl_jets.tables import rank, rounded
 
@@ -154,8 +155,9 @@ class RowScan:
     def close(self) -> None:
         """No more rows come; nothing waits."""
 
-    def finish(self) -> BestPairs:
-        """All rows' best tokens, the best of all first."""
+    def finish(self, processes: Processes = ALONE) -> BestPairs:
+        """All rows' best tokens, the best of all first; there is nothing to divide."""
+        del processes
         found = _joined(self.found)
         order = rank(found.ids, found.scores)
         return BestPairs(found.ids[order], found.scores[order], found.log_normalizers[order])
@@ -164,9 +166,10 @@ class RowScan:
         """What has been found, to go on from with `restore`."""
         return vars(_joined(self.found)) if self.found else {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-        self.found = [BestPairs(**state)] if state else []
+    def restore(self, *states: dict[str, Tensor]) -> None:
+        """Go on from a `state`, or from those of several scans."""
+        device = self.reader.reader.device
+        self.found = [BestPairs(**{name: x.to(device) for name, x in state.items()}) for state in states if state]
 
 
 def _joined(found: list[BestPairs]) -> BestPairs:

@@ -53,6 +53,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.decoder import Decoder
+from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.reader import BLOCK, LOG2_E, slices
 from tl_jets.tables import rank
 
@@ -337,30 +338,35 @@ class TopScan:
         threshold = torch.tensor([self.threshold], dtype=torch.float64)
         return {name: x.contiguous() for name, x in vars(self.kept).items()} | {"threshold": threshold}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-        state = dict(state)
-        self.threshold = float(state.pop("threshold"))
-        self.kept = _Kept(**{name: x.to(self.device) for name, x in state.items()})
+    def restore(self, *states: dict[str, Tensor]) -> None:
+        """Go on from a `state`, or from those of several scans that read different rows; from nothing without one."""
+        self.kept = _Kept.none(self.decoder.d_model, self.dtype, self.device)
+        for state in states:
+            state = dict(state)
+            self.threshold = max(self.threshold, float(state.pop("threshold")))
+            self.kept = self.kept.joined(_Kept(**{name: x.to(self.device) for name, x in state.items()}))
+        self._prune()
 
     @torch.no_grad()
-    def finish(self) -> BestPairs:
-        """Score what was kept in float64 and return the best."""
-        kept, found = self.kept, []
+    def finish(self, processes: Processes = ALONE) -> BestPairs:
+        """Score what was kept in float64 and return the best.
+
+        Args:
+            processes: Divide the work among them, all of which have kept the same.
+        """
+        kept = self.kept.sorted()
         allowed = torch.ones(self.tiles.n_blocks * BLOCK, dtype=torch.bool, device=self.device)
         allowed[self.tiles.size :] = False
         if self.tokens is not None and self.normalize:
             allowed.zero_()[self.tokens] = True
-        for part in slices(len(kept.ids), EXACT_ROWS):
+
+        def exact_pairs(part: slice) -> tuple[Tensor, ...]:
             inside = (kept.row >= part.start) & (kept.row < part.stop)
-            if bool(inside.any()):
-                row, block = kept.row[inside] - part.start, kept.block[inside]
-                exact = exact_logits(self.decoder, kept.states[part])
-                found.append(self._exact_pairs(exact, kept.ids[part], row, block, allowed))
-        if not found:
-            nothing = torch.empty(0, dtype=torch.float64, device=self.device)
-            return BestPairs(torch.empty(0, 2, dtype=torch.long, device=self.device), nothing, nothing)
-        ids, scores, log_normalizers = (torch.cat(parts) for parts in zip(*found, strict=True))
+            logits = exact_logits(self.decoder, kept.states[part])
+            return self._exact_pairs(logits, kept.ids[part], kept.row[inside] - part.start, kept.block[inside], allowed)
+
+        found = processes.map(exact_pairs, list(slices(len(kept.ids), EXACT_ROWS)))
+        ids, scores, log_normalizers = (torch.cat(parts).to(self.device) for parts in zip(*found, strict=True))
         order = rank(ids, scores)[: self.k]
         return BestPairs(ids[order], scores[order], log_normalizers[order])
 
@@ -410,6 +416,11 @@ class _Kept:
     def where(self, keep: Tensor) -> _Kept:
         rows, row = self.row[keep].unique(return_inverse=True)
         return _Kept(self.ids[rows], self.states[rows], row, self.block[keep], self.lower[keep], self.upper[keep])
+
+    def sorted(self) -> _Kept:
+        """Rows in the order of their ids: sums then round alike in whatever order rows were read."""
+        order = self.ids.argsort()
+        return _Kept(self.ids[order], self.states[order], order.argsort()[self.row], self.block, self.lower, self.upper)
 
 
 def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:

@@ -109,8 +109,9 @@ class ScoreSample:
         weights = slope[fitted].unsqueeze(-1)
         left, right = design[fitted] * weights, (target[fitted] * weights[:, 0]).unsqueeze(-1)
         norms = left.norm(dim=0).clamp_min(1e-300)
-        driver = "gelsd" if left.device.type == "cpu" else "gels"
-        solution = torch.linalg.lstsq(left / norms, right, driver=driver).solution[:, 0] / norms
+        # Where all coordinates turn, the design has a column of zeros: the drivers of other devices need full rank.
+        solved = torch.linalg.lstsq((left / norms).cpu(), right.cpu(), driver="gelsd").solution[:, 0]
+        solution = solved.to(norms.device) / norms
         cos, sin, own_cos, plain, bias = solution.split([n_pairs, n_pairs, n_pairs, 1, n_heads])
         scale, own_scale = plain.repeat(d_head), plain.repeat(d_head)
         turn, partner = torch.zeros_like(scale), torch.arange(d_head, device=scale.device)

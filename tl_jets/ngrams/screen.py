@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tl_jets.decoder import Decoder
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
+from tl_jets.ngrams.shards import ALONE, Processes
 
 Screen = Literal["auto", "bf16"]
 
@@ -129,19 +130,19 @@ class ScreenedScan:
         self.flush()
         self.tiles.table = self.tiles.table.new_empty(0, 0)
 
-    def finish(self) -> BestPairs:
-        """The best pairs of all rows."""
+    def finish(self, processes: Processes = ALONE) -> BestPairs:
+        """The best pairs of all rows; see `TopScan.finish`."""
         self.flush()
-        return self.scan.finish()
+        return self.scan.finish(processes)
 
     def state(self) -> dict[str, Tensor]:
         """See `TopScan.state`."""
         self.flush()
         return self.scan.state()
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`."""
-        self.scan.restore(state)
+    def restore(self, *states: dict[str, Tensor]) -> None:
+        """See `TopScan.restore`."""
+        self.scan.restore(*states)
 
 
 @torch.no_grad()

@@ -76,13 +76,13 @@ class VocabularyStreams:
     def embed(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """The `embed` source of single tokens, as a trace has it."""
         view: Any = self.network.view
-        prompts = tokens.to(self._trace.tokens.device).unsqueeze(1)
         if isinstance(view, CallableModel):
-            return view.embeds["embed"](prompts)[:, 0]
+            return view.embeds["embed"](tokens.to(self._trace.tokens.device).unsqueeze(1))[:, 0]
+        prompts = tokens.to(view.input_device).unsqueeze(1)
         saved: dict[str, Tensor] = {}
 
         def save(tensor: Tensor, hook: Any, name: str) -> None:
-            saved[name] = tensor.detach().to(view.dtype)
+            saved[name] = tensor.detach().to(view.device, view.dtype)
             if name == _FIRST_STREAM:
                 raise _EmbeddedError  # the rest of the forward pass is not needed
 

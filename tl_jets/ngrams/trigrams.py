@@ -34,7 +34,7 @@ Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024)
 circuits). The normalized A, the distance and the exact join are ours.
 
 Cost: 2 V^2 d_head multiply-adds a head at most (a bi-gram sweep has V^2 d_model), and the layer's attention on V tokens. Memory:
-queries, keys and values of the heads read at once (256 MB at most), and 6 V d_head numbers of the head at work.
+queries, keys and values of the heads read at once (256 MB at most), and 14 V d_head numbers of the head at work.
 
 Example:
     >>> import tl_jets as tj
@@ -46,6 +46,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -58,6 +59,7 @@ from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.head_maps import HeadReader, OutputMap
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
 from tl_jets.ngrams.score_map import ScoreMap
+from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 from tl_jets.tables import NgramTable
 from tl_jets.tokens import token_names
@@ -77,6 +79,7 @@ def jet_trigrams(
     normalize: Normalize = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
+    distributed: Distributed = ...,
 ) -> NgramTable: ...
 @overload
 def jet_trigrams(
@@ -89,6 +92,7 @@ def jet_trigrams(
     normalize: Normalize = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
+    distributed: Distributed = ...,
 ) -> dict[int, NgramTable]: ...
 @torch.no_grad()
 def jet_trigrams(
@@ -101,6 +105,7 @@ def jet_trigrams(
     normalize: Normalize = "vocab",
     rows: TokenIds | None = None,
     progress: bool = True,
+    distributed: Distributed = False,
 ) -> NgramTable | dict[int, NgramTable]:
     """The best skip-trigrams of heads of one layer: exactly those of all V^3 triples.
 
@@ -115,6 +120,8 @@ def jet_trigrams(
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
         rows: Ids of the key tokens to look at; None for all. Attention is normalized over the whole vocabulary nevertheless.
         progress: Show a bar in a terminal, if it takes longer than a second.
+        distributed: True, or a process group: all its processes call this with the same model and options, divide the work
+            (heads; queries and keys of heads that are left over), and return the same tables. See `tl_jets.ngrams.shards`.
 
     Returns:
         A table of (key, query, output), best first, ties by ids, in nats; its parts are `attention`, A, and `log_prob`, log P.
@@ -122,7 +129,8 @@ def jet_trigrams(
 
     Raises:
         ValueError: There is no such layer, head or token; the distance is outside of the context or of the layer's attention
-            window; an option is not one of its values; a vector is not finite.
+            window; an option is not one of its values; a vector is not finite; or processes were given different things.
+        RuntimeError: Another process failed.
         NotImplementedError: The model's attention is not understood (the message says what), or the model is of plain
             functions.
 
@@ -138,38 +146,33 @@ def jet_trigrams(
         >>> [(head, len(table)) for head, table in tables.items()]
         [(0, 3), (2, 3)]
     """
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k must be a number of triples, 1 or more; got {top_k!r}.")
-    layer_maps = _Layer(model, layer, distance, normalize)
-    reader = layer_maps.reader
-    heads = _read_heads(head, reader.n_heads)
-    keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
-    settings = {
-        "ngram": "skip-trigram",
-        "score": "score" if normalize == "none" else "logprob",
-        "top_k": top_k,
-        "distance": distance,
-        "normalize": normalize,
-        "rows": described(keys, rows),
-        "dtype": str(reader.view.dtype).removeprefix("torch."),
-    }
-    model_fingerprint, tables = fingerprint(reader.network), {}
+    processes = Processes.of(distributed)
+
+    def read() -> _Layer:
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k must be a number of triples, 1 or more; got {top_k!r}.")
+        return _Layer(model, layer, distance, normalize, head, rows, top_k)
+
+    layer_maps = processes.agree(read, _Layer.description)
+    reader, heads, keys = layer_maps.reader, layer_maps.chosen, layer_maps.keys
+    # Heads are divided as long as there is one for each process; the work of each that is left over is divided.
+    whole = len(heads) - len(heads) % processes.size
     # A bar counts queries of the first pass and keys of the second.
-    total = len(heads) * (reader.n_tokens + len(keys))
-    with tqdm(total=total, unit="token", delay=1, leave=False, disable=None if progress else True) as bar:
-        for index, maps in layer_maps.heads(heads):
-            ids, attention, log_prob = Search(maps, top_k, bar.update).run(keys)
-            names = token_names(reader.network.tokenizer, [ids])
-            tables[index] = NgramTable.ranked(
-                ids,
-                attention + log_prob,
-                names=names,
-                path=f"L{layer}H{index}",
-                settings=settings,
-                fingerprint=model_fingerprint,
-                parts={"attention": attention, "log_prob": log_prob},
-                top_k=top_k,
-            )
+    total = len(heads) * (reader.n_tokens + len(keys)) // processes.size
+    shown = None if progress and processes.rank == 0 else True
+    with tqdm(total=total, unit="token", delay=1, leave=False, disable=shown) as bar:
+
+        def search(maps: HeadMaps, among: Processes) -> tuple[Tensor, Tensor, Tensor]:
+            return Search(maps, top_k, bar.update, among).run(keys)
+
+        def search_own() -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+            own = heads[processes.rank : whole : processes.size]
+            return {index: search(maps, ALONE) for index, maps in layer_maps.heads(own)}
+
+        found = {index: best for part in processes.exchange(search_own) for index, best in part.items()}
+        rest = processes.agree(lambda: list(layer_maps.heads(heads[whole:])), lambda _: {})
+        found |= {index: search(maps, processes) for index, maps in rest}
+    tables = {index: layer_maps.table(index, *found[index]) for index in heads}
     return tables[heads[0]] if isinstance(head, int) else tables
 
 
@@ -209,9 +212,24 @@ def trigram_scores(
         >>> bool(torch.allclose(trigram_scores(model, 1, 0, table.ids), table.scores))
         True
     """
-    layer_maps = _Layer(model, layer, distance, normalize)
+    attention, log_prob = trigram_parts(model, layer, head, triples, distance=distance, normalize=normalize)
+    return attention + log_prob
+
+
+@torch.no_grad()
+def trigram_parts(
+    model: Any,
+    layer: int,
+    head: int,
+    triples: Sequence[Sequence[int]] | Int[Tensor, "triple 3"],
+    *,
+    distance: int = 1,
+    normalize: Normalize = "vocab",
+) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
+    """The two summands of `trigram_scores`, which takes the same arguments: A(key | query) and log P(output | key), in nats."""
+    layer_maps = _Layer(model, layer, distance, normalize, head)
     reader = layer_maps.reader
-    (index,) = _read_heads(head, reader.n_heads)
+    (index,) = layer_maps.chosen
     ids = torch.as_tensor(triples, device=reader.device)
     sizes = torch.tensor([reader.n_tokens, reader.n_tokens, reader.network.decoder.d_vocab], device=reader.device)
     if ids.ndim != 2 or ids.shape[1] != 3 or ids.is_floating_point() or bool(((ids < 0) | (ids >= sizes)).any()):
@@ -220,19 +238,61 @@ def trigram_scores(
             f"{tuple(ids.shape)}, {ids.dtype}."
         )
     ((_, maps),) = layer_maps.heads([index])
-    attention, log_prob = maps.exact(ids.long())
-    return attention + log_prob
+    return maps.exact(ids.long())
 
 
 class _Layer:
     """One layer's heads on the vocabulary, and the options that all of them share."""
 
-    def __init__(self, model: Any, layer: int, distance: int, normalize: Normalize):
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        distance: int,
+        normalize: Normalize,
+        head: int | Sequence[int] | None,
+        rows: TokenIds | None = None,
+        top_k: int = 1,
+    ):
         if normalize not in NORMALIZES:
             raise ValueError(f"normalize must be one of {NORMALIZES}; got {normalize!r}.")
-        self.reader = HeadReader(model, layer)
-        self.score_map = self.reader.scores(distance)
+        self.reader = reader = HeadReader(model, layer)
+        self.score_map = reader.scores(distance)
         self.normalize: Normalize = normalize
+        self.chosen = _read_heads(head, reader.n_heads)
+        self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
+        self.top_k = top_k
+        self.settings = {
+            "ngram": "skip-trigram",
+            "score": "score" if normalize == "none" else "logprob",
+            "top_k": top_k,
+            "distance": distance,
+            "normalize": normalize,
+            "rows": described(self.keys, rows),
+            "dtype": str(reader.view.dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's fingerprint."""
+        return fingerprint(self.reader.network)
+
+    def description(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        return {"layer": self.reader.layer, "heads": self.chosen, **self.settings, "model": self.fingerprint}
+
+    def table(self, head: int, ids: Tensor, attention: Tensor, log_prob: Tensor) -> NgramTable:
+        """The table of a head's best triples."""
+        return NgramTable.ranked(
+            ids,
+            attention + log_prob,
+            names=token_names(self.reader.network.tokenizer, [ids]),
+            path=f"L{self.reader.layer}H{head}",
+            settings=self.settings,
+            fingerprint=self.fingerprint,
+            parts={"attention": attention, "log_prob": log_prob},
+            top_k=self.top_k,
+        )
 
     def heads(self, heads: Sequence[int]) -> Iterator[tuple[int, HeadMaps]]:
         """The maps of heads, one after another; as many are read at once as `HELD` allows."""
