@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -616,8 +617,16 @@ def test_a_sweep_killed_at_any_moment_resumes_to_the_same_tables(tmp_path):
         assert run("whole", 0) == 0
         duration = time.monotonic() - began
         choose = random.Random(0)
-        codes = [run("killed", choose.uniform(0.05, 0.4) * duration) for _ in range(6)]
-        assert codes.count(-signal.SIGKILL) >= 2
+        kills = 0
+        for _ in range(40):
+            code = run("killed", choose.uniform(0.05, 0.4) * duration)
+            kills += code == -signal.SIGKILL
+            if kills == 6 or (code == 0 and kills >= 2):
+                break
+            if code == 0:  # done too soon: a loaded machine is slow by fits and starts
+                shutil.rmtree(tmp_path / "killed")
+                kills = 0
+        assert kills >= 2
         assert run("killed", 0) == 0
         process.stdin.close()
     names = sorted(file.name for file in (tmp_path / "whole").iterdir())
