@@ -304,3 +304,7 @@ def test_a_killed_run_takes_the_same_steps(demo, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
     with pytest.raises(ValueError, match="goes on with the recipe it began with"):
         train.train(replace(recipe, seed=5), text, tmp_path / "part.pt", every=2)
+
+
+def test_what_prints_a_model_names_no_folder_of_this_machine(model):
+    assert "(tinydocs)" in repr(ResidualNetwork(model)) and str(ROOT) not in repr(ResidualNetwork(model))

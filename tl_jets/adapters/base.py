@@ -25,6 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -57,7 +58,8 @@ class TransformerLensView(ABC):
         self.input_device, self.device = parameter.device, model.W_U.device
         self.native_dtype = parameter.dtype
         self.dtype = working_dtype(parameter.dtype)
-        self.name = f"{type(model).__name__}({getattr(self.cfg, 'model_name', None) or 'custom'})"
+        called = str(getattr(self.cfg, "model_name", None) or "custom")  # a local directory goes by its last part
+        self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
         # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
         self._hook_dict = dict(model.hook_dict)
         self._points = list({id(point): point for point in self._hook_dict.values()}.values())
