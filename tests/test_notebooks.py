@@ -75,7 +75,7 @@ def tiny_gpt2() -> TransformerBridge:
 
 
 def test_there_are_notebooks():
-    assert {"Jet_Lens", "Jet_Paths", "Jets_with_Patching"} <= {path.stem for path in NOTEBOOKS}
+    assert {"Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -111,7 +111,7 @@ def test_it_runs(path, monkeypatch):
         assert shown(before) == shown(after), before.source
 
 
-@pytest.mark.parametrize("name", ["Jet_Lens", "Jet_Paths", "Jets_with_Patching"])
+@pytest.mark.parametrize("name", ["Detached_Jacobian", "Jet_Lens", "Jet_Paths", "Jets_with_Patching"])
 def test_it_is_not_about_the_embedded_model_alone(name, monkeypatch):
     """Another architecture, with random weights: every cell runs and every check holds."""
     notebook = read(ROOT / "demos" / f"{name}.ipynb")
