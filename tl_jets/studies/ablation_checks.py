@@ -32,7 +32,7 @@ from tl_jets.interventions import ablation_effect
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.trigrams import jet_trigrams
-from tl_jets.notebook import Shown
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.stages import some
 from tl_jets.studies.intervals import bootstrap_interval
 from tl_jets.tables import NgramTable
@@ -106,6 +106,9 @@ class AblationCheck(Shown):
             f"{self.logit} logit; {verdict})"
         )
         return f"{title}\n{self.summary().round(3).to_string(index=False)}"
+
+    def _body(self) -> str:
+        return dataframe_html(self.summary())
 
 
 def ablation_check(
