@@ -75,7 +75,9 @@ def tiny_gpt2() -> TransformerBridge:
 
 
 def test_there_are_notebooks():
-    assert {"Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {path.stem for path in NOTEBOOKS}
+    assert {"Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

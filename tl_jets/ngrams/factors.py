@@ -31,7 +31,7 @@ from torch import Tensor
 from tl_jets.reader import LOG2_E
 
 # Rows and columns of a tile, columns whose sum bounds a normalizer from below, and rows in float64 at a time.
-TILE_ROWS, TILE_COLUMNS, SAMPLE, EXACT_ROWS = 512, 1024, 1024, 32
+TILE_ROWS, TILE_COLUMNS, SAMPLE, EXACT_ROWS = 1024, 2048, 1024, 32
 # Binary logarithm of what is nothing in a sum; powers that float32 holds with fewer digits are slow to compute.
 SMALLEST = -120.0
 

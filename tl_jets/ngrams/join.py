@@ -28,7 +28,7 @@ Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
 
 # Keys whose outputs are looked at before the first stop, and at most; keys whose bounds are tightened at a time.
-FIRST_ROUND, LAST_ROUND, REFINED_ROWS = 512, 8192, 256
+FIRST_ROUND, LAST_ROUND, REFINED_ROWS = 512, 1024, 256
 # Triples that are kept at most, where many have nearly the same score.
 LARGEST = 2**20
 
