@@ -168,6 +168,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, options, message):
         (["lens", "--order", "one"], "--order: must be a whole number, 0 or more; got 'one'"),
         (["lens", "--order", "-1"], "--order: must be a whole number, 0 or more; got '-1'"),
         (["lens", "--joint-order", "-2"], "--joint-order: must be a whole number, 0 or more; got '-2'"),
+        (["ngrams", "--top-k", "100000000"], "--top-k: must be 1,000,000 or less; got '100000000'"),
         (["lens", "--top-k", "0"], "--top-k: must be a whole number, 1 or more; got '0'"),
         (["paths", "--layers", "3"], "unrecognized arguments: --layers 3 (see tl-jets paths --help)"),
         (["ngrams", "--prompt", "a"], "unrecognized arguments: --prompt a (see tl-jets ngrams --help)"),

@@ -155,6 +155,16 @@ def test_jets_are_said_to_copy_the_answer(capsys, network, trace):
     assert "other paths and the remainder" in text and "order-1 jet paths" in text
 
 
+@pytest.mark.parametrize("filters", [("--max-writes", "0"), ("--through", "0_attn"), ("--avoiding", "mlp")])
+def test_what_filters_leave_out_is_not_called_other_paths(capsys, filters):
+    text = run(capsys, *ASKED, *filters, "--top", "1", "--no-components")
+    found = numbers(capsys, *ASKED, *filters, "--top", "1", "--no-components")
+    (line,) = [line for line in text.splitlines() if " other paths" in line]
+    assert f"{found['n_paths'] - 1:,} other paths and what the filters left out" in line
+    assert f"of {found['n_paths']} detached paths that the filters keep" in text
+    assert "left out" not in run(capsys, *ASKED, "--top", "1", "--no-components")
+
+
 def test_a_beam_says_what_it_is(capsys):
     options = ("--max-paths", "60", "--top", "3", "--ablate")
     text = run(capsys, *ASKED, *options)
@@ -187,6 +197,13 @@ def test_rank_correlations():
         (("--linearize", "jet", "--max-paths", "9"), "At most max_paths = 9 paths are evaluated"),
         (("--target", "no such token"), "no single token reads 'no·such·token'"),
         (("--target", "id:99999"), r"a token's id must lie in 0..4095; got 'id:99999'"),
+        (("--target", ""), "a token must not be empty"),
+        (("--order", "2"), "these paths are detached: add --linearize jet"),
+        (("--renormalize",), "these paths are detached: add --linearize jet"),
+        (
+            ("--sources", "attn"),
+            "Paths start at sources: these must be named, or all that are biases ('bias'); got 'attn'",
+        ),
         (("--position", "8"), r"--position must lie in -8..7 for this prompt; got 8"),
     ],
 )

@@ -272,6 +272,9 @@ def test_top_tokens(lenses):
     for i in range(len(joint.labels)):
         assert close(rows[1 + i][1][0], float(joint.weights[i, 0, -1]))
         for cell, token_id, value in zip(rows[1 + i][2:], found.indices[i, 0], found.values[i, 0], strict=True):
+            if abs(value) <= 1e-6:
+                assert cell[0] == "\u2013"
+                continue
             word, shown = cell[0].rsplit(" ", 1)
             assert word == visible(token_text(joint.tokenizer, int(token_id))) and close(shown, float(value))
 
@@ -288,6 +291,22 @@ def test_lens_tokens(lenses):
             assert close(text.split("\n")[1].split(" ")[0], value) and hover.startswith(iterative.labels[i])
             assert strength == pytest.approx(1 - min(value, 1), abs=1e-3)
     assert next(chips, None) is None
+
+
+def test_components_that_add_nothing_name_no_tokens(lenses):
+    joint = lenses[1]
+    weights = joint.weights.clone()
+    weights[0] = 0
+    rows = views.top_tokens(replace(joint, weights=weights)).html.split("<tr>")
+    (silent,) = [row for row in rows if f">{joint.labels[0]}</th>" in row]
+    assert silent.count("\u2013") == joint.top_ids.shape[-1] and "<bdi>" not in silent
+
+
+def test_lens_tokens_are_of_iterative_lenses(lenses, as_users_run_it):
+    with pytest.raises(TypeError, match=r"of an iterative lens; got JointJetLens\. For a joint lens use lens_table"):
+        views.lens_tokens(lenses[1])
+    with pytest.raises(ValueError, match="A lens is indexed by its layers"):
+        lenses[0][1:3]
 
 
 def test_path_tokens(network, trace):

@@ -1,11 +1,11 @@
 """How much faster two processes of one thread each make a jet bi-gram sweep than one. Not collected by the default run.
 
-Run as a script: `python tests/benchmarks/bench_shards.py [--processes N] [--rows N] [--rounds N]`. V = 50,257, d = 768, random
-weights, path "direct". It starts `torchrun` on this machine. In each round process 0 makes the table by itself while the others
-sleep, then all make it together, in turns of either order: a noisy machine moves both. The ratio is the median over rounds of
-(alone / together); everything counts that a call does, the model's fingerprint and the float64 scoring at the end included. Of a
-sweep of fewer `--rows` than V these are larger shares. Beside it, the same of the time of the processor (of the busiest process):
-what a machine would give that has nothing else to do.
+Run as a script: `python tests/benchmarks/bench_shards.py [--processes N] [--rows N] [--rounds N] [--exact]`. V = 50,257, d = 768,
+random weights, path "direct". It starts `torchrun` on this machine. In each round process 0 makes the table by itself while the
+others sleep, then all make it together, in turns of either order: a noisy machine moves both. The ratio is the median over rounds
+of (alone / together); everything counts that a call does, the model's fingerprint and the float64 scoring at the end included.
+Of a sweep of fewer `--rows` than V these are larger shares. Beside it, the same of the time of the processor (of the busiest
+process): what a machine would give that has nothing else to do.
 
 - two processes at least 1.7 times as fast as one.
 """
@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 
 from tl_jets import CallableModel, Decoder, Norm, jet_bigrams
+from tl_jets.ngrams.screen import Screen
 
 D_MODEL, D_VOCAB, TOP_K = 768, 50257, 100
 
 
 @torch.no_grad()
-def work(rows: int, rounds: int) -> None:
+def work(rows: int, rounds: int, screen: Screen | None) -> None:
     """One process of the benchmark."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -43,7 +44,9 @@ def work(rows: int, rounds: int) -> None:
         dist.barrier()
         start, busy = time.perf_counter(), time.process_time()
         if together or first:
-            table = jet_bigrams(model, rows=range(rows), top_k=TOP_K, distributed=together, progress=False)
+            table = jet_bigrams(
+                model, rows=range(rows), top_k=TOP_K, distributed=together, screen=screen, progress=False
+            )
             digests.add(table.digest)
         own = torch.tensor(time.process_time() - busy)
         dist.all_reduce(own, dist.ReduceOp.MAX)
@@ -66,9 +69,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rows", type=int, default=12 * 1024)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--exact", action="store_true", help="no screening in bfloat16, whose unit two cores may share")
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
-        work(arguments.rows, arguments.rounds)
+        work(arguments.rows, arguments.rounds, None if arguments.exact else "auto")
         return
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -92,8 +92,8 @@ def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number that is not too small."""
+def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
+    """The type of a whole number that is not too small, nor too large."""
 
     def read(text: str) -> int:
         try:
@@ -102,6 +102,8 @@ def at_least(least: int) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {text!r}")
+        if at_most is not None and value > at_most:
+            raise argparse.ArgumentTypeError(f"must be {at_most:,} or less; got {text!r}")
         return value
 
     return read

@@ -51,11 +51,13 @@ examples:
   tl-jets ngrams --token " Victor"
   tl-jets ngrams --trigrams 1 --head 0 --head 2
 
-cost: about V^2 d_model multiply-adds a path (GPT-2 small: half a minute on two
-cores), a fraction of that a head.
+cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
+on two cores), a fraction of that a head.
 """
 BIGRAM_OPTIONS = ("path", "per", "score")
 TRIGRAM_OPTIONS = ("head", "distance", "normalize")
+# N-grams of a table; the functions take more.
+MOST = 1_000_000
 
 
 def add_to(commands: Any) -> None:
@@ -92,7 +94,13 @@ def add_to(commands: Any) -> None:
         metavar="TOKEN",
         help=f"only n-grams whose first token (of skip-trigrams: the key) is this, {TOKEN_HELP}; repeat it for more",
     )
-    add("--top-k", type=at_least(1), default=20, metavar="N", help="how many n-grams a table, or a row of it")
+    add(
+        "--top-k",
+        type=at_least(1, at_most=MOST),
+        default=20,
+        metavar="N",
+        help="how many n-grams a table, or a row of it",
+    )
     add("--scores", action="store_true", help="show scores beside tables that stand side by side, too")
     add(
         "--save",

@@ -25,7 +25,16 @@ from tl_jets.cli.arguments import (
 )
 from tl_jets.cli.output import Output, header
 from tl_jets.cli.pages import command_page, records, section
-from tl_jets.cli.session import load_network, read_position, read_prompt, read_token, refusals, steps, token_record
+from tl_jets.cli.session import (
+    UsageError,
+    load_network,
+    read_position,
+    read_prompt,
+    read_token,
+    refusals,
+    steps,
+    token_record,
+)
 from tl_jets.expansion.expand import CENTER_SCALES
 from tl_jets.expansion.exponential import MAX_PATHS, PathExpansion, exponential_expansion
 from tl_jets.expansion.path_cache import PathCache
@@ -71,8 +80,9 @@ examples:
   tl-jets paths --granularity head --through L1H2 --top 10
   tl-jets paths --target " raised" --linearize jet --order 0
 
---through, --avoiding and --sources take steps (3_mlp, L3H2), sources (embed,
-3_mlp_bias) or kinds (attn, mlp, head, block, bias); repeat them for more.
+--through and --avoiding take steps (3_mlp, L3H2), sources (embed, 3_mlp_bias)
+or kinds (attn, mlp, head, block, bias), --sources sources or the kind bias;
+repeat them for more.
 More than --max-paths detached paths are searched by a beam (greedy: large
 paths may be missed; the effects shown are exact all the same).
 """
@@ -112,7 +122,7 @@ def add_to(commands: Any) -> None:
         default="detached",
         help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
     )
-    add("--order", type=at_least(0), default=1, metavar="K", help="of the jets")
+    add("--order", type=at_least(0), default=1, metavar="K", help="of the jets of --linearize jet")
     add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
     add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
     add("--seed", type=int, default=0, metavar="N", help="of the random paths")
@@ -189,7 +199,7 @@ def _sections(data: dict[str, Any]) -> list[View]:
     """The tables of a page."""
     columns = {"effect": "effect", "path_ablation": "path ablation", "verdict": "verdict"}
     columns |= {"norm": "norm", "share": "share", "top": "its own best", "path": "path"}
-    rest = {"effect": data["effect_of_rest"], "path": "all other paths"}
+    rest = {"effect": data["effect_of_rest"], "path": terminal.rest(data)}
     total = {"effect": data["target"]["logit"], "path": "the model"}
     found = [section(terminal.title(data), records([*data["paths"], rest, total], columns), terminal.notes(data))]
     if data["control"]:
@@ -217,6 +227,10 @@ def _expansion(
 ) -> PathExpansion:
     """The paths asked for; the largest, or all of them."""
     is_jet = options.linearize == "jet"
+    if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
+        raise UsageError(
+            "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
+        )
     return exponential_expansion(
         network,
         options.order,
@@ -228,8 +242,8 @@ def _expansion(
         top=top,
         rank=options.rank,
         targets=[target],
-        center_scale=options.center_scale if is_jet else "none",
-        renormalize=is_jet and options.renormalize,
+        center_scale=options.center_scale,
+        renormalize=options.renormalize,
         max_paths=options.max_paths,
     )
 

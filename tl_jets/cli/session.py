@@ -109,6 +109,8 @@ def read_token(network: ResidualNetwork, given: str, n_tokens: int | None = None
     A text is looked for as it is, then with `\u00b7` read as a space, then behind a space; each first by the tokenizer,
     then among the texts of the whole vocabulary (not every tokenizer gives a text back that was decoded).
     """
+    if not given:
+        raise UsageError("a token must not be empty; give its text, or its id, as id:317")
     tokenizer, d_vocab = network.tokenizer, n_tokens or network.decoder.d_vocab
     by_id = re.fullmatch(r"id:(\d+)", given)
     if by_id:

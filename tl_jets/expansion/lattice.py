@@ -295,9 +295,14 @@ def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source]) -> 
     found = {step.label for step in steps if step.label == name or _is_of(step, name)}
     found |= {label for label, source in sources.items() if label == name or (name == "bias" and source.is_bias)}
     if not found and not name.startswith("edit:"):  # edits by hooks are not known before a trace is
+        if not steps:
+            raise ValueError(
+                f"Paths start at sources: these must be named, or all that are biases ('bias'); got {name!r}. Here the sources are "
+                f"{some(sources)}."
+            )
         raise ValueError(
             f"A filter must name steps, sources, or kinds of them; got {name!r}. Here the steps are "
-            f"{some(step.label for step in steps) or 'not asked for'}, the sources {some(sources)}, and kinds are {KINDS}."
+            f"{some(step.label for step in steps)}, the sources {some(sources)}, and kinds are {KINDS}."
         )
     return frozenset(found or {name})
 

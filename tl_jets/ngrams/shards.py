@@ -46,7 +46,7 @@ Item = TypeVar("Item")
 
 Distributed = bool | ProcessGroup
 # Seconds between two meetings of the processes of a sweep, about.
-PERIOD = 2.0
+PERIOD = 5.0
 
 
 @dataclass(frozen=True, eq=False)

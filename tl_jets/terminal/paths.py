@@ -51,19 +51,26 @@ def _paths(data: Mapping[str, Any]) -> RenderableType:
         table.add_row(*cells, best, Text(row["path"]))
     table.add_section()
     blank = ["", ""] if is_ablated else []
-    n_others = data["n_paths"] - len(data["paths"])
-    rest = f"{count_text(n_others)} other paths" + (" and the remainder" if data["linearize"] == "jet" else "")
     table.add_row(signed(data["effect_of_shown"]), *blank, "", f"these {len(data['paths'])}")
-    table.add_row(signed(data["effect_of_rest"]), *blank, "", rest)
+    table.add_row(signed(data["effect_of_rest"]), *blank, "", rest(data))
     table.add_row(signed(data["target"]["logit"]), *blank, "", f"the model: the logit of {data['target']['token']}")
     return titled(title(data), table, *notes(data))
+
+
+def rest(data: Mapping[str, Any]) -> str:
+    """What the model's logit has besides the paths that are shown."""
+    parts = [f"{count_text(data['n_paths'] - len(data['paths']))} other paths"]
+    parts += ["what the filters left out"] if data["filters"] else []
+    parts += ["the remainder"] if data["linearize"] == "jet" else []
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def title(data: Mapping[str, Any]) -> str:
     """What the table of paths is of."""
     kind = "detached" if data["linearize"] == "detached" else f"order-{data['order']} jet"
     how = "" if data["is_exhaustive"] else " (beam search)"
-    return f"The {len(data['paths'])} largest of {count_text(data['n_paths'])} {kind} paths, by {data['rank']}{how}"
+    asked_for = " that the filters keep" if data["filters"] else ""
+    return f"The {len(data['paths'])} largest of {count_text(data['n_paths'])} {kind} paths{asked_for}, by {data['rank']}{how}"
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:

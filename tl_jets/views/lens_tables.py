@@ -299,13 +299,10 @@ def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
     rows = []
     for i, label in enumerate(lens.labels):
         cells = [row_head(text(label)), cell(number(float(lens.weights[i, prompt, place])))]
-        pairs = zip(ids[i].tolist(), values[i].tolist(), strict=True)
-        cells += [
-            cell(
-                f"{token(names[best])} {number(value)}", diverging(value, scale), hover=f"contribution {precise(value)}"
-            )
-            for best, value in pairs
-        ]
+        for best, value in zip(ids[i].tolist(), values[i].tolist(), strict=True):
+            hover = f"contribution {precise(value)}"
+            shown = f"{token(names[best])} {number(value)}" if abs(value) > 1e-6 else "\u2013"  # all tokens are alike
+            cells.append(cell(shown, diverging(value, scale), hover=hover))
         rows.append(cells)
     best = [
         cell(answer(names[token_id], j == 0 and bool(lens.borrowed[prompt, place])))

@@ -52,6 +52,7 @@ def lens_tokens(
         A `View`; under each token the measure, in (round) brackets that of the random center, if the lens has one.
 
     Raises:
+        TypeError: It is no iterative lens.
         ValueError: The lens has no measures, or there is no such measure, order, prompt or position.
 
     Cost:
@@ -60,6 +61,10 @@ def lens_tokens(
     Example:
         See the module.
     """
+    if not isinstance(lens, IterativeJetLens):
+        raise TypeError(
+            f"Tokens are colored by layer, of an iterative lens; got {type(lens).__name__}. For a joint lens use lens_table."
+        )
     check_measure(measure)
     if lens.measures is None:
         raise ValueError("Tokens are colored by a measure; this lens was run without. Run it with measures=True.")
