@@ -25,7 +25,6 @@ from tl_jets.detached import DetachedJacobian, detached_jacobian
 from tl_jets.detached.chain import LOGITS
 from tl_jets.linear_map import SingularVectors
 from tl_jets.notebook import View
-from tl_jets.stages import FINAL_STREAM
 from tl_jets.terminal import jacobian as terminal
 from tl_jets.views import detached_tokens
 
@@ -102,8 +101,8 @@ def run(options: argparse.Namespace) -> None:
         position = read_position(options.position, trace.tokens.shape[1])
         if options.top_k > network.decoder.d_vocab:
             raise UsageError(f"--top-k must be at most {network.decoder.d_vocab}, the vocabulary; got {options.top_k}")
-        final = trace[FINAL_STREAM][0, position]
-        answer = int(network.decoder.logits(network.decoder.norm(final)).argmax())
+        assert trace.logits is not None, "it ran the model"
+        answer = int(trace.logits[0, position].argmax())
         target = None
         if options.output == LOGITS:
             target = answer if options.target is None else read_token(network, options.target)

@@ -21,7 +21,7 @@ Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (iterat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,7 +117,7 @@ class IterativeJetLens(LensResult):
 
     def __getitem__(self, labels: str | Sequence[str]) -> IterativeJetLens:
         """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`. The layer axis stays."""
-        wanted: Any = [labels] if isinstance(labels, str) or not isinstance(labels, Sequence) else list(labels)
+        wanted: Any = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
         unknown = [label for label in wanted if label not in self.labels]
         if unknown or not wanted:
             raise ValueError(

@@ -5,7 +5,7 @@ tile by tile, in binary logarithms (2^x costs a quarter of e^x), and never held.
 which would be a pass of its own, but a lower bound of the row's log-normalizer: the sum over a sample of the columns, or Jensen's
 inequality, log sum exp(x) >= log V + mean(x), whichever is larger.
 
-Cost: a row is d_head V multiply-adds and about as much time again for four passes over its tiles. Memory: a tile.
+Cost: a row is d_head V multiply-adds and about as much time again for three or four passes over its tiles. Memory: a tile.
 
 Example:
     >>> import torch

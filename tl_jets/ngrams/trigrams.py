@@ -24,10 +24,13 @@ candidates, not V^2, and most z1 have none, because their best triple is below t
    queries what the bounds were short of at least: an upper bound of A.
 2. *Outputs.* Keys by decreasing bound: their best log P, one product of inner dimension d_head. Stop at the first key whose bound
    is below the K-th best triple: log P <= 0.
-3. *Join.* Keys whose bounds together reach the K-th best: all their A and log P in float64, pairs i j <= K above the threshold.
+3. *Join.* Keys whose bounds together reach the K-th best: all their A and log P, from float64 logits and the normalizers of both
+   passes, pairs i j <= K above the threshold.
 
-**Exactness.** Passes 1 and 2 run in working precision and only bound, with the rounding of their products added; what is joined
-is float64, and the result is scored again with float64 normalizers. So ids, order and scores are those of all V^3 triples for
+**Exactness.** Passes 1 and 2 run in working precision and only bound, with the rounding of their products added. What is joined
+still has their rounded normalizers: more than K triples are kept, and all of them scored again in float64. If the K-th does not
+stand above the last one that was kept by four times the largest rounding seen among them, the keys are searched once more for
+twice as many; so triples that tie up to rounding are told apart. Ids, order and scores are then those of all V^3 triples for
 float64 models; for float32 ones up to the rounding of queries, keys and values themselves (scores to about 1e-6).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK and OV
@@ -129,7 +132,8 @@ def jet_trigrams(
 
     Raises:
         ValueError: There is no such layer, head or token; the distance is outside of the context or of the layer's attention
-            window; an option is not one of its values; a vector is not finite; or processes were given different things.
+            window; an option is not one of its values; a vector is not finite; more triples tie up to rounding than are
+            held at once; or processes were given different things.
         RuntimeError: Another process failed.
         NotImplementedError: The model's attention is not understood (the message says what), or the model is of plain
             functions.
@@ -226,7 +230,19 @@ def trigram_parts(
     distance: int = 1,
     normalize: Normalize = "vocab",
 ) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
-    """The two summands of `trigram_scores`, which takes the same arguments: A(key | query) and log P(output | key), in nats."""
+    """The two summands of `trigram_scores`.
+
+    Args:
+        model: See `trigram_scores`, also for the other arguments, errors and cost.
+        layer: The layer.
+        head: The head.
+        triples: Ids of key, query and output. Shape [triple, 3].
+        distance: See `jet_trigrams`.
+        normalize: See `jet_trigrams`.
+
+    Returns:
+        A(key | query) and log P(output | key) in nats, float64, in the order of `triples`. Shape [triple] each.
+    """
     layer_maps = _Layer(model, layer, distance, normalize, head)
     reader = layer_maps.reader
     (index,) = layer_maps.chosen

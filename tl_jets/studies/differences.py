@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.ngrams.streams import PathInput
+from tl_jets.ngrams.token_ids import read_tokens
 from tl_jets.notebook import Shown
 from tl_jets.reader import slices
 from tl_jets.studies.pairs import ROWS, RowScores
@@ -121,7 +122,7 @@ def diff(
         )
     before, after = RowScores(a, path), RowScores(b, path)
     Vocabulary.of(before.network).check(Vocabulary.of(after.network))
-    first = _first_tokens(rows, min(before.n_tokens, after.n_tokens))
+    first = read_tokens("rows", rows, min(before.n_tokens, after.n_tokens))
     rises, falls = _Movers(top_k), _Movers(top_k)
     bounds = torch.full((2, len(first)), math.inf, dtype=torch.float64)
     kl = torch.empty(len(first), dtype=torch.float64)
@@ -206,12 +207,3 @@ class _Movers:
         order = rank(ids, joined[0])[: self.top_k]
         self.ids = ids[order]
         self.scores, self.before, self.after = (values[order] for values in joined)
-
-
-def _first_tokens(rows: Any, size: int) -> Int[Tensor, " row"]:
-    if rows is None:
-        return torch.arange(size)
-    found = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows))
-    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.min() < 0 or found.max() >= size:
-        raise ValueError(f"rows must be token ids in 0..{size - 1}, at least one; got {rows!r}. Pass None for all.")
-    return found.cpu().long().unique()

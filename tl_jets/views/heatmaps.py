@@ -76,7 +76,7 @@ def trigram_heatmap(
         raise ValueError(f"axes must be one of {get_args(Axes)}; got {axes!r}.")
     if size < 1:
         raise ValueError(f"size must be 1 or more; got {size}.")
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork(model)
     layer, head = _head_of(network, trigrams)
     if key is not None and axes != "query_output":
         raise ValueError(f"key is for axes='query_output', where one key is held fixed; got axes={axes!r}.")
