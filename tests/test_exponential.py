@@ -763,7 +763,7 @@ def test_errors_say_what_must_hold():
     expect(ValueError, "max_writes must be None or an integer >= 0; got -1", max_writes=-1)
     expect(ValueError, "A filter must name steps, sources, or kinds of them; got '9_mlp'", through="9_mlp")
     expect(ValueError, "A filter must name steps, sources, or kinds of them; got 'head'", avoiding=["head"])
-    expect(ValueError, "A filter must name steps, sources, or kinds of them; got '0_mlp'", sources="0_mlp")
+    expect(ValueError, "Paths start at sources: .* got '0_mlp'. Here the sources are 'embed'", sources="0_mlp")
     expect(ValueError, "Filters must leave a path; through=.'0_attn', '0_mlp'", through=["0_attn", "0_mlp"])
     expect(ValueError, "are options of jets; detached paths have no weights", linearize="detached", renormalize=True)
     words = r"At most max_paths = 10 paths are evaluated; here are 12 \(by number of writes: 1 of 0, 4 of 1, 5 of 2"
