@@ -103,6 +103,10 @@ class Factors:
     def _precise(self) -> Float[Tensor, "inner column"]:
         return self.columns.double()
 
+    def exact_buffer(self) -> Float[Tensor, "most column"]:
+        """Room for the float64 logits of `EXACT_ROWS` rows; new memory would cost half as much as the product."""
+        return self._precise.new_empty(EXACT_ROWS, self._precise.shape[1])
+
     @cached_property
     def reach(self) -> float:
         """An upper bound of the size of logits before the transform."""
@@ -114,9 +118,12 @@ class Factors:
         # A row's bound is one more term of its products, no larger than twice the logits and log V.
         return torch.finfo(self.rows.dtype).eps * ((self.rows.shape[1] + 32) * 3 * (self.reach + 16) + 64)
 
-    def exact(self, rows: Int[Tensor, " part"]) -> Float[Tensor, "part column"]:
-        """Logits of some rows in float64, in nats."""
-        logits = self.rows[rows].double() @ self._precise
+    def exact(
+        self, rows: Int[Tensor, " part"], buffer: Float[Tensor, "most column"] | None = None
+    ) -> Float[Tensor, "part column"]:
+        """Logits of some rows in float64, in nats; written into a buffer, if there is one."""
+        out = None if buffer is None else buffer[: len(rows)]
+        logits = torch.mm(self.rows[rows].double(), self._precise, out=out)
         logits = logits if self.constant is None else logits.add_(self.constant)
         return logits if self.transform is None else self.transform(logits).double()
 
@@ -167,8 +174,9 @@ def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Ten
     distinct, which = rows.unique(return_inverse=True)
     order = which.argsort(stable=True)
     found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    buffer = factors.exact_buffer()
     for start in range(0, len(distinct), EXACT_ROWS):
-        logits = factors.exact(distinct[start : start + EXACT_ROWS])
+        logits = factors.exact(distinct[start : start + EXACT_ROWS], buffer)
         top, place = logits.max(1, keepdim=True)
         low, high = torch.searchsorted(
             which[order], torch.tensor([start, start + len(logits)], device=rows.device)

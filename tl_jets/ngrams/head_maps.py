@@ -116,13 +116,15 @@ class HeadReader:
             tokens: Token ids.
             heads: Head indices.
         """
-        kept: list[list[Tensor]] = [[], [], []]
-        for part in tokens.split(self._rows):
+        kept: list[Tensor] = []
+        for start in range(0, len(tokens), self._rows):
+            part = tokens[start : start + self._rows]
             query, key, value = self._read(self.streams.embed(part))
-            for into, found in zip(kept, (query, key, value - self._zero_value), strict=True):
-                into.append(found[:, list(heads)])
-        query, key, value = (torch.cat(parts).transpose(0, 1).contiguous() for parts in kept)
-        return HeadVectors(query, key, value)
+            found = [x[:, list(heads)].transpose(0, 1) for x in (query, key, value - self._zero_value)]
+            kept = kept or [x.new_empty(len(heads), len(tokens), x.shape[-1]) for x in found]
+            for into, vectors in zip(kept, found, strict=True):
+                into[:, start : start + len(part)] = vectors
+        return HeadVectors(*kept)
 
     @torch.no_grad()
     def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -116,6 +116,7 @@ class Search:
     def _collect_own(self, keys: Tensor, bound: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Ids and scores of the best triples of some keys."""
         self.found = _Best(size)
+        self.buffers = self.by_key.exact_buffer(), self.maps.outputs.exact_buffer()
         self.output_normalizer = torch.full_like(self.normalizer, math.nan)  # of keys that may be joined
         self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
         start, size = 0, FIRST_ROUND
@@ -199,15 +200,12 @@ class Search:
 
     def _join(self, keys: Int[Tensor, " key"]) -> None:
         """Find the triples of some keys that may be among the best."""
-        attention = self.maps.attention(self.by_key.exact(keys), self.normalizer)
-        log_prob = self.maps.outputs.exact(keys).sub_(self.output_normalizer[keys, None])
+        attention = self.maps.attention(self.by_key.exact(keys, self.buffers[0]), self.normalizer)
+        log_prob = self.maps.outputs.exact(keys, self.buffers[1]).sub_(self.output_normalizer[keys, None])
         if self.found.threshold == -math.inf:
             self._raise_threshold(attention, log_prob)
-        best = torch.stack([attention.amax(1), log_prob.amax(1)], dim=1)
-        for row in (best.sum(1) >= self.found.threshold).nonzero()[:, 0].tolist():
-            threshold, size = self.found.threshold, self.found.size
-            query, output, score = _pairs(attention[row], log_prob[row], best[row].tolist(), threshold, size)
-            self.found.add(torch.stack([keys[row].expand_as(query), query, output], dim=1), score)
+        row, query, output, score = _pairs(attention, log_prob, self.found.threshold, self.found.size)
+        self.found.add(torch.stack([keys[row], query, output], dim=1), score)
         self.found.cut()
 
     def _raise_threshold(self, attention: Tensor, log_prob: Tensor) -> None:
@@ -256,22 +254,36 @@ class _Best:
         self.threshold = max(self.threshold, score - 1e-9 * (1 + abs(score)))
 
 
-def _pairs(
-    attention: Tensor, log_prob: Tensor, best: list[float], threshold: float, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, output and score of the pairs of ranks i j <= k that reach the threshold; `best` are the largest of both."""
-    query = _leading(attention, threshold - best[1], k)
-    output = _leading(log_prob, threshold - best[0], k)
-    a, p = attention[query], log_prob[output]
-    reach = torch.searchsorted(-p, a - threshold + 1e-9, right=True)
-    count = torch.minimum(reach, k // torch.arange(1, len(a) + 1, device=a.device))
-    i = torch.arange(len(a), device=a.device).repeat_interleave(count)
-    j = torch.arange(len(i), device=a.device) - (count.cumsum(0) - count)[i]
-    return query[i], output[j], a[i] + p[j]
+def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, query, output and score of the pairs that reach the threshold, of ranks i j <= k in their row."""
+    lowest = threshold - 1e-9
+    queries, query, a = _leading(attention, lowest - log_prob.amax(1, keepdim=True), k)
+    outputs, output, p = _leading(log_prob, lowest - attention.amax(1, keepdim=True), k)
+    rank = torch.arange(1, a.shape[1] + 1, device=a.device)
+    reach = torch.searchsorted(-p, a - lowest, right=True)  # how many outputs suffice for a query
+    count = reach.minimum(outputs).minimum(k // rank).masked_fill(rank > queries, 0)
+    row, i = count.nonzero().repeat_interleave(count[count > 0], dim=0).unbind(1)
+    j = torch.arange(len(i), device=a.device) - (count.flatten().cumsum(0).view_as(count) - count)[row, i]
+    return row, query[row, i], output[row, j], a[row, i] + p[row, j]
 
 
-def _leading(values: Tensor, lowest: float, k: int) -> Tensor:
-    """Positions of at most k values from `lowest` up, best first, ties (within 2^-36) by position."""
-    found = (values >= lowest - 1e-9).nonzero()[:, 0]
-    grid = (values[found] * 2**36).round()
-    return found[grid.sort(descending=True, stable=True).indices[:k]]
+def _leading(values: Tensor, lowest: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row at most k values from `lowest` up, best first, ties (within 2^-36) by position.
+
+    Returns:
+        How many there are [row, 1], and their positions and values [row, most], followed by zeros and -inf.
+    """
+    row, position = (values >= lowest).nonzero().unbind(1)
+    order = (values[row, position] * 2**36).round().sort(descending=True, stable=True).indices
+    order = order[row[order].sort(stable=True).indices]
+    row, position = row[order], position[order]
+    count = row.bincount(minlength=len(values))
+    rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    count = count.clamp(max=k)
+    positions, found = (
+        row.new_zeros(len(values), int(count.max())),
+        values.new_full((len(values), int(count.max())), -math.inf),
+    )
+    row, position, rank = (x[rank < k] for x in (row, position, rank))
+    positions[row, rank], found[row, rank] = position, values[row, position]
+    return count.unsqueeze(1), positions, found
