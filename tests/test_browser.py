@@ -15,8 +15,8 @@ from hostile import HOSTILE, HostileTokenizer
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, views
-from tl_jets.markup import precise
 from tl_jets.notebook import View, page
+from tl_jets.numerals import precise
 from tl_jets.tokens import token_text, visible
 
 REQUIRED = os.environ.get("TL_JETS_BROWSER") == "required"

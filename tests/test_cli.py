@@ -254,7 +254,7 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     lens, joint = (f(net, trace, linearize="detached", top_k=3) for f in (iterative_jet_lens, joint_jet_lens))
     for i, label in enumerate(lens.labels):
         _, scores = row(lines, label, "Iterative jet lens")
-        assert scores.split()[0] == "-"
+        assert scores.split()[0] == "n/a"
         if min(lens.kl[i, 0, 0, -1], lens.control.kl[i, 0, 0, -1]) > 0.006:
             assert f"{number(float(lens.kl[i, 0, 0, -1]))} ({number(float(lens.control.kl[i, 0, 0, -1]))})" in scores
     # Effects are the sizes that the sums of paths have with no write after: they sum to the model's own centered logit.
@@ -272,7 +272,7 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     assert effects["ln_final_bias"] == 0 and not any("ln_final_bias" in line for line in lines)
     assert all(value is None for layer in data["iterative"]["rho"] for value in layer[0])
     legend = "\n".join(lines[lines.index("How to read this") :])
-    assert "rho is a dash" in legend and "[token]" not in legend
+    assert "rho is n/a" in legend and "[token]" not in legend
 
 
 def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):

@@ -18,8 +18,8 @@ from hostile import HOSTILE, HostileTokenizer
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens, views
-from tl_jets.markup import number
 from tl_jets.notebook import View, dataframe_html, page
+from tl_jets.numerals import number
 from tl_jets.tokens import token_text, visible
 from tl_jets.views import lens_data, lens_page
 

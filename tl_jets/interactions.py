@@ -222,8 +222,7 @@ def interactions(
     Source:
         Chen et al., eq. 6-7, Lemma 1, at order 2.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model, granularity or "sublayer")
-    network = network.at(granularity or network.granularity)
+    network = ResidualNetwork.of(model, granularity)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
     if centers is None:

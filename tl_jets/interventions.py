@@ -387,7 +387,7 @@ def effect_of(
 
 
 def _hookable(model: Any) -> ResidualNetwork:
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     if isinstance(network.view, CallableModel):
         raise NotImplementedError(
             "Interventions are hooks on a TransformerLens model; a network of plain callables has none. Give it other "

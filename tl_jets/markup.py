@@ -33,25 +33,6 @@ def token(value: Any) -> str:
     return f"<bdi>{text(visible(None if value is None else str(value)))}</bdi>"
 
 
-def number(value: float) -> str:
-    """Two decimals, or three digits; `n/a` where there is none (NaN). What is below 1e-6 is rounding, and 0."""
-    size = abs(value)
-    if math.isnan(size):
-        return "n/a"
-    if math.isinf(size):
-        return "\u221e" if value > 0 else "-\u221e"
-    if size <= 1e-6:
-        return "0.00"
-    if size >= 10_000 or size < 0.005:
-        return f"{value:.1e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
-
-
-def precise(value: float) -> str:
-    """Four digits, for what a pointer brings up."""
-    return number(value) if not math.isfinite(value) or abs(value) <= 1e-6 else f"{value:.4g}"
-
-
 def largest(values: Iterable[float]) -> float:
     """The largest finite size, for the scale of colors; 1 if there is none above 0."""
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0

@@ -144,6 +144,20 @@ class ResidualNetwork:
         """The model's tokenizer, or None."""
         return self.view.tokenizer
 
+    @classmethod
+    def of(
+        cls, model: Any, granularity: Granularity | None = None, *, otherwise: Granularity = "sublayer"
+    ) -> ResidualNetwork:
+        """The network of what a user passed: itself, if it is one, unless another granularity is asked for.
+
+        Args:
+            model: A model or a network.
+            granularity: Of the network; None for its own, and `otherwise` for a model.
+            otherwise: See `granularity`.
+        """
+        network = model if isinstance(model, cls) else cls(model, granularity or otherwise)
+        return network.at(granularity or network.granularity)
+
     def at(self, granularity: Granularity) -> ResidualNetwork:
         """The same model at another granularity; the view, what it has computed and, below blocks, neurons are shared."""
         if granularity == self.granularity:

@@ -27,7 +27,8 @@ from typing import Any
 
 import pandas as pd
 
-from tl_jets.markup import cell, number, table, text, token
+from tl_jets.markup import cell, table, text, token
+from tl_jets.numerals import number
 
 # Of a table in a notebook.
 SHOWN_ROWS, SHOWN_COLUMNS = 12, 20

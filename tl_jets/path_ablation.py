@@ -77,7 +77,7 @@ def path_ablation(
     Cost:
         An evaluation of a stage for every prefix of the paths, each once, and the unembedding for every path.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     trace = trace_of(network, prompts, attention_mask, None)
     wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not wanted:

@@ -289,7 +289,7 @@ def detached_jacobian(
     Cost:
         Four forward passes (trace, graph, bias, ordinary graph) and a product with each Jacobian.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     with torch.inference_mode(False):
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         rows = Rows.of(trace, positions)

@@ -248,7 +248,7 @@ def detached_spectra(
     Cost:
         For each position that is read, d_model vectors through all stages of the network, in chunks.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     with torch.inference_mode(False), torch.no_grad():
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         pairs = _pairs(network, maps)

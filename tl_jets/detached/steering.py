@@ -78,7 +78,7 @@ def steering_hooks(
     Source:
         Golden, arXiv 2505.24293 (v3), equation 16.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     if isinstance(network.view, CallableModel):
         raise TypeError("Steering needs the hook points of a TransformerLens model; plain callables have none.")
     if not math.isfinite(strength):

@@ -138,7 +138,7 @@ def jet_expand(
     Source:
         Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
     order = read_order(linearize, order, 1)
     if center_scale not in CENTER_SCALES:

@@ -129,7 +129,7 @@ def exponential_expansion(
     Source:
         Chen et al., Algorithm 2.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     _check_choices(linearize=(linearize, Linearize), rank=(rank, Rank))
     for name, value, least in (("order", order, 0), ("top", 1 if top is None else top, 1), ("max_paths", max_paths, 1)):
         if isinstance(value, bool) or not isinstance(value, int):

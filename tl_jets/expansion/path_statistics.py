@@ -392,7 +392,7 @@ def _frozen(
     model: Any, text_or_tokens: Any, positions: Any, attention_mask: Any, cache: Any, avoiding: Any, sources: Any
 ) -> tuple[Trace, Rows, Lattice, FrozenNetwork]:
     """The input's trace, frozen, and the paths asked for."""
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     whole = lattice_of(network.stages, network.sources, detached=True)
     with torch.inference_mode(False):
         own = isinstance(text_or_tokens, Trace) and text_or_tokens.network is network

@@ -129,7 +129,7 @@ def reorganized_expansion(
     Source:
         Chen et al., eq. 5, Lemma 1; the regrouping is ours.
     """
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     options: dict[str, Any] = {"weights": weights, "center_scale": center_scale, "max_centers": max_centers}
     if centers is None:
         return _from_sources(network, step, options)

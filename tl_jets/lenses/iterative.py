@@ -281,7 +281,7 @@ def iterative_jet_lens(
     order = read_order(linearize, order, 1)
     if linearize == "detached":
         check_detached(order=order, center_scale=center_scale)
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model)
+    network = ResidualNetwork.of(model)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
     labels = stream_labels(network, layers, incl_mid)

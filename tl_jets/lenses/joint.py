@@ -252,9 +252,7 @@ def joint_jet_lens(
     if is_detached:
         check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
     weights = "optimal" if weights is None else weights
-    own_granularity = model.granularity if isinstance(model, ResidualNetwork) else "block"
-    network = model if isinstance(model, ResidualNetwork) else ResidualNetwork(model, granularity or "block")
-    network = network.at(granularity or own_granularity)
+    network = ResidualNetwork.of(model, granularity, otherwise="block")
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
     labels = [label for label in network.components if embeddings or label not in network.sources]

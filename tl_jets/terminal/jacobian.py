@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from tl_jets.terminal.parts import answer_line, heading, legend, new_table, number, signed, titled, words
+from tl_jets.numerals import number, signed
+from tl_jets.terminal.parts import answer_line, heading, legend, new_table, titled, words
 
 # Tokens of a longer prompt are shown if they are among the largest.
 SHOWN = 40

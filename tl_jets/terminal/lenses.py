@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.measures import MEASURES, Measures
+from tl_jets.numerals import number, signed
 from tl_jets.stages import DECODER_STEP
-from tl_jets.terminal.parts import OWN_STYLE, Terminal, answer_line, new_table, number, signed, titled
+from tl_jets.terminal.parts import OWN_STYLE, Terminal, answer_line, new_table, titled
 from tl_jets.terminal.parts import heading as lines_of
 from tl_jets.terminal.parts import legend as entries
 from tl_jets.tokens import token_text, visible
@@ -38,7 +39,7 @@ TITLES = {
 # The legend of the detached lenses.
 DETACHED = {
     "detached": "The final norm keeps the scale that it has at the final stream, so that logits are sums: direct logit "
-    "attribution. A layer's cell is what its stream so far gives to the model's logits; rho is a dash, as this is no series, "
+    "attribution. A layer's cell is what its stream so far gives to the model's logits; rho is n/a, as this is no series, "
     "and nothing is borrowed.",
     "effect": "What the component adds to the logit of the model's answer, beyond the mean of the vocabulary. Effects sum to "
     "the answer's own.",

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from tl_jets.numerals import number
 from tl_jets.tables import NgramTable, side_by_side
-from tl_jets.terminal.parts import heading, legend, new_table, number, titled
+from tl_jets.terminal.parts import heading, legend, new_table, titled
 from tl_jets.tokens import visible
 
 # Rows shown of a table that has a row for every token of the vocabulary.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 OWN_STYLE = "bold"
-NOT_A_NUMBER = "-"
 
 
 class Terminal(Console):
@@ -71,23 +69,6 @@ def legend(rows: Mapping[str, str]) -> Group:
 def words(tokens: Sequence[str]) -> Text:
     """Tokens, best first, the first one bold."""
     return Text(" ").join(Text(token, style="dim" if i else OWN_STYLE) for i, token in enumerate(tokens))
-
-
-def number(value: Any) -> str:
-    """Two decimals or three digits; what is below 1e-6 is rounding, what is no number a dash."""
-    if value is None or math.isnan(value := float(value)):
-        return NOT_A_NUMBER
-    size = abs(value)
-    value = value if size > 1e-6 else 0.0
-    if math.isfinite(size) and (size >= 1000 or 1e-6 < size < 0.005):
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
-
-
-def signed(value: Any) -> str:
-    """A number with its sign."""
-    text = number(value)
-    return text if text.startswith("-") else f"+{text}"
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from tl_jets.expansion.lattice import count_text
-from tl_jets.terminal.parts import NOT_A_NUMBER, answer_line, heading, legend, new_table, number, signed, titled
+from tl_jets.numerals import number, signed
+from tl_jets.terminal.parts import answer_line, heading, legend, new_table, titled
 
 VERDICT_STYLES = {"confirmed": "bold", "partly": "", "refuted": "dim"}
 
@@ -45,7 +46,7 @@ def _paths(data: Mapping[str, Any]) -> RenderableType:
     for row in data["paths"]:
         cells = [signed(row["effect"])]
         if is_ablated:
-            verdict = row.get("verdict", NOT_A_NUMBER)
+            verdict = row.get("verdict", "-")
             cells += [signed(row.get("path_ablation")), Text(verdict, style=VERDICT_STYLES.get(verdict, ""))]
         best = Text(row["top"]["token"], style="bold" if row["is_answer"] else "")
         table.add_row(*cells, best, Text(row["path"]))

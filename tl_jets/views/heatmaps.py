@@ -27,11 +27,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tl_jets.markup import cell, diverging, largest, number, precise, rising, row_head, table, token
+from tl_jets.markup import cell, diverging, largest, rising, row_head, table, token
 from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams import fingerprint
 from tl_jets.ngrams.trigrams import trigram_parts
 from tl_jets.notebook import View
+from tl_jets.numerals import number, precise
 from tl_jets.tables import NgramTable
 from tl_jets.tokens import visible
 

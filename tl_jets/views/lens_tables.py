@@ -21,8 +21,9 @@ import math
 from collections.abc import Sequence
 
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.markup import cell, diverging, largest, number, precise, rising, row_head, table, text, token
+from tl_jets.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.notebook import View
+from tl_jets.numerals import number, precise
 from tl_jets.tokens import token_names, visible
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
 

@@ -21,8 +21,9 @@ from tl_jets.expansion.path_cache import PathCache
 from tl_jets.expansion.path_statistics import MEASURES as PATH_MEASURES
 from tl_jets.expansion.path_statistics import PathStatistics
 from tl_jets.lenses import IterativeJetLens
-from tl_jets.markup import cell, diverging, largest, number, precise, rising, row_head, table, text, token
+from tl_jets.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.notebook import View
+from tl_jets.numerals import number, precise
 from tl_jets.tokens import decode, token_names, visible
 from tl_jets.views.lens_tables import closeness, describe, order_index
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
