@@ -113,7 +113,7 @@ def test_it_runs(path, monkeypatch):
         assert shown(before) == shown(after), before.source
 
 
-@pytest.mark.parametrize("name", ["Detached_Jacobian", "Jet_Lens", "Jet_Paths", "Jets_with_Patching"])
+@pytest.mark.parametrize("name", ["Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"])
 def test_it_is_not_about_the_embedded_model_alone(name, monkeypatch):
     """Another architecture, with random weights: every cell runs and every check holds."""
     notebook = read(ROOT / "demos" / f"{name}.ipynb")
@@ -137,10 +137,30 @@ from tl_jets.expansion.path_measures import Yardstick
 own = Yardstick.effects
 Yardstick.effects = lambda yardstick, parts: 1.01 * own(yardstick, parts)
 """
+STEERED = """
+from tl_jets.detached.steering import _Steering
+own = _Steering._map
+_Steering._map = lambda steering, positions: 1.01 * own(steering, positions)
+"""
+TRIGRAMS = """
+from tl_jets.ngrams.join import HeadMaps
+own = HeadMaps.exact
+def exact(*args):
+    attention, log_prob = own(*args)
+    return 1.01 * attention, log_prob
+HeadMaps.exact = exact
+"""
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("Jet_Lens", NORM_JET), ("Jet_Paths", EFFECTS), ("Jets_with_Patching", EFFECTS)]
+    ("name", "error"),
+    [
+        ("Detached_Jacobian", STEERED),
+        ("Jet_Lens", NORM_JET),
+        ("Jet_Ngrams", TRIGRAMS),
+        ("Jet_Paths", EFFECTS),
+        ("Jets_with_Patching", EFFECTS),
+    ],
 )
 def test_the_checks_can_fail(name, error, monkeypatch):
     notebook = read(ROOT / "demos" / f"{name}.ipynb")
