@@ -172,7 +172,7 @@ def test_every_normalization_and_size(spec, normalize):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_many_seeds_in_small_pieces(seed, monkeypatch):
-    small = {"TILE_ROWS": 7, "TILE_COLUMNS": 9, "SAMPLE": 4, "EXACT_ROWS": 2, "FIRST_ROUND": 3, "REFINED_ROWS": 5}
+    small = {"TILE_ROWS": 7, "TILE_COLUMNS": 9, "EXACT_ROWS": 2, "FIRST_ROUND": 3, "REFINED_ROWS": 5}
     for name, value in small.items():
         for module in (factors, join):
             if hasattr(module, name):
@@ -378,6 +378,41 @@ def test_a_trained_model_in_float32():
     scores = trigram_scores(model, 2, 3, others)
     better = others[scores > table.scores[-1]]
     assert set(map(tuple, better.tolist())) <= set(map(tuple, table.ids.tolist()))
+
+
+def camps(columns: torch.Tensor) -> torch.Tensor:
+    """Half of the columns here, half there: far from normal, and the largest are far below what is expected."""
+    return 0.1 * columns + 30 * torch.ones(len(columns), 1) * torch.tensor([1.0, -1.0]).repeat(columns.shape[1] // 2)
+
+
+def outlier(columns: torch.Tensor) -> torch.Tensor:
+    """One column that is far above what is expected."""
+    return torch.cat([columns[:, 1:], 60 * columns[:, :1].sign()], dim=1)
+
+
+@pytest.mark.parametrize("transform", [None, lambda logits: 50 * torch.tanh(logits / 50)])
+@pytest.mark.parametrize(
+    ("columns", "n_passes"),
+    [(lambda x: x, 1), (lambda x: 0 * x, 1), (lambda x: 30 * x, 1), (camps, 2), (outlier, 2)],
+    ids=["normal", "equal", "sharp", "camps", "outlier"],
+)
+def test_normalizers_whatever_the_distribution(columns, n_passes, transform):
+    generator = torch.Generator().manual_seed(0)
+    rows, constant = torch.randn(50, 8, generator=generator), torch.randn(3000, generator=generator)
+    found = factors.Factors(rows, columns(torch.randn(8, 3000, generator=generator)), constant, transform)
+    logits = rows.double() @ found.columns.double() + constant
+    logits = logits if transform is None else transform(logits)
+    tiles = []
+    parts = factors.normalizers(found, rows, lambda columns, tile: tiles.append(columns.start))
+    normalizer = logits.logsumexp(1)
+    bound = found.rounding()
+    assert bound < 0.02 and (sum(parts)[:, 0] / factors.LOG2_E - normalizer).abs().max() < bound
+    if transform is None:
+        assert tiles.count(0) == n_passes
+        if n_passes == 1 and found.reach < 60:
+            assert parts[1].abs().median() < 0.3, "what is expected is close, if the columns are normal"
+    best, again = factors.best_log_prob(found, rows)
+    assert (best - (logits.amax(1) - normalizer)).abs().max() < bound and (again - normalizer).abs().max() < bound
 
 
 @pytest.mark.parametrize("seed", range(5))

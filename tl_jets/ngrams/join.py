@@ -118,7 +118,6 @@ class Search:
         self.found = _Best(size)
         self.buffers = self.by_key.exact_buffer(), self.maps.outputs.exact_buffer()
         self.output_normalizer = torch.full_like(self.normalizer, math.nan)  # of keys that may be joined
-        self.few_live = False  # of the keys that were looked at last, by what is known without normalizers
         start, size = 0, FIRST_ROUND
         while start < len(keys) and bool(bound[start] + self.slack >= self.found.threshold):
             part = slice(start, min(start + size, len(keys)))
@@ -149,8 +148,8 @@ class Search:
             part = slice(start, start + TILE_ROWS)
             rows, block = scores.rows[part], scores.rows.new_full((n_keys,), -math.inf)
             if vocab:
-                bound, short = normalizers(scores, rows, partial(_column_maxima, block))
-                normalizer[part] = (bound + short)[:, 0].double() / LOG2_E
+                expected, short = normalizers(scores, rows, partial(_column_maxima, block))
+                normalizer[part] = (expected + short)[:, 0].double() / LOG2_E
                 block -= short.min()
             else:
                 shift = (normalizer[part, None] * LOG2_E).to(rows.dtype)
@@ -167,12 +166,9 @@ class Search:
             part = keys[start : start + TILE_ROWS]
             rows, reach = outputs.rows[part], bound[start : start + TILE_ROWS] + self.slack
             best = torch.zeros_like(reach)
-            if self.few_live:  # first without normalizers
-                best = (outputs.largest(rows) - outputs.lower_bound(rows))[:, 0].double() / LOG2_E
-            live = (reach + best >= self.found.threshold).nonzero()[:, 0]
+            live = (reach >= self.found.threshold).nonzero()[:, 0]
             if len(live):
                 best[live], self.output_normalizer[part[live]] = best_log_prob(outputs, rows[live])
-            self.few_live = 2 * int((reach + best >= self.found.threshold).sum()) < len(rows)
             found.append(best)
         return torch.cat(found)
 

@@ -20,8 +20,8 @@ all as good or better (ties by ids), and it is one of them, so that at least K o
 candidates, not V^2, and most z1 have none, because their best triple is below the K-th best found so far:
 
 1. *Keys.* One pass over all query-key scores, tile by tile, gives each query's log-normalizer and each key's best A. The pass
-   knows a query's normalizer only at its end; it subtracts a lower bound (over a sample of the keys), and takes off from a block of
-   queries what the bounds were short of at least: an upper bound of A.
+   knows a query's normalizer only at its end; it subtracts what it would be for normally distributed scores, and takes off from a
+   block of queries what is missing at least: an upper bound of A, in trained heads by a tenth of a nat too large.
 2. *Outputs.* Keys by decreasing bound: their best log P, one product of inner dimension d_head. Stop at the first key whose bound
    is below the K-th best triple: log P <= 0.
 3. *Join.* Keys whose bounds together reach the K-th best: all their A and log P, from float64 logits and the normalizers of both
