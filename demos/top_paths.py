@@ -12,12 +12,13 @@ stay as they are. In an ablation they respond:
 
 A path is *confirmed* if the fall under its own ablation is within a factor of two of its effect, *refuted* if it is less than
 a tenth of it or of the other sign, and *partly* right otherwise. The control is as many paths drawn at random among those
-with at least a tenth of the smallest effect in the table.
+with at least a tenth of the smallest effect in the table; and chance is what is confirmed with the falls shuffled among the paths.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from collections import Counter
 
 import torch
@@ -27,6 +28,7 @@ from scipy.stats import spearmanr
 
 import tl_jets as tj
 from tl_jets.loading import load_model
+from tl_jets.path_ablation import verdict
 from tl_jets.tokens import token_text, visible
 
 PROMPT = "This function is available on Unix and"
@@ -72,17 +74,24 @@ def table(network: tj.ResidualNetwork, prompt: str, top: int) -> Table:
     lines = []
     for name, paths in ((f"these {len(chosen)}", chosen), (f"{len(drawn)} random paths", drawn)):
         counts = Counter(verdict(effects[path], falls[path]) for path in paths)
-        rank = spearmanr([effects[path] for path in paths], [falls[path] for path in paths]).statistic
+        pairs = [effects[path] for path in paths], [falls[path] for path in paths]
         text = ", ".join(f"{counts[kind]} {kind}" for kind in ("confirmed", "partly", "refuted"))
-        lines.append(f"{name}: {text}; rank correlation of effect and fall {rank:+.2f}")
+        lines.append(f"{name}: {text}; rank correlation of effect and fall {spearmanr(*pairs).statistic:+.2f}")
+        chance = confirmed_by_chance(*pairs)
+        mean, as_many = sum(chance) / len(chance), sum(n >= counts["confirmed"] for n in chance) / len(chance)
+        lines.append(f"falls shuffled: {mean:.1f} confirmed, as many in {as_many:.1%} of shuffles")
     found.caption = "\n".join(lines)
     return found
 
 
-def verdict(effect: float, fall: float) -> str:
-    """What the fall of the logit under a path's ablation says about its effect."""
-    ratio = fall / effect
-    return "confirmed" if 0.5 <= ratio <= 2 else "refuted" if ratio < 0.1 else "partly"
+def confirmed_by_chance(effects: list[float], falls: list[float], draws: int = 1000) -> list[int]:
+    """How many of the paths are confirmed if their falls are shuffled among them; sorted."""
+    generator = random.Random(0)
+    counts = []
+    for _ in range(draws):
+        shuffled = generator.sample(falls, len(falls))
+        counts.append(sum(verdict(*pair) == "confirmed" for pair in zip(effects, shuffled, strict=True)))
+    return sorted(counts)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from the clean forward pass alone:
 
 - direct attribution: the answer's centered logit of the component's write, under the final norm's own scale;
 - jet weights: the component's weight in the joint jet lens (order 0; never negative);
-- detached paths: the answer's centered logit of all detached paths through the component.
+- detached paths: the answer's centered logit of all detached paths through the component;
+- their length: that of the centered logits of all these paths, whatever the token;
+- and, as a control that knows nothing of the answer, the length of the component's write.
 
 Printed: Spearman's rank correlation over components, averaged over the prompts. The fall of the logit is compared with
 the predictions, the KL with their absolute values.
@@ -113,6 +115,8 @@ def predictions(network: ResidualNetwork, trace: Trace, steps: list[str], answer
         "direct attribution": (logits[:, answer] - logits.mean(-1)).detach(),
         "jet weights": torch.stack([lens.weights[lens.labels.index(f"{step}_out"), 0, 0] for step in steps]),
         "all detached paths": torch.stack([paths.effect[paths.labels.index(step), 0, 0] for step in steps]),
+        "length of their logits": torch.stack([paths.norm[paths.labels.index(step), 0, 0] for step in steps]),
+        "length of the write (control)": writes.norm(dim=-1),
     }
 
 

@@ -6,7 +6,8 @@ import pytest
 from commands import cells, numbers, run, share_models, tinydocs
 
 import tl_jets as tj
-from tl_jets.cli.paths import rank_correlation, verdict
+from tl_jets.cli.paths import rank_correlation
+from tl_jets.path_ablation import verdict
 
 PROMPT = "This function is available on Unix and"
 ASKED = ("paths", "--prompt", PROMPT)

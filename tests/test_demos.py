@@ -45,13 +45,14 @@ def test_the_readme_shows_the_paths_that_the_demo_prints(monkeypatch, capsys):
     assert "these 20: 8 confirmed, 6 partly, 6 refuted" in " ".join(printed)
     assert [verdicts.count(kind) for kind in ("confirmed", "partly", "refuted")] == [8, 6, 6]
     assert "20 random paths: 5 confirmed, 7 partly, 8 refuted" in " ".join(printed)
+    assert "falls shuffled: 5.5 confirmed, as many in 7.9% of shuffles" in " ".join(printed)
 
 
 def test_what_predicts_ablation_is_a_table_of_correlations(monkeypatch, capsys):
     demo = runpy.run_path(str(ROOT / "demos" / "what_predicts_ablation.py"))
     network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
     found = demo["correlations"](network, demo["DOCS"][:2], [step.label for step in network.steps])
-    assert len(found) == 3 and all(len(cells) == 4 and len(cells[0]) == 2 for cells in found.values())
+    assert len(found) == 5 and all(len(cells) == 4 and len(cells[0]) == 2 for cells in found.values())
     assert all(bool((cell.abs() <= 1).all()) for cells in found.values() for cell in cells)
     paths, weights = (found[name][1].mean() for name in ("all detached paths", "jet weights"))
     assert paths > weights, "path sums predict the KL of these two prompts better than jet weights"

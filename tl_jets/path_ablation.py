@@ -28,6 +28,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,3 +124,18 @@ def _source(trace: Trace, label: str) -> Tensor:
     with torch.enable_grad():  # the constant of a frozen step, which a trace's label of the same name need not be
         found = FrozenNetwork.of(trace).sources.get(label)
     return torch.zeros_like(trace[FINAL_STREAM]) if found is None else found.detach()
+
+
+def verdict(effect: float, fall: float) -> str:
+    """What the fall of a logit under a path's ablation says of the path's effect on it.
+
+    Args:
+        effect: What the path adds to the target's centered logit in the frozen network.
+        fall: By how much this logit falls when the path is ablated.
+
+    Returns:
+        `"confirmed"` if the fall is within a factor of two of the effect, `"refuted"` if it is less than a tenth of it or of the
+        other sign, `"partly"` otherwise.
+    """
+    ratio = fall / effect if effect else math.inf
+    return "confirmed" if 0.5 <= ratio <= 2 else "refuted" if ratio < 0.1 or not effect else "partly"

@@ -42,7 +42,7 @@ from tl_jets.expansion.path_statistics import PathStatistics, path_sums
 from tl_jets.expansion.paths import Path
 from tl_jets.interventions import AblationEffect, ablation_effect
 from tl_jets.notebook import View
-from tl_jets.path_ablation import path_ablation
+from tl_jets.path_ablation import path_ablation, verdict
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.terminal import paths as terminal
 from tl_jets.trace import Trace
@@ -269,12 +269,6 @@ def _drawn(
     others = [path for path in effects if path not in (*shown, CONSTANT) and abs(effects[path]) > least]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed)).tolist()
     return {others[i]: effects[others[i]] for i in order[: len(shown)]}, "" if others else "no others are comparable"
-
-
-def verdict(effect: float, fall: float) -> str:
-    """What the fall of the logit under a path's ablation says about its effect."""
-    ratio = fall / effect if effect else math.inf
-    return "confirmed" if 0.5 <= ratio <= 2 else "refuted" if ratio < 0.1 or not effect else "partly"
 
 
 def paths_data(found: Found, answer: int) -> dict[str, Any]:
