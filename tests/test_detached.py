@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.calculus import full_precision
-from tl_jets.detached import DetachedJacobian, detached, detached_jacobian
+from tl_jets.detached_map import DetachedJacobian, detached, detached_jacobian
 
 CORE = zoo.available(zoo.CORE)
 # Every family; processed weights (folded norms, another mask) of the two that differ most.

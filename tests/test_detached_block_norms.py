@@ -10,7 +10,7 @@ import torch
 import zoo
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
-from tl_jets.detached import detached_jacobian
+from tl_jets.detached_map import detached_jacobian
 
 # Gemma 2 scales its embeddings, and its unembedding is tied to them; LayerNorms center.
 RAW = [spec for spec in zoo.available(["gpt2", "llama", "gemma2"]) if spec.processing == "raw"]

@@ -11,8 +11,8 @@ import zoo
 from live_memory import peak_bytes
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
-from tl_jets.detached import chain, detached_jacobian
-from tl_jets.detached.chain import Chain, sweep
+from tl_jets.detached_map import chain, detached_jacobian
+from tl_jets.detached_map.chain import Chain, sweep
 
 
 @pytest.fixture(

@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
-from tl_jets.detached import detached_jacobian, detached_spectra
+from tl_jets.detached_map import detached_jacobian, detached_spectra
 
 RAW = [spec for spec in zoo.available(["gpt2", "pythia"]) if spec.processing == "raw"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.calculus import full_precision
-from tl_jets.detached import detached_jacobian, steering_hooks
+from tl_jets.detached_map import detached_jacobian, steering_hooks
 
 RAW = [spec for spec in zoo.available(["gpt2", "pythia", "llama", "gemma2"]) if spec.processing == "raw"]
 

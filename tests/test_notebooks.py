@@ -138,7 +138,7 @@ own = Yardstick.effects
 Yardstick.effects = lambda yardstick, parts: 1.01 * own(yardstick, parts)
 """
 STEERED = """
-from tl_jets.detached.steering import _Steering
+from tl_jets.detached_map.steering import _Steering
 own = _Steering._map
 _Steering._map = lambda steering, positions: 1.01 * own(steering, positions)
 """

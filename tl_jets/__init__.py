@@ -13,7 +13,7 @@ import tl_jets.studies as studies
 import tl_jets.views as views
 from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
 from tl_jets.decoder import Decoder, Metric
-from tl_jets.detached import (
+from tl_jets.detached_map import (
     BlockNorms,
     DetachedJacobian,
     DetachedSpectra,

@@ -9,7 +9,7 @@ J       `LinearMap.materialize`
 ======  ==========================================
 
 `GraphMap` holds the graph of a forward pass, in which the same backward pass serves many vectors; J u is that pass
-transposed. `tl_jets.detached.chain` composes the maps of a network's stages.
+transposed. `tl_jets.detached_map.chain` composes the maps of a network's stages.
 
 Example:
     >>> x = torch.ones(1, 2, 3, requires_grad=True)

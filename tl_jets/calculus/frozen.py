@@ -22,7 +22,7 @@ The mechanism is a look at each PyTorch call:
   shape that is differentiated, it is a gate, and is detached. So is a factor (tanh, erf, sigmoid) that is multiplied
   with what it was made from: `0.5 * x * (1 + tanh(...))` comes out as the frozen slope times x.
 
-Nothing here knows a model: whoever freezes one checks that it came out affine (`tl_jets.detached` does, and refuses).
+Nothing here knows a model: whoever freezes one checks that it came out affine (`tl_jets.detached_map` does, and refuses).
 
 The same calls can be made again at another point with the coefficients of the first: `frozen(record=tape)`, then
 `frozen(replay=tape)`. The second computation *is* the frozen map, and its value at zero is the bias.

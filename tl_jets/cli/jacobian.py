@@ -21,8 +21,8 @@ from tl_jets.cli.session import (
     steps,
     token_record,
 )
-from tl_jets.detached import DetachedJacobian, detached_jacobian
-from tl_jets.detached.chain import LOGITS
+from tl_jets.detached_map import DetachedJacobian, detached_jacobian
+from tl_jets.detached_map.chain import LOGITS
 from tl_jets.linear_map import SingularVectors
 from tl_jets.notebook import View
 from tl_jets.terminal import jacobian as terminal

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from tl_jets.detached import DetachedJacobian
+from tl_jets.detached_map import DetachedJacobian
 from tl_jets.expansion.path_cache import PathCache
 from tl_jets.expansion.path_statistics import MEASURES as PATH_MEASURES
 from tl_jets.expansion.path_statistics import PathStatistics

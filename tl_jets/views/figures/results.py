@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tl_jets.detached import DetachedSpectra
+from tl_jets.detached_map import DetachedSpectra
 from tl_jets.expansion.path_cache import PathCache
 from tl_jets.expansion.path_statistics import MEASURES, PathStatistics
 from tl_jets.studies import Track

@@ -9,11 +9,11 @@
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293).
 """
 
-from tl_jets.detached.block_norms import BlockNorms
-from tl_jets.detached.context import detached
-from tl_jets.detached.jacobian import DetachedJacobian, detached_jacobian
-from tl_jets.detached.spectra import DetachedSpectra, detached_spectra
-from tl_jets.detached.steering import steering_hooks
+from tl_jets.detached_map.block_norms import BlockNorms
+from tl_jets.detached_map.context import detached
+from tl_jets.detached_map.jacobian import DetachedJacobian, detached_jacobian
+from tl_jets.detached_map.spectra import DetachedSpectra, detached_spectra
+from tl_jets.detached_map.steering import steering_hooks
 
 __all__ = [
     "BlockNorms",

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.detached.jacobian import detached_jacobian
+from tl_jets.detached_map.jacobian import detached_jacobian
 from tl_jets.lenses.selection import stream_labels
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.stages import FINAL_STREAM

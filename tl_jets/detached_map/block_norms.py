@@ -32,8 +32,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.detached.chain import LOGITS
-from tl_jets.detached.decoding import Directions
+from tl_jets.detached_map.chain import LOGITS
+from tl_jets.detached_map.decoding import Directions
 from tl_jets.linear_map import LinearMap
 from tl_jets.notebook import Shown
 from tl_jets.readout import TopTokens

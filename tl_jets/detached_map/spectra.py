@@ -49,8 +49,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.detached.chain import LOGITS, Chain, ComposedMap, sweep
-from tl_jets.detached.decoding import Directions
+from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
+from tl_jets.detached_map.decoding import Directions
 from tl_jets.lenses.selection import Rows, trace_of
 from tl_jets.linear_map import MAX_BYTES, size_text
 from tl_jets.network import ResidualNetwork

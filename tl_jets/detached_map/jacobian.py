@@ -22,7 +22,7 @@ J_t e_t                 `contributions` [batch, pos, out_pos, width]
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293, v3), sections 2.2 and 3. Cost: a
 trace, a forward pass under autograd and one for the bias. J' v costs a backward pass, J u two; many vectors run as one
 batch. J itself costs a backward pass for each of its d_model rows (for logits, too: the unembedding is a product with the
-rest). Memory: the graphs of the stages while they are small, that of one stage otherwise (`tl_jets.detached.chain`).
+rest). Memory: the graphs of the stages while they are small, that of one stage otherwise (`tl_jets.detached_map.chain`).
 
 Example:
     >>> import torch
@@ -51,10 +51,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.detached.block_norms import BlockNorms, block_norms
-from tl_jets.detached.chain import LOGITS, Chain, ComposedMap
-from tl_jets.detached.context import not_affine, rounding
-from tl_jets.detached.decoding import Directions
+from tl_jets.detached_map.block_norms import BlockNorms, block_norms
+from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
+from tl_jets.detached_map.context import not_affine, rounding
+from tl_jets.detached_map.decoding import Directions
 from tl_jets.lenses.selection import Rows, trace_of
 from tl_jets.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.markup import text
@@ -204,7 +204,7 @@ class DetachedJacobian(Shown):
             ValueError: There is no such position.
 
         Source:
-            Golden, arXiv 2505.24293, section 3.2; see `tl_jets.detached.block_norms`.
+            Golden, arXiv 2505.24293, section 3.2; see `tl_jets.detached_map.block_norms`.
         """
         length = self.tokens.shape[1]
         if not -length <= pos < length or out_pos % length not in self.positions or not 0 <= prompt < len(self.tokens):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_jets.calculus import norm_jet
 from tl_jets.decoder import Decoder
-from tl_jets.detached.chain import LOGITS
+from tl_jets.detached_map.chain import LOGITS
 from tl_jets.readout import TopTokens, top_tokens
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.trace import Trace
