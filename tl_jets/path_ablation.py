@@ -68,7 +68,8 @@ def path_ablation(
         attention_mask: Passed to the model (left padding needs it).
 
     Returns:
-        An `AblationEffect` with a row a path and mode `"path"`: changes of the model's own logits, after a final softcap.
+        An `AblationEffect` with a row a path and mode `"path"`: changes of the model's own logits, after a final softcap (the
+        effects of paths are before it, so that in such a model the two are in different units).
 
     Raises:
         ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no

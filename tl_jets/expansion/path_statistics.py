@@ -77,7 +77,8 @@ class PathStatistics(Shown):
         norm: Length of the part's logits over that of the model's, both centered over the vocabulary.
         cosine: Cosine of the angle between them.
         share: The part's projection on the model's logits over their squared length.
-        effects: Logits that the part adds to each target, beyond the mean of the vocabulary [part, batch, pos, target].
+        effects: Logits that the part adds to each target, beyond the mean of the vocabulary [part, batch, pos, target]; before a
+            final softcap, under which logits are no sums (what ablations report is after it).
         target_ids: Token ids [batch, pos, target].
         target_names: How they were asked for; `<answer>` is the model's own best token.
         top_ids: The part's best token.
@@ -312,8 +313,8 @@ def path_sums(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (`"head"` granularity for single heads).
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        by: `"component"`: every step, all paths through it ("all paths through L3H2"); `"source"`: all paths from every
-            embedding, edit and bias.
+        by: `"component"`: every step, all paths through it ("all paths through L3H2"), without those that start at its own bias,
+            which are no paths through it though its write contains it; `"source"`: all paths from every embedding, edit and bias.
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         positions: Positions to read; None for all.
         targets: Tokens to report the effect on; None for the model's own best token.
