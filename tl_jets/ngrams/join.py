@@ -276,10 +276,8 @@ def _leading(values: Tensor, lowest: Tensor, k: int) -> tuple[Tensor, Tensor, Te
     count = row.bincount(minlength=len(values))
     rank = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
     count = count.clamp(max=k)
-    positions, found = (
-        row.new_zeros(len(values), int(count.max())),
-        values.new_full((len(values), int(count.max())), -math.inf),
-    )
+    shape = len(values), int(count.max())
+    positions, found = row.new_zeros(shape), values.new_full(shape, -math.inf)
     row, position, rank = (x[rank < k] for x in (row, position, rank))
     positions[row, rank], found[row, rank] = position, values[row, position]
     return count.unsqueeze(1), positions, found
