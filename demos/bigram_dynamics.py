@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from ngram_studies import compared, rendered
+from ngram_studies import rendered
 from rich.console import Console
 from small_training import Recipe, Text, Training, library, sample
 from torch import Tensor
@@ -117,7 +117,7 @@ class Dynamics:
     def by_path(self) -> pd.DataFrame:
         """A row a path of the trained model."""
         shares = {path: f"{hit:.2f} ({chance:.2f})" for path, (hit, chance) in self.shares().items()}
-        frame = compared(self.final)
+        frame = self.final.summary()
         return frame.assign(**{"of the model's own (shuffled)": [shares.get(path, "") for path in frame["path"]]})
 
     def of_kinds(self) -> pd.DataFrame:

@@ -11,8 +11,8 @@ of Python). Printed:
    knows how frequent tokens are and nothing else;
 2. the 20 best bi-grams of every path, without any text;
 3. the same weighted by how often first tokens occur in the text (pseudo-joint), beside the text's own;
-4. for every MLP, what ablating it does to the logits of its own best bi-grams, beside ablating the others, and beside shuffled
-   second tokens;
+4. for every MLP, what ablating it does to the logits of its own best bi-grams, beside ablating the others (their mean, and the one
+   that costs these bi-grams most), and beside shuffled second tokens;
 5. with --after, a second checkpoint of the same vocabulary: which bi-grams rose and fell most.
 """
 
@@ -23,7 +23,6 @@ import ast
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -33,7 +32,7 @@ import tl_jets as tj
 from tl_jets.loading import load_model
 from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import mlp_steps
-from tl_jets.studies import TextComparison, ablation_check, compare_with_counts, diff, ngram_counts
+from tl_jets.studies import AblationCheck, ablation_check, compare_with_counts, diff, ngram_counts
 from tl_jets.tables import NgramTable, side_by_side
 
 SHOWN = 20
@@ -56,13 +55,16 @@ def main() -> None:
         f"{counts.settings['sha256'][:12]}"
     )
     found = compare_with_counts(network, counts, n=options.n)
-    console.print(rendered(compared(found), f"1. The {found.n} most frequent bi-grams of the text, by path"))
+    console.print(rendered(found.summary(), f"1. The {found.n} most frequent bi-grams of the text, by path"))
     paths = found.labels[:-1]
     plain = jet_bigrams_by_path(network, ["direct", *mlp_steps(network), "mlps"], top_k=SHOWN)
     console.print(rendered(side_by_side(plain, SHOWN), f"2. The {SHOWN} best bi-grams of every path, by log P(z2|z1)"))
     joint = {"text": counts, **{path: found.tables[path] for path in paths}}
     console.print(rendered(side_by_side(joint, SHOWN), "3. The same, weighted by the first token's share of the text"))
-    console.print(rendered(ablations(network), "4. Change of the logit of each MLP's own 50 best bi-grams"))
+    checks = [ablation_check(network, step) for step in mlp_steps(network)]
+    console.print(rendered(ablations(checks), "4. Change of the logit of each MLP's own 50 best bi-grams"))
+    for check in checks:
+        console.print(f"{check.step}: {check.verdict}", highlight=False)
     if options.after is not None:
         changed = diff(network, load_model(options.after), path="mlps", top_k=SHOWN)
         tables = {"rises": changed.rises, "falls": changed.falls}
@@ -91,29 +93,23 @@ def docstrings(files: Iterable[Path] | None = None) -> list[str]:
     return list(found)
 
 
-def compared(found: TextComparison) -> pd.DataFrame:
-    """A row a path: both measures, each beside the mean and the central 95% of its control."""
+def ablations(checks: list[AblationCheck]) -> pd.DataFrame:
+    """A row a check: mean changes with their 95% intervals."""
     rows = []
-    for line in found.to_dataframe().to_dict("records"):
-        row = {"path": line["path"]}
-        for name, key in (("hit ratio", "hit"), ("rank correlation", "correlation")):
-            row[name] = f"{line[{'hit': 'hit_ratio'}.get(key, key)]:.2f}"
-            mean, low, high = (line[f"{key}_control{end}"] for end in ("", "_low", "_high"))
-            row[f"{name}, shuffled"] = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    for check in checks:
+        step, other, summary = check.step, check.strongest_other, check.summary().set_index("what")
+        wanted = {
+            "own": f"own n-grams, {step} ablated",
+            "own, others ablated": f"own n-grams, others ablated (mean of {len(check.components) - 1})",
+            "own, strongest other": f"own n-grams, {other} ablated (strongest other)",
+            "shuffled": f"shuffled n-grams, {step} ablated",
+        }
+        row: dict[str, str] = {"ablated": step}
+        for name, what in wanted.items():
+            if what in summary.index:
+                mean, low, high = summary.loc[what, ["mean", "low", "high"]]
+                row[name] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def ablations(network: tj.ResidualNetwork) -> pd.DataFrame:
-    """A row an MLP: mean changes with their 95% intervals."""
-    rows = []
-    for step in mlp_steps(network):
-        check = ablation_check(network, step)
-        summary = check.summary()
-        row: dict[str, Any] = {"ablated": step}
-        for name, line in zip(("own", "own, others ablated", "shuffled"), summary.itertuples(), strict=False):
-            row[name] = f"{line.mean:+.2f} [{line.low:+.2f}, {line.high:+.2f}]"
-        rows.append(row | {"verdict": "confirmed" if check.confirmed else "not confirmed"})
     return pd.DataFrame(rows)
 
 

@@ -6,6 +6,7 @@ Without a Chromium they are skipped, unless TL_JETS_BROWSER is "required".
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -269,6 +270,7 @@ def test_a_notebook_s_theme_wins(world, show, theme, scheme):
 def test_the_lens_page(world, show, scheme):
     iterative, joint = world["iterative"], world["joint"]
     data = views.lens_data(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0])
+    kinds = (joint.measures, joint.control, joint.uniform, joint.control_uniform)
     name = lambda token: visible(token_text(iterative.tokenizer, int(token)))  # noqa: E731
     with show(views.lens_page(data | {"shown": 1}), scheme) as opened:
         assert opened.title() == f"tl-jets lens: {HOSTILE[0]}"
@@ -287,5 +289,14 @@ def test_the_lens_page(world, show, scheme):
                 assert cell.get_attribute("title").startswith(f"{iterative.labels[i]}, order 1\n")
             weights = opened.locator("#joint tr td:nth-child(2)").all_text_contents()[: len(joint.labels)]
             assert [float(each) for each in weights] == pytest.approx(joint.weights[:, 0, p].tolist(), abs=6e-4)
+            below = " ".join(opened.locator("#joint tr").last.locator("td.cell > .small").all_text_contents())
+            kl = re.fullmatch(r"KL (\S+) \(control (\S+)\) uniform weights (\S+) \(control (\S+)\)", below).groups()
+            assert [float(each) for each in kl] == pytest.approx([float(kind.kl[0, p]) for kind in kinds], abs=6e-3)
             worst = opened.evaluate(WORST_CONTRAST)
             assert worst["contrast"] >= 4.5, worst
+        for i, label in enumerate(("joint", "uniform")):
+            _, order, *cells = opened.locator("#averages tr", has_text=label).locator("td").all_text_contents()
+            assert order == str(joint.order)
+            for shown, (measure, mean) in zip(cells, kinds[2 * i].mean().items(), strict=True):
+                found = [float(each.strip("()")) for each in shown.split(" ")]
+                assert found == pytest.approx([float(mean), float(kinds[2 * i + 1].mean()[measure])], abs=6e-3)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import math
 import re
 import runpy
 import sys
 import sysconfig
+import tokenize
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,16 +162,96 @@ def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "demos"))
     demo = runpy.run_path(str(ROOT / "demos" / "fine_tuned_bigrams.py"))
     found = demo["compare"](modules("ast", "argparse", "inspect", "typing"), n=300)
-    rises, falls = found.shares(found.changed.rises), found.shares(found.changed.falls)
-    source, docs = demo["SOURCE"], demo["DOCS"]
-    assert rises[source][0] > rises[docs][0] and rises[source][0] > 2 * rises[source][1]
-    assert falls[docs][0] > 2 * falls[docs][1]
-    ids = torch.tensor([[*found.code.ids[5]], [4095, 4095]])
-    expected = float(found.code.parts["count"][5] / found.code.parts["context_count"][5])
-    assert demo["probabilities"](found.code, ids).tolist() == [pytest.approx(expected), 0.0]
+    sizes = [x.settings["total"] for x in (found.code, found.docs)]
+    assert max(sizes) - min(sizes) < 0.01 * min(sizes) and min(sizes) > 10_000
+    (rises, rises_shuffled), (falls, falls_shuffled) = (
+        found.kinds(x) for x in (found.changed.rises, found.changed.falls)
+    )
+    assert rises.shape == falls.shape == (300, 3)
+    code, docs = (Counter() for _ in range(2))
+    for counts, table in ((code, found.code), (docs, found.docs)):
+        counts.update(dict(zip(map(tuple, table.ids.tolist()), table.parts["count"].tolist(), strict=True)))
+    firsts = [Counter(dict.fromkeys(range(4096), 0)) for _ in range(2)]
+    for first, counts in zip(firsts, (code, docs), strict=True):
+        for (token, _), number in counts.items():
+            first[token] += number
+    assert found.changed.first.tolist() == [token for token in range(4096) if min(x[token] for x in firsts) >= 10]
+    for (one, two), kind in zip(found.changed.rises.ids.tolist(), rises.tolist(), strict=True):
+        in_code, in_docs = (counts[one, two] / first[one] for counts, first in zip((code, docs), firsts, strict=True))
+        assert kind == [in_code > in_docs, in_docs > in_code, in_code == in_docs == 0]
+    lean = demo["lean"]
+    assert (
+        lean(rises).mean() > 0.1 + lean(rises_shuffled).mean()
+        and lean(falls).mean() < lean(falls_shuffled).mean() - 0.1
+    )
+    assert demo["probabilities"](found.code, torch.tensor([[4095, 4095]])).tolist() == [0.0]
     first = found.movers(found.changed.rises)
     assert first["after"].astype(float).gt(first["before"].astype(float)).all() and len(first) == 20
-    assert "bi-grams of source" in found.conclusions()[0]
+    assert "leans to source" in found.conclusions()[0] and "leans to documentation" in found.conclusions()[1]
+    assert found.summary()["lean"][0].startswith(f"{float(lean(rises).mean()):+.2f} (")
+    # A list that follows neither text more than chance leans to neither.
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    by_chance = replace(found.changed.rises, ids=found.changed.rises.ids.clone())
+    by_chance.ids[:, 1] = by_chance.ids[order, 1]
+    neither = replace(found, changed=replace(found.changed, rises=by_chance))
+    assert "leans to neither text" in neither.conclusions()[0]
+
+
+def test_the_readme_says_of_each_mlp_what_its_ablation_says():
+    demo = runpy.run_path(str(ROOT / "demos" / "ngram_studies.py"))
+    network, readme = tl_jets.ResidualNetwork(tl_jets.load_tinydocs()), (ROOT / "README.md").read_text()
+    checks = [tl_jets.studies.ablation_check(network, f"{layer}_mlp") for layer in range(4)]
+    found = demo["ablations"](checks).set_index("ablated")
+    start = readme.index("| MLP | own bi-grams |")
+    for check, line in zip(checks, readme[start:].splitlines()[2:6], strict=True):
+        step, *values, verdict = [cell.strip() for cell in line.strip("|").split("|")]
+        assert step == f"`{check.step}`"
+        assert [numbers(value)[0] for value in values] == [numbers(x)[0] for x in found.loc[check.step]]
+        assert f"(`{check.strongest_other}`)" in values[2]
+        assert verdict.startswith("confirmed") == check.confirmed and ("not confirmed" in verdict) == (
+            not check.confirmed
+        )
+        assert re.findall(r"`(.*?)`", verdict) == check.rivals
+        assert ("costs more" in verdict) == ("costs more" in check.verdict)
+        assert ("not told apart" in verdict) == ("not told apart" in check.verdict)
+    difference = checks[2].summary().set_index("what").loc["own ablation - 0_mlp's"]
+    mean, low, high = difference[["mean", "low", "high"]]
+    assert f"(own less that: {mean:+.2f}, 95% interval [{low:+.2f}, {high:+.2f}])" in " ".join(readme.split())
+
+
+def test_source_without_docstrings_and_comments(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "demos"))
+    demo = runpy.run_path(str(ROOT / "demos" / "fine_tuned_bigrams.py"))
+    text = '#! first\n"""Doc\nof two lines."""  # noqa\nx = """kept # \n too"""  # gone\n\n\x0c\ndef f(a):  # one\n'
+    text += '    "doc" \'of\' "parts"\n    # alone\n    y = "a # b"; return y\n\nf("kept")\n# last'
+    kept = ['x = """kept #', ' too"""', "def f(a):", '    y = "a # b"; return y', 'f("kept")']
+    assert demo["code_lines"](text) == kept
+    # Python's own parser, of modules none of whose bodies are a docstring alone.
+    texts = [file.read_text() for file in modules("heapq", "random", "textwrap", "tokenize", "datetime", "ast")]
+    compared = 0
+    for text in texts:
+        lines = demo["code_lines"](text)
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+        try:
+            found = ast.parse("\n".join(lines))
+        except SyntaxError:
+            continue
+        compared += 1
+        for node in (*ast.walk(found), *ast.walk(tree)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = " ".join(node.value.split())  # texts lose their empty lines, too
+        assert ast.dump(found) == ast.dump(tree) and all(line.strip() for line in lines)
+        comments = [
+            x
+            for x in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline)
+            if x.type == tokenize.COMMENT
+        ]
+        assert not comments
+    assert compared >= 3
 
 
 def test_paths_are_compared_with_a_text(monkeypatch, capsys, tmp_path):
@@ -184,7 +269,7 @@ def test_paths_are_compared_with_a_text(monkeypatch, capsys, tmp_path):
     counts = demo["count"](network, texts * 3)
     assert set(counts.parts["count"].tolist()) <= {3.0, 6.0} and counts.names[int(counts.ids[0, 0])]
     found = tl_jets.studies.compare_with_counts(network, counts, n=10, paths=["direct", "mlps"], progress=False)
-    frame = demo["compared"](found)
+    frame = found.summary()
     assert frame["path"].tolist() == ["direct", "mlps", "unigram (no model)"]
     assert frame["hit ratio"].tolist() == [f"{x:.2f}" for x in found.hit_ratio.tolist()]
     some = demo["docstrings"](modules("ast"))

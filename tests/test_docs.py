@@ -86,9 +86,7 @@ def test_the_checker_reads_the_public_names():
         names = read(package.__name__)
         wanted = [name for name in package.__all__ if f"{package.__name__}.{name}" not in CHECKER["PACKAGES"]]
         assert [name.rsplit(".", 1)[1] for name in names] == wanted
-    assert {"tl_jets.jet_expand", "tl_jets.interactions.interactions", "tl_jets.detached"} <= set(
-        read("tl_jets")
-    )
+    assert {"tl_jets.jet_expand", "tl_jets.interactions.interactions", "tl_jets.detached"} <= set(read("tl_jets"))
     assert read("tl_jets.nothing_here") == []
 
 

@@ -158,9 +158,49 @@ def test_measures_without_a_control_and_of_a_joint_lens(network, trace, joint):
     alone = tj.iterative_jet_lens(network, trace, order=1, seed=None)
     assert all(len(ax.lines) == 2 for ax in drawn(figures.measures(alone)).axes)
     ax, *_ = drawn(figures.measures(joint, names=["kl"])).axes
-    wanted = [float(kind.mean()["kl"]) for kind in (joint.measures, joint.uniform, joint.control)]
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx(wanted)
-    assert ticks(ax.xaxis) == ["weighted", "uniform", "control"]
+    kinds = (joint.measures, joint.uniform, joint.control, joint.control_uniform)
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([float(kind.mean()["kl"]) for kind in kinds])
+    assert ticks(ax.xaxis) == ["weighted", "uniform", "control", "control\nuniform"]
+    assert len({bar.get_facecolor() for bar in ax.patches}) == 4
+
+
+def test_the_caller_sets_scale_and_legend(iterative):
+    from matplotlib.figure import Figure
+
+    panels = Figure().subplots(1, 2, sharey=True)
+    for ax in panels:
+        drawn(figures.measures(iterative, names=["kl"], against="order", ax=ax, log=True, legend=False))
+        assert ax.get_yscale() == "log" and ax.get_legend() is None and ticks(ax.xaxis) == ["0", "1", "2"]
+    (ax,) = drawn(figures.measures(iterative, names=["kl"], log=False)).axes
+    assert ax.get_yscale() == "linear" and ax.get_legend() is not None
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(iterative.kl[:, 0][:, iterative.valid].mean(1).tolist())
+    figures.measures(iterative, names=["kl"], log=False, ax=panels[0])
+    assert panels[0].get_yscale() == "linear"
+    panels[0].set_yscale("log")  # the axes' own scale, too, is the caller's
+    close = replace(iterative, measures=iterative.measures.map(torch.ones_like), control=None)
+    figures.measures(close, names=["remainder_norm"], ax=panels[0])
+    assert panels[0].get_yscale() == "log"
+    ax, other = drawn(figures.measures(iterative, names=["cosine", "kl"], log=True)).axes
+    assert (ax.get_yscale(), other.get_yscale()) == ("linear", "log")
+
+
+def test_a_logarithmic_axis_leaves_out_what_is_zero(iterative):
+    assert iterative.labels[-1] == "final_post" and float(iterative.kl[-1].nan_to_num().max()) < 1e-6
+    solid = lambda ax: [line.get_label() for line in ax.lines if line.get_label() != "control"]  # noqa: E731
+    kl, cosine = drawn(figures.measures(iterative, names=["kl", "cosine"], against="order", log=True)).axes
+    assert solid(kl) == iterative.labels[:-1] and len(kl.lines) == 2 * len(solid(kl))
+    named = {text.get_text(): line for text, line in zip(*_legend(cosine), strict=True)}
+    assert list(named) == [*iterative.labels, "control"] == [*solid(cosine), "control"]  # all that any panel shows
+    for line in kl.lines[::2]:  # of the same color everywhere
+        assert line.get_color() == named[line.get_label()].get_color()
+    (kl,) = drawn(figures.measures(iterative, names=["kl"], against="order", log=True)).axes
+    assert [text.get_text() for text in _legend(kl)[0]] == [*iterative.labels[:-1], "control"]
+    (kl,) = drawn(figures.measures(iterative, names=["kl"], against="order", log=False)).axes
+    assert solid(kl) == iterative.labels
+
+
+def _legend(ax):
+    return ax.get_legend().get_texts(), ax.get_legend().get_lines()
 
 
 def test_path_shares(network, trace):

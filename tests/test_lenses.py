@@ -326,7 +326,7 @@ def same(found: Any, wanted: Any, index: Any = ..., rtol: float = 1e-9, atol: fl
         torch.testing.assert_close(
             getattr(found, name), getattr(wanted, name).movedim(-1, 0)[index].movedim(0, -1), equal_nan=True
         )
-    for kind in ("measures", "control", "uniform"):
+    for kind in ("measures", "control", "uniform", "control_uniform"):
         for name in MEASURES if hasattr(found, kind) else ():
             one, other = getattr(getattr(found, kind), name), getattr(getattr(wanted, kind), name)[index]
             slack = 1e-7 if name == "remainder_norm" else atol
@@ -422,7 +422,8 @@ def test_left_padding(spec, lens_of):
 
 def check_padding(lens: Any) -> None:
     """Everything is missing at padding, and nothing elsewhere; averages are those of what is there."""
-    tables = [lens.measures, lens.control, *([lens.uniform] if hasattr(lens, "uniform") else [])]
+    tables = [lens.measures, lens.control]
+    tables += [getattr(lens, kind) for kind in ("uniform", "control_uniform") if hasattr(lens, kind)]
     values = [lens.alpha, lens.borrowed_share, lens.rho, *(v for table in tables for _, v in table.items())]
     for value in values:
         assert torch.equal(value.isnan(), ~lens.valid.expand_as(value))
@@ -454,8 +455,9 @@ def test_prompts_of_unequal_length(spec, lens_of):
         assert cell.rho == pytest.approx(float(lens.rho[1][lens.valid].mean()))
         assert cell.borrowed_share == pytest.approx(float(lens.borrowed_share[1, 1][lens.valid].mean()))
     else:
-        assert averages.weights.tolist() == ["weighted", "uniform", "control"]
-        assert averages.kl[1] == pytest.approx(float(lens.uniform.kl[lens.valid].mean()))
+        assert averages.weights.tolist() == ["weighted", "uniform", "control", "control_uniform"]
+        for row, kind in enumerate((lens.measures, lens.uniform, lens.control, lens.control_uniform)):
+            assert averages.kl[row] == pytest.approx(float(kind.kl[lens.valid].mean()))
     rows = lens.to_dataframe()
     assert set(zip(rows.batch, rows.pos, strict=True)) == {(b, p) for b, n in enumerate((6, 3, 2)) for p in range(n)}
 
@@ -623,10 +625,11 @@ def check_joint(joint: Any, hand: Hand, order: int, centers: Tensor | None = Non
     top = joint.center_top_tokens(3)
     assert torch.equal(top.indices, each.topk(3).indices)
     close(top.values, each.topk(3).values, 1e-8, 1e-8)
+    directions = hand.directions((len(centers),))
+    random = torch.stack([hand.control_center(x, n) for x, n in zip(centers, directions, strict=True)])
+    of_random = torch.stack([hand.jets(x, order, mode)[-1] for x in random])
+    check_measures(hand, joint.control_uniform, hand.decode(of_random.mean(0)), 1e-9, 1e-9)
     if not isinstance(joint.gap, Tensor):  # given weights: the control carries the same ones
-        directions = hand.directions((len(centers),))
-        random = torch.stack([hand.control_center(x, n) for x, n in zip(centers, directions, strict=True)])
-        of_random = torch.stack([hand.jets(x, order, mode)[-1] for x in random])
         check_measures(hand, joint.control, hand.decode((w * of_random).sum(0)), 1e-8, 1e-9)
     return each
 

@@ -361,8 +361,11 @@ def test_the_joint_lens_is_the_model(spec, granularity):
     )
     assert oracles.relative_error(found.values[-1], constant.values.expand_as(found.values[-1])) < 1e-12
     assert float(joint.alpha[-1].abs().max()) == 0 and float(joint.beta.abs().max()) == 0
-    assert len(joint.average()) == 3 and len(joint.to_dataframe()) == len(joint.labels) * tokens.numel()
+    assert len(joint.average()) == 4 and len(joint.to_dataframe()) == len(joint.labels) * tokens.numel()
     assert float(joint.control.kl.mean()) > 1e-2, "random components are not the model"
+    for kinds in (("measures", "uniform"), ("control", "control_uniform")):  # all weights are 1
+        one, other = (getattr(joint, kind) for kind in kinds)
+        assert oracles.relative_error(one.remainder_norm, other.remainder_norm) < 1e-12
 
 
 def test_padding_and_positions():

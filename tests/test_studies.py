@@ -7,6 +7,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.trigrams import jet_trigrams
 from tl_jets.studies import (
+    AblationCheck,
+    TextComparison,
     ablation_check,
     best_joint,
     bootstrap_interval,
@@ -42,6 +45,7 @@ from tl_jets.studies import (
 from tl_jets.studies.intervals import central
 from tl_jets.studies.pairs import RowScores
 from tl_jets.studies.row_changes import RowChanges
+from tl_jets.studies.text_comparison import NO_MODEL
 from tl_jets.studies.vocabularies import Vocabulary
 from tl_jets.tables import NgramTable
 
@@ -465,6 +469,47 @@ def test_a_text_that_the_direct_path_wrote_is_found_there():
     second = np.bincount(text[1:], minlength=V)
     independent = set(map(tuple, ordered(first[:, None] * second)[0][:100].tolist()))
     assert found.hit_ratio[-1] == pytest.approx(len(independent & set(frequent)) / 100)
+    assert found.verdicts["direct"] == "hits and order" and list(found.verdicts) == found.labels[:-1]
+
+
+@pytest.mark.parametrize(
+    ("hit", "order", "verdict"),
+    [
+        (0.9, 0.9, "hits and order"),
+        (0.9, 0.39, "hits only"),  # below the shuffled lists' 97.5th percentile (0.4), above frequencies (0.1)
+        (0.29, 0.9, "order only"),  # below frequencies (0.3), above shuffled lists (0.2)
+        (0.3, 0.41, "order only"),  # not above frequencies
+        (0.19, -0.9, "neither"),
+    ],
+)
+def test_a_path_is_above_both_controls_in_both_measures_or_said_not_to_be(hit, order, verdict):
+    # Of 41 values in steps of 1/40 the 97.5th percentile is the last but one.
+    shuffled = torch.arange(41.0, dtype=torch.float64)[torch.randperm(41, generator=torch.Generator().manual_seed(0))]
+    above = 0.01 * (shuffled - 39)
+    found = TextComparison(
+        labels=["0_mlp", "1_mlp", NO_MODEL],
+        hit_ratio=torch.tensor([hit, 0.1, 0.3]).double(),
+        correlation=torch.tensor([order, -1.0, 0.1]).double(),
+        hit_control=torch.stack([0.2 + above, above, above + 7]),
+        correlation_control=torch.stack([0.4 + above, above, above + 7]),
+        n=100,
+        tables={},
+        text={"total": 1234},
+    )
+    assert found.verdicts == {"0_mlp": verdict, "1_mlp": "neither"}
+    frame, summary = found.to_dataframe(), found.summary()
+    assert frame["verdict"].tolist() == summary["verdict"].tolist() == [verdict, "neither", ""]
+    assert frame["hit_control_high"][0] == pytest.approx(0.2) and verdict in repr(found)
+    assert summary.loc[0].tolist()[:2] == ["0_mlp", f"{hit:.2f}"] and len(summary.columns) == 6
+    low, mean = np.percentile(0.2 + above.numpy(), 2.5), 0.2 + float(above.mean())
+    assert summary["hit ratio, shuffled"][0] == f"{mean:.2f} [{low:.2f}, 0.20]"
+    shown = found._repr_html_()
+    assert shown.count('<th scope="col"') == 6 and f"{mean:.2f} [{low:.2f}, 0.20]" in shown and f">{verdict}<" in shown
+    # Nothing to judge by: no shuffled lists, or a correlation that is not defined.
+    none = replace(found, hit_control=found.hit_control[:, :0], correlation_control=found.correlation_control[:, :0])
+    assert none.verdicts == {} and none.summary()["hit ratio, shuffled"].tolist() == ["n/a"] * 3 and repr(none)
+    unknown = replace(found, correlation=torch.tensor([math.nan, 0.2, 0.1]).double())
+    assert unknown.verdicts == {"1_mlp": "order only"} and unknown.to_dataframe()["verdict"][0] == ""
 
 
 def test_texts_of_another_vocabulary_or_cut_ones_are_refused():
@@ -805,23 +850,111 @@ def test_tables_of_an_ablation():
             )
         ],
     )
+    assert frame["difference"][0] != frame["difference"][0] and frame["verdict"][0] == ""
+    np.testing.assert_allclose(frame["difference"][1:], frame["mean"][0] - frame["mean"][1:])
     summary = check.summary()
-    own, others, shuffled, from_others, from_shuffled = summary["mean"]
+    own, others, strongest, shuffled, from_others, from_strongest, from_shuffled = summary["mean"]
     assert from_others == pytest.approx(own - others) and from_shuffled == pytest.approx(own - shuffled)
+    assert strongest == others and from_strongest == from_others, "there is one other component"
     assert summary["low"][0] <= own <= summary["high"][0]
-    expected = all(summary["high"][i] < 0 for i in (0, 3, 4))
+    expected = all(summary["high"][i] < 0 for i in (0, 4, 6))
     assert check.confirmed == expected and f"{'' if expected else 'not '}confirmed" in repr(check)
     alone = ablation_check(model, "0_mlp", top_k=5, others=[])
-    assert len(alone.summary()) == 3
+    assert len(alone.summary()) == 3 and alone.strongest_other is None and alone.rivals == []
+    assert alone.verdict.endswith("no other component was ablated")
+
+
+def checked(*own, shuffled=0.0, resamples=400, width=0.3, seed=2):
+    """A check of `2_mlp` by the mean changes of its n-grams under its ablation, and under those of `0_mlp`, `1_mlp`, ..."""
+    n, draw = 40, np.random.default_rng(seed)
+    values = torch.from_numpy(np.array(own)[:, None] + width * draw.standard_normal((len(own), n)))
+    others = ["0_mlp", "1_mlp", "3_mlp", "4_mlp", "5_mlp"][: len(own) - 1]
+    ids = torch.arange(2 * n).view(n, 2)
+    return AblationCheck(
+        step="2_mlp",
+        components=["2_mlp", *others],
+        table=named(ids, -torch.arange(float(n)), path="2_mlp"),
+        prompts=ids[:, :1],
+        own=values,
+        shuffled=torch.from_numpy(shuffled + width * draw.standard_normal((len(own), n, 3))),
+        resamples=resamples,
+        seed=11,
+    )
+
+
+def scipys_interval(values):
+    return scipy.stats.bootstrap(
+        (np.asarray(values),), np.mean, n_resamples=400, method="percentile", random_state=np.random.default_rng(11)
+    ).confidence_interval
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "confirmed", "rivals", "said"),
+    [
+        ((-3, 0, -1), {}, True, [], "confirmed against the mean of the others; each of them costs less (strongest other: 1_mlp -1"),
+        ((-3, -3, 0), {}, True, ["0_mlp"], "confirmed against the mean of the others; not told apart from 0_mlp (strong"),
+        ((-3, -5, 1), {}, True, ["0_mlp"], "confirmed against the mean of the others; 0_mlp costs more (strongest other: 0_mlp"),
+        ((-3, -3, 1, -5), {}, True, ["3_mlp", "0_mlp"], "others; 3_mlp costs more, not told apart from 0_mlp (strongest other: 3_"),
+        ((-3, -5, -6), {}, False, ["1_mlp", "0_mlp"], "no fall beyond the mean of the others is shown; 1_mlp, 0_mlp cost more"),
+        ((-3, 0, 0), {"shuffled": -3}, False, [], "not confirmed: no fall beyond shuffled n-grams is shown; each"),
+        ((0, 1, 1), {"shuffled": -2}, False, [], "not confirmed: no fall and no fall beyond shuffled n-grams is shown; each"),
+        ((3, -9, -9, -9, -9, -9), {}, False, None, "and 2 more cost more (strongest other: "),
+        ((-3,), {}, True, [], "confirmed against shuffled n-grams; no other component was ablated"),
+        ((3,), {}, False, [], "no fall and no fall beyond shuffled n-grams is shown; no other component was ablated"),
+        ((-3, 0), {"resamples": 0}, False, ["0_mlp"], "not judged: no intervals with 40 n-grams and bootstrap=0"),
+    ],
+)  # fmt: skip
+def test_a_check_says_what_it_confirms_and_who_costs_as_much(own, options, confirmed, rivals, said):
+    """Changes that are many standard errors apart, or have the same mean: what must be said is plain."""
+    check = checked(*own, **options)
+    assert check.confirmed is confirmed and said in check.verdict and check.verdict in repr(check)
+    assert said.split(";")[0] in check._repr_html_().replace("&#x27;", "'")
+    order = sorted(range(1, len(own)), key=lambda i: check.own[i].mean())
+    assert check.strongest_other == (check.components[order[0]] if order else None)
+    assert check.rivals == ([check.components[i] for i in order] if rivals is None else rivals)
+
+
+def test_the_strongest_other_stands_in_the_summary_with_its_paired_difference():
+    check = checked(-3, -2.9, 1, -2)
+    summary, own = check.summary().set_index("what"), check.own.numpy()
+    assert check.strongest_other == "0_mlp" and check.verdict.count("0_mlp") == 2
+    for what, values, judged in [
+        ("own n-grams, 2_mlp ablated", own[0], True),
+        ("own n-grams, others ablated (mean of 3)", own[1:].mean(0), False),
+        ("own n-grams, 0_mlp ablated (strongest other)", own[1], False),
+        ("shuffled n-grams, 2_mlp ablated", check.shuffled[0].numpy().mean(1), False),
+        ("own ablation - others'", own[0] - own[1:].mean(0), True),
+        ("own ablation - 0_mlp's", own[0] - own[1], True),
+        ("own - shuffled n-grams", own[0] - check.shuffled[0].numpy().mean(1), True),
+    ]:
+        row, (low, high) = summary.loc[what], scipys_interval(values)
+        assert (row["mean"], row["low"], row["high"]) == pytest.approx((values.mean(), low, high), rel=1e-9)
+        sign = "below 0" if high < 0 else "above 0" if low > 0 else "not told from 0"
+        assert row["verdict"] == (sign if judged else "") and row["fell"] == (values < 0).mean()
+    assert len(summary) == 7 and summary["verdict"].nunique() == 3
+    frame = check.to_dataframe().set_index(["ablated", "n-grams"])
+    for i, component in enumerate(check.components[1:], 1):
+        low, high = scipys_interval(own[0] - own[i])
+        row = frame.loc[(component, "own")]
+        expected = own[0].mean() - own[i].mean(), low, high
+        assert tuple(row[["difference", "difference_low", "difference_high"]]) == pytest.approx(expected, rel=1e-9)
+        assert (row["verdict"] == "below 0") == (high < 0) == (component not in check.rivals)
+
+
+def test_a_check_of_one_n_gram_is_not_judged():
+    check = checked(-3, 0)
+    single = {"prompts": check.prompts[:1], "own": check.own[:, :1], "shuffled": check.shuffled[:, :1]}
+    one = replace(check, table=check.table[:1], **single)
+    assert not one.confirmed and one.verdict == "not judged: no intervals with 1 n-grams and bootstrap=400"
 
 
 def test_ablating_what_carries_the_bi_grams_is_confirmed():
     """tinydocs: its first MLP carries its bi-grams; an MLP's n-grams given another's name are not confirmed."""
     model = ResidualNetwork(tl_jets.load_tinydocs())
     check = ablation_check(model, "0_mlp", top_k=30)
-    assert check.confirmed
+    assert check.confirmed and check.rivals == []
     wrong = ablation_check(model, "1_mlp", table=check.table)
-    assert not wrong.confirmed
+    assert not wrong.confirmed and "0_mlp" == wrong.strongest_other == wrong.rivals[0]
 
 
 def test_heads_with_a_table():

@@ -84,7 +84,7 @@ def test_data_is_what_the_lenses_say(lenses):
             wanted = float(values[layer, order, batch, pos])
             assert mine[measure][layer][order][batch][pos] == pytest.approx(wanted, rel=1e-5)
     assert data["joint"]["weights"][2][0][1] == pytest.approx(float(joint.weights[2, 0, 1]), rel=1e-5)
-    for kind in ("measures", "uniform", "control"):
+    for kind in ("measures", "uniform", "control", "control_uniform"):
         assert data["joint"][kind]["kl"][0][1] == pytest.approx(float(getattr(joint, kind).kl[0, 1]), rel=1e-5)
 
 
@@ -237,6 +237,9 @@ def test_a_joint_table_shows_what_components_add(lenses, network):
     total = rows[1 + len(joint.labels)]
     kl, control = re.fullmatch(r"(\S+) \((\S+)\)", total[1][0].split("\n")[1]).groups()
     assert close(kl, float(joint.kl[0, 0])) and close(control, float(joint.control.kl[0, 0]))
+    kinds = (joint.measures, joint.control, joint.uniform, joint.control_uniform)
+    hover = re.fullmatch(r"KL \(nats\) (\S+) \(control (\S+)\)\nuniform weights (\S+) \(control (\S+)\)", total[1][1])
+    assert [float(each) for each in hover.groups()] == pytest.approx([float(k.kl[0, 0]) for k in kinds], rel=1e-3)
 
 
 def test_contributions_are_of_the_chosen_cells(lenses):

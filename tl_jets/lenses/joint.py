@@ -4,8 +4,8 @@ r"""The joint jet lens: the model's logits as one weighted sum over components.
     \text{logits} \approx \sum_i w_i \, U J^k \gamma_{L+1}(x_i)(h_L) + b_U ,
 
 with the embeddings and the writes of blocks, sublayers or heads as x_i, and weights on the simplex that are optimal for a
-stated objective, certified by `gap`. Uniform weights, and optimal weights of random centers of equal norm and angle (the
-control), stand beside.
+stated objective, certified by `gap`. Uniform weights stand beside, and random centers of equal norm and angle (the control)
+with weights of either kind: what the weights achieve is told apart from what the components hold.
 
 Detached (``linearize="detached"``), the final norm keeps the scale that it has at h_L, and the logits are the sum as it is, of
 every component's direct logit attribution (embeddings included) and of the final norm's bias and b_U (`ln_final_bias`): all
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -71,7 +72,8 @@ class JointJetLens(LensResult):
         model_top_ids: The model's best token [batch, pos].
         measures: How close to the model the sum is; each measure [batch, pos].
         uniform: The same for uniform weights; detached, that of `measures`.
-        control: The same for random centers of equal norm and angle, with weights optimized in the same way.
+        control: The same for random centers of equal norm and angle, with weights optimized for them in the same way; with
+            the lens' own weights where these were not optimized (uniform, given, or 1).
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -100,6 +102,7 @@ class JointJetLens(LensResult):
     control: Measures
     tokenizer: Any
     _centers: _Centers
+    _random: _Sum
 
     def __repr__(self) -> str:
         kind = f"order {self.order}" if self.linearize == "jet" else self.linearize
@@ -165,9 +168,25 @@ class JointJetLens(LensResult):
         indices[:, here] = found.indices
         return TopTokens(values, indices)
 
+    @cached_property
+    def control_uniform(self) -> Measures:
+        """The measures of the control's random centers with uniform weights (detached, those of `control`).
+
+        So what solving for weights gains is told apart from what the components hold: `uniform` against `measures` for components,
+        `control_uniform` against `control` for random centers. Read when first asked for: two rows of the product with W_U.
+        """
+        centers, (total, variate) = self._centers, self._random
+        decoder, rows = centers.network.decoder, centers.rows
+        with torch.no_grad():
+            scan = _scan_sums(centers.network, total[None], total.new_zeros(len(total)), variate, 1, CHUNK_SIZE, None)
+            found = geometry(decoder, total[None], decoder.norm(variate.double()))
+            measures = Measures.of(rows.spread, {name: v[0] for name, v in found.items()}, scan, (0, 0))
+        return measures.map(lambda values: values.to(self.weights.device))
+
     def average(self) -> pd.DataFrame:
-        """The measures of the sum, of uniform weights and of the control, averaged over real positions."""
-        kinds = {"weighted": self.measures, "uniform": self.uniform, "control": self.control}
+        """The measures of the sum, of uniform weights and of both controls, averaged over real positions."""
+        kinds = {"weighted": self.measures, "uniform": self.uniform}
+        kinds |= {"control": self.control, "control_uniform": self.control_uniform}
         means = {kind: measures.mean() for kind, measures in kinds.items()}
         rows = [{"weights": kind, **{name: float(v) for name, v in mean.items()}} for kind, mean in means.items()]
         return pd.DataFrame(rows)
@@ -309,7 +328,15 @@ def joint_jet_lens(
             control=measures[2],
             tokenizer=network.tokenizer,
             _centers=centers,
+            _random=_Sum(random.sum(uniform), variate),
         )
+
+
+class _Sum(NamedTuple):
+    """A weighted sum of centers, and the final stream [row, d_model]."""
+
+    total: Tensor
+    variate: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,11 @@ token, and the component is ablated. If it does what its table says, the logit o
 - the same n-grams when **another component** of the same kind is ablated,
 - the same prompts with **last tokens shuffled** among the n-grams, when the component is ablated.
 
+The table is *confirmed* if the logits fall, beyond the mean of the other components and beyond shuffled last tokens. That is the
+comparison of the paper's tables, with random components. It leaves open whether one of the others costs these n-grams as much,
+which the component with the table's name then shares; `AblationCheck.rivals` names these. An ablation early in the model changes
+what every later component reads, so that a rival is no evidence against a table.
+
 Logits are taken beyond their mean over the vocabulary, unless `logit="raw"`. 95% intervals are percentile bootstraps over n-grams;
 those of differences are paired. Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so that the
 component reads a stream that its table knows nothing of: a fall is not given by construction.
@@ -17,6 +22,7 @@ Cost: two forward passes on the prompts for every component that is ablated.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +44,9 @@ from tl_jets.studies.intervals import bootstrap_interval
 from tl_jets.tables import NgramTable
 
 OWN, SHUFFLED = "own", "shuffled"
+BELOW, ABOVE, UNCLEAR, NO_INTERVAL = "below 0", "above 0", "not told from 0", "no interval"
+# Rivals that a verdict names.
+NAMED = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,42 +77,123 @@ class AblationCheck(Shown):
     resamples: int = 1000
     seed: int = 0
 
-    def _row(self, values: Tensor) -> dict[str, float]:
-        low, high = bootstrap_interval(values, resamples=self.resamples, seed=self.seed)
-        return {"mean": float(values.mean()), "low": low, "high": high, "fell": float((values < 0).double().mean())}
+    @property
+    def confirmed(self) -> bool:
+        """Whether the n-grams fall, by more than under the mean of the others' ablations and by more than shuffled ones.
+
+        All three intervals must be below zero; without others, two. Whether one of the others costs as much is another question:
+        `rivals`.
+        """
+        return all(self._sign(values) == BELOW for values in self._required().values())
+
+    @property
+    def strongest_other(self) -> str | None:
+        """The other component whose ablation costs the n-grams most on average; None if no other one was ablated.
+
+        The most of many is large by chance, too: read its cost with its interval, and with how many there were.
+        """
+        return self._others_by_cost()[0] if len(self.components) > 1 else None
+
+    @property
+    def rivals(self) -> list[str]:
+        """Others, costliest first, whose ablation is not shown to cost the n-grams less than the component's own.
+
+        The interval of the paired difference, own - other, is not below zero. If there are others and none is a rival, the
+        component's ablation costs its n-grams most.
+        """
+        return [label for label in self._others_by_cost() if self._sign(self._beyond(label)) != BELOW]
+
+    @property
+    def verdict(self) -> str:
+        """In words: whether the table is confirmed, what is not shown if it is not, and which others cost as much."""
+        if self._sign(self.own[0]) == NO_INTERVAL:
+            return f"not judged: no intervals with {len(self.table)} n-grams and bootstrap={self.resamples}"
+        missing = [name for name, values in self._required().items() if self._sign(values) != BELOW]
+        if self.strongest_other is None:
+            found, others = "confirmed against shuffled n-grams", "no other component was ablated"
+        else:
+            found, others = "confirmed against the mean of the others", self._told_apart(self.strongest_other)
+        if missing:
+            found = f"not confirmed: no {' and no '.join(missing)} is shown"
+        return f"{found}; {others}"
+
+    def _told_apart(self, strongest: str) -> str:
+        """Which others cost as much, in words."""
+        more = [label for label in self.rivals if self._sign(self._beyond(label)) == ABOVE]
+        unclear = [label for label in self.rivals if label not in more]
+        parts = [f"{_listed(more)} cost{'s' if len(more) == 1 else ''} more"] if more else []
+        parts += [f"not told apart from {_listed(unclear)}"] if unclear else []
+        most, own = (float(self._own_under(label).mean()) for label in (strongest, self.step))
+        return f"{', '.join(parts) or 'each of them costs less'} (strongest other: {strongest} {most:+.2f}; own {own:+.2f})"
+
+    def summary(self) -> pd.DataFrame:
+        """The component's own n-grams under its own ablation, the controls, and the paired differences from them.
+
+        A difference below zero says that the own n-grams fall further; `verdict` says on which side of zero the interval is. The
+        strongest other is chosen by these numbers (see `strongest_other`).
+        """
+        own, shuffled, strongest = self.own[0], self.shuffled[0].mean(1), self.strongest_other
+        controls, differences = [], []
+        if strongest is not None:
+            others, most = self.own[1:].mean(0), self._own_under(strongest)
+            controls.append((f"own n-grams, others ablated (mean of {len(self.own) - 1})", others))
+            controls.append((f"own n-grams, {strongest} ablated (strongest other)", most))
+            differences += [("own ablation - others'", own - others), (f"own ablation - {strongest}'s", own - most)]
+        controls.append((f"shuffled n-grams, {self.step} ablated", shuffled))
+        differences.append(("own - shuffled n-grams", own - shuffled))
+        judged = [(f"own n-grams, {self.step} ablated", own), *differences]
+        rows = [{"what": what, **self._row(values), "verdict": self._sign(values)} for what, values in judged]
+        rows[1:1] = [{"what": what, **self._row(values), "verdict": ""} for what, values in controls]
+        return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row for each ablated component and kind of n-gram: mean change, its 95% interval, the share that fell."""
+        """A row for each ablated component and kind of n-gram: mean change, its 95% interval, the share that fell.
+
+        `difference` is the paired one, own n-grams under the component's own ablation less this row, with its interval; `verdict`
+        says on which side of zero that is. Both are missing in the first row.
+        """
         rows = []
         for i, component in enumerate(self.components):
             for kind, values in ((OWN, self.own[i]), (SHUFFLED, self.shuffled[i].mean(1))):
-                rows.append({"ablated": component, "n-grams": kind, **self._row(values)})
+                row = {"ablated": component, "n-grams": kind, **self._row(values)}
+                difference = self._row(self.own[0] - values)
+                names = {"mean": "difference", "low": "difference_low", "high": "difference_high"}
+                row |= {name: difference[end] if rows else math.nan for end, name in names.items()}
+                rows.append(row | {"verdict": self._sign(self.own[0] - values) if rows else ""})
         return pd.DataFrame(rows)
 
-    def summary(self) -> pd.DataFrame:
-        """The component's own n-grams under its own ablation, the controls, and the paired differences from them."""
-        own, shuffled = self.own[0], self.shuffled[0].mean(1)
-        rows = [{"what": f"own n-grams, {self.step} ablated", **self._row(own)}]
-        rows += [{"what": f"shuffled n-grams, {self.step} ablated", **self._row(shuffled)}]
-        if len(self.components) > 1:
-            others = self.own[1:].mean(0)
-            rows.insert(1, {"what": f"own n-grams, others ablated (mean of {len(self.own) - 1})", **self._row(others)})
-            rows.append({"what": "own ablation - others'", **self._row(own - others)})
-        rows.append({"what": "own - shuffled n-grams", **self._row(own - shuffled)})
-        return pd.DataFrame(rows)
+    def _required(self) -> dict[str, Float[Tensor, " ngram"]]:
+        """What must be below zero on average for the table to be confirmed, by name."""
+        own = self.own[0]
+        others = {"fall beyond the mean of the others": own - self.own[1:].mean(0)} if len(self.components) > 1 else {}
+        return {"fall": own, **others, "fall beyond shuffled n-grams": own - self.shuffled[0].mean(1)}
 
-    @property
-    def confirmed(self) -> bool:
-        """Whether the own n-grams fall, and by more than both controls: all intervals of `summary` are below zero."""
-        rows = self.summary()
-        tested = rows[~rows["what"].str.contains("others ablated|shuffled n-grams, ")]
-        return bool((tested["high"] < 0).all())
+    def _others_by_cost(self) -> list[str]:
+        return [self.components[1 + i] for i in self.own[1:].mean(1).argsort(stable=True).tolist()]
+
+    def _own_under(self, label: str) -> Float[Tensor, " ngram"]:
+        """Changes of the component's n-grams when a component is ablated."""
+        return self.own[self.components.index(label)]
+
+    def _beyond(self, label: str) -> Float[Tensor, " ngram"]:
+        return self.own[0] - self._own_under(label)
+
+    def _interval(self, values: Tensor) -> tuple[float, float]:
+        return bootstrap_interval(values, resamples=self.resamples, seed=self.seed)
+
+    def _sign(self, values: Tensor) -> str:
+        """On which side of zero the interval of a mean is."""
+        low, high = self._interval(values)
+        return NO_INTERVAL if math.isnan(low) else BELOW if high < 0 else ABOVE if low > 0 else UNCLEAR
+
+    def _row(self, values: Tensor) -> dict[str, Any]:
+        low, high = self._interval(values)
+        return {"mean": float(values.mean()), "low": low, "high": high, "fell": float((values < 0).double().mean())}
 
     def __repr__(self) -> str:
-        verdict = "confirmed" if self.confirmed else "not confirmed"
         title = (
             f"AblationCheck({self.step}: {len(self.table)} n-grams of path {self.table.path}, {self.mode} ablation, change of the "
-            f"{self.logit} logit; {verdict})"
+            f"{self.logit} logit; {self.verdict})"
         )
         return f"{title}\n{self.summary().round(3).to_string(index=False)}"
 
@@ -156,8 +246,8 @@ def ablation_check(
     Example:
         >>> import tl_jets as tj
         >>> check = ablation_check(tj.load_tinydocs(), "0_mlp", top_k=10, n_random=5)
-        >>> check.components
-        ['0_mlp', '1_mlp', '2_mlp', '3_mlp']
+        >>> check.components, check.confirmed, check.rivals
+        (['0_mlp', '1_mlp', '2_mlp', '3_mlp'], True, [])
     """
     network = ResidualNetwork(model)
     if isinstance(network.view, CallableModel):
@@ -231,6 +321,11 @@ def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | No
     if bos is None:
         raise ValueError("prepend_bos=True needs a tokenizer with a beginning-of-sequence token; the model has none.")
     return torch.cat([torch.full((len(prompts), 1), bos), prompts], dim=1)
+
+
+def _listed(labels: list[str]) -> str:
+    more = len(labels) - NAMED
+    return ", ".join(labels[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _others(same: list[str], others: Sequence[str] | int | None, draw: np.random.Generator) -> list[str]:

@@ -7,8 +7,12 @@ For every path,
 - **rank correlation** (Spearman) of log P(z2|z1) of the path and of the text, over the n most frequent bi-grams.
 
 Controls: the same with the *second tokens shuffled* among the n bi-grams (what comes of knowing common tokens, or of chance), and
-a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens. A path that is no better than this row does
-not know which tokens follow which.
+a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens.
+
+A path knows which token follows which only if *both* measures are above *both* controls, the 97.5th percentile of the shuffled
+lists and the row without a model: its verdict is then `hits and order`. Else it is `hits only`, `order only` or `neither`. A
+verdict compares the numbers of this text. In another of its kind they would differ: a hit ratio p by about sqrt(p (1 - p) / n), a
+correlation r by about (1 - r^2) / sqrt(n).
 
 Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours.
 
@@ -33,13 +37,19 @@ from torch import Tensor
 from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.streams import PathInput, mlp_steps
-from tl_jets.notebook import Shown
+from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest
 from tl_jets.tables import NgramTable, rank
 
 NO_MODEL = "unigram (no model)"
+VERDICTS = {
+    (True, True): "hits and order",
+    (True, False): "hits only",
+    (False, True): "order only",
+    (False, False): "neither",
+}
 # Bi-grams of each first token that are looked at before more are.
 PER_ROW = 32
 # Scores that are closer than this, relatively, may be ties.
@@ -72,9 +82,25 @@ class TextComparison(Shown):
     text: dict[str, Any] = field(repr=False)
     fingerprint: str = ""
 
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Which measures of each path are above both controls: `hits and order`, `hits only`, `order only` or `neither`.
+
+        Empty without shuffled lists, and for a path whose correlation is not defined: there is nothing to judge by.
+        """
+        above = []
+        for values, controls in ((self.hit_ratio, self.hit_control), (self.correlation, self.correlation_control)):
+            ends = [central(row)[1] for row in controls.numpy()]
+            above.append([x > max(end, float(values[-1])) for x, end in zip(values.tolist(), ends, strict=True)])
+        known = ~(self.correlation.isnan() | self.correlation[-1].isnan() | self.correlation_control.isnan().any(1))
+        known &= self.hit_control.shape[1] > 0
+        rows = zip(self.labels[:-1], known.tolist(), *above, strict=False)
+        return {label: VERDICTS[hits, order] for label, judged, hits, order in rows if judged}
+
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a path: both measures, each with the mean and the central 95% of its control."""
+        """A row a path: both measures, each with the mean and the central 95% of its control; the verdict."""
         rows = []
+        verdicts = self.verdicts
         for i, label in enumerate(self.labels):
             row: dict[str, Any] = {"path": label}
             for name in ("hit", "correlation"):
@@ -84,13 +110,27 @@ class TextComparison(Shown):
                 )
                 row |= {f"{name}_control": float(control.mean()) if len(control) else float("nan")}
                 row |= dict(zip((f"{name}_control_low", f"{name}_control_high"), central(control), strict=True))
-            rows.append(row)
+            rows.append(row | {"verdict": verdicts.get(label, "")})
+        return pd.DataFrame(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """`to_dataframe` to be read, as texts: a row a path, a control and its 95% in one column."""
+        rows = []
+        for line in self.to_dataframe().to_dict("records"):
+            row = {"path": line["path"]}
+            for name, key in (("hit ratio", "hit"), ("rank correlation", "correlation")):
+                row[name] = f"{line['hit_ratio' if key == 'hit' else key]:.2f}"
+                mean, low, high = (line[f"{key}_control{end}"] for end in ("", "_low", "_high"))
+                row[f"{name}, shuffled"] = f"{mean:.2f} [{low:.2f}, {high:.2f}]" if not math.isnan(mean) else "n/a"
+            rows.append(row | {"verdict": line["verdict"]})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        columns = ["path", "hit_ratio", "hit_control", "correlation", "correlation_control"]
-        shown = self.to_dataframe()[columns].round(3).to_string(index=False)
+        shown = self.summary().to_string(index=False)
         return f"TextComparison(the {self.n:,} most frequent bi-grams of {self.text['total']:,} in the text)\n{shown}"
+
+    def _body(self) -> str:
+        return dataframe_html(self.summary(), rows=len(self.labels))
 
 
 def compare_with_counts(

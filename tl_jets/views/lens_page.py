@@ -98,6 +98,7 @@ def lens_data(
             "measures": _measures(joint.measures),
             "uniform": _measures(joint.uniform),
             "control": _measures(joint.control),
+            "control_uniform": _measures(joint.control_uniform),
         },
     }
 

@@ -248,8 +248,10 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
         rows.append(cells)
     total = [row_head("sum")]
     for p in places:
-        kl, control, uniform = (float(m.kl[prompt, p]) for m in (lens.measures, lens.control, lens.uniform))
-        hover = f"KL {precise(kl)}, control {precise(control)}, uniform weights {precise(uniform)} (nats)"
+        kinds = (lens.measures, lens.control, lens.uniform, lens.control_uniform)
+        kl, control, *uniform = (float(m.kl[prompt, p]) for m in kinds)
+        hover = f"KL (nats) {precise(kl)} (control {precise(control)})\n"
+        hover += "uniform weights {} (control {})".format(*map(precise, uniform))
         shown = answer(names[int(lens.top_ids[prompt, p, 0])], bool(lens.borrowed[prompt, p]))
         total.append(cell(f"{shown}<small>{number(kl)} ({number(control)})</small>", hover=hover))
     rows.append(total)

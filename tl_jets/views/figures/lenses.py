@@ -7,7 +7,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -107,19 +107,26 @@ def measures(
     *,
     names: Sequence[str] = ("kl", "centered_cosine", "remainder_norm", "top1_agreement"),
     against: Literal["layer", "order"] = "layer",
+    log: bool | None = None,
+    legend: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
     """How close a lens is to the model, averaged over all real positions, each measure beside its control.
 
     Args:
-        lens: A lens with measures. Of a joint lens a bar each for its weights, uniform weights and the control.
+        lens: A lens with measures. Of a joint lens a bar each for its weights and for uniform ones (blue), and for random
+            centers with either (gray).
         names: Which measures: a panel each.
         against: Of an iterative lens: the horizontal axis. `"layer"` has a line an order, `"order"` a line a layer. Controls
             (random centers of equal length and angle) are dashed, if the lens has them.
+        log: Of an iterative lens: whether KL and remainder are on a logarithmic axis, as several panels that are to be
+            compared need it; None where they span two decades, or `ax` has one. Other measures are on a linear one.
+        legend: Whether to name the lines; False if the figure that `ax` belongs to does it.
         ax: Axes to draw on, for a single measure; None for a new figure.
 
     Returns:
-        The figure. KL and remainder are on a logarithmic axis where they span two decades, without their zeros.
+        The figure. A logarithmic axis shows nothing below 1e-6, which is rounding: a line that is below it everywhere, such
+        as that of the final stream, is left out.
 
     Raises:
         ValueError: The lens has no measures, or there is no such measure, or one axes is given for several.
@@ -145,11 +152,12 @@ def measures(
         if isinstance(lens, JointJetLens):
             _bars_of(panel, lens, name)
         else:
-            _lines_of(panel, lens, name, against)
+            _lines_of(panel, lens, name, against, log)
         panel.set_title(MEASURE_NAMES[name], fontsize=SMALL + 1, loc="left")
-    if isinstance(lens, IterativeJetLens):
-        controls = [line for line in panels[0].lines if line.get_label() == "control"]
-        lines = [line for line in panels[0].lines if line not in controls]
+    if legend and isinstance(lens, IterativeJetLens):
+        drawn = max((panel.lines for panel in panels), key=len)  # a logarithmic axis may lack some
+        controls = [line for line in drawn if line.get_label() == "control"]
+        lines = [line for line in drawn if line not in controls]
         short_legend(panels[-1], lines, controls[:1], outside=ax is None)
     return figure
 
@@ -184,24 +192,33 @@ def _iterative_cells(
     return list(lens.labels), texts, values
 
 
-def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str) -> None:
+def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log: bool | None) -> None:
     """One measure of an iterative lens, and its control."""
     table = lens.average()
     by_order = against == "layer"
     lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
     column, other = ("order", "layer") if by_order else ("layer", "order")
-    log = name in ("kl", "remainder_norm") and _spans_decades(table.filter(regex=f"^(control_)?{name}$").to_numpy())
-    if log:
-        panel.set_yscale("log")
+    is_log = panel.get_yscale() == "log"
+    if name not in ("kl", "remainder_norm"):
+        log = False
+    elif log is None:
+        log = is_log or _spans_decades(table.filter(regex=f"^(control_)?{name}$").to_numpy())
+    if log != is_log:
+        panel.set_yscale("log" if log else "linear")
+
+    def draw(values: pd.Series, **style: Any) -> None:
+        if log:
+            values = values.where(values > ROUNDING)
+        if not log or values.notna().any():
+            panel.plot(range(len(ticks)), values, **style)
+
     for i, line in enumerate(lines):
         rows = table[table[column] == line].set_index(other).loc[ticks]
-        color = COLORS[i % len(COLORS)] if by_order else depth_color(i, len(lines))
-        marker = MARKERS[i % len(MARKERS)]
-        label = f"order {line}" if by_order else str(line)
-        panel.plot(range(len(ticks)), _seen(rows[name], log), color=color, marker=marker, ms=4, lw=1.3, label=label)
+        look = {"color": COLORS[i % len(COLORS)] if by_order else depth_color(i, len(lines))}
+        look["marker"] = MARKERS[i % len(MARKERS)]
+        draw(rows[name], ms=4, lw=1.3, label=f"order {line}" if by_order else str(line), **look)
         if lens.control is not None:
-            style = {"ls": "--", "lw": 1, "ms": 3, "mfc": "white", "marker": marker, "color": color}
-            panel.plot(range(len(ticks)), _seen(rows[f"control_{name}"], log), label="control", **style)
+            draw(rows[f"control_{name}"], ls="--", lw=1, ms=3, mfc="white", label="control", **look)
     if by_order:
         name_ticks(panel, lens.labels)
     else:
@@ -216,14 +233,9 @@ def _spans_decades(values: np.ndarray) -> bool:
     return len(values) > 0 and bool(values.max() > 100 * values.min())
 
 
-def _seen(values: pd.Series, log: bool) -> pd.Series:
-    """On a logarithmic axis without what is rounding."""
-    return values.where(values > ROUNDING) if log else values
-
-
 def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
-    """One measure of a joint lens, of uniform weights, and of the control."""
+    """One measure of a joint lens and of uniform weights (light); of the components, and of random centers (gray)."""
     table = lens.average()
-    panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.75"], width=0.6)
-    panel.set_xticks(range(len(table)), table["weights"].tolist())
+    panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.55", "0.8"], width=0.6)
+    panel.set_xticks(range(len(table)), [kind.replace("_", "\n") for kind in table["weights"]])
     plain(panel)
