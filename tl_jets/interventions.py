@@ -116,7 +116,7 @@ def ablation_hooks(
     if (reference is None) != (mode == "zero"):
         raise ValueError(
             f"A reference says what writes become in modes 'mean' and 'resample', and is not used in mode 'zero'; got "
-            f"mode {mode!r} and {'no reference' if reference is None else 'a reference'}."
+            f"mode {mode!r} and {'no reference (pass reference=[prompts])' if reference is None else 'a reference'}."
         )
     if mode == "zero":
         constants = _head_constants(network, {site.layer for site in sites if site.head is not None})

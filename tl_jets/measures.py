@@ -51,7 +51,7 @@ class Measures(Shown):
     """How close logits are to the model's. All of one shape [*axes, batch, pos]; NaN at padding.
 
     Attributes:
-        remainder_norm: |T - L| / |T| of additive logits.
+        remainder_norm: |T - L| / |T| of additive logits, not centered.
         cosine: cos(T, L).
         centered_cosine: cos(T, L) up to a constant a token.
         kl: KL(model || expansion) in nats.

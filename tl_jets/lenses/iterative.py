@@ -259,7 +259,9 @@ def iterative_jet_lens(
             [batch, pos] aligned with `positions` (one a position).
         top_k: How many best tokens a cell keeps.
         measures: Compute the measures, their controls and the own part's best token.
-        seed: Of the random control; None for none, a fifth faster (then nothing tells what a measure is worth).
+        seed: Of the random control, whose directions depend on it and on the position in the prompt alone: all layers and prompts
+            share them, and for the spread of a control several seeds are needed. None for no control, a fifth faster (then
+            nothing tells what a measure is worth).
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
         chunk_size: Rows of d_vocab logits held at once.

@@ -244,7 +244,8 @@ def joint_jet_lens(
         linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
             the final stream; takes no order above 0, weights, objective or center_scale.
         top_k: How many best tokens a position keeps.
-        seed: Of the random control.
+        seed: Of the random control, whose directions depend on it, the center and the position in the prompt alone: all prompts
+            share them, and for the spread of a control several seeds are needed.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
         chunk_size: Positions whose weights are solved at once.

@@ -105,7 +105,7 @@ def lens_table(
 def measures(
     lens: IterativeJetLens | JointJetLens,
     *,
-    names: Sequence[str] = ("kl", "centered_cosine", "remainder_norm", "top1_agreement"),
+    names: str | Sequence[str] = ("kl", "centered_cosine", "remainder_norm", "top1_agreement"),
     against: Literal["layer", "order"] = "layer",
     log: bool | None = None,
     legend: bool = True,
@@ -116,7 +116,7 @@ def measures(
     Args:
         lens: A lens with measures. Of a joint lens a bar each for its weights and for uniform ones (blue), and for random
             centers with either (gray).
-        names: Which measures: a panel each.
+        names: Which measure, or measures: a panel each.
         against: Of an iterative lens: the horizontal axis. `"layer"` has a line an order, `"order"` a line a layer. Controls
             (random centers of equal length and angle) are dashed, if the lens has them.
         log: Of an iterative lens: whether KL and remainder are on a logarithmic axis, as several panels that are to be
@@ -141,6 +141,7 @@ def measures(
     Example:
         See the module.
     """
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         check_measure(name)
     if lens.measures is None:
