@@ -8,6 +8,8 @@ position: by how much its logit, centered over the vocabulary, falls, and KL(cle
 from the clean forward pass alone:
 
 - direct attribution: the answer's centered logit of the component's write, under the final norm's own scale;
+- gradient x write: the ordinary gradient of that logit at the component's write, times the write (attribution patching to zero),
+  which lets scales, patterns and gates respond, to first order;
 - jet weights: the component's weight in the joint jet lens (order 0; never negative);
 - detached paths: the answer's centered logit of all detached paths through the component;
 - their length: that of the centered logits of all these paths, whatever the token;
@@ -20,6 +22,8 @@ the predictions, the KL with their absolute values.
 from __future__ import annotations
 
 import argparse
+import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,11 +117,36 @@ def predictions(network: ResidualNetwork, trace: Trace, steps: list[str], answer
     paths = path_sums(network, trace, positions=-1, targets=answer)
     return {
         "direct attribution": (logits[:, answer] - logits.mean(-1)).detach(),
+        "gradient x write": gradient_times_write(network, trace, steps, answer),
         "jet weights": torch.stack([lens.weights[lens.labels.index(f"{step}_out"), 0, 0] for step in steps]),
         "all detached paths": torch.stack([paths.effect[paths.labels.index(step), 0, 0] for step in steps]),
         "length of their logits": torch.stack([paths.norm[paths.labels.index(step), 0, 0] for step in steps]),
         "length of the write (control)": writes.norm(dim=-1),
     }
+
+
+def gradient_times_write(network: ResidualNetwork, trace: Trace, steps: list[str], answer: int) -> Tensor:
+    """To first order, by how much the answer's centered logit falls if a step writes nothing at any position [step]."""
+    model = network.view.model
+    sites = [re.sub(r"^L(\d+)H\d+$|^(\d+)_attn$|^(\d+)_mlp$", _site, step) for step in steps]
+    added: dict[str, Tensor] = {}
+
+    def add(write: Tensor, hook: Any, name: str) -> Tensor:
+        added[name] = torch.zeros_like(write, requires_grad=True)
+        return write + added[name]
+
+    with torch.enable_grad(), model.hooks([(name, partial(add, name=name)) for name in dict.fromkeys(sites)]):
+        logits = model(trace.tokens)[0, -1]
+        found = torch.autograd.grad(logits[answer] - logits.mean(), list(added.values()))
+    gradients = dict(zip(added, found, strict=True))
+    return torch.stack(
+        [(gradients[site] * trace[f"{step}_out"]).sum() for site, step in zip(sites, steps, strict=True)]
+    )
+
+
+def _site(match: re.Match[str]) -> str:
+    head, attn, mlp = match.groups()
+    return f"blocks.{mlp}.hook_mlp_out" if mlp else f"blocks.{head or attn}.hook_attn_out"
 
 
 def rank_correlation(predicted: Tensor, found: Tensor) -> float:

@@ -57,7 +57,7 @@ def test_what_predicts_ablation_is_a_table_of_correlations(monkeypatch, capsys):
     demo = runpy.run_path(str(ROOT / "demos" / "what_predicts_ablation.py"))
     network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
     found = demo["correlations"](network, demo["DOCS"][:2], [step.label for step in network.steps])
-    assert len(found) == 5 and all(len(cells) == 4 and len(cells[0]) == 2 for cells in found.values())
+    assert len(found) == 6 and all(len(cells) == 4 and len(cells[0]) == 2 for cells in found.values())
     assert all(bool((cell.abs() <= 1).all()) for cells in found.values() for cell in cells)
     paths, weights = (found[name][1].mean() for name in ("all detached paths", "jet weights"))
     assert paths > weights, "path sums predict the KL of these two prompts better than jet weights"

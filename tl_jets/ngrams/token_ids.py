@@ -23,6 +23,8 @@ def read_tokens(
     """
     if ids is None:
         return torch.arange(size, device=device)
+    if not isinstance(ids, Tensor) and any(isinstance(token, str) for token in ids):
+        raise ValueError(f"{name} must be token ids; got {ids!r}. `model.to_single_token` gives a token's id.")
     found = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device=device)
     if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
         raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
