@@ -151,7 +151,9 @@ def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int
     lattice = with_edits(lattice_of(network.stages, network.sources, detached=True), trace)
     starts = {source.label: source.start for source in lattice.sources if source.start <= len(network.stages)}
     if path.source not in starts:
-        raise ValueError(f"A path starts at one of {some(starts)}; got {path.source!r}.")
+        raise ValueError(
+            f"A path starts at one of {some(starts)}, and is written `embed > 0_mlp > ln_final`; got {path.source!r}."
+        )
     places = {
         step.label: (place, row)
         for place, stage in enumerate(network.stages)
