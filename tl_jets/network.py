@@ -154,6 +154,14 @@ class ResidualNetwork:
             model: A model or a network.
             granularity: Of the network; None for its own, and `otherwise` for a model.
             otherwise: See `granularity`.
+
+        Returns:
+            The network passed, or a new one, which shares the view of a network.
+
+        Raises:
+            TypeError: As the constructor, which says more: no known kind of model.
+            NotImplementedError: As the constructor: a known kind that is not supported.
+            ValueError: As the constructor: an unknown granularity, or a model in training mode.
         """
         network = model if isinstance(model, cls) else cls(model, granularity or otherwise)
         return network.at(granularity or network.granularity)

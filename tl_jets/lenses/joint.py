@@ -170,7 +170,7 @@ class JointJetLens(LensResult):
 
     @cached_property
     def control_uniform(self) -> Measures:
-        """The measures of the control's random centers with uniform weights (detached, those of `control`).
+        """The measures of the control's random centers with uniform weights (detached, those of `control`). Each [batch, pos].
 
         So what solving for weights gains is told apart from what the components hold: `uniform` against `measures` for components,
         `control_uniform` against `control` for random centers. Read when first asked for: two rows of the product with W_U.

@@ -37,7 +37,7 @@ Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024)
 circuits). The normalized A, the distance and the exact join are ours.
 
 Cost: 2 V^2 d_head multiply-adds a head at most (a bi-gram sweep has V^2 d_model), and the layer's attention on V tokens. Memory:
-queries, keys and values of the heads read at once (512 MB at most), and 14 V d_head numbers of the head at work.
+queries, keys and values of the heads read at once (512 MB at most), and 24 V d_head numbers of the head at work.
 
 Example:
     >>> import tl_jets as tj
