@@ -5,7 +5,7 @@
 Without MODEL (a local Hugging Face directory, or a model's name) the embedded model is taken. For every prompt and every
 component, the component's write is replaced by zero, or by its mean over the prompts, and the answer is read at the last
 position: by how much its logit, centered over the vocabulary, falls, and KL(clean || ablated). Three predictions are made
-from the clean forward pass alone:
+from the clean run alone:
 
 - direct attribution: the answer's centered logit of the component's write, under the final norm's own scale;
 - gradient x write: the ordinary gradient of that logit at the component's write, times the write (attribution patching to zero),
@@ -22,7 +22,6 @@ the predictions, the KL with their absolute values.
 from __future__ import annotations
 
 import argparse
-import re
 from functools import partial
 from typing import Any
 
@@ -128,7 +127,8 @@ def predictions(network: ResidualNetwork, trace: Trace, steps: list[str], answer
 def gradient_times_write(network: ResidualNetwork, trace: Trace, steps: list[str], answer: int) -> Tensor:
     """To first order, by how much the answer's centered logit falls if a step writes nothing at any position [step]."""
     model = network.view.model
-    sites = [re.sub(r"^L(\d+)H\d+$|^(\d+)_attn$|^(\d+)_mlp$", _site, step) for step in steps]
+    layers = [step for label in steps for step in network.steps if step.label == label]
+    sites = [f"blocks.{step.layer}.hook_{'mlp' if step.kind == 'mlp' else 'attn'}_out" for step in layers]
     added: dict[str, Tensor] = {}
 
     def add(write: Tensor, hook: Any, name: str) -> Tensor:
@@ -142,11 +142,6 @@ def gradient_times_write(network: ResidualNetwork, trace: Trace, steps: list[str
     return torch.stack(
         [(gradients[site] * trace[f"{step}_out"]).sum() for site, step in zip(sites, steps, strict=True)]
     )
-
-
-def _site(match: re.Match[str]) -> str:
-    head, attn, mlp = match.groups()
-    return f"blocks.{mlp}.hook_mlp_out" if mlp else f"blocks.{head or attn}.hook_attn_out"
 
 
 def rank_correlation(predicted: Tensor, found: Tensor) -> float:

@@ -137,6 +137,13 @@ def verdict(effect: float, fall: float) -> str:
     Returns:
         `"confirmed"` if the fall is within a factor of two of the effect, `"refuted"` if it is less than a tenth of it or of the
         other sign, `"partly"` otherwise.
+
+    Source:
+        Ours; the bounds are a convention. Read a count of verdicts beside that with the falls shuffled (`demos/top_paths.py`).
+
+    Example:
+        >>> verdict(1.0, 0.6), verdict(1.0, 0.2), verdict(1.0, -0.6)
+        ('confirmed', 'partly', 'refuted')
     """
     ratio = fall / effect if effect else math.inf
     return "confirmed" if 0.5 <= ratio <= 2 else "refuted" if ratio < 0.1 or not effect else "partly"

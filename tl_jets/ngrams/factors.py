@@ -90,8 +90,8 @@ class Factors:
         x = torch.cat([rows.double(), rows.new_ones(len(rows), len(mean) - rows.shape[1], dtype=torch.float64)], dim=1)
         deviation = (x @ covariance * x).sum(1, keepdim=True).clamp_min(0).sqrt()
         log_size = math.log(self.columns.shape[1])
-        largest = math.sqrt(2 * log_size)
-        largest = max(0.0, largest - math.log(4 * math.pi * log_size) / (2 * largest)) if log_size > 1 else 0.0
+        largest = math.sqrt(2 * max(log_size, 1.0))
+        largest -= math.log(2 * math.pi * largest**2) / (2 * largest)
         above = torch.where(deviation < largest, deviation**2 / 2, largest * (deviation - largest / 2))
         tilted = (x @ mean).unsqueeze(1) + above
         tilted = tilted if self.transform is None else self.transform(tilted)

@@ -46,7 +46,7 @@ def _paths(data: Mapping[str, Any]) -> RenderableType:
     for row in data["paths"]:
         cells = [signed(row["effect"])]
         if is_ablated:
-            verdict = row.get("verdict", "-")
+            verdict = row.get("verdict", "n/a")
             cells += [signed(row.get("path_ablation")), Text(verdict, style=VERDICT_STYLES.get(verdict, ""))]
         best = Text(row["top"]["token"], style="bold" if row["is_answer"] else "")
         table.add_row(*cells, best, Text(row["path"]))
