@@ -12,6 +12,7 @@ import sysconfig
 import tokenize
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,41 @@ def test_the_readme_shows_the_paths_that_the_demo_prints(monkeypatch, capsys):
     assert "falls shuffled: 5.5 confirmed, as many in 7.9% of shuffles" in " ".join(printed)
 
 
+def test_chance_is_what_shuffled_falls_confirm():
+    demo = runpy.run_path(str(ROOT / "demos" / "top_paths.py"))
+    effects, falls = [1.0, 2.0, 3.0, -1.0, 0.5], [1.5, -1.0, 0.4, 6.0, 2.5]
+    expected = sum(0.5 <= fall / effect <= 2 for effect in effects for fall in falls) / len(falls)
+    counts = demo["confirmed_by_chance"](effects, falls, 4000)
+    assert sum(counts) / len(counts) == pytest.approx(expected, abs=0.08) and len(set(counts)) > 2
+
+
 def test_what_predicts_ablation_is_a_table_of_correlations(monkeypatch, capsys):
     demo = runpy.run_path(str(ROOT / "demos" / "what_predicts_ablation.py"))
     network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
     found = demo["correlations"](network, demo["DOCS"][:2], [step.label for step in network.steps])
     assert len(found) == 6 and all(len(cells) == 4 and len(cells[0]) == 2 for cells in found.values())
     assert all(bool((cell.abs() <= 1).all()) for cells in found.values() for cell in cells)
+    # The gradient, by what is lost when a hundredth of the write is taken away or added.
+    trace = network.trace(demo["DOCS"][0])
+    answer, steps = int(trace.logits[0, -1].argmax()), ["1_mlp", "L2H1"]
+
+    def centered(name: str, change) -> float:
+        with network.view.model.hooks([(name, change)]):
+            logits = network.view.model(trace.tokens)[0, -1].double()
+        return float((logits[answer] - logits.mean()).detach())
+
+    def scaled(write, hook, by: float, head: int | None = None):
+        write = write.clone()
+        write[..., slice(None) if head is None else head, :] *= by
+        return write
+
+    sites = [("blocks.1.hook_mlp_out", None), ("blocks.2.attn.hook_z", 1)]
+    for step, (name, head) in zip(steps, sites, strict=True):
+        high, low = (centered(name, partial(scaled, by=by, head=head)) for by in (1.01, 0.99))
+        (gradient,) = demo["gradient_times_write"](
+            network.at("head"), network.at("head").trace(trace.tokens), [step], answer
+        )
+        assert float(gradient) == pytest.approx((high - low) / 0.02, rel=2e-3, abs=2e-3), step
     paths, weights = (found[name][1].mean() for name in ("all detached paths", "jet weights"))
     assert paths > weights, "path sums predict the KL of these two prompts better than jet weights"
 

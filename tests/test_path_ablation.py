@@ -102,6 +102,7 @@ def test_paths_that_are_none_are_refused():
         ("embed > 1_mlp > 0_mlp", "later and later stages"),
         ("embed > 7_mlp", "later and later stages"),
         ("nowhere > 0_mlp", "starts at one of"),
+        ("embed>0_mlp", "is written `embed > 0_mlp > ln_final`; got 'embed>0_mlp'"),
         ("1_mlp_bias > 0_mlp", "after its source"),
         ("1_mlp_out > ln_final", "starts at one of"),
         ("ln_final_bias", "starts at one of"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm
+from tl_jets import CallableModel, Decoder, Norm, load_tinydocs
 from tl_jets.calculus import full_precision
 from tl_jets.ngrams import factors, join
 from tl_jets.ngrams.head_maps import HeadReader
@@ -319,6 +320,8 @@ def test_what_is_refused():
         jet_trigrams(model, 0, 0, top_k=0)
     with pytest.raises(ValueError, match="rows must be"):
         jet_trigrams(model, 0, 0, rows=[V])
+    with pytest.raises(ValueError, match=r"rows must be token ids; got \[' the'\]. `model.to_single_token` gives"):
+        jet_trigrams(model, 0, 0, rows=[" the"])
     with pytest.raises(ValueError, match="triples must be"):
         trigram_scores(model, 0, 0, [[1, 2]])
 
@@ -413,6 +416,21 @@ def test_normalizers_whatever_the_distribution(columns, n_passes, transform):
             assert parts[1].abs().median() < 0.3, "what is expected is close, if the columns are normal"
     best, again = factors.best_log_prob(found, rows)
     assert (best - (logits.amax(1) - normalizer)).abs().max() < bound and (again - normalizer).abs().max() < bound
+
+
+def test_what_is_expected_of_trained_heads_is_close():
+    """The scores of every head of the embedded model, on average over its queries: as the modules' docstrings have it."""
+    model = load_tinydocs()
+    errors = []
+    for layer in range(model.cfg.n_layers):
+        reader = HeadReader(model, layer)
+        score_map, every = reader.scores(1), torch.arange(reader.n_tokens)
+        vectors = reader.vectors(every, range(reader.n_heads))
+        for query, key in zip(vectors.query, vectors.key, strict=True):
+            keys = score_map.keys(key)
+            expected = factors.Factors(query, keys.T.contiguous()).expected(query)[:, 0] / factors.LOG2_E
+            errors.append(float(((query @ keys.T).logsumexp(1) - expected).abs().mean()))
+    assert np.mean(errors) < 0.15 and max(errors) < 0.5, errors
 
 
 @pytest.mark.parametrize("seed", range(5))
