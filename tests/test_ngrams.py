@@ -231,7 +231,7 @@ def test_screening_passes_over_rows_and_changes_nothing():
     found = scan_all(screened, states, torch.arange(600), 50)
     assert torch.equal(found.ids, plain.ids)
     torch.testing.assert_close(found.scores, plain.scores, atol=1e-12, rtol=0)
-    assert screened.screened == 550
+    assert screened.screened == 600
     assert screened.scanned < 200
     alike = states[:1].expand(600, -1) * torch.linspace(1, 1.001, 600)[:, None]  # every row comes near the threshold
     idle = ScreenedScan(TopScan(decoder, 20), RoundedTiles(decoder, torch.float32, states.device), 50)
@@ -242,19 +242,46 @@ def test_screening_passes_over_rows_and_changes_nothing():
     assert idle.screened == 400
 
 
-def test_bounds_of_rounded_logits_hold_and_are_not_idle():
+@pytest.mark.parametrize("bias", [False, True])
+def test_bounds_of_rounded_logits_hold_and_are_not_idle(bias):
     decoder, states = make(900, 200, 48, dtype=torch.float32, offset=-300.0)
+    if not bias:
+        decoder = Decoder(Norm("none"), decoder.W_U, torch.zeros(900))
     tiles = RoundedTiles(decoder, torch.float32, states.device)
     maxima = torch.empty(200, tiles.n_blocks)
     shift, _, offset = tiles.read(states, maxima)
-    assert offset > 200
+    assert offset > 200 or not bias
     shift, applied, _ = tiles.read(states, maxima, offset)
-    best = torch.from_numpy(brute(decoder, states)).amax(1) / math.log(2)
+    exact = torch.from_numpy(brute(decoder, states)).amax(1) / math.log(2)
     assert applied == offset
-    error = 2 * tiles.errors(states, applied).double()
-    difference = ((maxima.amax(1) - shift).double() - best).abs()
-    assert bool((difference <= error).all())
-    assert bool((difference > error / 100).any())
+    best = maxima.amax(1)
+    difference = ((best - shift).double() - exact).abs()
+    widest = 2 * tiles.errors(states, applied).double()
+    for error in (widest, 2 * tiles.errors(states, applied, best).double()):
+        assert bool((difference <= error).all())
+        assert bool((difference > error / 100).any())
+    assert bias or bool((error < 0.9 * widest).all())
+
+
+def test_waiting_rows_of_the_highest_bounds_are_scanned_first():
+    """Once they are, the threshold of the best pairs is known, and others need not be."""
+    decoder, states = make(900, 640, 32, dtype=torch.float32, size=0.3)
+    states *= torch.linspace(0.2, 1, 640)[torch.randperm(640, generator=torch.Generator().manual_seed(0))][:, None]
+    scan = TopScan(decoder, 20)
+    read: list[int] = []
+    add = scan.add
+    scan.add = lambda states, ids: read.extend(ids.tolist()) or add(states, ids)
+    screened = ScreenedScan(scan, RoundedTiles(decoder, torch.float32, states.device), 40)
+    for start in range(0, 640, 40):
+        screened.add(states[start : start + 40], torch.arange(start, start + 40))
+        assert scan.threshold > -math.inf and not read
+    waiting = len(screened._waiting.ids)
+    found = screened.finish()
+    expected = ordered(brute(decoder, states), np.arange(640))
+    assert_best(found, expected, 20, 1e-12)
+    order = np.argsort(-brute(decoder, states).max(1))
+    assert order[0] in read[:10] and set(order[:20]) <= set(read)
+    assert screened.scanned == len(read) < waiting
 
 
 def test_the_probe_answers():

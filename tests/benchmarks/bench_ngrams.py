@@ -95,12 +95,14 @@ def main() -> None:
             work["bare products in bf16"] = lambda s=states: bare(s.bfloat16(), W_half, half)
         for name, target in work.items():
             seconds.setdefault(name, []).append(timed(target))
-    finish, _ = timed(scan.finish)
+    scans = {"exact scan": scan} | ({"screened scan": screened} if screens else {})
+    ends = {name: timed(found.finish)[0] for name, found in scans.items()}
 
-    chunk = report(seconds)
-    share = finish / (chunk * D_VOCAB / CHUNK_CPU)
-    print(f"float64 scoring at the end: {finish:.2f} s = {share:.3f} of the bare products of a sweep")
+    bare_products = report(seconds) * arguments.rows / CHUNK_CPU
     print(f"bfloat16 is fast here: {fast}")
+    for name, end in ends.items():
+        whole = sum(time for time, _ in seconds[name]) / sum(time for time, _ in seconds["bare products"])
+        print(f"{name}: all chunks {whole:.3f}, the end (float64 scoring) {end / bare_products:.3f} of their bare products")
     if screens:
         print(f"rows scanned in float32 after all: {screened.scanned} of {screened.screened}")
         print(f"the same table with screening: {torch.equal(scan.finish().ids, screened.finish().ids)}")

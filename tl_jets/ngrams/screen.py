@@ -5,22 +5,24 @@ With x^ and u^ the rounded state and (centered) column, a logit is off by at mos
 .. math::
     |x - \hat x| \max_v |\hat u_v| + |x| \max_v |u_v - \hat u_v| + (2^{-8} + 2 d\, 2^{-24}) |\hat x| \max_v |\hat u_v| :
 
-the residuals as they are, not their worst case, then the rounding of the result. A row is passed over if the upper bound of its
-best log-probability does not reach the threshold of the scan (`tl_jets.ngrams.scan`); so the result is the same as without
-screening. Columns are centered over the vocabulary first, which no log-probability sees, and which takes off what all logits
-share.
+the residuals as they are, not their worst case, then the rounding of the result (of the row's largest logit, which is known, that
+is 2^-8 of itself). A row is passed over if the upper bound of its best log-probability does not reach the threshold of the scan
+(`tl_jets.ngrams.scan`); so the result is the same as without screening. Columns are centered over the vocabulary first, which no
+log-probability sees, and which takes off what all logits share.
+
+Rows that are not passed over wait. Lower bounds of what was screened raise the threshold, and when many rows wait, those of the
+highest upper bounds are scanned: they raise it most, and the others can then mostly be passed over after all.
 
 It pays where products in bfloat16 are much faster (`bf16_is_fast` measures it) and few rows come near the threshold; a scan
-whose rows mostly pass the screen stops screening.
+whose rows mostly must be scanned stops screening.
 
-Memory: `W_U` in bfloat16.
+Memory: `W_U` in bfloat16, and the states of the rows that wait.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +36,8 @@ Screen = Literal["auto", "bf16"]
 
 # A product in bfloat16 must take at most this much of the time of one in float32 for screening to pay.
 FAST = 0.4
-# A scan of which more than this share of rows must be read in float32 after all is not worth screening; found out after
-# so many chunks, since the threshold is low at first.
+# A scan of which more than this share of rows must be scanned in float32 is not worth screening; found out after so many
+# chunks, since the threshold is low at first.
 MOSTLY, TRIAL = 0.5, 8
 _BF16_ROUNDOFF = 2.0**-8
 
@@ -50,6 +52,7 @@ class RoundedTiles(Tiles):
         shape, tied = decoder.W_U.shape, decoder.W_U.stride(0) < decoder.W_U.stride(1)
         table = torch.empty(shape[::-1] if tied else shape, dtype=torch.bfloat16, device=device)
         self.table = table.T if tied else table
+        self.rounded = torch.empty(0, dtype=torch.bfloat16, device=device)
         largest, residual = [], []
         for start, columns in decoder.columns(dtype):
             exact = (columns - mean).mul_(self.scale)
@@ -65,17 +68,33 @@ class RoundedTiles(Tiles):
 
     def product(self, x: Tensor, tokens: slice, bias: Tensor | float | None, out: Tensor) -> None:
         """Write the logits of rounded states for some tokens to `out`, in working precision."""
-        out.copy_(x @ self.table[:, tokens])
+        if len(self.rounded) < out.numel():
+            self.rounded = torch.empty(out.numel(), dtype=torch.bfloat16, device=self.device)
+        rounded = self.rounded[: out.numel()].view(out.shape)
+        out.copy_(torch.mm(x, self.table[:, tokens], out=rounded))
         if bias is not None:
             out += bias
 
-    def errors(self, states: Float[Tensor, "row d_model"], offset: float = 0.0) -> Float[Tensor, " row"]:
-        """How far a binary logarithm may be from its exact value, what its row shares apart. Shape [row]."""
+    def errors(
+        self, states: Float[Tensor, "row d_model"], offset: float = 0.0, best: Float[Tensor, " row"] | None = None
+    ) -> Float[Tensor, " row"]:
+        """How far a binary logarithm may be from its exact value, what its row shares apart. Shape [row].
+
+        Args:
+            states: What the unembedding reads. Shape [row, d_model].
+            offset: What was added to all logits.
+            best: A logit that was read, offset included; then the mean of how far this one may be and how far any may be.
+                Shape [row].
+        """
         x = states.to(self.dtype)
         rounded = x.to(torch.bfloat16).to(self.dtype)
         length, shorter = (torch.linalg.vector_norm(y, dim=1) for y in (x, rounded))
         lost = torch.linalg.vector_norm(x - rounded, dim=1)
-        inside = (_BF16_ROUNDOFF + 2 * x.shape[1] * 2.0**-24) * shorter * self.largest_column
+        product = shorter * self.largest_column
+        if best is not None:
+            own = ((best - offset).abs() + self.largest_bias) * (1 + 2 * _BF16_ROUNDOFF)
+            product = (product + own.minimum(product)) / 2
+        inside = _BF16_ROUNDOFF * product + 2 * x.shape[1] * 2.0**-24 * shorter * self.largest_column
         rest = (length * self.largest_column + self.largest_bias + abs(offset)) * 8 * 2.0**-24
         return lost * self.largest_column + length * self.residual + inside + rest
 
@@ -86,7 +105,7 @@ class ScreenedScan:
     Args:
         scan: The scan: by log-probability over all tokens, of a model without a softcap.
         tiles: To screen with; shared by scans of the same decoder.
-        chunk_size: Rows that are scanned in float32 together.
+        chunk_size: Half of how many rows may wait; a quarter are scanned in float32 together.
 
     Attributes:
         screened: How many rows were screened.
@@ -97,33 +116,45 @@ class ScreenedScan:
         self.scan, self.tiles, self.chunk_size = scan, tiles, chunk_size
         self.screened = self.scanned = 0
         self.offset = 0.0
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting = _Waiting.none(scan)
+        # The best lower bounds of the best pairs of rows, k at most.
+        self._lower = torch.empty(0, dtype=scan.dtype, device=scan.device)
 
     @torch.no_grad()
     def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
         """Read some rows, as `TopScan.add` does; those that must be scanned may wait for others until `flush`."""
-        idle = self.screened >= TRIAL * self.chunk_size and self.scanned > MOSTLY * self.screened
-        if idle or self.scan.threshold == -math.inf:
+        if self.screened >= TRIAL * self.chunk_size and self.scanned > MOSTLY * self.screened:
             self.scan.add(states, ids)
             return
         maxima = self.scan.rows_of_maxima(len(states))
         shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
         assert shift is not None
-        upper = self.scan.bounds(maxima.amax(1) - shift, self.tiles.errors(states, offset))[1]
-        hits = ~(upper < self.scan.threshold)  # NaN, too: the scan refuses it
+        best = maxima.amax(1)
+        lower, upper = self.scan.bounds(best - shift, self.tiles.errors(states, offset, best))
+        self._raise_threshold(lower)
         self.screened += len(ids)
-        self.scanned += int(hits.sum())
-        self._waiting.append((states[hits], ids[hits]))
-        if sum(len(ids) for _, ids in self._waiting) >= self.chunk_size:
-            self.flush()
+        self._waiting = self._waiting.joined(states.to(self.scan.dtype), ids, upper).above(self.scan.threshold)
+        if len(self._waiting.ids) > 2 * self.chunk_size:
+            self._scan_waiting(self.chunk_size)
+
+    def _raise_threshold(self, lower: Tensor) -> None:
+        """Take the lower bounds of the best pairs of some rows into account."""
+        self._lower = torch.cat([self._lower, lower[lower.isfinite()]])
+        if len(self._lower) >= self.scan.k:
+            self._lower = self._lower.topk(self.scan.k).values
+            self.scan.threshold = max(self.scan.threshold, float(self._lower[-1]))
+
+    def _scan_waiting(self, leave: int) -> None:
+        """Scan the waiting rows of the highest bounds, until at most `leave` of them are left that may be needed."""
+        while len(self._waiting.ids) > leave:
+            first, self._waiting = self._waiting.parted(max(1, self.chunk_size // 4))
+            self.scan.add(first.states, first.ids)
+            self.scanned += len(first.ids)
+            self._waiting = self._waiting.above(self.scan.threshold)
 
     def flush(self) -> None:
         """Scan the rows that wait for others."""
-        if self._waiting:
-            states, ids = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-            self._waiting = []
-            if len(ids):
-                self.scan.add(states, ids)
+        self._scan_waiting(0)
 
     def close(self) -> None:
         """No more rows come: scan those that wait, and free the table."""
@@ -143,6 +174,34 @@ class ScreenedScan:
     def restore(self, *states: dict[str, Tensor]) -> None:
         """See `TopScan.restore`."""
         self.scan.restore(*states)
+
+
+class _Waiting(NamedTuple):
+    """Rows that may have to be scanned."""
+
+    states: Float[Tensor, "row d_model"]
+    ids: Int[Tensor, " row"]
+    upper: Float[Tensor, " row"]  # bounds of their best scores
+
+    @classmethod
+    def none(cls, scan: TopScan) -> _Waiting:
+        numbers: dict[str, Any] = {"dtype": scan.dtype, "device": scan.device}
+        ids = torch.empty(0, dtype=torch.long, device=scan.device)
+        return cls(torch.empty(0, scan.decoder.d_model, **numbers), ids, torch.empty(0, **numbers))
+
+    def joined(self, *others: Tensor) -> _Waiting:
+        return _Waiting(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
+
+    def above(self, threshold: float) -> _Waiting:
+        """Those that may reach a threshold; NaN, too, which the scan refuses."""
+        keep = ~(self.upper < threshold)
+        return self if bool(keep.all()) else _Waiting(*(part[keep] for part in self))
+
+    def parted(self, count: int) -> tuple[_Waiting, _Waiting]:
+        """The `count` of the highest bounds (NaN is above all), and the others."""
+        order = self.upper.argsort(descending=True)
+        first, rest = order[:count], order[count:]
+        return _Waiting(*(part[first] for part in self)), _Waiting(*(part[rest] for part in self))
 
 
 @torch.no_grad()
