@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 
 import tl_jets as tj
 from tl_jets.loading import load_model
-from tl_jets.path_ablation import verdict
+from tl_jets.path_ablations import verdict
 from tl_jets.tokens import token_text, visible
 
 PROMPT = "This function is available on Unix and"

@@ -32,8 +32,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tl_jets import ResidualNetwork, Trace, joint_jet_lens
+from tl_jets.ablation_effects import ablation_effect
 from tl_jets.expansion.path_statistics import path_sums
-from tl_jets.interventions import ablation_effect
 from tl_jets.loading import load_model
 
 STORIES = [

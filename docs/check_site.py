@@ -68,23 +68,15 @@ class Page(HTMLParser):
 
 
 def public_names(package: str, root: Path = ROOT) -> list[str]:
-    """The names in the `__all__` of a package, those of `PACKAGES` left out; none if there is no such package.
-
-    A name is `tl_jets.jet`; one that a module has, too, is called by where it comes from, `tl_jets.interactions.interactions`.
-    """
+    """The names in the `__all__` of a package, `tl_jets.jet`, those of `PACKAGES` left out; none if there is no such package."""
     base = root / package.replace(".", "/")
     if not (base / "__init__.py").exists():
         return []
     names: list[str] = []
-    origins: dict[str, str] = {}
     for node in ast.parse((base / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
-            origins |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
             names = ast.literal_eval(node.value)
-    modules = {path.stem for path in base.iterdir()}
-    found = [origins[name] if name in modules and name in origins else f"{package}.{name}" for name in names]
-    return [name for name in found if name not in PACKAGES]
+    return [name for name in (f"{package}.{name}" for name in names) if name not in PACKAGES]
 
 
 def is_external(address: str) -> bool:

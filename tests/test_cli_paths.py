@@ -7,7 +7,7 @@ from commands import cells, numbers, run, share_models, tinydocs
 
 import tl_jets as tj
 from tl_jets.cli.paths import rank_correlation
-from tl_jets.path_ablation import verdict
+from tl_jets.path_ablations import verdict
 
 PROMPT = "This function is available on Unix and"
 ASKED = ("paths", "--prompt", PROMPT)

@@ -8,8 +8,9 @@ import zoo
 from scipy.special import rel_entr
 
 from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork
+from tl_jets.ablation_effects import ablation_effect
 from tl_jets.calculus import full_precision
-from tl_jets.interventions import ablation_effect, ablation_hooks, patch_hooks, without_path
+from tl_jets.interventions import ablation_hooks, patch_hooks, without_path
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 

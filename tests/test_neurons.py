@@ -11,11 +11,12 @@ import zoo
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, Stage, exponential_expansion, jet, jet_expand
+from tl_jets.ablation_effects import ablation_effect
 from tl_jets.calculus import full_precision
+from tl_jets.component_interactions import interactions
 from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.reorganise import reorganized_expansion
-from tl_jets.interactions import interactions
-from tl_jets.interventions import ablation_effect, ablation_hooks, patch_hooks, without_path
+from tl_jets.interventions import ablation_hooks, patch_hooks, without_path
 
 TOLERANCE = 1e-10
 FAMILIES = [

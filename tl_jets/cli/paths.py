@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from tl_jets.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.cli.arguments import (
     FILES_HELP,
     TOKEN_HELP,
@@ -40,9 +41,8 @@ from tl_jets.expansion.exponential import MAX_PATHS, PathExpansion, exponential_
 from tl_jets.expansion.path_cache import PathCache
 from tl_jets.expansion.path_statistics import PathStatistics, path_sums
 from tl_jets.expansion.paths import Path
-from tl_jets.interventions import AblationEffect, ablation_effect
 from tl_jets.notebook import View
-from tl_jets.path_ablation import path_ablation, verdict
+from tl_jets.path_ablations import path_ablation, verdict
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.terminal import paths as terminal
 from tl_jets.trace import Trace

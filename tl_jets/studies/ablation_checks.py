@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.interventions import ablation_effect
+from tl_jets.ablation_effects import ablation_effect
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.trigrams import jet_trigrams

@@ -19,7 +19,7 @@ Example:
 import tl_jets.views.figures as figures
 from tl_jets.notebook import View, page
 from tl_jets.views.heatmaps import trigram_heatmap
-from tl_jets.views.lens_page import lens_data, lens_page
+from tl_jets.views.lens_pages import lens_data, lens_page
 from tl_jets.views.lens_tables import lens_table, top_tokens
 from tl_jets.views.tokens import detached_tokens, lens_tokens, path_tokens
 

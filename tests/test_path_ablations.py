@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, detached_jacobian, exponential_expansion
 from tl_jets.calculus import full_precision
-from tl_jets.path_ablation import path_ablation
+from tl_jets.path_ablations import path_ablation
 
 FAMILIES = zoo.available(["gpt2", "llama", "gemma2"])
 D = 5

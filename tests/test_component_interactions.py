@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import oracles
@@ -11,11 +10,9 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, jet
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, component_interactions, jet
 from tl_jets.calculus import full_precision
-from tl_jets.interactions import interactions
-
-module = importlib.import_module("tl_jets.interactions")  # the function has the module's name
+from tl_jets.component_interactions import interactions
 
 D, V, BATCH, POS = 6, 11, 2, 3
 TOKENS = torch.tensor([[1, 7, 3], [0, 10, 4]])
@@ -101,13 +98,13 @@ def test_every_pair_against_nested_differentiation(kind, center_scale):
 def test_the_control_is_random_but_for_lengths_and_angles(kind, monkeypatch):
     net = network(kind)
     trace = net.trace(TOKENS)
-    seen, own = [], module._matrix
+    seen, own = [], component_interactions._matrix
 
     def spy(norm: Norm, sources: Tensor, *rest: Any) -> Tensor:
         seen.append(sources)
         return own(norm, sources, *rest)
 
-    monkeypatch.setattr(module, "_matrix", spy)
+    monkeypatch.setattr(component_interactions, "_matrix", spy)
     found = interactions(net, trace, targets=4, positions=None)
     (sources, random), h = seen, trace["final_post"].flatten(0, 1)
     center = (lambda x: x - x.mean(-1, keepdim=True)) if kind == "LN" else (lambda x: x)

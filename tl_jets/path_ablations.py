@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_jets.ablation_effects import AblationEffect, effect_of, real_positions
 from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.lattice import BIAS
 from tl_jets.expansion.paths import Path
 from tl_jets.expansion.walk import read_path
-from tl_jets.interventions import AblationEffect, effect_of, real_positions
 from tl_jets.lenses.selection import TargetInput, trace_of
 from tl_jets.network import ResidualNetwork
 from tl_jets.stages import FINAL_STREAM
