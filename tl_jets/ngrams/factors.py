@@ -77,7 +77,7 @@ class Factors:
         """Mean and covariance of the columns with their constants, in float64."""
         columns = self._extended[:-1].double()
         mean = columns.mean(1)
-        columns -= mean.unsqueeze(1)
+        columns = columns - mean.unsqueeze(1)  # not in place: of a float64 model they are `_extended` itself
         return mean, columns @ columns.T / columns.shape[1]
 
     def expected(self, rows: Float[Tensor, "part inner"]) -> Float[Tensor, "part 1"]:
