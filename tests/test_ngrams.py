@@ -218,6 +218,9 @@ def test_infinite_states_are_refused():
     for scan in (TopScan(decoder, 3, dtype=torch.float64), RowScan(RowReader(decoder, 3, dtype=torch.float64))):
         with pytest.raises(ValueError, match=r"must be finite; those of tokens \[13\]"):
             scan.add(states, torch.arange(10, 15))
+    embed = torch.nn.Embedding.from_pretrained(states)
+    with pytest.raises(ValueError, match=r"must be finite; those of tokens \[3\]"):
+        bigram_log_normalizers(CallableModel(embed, [], decoder))
 
 
 # --- screening ------------------------------------------------------------------------------------------------------
@@ -378,6 +381,20 @@ def test_mlp_paths_are_what_the_modules_write(name):
             assert table.path == " > ".join(steps[:count])
 
 
+def test_the_path_of_a_table_is_a_path():
+    model = zoo.build(zoo.available(["llama"])[0])
+    steps = mlp_steps(ResidualNetwork(model))
+    paths = ["direct", [], *steps, [steps[0]], steps, steps[:2], "mlps"]
+    tables = [jet_bigrams(model, path, top_k=20) for path in paths]
+    labels = list(dict.fromkeys(table.path for table in tables))
+    assert labels == ["direct", *steps, " > ".join(steps), *([" > ".join(steps[:2])] if len(steps) > 2 else []), "mlps"]
+    again = jet_bigrams_by_path(model, labels, top_k=20)
+    assert list(again) == labels
+    for table in tables:
+        assert jet_bigrams(model, table.path, top_k=20).digest == again[table.path].digest == table.digest
+    assert jet_bigrams(model, "0_mlp>1_mlp", top_k=20).path == "0_mlp > 1_mlp"
+
+
 def test_each_mlp_in_one_sweep_is_each_alone():
     model = zoo.build(zoo.available(["llama"])[0])
     tables = jet_bigrams_by_path(model, top_k=20, chunk_size=10)
@@ -446,7 +463,11 @@ def test_what_mixes_tokens_is_refused():
         (["0_attn"], "function of one token"),
         ("L0H1", "function of one token"),
         (["0_mlp", "1_attn"], "function of one token"),
-        (["7_mlp"], "must be one of '0_mlp', '1_mlp'"),
+        (["7_mlp"], "each one of '0_mlp', '1_mlp'; got the step '7_mlp'"),
+        ("text", "got the step 'text' in 'text'"),
+        ("0_mlp > 1_attn", "function of one token"),
+        ("1_mlp > 0_mlp", "in the order of the network"),
+        ("direct > 0_mlp", "got the step 'direct' in 'direct > 0_mlp'"),
         (["1_mlp", "0_mlp"], "in the order of the network"),
         (["1_mlp", "1_mlp"], "each once"),
     ]:
@@ -533,6 +554,30 @@ def test_one_bit_of_one_weight_is_another_model():
     assert fingerprint(again) == own
 
 
+@pytest.mark.parametrize("processing", ["raw", "processed"])
+def test_a_bias_that_is_folded_and_frequencies_tell_models_apart(processing, monkeypatch):
+    """TransformerLens 4.3 folds the final norm's bias into a tensor that is no parameter; rotary frequencies are none."""
+    (spec,) = (s for s in zoo.available(["gpt2"]) if s.world == "bridge" and s.processing == processing)
+    make = zoo.hf_model
+
+    def other(*args):
+        model = make(*args)
+        model.transformer.ln_f.bias += torch.linspace(-1, 1, model.config.hidden_size)
+        return model
+
+    own = fingerprint(zoo.fresh(spec))
+    with monkeypatch.context() as patched:
+        patched.setattr(zoo, "hf_model", other)
+        assert fingerprint(zoo.fresh(spec)) != own
+    for spec in zoo.available(["llama"]):
+        model = zoo.fresh(spec)
+        own = fingerprint(model)
+        frequencies = [x for name, x in model.named_buffers() if "inv_freq" in name or "rotary_cos" in name]
+        assert frequencies
+        frequencies[0] *= 1.01
+        assert fingerprint(model) != own
+
+
 # --- sweeps ---------------------------------------------------------------------------------------------------------
 
 
@@ -595,6 +640,33 @@ def test_an_interrupted_sweep_over_paths_goes_on(tmp_path, monkeypatch):
     (folder / "0_mlp.parquet").unlink()
     with pytest.raises(ValueError, match="no state of an unfinished table"):
         jet_bigrams_by_path(model, **options, per="row", folder=folder)
+
+
+@pytest.mark.parametrize("per", ["global", "row"])
+def test_a_state_that_lacks_a_path_is_of_no_use(per, tmp_path, monkeypatch):
+    """A table that was there when the state was saved, and is not now: its path is read from the first row on."""
+    model = zoo.build(zoo.available(["llama"])[0])
+    options = {"top_k": 9, "chunk_size": 6, "progress": False, "per": per}
+    paths = ["direct", "mlps"]
+    expected = jet_bigrams_by_path(model, paths, **options)
+    jet_bigrams_by_path(model, ["direct"], **options, folder=tmp_path)
+    monkeypatch.setattr("tl_jets.ngrams.jobs.STATE_SECONDS", 0.0)
+    embed, chunks = VocabularyStreams.embed, []
+
+    def stops(self, tokens):
+        chunks.append(len(tokens))
+        if len(chunks) == 7:
+            raise InterruptedError
+        return embed(self, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VocabularyStreams, "embed", stops)
+        with pytest.raises(InterruptedError):
+            jet_bigrams_by_path(model, paths, **options, folder=tmp_path)
+    assert (tmp_path / "unfinished.state").exists()
+    (tmp_path / "direct.parquet").unlink()
+    found = jet_bigrams_by_path(model, paths, **options, folder=tmp_path)
+    assert {label: table.digest for label, table in found.items()} == {k: t.digest for k, t in expected.items()}
 
 
 VICTIM = """

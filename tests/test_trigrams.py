@@ -360,6 +360,33 @@ def test_a_hook_that_edits_attention_is_refused_and_one_on_values_is_honoured():
     assert sharper.scores[0] > plain.scores[0] and plain.fingerprint != sharper.fingerprint
 
 
+@pytest.mark.parametrize("spec", zoo.available(["gpt2", "llama", "gemma2", "olmo2"]), ids=str)
+def test_a_hook_after_the_heads_is_refused(spec):
+    """What heads write is read from W_O, which no such hook changes."""
+    model = zoo.build(spec)
+    points = [
+        "blocks.0.hook_attn_out",
+        "blocks.0.attn.hook_out",
+        "blocks.0.attn.o.hook_out",
+        "blocks.0.attn.hook_result",
+    ]
+    points = [point for point in points if point in model.hook_dict]
+    assert points
+    jet_trigrams(model, 0, 0, top_k=1)
+    for point in points:
+        if point.endswith("hook_result"):
+            model.set_use_attn_result(True)
+        try:
+            with (
+                model.hooks([(point, lambda own, hook: own.flip(-1))]),
+                pytest.raises((NotImplementedError, ValueError), match="hook"),
+            ):
+                jet_trigrams(model, 0, 0, top_k=1)
+        finally:
+            if point.endswith("hook_result"):
+                model.set_use_attn_result(False)
+
+
 def test_the_model_is_left_as_it_was():
     model = zoo.build(zoo.available(["llama"])[0])
     tokens = zoo.tokens(model)

@@ -185,6 +185,9 @@ class BigramSweep:
 
         def resume() -> int:
             done, tensors = state.load()
+            # A state without one of the paths (its table was there when it was saved, and is not now) is of no use.
+            if not set(scans) <= {name.rpartition("/")[0] for name in tensors}:
+                done = 0
             _restore(scans, [tensors] if done else [])
             return done
 

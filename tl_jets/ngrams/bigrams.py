@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tl_jets.ngrams.bigram_sweep import BigramSweep, Options, Per, planned
 from tl_jets.ngrams.jobs import SUFFIX, Job, check_header, finish
-from tl_jets.ngrams.scan import Score
+from tl_jets.ngrams.scan import Score, check_finite
 from tl_jets.ngrams.screen import Screen
 from tl_jets.ngrams.shards import Distributed
 from tl_jets.ngrams.streams import PathInput
@@ -65,7 +65,8 @@ def jet_bigrams(
 
     Args:
         model: A model or a `ResidualNetwork`. Hooks inside MLPs and norms are respected; hooks on streams are refused.
-        path: `"direct"`, a list of MLP steps in the order of the network (`["1_mlp", "3_mlp"]`), one step, or `"mlps"`.
+        path: `"direct"`, `"mlps"`, or MLP steps in the order of the network: a list (`["1_mlp", "3_mlp"]`), or a label as the
+            `path` of a table is (`"3_mlp"`, `"1_mlp > 3_mlp"`).
         top_k: How many bi-grams.
         per: `"global"`: the best of all; `"row"`: the best of each first token.
         rows: Ids of the first tokens to look at; None for all.
@@ -218,6 +219,7 @@ def bigram_log_normalizers(
         maxima = torch.empty(len(states), tiles.n_blocks, dtype=tiles.dtype, device=tiles.device)
         shifted, applied, offset = tiles.read(states, maxima, offset)
         assert shifted is not None
+        check_finite(shifted, plan.rows[part])
         return (shifted.double() - applied) / LOG2_E
 
     return torch.cat(plan.processes.map(read, list(slices(len(plan.rows), plan.chunk_size)))).to(plan.device)

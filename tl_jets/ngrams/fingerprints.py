@@ -1,8 +1,9 @@
 """A model's fingerprint: which weights a table was made of.
 
-sha256 over every parameter's name, shape, dtype, the exact sum of its bit patterns as integers, and `SAMPLES` evenly
-spaced entries; over the numbers and switches of the configuration (epsilons, rotary base, caps); and over the names of
-hook points that carry hooks. A change of one bit of one weight changes the sum; that two sets of weights share both the
+sha256 over the name, shape, dtype, the exact sum of the bit patterns as integers, and `SAMPLES` evenly spaced entries of every
+parameter, every buffer (rotary frequencies), and what the decoder reads (a folded bias may be neither); over the numbers
+and switches of the configuration (epsilons, rotary base, caps); and over the names of hook points that carry hooks. A change of
+one bit of one weight changes the sum; that two sets of weights share both the
 sums and the samples of every tensor takes intent. Integer sums do not depend on the device or on threads.
 
 What it does not see: what a hook does (only where it is), and what plain functions of a `CallableModel` do (only its
@@ -49,7 +50,9 @@ def fingerprint(model: Any) -> str:
     network = ResidualNetwork(model)
     total = hashlib.sha256(json.dumps(_configuration(network.view), sort_keys=True).encode())
     for name, tensor in _tensors(network):
-        bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
+        bits = tensor.detach()
+        bits = torch.view_as_real(bits) if bits.is_complex() else bits
+        bits = bits.view(_INTEGERS[bits.element_size()])
         flat = (
             bits.flatten() if bits.is_contiguous() else bits.T.flatten() if bits.T.is_contiguous() else bits.reshape(-1)
         )
@@ -61,12 +64,12 @@ def fingerprint(model: Any) -> str:
 
 def _tensors(network: ResidualNetwork) -> Iterator[tuple[str, Tensor]]:
     view: Any = network.view
-    if not isinstance(view, CallableModel):
-        yield from sorted(view.model.named_parameters(), key=lambda item: item[0])
-        return
     norm = network.decoder.norm
     own = {"W_U": network.decoder.W_U, "b_U": network.decoder.b_U, "norm.weight": norm.weight, "norm.bias": norm.bias}
     yield from ((name, tensor) for name, tensor in own.items() if tensor is not None)
+    if not isinstance(view, CallableModel):
+        yield from sorted([*view.model.named_parameters(), *view.model.named_buffers()], key=lambda item: item[0])
+        return
     for label, embed in view.embeds.items():
         if isinstance(embed, torch.nn.Module):
             yield from ((f"{label}.{name}", tensor) for name, tensor in embed.named_parameters())

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.decoder import Decoder
-from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, exact_logits, log_parts
+from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, check_finite, exact_logits, log_parts
 from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.reader import Reader, slices, total_of
 from tl_jets.tables import rank, rounded
@@ -59,11 +59,7 @@ class RowReader:
         self.decoder.project(states, inside)
         inside += self.decoder.b_U.to(self.reader.dtype)
         top, total = self._log_normalizer(logits)
-        if not bool(top.isfinite().all()):
-            raise ValueError(
-                f"Every logit must be finite; those of tokens {ids[~top.isfinite()][:5].tolist()} are not. Look at the model's "
-                "weights, its precision (float16 overflows), and the hooks on it."
-            )
+        check_finite(top, ids)
         if self.n_allowed < self.decoder.d_vocab:
             inside[:, ~self.allowed] = self.reader.lowest
         count = min(self.k + SPARE, self.n_allowed)

@@ -301,7 +301,7 @@ class TopScan:
         maxima = self.rows_of_maxima(len(states))
         shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
         best = maxima.amax(1) if shift is None else maxima.amax(1) - shift
-        _check_finite(best, ids)
+        check_finite(best, ids)
         errors = self.tiles.errors(states, offset)
         hits = (self.bounds(best, errors)[1] >= self.threshold).nonzero()[:, 0]
         if len(hits):
@@ -441,7 +441,8 @@ def log_parts(logits: Float[Tensor, "row d_vocab"]) -> tuple[Float[Tensor, " row
     return top, rest
 
 
-def _check_finite(scores: Tensor, ids: Tensor) -> None:
+def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"]) -> None:
+    """Raise ValueError if a row's score is not finite."""
     finite = scores.isfinite()
     if not bool(finite.all()):
         raise ValueError(
