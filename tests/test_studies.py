@@ -28,6 +28,7 @@ from tl_jets.studies import (
     AblationCheck,
     TextComparison,
     ablation_check,
+    ablation_checks,
     best_joint,
     bootstrap_interval,
     compare_with_counts,
@@ -42,10 +43,10 @@ from tl_jets.studies import (
     track_by_path,
     unigram_probabilities,
 )
-from tl_jets.studies.intervals import central
+from tl_jets.studies.intervals import bootstrap_intervals, central
 from tl_jets.studies.pairs import RowScores
 from tl_jets.studies.row_changes import RowChanges
-from tl_jets.studies.text_comparison import NO_MODEL
+from tl_jets.studies.text_comparison import NO_MODEL, _best_products
 from tl_jets.studies.vocabularies import Vocabulary
 from tl_jets.tables import NgramTable
 
@@ -204,7 +205,48 @@ def test_the_bootstrap_is_scipys(reduce):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found != bootstrap_interval(values, resamples=4000, seed=6, reduce=reduce)
     assert np.isnan(bootstrap_interval(values[:1])).all() and np.isnan(bootstrap_interval(values, resamples=0)).all()
-    assert central(np.arange(101.0)) == (2.5, 97.5)
+
+
+def test_another_draw_is_outside_of_the_central_95_percent_in_5_of_100():
+    assert central(np.arange(79.0)) == (1.0, 77.0) and central(np.arange(39.0)) == (0.0, 38.0)
+    assert central(np.arange(20.0)) == (0.0, 19.0) and np.isnan(central(np.empty(0))).all()
+    draw = np.random.default_rng(0)
+    for m, expected in ((20, 2 / 21), (39, 0.05), (200, 0.05)):
+        others = draw.exponential(size=(4000, m))
+        low, high = np.array([central(row) for row in others]).T
+        new = draw.exponential(size=4000)
+        assert np.mean((new < low) | (new > high)) == pytest.approx(expected, abs=0.012)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_units_are_drawn_again_whole(reduce):
+    draw = np.random.default_rng(2)
+    values, units = draw.normal(size=(3, 30)), draw.integers(0, 8, 30) * 1000 - 3
+    groups = [np.flatnonzero(units == unit) for unit in np.unique(units)]
+    found = bootstrap_intervals(
+        torch.from_numpy(values), units=torch.from_numpy(units), resamples=500, seed=4, reduce=reduce
+    )
+    draw = np.random.default_rng(4)
+    resamples = [np.concatenate([groups[i] for i in row]) for row in draw.integers(0, len(groups), (500, len(groups)))]
+    for series, (low, high) in zip(values, found.T.tolist(), strict=True):
+        drawn = [getattr(series[rows], reduce)() for rows in resamples]
+        assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), rel=1e-9)
+        alone = {"units": torch.from_numpy(units), "resamples": 500, "seed": 4, "reduce": reduce}
+        assert bootstrap_interval(torch.from_numpy(series), **alone) == pytest.approx((low, high), rel=1e-12)
+    assert bootstrap_intervals(torch.zeros(2, 5), units=torch.full((5,), 7)).isnan().all(), "one unit has no spread"
+
+
+def test_intervals_of_units_cover_what_they_should():
+    """Values that share half of their variance with their unit: of independent ones 95% is promised, and not kept."""
+    draw = np.random.default_rng(0)
+    covered = {None: 0, "units": 0}
+    units = torch.arange(25).repeat_interleave(6)
+    for seed in range(200):
+        values = torch.from_numpy(draw.normal(size=25).repeat(6) + draw.normal(size=150))
+        for key in covered:
+            low, high = bootstrap_interval(values, units=units if key else None, resamples=300, seed=seed)
+            covered[key] += low <= 0 <= high
+    assert covered["units"] > 0.88 * 200 and covered[None] < 0.75 * 200
 
 
 # --- mass -----------------------------------------------------------------------------------------------------------
@@ -283,6 +325,22 @@ def test_mass_of_words():
     assert letters.table.ids.tolist() == [[7, 8]] and letters.skipped == 1
     assert math.isnan(letters.interval[0]) and letters.rank == 101  # one bi-gram: every shuffle is the list itself
     assert found.fingerprint == jet_bigrams(model, top_k=1).fingerprint
+
+
+def test_bi_grams_of_a_word_are_one_unit():
+    """The bootstrap of a list of words, by hand: words are drawn again, not bi-grams; sharing one makes two words one."""
+    model = zoo.build(GPT2)
+    words = ["w5 w6 w7 w8", "w9 w10", "w20 w21 w22", "w7 w8 w30", ("w40", "w41")]
+    found = mass(model, words, controls=0, seed=3, bootstrap=400)
+    share = {tuple(row): float(x) for row, x in zip(found.table.ids.tolist(), found.table.parts["mass"], strict=True)}
+    units = [[(5, 6), (6, 7), (7, 8), (8, 30)], [(9, 10)], [(20, 21), (21, 22)], [(40, 41)]]
+    drawn = np.random.default_rng(3).integers(0, 4, (400, 4))
+    means = [np.mean([share[pair] for i in row for pair in units[i]]) for row in drawn]
+    assert found.interval == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), rel=1e-9)
+    assert mass(model, words[::-1], controls=0, seed=3, bootstrap=400).interval == found.interval
+    values = torch.tensor([share[pair] for pair in sorted(share)])
+    alone = mass(model, found.table, controls=0, seed=3, bootstrap=400)
+    assert alone.interval == pytest.approx(bootstrap_interval(values, seed=3, resamples=400), rel=1e-6)
 
 
 def test_mass_refuses(as_users_run_it):
@@ -472,6 +530,15 @@ def test_a_text_that_the_direct_path_wrote_is_found_there():
     assert found.verdicts["direct"] == "hits and order" and list(found.verdicts) == found.labels[:-1]
 
 
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 12), n=st.integers(1, 150))
+@settings(max_examples=40)
+def test_the_best_products_of_two_tokens_are_those_of_all_pairs(seed, size, n):
+    draw = np.random.default_rng(seed)
+    first, second = (torch.from_numpy(draw.integers(1, 5, size)).double() / 64 for _ in range(2))  # ties everywhere
+    every = sorted(itertools.product(range(size), repeat=2), key=lambda pair: (-first[pair[0]] * second[pair[1]], pair))
+    assert list(map(tuple, _best_products(first, second, n).tolist())) == every[:n]
+
+
 @pytest.mark.parametrize(
     ("hit", "order", "verdict"),
     [
@@ -483,9 +550,9 @@ def test_a_text_that_the_direct_path_wrote_is_found_there():
     ],
 )
 def test_a_path_is_above_both_controls_in_both_measures_or_said_not_to_be(hit, order, verdict):
-    # Of 41 values in steps of 1/40 the 97.5th percentile is the last but one.
-    shuffled = torch.arange(41.0, dtype=torch.float64)[torch.randperm(41, generator=torch.Generator().manual_seed(0))]
-    above = 0.01 * (shuffled - 39)
+    # Of 79 values 2.5% of further ones exceed the last but one: 2 of 80 gaps.
+    shuffled = torch.arange(79.0, dtype=torch.float64)[torch.randperm(79, generator=torch.Generator().manual_seed(0))]
+    above = 0.01 * (shuffled - 77)
     found = TextComparison(
         labels=["0_mlp", "1_mlp", NO_MODEL],
         hit_ratio=torch.tensor([hit, 0.1, 0.3]).double(),
@@ -501,7 +568,7 @@ def test_a_path_is_above_both_controls_in_both_measures_or_said_not_to_be(hit, o
     assert frame["verdict"].tolist() == summary["verdict"].tolist() == [verdict, "neither", ""]
     assert frame["hit_control_high"][0] == pytest.approx(0.2) and verdict in repr(found)
     assert summary.loc[0].tolist()[:2] == ["0_mlp", f"{hit:.2f}"] and len(summary.columns) == 6
-    low, mean = np.percentile(0.2 + above.numpy(), 2.5), 0.2 + float(above.mean())
+    low, mean = 0.2 + 0.01 * (1 - 77), 0.2 + float(above.mean())
     assert summary["hit ratio, shuffled"][0] == f"{mean:.2f} [{low:.2f}, 0.20]"
     shown = found._repr_html_()
     assert shown.count('<th scope="col"') == 6 and f"{mean:.2f} [{low:.2f}, 0.20]" in shown and f">{verdict}<" in shown
@@ -523,6 +590,24 @@ def test_texts_of_another_vocabulary_or_cut_ones_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             compare_with_counts(toy(), table)
+
+
+def test_every_study_takes_the_path_of_a_table():
+    """A label of several steps means what the list means; a path that is given twice is one."""
+    model, steps, label = toy(), ["0_mlp", "1_mlp"], "0_mlp > 1_mlp"
+    counts = ngram_counts(sampled_text(toy_log_probs(model), 300))
+    studies = [
+        lambda path: pair_scores(model, [(1, 2)], path=path).digest,
+        lambda path: mass(model, [(1, 2), (3, 4)], path=path).to_dataframe().to_dict(),
+        lambda path: track(models, pairs=[(1, 2)], reference="last", n=20, path=path).to_dataframe().to_dict(),
+        lambda path: diff(model, models[1], path=path, top_k=5).rises.digest,
+        lambda path: compare_with_counts(model, counts, paths=[path], n=20).to_dataframe().to_dict(),
+    ]
+    models = {0: toy(), 1: toy(1)}
+    for study in studies:
+        assert study(label) == study(steps) != study("1_mlp")
+    found = compare_with_counts(model, counts, paths=["mlps", label, steps], n=20)
+    assert found.labels == ["mlps", label, NO_MODEL] and list(found.tables) == ["mlps", label]
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -691,7 +776,17 @@ def test_what_float32_says_of_rows_are_bounds():
     before, after = (RowScores(model, "direct").read(everything)[0] for model in (a, b))
     for change in ("probability", "logprob"):
         delta = after.exp() - before.exp() if change == "probability" else after - before
-        found = RowChanges(RowScores(a), RowScores(b), change=change).read(everything)
+        screen = RowChanges(RowScores(a), RowScores(b), change=change)
+        found = screen.read(everything)
+        # Each logarithm may be off by its row's error, in the worst way.
+        low, high = (
+            [x + sign * side.errors[:, None] for x, side in zip((before, after), screen.sides, strict=True)]
+            for sign in (-1, 1)
+        )
+        if change == "probability":
+            low, high = ([x.exp() for x in pair] for pair in (low, high))
+        np.testing.assert_allclose(found.rise, (high[1] - low[0]).amax(1), rtol=1e-5, atol=4e-6)
+        np.testing.assert_allclose(found.fall, (high[0] - low[1]).amax(1), rtol=1e-5, atol=4e-6)
         for bound, sign in ((found.rise, 1), (found.fall, -1)):
             largest = (sign * delta).amax(1)
             assert (bound >= largest).all() and (bound <= largest + 1e-3 * (1 + largest.abs())).all()
@@ -859,7 +954,7 @@ def test_tables_of_an_ablation():
     assert summary["low"][0] <= own <= summary["high"][0]
     expected = all(summary["high"][i] < 0 for i in (0, 4, 6))
     assert check.confirmed == expected and f"{'' if expected else 'not '}confirmed" in repr(check)
-    alone = ablation_check(model, "0_mlp", top_k=5, others=[])
+    alone = ablation_check(model, "0_mlp", top_k=15, others=[])
     assert len(alone.summary()) == 3 and alone.strongest_other is None and alone.rivals == []
     assert alone.verdict.endswith("no other component was ablated")
 
@@ -901,7 +996,7 @@ def scipys_interval(values):
         ((3, -9, -9, -9, -9, -9), {}, False, None, "and 2 more cost more (strongest other: "),
         ((-3,), {}, True, [], "confirmed against shuffled n-grams; no other component was ablated"),
         ((3,), {}, False, [], "no fall and no fall beyond shuffled n-grams is shown; no other component was ablated"),
-        ((-3, 0), {"resamples": 0}, False, ["0_mlp"], "not judged: no intervals with 40 n-grams and bootstrap=0"),
+        ((-3, 0), {"resamples": 0}, False, ["0_mlp"], "not judged: no intervals with bootstrap=0 and 40 "),
     ],
 )  # fmt: skip
 def test_a_check_says_what_it_confirms_and_who_costs_as_much(own, options, confirmed, rivals, said):
@@ -945,7 +1040,37 @@ def test_a_check_of_one_n_gram_is_not_judged():
     check = checked(-3, 0)
     single = {"prompts": check.prompts[:1], "own": check.own[:, :1], "shuffled": check.shuffled[:, :1]}
     one = replace(check, table=check.table[:1], **single)
-    assert not one.confirmed and one.verdict == "not judged: no intervals with 1 n-grams and bootstrap=400"
+    assert not one.confirmed
+    wanted = "no intervals with bootstrap=400 and 1 different first or last tokens (6 are needed)"
+    assert one.verdict == f"not judged: {wanted}"
+
+
+def test_n_grams_that_share_a_token_are_one_unit():
+    """40 n-grams that fall by what their last (or first) token falls by: of 3 tokens that is no finding, of 20 it is."""
+    draw = np.random.default_rng(5)
+    for n, column in itertools.product((3, 20), (0, 1)):
+        token = np.arange(40) % n
+        falls = torch.from_numpy(np.stack([draw.normal(-3, 1, n)[token], np.zeros(40)]))
+        ids = torch.arange(100, 180).view(40, 2)
+        ids[:, column] = torch.from_numpy(token)
+        table = named(ids, -torch.arange(40.0))
+        assert torch.equal(table.ids, ids)
+        check = replace(checked(0, 0), table=table, prompts=ids[:, :1], own=falls)
+        assert check.n_units == n and torch.equal(check.units, ids[:, column])
+        assert check.verdict.startswith("confirmed" if n == 20 else "not judged") and check.confirmed == (n == 20)
+        if n == 20:
+            low, high = check.summary().loc[0, ["low", "high"]]
+            plain = scipys_interval(falls[0])
+            assert high - low > 1.2 * (plain.high - plain.low)
+
+
+def test_intervals_of_a_check_are_computed_once(monkeypatch):
+    calls, compute = [], ablation_checks.bootstrap_intervals
+    monkeypatch.setattr(ablation_checks, "bootstrap_intervals", lambda *x, **y: calls.append(x) or compute(*x, **y))
+    check = checked(-3, 0, -1)
+    views = [check.verdict, check.confirmed, check.rivals, repr(check), check._repr_html_(), check.to_dataframe()]
+    assert len(calls) == 2 and all(view is not None for view in views)
+    assert replace(check, seed=12).summary()["low"][0] != check.summary()["low"][0], "another check has its own"
 
 
 def test_ablating_what_carries_the_bi_grams_is_confirmed():

@@ -69,6 +69,33 @@ def test_columns_and_conditions():
     assert found[::3].scores.tolist() == frame["score"][::3].tolist()
 
 
+def test_what_is_not_there_is_said():
+    names = {0: " the", 1: "The", 2: "the", 3: " than", 4: "<b>", 5: "cat"}
+    ids = torch.tensor([[0, 3], [1, 3], [5, 2], [4, 5]])
+    found = NgramTable.ranked(ids, -torch.arange(4.0), names=names, path="direct")
+    # "the" is the name of a second token; as a first token there is only " the".
+    assert found["the"].ids.tolist() == [[0, 3]] and not found["the"].note and not found[" the"].note
+    assert found.where(token_2="the").ids.tolist() == [[5, 2]] and found.where(token_2=" the").note
+    for key, note in [
+        ("THE", "none of these 4 bi-grams has 'THE' as token_1; ' the', 'The' is a token_1; 'the' is a token_2"),
+        ("than", "none of these 4 bi-grams has 'than' as token_1; ' than' is a token_2"),
+        (" cat", "none of these 4 bi-grams has ' cat' as token_1; 'cat' is a token_1; 'cat' is a token_2"),
+        ("dog", "none of these 4 bi-grams has 'dog' as token_1"),
+        (77, "none of these 4 bi-grams has id 77 as token_1"),
+    ]:
+        empty = found[key]
+        assert len(empty) == 0 and empty.note == note and key not in found
+        assert repr(empty) == f"NgramTable(0 bi-grams by log-probability; path direct): {note}"
+    assert "&lt;B&gt;" in found["<B>"]._repr_html_() and "<B>" not in found["<B>"]._repr_html_()
+    # Among others that are there, too; in every place; and nothing is said where single conditions are met.
+    some = found.where(token_1=["The", "teh"], id_2=[3, 77])
+    assert some.ids.tolist() == [[1, 3]] and some.note == "none of these 4 bi-grams has 'teh' as token_1"
+    assert repr(some[:1]).splitlines()[0].endswith(some.note) and some.digest == found["The"].digest
+    assert found.where(token_1="cat", token_2="cat").note == "" and found.where(min_score=1.0).note == ""
+    assert found["teh"]["cat"].note == found["teh"].note == "none of these 4 bi-grams has 'teh' as token_1"
+    assert found.where(id_2=list(range(90, 99))).note.endswith("id 92 as token_2; 6 more are not there")
+
+
 def test_errors(as_users_run_it):
     with pytest.raises(ValueError, match="one of \\['id_1'"):
         table().where(token_3="at")

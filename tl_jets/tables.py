@@ -28,18 +28,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.atomic_files import write_atomically
 from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.tokens import visible
 
@@ -47,6 +46,8 @@ from tl_jets.tokens import visible
 METADATA_KEY = b"tl_jets.ngrams"
 FORMAT_VERSION = 1
 SHOWN_ROWS = 10
+# Tokens of a look-up that are named if they are not there.
+NOTED = 3
 # Scores that agree in so many bits are ties: what is left differs with the order in which a sum was taken.
 SCORE_BITS = 40
 _ORDERS = {1: "uni-grams", 2: "bi-grams", 3: "tri-grams"}
@@ -58,7 +59,8 @@ class NgramTable(Shown):
     """n-grams of a model, best first; ties by ids. Everything is on the CPU.
 
     Index it by the first token, as text or id: `table["at"]`, `table[17]` (texts without a space around them also find the
-    token that begins with one, if there is no exact match). Slices are rows: `table[:20]`.
+    token that begins with one, if no n-gram begins with the text as it is). Slices are rows: `table[:20]`. What is not found
+    gives an empty table that says so, and names tokens that differ in spaces or case only.
 
     Attributes:
         ids: Token ids. Shape [row, n].
@@ -68,6 +70,7 @@ class NgramTable(Shown):
         settings: How, as plain JSON values.
         fingerprint: Of the model's weights; empty if unknown.
         parts: Further numbers of each n-gram by column name, such as `log_normalizer`. Shape [row] each.
+        note: After a look-up, which of the tokens that were asked for are not there; it is in no file.
 
     Raises:
         ValueError: Shapes disagree, an id has no name, a name of a column is taken, or the settings are not JSON.
@@ -80,6 +83,7 @@ class NgramTable(Shown):
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     parts: Mapping[str, Float[Tensor, " row"]] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.scores.shape != self.ids.shape[:1] or not self.ids.shape[1]:
@@ -159,7 +163,12 @@ class NgramTable(Shown):
     def _title(self) -> str:
         unit = _UNITS.get(self.settings.get("score", "logprob"), "score")
         model = f"; model {self.fingerprint[:12]}" if self.fingerprint else ""
-        return f"NgramTable({len(self):,} {_ORDERS.get(self.n, f'{self.n}-grams')} by {unit}; path {self.path}{model})"
+        note = f": {self.note}" if self.note else ""
+        return f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{model}){note}"
+
+    @property
+    def _kind(self) -> str:
+        return _ORDERS.get(self.n, f"{self.n}-grams")
 
     def _shown(self, rows: int) -> pd.DataFrame:
         return self[:rows].to_dataframe(escape=True).drop(columns=self._id_columns)
@@ -179,7 +188,7 @@ class NgramTable(Shown):
         return len(self.ids)
 
     def __getitem__(self, key: str | int | slice) -> NgramTable:
-        """Rows of a slice, or the n-grams that begin with a token; none if there are none."""
+        """Rows of a slice, or the n-grams that begin with a token; if there are none, an empty table whose `note` says so."""
         if isinstance(key, slice):
             return self._rows(torch.arange(len(self))[key])
         if isinstance(key, str):
@@ -211,7 +220,7 @@ class NgramTable(Shown):
             **columns: `id_2=17`, `token_1=" more"`, or several that are welcome: `token_2=[" than", " of"]`.
 
         Returns:
-            A table with the same header, possibly empty.
+            A table with the same header, possibly empty; its `note` names tokens that no n-gram has in that place.
 
         Raises:
             ValueError: There is no such column.
@@ -220,10 +229,13 @@ class NgramTable(Shown):
             >>> table = NgramTable.ranked(
             ...     torch.tensor([[0, 1], [0, 2]]), torch.tensor([-1.0, -2.0]), names={0: "a", 1: "b", 2: "c"}, path="direct"
             ... )
-            >>> table.where(id_1=0, token_2=["c", "d"]).scores.tolist()
-            [-2.0]
+            >>> table.where(id_1=0, token_2=["c", "B"])
+            NgramTable(1 bi-grams by log-probability; path direct): none of these 2 bi-grams has 'B' as token_2; 'b' is a token_2
+              token_1 token_2  score
+            0       a       c   -2.0
         """
         keep = torch.ones(len(self), dtype=torch.bool)
+        notes = [self.note] if self.note else []
         if min_score is not None:
             keep &= self.scores >= min_score
         if max_score is not None:
@@ -234,16 +246,40 @@ class NgramTable(Shown):
                     f"A condition must be on a column, one of {self._id_columns + self._token_columns}; got {name!r}."
                 )
             values: list[Any] = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
-            kind, position = name.split("_")
-            if kind == "token":
-                values = [token for text in values for token in self._named(text)]
-            keep &= torch.isin(self.ids[:, int(position) - 1], torch.tensor(values, dtype=torch.long))
-        return self._rows(keep.nonzero()[:, 0])
+            column = self.ids[:, int(name.removeprefix("id_").removeprefix("token_")) - 1]
+            absent: list[Any] = []
+            if name.startswith("token"):
+                named = {text: self._named(text, column) for text in values}
+                absent = [text for text, ids in named.items() if not ids]
+                values = [token for ids in named.values() for token in ids]
+            found = torch.isin(column, torch.tensor(values, dtype=torch.long))
+            if name.startswith("id") and not bool(found.any()):
+                absent = values
+            absent = absent if len(self) else []
+            notes += [self._absence(value, name) for value in absent[:NOTED]]
+            notes += [f"{len(absent) - NOTED} more are not there"] if len(absent) > NOTED else []
+            keep &= found
+        return replace(self._rows(keep.nonzero()[:, 0]), note="; ".join(notes))
 
-    def _named(self, text: str) -> list[int]:
-        """Ids with a text; several tokens may have the same (bytes of a character)."""
-        found = [token for token, name in self.names.items() if name == text]
-        return found or [token for token, name in self.names.items() if name == f" {text}"]
+    def _named(self, text: str, column: Int[Tensor, " row"]) -> list[int]:
+        """Ids in a column with a text, else with a space before it; several tokens may have the same (bytes of a character)."""
+        for wanted in (text, f" {text}"):
+            ids = [token for token, name in self.names.items() if name == wanted and bool((column == token).any())]
+            if ids:
+                return ids
+        return []
+
+    def _absence(self, wanted: str | int, name: str) -> str:
+        """In words: that no n-gram has a token in a column, and where one stands that differs in spaces or case only."""
+        alike = {}
+        if isinstance(wanted, str):
+            tokens = [t for t, text in self.names.items() if text.strip().casefold() == wanted.strip().casefold()]
+            for other, column in zip(self._token_columns, self.ids.T, strict=True):
+                alike[other] = sorted({self.names[token] for token in tokens if bool((column == token).any())})
+        column = name.replace("id", "token")
+        others = "".join(f"; {', '.join(map(repr, texts))} is a {other}" for other, texts in alike.items() if texts)
+        text = repr(wanted) if isinstance(wanted, str) else f"id {wanted}"
+        return f"none of these {len(self):,} {self._kind} has {text} as {column}{others}"
 
     def _rows(self, index: Tensor) -> NgramTable:
         parts = {name: x[index] for name, x in self.parts.items()}
@@ -360,35 +396,6 @@ def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
     """Scores in float64, rounded to their leading 40 bits."""
     mantissa, exponent = torch.frexp(scores.double())
     return torch.ldexp((mantissa * 2**SCORE_BITS).round(), exponent - SCORE_BITS)
-
-
-def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Let `write` fill a temporary file beside `file`, sync it to disk, and put it in the place of `file`.
-
-    A process that is killed leaves the old file, and perhaps a hidden `.<name>.*.tmp`.
-    """
-    file = Path(file)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp lets only the owner read
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # the new name must be on disk, too
-        directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    return file
 
 
 def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool = False) -> pd.DataFrame:

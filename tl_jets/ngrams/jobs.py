@@ -35,10 +35,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.atomic_files import write_atomically
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.tables import NgramTable, write_atomically
+from tl_jets.tables import NgramTable
 
 SUFFIX = ".parquet"
+FILE_NAME = re.compile(r"\w[\w .,>+-]*")
 # How often the state of an unfinished table is saved.
 STATE_SECONDS = 30.0
 
@@ -67,7 +69,7 @@ class Job:
     processes: Processes = field(default=ALONE, repr=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w .,>+-]*", self.name):
+        if not FILE_NAME.fullmatch(self.name):
             raise ValueError(
                 f"A job's name must begin with a letter or digit and be a file name; got {self.name!r}. Give name=..."
             )
@@ -98,7 +100,8 @@ def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> 
             jobs have one name.
 
     Cost:
-        The jobs that are not finished. A killed sweep repeats at most the work since the state was last saved.
+        The jobs that are not finished. A killed sweep repeats at most the work since the state was last saved; of
+        skip-trigrams, which have no such state, a head.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ def finish(job: Job, file: str | Path) -> NgramTable:
         ValueError: The file is not of this job.
     """
     file = Path(file)
-    table = job.processes.first(lambda: _there(job, file))
+    table = job.processes.first(lambda: saved(file, job.header))
     if table is not None:
         return table
     state = file.with_name(f"{file.name}.state")
@@ -133,11 +136,15 @@ def finish(job: Job, file: str | Path) -> NgramTable:
     return table
 
 
-def _there(job: Job, file: Path) -> NgramTable | None:
-    """The table of a job from its file, if there is one."""
+def saved(file: Path, header: Mapping[str, Any]) -> NgramTable | None:
+    """The table of a file, if there is one; else what a killed process left half written is removed.
+
+    Raises:
+        ValueError: The file has another header.
+    """
     if file.exists():
         table = NgramTable.load(file)
-        check_header(table.header, job.header, file)
+        check_header(table.header, header, file)
         return table
     for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ path                   stream of token z, decoded by the model's own decoder    
 `"mlps"`               x := x + gamma_l_mlp(x) from x = W_E[z], over all MLPs         `mlps`
 =====================  =============================================================  ====================
 
+A label is a path, too: `"1_mlp > 3_mlp"` is `["1_mlp", "3_mlp"]`, so that any table's `path` can be asked for again.
+
 W_E[z] is the model's own `embed` source: scaled or normalized before the first block as the model does it. The MLPs are
 the model's own modules, replayed with their hooks (see `tl_jets.adapters`), and nothing of attention is evaluated.
 
@@ -44,7 +46,7 @@ class VocabularyStreams:
 
     Args:
         model: A model or a `ResidualNetwork`.
-        paths: The paths, see above; a step alone (`"3_mlp"`) is a path of one step.
+        paths: The paths, see above, as lists of steps or by their labels.
 
     Attributes:
         network: The network at sublayer granularity.
@@ -179,7 +181,10 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
                 f'"{MLPS}" needs a model with MLPs; this one has none. Its only bi-gram path is "{DIRECT}".'
             )
         return MLPS, None
-    steps = [] if path == DIRECT else [path] if isinstance(path, str) else list(path)
+    if isinstance(path, str):  # a label, which any table's `path` is
+        steps = [] if path == DIRECT else [step.strip() for step in path.split(ARROW.strip())]
+    else:
+        steps = list(path)
     for step in steps:
         if step in known:
             continue
@@ -189,7 +194,8 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
                 f"Use MLPs ({some(known)}), or the skip-trigrams of its heads."
             )
         raise ValueError(
-            f'A step of a path must be one of {some(known)}, or the path "{DIRECT}" or "{MLPS}"; got {step!r}.'
+            f'A path must be "{DIRECT}", "{MLPS}" or steps such as "1_mlp{ARROW}3_mlp", each one of {some(known)}; got the '
+            f"step {step!r} in {path!r}."
         )
     order = [known.index(step) for step in steps]
     if order != sorted(set(order)):

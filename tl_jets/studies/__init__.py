@@ -1,6 +1,7 @@
 """Studies with jet n-grams: what a model's bi-grams say of its knowledge, its training, its parts and its fine-tuning.
 
-Each stands beside its control; see the module of each.
+Measures stand beside their controls; the module of each says what its control holds, what its intervals are of, and what it leaves
+open.
 
 Example:
     >>> import tl_jets as tj

@@ -11,9 +11,16 @@ comparison of the paper's tables, with random components. It leaves open whether
 which the component with the table's name then shares; `AblationCheck.rivals` names these. An ablation early in the model changes
 what every later component reads, so that a rival is no evidence against a table.
 
-Logits are taken beyond their mean over the vocabulary, unless `logit="raw"`. 95% intervals are percentile bootstraps over n-grams;
-those of differences are paired. Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so that the
-component reads a stream that its table knows nothing of: a fall is not given by construction.
+Logits are taken beyond their mean over the vocabulary, unless `logit="raw"`. Prompts begin as the model's own do (`<s> more` for
+the bi-gram ` more than`), so that the component reads a stream that its table knows nothing of: a fall is not given by
+construction. A shuffle that leaves an n-gram the last token it had, or gives it the same one again, counts against the component.
+
+**Intervals** are 95% percentile bootstraps, those of differences paired: how far the mean would vary with the n-grams, the model
+and the other components being what they are. N-grams that share a token do not fall independently (of the 50 best skip-trigrams of
+a head all may end in three tokens), so that they are drawn again together: `units` are the different last tokens, or first ones if
+these are fewer. Fewer than six units are not judged; with fewer than twenty, intervals are somewhat too narrow. Each interval is
+of one comparison: of many other components that cost exactly as much, one in forty is said to cost more. *Confirmed* needs all of
+its intervals, and is no likelier by chance than one of them.
 
 Source: Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2 (logit change under intervention); the controls are ours.
 
@@ -26,6 +33,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -40,11 +48,15 @@ from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.trigrams import jet_trigrams
 from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.stages import some
-from tl_jets.studies.intervals import bootstrap_interval
+from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.tables import NgramTable
 
 OWN, SHUFFLED = "own", "shuffled"
+# The others' ablations, averaged.
+OTHERS = "others"
 BELOW, ABOVE, UNCLEAR, NO_INTERVAL = "below 0", "above 0", "not told from 0", "no interval"
+# Below so many units no sign is shown at 95%: all five of five fair coins agree in one case of 16.
+LEAST_UNITS = 6
 # Rivals that a verdict names.
 NAMED = 3
 
@@ -84,7 +96,7 @@ class AblationCheck(Shown):
         All three intervals must be below zero; without others, two. Whether one of the others costs as much is another question:
         `rivals`.
         """
-        return all(self._sign(values) == BELOW for values in self._required().values())
+        return all(row["verdict"] == BELOW for row in self._required().values())
 
     @property
     def strongest_other(self) -> str | None:
@@ -101,14 +113,17 @@ class AblationCheck(Shown):
         The interval of the paired difference, own - other, is not below zero. If there are others and none is a rival, the
         component's ablation costs its n-grams most.
         """
-        return [label for label in self._others_by_cost() if self._sign(self._beyond(label)) != BELOW]
+        return [label for label in self._others_by_cost() if self._beyond[label, OWN]["verdict"] != BELOW]
 
     @property
     def verdict(self) -> str:
         """In words: whether the table is confirmed, what is not shown if it is not, and which others cost as much."""
-        if self._sign(self.own[0]) == NO_INTERVAL:
-            return f"not judged: no intervals with {len(self.table)} n-grams and bootstrap={self.resamples}"
-        missing = [name for name, values in self._required().items() if self._sign(values) != BELOW]
+        if self._rows[self.step, OWN]["verdict"] == NO_INTERVAL:
+            return (
+                f"not judged: no intervals with bootstrap={self.resamples} and {self.n_units} different first or last tokens "
+                f"({LEAST_UNITS} are needed)"
+            )
+        missing = [name for name, row in self._required().items() if row["verdict"] != BELOW]
         if self.strongest_other is None:
             found, others = "confirmed against shuffled n-grams", "no other component was ablated"
         else:
@@ -119,11 +134,11 @@ class AblationCheck(Shown):
 
     def _told_apart(self, strongest: str) -> str:
         """Which others cost as much, in words."""
-        more = [label for label in self.rivals if self._sign(self._beyond(label)) == ABOVE]
+        more = [label for label in self.rivals if self._beyond[label, OWN]["verdict"] == ABOVE]
         unclear = [label for label in self.rivals if label not in more]
         parts = [f"{_listed(more)} cost{'s' if len(more) == 1 else ''} more"] if more else []
         parts += [f"not told apart from {_listed(unclear)}"] if unclear else []
-        most, own = (float(self._own_under(label).mean()) for label in (strongest, self.step))
+        most, own = (self._rows[label, OWN]["mean"] for label in (strongest, self.step))
         return f"{', '.join(parts) or 'each of them costs less'} (strongest other: {strongest} {most:+.2f}; own {own:+.2f})"
 
     def summary(self) -> pd.DataFrame:
@@ -132,18 +147,21 @@ class AblationCheck(Shown):
         A difference below zero says that the own n-grams fall further; `verdict` says on which side of zero the interval is. The
         strongest other is chosen by these numbers (see `strongest_other`).
         """
-        own, shuffled, strongest = self.own[0], self.shuffled[0].mean(1), self.strongest_other
-        controls, differences = [], []
+        strongest = self.strongest_other
+        controls = {f"shuffled n-grams, {self.step} ablated": (self.step, SHUFFLED)}
+        differences = {"own - shuffled n-grams": (self.step, SHUFFLED)}
         if strongest is not None:
-            others, most = self.own[1:].mean(0), self._own_under(strongest)
-            controls.append((f"own n-grams, others ablated (mean of {len(self.own) - 1})", others))
-            controls.append((f"own n-grams, {strongest} ablated (strongest other)", most))
-            differences += [("own ablation - others'", own - others), (f"own ablation - {strongest}'s", own - most)]
-        controls.append((f"shuffled n-grams, {self.step} ablated", shuffled))
-        differences.append(("own - shuffled n-grams", own - shuffled))
-        judged = [(f"own n-grams, {self.step} ablated", own), *differences]
-        rows = [{"what": what, **self._row(values), "verdict": self._sign(values)} for what, values in judged]
-        rows[1:1] = [{"what": what, **self._row(values), "verdict": ""} for what, values in controls]
+            controls = {
+                f"own n-grams, others ablated (mean of {len(self.own) - 1})": (OTHERS, OWN),
+                f"own n-grams, {strongest} ablated (strongest other)": (strongest, OWN),
+            } | controls
+            differences = {
+                "own ablation - others'": (OTHERS, OWN),
+                f"own ablation - {strongest}'s": (strongest, OWN),
+            } | differences
+        rows = [{"what": f"own n-grams, {self.step} ablated", **self._rows[self.step, OWN]}]
+        rows += [{"what": what, **self._rows[key], "verdict": ""} for what, key in controls.items()]
+        rows += [{"what": what, **self._beyond[key]} for what, key in differences.items()]
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -153,47 +171,69 @@ class AblationCheck(Shown):
         says on which side of zero that is. Both are missing in the first row.
         """
         rows = []
-        for i, component in enumerate(self.components):
-            for kind, values in ((OWN, self.own[i]), (SHUFFLED, self.shuffled[i].mean(1))):
-                row = {"ablated": component, "n-grams": kind, **self._row(values)}
-                difference = self._row(self.own[0] - values)
+        for component in self.components:
+            for kind in (OWN, SHUFFLED):
+                row = {"ablated": component, "n-grams": kind, **self._rows[component, kind]}
+                difference = self._beyond[component, kind]
                 names = {"mean": "difference", "low": "difference_low", "high": "difference_high"}
                 row |= {name: difference[end] if rows else math.nan for end, name in names.items()}
-                rows.append(row | {"verdict": self._sign(self.own[0] - values) if rows else ""})
+                rows.append(row | {"verdict": difference["verdict"] if rows else ""})
         return pd.DataFrame(rows)
 
-    def _required(self) -> dict[str, Float[Tensor, " ngram"]]:
+    @cached_property
+    def units(self) -> Int[Tensor, " ngram"]:
+        """Which n-grams the bootstrap draws together: those of one last token, or of one first token if these are fewer."""
+        return min((self.table.ids[:, column] for column in (-1, 0)), key=lambda ids: len(ids.unique()))
+
+    @property
+    def n_units(self) -> int:
+        """How many units there are."""
+        return len(self.units.unique())
+
+    def _required(self) -> dict[str, dict[str, Any]]:
         """What must be below zero on average for the table to be confirmed, by name."""
-        own = self.own[0]
-        others = {"fall beyond the mean of the others": own - self.own[1:].mean(0)} if len(self.components) > 1 else {}
-        return {"fall": own, **others, "fall beyond shuffled n-grams": own - self.shuffled[0].mean(1)}
+        others = {"fall beyond the mean of the others": self._beyond[OTHERS, OWN]} if len(self.components) > 1 else {}
+        return {
+            "fall": self._rows[self.step, OWN],
+            **others,
+            "fall beyond shuffled n-grams": self._beyond[self.step, SHUFFLED],
+        }
 
     def _others_by_cost(self) -> list[str]:
         return [self.components[1 + i] for i in self.own[1:].mean(1).argsort(stable=True).tolist()]
 
-    def _own_under(self, label: str) -> Float[Tensor, " ngram"]:
-        """Changes of the component's n-grams when a component is ablated."""
-        return self.own[self.components.index(label)]
+    @cached_property
+    def _changes(self) -> dict[tuple[str, str], Float[Tensor, " ngram"]]:
+        """Changes of n-grams, by (what was ablated, kind of n-gram)."""
+        found = {(label, OWN): self.own[i] for i, label in enumerate(self.components)}
+        found |= {(label, SHUFFLED): self.shuffled[i].mean(1) for i, label in enumerate(self.components)}
+        return found | ({(OTHERS, OWN): self.own[1:].mean(0)} if len(self.components) > 1 else {})
 
-    def _beyond(self, label: str) -> Float[Tensor, " ngram"]:
-        return self.own[0] - self._own_under(label)
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Their means with intervals."""
+        return self._judged(self._changes)
 
-    def _interval(self, values: Tensor) -> tuple[float, float]:
-        return bootstrap_interval(values, resamples=self.resamples, seed=self.seed)
+    @cached_property
+    def _beyond(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """The same of own n-grams under the own ablation less each of them."""
+        return self._judged({key: self.own[0] - values for key, values in self._changes.items()})
 
-    def _sign(self, values: Tensor) -> str:
-        """On which side of zero the interval of a mean is."""
-        low, high = self._interval(values)
-        return NO_INTERVAL if math.isnan(low) else BELOW if high < 0 else ABOVE if low > 0 else UNCLEAR
-
-    def _row(self, values: Tensor) -> dict[str, Any]:
-        low, high = self._interval(values)
-        return {"mean": float(values.mean()), "low": low, "high": high, "fell": float((values < 0).double().mean())}
+    def _judged(self, changes: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], dict[str, Any]]:
+        """Mean, interval, share that fell, and on which side of zero the interval is."""
+        values = torch.stack(list(changes.values()))
+        resamples = self.resamples if self.n_units >= LEAST_UNITS else 0
+        ends = bootstrap_intervals(values, units=self.units, resamples=resamples, seed=self.seed)
+        columns = (values.mean(1), *ends, (values < 0).double().mean(1))
+        found = {}
+        for key, (mean, low, high, fell) in zip(changes, torch.stack(columns, dim=1).tolist(), strict=True):
+            found[key] = {"mean": mean, "low": low, "high": high, "fell": fell, "verdict": _sign(low, high)}
+        return found
 
     def __repr__(self) -> str:
         title = (
-            f"AblationCheck({self.step}: {len(self.table)} n-grams of path {self.table.path}, {self.mode} ablation, change of the "
-            f"{self.logit} logit; {self.verdict})"
+            f"AblationCheck({self.step}: {len(self.table)} n-grams of path {self.table.path} in {self.n_units} units, {self.mode} "
+            f"ablation, change of the {self.logit} logit; {self.verdict})"
         )
         return f"{title}\n{self.summary().round(3).to_string(index=False)}"
 
@@ -321,6 +361,11 @@ def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | No
     if bos is None:
         raise ValueError("prepend_bos=True needs a tokenizer with a beginning-of-sequence token; the model has none.")
     return torch.cat([torch.full((len(prompts), 1), bos), prompts], dim=1)
+
+
+def _sign(low: float, high: float) -> str:
+    """On which side of zero an interval is."""
+    return NO_INTERVAL if math.isnan(low) else BELOW if high < 0 else ABOVE if low > 0 else UNCLEAR
 
 
 def _listed(labels: list[str]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams import fingerprint, jet_bigrams_by_path
+from tl_jets.ngrams.jobs import FILE_NAME
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, VocabularyStreams, mlp_steps
 from tl_jets.notebook import Shown
 from tl_jets.studies.overlap import hit_ratio, share_found
@@ -96,6 +98,7 @@ def track(
     controls: int = 20,
     seed: int = 0,
     progress: bool = True,
+    folder: str | Path | None = None,
 ) -> Track:
     """Scores of given bi-grams, and hit ratios against a reference, over checkpoints of a model.
 
@@ -105,7 +108,7 @@ def track(
         checkpoints: What the function is called with, in order; None otherwise.
         pairs: Bi-grams to be scored, as `pair_scores` takes them.
         reference: A table whose n best bi-grams are looked for among those of each checkpoint (counts of a text: give its
-            unigram, too); `"last"` for that of the last one.
+            unigram, too); `"last"` for that of the last one, whose own hit ratio is 1 by construction.
         n: How many.
         path: As `jet_bigrams` takes it.
         unigram: A probability for every token: tables are then by pseudo-joint, exactly, and by log-probability otherwise.
@@ -113,13 +116,16 @@ def track(
         controls: How often the second tokens of the reference are shuffled.
         seed: Of shuffling.
         progress: Show bars.
+        folder: Where each checkpoint's sweep is kept, in a folder of its name: what was finished when a process was killed is
+            loaded, an unfinished sweep is resumed.
 
     Returns:
         A `Track`.
 
     Raises:
-        ValueError: Neither pairs nor a reference, no checkpoint, checkpoints of different vocabularies, or a reference with fewer
-            than n bi-grams.
+        ValueError: Neither pairs nor a reference, no checkpoint, checkpoints of different vocabularies, a reference with fewer
+            than n bi-grams, or a `folder` without a reference, for a checkpoint whose name is no file name, or that has tables of
+            something else.
 
     Source:
         Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours.
@@ -138,6 +144,7 @@ def track(
         controls=controls,
         seed=seed,
         progress=progress,
+        folder=folder,
     ).values()
     return found
 
@@ -154,6 +161,7 @@ def track_by_path(
     controls: int = 20,
     seed: int = 0,
     progress: bool = True,
+    folder: str | Path | None = None,
 ) -> dict[str, Track]:
     """`track` along several paths: each checkpoint is loaded once, and its tables come from one sweep.
 
@@ -168,6 +176,7 @@ def track_by_path(
         controls: How often second tokens are shuffled.
         seed: Of shuffling.
         progress: Show bars.
+        folder: Where sweeps are kept.
 
     Returns:
         Tracks by path.
@@ -188,6 +197,10 @@ def track_by_path(
         raise ValueError(
             f"n must be 1 or more and at most the rows of the reference, and controls 0 or more; got {n}, a reference {rows}, and "
             f"{controls}. Take a smaller n, or a longer table."
+        )
+    if folder is not None and reference is None:
+        raise ValueError(
+            "folder keeps the sweeps that a reference is looked for in; give a reference, or leave it out."
         )
     vocabulary = None
     names: list[Checkpoint] = []
@@ -211,7 +224,8 @@ def track_by_path(
                 texts = texts or [" ".join(visible(named[token]) for token in pair) for pair in ids.tolist()]
             del reader
         if reference is not None:
-            for label, table in _best(network, paths, unigram, n, progress).items():
+            own = None if folder is None else Path(folder) / _file_name(name)
+            for label, table in _best(network, paths, unigram, n, progress, own).items():
                 tables.setdefault(label, []).append(table)
         prints.append(fingerprint(network))
         names.append(name)
@@ -277,9 +291,23 @@ def _one_at_a_time(
         del network
 
 
+def _file_name(checkpoint: Checkpoint) -> str:
+    if not FILE_NAME.fullmatch(str(checkpoint)):
+        raise ValueError(
+            f"Checkpoints must have names of files to be kept in a folder; got {checkpoint!r}. Call it something else: "
+            "track(lambda name: load(files[name]), list(files), ...)."
+        )
+    return str(checkpoint)
+
+
 def _best(
-    network: ResidualNetwork, paths: Sequence[PathInput], unigram: Tensor | None, n: int, progress: bool
+    network: ResidualNetwork,
+    paths: Sequence[PathInput],
+    unigram: Tensor | None,
+    n: int,
+    progress: bool,
+    folder: Path | None,
 ) -> dict[str, NgramTable]:
     if unigram is None:
-        return jet_bigrams_by_path(network, paths, top_k=n, progress=progress)
-    return best_joint(network, paths, unigram, n, progress=progress)
+        return jet_bigrams_by_path(network, paths, top_k=n, progress=progress, folder=folder)
+    return best_joint(network, paths, unigram, n, progress=progress, folder=folder)

@@ -1,8 +1,9 @@
 """What each MLP and head adds: its own best n-grams, and how they overlap with those of other paths and of a text.
 
 A component's role is read off the table of the path that passes through it alone (`embed > 3_mlp > ln_final`). Whether the
-model uses what the table says is another question: `ablation_check`. Attention
-heads have skip-trigrams (`heads=True`), which overlap with those of other heads only.
+model uses what the table says is another question: `ablation_check`. Overlaps are counts, without a control: two paths may share
+bi-grams because both know common tokens (`compare_with_counts` shuffles those), and no share of the 100 best is a share of what
+two components do. Attention heads have skip-trigrams (`heads=True`), which overlap with those of other heads only.
 
 Source: Chen et al., arXiv 2410.06024, section 5.1 (roles of components; table 1).
 

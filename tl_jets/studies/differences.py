@@ -10,9 +10,9 @@ probabilities are next to nothing; `at_least` says what one of the two must reac
 
 Source: Chen et al., arXiv 2410.06024, section 5.3 (effects of fine-tuning).
 
-Cost: V^2 d_model multiply-adds a model and a third of that, about three bi-gram sweeps; 2 top_k rows or a few more in float64.
-Between models that are almost the same float32 cannot tell what moved, and all rows are read in float64, four times as long.
-Memory: 0.3 GB for GPT-2 small.
+Cost: V^2 d_model multiply-adds a model and a quarter of that, about two and a half bi-gram sweeps; a few times top_k rows in
+float64. Between models that are almost the same float32 cannot tell what moved, and all rows are read in float64: four times as
+long. Memory: 0.3 GB for GPT-2 small.
 
 Example:
     >>> import tl_jets as tj

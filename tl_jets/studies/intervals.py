@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of means and sums (Efron 1979), seeded.
+"""Percentile bootstrap intervals of means and sums (Efron 1979), by units where values go together, seeded.
 
 Example:
     >>> import torch
@@ -10,50 +10,103 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Reduce = Literal["mean", "sum"]
 
 CONFIDENCE = 95
+TAILS = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
 # Numbers resampled at a time.
 RESAMPLED = 2**22
 
 
 def bootstrap_interval(
-    values: Float[Tensor, " value"], *, resamples: int = 1000, seed: int = 0, reduce: Reduce = "mean"
+    values: Float[Tensor, " value"],
+    *,
+    units: Int[Tensor, " value"] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    reduce: Reduce = "mean",
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean or sum of values that were drawn independently.
+    """The 95% percentile bootstrap interval of the mean or sum of values that were drawn independently, or unit by unit.
+
+    It is too narrow for few units: of ten it covers about 90%.
 
     Args:
         values: Shape [value].
-        resamples: How often values are drawn again, with replacement.
+        units: Which unit each value is of, as any number; None if each is one. Units are drawn again whole, so that values that
+            go together do not count as independent ones (a cluster bootstrap). Shape [value].
+        resamples: How often units are drawn again, with replacement.
         seed: Of the draws.
         reduce: `"mean"` or `"sum"`.
 
     Returns:
-        Lower and upper end; NaN for fewer than two values, which say nothing of their spread, and for no resamples.
+        Lower and upper end; NaN for fewer than two units, which say nothing of their spread, and for no resamples.
+
+    Example:
+        >>> import torch
+        >>> values, words = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> bootstrap_interval(values, units=words)  # two words, not six values
+        (0.0, 1.0)
+    """
+    low, high = bootstrap_intervals(
+        values.unsqueeze(0), units=units, resamples=resamples, seed=seed, reduce=reduce
+    ).tolist()
+    return low[0], high[0]
+
+
+def bootstrap_intervals(
+    values: Float[Tensor, "series value"],
+    *,
+    units: Int[Tensor, " value"] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    reduce: Reduce = "mean",
+) -> Float[Tensor, "2 series"]:
+    """`bootstrap_interval` of several series of values of the same units, all from the same draws.
+
+    Args:
+        values: Shape [series, value].
+        units: See `bootstrap_interval`, as for all that follows. Shape [value].
+        resamples: How often units are drawn again.
+        seed: Of the draws.
+        reduce: `"mean"` or `"sum"`.
+
+    Returns:
+        Lower and upper ends. Shape [2, series].
     """
     data = values.double().numpy()
-    if len(data) < 2 or not resamples:
-        return math.nan, math.nan
-    total: Callable[..., np.ndarray] = np.mean if reduce == "mean" else np.sum
+    unit = np.arange(data.shape[1]) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
+    n = int(unit.max(initial=-1)) + 1
+    if n < 2 or not resamples:
+        return torch.full((2, len(data)), math.nan, dtype=torch.float64)
+    sums = np.stack([np.bincount(unit, series, minlength=n) for series in data], axis=1)
+    sizes = np.bincount(unit, minlength=n)
     draw = np.random.default_rng(seed)
-    per_batch = max(1, RESAMPLED // len(data))
-    found = [
-        total(data[draw.integers(0, len(data), (min(per_batch, resamples - start), len(data)))], axis=1)
-        for start in range(0, resamples, per_batch)
-    ]
-    return central(np.concatenate(found))
+    per_batch = max(1, RESAMPLED // n)
+    found = []
+    for start in range(0, resamples, per_batch):
+        drawn = draw.integers(0, n, (min(per_batch, resamples - start), n))
+        rows = n * np.arange(len(drawn))[:, None]
+        times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape)
+        found.append(times @ sums / ((times @ sizes)[:, None] if reduce == "mean" else 1))
+    return torch.from_numpy(np.percentile(np.concatenate(found), TAILS, axis=0))
 
 
 def central(values: np.ndarray) -> tuple[float, float]:
-    """The central 95% of some values; NaN for none."""
-    if not len(values):
+    """Ends of the interval that another draw of the same kind is in with 95%, as far as these tell; NaN for none.
+
+    The k-th smallest of m draws is at k / (m + 1), since another one is as likely to fall into any of the m + 1 gaps. So it takes
+    39 to know a tail of 2.5%; of fewer the ends are the smallest and the largest, and another one is outside with 2 / (m + 1).
+    """
+    m = len(values)
+    if not m or np.isnan(values).any():
         return math.nan, math.nan
-    low, high = np.percentile(values, [(100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2])
+    places = np.clip(np.round((m + 1) * np.array(TAILS) / 100, 9) - 1, 0, m - 1)  # rounded: a draw is its own quantile
+    low, high = np.interp(places, np.arange(m), np.sort(values))
     return float(low), float(high)

@@ -8,9 +8,11 @@ r"""How much of a list of bi-grams a path of the model holds: a knowledge or tox
 over the user's own list (or its sum). A number without a scale: it stands beside **shuffled lists**, the same first tokens with
 the second tokens permuted. What a path gives to these, it gives to common tokens, not to the list.
 
-The 95% interval is a percentile bootstrap over the list's bi-grams: how much the index depends on which of them are in the
-list. Lists are sets: a bi-gram that occurs twice counts once, and the order does not matter. Of a list of three, every sixth
-shuffle is the list itself: the rank among controls says something for lists of ten and more.
+The 95% interval is a percentile bootstrap over the list's words, or bi-grams where these were given: how much the index depends on
+which of them are in the list. The bi-grams of a word (and words that share one) are drawn again together. Lists are sets: a bi-gram
+that occurs twice counts once, and the order does not matter. Of a list of three, every sixth shuffle is the list itself: the rank
+among controls says something for lists of ten and more. If the list were a shuffle like the others, its rank r among m of them
+would be that or better with a probability of r / (m + 1).
 
 Source: Chen et al., arXiv 2410.06024, section 5.3 (toxicity index; jet n-gram mass). Intervals and controls are ours.
 
@@ -34,7 +36,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from tl_jets.ngrams.streams import PathInput
@@ -60,7 +64,7 @@ class Mass(Shown):
         reduce: Which of the two.
         mean: The mean over the list.
         sum: The sum over the list.
-        interval: 95% percentile bootstrap interval of `value`; NaN for one bi-gram.
+        interval: 95% percentile bootstrap interval of `value`; NaN for one bi-gram or word.
         controls: The same number for shuffled lists. Shape [control].
         rank: 1 if no control is as large, 1 + how many are otherwise.
         size: How many different bi-grams the list has.
@@ -96,7 +100,7 @@ class Mass(Shown):
 
     @property
     def control_interval(self) -> tuple[float, float]:
-        """The central 95% of the shuffled lists."""
+        """Where 95% of shuffled lists are; of fewer than 39, the smallest and the largest."""
         return central(self.controls.numpy())
 
     def __repr__(self) -> str:
@@ -168,8 +172,9 @@ def mass(
     if controls < 0 or bootstrap < 0:
         raise ValueError(f"controls and bootstrap must be 0 or more; got {controls} and {bootstrap}.")
     reader = RowScores(model, path)
-    pairs, skipped = _read_list(reader, words, tokenize)
-    distinct = pairs.unique(dim=0)  # sorted, so that nothing depends on the order of the list
+    pairs, words_of, skipped = _read_list(reader, words, tokenize)
+    # Sorted, so that nothing depends on the order of the list.
+    distinct, place = pairs.unique(dim=0, return_inverse=True)
     prior = torch.ones(len(distinct), dtype=torch.float64)
     if unigram is not None:
         prior = check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
@@ -196,7 +201,9 @@ def mass(
         reduce=reduce,
         mean=float(shares[0].mean()),
         sum=float(shares[0].sum()),
-        interval=bootstrap_interval(shares[0], resamples=bootstrap, seed=seed, reduce=reduce),
+        interval=bootstrap_interval(
+            shares[0], units=_units(place, words_of), resamples=bootstrap, seed=seed, reduce=reduce
+        ),
         controls=values[1:],
         rank=1 + int((values[1:] >= values[0] * (1 - _ROUNDING)).sum()),
         size=len(distinct),
@@ -210,20 +217,33 @@ def mass(
     )
 
 
-def _read_list(reader: RowScores, words: WordInput, tokenize: Tokenize | None) -> tuple[Tensor, int]:
-    """Ids of all bi-grams of a list, and how many of its words have none."""
+def _read_list(
+    reader: RowScores, words: WordInput, tokenize: Tokenize | None
+) -> tuple[Int[Tensor, "pair 2"], Int[Tensor, " pair"], int]:
+    """Ids of all bi-grams of a list, which item of the list each is of, and how many of its words have none."""
     if isinstance(words, str):
         raise ValueError(f"A list of words is wanted; got one text, {words[:40]!r}. Put it in a list.")
     if isinstance(words, (NgramTable, Tensor)):
-        return read_pairs(reader, words), 0
+        pairs = read_pairs(reader, words)
+        return pairs, torch.arange(len(pairs)), 0
     tokenize = tokenize or tokenizer_of(reader.network)
-    rows, skipped = [], 0
-    for item in words:
+    rows, items, skipped = [], [], 0
+    for i, item in enumerate(words):
         found = list(pairwise(tokenize(item))) if isinstance(item, str) else [item]
         skipped += not found
         rows += found
+        items += [i] * len(found)
     if not rows:
         raise ValueError(
             f"A list must have a bi-gram at least; none of its {len(words)} words is more than one token. Give pairs."
         )
-    return read_pairs(reader, rows, tokenize=tokenize), skipped
+    return read_pairs(reader, rows, tokenize=tokenize), torch.tensor(items), skipped
+
+
+def _units(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:
+    """The first bi-gram of each one's unit: those are a unit that are of one item of the list, or of items that share a bi-gram."""
+    n, n_items = int(place.max()) + 1, int(items.max()) + 1
+    edges = (np.ones(len(place)), (place.numpy(), n + items.numpy()))
+    labels = connected_components(coo_array(edges, shape=(n + n_items, n + n_items)), directed=False)[1][:n]
+    _, first, unit = np.unique(labels, return_index=True, return_inverse=True)
+    return torch.from_numpy(first[unit])

@@ -7,13 +7,13 @@ With p, q the probabilities before and after, d = log q - log p, and e an error 
 (`tl_jets.ngrams.scan.Tiles.errors`, twice, and that of a sum):
 
 .. math::
-    \text{rise} \le \max\, q\,(1 + e_q) - p\,(1 - e_p), \qquad
-    \mathrm{KL} = \sum p \,(e^d - 1 - d) ,
+    \text{rise} \le \max\, q\,e^{e_q} - p\,e^{-e_p}, \qquad
+    \mathrm{KL} = \sum\, q - p - p\,d = \sum p\,(e^d - 1 - d) ,
 
-each term of which is nonnegative: nothing cancels where the models are close. What is left is the error of d relative to d: float32
-logits of size 10 have an error of 1e-6 or so.
+sums of nonnegative terms. Where a row has moved little, q - p cancels and the last form is taken (`CLOSE`). What is left is the
+error of d relative to d: float32 logits of size 10 have an error of 1e-6 or so.
 
-Cost: one product with `W_U` a model and a third of that for everything else. Memory: two times `CHUNK` rows of logits.
+Cost: one product with `W_U` a model and a quarter of that for everything else. Memory: two times `CHUNK` rows of logits.
 
 Example:
     >>> import torch, tl_jets as tj
@@ -43,8 +43,10 @@ Change = Literal["probability", "logprob"]
 CHUNK = 320
 # Numbers worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**17, 2**25
-# Where a probability underflows in float32, those that are not negligible have risen by more than this (nats).
-UNDERFLOW = 40
+# Below this KL (nats), q - p is not exact enough.
+CLOSE = 0.01
+# The most that a logarithm moves (nats) before its exp is no factor to multiply p with, which may have underflowed.
+FAR = 1
 
 
 class RowsMoved(NamedTuple):
@@ -75,9 +77,7 @@ class RowChanges:
         self, before: RowScores, after: RowScores, *, change: Change = "probability", at_least: float | int = 0
     ):
         self.sides = [_Side(before), _Side(after)]
-        self.change = change
-        self.floor = math.log(at_least) if at_least > 0 else -math.inf
-        self.scratch: list[Tensor] = []
+        self.change, self.at_least = change, at_least
 
     @torch.no_grad()
     def read(self, first: Int[Tensor, " row"]) -> RowsMoved:
@@ -86,77 +86,83 @@ class RowChanges:
         Raises:
             ValueError: A logit is not finite.
         """
-        before, after = (side.read(first) for side in self.sides)
-        errors = [side.errors.unsqueeze(1) for side in self.sides]
-        found = [
-            self._moved(before[part], after[part], *(x[part] for x in errors))
-            for part in slices(len(first), rows_of_scratch(before))
-        ]
-        return RowsMoved(*(torch.cat(parts).double().cpu() for parts in zip(*found, strict=True)))
+        for side in self.sides:
+            side.read(first)
+        found = [self._moved(part) for part in slices(len(first), self.sides[0].rows)]
+        moved = RowsMoved(*(torch.cat(parts).double().cpu() for parts in zip(*found, strict=True)))
+        if not bool(moved.kl.isfinite().all()):
+            bad = first[~moved.kl.isfinite().to(first.device)][:5].tolist()
+            raise ValueError(
+                f"Every logit must be finite; those of tokens {bad} are not. Look at the model's weights, its precision "
+                "(float16 overflows), and the hooks on it."
+            )
+        return moved
 
-    def _moved(self, before: Tensor, after: Tensor, before_error: Tensor, after_error: Tensor) -> tuple[Tensor, ...]:
-        """Bounds and KL of rows of log-probabilities, which are overwritten."""
-        if len(self.scratch) < 3 or self.scratch[0].shape[0] < len(before):
-            self.scratch = [torch.empty_like(before) for _ in range(3)]
-        p, q, terms = (x[: len(before)] for x in self.scratch)
-        torch.exp(before, out=p)
-        torch.exp(after, out=q)
+    def _moved(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds and KL of some of the rows that were read. Nothing here leaves the caches."""
+        (before, p, before_total), (after, q, after_total) = (side.probabilities(part) for side in self.sides)
+        before_error, after_error = (side.errors[part, None] for side in self.sides)
+        error = before_error + after_error
         hopeless = None
-        if self.floor > -math.inf:
-            hopeless = torch.maximum(before + before_error, after + after_error) < self.floor
-        moved = after.sub_(before)
-        torch.expm1(moved, out=terms).sub_(moved).mul_(p)
-        if float(moved.amax()) > UNDERFLOW:
-            terms = torch.where(moved > 1, (q - p).addcmul_(p, moved, value=-1), terms)
+        if self.at_least > 0:
+            hopeless = torch.maximum(p * before_error.exp(), q * after_error.exp()) < self.at_least
+        moved = after.sub_(before).sub_((after_total / before_total).log())
+        rise = torch.sub(q, p, out=before)
+        terms = torch.addcmul(rise, p, moved, value=-1, out=q)
         kl = terms.sum(1)
+        close = kl < CLOSE
+        if bool(close.any()):
+            d = moved[close]
+            kl[close] = torch.where(d > FAR, terms[close], (torch.expm1(d) - d) * p[close]).sum(1)
         if self.change == "logprob":
-            rise, fall, error = moved, torch.neg(moved, out=before), (before_error + after_error)[:, 0]
+            highest, lowest = moved, moved
         else:
-            rise = torch.mul(q, 1 + after_error, out=moved).addcmul_(p, before_error - 1)
-            fall = torch.mul(p, 1 + before_error, out=before).addcmul_(q, after_error - 1)
-            error = 0
+            highest = torch.addcmul(rise, p, torch.expm1(-error), value=-1, out=q)
+            lowest = torch.addcmul(rise, p, torch.expm1(error), value=-1, out=before)
         if hopeless is not None:
-            rise, fall = (x.masked_fill_(hopeless, -math.inf) for x in (rise, fall))
-        return rise.amax(1) + error, fall.amax(1) + error, kl
-
-
-def rows_of_scratch(logits: Tensor) -> int:
-    """How many rows are worked on at a time."""
-    return max(1, (SCRATCH_CPU if logits.device.type == "cpu" else SCRATCH_DEVICE) // logits.shape[1])
+            highest, lowest = highest.masked_fill(hopeless, -math.inf), lowest.masked_fill(hopeless, math.inf)
+        most, least = highest.amax(1), lowest.amin(1)
+        if self.change == "logprob":
+            return most + error[:, 0], error[:, 0] - least, kl
+        return most * after_error[:, 0].exp(), -least * (-after_error[:, 0]).exp(), kl
 
 
 class _Side:
-    """Log-probabilities of one model, and how far off they may be."""
+    """Probabilities of one model, and how far off their logarithms may be."""
 
     def __init__(self, scores: RowScores):
         self.scores, self.decoder = scores, scores.network.decoder
         self.tiles: Tiles | None = None
-        self.logits = self.errors = torch.empty(0)
+        self.bias: Tensor | None = None
+        self.logits = self.errors = self.scratch = torch.empty(0)
 
-    def read(self, first: Tensor) -> Tensor:
-        """Log-probabilities [row, d_vocab] in nats; `errors` then has the bounds of their errors [row]."""
+    @property
+    def rows(self) -> int:
+        """How many rows are worked on at a time."""
+        numbers = SCRATCH_CPU if self.logits.device.type == "cpu" else SCRATCH_DEVICE
+        return max(1, numbers // self.decoder.d_vocab)
+
+    def read(self, first: Tensor) -> None:
+        """Fill in `logits` [row, d_vocab], without bias and transform, and the bounds of the errors of log-probabilities [row]."""
         streams = self.scores.streams
         states = streams.states(streams.embed(first), self.scores.path)
         if self.tiles is None:
             self.tiles = Tiles(self.decoder, states.dtype, states.device)
+            self.bias = self.decoder.b_U.to(states.dtype) if bool(self.decoder.b_U.any()) else None
         if len(self.logits) < len(states):
             self.logits = torch.empty(len(states), self.decoder.d_vocab, dtype=states.dtype, device=states.device)
-        logits = self.logits[: len(states)]
-        self.decoder.project(states, logits)
-        logits += self.decoder.b_U.to(states.dtype)
-        exponentials = torch.empty_like(logits[: rows_of_scratch(logits)])
-        for part in slices(len(logits), rows_of_scratch(logits)):
-            rows = logits[part]
-            if self.decoder.transform is not None:
-                rows.copy_(self.decoder.transform(rows))
-            top = rows.amax(1, keepdim=True)
-            if not bool(top.isfinite().all()):
-                bad = first[part][~top.isfinite()[:, 0].to(first.device)][:5].tolist()
-                raise ValueError(
-                    f"Every logit must be finite; those of tokens {bad} are not. Look at the model's weights, its precision "
-                    "(float16 overflows), and the hooks on it."
-                )
-            rows -= top
-            rows -= torch.exp(rows, out=exponentials[: len(rows)]).sum(1, keepdim=True).log_()
+            self.scratch = torch.empty_like(self.logits[: self.rows])
+        self.decoder.project(states, self.logits[: len(states)])
         self.errors = 2 * self.tiles.errors(states) / LOG2_E + SUM_ERROR * torch.finfo(states.dtype).eps
-        return logits
+
+    def probabilities(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows: logits less their maximum, probabilities, and the sums [row, 1] of exp of the former."""
+        logits = self.logits[part]
+        if self.bias is not None:
+            logits += self.bias
+        if self.decoder.transform is not None:
+            logits.copy_(self.decoder.transform(logits))
+        logits -= logits.amax(1, keepdim=True)
+        p = torch.exp(logits, out=self.scratch[: len(logits)])
+        total = p.sum(1, keepdim=True)
+        return logits, p.mul_(1 / total), total

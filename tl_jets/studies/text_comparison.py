@@ -2,17 +2,18 @@ r"""Which path carries what: the bi-grams of each path against those of a real t
 
 For every path,
 
-- **hit ratio**: which share of the n most frequent bi-grams of the text are among the path's n best by pseudo-joint,
-  log P(z2|z1) + log unigram(z1), with the unigram of the text;
+- **hit ratio**: which share of the n most frequent bi-grams of the text (of equally frequent ones, those with the smallest ids) are
+  among the path's n best by pseudo-joint, log P(z2|z1) + log unigram(z1), with the unigram of the text;
 - **rank correlation** (Spearman) of log P(z2|z1) of the path and of the text, over the n most frequent bi-grams.
 
 Controls: the same with the *second tokens shuffled* among the n bi-grams (what comes of knowing common tokens, or of chance), and
 a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens.
 
-A path knows which token follows which only if *both* measures are above *both* controls, the 97.5th percentile of the shuffled
-lists and the row without a model: its verdict is then `hits and order`. Else it is `hits only`, `order only` or `neither`. A
-verdict compares the numbers of this text. In another of its kind they would differ: a hit ratio p by about sqrt(p (1 - p) / n), a
-correlation r by about (1 - r^2) / sqrt(n).
+A path knows which token follows which only if *both* measures are above *both* controls, the end that 2.5% of shuffled lists
+exceed (of fewer than 39 the largest, which one in m + 1 exceeds) and the row without a model: its verdict is then `hits and order`.
+Else it is `hits only`, `order only` or `neither`. A verdict compares the numbers of this text. In another of its kind they would
+differ: a hit ratio p by about sqrt(p (1 - p) / n), a correlation r by about (1 - r^2) / sqrt(n), and by more than that as far as
+bi-grams of one first token go together.
 
 Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours.
 
@@ -25,12 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -98,7 +100,7 @@ class TextComparison(Shown):
         return {label: VERDICTS[hits, order] for label, judged, hits, order in rows if judged}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a path: both measures, each with the mean and the central 95% of its control; the verdict."""
+        """A row a path: both measures, each with the mean of its control and where 95% of it are; the verdict."""
         rows = []
         verdicts = self.verdicts
         for i, label in enumerate(self.labels):
@@ -150,7 +152,7 @@ def compare_with_counts(
         counts: Bi-grams of the text in the model's vocabulary, all of them: `ngram_counts(tokens)`.
         paths: Paths; None for `direct`, every MLP, and `mlps`.
         n: How many bi-grams are compared; fewer if the text has fewer.
-        controls: How often second tokens are shuffled.
+        controls: How often second tokens are shuffled; 39 or more tell where 95% of such lists are.
         seed: Of shuffling.
         progress: Show bars.
 
@@ -187,8 +189,8 @@ def compare_with_counts(
     shuffles = [torch.from_numpy(draw.permutation(len(order))) for _ in range(controls)]
     shuffled = [torch.stack([wanted[:, 0], wanted[shuffle, 1]], dim=1) for shuffle in shuffles]
     rows = []
-    for path, table in zip(paths, tables.values(), strict=True):
-        scores, _ = RowScores(network, path).of(torch.cat([wanted, *shuffled]))
+    for label, table in tables.items():
+        scores, _ = RowScores(network, label).of(torch.cat([wanted, *shuffled]))
         rows.append(_row(table.ids, scores.view(controls + 1, -1), [wanted, *shuffled], real))
     independent = second.log()[torch.cat([wanted, *shuffled])[:, 1]].view(controls + 1, -1)
     rows.append(_row(_best_products(unigram, second, len(order)), independent, [wanted, *shuffled], real))
@@ -207,7 +209,13 @@ def compare_with_counts(
 
 
 def best_joint(
-    model: Any, paths: Sequence[PathInput], unigram: Float[Tensor, " d_vocab"], n: int, *, progress: bool = True
+    model: Any,
+    paths: Sequence[PathInput],
+    unigram: Float[Tensor, " d_vocab"],
+    n: int,
+    *,
+    progress: bool = True,
+    folder: str | Path | None = None,
 ) -> dict[str, NgramTable]:
     """The n best bi-grams of some paths by pseudo-joint, exactly: over all pairs whose first token the unigram knows.
 
@@ -217,6 +225,7 @@ def best_joint(
         unigram: A probability for every token. Shape [d_vocab].
         n: How many; fewer if there are fewer pairs.
         progress: Show bars.
+        folder: Where the sweep that they are chosen from is kept and resumed, see `jet_bigrams_by_path`.
 
     Returns:
         Tables by path.
@@ -227,13 +236,13 @@ def best_joint(
     width = min(PER_ROW, d_vocab)
     network = ResidualNetwork(model)
     found = {}
-    tables = jet_bigrams_by_path(network, paths, per="row", top_k=width, rows=rows, progress=progress)
-    for path, (label, table) in zip(paths, tables.items(), strict=True):
+    tables = jet_bigrams_by_path(network, paths, per="row", top_k=width, rows=rows, progress=progress, folder=folder)
+    for label, table in tables.items():
         joint = pseudo_joint(table, unigram)
         unsure = _rows_with_more(joint, n) if width < d_vocab else []
         if unsure:
             options: dict[str, Any] = {"per": "row", "top_k": min(n, d_vocab), "rows": unsure, "progress": progress}
-            joint = _with_rows(joint, pseudo_joint(jet_bigrams(network, path, **options), unigram), unsure)
+            joint = _with_rows(joint, pseudo_joint(jet_bigrams(network, label, **options), unigram), unsure)
         best = joint[:n]
         whole = {"per": "global", "top_k": n, "of": "all pairs", "exact_top": len(best)}
         found[label] = replace(best, settings={**best.settings, **whole})
@@ -287,12 +296,17 @@ def _second_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"
     return total / total.sum()
 
 
-def _best_products(first: Tensor, second: Tensor, n: int) -> Tensor:
-    """The n pairs with the largest first(z1) second(z2): both are among the n best of their side."""
-    one, two = (x.topk(min(n, len(x))).indices for x in (first, second))
-    products = (first[one][:, None] * second[two]).flatten()
-    place = products.topk(min(n, len(products))).indices
-    return torch.stack([one[place // len(two)], two[place % len(two)]], dim=1)
+def _best_products(first: Tensor, second: Tensor, n: int) -> Int[Tensor, "pair 2"]:
+    """The n pairs with the largest first(z1) second(z2), ties by ids.
+
+    The i-th likeliest z1 and the j-th z2 come after i j - 1 other pairs, so that only those with i j <= n are looked at.
+    """
+    one, two = (x.argsort(descending=True, stable=True)[:n] for x in (first, second))
+    fitting = (n // torch.arange(1, len(one) + 1)).clamp_max(len(two))
+    i = torch.arange(len(one)).repeat_interleave(fitting)
+    j = torch.arange(len(i)) - (fitting.cumsum(0) - fitting)[i]
+    pairs = torch.stack([one[i], two[j]], dim=1)
+    return pairs[rank(pairs, first[pairs[:, 0]] * second[pairs[:, 1]])[:n]]
 
 
 def _check_counts(counts: NgramTable, d_vocab: int) -> None:

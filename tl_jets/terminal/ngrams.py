@@ -86,7 +86,7 @@ def _alone(label: str, table: NgramTable, of: str) -> RenderableType:
             cells.append(f"{math.exp(score):.1%}")
         drawn.add_row(str(i + 1), *(Text(names[token]) for token in ids), *cells)
     more = [f"{len(table) - len(shown):,} more: --json, --save"] if len(shown) < len(table) else []
-    return titled(f"{label}{of}", drawn, *more)
+    return titled(f"{label}{of}", drawn, *more, *([table.note] if table.note else []))
 
 
 def _beside(found: Mapping[str, NgramTable], of: str, scores: bool, width: int) -> Iterator[RenderableType]:
