@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_jets import ResidualNetwork, jet
+from tl_jets.adapters import base, heads
 from tl_jets.adapters.reading import read_norm
 from tl_jets.calculus import full_precision
 
@@ -208,6 +209,159 @@ def test_a_head_is_what_its_value_vectors_carry(spec):
     assert oracles.relative_error(trace["0_attn_out"] - ablated, here[2] + constant) < TOLERANCE
 
 
+NOT_THE_SUM = "Attention must be the sum of its heads and a constant; in block 1 of"
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_heads_that_are_not_the_models_are_refused(spec, monkeypatch):
+    """The bias is what heads leave of the write, so that any heads add up to it: what they leave must not read the stream."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    grab = heads._z_and_out
+
+    def reordered(view: Any, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+        z, out = grab(view, calls, layer, stream)
+        return (z.flip(2) if layer == 1 else z), out
+
+    monkeypatch.setattr(heads, "_z_and_out", reordered)
+    trace = ResidualNetwork(model, "head").trace(tokens)
+    assert trace["L0H1_out"].shape == trace["0_pre"].shape
+    with pytest.raises(NotImplementedError, match=NOT_THE_SUM):
+        trace["L1H1_out"]
+
+
+@pytest.mark.parametrize("spec", supported(CORE), ids=str)
+def test_heads_under_a_hook_on_their_sum(spec):
+    """What a hook takes of the sum is nobody's share, and refused; a constant that it adds is the bias's; heads are the heads'."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model, "head")
+    trace = network.trace(tokens)
+    plain = {label: trace[label] for label in ("L0H1_out", "L1H1_out", "1_attn_bias", "1_attn_out")}
+    points = [name for name in ("blocks.1.hook_attn_out", "blocks.1.attn.hook_out") if name in model.hook_dict]
+    for name in points:
+        with model.hooks([(name, lambda tensor, hook: 1.01 * tensor)]):
+            trace = network.trace(tokens)
+            if name.endswith("attn_out") or network.view._post_norm(1) is None:
+                assert oracles.relative_error(trace["1_attn_out"], 1.01 * plain["1_attn_out"]) < TOLERANCE
+            with pytest.raises(NotImplementedError, match=f"{NOT_THE_SUM}.* Use granularity='sublayer'"):
+                trace["L1H1_out"]
+            assert oracles.relative_error(trace["L0H1_out"], plain["L0H1_out"]) < TOLERANCE
+            assert network.at("sublayer").trace(tokens).gamma("1_attn")(trace["1_pre"]).shape == trace["1_pre"].shape
+    direction = torch.linspace(-1, 1, model.cfg.d_model, dtype=torch.float64)
+    with model.hooks([("blocks.1.hook_attn_out", lambda tensor, hook: tensor + direction)]):
+        trace = network.trace(tokens)
+        assert oracles.relative_error(trace["L1H1_out"], plain["L1H1_out"]) < TOLERANCE
+        found = trace["1_attn_bias"] - plain["1_attn_bias"]
+        assert oracles.relative_error(found, direction.expand_as(found)) < TOLERANCE
+
+    def without_head_2(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, 2] = 0
+        return z
+
+    with model.hooks([("blocks.1.attn.hook_z", without_head_2)]):
+        trace = network.trace(tokens)
+        assert not trace["L1H2_out"].any()
+        if network.view._post_norm(1) is None:
+            assert oracles.relative_error(trace["L1H1_out"], plain["L1H1_out"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", zoo.available(["gpt2_attn_result"]), ids=str)
+def test_heads_under_a_hook_on_their_results_are_refused(spec):
+    model = zoo.build(spec)
+
+    def without_head_2(result: Tensor, hook: Any) -> Tensor:
+        result[:, :, 2] = 0
+        return result
+
+    with model.hooks([("blocks.1.attn.hook_result", without_head_2)]):
+        trace = ResidualNetwork(model, "head").trace(zoo.tokens(model))
+        with pytest.raises(NotImplementedError, match=NOT_THE_SUM):
+            trace["L1H1_out"]
+
+
+@pytest.mark.skipif(
+    zoo.HookedTransformer is None, reason="the bridge's models with attention sinks have routed experts"
+)
+def test_heads_beside_an_attention_sink():
+    """Rows of the pattern sum to less than one, and heads are what they are all the same."""
+    options = zoo._OWN | {"use_attention_sinks": True, "dtype": torch.float64, "device": "cpu"}
+    with zoo._quiet():
+        model = zoo.HookedTransformer(zoo.HookedTransformerConfig(**options), move_to_device=False)
+    zoo.randomize(model)
+    model.eval().requires_grad_(False)
+    tokens = zoo.tokens(model)
+    _, cache = model.run_with_cache(tokens)
+    rows = cache["pattern", 1].sum(-1)
+    assert float(rows.max()) < 1 - 1e-3 and float(rows.std()) > 0.05
+    trace = ResidualNetwork(model, "head").trace(tokens)
+    z, z_at_zero = cache["z", 1], activation_at_zero(model, tokens)
+    parts = torch.einsum("bphe,hem->hbpm", z - z_at_zero, model.blocks[1].attn.W_O)
+    constant = torch.einsum("bphe,hem->bpm", z_at_zero, model.blocks[1].attn.W_O) + model.blocks[1].attn.b_O
+    assert oracles.relative_error(trace.writes(trace.network.stages[2])[:-1], parts) < TOLERANCE
+    assert oracles.relative_error(trace["1_attn_bias"], constant) < TOLERANCE
+
+
+def activation_at_zero(model: Any, tokens: Tensor) -> Tensor:
+    """hook_z of block 1 with its stream overwritten by zeros."""
+    return run_reading(
+        model, tokens, "blocks.1.attn.hook_z", {"blocks.1.hook_resid_pre": torch.zeros(*tokens.shape, 24).double()}
+    )
+
+
+POST_NORMED = [spec for spec in supported(ALL) if spec.name in ("gemma2", "gemma3", "olmo2", "sandwich")]
+
+
+def points_of_post_norms(network: ResidualNetwork, model: Any) -> list[str]:
+    """Names of the hook points inside block 1's norms after attention and MLP."""
+    modules = [network.view._post_norm_module(1, which) for which in ("attn", "mlp")]
+    points = {id(point) for module in modules for point in module.modules()}
+    return [name for name, point in model.hook_dict.items() if id(point) in points and name.startswith("blocks.1.ln")]
+
+
+@pytest.mark.parametrize("spec", POST_NORMED, ids=str)
+def test_norms_after_a_sublayer_are_read_before_hooks_come(spec, monkeypatch):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network, plain = ResidualNetwork(model, "head"), ResidualNetwork(model, "head").trace(tokens)
+    labels = ("L1H1_out", "1_attn_bias", "L1N17_out", "1_mlp_bias")
+    wanted = {label: plain[label] for label in labels}
+    points = points_of_post_norms(network, model)
+    assert len(points) >= 4
+    hooks = [(name, lambda tensor, hook: tensor) for name in points]
+    monkeypatch.setattr(base, "read_norm", None)  # nothing is read any more
+    with model.hooks(hooks):
+        trace = network.trace(tokens)
+        for label in labels:
+            assert oracles.relative_error(trace[label], wanted[label]) < TOLERANCE, label
+    edited = [(name, lambda tensor, hook: 1.01 * tensor) for name in points if name.endswith("hook_normalized")]
+    with model.hooks(edited):
+        trace = network.trace(tokens)
+        with pytest.raises(NotImplementedError, match=NOT_THE_SUM):
+            trace["L1H1_out"]
+        with pytest.raises(NotImplementedError, match="all neurons and b_out are off"):
+            trace["L1N17_out"]
+    monkeypatch.undo()
+    with model.hooks(hooks):
+        late = ResidualNetwork(model, "head")
+        trace = late.trace(tokens)
+        assert torch.equal(trace["1_attn_out"], plain["1_attn_out"])
+        with pytest.raises(ValueError, match="Build the ResidualNetwork before"):
+            trace["L1H1_out"]
+    assert torch.equal(late.trace(tokens)["L1H1_out"], wanted["L1H1_out"])
+
+
+def test_norms_after_a_sublayer_follow_changes_of_their_weights():
+    for spec in (spec for spec in POST_NORMED if spec.name == "gemma2" and spec.processing == "raw"):
+        model = zoo.fresh(spec)
+        network = ResidualNetwork(model, "head")
+        for parameter in network.view._post_norm_module(1, "attn").parameters():
+            parameter.mul_(3)
+        tokens = zoo.tokens(model)
+        wanted = ResidualNetwork(model, "head").trace(tokens)["L1H1_out"]
+        assert torch.equal(network.trace(tokens)["L1H1_out"], wanted)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "pythia", "gpt_neo"])
 def test_folding_value_biases_changes_no_head(name):
     spec = next(spec for spec in zoo.available([name]) if spec.world == zoo.available([name])[-1].world)
@@ -320,15 +474,115 @@ def test_a_ready_cache_gives_the_same_network():
         assert oracles.relative_error(found, own.gamma("1_mlp")(own["1_pre"])) < 1e-6
 
 
-def test_a_cache_of_other_tokens_or_without_streams_is_refused():
+def cache_of(model: Any, tokens: Tensor, hooks: Any = (), **extra: Any) -> Any:
+    with full_precision(), model.hooks(list(hooks)):
+        return model.run_with_cache(tokens, **extra)[1]
+
+
+CACHED = [spec for spec in supported(ALL) if spec.processing == "raw"]
+
+
+@pytest.mark.parametrize("spec", CACHED, ids=str)
+def test_a_cache_of_other_tokens_is_refused(spec):
+    """One token differs, or two prompts are swapped; the refusal costs the first attention, and leaves the model as it was."""
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model)
+    before, cache = model(tokens), cache_of(model, tokens)
+    other = tokens.clone()
+    other[1, 3] = 60 if tokens[1, 3] != 60 else 59
+    reached: list[str] = []
+    watch = [("blocks.1.hook_resid_pre", lambda tensor, hook: reached.append(hook.name))]
+    with model.hooks(watch), pytest.raises(ValueError, match=r"hook_resid_pre is not .* first at prompt 1, position 3"):
+        network.trace(other, cache=cache)
+    with pytest.raises(ValueError, match=r"A cache must be of the same input; .* first at prompt 0, position 0"):
+        network.trace(tokens.flip(0), cache=cache)
+    own = network.trace(tokens, cache=cache)
+    assert reached == [] and torch.equal(own["final_post"], cache["resid_post", len(model.blocks) - 1])
+    assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in CACHED if spec.name in zoo.CORE], ids=str)
+def test_a_cache_under_another_mask_is_refused(spec):
+    """Learned positions show it in the first stream, rotary ones in what the first attention writes. Padding may differ."""
+    model = zoo.build(spec)
+    tokens, mask = zoo.padded(model)
+    network = ResidualNetwork(model)
+    repadded = torch.where(mask.bool(), tokens, 5)
+    trace = network.trace(repadded, attention_mask=mask, cache=cache_of(model, tokens, attention_mask=mask))
+    own = network.trace(tokens, attention_mask=mask)
+    assert oracles.relative_error(trace["final_post"][trace.valid], own["final_post"][own.valid]) < 1e-9
+    where = "hook_resid_pre" if "pos_embed" in network.sources else "hook_attn_out"
+    # Rotary positions are relative: without a mask the first prompt, which is not padded, is the same.
+    with pytest.raises(ValueError, match=rf"{where} is not the model's, first at prompt 1"):
+        network.trace(tokens, attention_mask=mask, cache=cache_of(model, tokens, attention_mask=torch.ones_like(mask)))
+
+
+@pytest.mark.parametrize(
+    "name", ["hook_embed", "blocks.0.hook_resid_pre", "blocks.0.attn.hook_z", "blocks.0.hook_attn_out"]
+)
+def test_a_cache_is_read_under_the_hooks_that_made_it(name):
+    for spec in [spec for spec in CACHED if spec.name in ("gpt2", "llama", "gemma2")]:
+        model = zoo.build(spec)
+        tokens = zoo.tokens(model)
+        network = ResidualNetwork(model)
+        hooks = [(name, lambda tensor, hook: tensor + torch.linspace(-0.1, 0.3, tensor.shape[-1], dtype=tensor.dtype))]
+        cache = cache_of(model, tokens, hooks)
+        with pytest.raises(ValueError, match="under the hooks that are active now"):
+            network.trace(tokens, cache=cache)
+        with model.hooks(hooks):
+            trace, own = network.trace(tokens, cache=cache), network.trace(tokens)
+            assert torch.equal(trace["final_post"], own["final_post"]) and trace.labels == own.labels
+            with pytest.raises(ValueError, match="under the hooks that are active now"):
+                network.trace(tokens, cache=cache_of(zoo.fresh(spec), tokens))
+
+
+def test_each_caches_steps_are_compared_with_replays():
+    """A hook on a later layer leaves the beginning alone: the steps that it edits are refused, whatever was checked before."""
     model = zoo.build(zoo.available(["gpt2"])[0])
     tokens = zoo.tokens(model)
-    _, cache = model.run_with_cache(tokens[:, :5])
+    network = ResidualNetwork(model)
+    network.trace(tokens, cache=cache_of(model, tokens)).gamma("1_mlp")
+    network.trace(tokens).gamma("1_mlp")
+    edited = cache_of(model, tokens, [("blocks.1.hook_mlp_out", lambda tensor, hook: 1.01 * tensor)])
+    trace = network.trace(tokens, cache=edited)
+    trace.gamma("0_mlp")
+    with pytest.raises(ValueError, match="1_mlp is off by"):
+        trace.gamma("1_mlp")
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in CACHED if spec.name in ("gpt2", "llama", "gemma2", "bloom")], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_caches_of_any_precision(spec, dtype):
+    """Of a half-precision model, and kept in half or single precision: other tokens show in each."""
+    exact = zoo.build(spec)
+    tokens = zoo.tokens(exact)
+    wanted = ResidualNetwork(exact).trace(tokens)
+    made_in = zoo.fresh(spec, torch.float32).to(dtype) if dtype is torch.bfloat16 else exact
+    for model in {made_in, exact}:
+        cache = {name: value.to(dtype) for name, value in cache_of(model, tokens).items() if value.is_floating_point()}
+        network = ResidualNetwork(model)
+        trace = network.trace(tokens, cache=cache)
+        error = oracles.relative_error(trace["final_post"], wanted["final_post"])
+        assert error < {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 0.05}[dtype]
+        with pytest.raises(ValueError, match="first at prompt 2, position 6"):
+            network.trace(torch.cat([tokens.flatten()[:-1], tokens[0, :1]]).reshape(tokens.shape), cache=cache)
+
+
+def test_a_cache_of_other_shape_or_without_streams_is_refused():
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    tokens = zoo.tokens(model)
+    network = ResidualNetwork(model)
     with pytest.raises(ValueError, match="of the same tokens with its batch dimension"):
-        ResidualNetwork(model).trace(tokens, cache=cache)
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: "attn" in name)
+        network.trace(tokens, cache=cache_of(model, tokens[:, :5]))
     with pytest.raises(ValueError, match="must hold every stream and write"):
-        ResidualNetwork(model).trace(tokens, cache=cache)
+        network.trace(tokens, cache=cache_of(model, tokens, names_filter=lambda name: "attn_out" in name))
+    # The sources are the model's own where the cache has none.
+    cache = {name: value for name, value in cache_of(model, tokens).items() if name.startswith("blocks")}
+    trace, own = network.trace(tokens, cache=cache), network.trace(tokens)
+    assert all(torch.equal(trace[label], own[label]) for label in ("embed", "pos_embed", "0_pre"))
 
 
 @pytest.mark.parametrize("spec", zoo.available(["gpt2", "llama", "pythia"]), ids=str)

@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import color_vision
 import pytest
 import zoo
 from hostile import HOSTILE, HostileTokenizer
@@ -69,6 +70,17 @@ WORST_CONTRAST = """() => {
     if (contrast < worst.contrast) worst = {contrast, text, n: worst.n, ink, behind};
   }
   return worst;
+}"""
+
+
+# The color behind an element, as #1c66a8; a transparent one is on the ground of the page.
+PAINTED = """element => {
+  const canvas = document.createElement("canvas"); canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  for (const each of [element.closest(".tl-jets"), element]) {
+    context.fillStyle = getComputedStyle(each).backgroundColor; context.fillRect(0, 0, 1, 1);
+  }
+  return "#" + [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(c => c.toString(16).padStart(2, "0")).join("");
 }"""
 
 
@@ -141,7 +153,7 @@ def world(request):
         "top tokens of components": views.top_tokens(joint),
         "trigrams": views.trigram_heatmap(network, table, size=5),
     }
-    return {"iterative": iterative, "joint": joint, "sums": sums, "table": table, "views": made}
+    return {"iterative": iterative, "joint": joint, "trace": trace, "sums": sums, "table": table, "views": made}
 
 
 def hovered(page, place):
@@ -178,6 +190,18 @@ def test_full_colors_are_legible_and_differ(show):
             assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
             colors = [cell.evaluate("e => getComputedStyle(e).backgroundColor") for cell in opened.locator("td").all()]
             assert len(set(colors)) == 6 and colors[3:6] == colors[6:]  # what only rises is blue
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_both_sides_of_zero_are_told_apart_by_every_kind_of_color_vision(show, scheme):
+    """Cells of every strength, as they are painted; none on a cell without a value."""
+    cell = lambda kind, v: f'<td class="{kind}" style="--v:{v}"><bdi>x</bdi></td>'  # noqa: E731
+    cells = "".join(cell(kind, v) for v in (0.25, 0.5, 1) for kind in ("above", "below"))
+    with show(View("t", f"<table><tr>{cells}<td>x</td></tr></table>").page(), scheme) as opened:
+        *colors, ground = (cell.evaluate(PAINTED) for cell in opened.locator("td").all())
+    for v, above, below in zip((0.25, 0.5, 1), colors[::2], colors[1::2], strict=True):
+        assert color_vision.distance(above, below) > 60 * v
+        assert min(color_vision.distance(color, ground) for color in (above, below)) > 20 * v
 
 
 def test_a_pointer_brings_up_the_numbers(world, show):
@@ -300,3 +324,21 @@ def test_the_lens_page(world, show, scheme):
             for shown, (measure, mean) in zip(cells, kinds[2 * i].mean().items(), strict=True):
                 found = [float(each.strip("()")) for each in shown.split(" ")]
                 assert found == pytest.approx([float(mean), float(kinds[2 * i + 1].mean()[measure])], abs=6e-3)
+
+
+def test_the_page_of_a_detached_lens_shows_effects(world, show):
+    trace, tokenizer = world["trace"], world["joint"].tokenizer
+    targets = [int(token) for token in trace.tokens[0, :2]]
+    lenses = (
+        lens(trace.network, trace, linearize="detached", targets=targets)
+        for lens in (tj.iterative_jet_lens, tj.joint_jet_lens)
+    )
+    iterative, joint = (replace(lens, tokenizer=tokenizer) for lens in lenses)
+    name = lambda token: visible(token_text(tokenizer, token))  # noqa: E731
+    with show(views.lens_page(views.lens_data(iterative, joint) | {"shown": 1})) as opened:
+        heads, *rows = (row.locator("th, td").all_text_contents() for row in opened.locator("#joint tr").all())
+        assert heads == ["component", *(f"effect on {name(token)}" for token in targets), "its own best tokens"]
+        found = [[float(each) for each in row[1:3]] for row in rows]
+        effects = joint.effects[:, 0, 1]
+        for shown, values in zip(found, [*effects.tolist(), effects.sum(0).tolist()], strict=True):
+            assert shown == pytest.approx(values, rel=0.06, abs=6e-3)

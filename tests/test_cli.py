@@ -194,7 +194,8 @@ def test_files_hold_what_is_printed(capsys, monkeypatch, stories, tmp_path):
     lines = run(capsys, monkeypatch, *(word for kind, path in paths.items() for word in (f"--{kind}", str(path))))
     trace = ResidualNetwork(stories, "block").trace(PROMPT)
     data = json.loads(paths["json"].read_text())
-    assert data == lens_data(
+    assert list(data)[:2] == ["tl_jets", "command"] and data["command"] == "lens"
+    assert {name: value for name, value in data.items() if name != "command"} == lens_data(
         iterative_jet_lens(stories, trace, order=1, top_k=3),
         joint_jet_lens(stories, trace, top_k=3),
         model="stories",
@@ -262,8 +263,9 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     answer = int(logits.argmax())
     data = numbers(capsys, "lens", "--model", "stories", "--prompt", PROMPT, "--linearize", "detached",
                    "--granularity", "sublayer")  # fmt: skip
-    effects = data["joint"]["effect"]
-    assert list(effects) == joint.labels and data["iterative"]["linearize"] == "detached"
+    assert data["joint"]["linearize"] == data["iterative"]["linearize"] == "detached"
+    assert data["joint"]["target_ids"][0][-1] == [answer]
+    effects = {label: each[0][-1][0] for label, each in zip(joint.labels, data["joint"]["effects"], strict=True)}
     assert sum(effects.values()) == pytest.approx((logits[answer] - logits.mean()).item(), rel=1e-4)
     for label in joint.labels[:-1]:
         assert float(row(lines, label, "Joint jet lens")[0].split()[1]) == pytest.approx(
@@ -273,6 +275,20 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     assert all(value is None for layer in data["iterative"]["rho"] for value in layer[0])
     legend = "\n".join(lines[lines.index("How to read this") :])
     assert "rho is n/a" in legend and "[token]" not in legend
+
+
+def test_the_detached_lens_shows_effects_on_targets(capsys, monkeypatch, stories):
+    options = ("--linearize", "detached", "--target", "was", "--target", "id:300")
+    lines = run(capsys, monkeypatch, *options)
+    ids = [stories.tokenizer("was", add_special_tokens=False)["input_ids"][0], 300]
+    logits = stories(PROMPT)[0, -1].double()
+    shown = {label: [float(x) for x in row(lines, label, "Joint")[0].split()[1:3]] for label in ("embed", "sum")}
+    joint = joint_jet_lens(stories, PROMPT, linearize="detached", targets=ids)
+    assert shown["embed"] == pytest.approx(joint.effects[0, 0, -1].tolist(), rel=0.05, abs=6e-3)
+    assert shown["sum"] == pytest.approx((logits[ids] - logits.mean()).tolist(), rel=0.05, abs=6e-3)
+    data = numbers(capsys, "lens", "--model", "stories", "--prompt", PROMPT, *options)["joint"]
+    assert data["targets"][0][-1] == [visible(token_text(stories.tokenizer, token)) for token in ids]
+    assert data["effects"][0][0][-1] == pytest.approx(joint.effects[0, 0, -1].tolist(), rel=1e-5)
 
 
 def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):

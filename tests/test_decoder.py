@@ -105,6 +105,24 @@ def test_metric_is_computed_once():
         decoder.W_U = decoder.W_U  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["W_U", "b_U"])
+def test_metric_follows_weights_that_change_in_place(name, tied):
+    """Through the parameter, of which the decoder has a detached view, too."""
+    made = make_decoder(tied=tied)
+    decoder = dataclasses.replace(made, **{name: getattr(made, name).requires_grad_().detach()})
+    before = decoder.metric(True).gram
+    with torch.no_grad():
+        getattr(made, name).mul_(draw(made.d_vocab))
+    wanted = Decoder(made.norm, made.W_U.detach().clone(), made.b_U.detach().clone())
+    for centered in (False, True):
+        assert torch.equal(decoder.metric(centered).gram, wanted.metric(centered).gram)
+    assert (decoder.metric(True).gram - before).abs().max() > 0.1
+    with torch.inference_mode():
+        decoder = make_decoder()
+        assert decoder.metric(True) is decoder.metric(True)
+
+
 def test_project_converts_by_chunks(monkeypatch):
     monkeypatch.setattr(decoder_module, "CONVERTED_ELEMENTS", 30)
     decoder = make_decoder(dtype=torch.bfloat16)

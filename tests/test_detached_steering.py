@@ -178,7 +178,7 @@ def test_what_is_refused(model):
         with pytest.raises(ValueError, match="one prompt of at least two tokens"):
             steering_hooks(model, bad, output=1, strength=0.5)
     decoder = Decoder(Norm("none"), torch.eye(4), torch.zeros(4))
-    with pytest.raises(TypeError, match="hook points"):
+    with pytest.raises(NotImplementedError, match="plain callables has none"):
         steering_hooks(
             CallableModel(torch.nn.Embedding(5, 4), [{"0_mlp": torch.tanh}], decoder), steer, output=1, strength=1.0
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import oracles
@@ -12,7 +13,7 @@ import zoo
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, JetCache, Norm, Path, ResidualNetwork, Trace, jet_expand
-from tl_jets.expansion import cache as cache_module
+from tl_jets.expansion import checks as checks_module
 from tl_jets.expansion import expand as expand_module
 
 D, V, BATCH, POS = 6, 11, 2, 3
@@ -170,8 +171,8 @@ def test_optimal_weights_of_the_decoder_minimize_their_objective(objective, orde
         error = truth - logits
         return (error - (error.mean(-1, keepdim=True) if objective == "centered_l2" else 0)).norm(dim=-1)
 
-    options = {"centers": net.components, "order": order, "objective": objective}
-    best = jet_expand(net, "ln_final", weights="optimal", **options)(trace)
+    options = {"centers": net.components, "order": order}
+    best = jet_expand(net, "ln_final", weights="optimal", objective=objective, **options)(trace)
     for weights in [*torch.eye(3, dtype=torch.float64), *torch.rand(15, 3, dtype=torch.float64)]:
         other = jet_expand(net, "ln_final", weights=weights / weights.sum(), **options)(trace)
         assert (score(other) >= score(best) - 1e-6).all()
@@ -231,9 +232,27 @@ def test_trace_remembers_and_expansions_share_jets(monkeypatch):
     net = network(*TWO_BLOCKS)
     trace = net.trace(TOKENS)
     exp = jet_expand(net, "1_block", centers=["embed"], order=2)
-    assert exp(trace) is exp(trace)
+    assert exp(trace).terms is exp(trace).terms and exp(trace).expansion is exp
     monkeypatch.setattr(expand_module, "jet", lambda *_: pytest.fail("the jets were computed twice"))
     jet_expand(net, "1_block", centers=["embed"], order=2, weights=[1.0])(trace)
+    with pytest.raises(pytest.fail.Exception, match="twice"):
+        jet_expand(net, "1_block", centers={"embed": lambda trace: 2 * trace["embed"]}, order=2)(trace)
+
+
+def test_a_trace_keeps_no_expansion_alive():
+    """Weights that are optimized, an expansion a step: what the trace holds must not grow with the steps."""
+    net = network(*TWO_BLOCKS)
+    trace = net.trace(TOKENS)
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    for step in range(5):
+        first = jet_expand(net, "0_block", centers=["embed", lambda t: 2 * t["embed"]], weights=weights.softmax(0))
+        second = jet_expand(net, "1_block", centers=first, weights=weights.repeat(2).softmax(0))
+        second(trace).remainder.square().sum().backward()
+        assert (len(trace.memo), len(trace.evaluated)) == (4, 2), step  # writes and jets of two stages
+    assert second in trace.evaluated and first in trace.evaluated
+    del second
+    # The jets of the last one have the terms of `first` as centers.
+    assert len(trace.evaluated) == 1 and first in trace.evaluated
 
 
 @pytest.mark.parametrize("spec", [s for s in zoo.available(zoo.CORE) if s.processing == "raw"], ids=str)
@@ -331,12 +350,109 @@ def test_cache_moves_and_slices_like_an_activation_cache():
     single = jets.to(torch.float32)
     assert single["embed > ln_final"].dtype == single.weights.dtype == torch.float32
     assert jets["embed > ln_final"].dtype == torch.float64
+    assert single.gap is jets.gap and jets.to("meta").gap.device.type == "meta"
     first = jets.apply_slice_to_batch_dim(slice(0, 1)).remove_batch_dim()
     assert first["embed > ln_final"].shape == (POS, D) and first.weights.shape == (3, POS)
     assert oracles.relative_error(first.remainder, jets.remainder[0]) < 1e-12
     assert oracles.relative_error(first.logits(), jets.logits()[0]) < 1e-12
     with pytest.raises(ValueError, match="needs a batch of 1; this cache holds 2"):
         jets.remove_batch_dim()
+
+
+PROMPTS = ["w5 w17 w8 w30", "w11 w6", "w40 w41 w42"]  # of unequal length, so that two are padded
+
+
+def of_prompts(spec: Any, step: str, **options: Any) -> tuple[JetCache, list[JetCache]]:
+    """An expansion on all prompts together, and on each alone."""
+    net = ResidualNetwork(zoo.build(spec))
+    exp = jet_expand(net, step, centers=["embed", "0_attn_out", "0_mlp_out"], **options)
+    return exp(PROMPTS), [exp(prompt) for prompt in PROMPTS]
+
+
+def assert_same_tables(found: Any, wanted: Any) -> None:
+    numbers = ["weight", "norm"]
+    assert found.drop(columns=numbers).equals(wanted.drop(columns=numbers))
+    assert found[numbers].to_numpy() == pytest.approx(wanted[numbers].to_numpy(), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [("1_attn", {}), ("ln_final", {"weights": "optimal"}), ("1_mlp", {"linearize": "detached"})],
+    ids=["inner", "decoder", "detached"],
+)
+@pytest.mark.parametrize("spec", [s for s in zoo.available(["gpt2", "llama"]) if s.processing == "raw"], ids=str)
+def test_a_slice_is_the_cache_of_its_prompts(spec, step, options):
+    whole, alone = of_prompts(spec, step, **options)
+    assert whole.is_whole and whole.apply_slice_to_batch_dim(slice(None)).is_whole
+    for index, prompt in enumerate(alone):
+        for one in (whole.apply_slice_to_batch_dim([index]), whole.apply_slice_to_batch_dim(index)):
+            assert not one.is_whole and one.valid.sum() == prompt.valid.sum()
+            assert one.relative_remainder == pytest.approx(prompt.relative_remainder, rel=1e-8, abs=1e-12)
+            assert_same_tables(one.to_dataframe(), prompt.to_dataframe())
+            assert one.check().passed and one.check().sum_error < 1e-10
+            if one.gap is not None:
+                assert torch.equal(one.gap, whole.gap[index].expand_as(one.gap))
+    turned = whole.apply_slice_to_batch_dim([2, 0])
+    assert torch.equal(turned.tokens, whole.trace.tokens[[2, 0]]) and torch.equal(turned.valid, whole.valid[[2, 0]])
+    table = turned.to_dataframe()
+    assert_same_tables(table[table.batch == 0].reset_index(drop=True), alone[2].to_dataframe())
+    again = turned.apply_slice_to_batch_dim(torch.tensor([False, True])).remove_batch_dim()
+    assert again.prompts == 0
+    assert_same_tables(again.to_dataframe(), alone[0].to_dataframe())
+
+
+@pytest.mark.parametrize("spec", zoo.available(["gpt2"])[:1], ids=str)
+def test_a_slice_of_positions_is_the_cache_there(spec):
+    whole, _ = of_prompts(spec, "ln_final", weights="optimal")
+    table = whole.to_dataframe()
+    for index, positions in (
+        ([3, 1], [3, 1]),
+        ((1, 4, 2), [1, 3]),
+        (slice(-2, None), [3, 4]),
+        (torch.tensor([True, False, False, False, True]), [0, 4]),
+        (torch.tensor([-1]), [4]),
+        (2, 2),
+    ):
+        part = whole.apply_slice_to_pos_dim(index)
+        assert part.positions == positions and torch.equal(part.tokens, whole.trace.tokens[:, positions])
+        assert torch.equal(part.truth, whole.truth[:, positions]) and torch.equal(
+            part.weights, whole.weights[..., positions]
+        )
+        rows = table[table.pos.isin([positions] if isinstance(positions, int) else positions)]
+        order = ["batch", "pos", "path"]
+        assert_same_tables(*(t.sort_values(order).reset_index(drop=True) for t in (part.to_dataframe(), rows)))
+        keep = whole.valid.clone()
+        keep[:, positions] = False
+        keep = whole.valid & ~keep
+        assert part.relative_remainder == pytest.approx(float(whole.remainder[keep].norm() / whole.truth[keep].norm()))
+        assert part.check().passed and part.check().sum_error < 1e-10
+    # In either order, and without a batch dimension, too.
+    first = whole.apply_slice_to_batch_dim(1).apply_slice_to_pos_dim([2, 0])
+    second = whole.apply_slice_to_pos_dim([2, 0]).apply_slice_to_batch_dim(1)
+    assert torch.equal(first.truth, second.truth) and torch.equal(first.truth, whole.truth[1, [2, 0]])
+    assert first.to_dataframe().equals(second.to_dataframe())
+    cell = first.apply_slice_to_pos_dim(1)
+    assert cell.truth.shape == whole.truth.shape[-1:] and cell.positions == 0 and cell.to_dataframe().pos.eq(0).all()
+    assert cell.relative_remainder == pytest.approx(float(whole.remainder[1, 0].norm() / whole.truth[1, 0].norm()))
+    assert cell.check().passed
+    with pytest.raises(ValueError, match="check needs a real token"):
+        whole.apply_slice_to_batch_dim(1).apply_slice_to_pos_dim(4).check()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_slices_that_cannot_be_are_refused():
+    jets = decoded()
+    with pytest.raises(ValueError, match="batch dimension needs one"):
+        jets.apply_slice_to_batch_dim(0).apply_slice_to_batch_dim(0)
+    with pytest.raises(ValueError, match="batch dimension needs one"):
+        jets.apply_slice_to_batch_dim(0).remove_batch_dim()
+    with pytest.raises(ValueError, match="pos dimension needs one"):
+        jets.apply_slice_to_pos_dim(0).apply_slice_to_pos_dim([0])
+    for nothing in ([], slice(3, 3), None, True):
+        with pytest.raises(ValueError, match="must keep some of its 3"):
+            jets.apply_slice_to_pos_dim(nothing)
+    with pytest.raises(IndexError):
+        jets.apply_slice_to_batch_dim(2)
 
 
 def test_table_has_a_row_a_path_and_position():
@@ -354,21 +470,75 @@ def test_table_has_a_row_a_path_and_position():
     )
 
 
+def noisy(jet: Any) -> Any:
+    """Taylor arithmetic with errors of a hundredth, the same ones at every call."""
+
+    def wrong(*args: Any) -> Any:
+        series = jet(*args)
+        return type(series)(series.coefficients + 0.01 * normal(*series.coefficients.shape, seed=3))
+
+    return wrong
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("step", ["1_block", "ln_final"])
 def test_check_passes_and_notices_a_broken_jet(order, step, monkeypatch):
     net = network(*TWO_BLOCKS)
     trace = net.trace(TOKENS)
-    jets = jet_expand(net, step, centers=["embed", "1_pre"], order=order)(trace)
-    assert jets.check().passed, jets.check()
-    right = cache_module.jet
+    exp = jet_expand(net, step, centers=["embed", "1_pre"], order=order)
+    jets = exp(trace)
+    assert jets.check().passed and jets.check().term_error < 1e-13, jets.check()
+    # In the terms alone, and in the terms and the check alike: only the slopes see the latter.
+    if step == "1_block":
+        with monkeypatch.context() as broken:
+            broken.setattr(expand_module, "jet", noisy(expand_module.jet))
+            wrong = exp(Trace(net, trace.recording))
+        assert wrong.check().term_error > 1e-3 and not wrong.check().passed
+        monkeypatch.setattr(checks_module, "jet", noisy(checks_module.jet))
+        assert wrong.check().term_error < 1e-13 and not wrong.check().passed
+    else:
+        monkeypatch.setattr(checks_module, "jet", noisy(checks_module.jet))
+        assert not jets.check().passed
 
-    def noisy(*args: Any) -> Any:
-        series = right(*args)
-        return type(series)(series.coefficients + 0.01 * normal(*series.coefficients.shape, seed=3))
 
-    monkeypatch.setattr(cache_module, "jet", noisy)
-    assert not jets.check().passed
+CHECKED = [{"order": 0}, {"order": 1, "weights": "optimal"}, {"order": 2, "center_scale": "match"}]
+CHECKED += [{"linearize": "detached"}]
+
+
+@pytest.mark.parametrize("options", CHECKED, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(("granularity", "step"), [("sublayer", "1_pre"), ("head", "1_pre"), ("sublayer", "ln_final")])
+@pytest.mark.parametrize("spec", [s for s in zoo.available(["gpt2", "gemma2"]) if s.processing == "raw"], ids=str)
+def test_check_notices_every_wrong_term(spec, granularity, step, options):
+    net = ResidualNetwork(zoo.build(spec), granularity)
+    size = net.view.cfg.d_model
+    with net.view.model.hooks([("blocks.0.hook_resid_post", lambda x, hook: x + 0.1)]):
+        trace = net.trace(zoo.tokens(net.view.model, batch=2, pos=4))
+        centers = ["embed", "0_attn_bias" if granularity == "head" else "0_attn_out", "0_mlp_out"]
+        cache = jet_expand(net, step, centers=centers, **options)(trace)
+        found = cache.check()
+        assert found.passed and found.term_error < 1e-11 and found.sum_error < 1e-11, found
+        assert bool(found.slopes) == ("linearize" not in options)
+        for label in cache.labels[:: max(1, len(cache) // 4)]:
+            term = cache[label]
+            wrong = term + 0.01 * max(float(term.abs().max()), 1e-4) * normal(size, seed=4)
+            check = replace(cache, terms={**cache.terms, label: wrong}).check()
+            assert check.term_error > 1e-4 and not check.passed, label
+        first, second = cache.labels[0], cache.labels[-1]
+        swapped = {first: cache[second], second: cache[first]}
+        assert not replace(cache, terms={**cache.terms, **swapped}).check().passed
+        assert not replace(cache, terms={**cache.terms, first: cache[first] * float("nan")}).check().passed
+        assert not replace(cache, truth=1.01 * cache.truth).check().passed
+        if "linearize" not in options:
+            assert not replace(cache, weights=cache.weights.flip(0) * 0.9).check().passed
+
+
+def test_check_in_float32():
+    for spec in (s for s in zoo.available(["gpt2", "gemma2"]) if s.processing == "raw"):
+        net = ResidualNetwork(zoo.build(spec, torch.float32), "head")  # which has biases of nothing but rounding
+        trace = net.trace(zoo.tokens(net.view.model))
+        for options in CHECKED:
+            check = jet_expand(net, "1_pre", centers=["embed", "L0H1_out", "0_attn_bias"], **options)(trace).check()
+            assert check.passed and check.term_error < 1e-5, (spec, options, check)
 
 
 def test_check_notices_a_model_that_is_not_the_networks():
@@ -439,5 +609,5 @@ def test_logits_of_an_inner_stage_are_refused():
 def test_a_trace_of_another_model_is_refused():
     one, other = network(*TWO_BLOCKS), network(*TWO_BLOCKS)
     trace: Trace = other.trace(TOKENS)
-    with pytest.raises(ValueError, match="of the expansion's own model"):
+    with pytest.raises(ValueError, match="A trace must be of the same model"):
         jet_expand(one, "1_block", centers=["embed"])(trace)

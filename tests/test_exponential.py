@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import oracles
@@ -449,10 +450,10 @@ def test_edits_and_hooks_of_the_user_are_in_the_paths(spec):
     norm, h = net.decoder.norm, trace["final_post"]
     scale = torch.rsqrt(norm.center(h).pow(2).mean(-1, keepdim=True) + norm.eps)
     assert oracles.relative_error(paths[f"{edit} > ln_final"], norm.scale(norm.center(direction)) * scale) < 1e-12
-    # What was frozen under the hooks stays what it was; without them nothing new is frozen.
-    assert oracles.relative_error(detached(net)(trace).logits(), paths.logits()) < 1e-13
-    with pytest.raises(ValueError, match="under the hooks under which it was made"):
-        detached(net)(Trace(net, trace.recording))
+    # Without the hooks the trace is of another model, frozen already or not.
+    for other in (trace, Trace(net, trace.recording)):
+        with pytest.raises(ValueError, match="under the hooks under which it was made"):
+            detached(net)(other)
 
 
 def test_what_cannot_be_frozen_is_refused_by_name():
@@ -533,11 +534,12 @@ def test_top_is_the_largest_by_logits(rank, positions):
         logits = logits - logits.mean(-1, keepdim=True)
         sizes[path] = float(logits.norm() if rank == "length" else logits[..., targets].abs().sum())
     wanted = sorted(sizes, key=lambda path: -sizes[path])
-    top = detached(net, top=7, rank=rank, targets=targets)(trace, positions=positions)
+    ranked: dict[str, Any] = {"top": 7, "rank": rank, "targets": targets if rank == "effect" else None}
+    top = detached(net, **ranked)(trace, positions=positions)
     assert list(top) == wanted[:7] and top.is_exhaustive and len(top) == 7
     rest = sum(whole.logits(path) for path in wanted[7:])
     assert oracles.relative_error(top.remainder_logits(), rest) < 1e-10
-    beam = detached(net, top=7, rank=rank, targets=targets, max_paths=30)(trace, positions=positions)
+    beam = detached(net, max_paths=30, **ranked)(trace, positions=positions)
     assert not beam.is_exhaustive
     assert len(set(beam) & set(wanted[:7])) >= 6
     for path in beam:
@@ -717,8 +719,26 @@ def test_the_cache_moves_and_slices():
     assert first.truth.shape == (3, D) and first.relative_remainder < 1e-13
     last = paths.apply_slice_to_pos_dim(slice(1, 3))
     assert oracles.relative_error(last.logits("embed > ln_final"), paths.logits("embed > ln_final")[:, 1:]) < 1e-13
-    with pytest.raises(ValueError, match="Statistics need a whole cache"):
-        last.statistics()
+    for part in (first, last, paths.apply_slice_to_pos_dim([2, 0]), paths.apply_slice_to_batch_dim([1, 0, 1])):
+        assert part.check().passed and part.check().sum_error < 1e-13
+    with pytest.raises(ValueError, match=r"Statistics need a cache .* has shape \[3, 6\]"):
+        first.statistics()
+
+
+@pytest.mark.parametrize("spec", zoo.available(["llama"])[:1], ids=str)
+def test_what_was_left_over_is_that_of_the_slice(spec):
+    paths = exponential_expansion(ResidualNetwork(zoo.build(spec)), 1)(["w5 w17 w8 w30", "w11 w6"])
+    rest, truth, real = paths.remainder, paths.truth, paths.valid
+    streams = {stream: value for stream, value in paths.remainders.items() if stream != "ln_final"}
+    assert streams and paths.remainders["ln_final"] == pytest.approx(float(rest[real].norm() / truth[real].norm()))
+    at = paths.apply_slice_to_pos_dim([2, 1])
+    share = rest[:, 1:3][real[:, 1:3]].norm() / truth[:, 1:3][real[:, 1:3]].norm()
+    assert at.remainders == streams | {"ln_final": pytest.approx(float(share))} and at.positions == [2, 1]
+    # The sums of prefixes are of both prompts.
+    second = paths.apply_slice_to_batch_dim([1])
+    share = rest[1][real[1]].norm() / truth[1][real[1]].norm()
+    assert second.remainders == {"ln_final": pytest.approx(float(share))}
+    assert second.relative_remainder == pytest.approx(float(share))
 
 
 def test_a_trace_remembers_and_a_prompt_keeps_no_graph():
@@ -734,6 +754,9 @@ def test_a_trace_remembers_and_a_prompt_keeps_no_graph():
 def test_check_notices_a_model_that_is_not_the_paths():
     paths = cached()
     assert paths.check().passed and paths.check().sum_error < 1e-13
+    for label in paths.labels[::5]:
+        wrong = replace(paths, terms={**paths.terms, label: paths[label] + 0.01 * normal(D, seed=1)})
+        assert not wrong.check().passed
     paths.trace.logits = paths.trace.logits + normal(V, seed=1)
     assert not paths.check().passed
     with pytest.raises(ValueError, match="Look at `remainders`"):

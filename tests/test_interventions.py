@@ -216,6 +216,20 @@ def test_patches_of_tensors_and_of_one_prompt(spec):
     torch.testing.assert_close(logits(model, tokens, patch_hooks(model, "1_mlp", source)), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("spec", models("gpt2"), ids=str)
+def test_writes_of_a_run_under_hooks_are_patched_without_them(spec):
+    """What a sublayer wrote is in the trace; heads are read off another run, which would be of another model."""
+    model = zoo.build(spec)
+    tokens, network = zoo.tokens(model), ResidualNetwork(model)
+    with model.hooks(ablation_hooks(model, "0_attn")):
+        trace = network.trace(tokens)
+    expected = logits(model, tokens, [("blocks.1.hook_mlp_out", lambda x, hook: trace["1_mlp_out"])])
+    torch.testing.assert_close(logits(model, tokens, patch_hooks(network, "1_mlp", trace)), expected, **CLOSE)
+    assert (expected - logits(model, tokens, patch_hooks(network, "1_mlp", tokens))).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="under the hooks under which it was made"):
+        patch_hooks(network, ["1_mlp", "L1H0"], trace)
+
+
 @pytest.mark.parametrize("spec", models("gpt2", "gemma2"), ids=str)
 def test_effects_are_differences_of_logits(spec):
     model = zoo.build(spec)
@@ -304,6 +318,11 @@ def test_what_cannot_be_edited_is_refused(as_users_run_it):
     value = torch.randn(3, 7, 24, dtype=torch.float64)
     with pytest.raises(ValueError, match="Every step to patch"):
         patch_hooks(model, ["0_mlp", "1_mlp"], {"0_mlp": value})
+    for given in ({"0_mlp": value, "1_mlp": value}, {"0_mlp": value, "0_mlp_out": value}):
+        with pytest.raises(
+            ValueError, match=r"writes of the steps to patch, \['0_mlp_out'\], one for each; got another for"
+        ):
+            patch_hooks(model, "0_mlp", given)
     with pytest.raises(NotImplementedError, match="A tensor is the write of"):
         patch_hooks(model, "L0H1", value)
     with pytest.raises(ValueError, match="Writes must have shape"):

@@ -193,6 +193,39 @@ def test_averages_over_prompts_are_those_of_single_prompts(spec):
     )
 
 
+@pytest.mark.parametrize("spec", FAMILIES[:1], ids=str)
+def test_statistics_of_a_slice_are_those_of_its_prompts(spec):
+    net = ResidualNetwork(zoo.build(spec))
+    prompts, measures = ["w5 w17 w8 w30", "w11 w6", "w40 w41 w42"], ["norm", "cosine", "share", "effect"]
+    expansion = detached(net, max_writes=1)
+    many, alone = expansion(prompts), [expansion(prompt) for prompt in prompts]
+    targets = torch.arange(15).reshape(3, 5) + 3
+
+    def assert_same(found: PathStatistics, wanted: PathStatistics) -> None:
+        one, other = found.to_dataframe(), wanted.to_dataframe()
+        assert one.drop(columns=measures).equals(other.drop(columns=measures))
+        assert one[measures].to_numpy() == pytest.approx(other[measures].to_numpy(), rel=1e-8, abs=1e-12)
+
+    for index, paths in enumerate(alone):
+        length = paths.truth.shape[1]
+        assert_same(many.apply_slice_to_batch_dim([index]).statistics(), paths.statistics())
+        part = many.apply_slice_to_batch_dim([index]).apply_slice_to_pos_dim(slice(0, length))
+        ids = targets[[index], :length]
+        assert_same(part.statistics(targets=ids, by="length"), paths.statistics(targets=ids, by="length"))
+    whole, turned = many.statistics(), many.apply_slice_to_batch_dim([2, 0]).apply_slice_to_pos_dim([3, 1])
+    found = turned.statistics()
+    assert found.positions == [3, 1] and torch.equal(found.valid, turned.valid)
+    assert torch.equal(found.tokens, many.trace.tokens[[2, 0]][:, [3, 1]])
+    for name in (*measures, "top_ids"):
+        wanted = getattr(whole, name)[:, [2, 0]][:, :, [3, 1]]
+        assert torch.equal(wanted[:, ~found.valid].isnan(), getattr(found, name)[:, ~found.valid].isnan())
+        assert oracles.relative_error(getattr(found, name)[:, found.valid], wanted[:, found.valid]) < 1e-9, name
+    padding = many.apply_slice_to_batch_dim([1]).apply_slice_to_pos_dim([4])
+    for refused in (padding.statistics, padding.check):
+        with pytest.raises(ValueError, match="needs a real token"):
+            refused()
+
+
 def test_left_padding_counts_nowhere():
     for spec in zoo.available(["gpt2"]):
         model = zoo.build(spec)

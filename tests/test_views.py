@@ -84,6 +84,14 @@ def test_data_is_what_the_lenses_say(lenses):
             wanted = float(values[layer, order, batch, pos])
             assert mine[measure][layer][order][batch][pos] == pytest.approx(wanted, rel=1e-5)
     assert data["joint"]["weights"][2][0][1] == pytest.approx(float(joint.weights[2, 0, 1]), rel=1e-5)
+    for name in ("alpha", "beta", "effects"):
+        assert data["joint"][name][2][0][1] == pytest.approx(getattr(joint, name)[2, 0, 1].tolist(), rel=1e-5)
+    assert data["joint"]["effective_rank"] == joint.effective_rank.tolist()
+    assert data["joint"]["linearize"] == found["linearize"] == "jet"
+    assert [data["joint"][each][0][3][0] for each in ("target_ids", "targets")] == [
+        int(joint.model_top_ids[0, 3]),
+        data["answer"][0][3],
+    ]
     for kind in ("measures", "uniform", "control", "control_uniform"):
         assert data["joint"][kind]["kl"][0][1] == pytest.approx(float(getattr(joint, kind).kl[0, 1]), rel=1e-5)
 

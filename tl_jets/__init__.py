@@ -37,6 +37,7 @@ from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
 from tl_jets.path_ablations import path_ablation
 from tl_jets.pretrained import load_tinycode, load_tinydocs
+from tl_jets.readout import TopTokens
 from tl_jets.stages import Stage, Step
 from tl_jets.tables import NgramTable, side_by_side
 from tl_jets.trace import Trace
@@ -73,6 +74,7 @@ __all__ = [
     "Stage",
     "Step",
     "Term",
+    "TopTokens",
     "Trace",
     "ablation_effect",
     "ablation_hooks",

@@ -31,14 +31,14 @@ from torch import Tensor
 
 from tl_jets.expansion.paths import Path
 from tl_jets.interventions import Hooks, Mode, Steps, ablation_hooks, hookable
-from tl_jets.lenses.selection import Rows, TargetInput, read_targets, trace_of
-from tl_jets.notebook import Shown
+from tl_jets.lenses.selection import Rows, TargetInput, read_targets
+from tl_jets.results import Result
 from tl_jets.tokens import token_names
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationEffect(Shown):
+class AblationEffect(Result):
     """What ablations change at some positions of some prompts, ablated - clean. Axes: [ablation, batch, pos].
 
     Attributes:
@@ -126,7 +126,7 @@ def ablation_effect(
         A forward pass an ablation, one for the clean answers, and the reference's.
     """
     network = hookable(model)
-    trace = trace_of(network, prompts, attention_mask, None)
+    trace = trace_of(network, prompts, attention_mask)
     mask = trace.recording.memo.get("attention_mask")
     places = real_positions(trace.valid, positions)
     if steps is None:

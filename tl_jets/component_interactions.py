@@ -61,19 +61,20 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.expansion.expand import CenterScale, jet_expand
 from tl_jets.expansion.path_measures import ANSWER, Yardstick
 from tl_jets.expansion.reorganise import REST
-from tl_jets.lenses.selection import Rows, TargetInput, trace_of
+from tl_jets.lenses.selection import Rows, TargetInput
 from tl_jets.measures import random_directions, split_along, weighted
 from tl_jets.network import ResidualNetwork
-from tl_jets.notebook import Shown, dataframe_html
+from tl_jets.notebook import dataframe_html
+from tl_jets.results import Result
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.tokens import token_names
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interactions(Shown):
+class Interactions(Result):
     """Second-degree effects of pairs of components on a logit. Axes: [component, component, batch, pos]; NaN at padding.
 
     Logits are additive (before a final softcap or scale) and centered over the vocabulary: beyond the mean of all tokens.

@@ -183,6 +183,8 @@ class Decoder:
     W_U: Float[Tensor, "d_model d_vocab"] = field(repr=False)
     b_U: Float[Tensor, " d_vocab"] = field(repr=False)  # noqa: N815
     transform: Callable[[Tensor], Tensor] | None = None
+    # By the version of the weights that they are of: the last one only.
+    _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.W_U.ndim != 2 or self.b_U.ndim != 1 or self.W_U.shape[1] != self.b_U.shape[0]:
@@ -292,7 +294,7 @@ class Decoder:
         return scale if torch.allclose(mapped, scale * probe, rtol=1e-6, atol=0) else None
 
     def metric(self, centered: bool) -> Metric:
-        """The metric of logit vectors, computed at the first call and kept with the decoder.
+        """The metric of logit vectors, computed at the first call and kept until `W_U` or `b_U` is changed in place.
 
         Args:
             centered: Take the mean over the vocabulary off each logit vector: lengths and angles then ignore the
@@ -301,11 +303,13 @@ class Decoder:
         Returns:
             The metric, in float64 on the device of `W_U`.
         """
-        return self._metrics[int(centered)]
+        now = version(self.W_U, self.b_U)
+        if now not in self._metrics:
+            self._metrics.clear()
+            self._metrics[now] = self._both_metrics()
+        return self._metrics[now][int(centered)]
 
-    @cached_property
-    def _metrics(self) -> tuple[Metric, Metric]:
-        # cached_property writes to __dict__, which a frozen dataclass allows.
+    def _both_metrics(self) -> tuple[Metric, Metric]:
         with torch.no_grad():
             # By chunks: `mean(dtype=...)` would convert all of W_U at once.
             total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
@@ -332,6 +336,14 @@ class Decoder:
             chunk[-1] = self.b_U[start:stop]
             chunk -= mean.unsqueeze(1)
             yield chunk
+
+
+def version(*tensors: Tensor) -> int:
+    """How often tensors, or others that share their memory, were changed in place, as autograd counts it.
+
+    Changes through `.data` and of tensors made in inference mode are not counted.
+    """
+    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def _add_gram(gram: Tensor, columns: Tensor) -> None:

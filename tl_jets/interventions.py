@@ -45,10 +45,10 @@ from torch import Tensor
 from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.paths import ARROW, Path
 from tl_jets.expansion.walk import read_path
-from tl_jets.lenses.selection import trace_of
+from tl_jets.measures import check_seed
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.stages import DECODER_STEP, GRANULARITIES, some
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 Mode = Literal["zero", "mean", "resample"]
 Steps = str | Path | Sequence[str | Path]
@@ -107,6 +107,7 @@ def ablation_hooks(
     sites = _sites(network, steps)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
+    check_seed(seed)
     if (reference is None) != (mode == "zero"):
         raise ValueError(
             f"A reference says what writes become in modes 'mean' and 'resample', and is not used in mode 'zero'; got "
@@ -213,7 +214,7 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
         neurons = [step for step in steps if getattr(network.view.fine_step(step), "kind", None) == "neuron"]
         heads = any(step.startswith("L") for step in steps if step not in neurons)
         network = ResidualNetwork(network, "head" if heads else "sublayer", neurons)
-    trace = trace_of(network, text_or_tokens, None, None)
+    trace = trace_of(network, text_or_tokens)
     path, order = read_path(trace, path)
     frozen = FrozenNetwork.of(trace)
     if path.source not in frozen.sources:
@@ -306,12 +307,9 @@ def _writes(
     points = list(dict.fromkeys(site.point for site in sites if site.part is not None))
     mask = None
     if isinstance(source, Trace):
-        trace = trace_of(network, source, None, None)
-        if points and trace.recording.hook_state != network.view.hook_state():
-            raise ValueError(
-                "Heads and neurons are read off another run of the trace's input, under the hooks under which it was made; those "
-                "on the model have changed since. Trace again, or do it inside the same `with model.hooks(...)`."
-            )
+        trace = source.on(network)
+        if points:  # heads and neurons are read off another run of its input
+            trace.check_model()
         source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
     else:
         trace = None
@@ -348,6 +346,11 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
                 f"A tensor is the write of an attention or MLP sublayer; {label} is not one (a head's write spans d_head "
                 f"dimensions, a neuron's one, a block is two writes). Give a prompt or a Trace as the source, or edit the "
                 f"sublayer's."
+            )
+        if own[0] not in sites or own[0] in found:
+            raise ValueError(
+                f"Tensors are the writes of the steps to patch, {[site.write for site in sites]}, one for each; got another for "
+                f"{label!r}. Name it among the steps, or leave its tensor out."
             )
         found[own[0]] = value
     shapes = {tuple(value.shape[:2]) for value in found.values()}

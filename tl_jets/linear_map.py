@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.notebook import Shown
+from tl_jets.results import Result
 
 # Vectors that run through the graph at once, unless the caller says otherwise.
 CHUNK_SIZE = 32
@@ -289,7 +289,7 @@ class GraphMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SingularVectors(Shown):
+class SingularVectors(Result):
     """The largest singular values of a map of one prompt: J is close to sum_i values_i left_i right_i'.
 
     Signs are such that every right vector has a positive product with the prompt's own input.

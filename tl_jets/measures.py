@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,14 @@ from torch import Tensor
 from tl_jets.calculus import Norm
 from tl_jets.decoder import Decoder
 from tl_jets.mixture import Readings
-from tl_jets.notebook import Shown, dataframe_html
+from tl_jets.notebook import dataframe_html
+from tl_jets.results import Result
 
 MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True, eq=False)
-class Measures(Shown):
+class Measures(Result):
     """How close logits are to the model's. All of one shape [*axes, batch, pos]; NaN at padding.
 
     Attributes:
@@ -132,6 +134,7 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     A row's draw depends on the seed and its place in the prompt [row] alone, so that a prompt's control is the same by
     itself, in a batch, padded or sliced, and on every device.
     """
+    check_seed(seed)
     y = norm.center(variate.double())
     drawn = {
         place: np.random.default_rng([seed, place]).standard_normal((*shape, y.shape[-1]), dtype=np.float32)
@@ -142,6 +145,22 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y
     return noise / noise.norm(dim=-1, keepdim=True)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what draws nothing, or nothing twice the same.
+
+    Raises:
+        TypeError: The seed is no integer.
+        ValueError: It is negative.
+    """
+    if not isinstance(seed, Integral):
+        raise TypeError(
+            f"seed must be an integer >= 0, which everything random is drawn from; got {seed!r}. Another integer is another "
+            f"draw; only iterative_jet_lens goes without its control (seed=None)."
+        )
+    if seed < 0:
+        raise ValueError(f"seed must be an integer >= 0; got {seed}. Another integer is another draw.")
 
 
 def weighted(norm: Norm, states: Tensor) -> Tensor:

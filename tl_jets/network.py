@@ -75,7 +75,8 @@ class ResidualNetwork:
     """A model as a sequence of stages, with a decoder; it owns what is computed once per model.
 
     The model is never changed. Keep the object and pass it instead of the model where a function is called often:
-    the self-check and the metric of the unembedding are then computed once.
+    the self-check and the metric of the unembedding are then computed once, and again where weights were changed in place
+    (through `.data`, or by other parameters in their place, nobody sees it: make a new network then).
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, a `CallableModel`, or a network (returned at another
@@ -238,19 +239,20 @@ class ResidualNetwork:
             text_or_tokens: A prompt, a list of prompts (padded on the right, where a causal model cannot see it), or
                 token ids [batch, pos] or [pos].
             attention_mask: 1 for tokens, 0 for padding, passed to the model (left padding needs it).
-            cache: A ready TransformerLens `ActivationCache` of the same input: its streams are used, and the model
-                runs only when a step is evaluated elsewhere.
+            cache: A ready TransformerLens `ActivationCache` of the same input, made under the hooks that are active now: its
+                streams are used, and the model runs only when a step is evaluated elsewhere. Tokens, mask and hooks are
+                compared up to what the first attention writes, hooks on later layers when their steps are evaluated.
 
         Returns:
             A `Trace`. Evaluate it while the hooks that were active are still active.
 
         Raises:
-            ValueError: Empty or too long input, tokens outside the vocabulary, a cache that lacks streams, a model
-                in training mode; or the streams do not add up to the model, or the decoder does not reproduce the
+            ValueError: Empty or too long input, tokens outside the vocabulary, a cache that lacks streams or is of another
+                input, a model in training mode; or the streams do not add up to the model, or the decoder does not reproduce the
                 logits (the message says where).
 
         Cost:
-            One forward pass.
+            One forward pass; with a cache an embedding and the first attention.
         """
         trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache))
         check_decoder(trace)

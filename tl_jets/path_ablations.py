@@ -40,10 +40,10 @@ from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.lattice import BIAS
 from tl_jets.expansion.paths import Path
 from tl_jets.expansion.walk import read_path
-from tl_jets.lenses.selection import TargetInput, trace_of
+from tl_jets.lenses.selection import TargetInput
 from tl_jets.network import ResidualNetwork
 from tl_jets.stages import FINAL_STREAM
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def path_ablation(
         An evaluation of a stage for every prefix of the paths, each once, and the unembedding for every path.
     """
     network = ResidualNetwork.of(model)
-    trace = trace_of(network, prompts, attention_mask, None)
+    trace = trace_of(network, prompts, attention_mask)
     wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not wanted:
         raise ValueError("path_ablation needs at least one path; got none.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -273,9 +274,18 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> 
         )
 
 
-def check_sizes(k: int, d_vocab: int, chunk_size: int) -> None:
-    """Raise ValueError unless k and chunk_size are possible."""
+def check_k(k: Any, d_vocab: int) -> None:
+    """Refuse what is no number of tokens: a tokenizer, above all, which the `top_tokens` of other results take."""
+    if not hasattr(k, "__index__"):
+        raise TypeError(
+            f"k must be the number of tokens; got {type(k).__name__}. For their texts: top_tokens(k).texts(tokenizer)."
+        )
     if not 1 <= k <= d_vocab:
         raise ValueError(f"k must be between 1 and d_vocab = {d_vocab}, got {k}. Ask for fewer tokens.")
+
+
+def check_sizes(k: int, d_vocab: int, chunk_size: int) -> None:
+    """Raise ValueError unless k and chunk_size are possible."""
+    check_k(k, d_vocab)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. It counts rows of d_vocab logits.")

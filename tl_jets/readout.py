@@ -6,6 +6,7 @@ Ties go to the smallest token id.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,19 +14,28 @@ from torch import Tensor
 
 from tl_jets.decoder import Decoder
 from tl_jets.reader import CHUNK_SIZE, Reader, check_rows, check_sizes, slices, total_of
+from tl_jets.tokens import decode
 
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """The best tokens of each logit vector, best first; ties by the smallest id.
+    """The best tokens of each logit vector, best first; ties by the smallest id. What `top_tokens(k)` gives.
 
     Attributes:
-        values: Additive logits, or log-probabilities where asked for. Shape [*rows, k].
+        values: What they are the best by: additive logits unless it is said otherwise. Shape [*rows, k].
         indices: Token ids. Shape [*rows, k].
     """
 
     values: Float[Tensor, "*rows k"]
     indices: Int[Tensor, "*rows k"]
+
+    def texts(self, tokenizer: Any) -> Any:
+        """The tokens as texts, nested lists of the shape [*rows, k]; None at padding.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer, such as `model.tokenizer`.
+        """
+        return decode(tokenizer, self.indices)
 
 
 @torch.no_grad()

@@ -79,7 +79,8 @@ class Recording:
         writes: Write label -> tensor [batch, pos, d_model].
         edits: Stream label -> {`edit:<hook>`: what a user's hook added to that stream}.
         logits: The model's own output, softcap and scale included; None if only a cache was given.
-        hook_state: The user's hooks that were active; replaying under others would be another model.
+        hook_state: The user's hooks that were active, and the state of the weights; replaying under others would be another
+            model.
         calls: What the view needs to call the model's modules again, in its own form.
         accuracy: Relative error that replays and sums may have: rounding, or that of a cache made elsewhere.
         memo: The view's own cache of constants of this input.
@@ -128,7 +129,7 @@ class ModelView(Protocol):
         ...
 
     def hook_state(self) -> Hashable:
-        """What identifies the user's hooks now in force."""
+        """What identifies the user's hooks now in force, and the state of the weights."""
         ...
 
 

@@ -22,7 +22,16 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
-    """Texts of all ids in some tensors, each decoded once; padding (-1) is left out."""
+    """Texts of all ids in some tensors, each decoded once; padding (-1) is left out.
+
+    Raises:
+        TypeError: The tokenizer is none: a number of tokens, perhaps, which the `top_tokens` of other results take.
+    """
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(
+            f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. How many tokens a result has was said "
+            "when it was made (top_k)."
+        )
     ids = {token for tensor in tensors for token in tensor.unique().tolist()}
     return {token: token_text(tokenizer, token) for token in sorted(ids) if token >= 0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,8 @@ class Trace:
         tokens: The input [batch, pos].
         valid: Real tokens, True, and padding, False [batch, pos].
         logits: The model's own output [batch, pos, d_vocab], or None if only a cache was given.
-        memo: Evaluated expansions on this input, by expansion.
+        memo: What was computed on this input: writes, jets, the frozen network.
+        evaluated: What expansions are on this input, for as long as the expansions live.
     """
 
     def __init__(self, network: ResidualNetwork, recording: Recording):
@@ -37,6 +39,7 @@ class Trace:
         self.valid = recording.valid
         self.logits = recording.logits
         self.memo: dict[Hashable, Any] = {}
+        self.evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Trace({self.network!r}, tokens {list(self.tokens.shape)}, {len(self.labels)} labels)"
@@ -95,21 +98,40 @@ class Trace:
         """What the user's hooks added to a stream, by `edit:<hook>`; empty if nothing."""
         return self.recording.edits.get(stream, {})
 
+    def check_model(self) -> None:
+        """Refuse to run or evaluate the model on this input if it is no longer the one that was traced.
+
+        Raises:
+            ValueError: Hooks were put on the model or taken off it since, or its weights were changed in place.
+        """
+        if self.network.view.hook_state() != self.recording.hook_state:
+            raise ValueError(
+                "A trace must be evaluated under the hooks under which it was made, with the same weights; the hooks on the "
+                "model have changed since, or its weights. Evaluate inside the same `with model.hooks(...)` block, or trace "
+                "again."
+            )
+
+    def on(self, network: ResidualNetwork) -> Trace:
+        """The same run as a trace on another network of the model (of another granularity, say).
+
+        Raises:
+            ValueError: The network is of another model.
+        """
+        if not self.network.shares_model(network):
+            raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
+        return Trace(network, self.recording)
+
     def stage_function(self, stage: Stage) -> Callable[[Tensor], Tensor]:
         """The stage's gammas as one function: [batch, pos, d_model] -> [write, batch, pos, d_model].
 
         On first use the writes at the true stream are compared with what the model itself wrote.
 
         Raises:
-            ValueError: The hooks on the model are not those of the trace; a stream of another shape; or the replayed
-                writes are not the model's.
+            ValueError: The model is no longer that of the trace (`check_model`); a stream of another shape; or the
+                replayed writes are not the model's.
         """
         record, network = self.recording, self.network
-        if network.view.hook_state() != record.hook_state:
-            raise ValueError(
-                "A trace must be evaluated under the hooks under which it was made; the hooks on the model have "
-                "changed since. Evaluate inside the same `with model.hooks(...)` block, or trace again."
-            )
+        self.check_model()
         _check_writes(self, stage)
         shape = self[stage.stream].shape
 
@@ -136,15 +158,31 @@ class Trace:
         return lambda stream: function(stream)[index]
 
 
+def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any = None, cache: Any = None) -> Trace:
+    """The input's trace on a network: made now, or, of a trace that still holds, the same run with nothing evaluated on it.
+
+    Raises:
+        ValueError: A trace of another model, or made under other hooks or weights, or given with what it already holds.
+    """
+    if not isinstance(text_or_tokens, Trace):
+        return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
+    if attention_mask is not None or cache is not None:
+        raise ValueError("A trace already holds its attention mask and streams; leave attention_mask and cache out.")
+    trace = text_or_tokens.on(network)
+    trace.check_model()
+    return trace
+
+
 def _check_writes(trace: Trace, stage: Stage) -> None:
-    """Once per network, stage and set of hooks: the replayed writes must be the model's own."""
+    """Once per network, weights, stage, set of hooks and ready cache: the replayed writes must be the model's own."""
     network, record = trace.network, trace.recording
     if stage.is_part:  # the view compares its neurons with the MLP's write
         whole = network.at("sublayer")
         return _check_writes(Trace(whole, record), whole.stage(stage.stream))
     key = (stage, record.hook_state)
     recorded = record.writes
-    if key in network._checked:
+    checked = record.memo.setdefault("checked", set()) if record.logits is None else network._checked
+    if key in checked:
         return
     with torch.no_grad():
         replayed = network.view.writes(record, stage, trace[stage.stream])
@@ -162,11 +200,11 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
             f"{error:.1e} (relative). This architecture or a hook on it is not understood, so no jets are computed. "
             f"Please report it with the model's name."
         )
-    network._checked.add(key)
+    checked.add(key)
 
 
 def check_decoder(trace: Trace) -> None:
-    """Once per network and set of hooks: final norm, unembedding and transform must give the model's logits."""
+    """Once per network, weights and set of hooks: final norm, unembedding and transform must give the model's logits."""
     network, record = trace.network, trace.recording
     key = (DECODER_STEP, record.hook_state)
     if key in network._checked or record.logits is None:
@@ -184,6 +222,7 @@ def check_decoder(trace: Trace) -> None:
         raise ValueError(
             f"The final norm, unembedding and output transform must reproduce the model's logits from its last "
             f"stream; they are off by {error:.1e} (relative). Either a hook edits ln_final or the unembedding (jets "
-            f"of an edited decoder are not supported: remove it), or this architecture's decoder is not understood."
+            f"of an edited decoder are not supported: remove it), or weights were changed since the ResidualNetwork was "
+            f"built (build it again), or this architecture's decoder is not understood."
         )
     network._checked.add(key)

@@ -1,18 +1,11 @@
-"""What the views of HookedTransformer and TransformerBridge share: recording, connecting, replaying, heads.
+"""What the views of HookedTransformer and TransformerBridge share: recording, connecting, replaying.
 
 A gamma is evaluated by *replay*: the model's own submodules are called again on another stream with the arguments
 (masks, rotary tables) of the recorded forward pass, so that every hook inside them fires. Hooks on the streams
 themselves (`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`) belong to no gamma: what they change is recorded as
 an edit of the stream, `edit:<hook>`.
 
-A **head's write** is the part of the attention write that its own value vectors carry:
-
-    write_h(x) = (z_h(x) - z_h(0)) W_O^h,    attn_bias(x) = write(x) - sum_h write_h(x)
-
-where z_h(0), the head at the zero stream, is what the value path gives for a zero normalized input (attention
-patterns sum to one, so it depends on no pattern). Under a post-norm the same shares are taken at the post-norm's own
-scale. Constants therefore sit in `<l>_attn_bias`, and folding value biases or norms changes no head. What neurons write
-is in `tl_jets.adapters.neurons`.
+What single heads write is in `tl_jets.adapters.heads`, what neurons write in `tl_jets.adapters.neurons`.
 
 A model may be spread over several devices: what is recorded and what is made of it is where `W_U` is, and a replay takes its
 stream to the device of the block and its writes back.
@@ -23,14 +16,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.heads import head_writes
 from tl_jets.adapters.neurons import neuron_step, neuron_writes
 from tl_jets.adapters.reading import (
     read_input,
@@ -40,9 +35,12 @@ from tl_jets.adapters.reading import (
     refuse_unsupported,
     working_dtype,
 )
+from tl_jets.adapters.ready_cache import read_cache
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.decoder import Decoder
+from tl_jets.decoder import Decoder, version
 from tl_jets.stages import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
+
+Sublayer = Literal["attn", "mlp"]
 
 
 class TransformerLensView(ABC):
@@ -54,7 +52,8 @@ class TransformerLensView(ABC):
         self.cfg = model.cfg
         self.blocks = list(model.blocks)
         self.n_layers = len(self.blocks)
-        parameter = next(model.parameters())
+        self._parameters = list(model.parameters())
+        parameter = self._parameters[0]
         self.input_device, self.device = parameter.device, model.W_U.device
         self.native_dtype = parameter.dtype
         self.dtype = working_dtype(parameter.dtype)
@@ -63,8 +62,13 @@ class TransformerLensView(ABC):
         # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
         self._hook_dict = dict(model.hook_dict)
         self._points = list({id(point): point for point in self._hook_dict.values()}.values())
-        self._stream_names = self._read_stream_names()
-        self.checked_neurons: set[Hashable] = set()
+        self.stream_names = self._read_stream_names()
+        self.checked: set[Hashable] = set()  # what heads and neurons were compared with the model, see there
+        self._post_norms: dict[tuple[int, str], tuple[int, Norm]] = {}
+        for layer, which in product(range(self.n_layers), get_args(Sublayer)):
+            # Where a hook is inside one now, or none is understood: refused where it is needed.
+            with suppress(ValueError, NotImplementedError):
+                self._post_norm(layer, which)
         self.decoder = self._decoder()
 
     @property
@@ -79,11 +83,11 @@ class TransformerLensView(ABC):
         """Final norm, unembedding and output transform."""
 
     @abstractmethod
-    def _call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
         """Pre-norm and attention, before any post-norm."""
 
     @abstractmethod
-    def _finish_attn(self, layer: int, out: Tensor) -> Tensor:
+    def finish_attn(self, layer: int, out: Tensor) -> Tensor:
         """From the attention module's output to what is added to the stream."""
 
     @abstractmethod
@@ -91,8 +95,8 @@ class TransformerLensView(ABC):
         """What the MLP adds to the stream."""
 
     @abstractmethod
-    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
-        """The norm between a sublayer and the stream, if any."""
+    def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
+        """What is between a sublayer and the stream, if anything."""
 
     @abstractmethod
     def is_parallel(self, layer: int) -> bool:
@@ -142,8 +146,9 @@ class TransformerLensView(ABC):
     # Recording
 
     def hook_state(self) -> Hashable:
-        """The user's forward hooks now on the model, by torch's own numbers, which are never given twice."""
-        return tuple(tuple(handle.hook.id for handle in point.fwd_hooks) for point in self._points if point.fwd_hooks)
+        """The user's forward hooks now on the model, by torch's own numbers, never given twice, and the version of its weights."""
+        hooks = (tuple(handle.hook.id for handle in point.fwd_hooks) for point in self._points if point.fwd_hooks)
+        return *hooks, version(*self._parameters)
 
     def _hooks_on(self, name: str) -> bool:
         point = self._hook_dict.get(name)
@@ -168,13 +173,14 @@ class TransformerLensView(ABC):
                     "pass one prompt at a time, or tokens with an attention_mask."
                 )
             attention_mask = valid.long()
-        hooked = {name for name in self._stream_names if self._hooks_on(name)}
+        hooked = {name for name in self.stream_names if self._hooks_on(name)}
         state = self.hook_state()
+        calls, logits = None, None
         if cache is None:
-            saved, calls, logits = self._forward(tokens, attention_mask)
+            saved, calls, logits = self.forward(tokens, attention_mask)
+            accuracy = tolerance(self.dtype)
         else:
-            saved, calls, logits = self._read_cache(cache, tokens), None, None
-        accuracy = tolerance(self.dtype) if cache is None else 1e-5 if self.dtype is self.native_dtype else 1e-2
+            saved, accuracy = read_cache(self, cache, tokens, attention_mask, valid)
         tokens, valid = tokens.to(self.device), valid.to(self.device)
         recording = Recording(
             tokens, valid, {}, {}, {}, logits=logits, hook_state=state, calls=calls, accuracy=accuracy
@@ -192,12 +198,17 @@ class TransformerLensView(ABC):
             names += [f"blocks.{layer}.hook_{kind}" for kind in kinds]
         return [name for name in names if name in self._hook_dict]
 
-    def _forward(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[dict[str, Tensor], Any, Tensor]:
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
+    ) -> tuple[dict[str, Tensor], Any, Any]:
+        """Streams and writes by hook name, calls and logits of a forward pass; None for logits if it is left at hook `until`."""
         saved: dict[str, Tensor] = {}
         calls: dict[Hashable, tuple[tuple, dict]] = {}
 
         def save(tensor: Tensor, hook: Any, name: str) -> None:
             saved[name] = tensor.detach()
+            if name == until:
+                raise _LeftError
 
         def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
             calls[key] = (args, dict(kwargs))
@@ -212,33 +223,20 @@ class TransformerLensView(ABC):
             module.register_forward_pre_hook(call_saver(key), with_kwargs=True, prepend=True)
             for key, module in self._call_modules()
         ]
+        hooks = [saver(name) for name in self.stream_names]
         try:
-            with torch.no_grad(), self.precision(), self.model.hooks([saver(n) for n in self._stream_names]):
-                logits = self._run(tokens, attention_mask)
+            with torch.no_grad(), self.precision(), self.model.hooks(hooks):
+                logits = self._run(tokens, attention_mask).to(self.device)
+        except _LeftError:
+            logits = None
         finally:
             for handle in handles:
                 handle.remove()
-        return saved, calls, logits.to(self.device)
+        return saved, calls, logits
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         extra = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.input_device)}
         return self.model(tokens.to(self.input_device), return_type="logits", **extra)
-
-    def _read_cache(self, cache: Any, tokens: Tensor) -> dict[str, Tensor]:
-        missing = [name for name in self._stream_names if name.startswith("blocks") and name not in cache]
-        if missing:
-            raise ValueError(
-                f"A cache must hold every stream and write; it lacks {missing[:3]} ({len(missing)} in all). Make it "
-                f"with model.run_with_cache(tokens) and no names_filter."
-            )
-        saved = {name: cache[name].detach() for name in self._stream_names if name in cache}
-        shape = saved["blocks.0.hook_resid_pre"].shape
-        if shape[:-1] != tokens.shape:
-            raise ValueError(
-                f"A cache must be of the same tokens with its batch dimension, {tuple(tokens.shape)}; got streams of "
-                f"shape {tuple(shape)}."
-            )
-        return saved
 
     def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
@@ -332,9 +330,9 @@ class TransformerLensView(ABC):
                 return _moved(self._block(recording, calls, layer, stream)[None], own)
             parts = []
             if "head" in kinds:
-                parts += [self._heads(recording, calls, layer, stream)]
+                parts += [head_writes(self, recording, calls, layer, stream)]
             if "attn" in kinds:
-                parts += [self._finish_attn(layer, self._call_attn(calls, layer, stream))[None]]
+                parts += [self.finish_attn(layer, self.call_attn(calls, layer, stream))[None]]
             if "mlp" in kinds:
                 parts += [self.call_mlp(calls, layer, stream)[None]]
             if kinds & {"neuron", "mlp_bias"}:
@@ -352,11 +350,11 @@ class TransformerLensView(ABC):
     def _calls(self, recording: Recording) -> Any:
         """Call arguments of the recorded forward pass; a trace made from a cache gets them on first use."""
         if recording.calls is None:
-            _, recording.calls, _ = self._forward(recording.tokens, recording.memo["attention_mask"])
+            _, recording.calls, _ = self.forward(recording.tokens, recording.memo["attention_mask"])
         return recording.calls
 
     def _block(self, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        write = self._finish_attn(layer, self._call_attn(calls, layer, stream))
+        write = self.finish_attn(layer, self.call_attn(calls, layer, stream))
         if self.has_mlp(layer):
             middle = stream
             if not self.is_parallel(layer):
@@ -366,20 +364,17 @@ class TransformerLensView(ABC):
             write = write + self.call_mlp(calls, layer, middle)
         return write
 
-    def _heads(self, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """[head + 1, batch, pos, d_model]: every head's write, then the attention bias."""
-        z, out = self._z_and_out(calls, layer, stream)
-        key = ("z at the zero stream", layer)
-        if key not in recording.memo:
-            zero = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
-            recording.memo[key] = self._z_and_out(calls, layer, zero)[0]
-        W_O = self.blocks[layer].attn.W_O.to(self.dtype)
-        heads = torch.einsum("bphe,hem->hbpm", z - recording.memo[key], W_O)
-        heads = self.shares(layer, "attn", heads, out)
-        write = self._finish_attn(layer, out)
-        return torch.cat([heads, (write - heads.sum(0))[None]])
+    def _post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
+        """The norm between a sublayer and the stream, if any; read when the view is made, and after changes of its weights."""
+        module = self._post_norm_module(layer, which)
+        if module is None:
+            return None
+        now = version(*module.parameters())
+        if self._post_norms.get((layer, which), (None,))[0] != now:
+            self._post_norms[layer, which] = now, self._read_norm(module)
+        return self._post_norms[layer, which][1]
 
-    def shares(self, layer: int, which: Literal["attn", "mlp"], parts: Tensor, out: Tensor) -> Tensor:
+    def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
         """What parts of a sublayer's output `out` are of its write: at the post-norm's own scale, without its bias."""
         post = self._post_norm(layer, which)
         if post is not None and post.kind != "none":
@@ -396,15 +391,6 @@ class TransformerLensView(ABC):
     def _scale(self, layer: int) -> float:
         return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
 
-    def _z_and_out(self, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
-        grabbed: list[Tensor] = []
-        name = f"blocks.{layer}.attn.hook_z"
-        with self.model.hooks([(name, lambda z, hook: grabbed.append(z))]):
-            out = self._call_attn(calls, layer, stream)
-        if not grabbed:
-            raise NotImplementedError(f"Heads need {name}, which never fired; use granularity='sublayer'.")
-        return grabbed[-1], out
-
     def device_of(self, layer: int) -> torch.device:
         """Where a block is."""
         return next(self.blocks[layer].parameters()).device
@@ -416,6 +402,10 @@ class TransformerLensView(ABC):
         norm = self._read_norm(module)
         weight, bias = (None if x is None else x.to(self.device) for x in (norm.weight, norm.bias))
         return replace(norm, weight=weight, bias=bias)
+
+
+class _LeftError(Exception):
+    """Leaves a forward pass once what it is run for is there."""
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.base import TransformerLensView
-from tl_jets.calculus import Norm
+from tl_jets.adapters.base import Sublayer, TransformerLensView
 from tl_jets.decoder import Decoder
 
 # Arguments that would make a replay read or grow the key-value cache of the recorded forward pass.
@@ -88,19 +87,21 @@ class TransformerBridgeView(TransformerLensView):
         scale = float(getattr(block, "residual_contribution_scale", 1.0))
         return out if scale == 1.0 else out * scale
 
-    def _call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        """Pre-norm and attention, before any post-norm."""
         return self._call(calls, layer, "attn", stream)
 
-    def _finish_attn(self, layer: int, out: Tensor) -> Tensor:
+    def finish_attn(self, layer: int, out: Tensor) -> Tensor:
+        """From the attention module's output to what is added to the stream."""
         return self._finish(layer, "attn", out)
 
     def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
         """What the MLP adds to the stream."""
         return self._finish(layer, "mlp", self._call(calls, layer, "mlp", stream))
 
-    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
+    def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
         _, post = self._norms(layer, which)
-        return None if post is None else self._read_norm(self.blocks[layer]._modules[post])
+        return None if post is None else self.blocks[layer]._modules[post]
 
     def _forget_replay(self, layer: int) -> None:
         # The components keep what they last saw; a Taylor tensor left there breaks copy.deepcopy(model).
@@ -125,7 +126,7 @@ class TransformerBridgeView(TransformerLensView):
 
     def _reproduces(self, decoder: Decoder) -> bool:
         """Whether a decoder gives the model's own logits (3.9 applies a folded logit scale twice in the adapter)."""
-        saved, _, logits = self._forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), None)
+        saved, _, logits = self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device), None)
         final = saved[f"blocks.{self.n_layers - 1}.hook_resid_post"].to(self.device)
         return bool(torch.allclose(decoder.logits(decoder.norm(final)), logits, rtol=1e-3, atol=1e-3))
 

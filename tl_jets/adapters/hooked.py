@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from tl_jets.adapters.base import TransformerLensView
-from tl_jets.calculus import Norm
+from tl_jets.adapters.base import Sublayer, TransformerLensView
 from tl_jets.decoder import Decoder
 
 
@@ -35,13 +34,16 @@ class HookedTransformerView(TransformerLensView):
     def _is_post_norm(self) -> bool:
         return self.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
-    def _post_norm(self, layer: int, which: Literal["attn", "mlp"] = "attn") -> Norm | None:
+    def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
         block, name = self.blocks[layer], {"attn": "ln1", "mlp": "ln2"}[which]
         if self.cfg.use_normalization_before_and_after:
-            return self._read_norm(getattr(block, f"{name}_post"))
-        return self._read_norm(getattr(block, name)) if self._is_post_norm else None
+            name += "_post"
+        elif not self._is_post_norm:
+            return None
+        return getattr(block, name, None)  # attention-only blocks have none for an MLP
 
-    def _call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
+        """Pre-norm and attention, before any post-norm."""
         block, cfg = self.blocks[layer], self.cfg
         kwargs = calls[layer][1]
 
@@ -67,7 +69,8 @@ class HookedTransformerView(TransformerLensView):
             query_input=query, key_input=key, value_input=value, attention_mask=kwargs.get("attention_mask")
         )
 
-    def _finish_attn(self, layer: int, out: Tensor) -> Tensor:
+    def finish_attn(self, layer: int, out: Tensor) -> Tensor:
+        """From the attention module's output to what is added to the stream."""
         block = self.blocks[layer]
         if self.cfg.use_normalization_before_and_after:
             out = block.ln1_post(out)

@@ -97,8 +97,8 @@ def _activations(view: TransformerLensView, calls: Any, layer: int, stream: Tens
 
 def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
     """Once per layer and set of hooks: all neurons, and b_out, must be what the MLP wrote."""
-    key = (layer, recording.hook_state)
-    if key in view.checked_neurons:
+    key = ("neurons", layer, recording.hook_state)
+    if key in view.checked:
         return
     stream = recording.streams.get(f"{layer}_mid", recording.streams[f"{layer}_pre"]).to(view.device_of(layer))
     valid = recording.valid.to(stream.device)
@@ -111,7 +111,7 @@ def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: i
         error = relative_error(found[valid], write[valid])
     if not error <= 16 * recording.accuracy:
         raise _refusal(view, layer, f"all neurons and b_out are off the MLP's write by {error:.1e} (relative)")
-    view.checked_neurons.add(key)
+    view.checked.add(key)
 
 
 def _refusal(view: TransformerLensView, layer: int, reason: str) -> NotImplementedError:

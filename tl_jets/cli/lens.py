@@ -12,16 +12,15 @@ from tl_jets.cli.arguments import (
     add_files,
     add_granularity,
     add_model,
+    add_seed,
     add_target,
     at_least,
 )
-from tl_jets.cli.output import Output, plain
+from tl_jets.cli.output import Output, header, plain
 from tl_jets.cli.session import load_network, read_position, read_prompt, read_token, refusals, steps, token_record
-from tl_jets.expansion.expand import CENTER_SCALES, OBJECTIVES, jet_expand
-from tl_jets.lenses import JointJetLens, iterative_jet_lens, joint_jet_lens
-from tl_jets.stages import DECODER_STEP
+from tl_jets.expansion.expand import CENTER_SCALES, OBJECTIVES
+from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.terminal import lenses as terminal
-from tl_jets.trace import Trace
 from tl_jets.views import lens_data, lens_page
 
 DESCRIPTION = """\
@@ -81,10 +80,10 @@ def add_to(commands: Any) -> None:
     add("--no-embeddings", action="store_true", help="leave the embeddings out of the components")
     add("--weights", choices=("optimal", "uniform"), help="of the components (default: optimal; detached 1)")
     add("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")
-    add_target(parser, f"a token whose rank and logit to follow through the layers, {TOKEN_HELP}; repeat it for more",
+    add_target(parser, f"a token to follow through the layers and components, {TOKEN_HELP}; repeat it for more",
                action="append")  # fmt: skip
     add("--top-k", type=at_least(1), default=3, metavar="N", help="best tokens a cell")
-    add("--seed", type=int, default=0, metavar="N", help="of the random controls")
+    add_seed(parser, "of the random controls")
     add_files(parser, "one page that opens offline in a browser", svg=True)
 
 
@@ -97,7 +96,6 @@ def run(options: argparse.Namespace) -> None:
         "top_k": options.top_k,
         "seed": options.seed,
     }
-    effects = None
     with steps(4) as step, refusals():
         step("loading TransformerLens and the model")
         network = load_network(options.model, options.granularity)
@@ -106,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
         position = read_position(options.position, trace.tokens.shape[1])
         layers = [int(label) if label.lstrip("-").isdecimal() else label for label in options.layers or []] or None
         targets = [read_token(network, target) for target in options.target or []] or None
+        shared["targets"] = targets
         step("iterative jet lens")
         iterative = iterative_jet_lens(
             network,
@@ -113,7 +112,6 @@ def run(options: argparse.Namespace) -> None:
             order=options.order,
             layers=layers,
             incl_mid=options.incl_mid,
-            targets=targets,
             **shared,
         )
         step("joint jet lens")
@@ -126,12 +124,7 @@ def run(options: argparse.Namespace) -> None:
             objective=options.objective,
             **shared,
         )
-        if options.linearize == "detached":
-            effects = _effects(trace, joint, position)
-    data = lens_data(iterative, joint, model=options.model, prompt=prompt)
-    if options.linearize == "detached":
-        data["iterative"]["linearize"] = data["joint"]["linearize"] = "detached"
-        data["joint"] |= {"position": position, "effect": effects}
+    data = header("lens") | lens_data(iterative, joint, model=options.model, prompt=prompt)
     if targets is not None:
         data["iterative"] |= {
             "targets": [token_record(network.tokenizer, target) for target in targets],
@@ -144,24 +137,10 @@ def run(options: argparse.Namespace) -> None:
     lenses = [
         terminal.heading(iterative, position, options.model, prompt),
         terminal.iterative_table(iterative, position, width=output.console.width),
-        terminal.joint_table(joint, position, effects=effects),
+        terminal.joint_table(joint, position),
     ]
     if "svg" in output:
         output.write("svg", terminal.picture(*lenses))
     if targets is not None:
         lenses.insert(2, terminal.target_table(iterative, position))
     output.print(*lenses, terminal.average_table(iterative, joint), terminal.legend(iterative))
-
-
-def _effects(trace: Trace, joint: JointJetLens, position: int) -> dict[str, float]:
-    """What every component gives to the logit of the model's answer, beyond the mean of the vocabulary."""
-    answer = int(joint.model_top_ids[0, position])
-    constant = f"{DECODER_STEP}_bias"
-    centers = [label for label in joint.labels if label != constant]
-    terms = jet_expand(trace.network, DECODER_STEP, centers=centers, linearize="detached")(trace)
-    found = {}
-    for label in joint.labels:
-        term = next((path for path in terms if path in (label, f"{label} > {DECODER_STEP}")), None)
-        logits = None if term is None else terms.logits(term)[0, position].double()
-        found[label] = 0.0 if logits is None else float(logits[answer] - logits.mean())
-    return found

@@ -21,6 +21,7 @@ from tl_jets.cli.arguments import (
     add_files,
     add_granularity,
     add_model,
+    add_seed,
     add_target,
     at_least,
 )
@@ -125,7 +126,7 @@ def add_to(commands: Any) -> None:
     add("--order", type=at_least(0), default=1, metavar="K", help="of the jets of --linearize jet")
     add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
     add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
-    add("--seed", type=int, default=0, metavar="N", help="of the random paths")
+    add_seed(parser, "of the random paths")
     add_files(parser, "one page that opens offline in a browser")
 
 
@@ -171,7 +172,8 @@ def run(options: argparse.Namespace) -> None:
         position = read_position(options.position, trace.tokens.shape[1])
         answer, target, logit = _target(trace, position, options.target)
         step("paths")
-        expansion = _expansion(options, network, target, options.top, options.sources)
+        largest = {"top": options.top, "rank": options.rank, "targets": [target] if options.rank == "effect" else None}
+        expansion = _expansion(options, network, options.sources, **largest)
         cache = expansion(trace, positions=position)
         paths = cache.statistics(targets=[target])
         ablated, drawn, why_none = None, {}, ""
@@ -222,9 +224,7 @@ def _target(trace: Trace, position: int, given: str | None) -> tuple[int, int, f
     return answer, target, float(logits[target] - logits.mean())
 
 
-def _expansion(
-    options: argparse.Namespace, network: Any, target: int, top: int | None, sources: list[str] | None
-) -> PathExpansion:
+def _expansion(options: argparse.Namespace, network: Any, sources: list[str] | None, **largest: Any) -> PathExpansion:
     """The paths asked for; the largest, or all of them."""
     is_jet = options.linearize == "jet"
     if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
@@ -233,18 +233,16 @@ def _expansion(
         )
     return exponential_expansion(
         network,
-        options.order,
+        options.order if is_jet else None,
         linearize=options.linearize,
         through=options.through,
         avoiding=options.avoiding,
         sources=sources,
         max_writes=options.max_writes,
-        top=top,
-        rank=options.rank,
-        targets=[target],
         center_scale=options.center_scale,
         renormalize=options.renormalize,
         max_paths=options.max_paths,
+        **largest,
     )
 
 
@@ -261,7 +259,7 @@ def _drawn(
         return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
     # By name, since constants that are zero here count against --max-paths otherwise.
     sources = [source.label for source in expansion.lattice.sources]
-    every = _expansion(options, trace.network, target, None, sources)(trace, positions=position)
+    every = _expansion(options, trace.network, sources)(trace, positions=position)
     every = every.statistics(targets=[target])
     effects = dict(zip(every.labels, every.effect[:, 0, 0].tolist(), strict=True))
     shown = {path for path in largest.labels if path != CONSTANT}

@@ -36,6 +36,7 @@ from tl_jets.detached_map.chain import LOGITS
 from tl_jets.detached_map.decoding import Directions
 from tl_jets.linear_map import LinearMap
 from tl_jets.notebook import Shown
+from tl_jets.reader import check_k
 from tl_jets.readout import TopTokens
 from tl_jets.tokens import decode, token_names
 
@@ -81,6 +82,7 @@ class BlockNorms(Shown):
 
     def top_tokens(self, k: int = 10) -> dict[str, TopTokens]:
         """The k tokens with the largest norms: `written`, and `read` if the model has an embedding; values are norms."""
+        check_k(k, len(self.written))
         sides = {"written": self.written} | ({} if self.read is None else {"read": self.read})
         found = {side: norms.topk(k) for side, norms in sides.items()}
         return {side: TopTokens(best.values, best.indices) for side, best in found.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_jets.calculus import norm_jet
 from tl_jets.decoder import Decoder
 from tl_jets.detached_map.chain import LOGITS
+from tl_jets.reader import check_k
 from tl_jets.readout import TopTokens, top_tokens
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
 from tl_jets.trace import Trace
@@ -57,6 +58,7 @@ class Directions:
 
     def raised(self, rows: Float[Tensor, "*many width"], k: int) -> TopTokens:
         """The k tokens that directions raise most: rows of d_model, or logits as they are."""
+        check_k(k, self.decoder.d_vocab)
         if self.output == LOGITS and rows.shape[-1] == self.decoder.d_vocab:
             best = rows.topk(k)
             return TopTokens(best.values, best.indices)
@@ -65,6 +67,7 @@ class Directions:
     def nearest(self, rows: Float[Tensor, "*many d_model"], k: int) -> TopTokens:
         """The k tokens whose embeddings have the largest cosine with input directions; the values are the cosines."""
         embedding = self.embedding().to(rows)
+        check_k(k, len(embedding))
         cosines = torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(embedding, dim=-1).T
         best = cosines.topk(k)
         return TopTokens(best.values, best.indices)

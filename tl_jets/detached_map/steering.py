@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from tl_jets.detached_map.jacobian import detached_jacobian
+from tl_jets.interventions import hookable
 from tl_jets.lenses.selection import stream_labels
-from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.network import ResidualNetwork
 from tl_jets.stages import FINAL_STREAM
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
@@ -72,15 +73,12 @@ def steering_hooks(
     Raises:
         ValueError: Bad labels, strength or start, or a steering prompt of one token or several prompts. When run: a
             key-value cache that was made without the hooks.
-        TypeError: A network of plain callables, which has no hooks.
-        NotImplementedError: The model does not come out affine.
+        NotImplementedError: A network of plain callables, which has no hooks; or the model does not come out affine.
 
     Source:
         Golden, arXiv 2505.24293 (v3), equation 16.
     """
-    network = ResidualNetwork.of(model)
-    if isinstance(network.view, CallableModel):
-        raise TypeError("Steering needs the hook points of a TransformerLens model; plain callables have none.")
+    network = hookable(model)
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, 0 for no steering; got {strength}.")
     if start is not None and start < 0:

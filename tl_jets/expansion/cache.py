@@ -3,31 +3,34 @@
 Used as TransformerLens' `ActivationCache` is: keys are names (here paths), values are tensors [batch, pos, d_model],
 and `stack`, `to`, `remove_batch_dim` and slices work. Nothing of size [paths, batch, pos, d_vocab] is made unless
 `logits` is asked for it. The terms and `remainder` sum to what the model has at that place, by definition; `check`
-compares with the model by ways that do not use that definition.
+computes the terms again, in another way (`tl_jets.expansion.checks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_jets.calculus import jet
+from tl_jets.expansion.checks import Check, check_terms
 from tl_jets.expansion.paths import Path
 from tl_jets.expansion.simplex import SimplexSolution
 from tl_jets.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.readout import TopTokens, top_tokens
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM
+from tl_jets.stages import DECODER_STEP
 from tl_jets.tokens import token_text
 from tl_jets.trace import Trace
 
 if TYPE_CHECKING:
     from tl_jets.expansion.expand import Expansion
+
+# What a slice may be: as in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
+SliceInput = int | slice | tuple[int, ...] | list[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,9 @@ class JetCache(Shown, Mapping[str, Tensor]):
             b_U that each carries [path, batch, pos], 0 but for `ln_final_bias`, 1.
         truth: What the terms approximate: the stream that the stage produces, or the final norm's output.
         solution: The solved weights with their certificate, or None if the weights were given or uniform.
+        prompts: Which prompts of the trace are here, aligned to the batch axis; an int where a slice dropped the axis; None for
+            all.
+        positions: Which of its positions, likewise.
     """
 
     expansion: Expansion
@@ -51,6 +57,8 @@ class JetCache(Shown, Mapping[str, Tensor]):
     weights: Tensor
     truth: Tensor
     solution: SimplexSolution | None = None
+    prompts: list[int] | int | None = None
+    positions: list[int] | int | None = None
 
     def __getitem__(self, path: str | Path) -> Tensor:
         try:
@@ -85,8 +93,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
     @property
     def relative_remainder(self) -> float:
         """Length of the remainder over the length of the true output, real tokens only, in d_model."""
-        keep = self._real()
-        return float(self.remainder[keep].norm() / self.truth[keep].norm())
+        return float(self.remainder[self.valid].norm() / self.truth[self.valid].norm())
 
     @property
     def gap(self) -> Tensor | None:
@@ -99,9 +106,29 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return self.expansion.stage is None
 
     @property
-    def _whole(self) -> bool:
-        shape, valid = self.truth.shape[:-1], self.trace.valid
-        return shape == valid.shape or (len(valid) == 1 and shape == valid.shape[1:])
+    def tokens(self) -> Int[Tensor, "*cells"]:
+        """The tokens at the cache's cells."""
+        return self.here(self.trace.tokens)
+
+    @property
+    def valid(self) -> Bool[Tensor, "*cells"]:
+        """Which cells are real tokens; the others are padding."""
+        return self.here(self.trace.valid)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every prompt and position of the trace is here, in its order."""
+        shape = self.trace.valid.shape
+        here = (self.prompts, self.positions)
+        return all(index in (None, list(range(size))) for index, size in zip(here, shape, strict=True))
+
+    def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
+        """A tensor of the whole trace at the cells of this cache: [batch, pos, *rest] -> [*cells, *rest], on its device."""
+        if self.positions is not None:
+            values = values[:, self.positions]
+        if self.prompts is not None:
+            values = values[self.prompts]
+        return values.to(self.truth.device)
 
     def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
         """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
@@ -136,75 +163,88 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return top_tokens(self.trace.network.decoder, self.stack(), bias_weight=self.weights, k=k)
 
     def to(self, device_or_dtype: Any) -> JetCache:
-        """A cache on another device or in another dtype; this one is unchanged."""
-        return self._map(lambda tensor, axis: tensor.to(device_or_dtype))
+        """A cache on another device or in another dtype, which is not that of `solution`; this one is unchanged."""
+        numbers = isinstance(device_or_dtype, torch.dtype)
+        return self._map(lambda tensor, leading: tensor.to(device_or_dtype), solution=not numbers)
 
-    def apply_slice_to_batch_dim(self, batch_slice: int | slice | list[int] | Tensor) -> JetCache:
-        """The cache of some of the inputs; an int drops the batch dimension."""
-        return self._map(lambda tensor, axis: tensor[(slice(None),) * axis + (batch_slice,)])
+    def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
+        """The cache of some of the prompts, their tokens and padding with them; an int drops the batch dimension.
 
-    def apply_slice_to_pos_dim(self, pos_slice: int | slice | list[int] | Tensor) -> JetCache:
-        """The cache at some positions; an int drops the position dimension. The batch dimension must be there."""
-        return self._map(lambda tensor, axis: tensor[(slice(None),) * (axis + 1) + (pos_slice,)])
+        Args:
+            batch_slice: An int, a slice or TransformerLens' (start, stop), or a list or tensor of indices, or a mask.
+
+        Raises:
+            ValueError: There is no batch dimension, or nothing would be left.
+        """
+        index, prompts = _read_slice("batch", batch_slice, self.prompts, len(self.trace.tokens))
+        return self._cut((index,), prompts=prompts)
+
+    def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> JetCache:
+        """The cache at some positions, in the same way; an int drops the position dimension."""
+        index, positions = _read_slice("pos", pos_slice, self.positions, self.trace.tokens.shape[1])
+        return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
 
     def remove_batch_dim(self) -> JetCache:
         """The cache without its batch dimension, which must be 1; this one is unchanged."""
-        if self.truth.shape[0] != 1:
+        if not isinstance(self.prompts, int) and self.truth.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim needs a batch of 1; this cache holds {self.truth.shape[0]} inputs. Use "
                 f"apply_slice_to_batch_dim(index)."
             )
         return self.apply_slice_to_batch_dim(0)
 
-    def _map(self, change: Any) -> JetCache:
-        """Apply `change(tensor, axis of the batch dimension)` to every tensor."""
+    def _cut(self, cells: tuple[Any, ...], **where: Any) -> JetCache:
+        """Every tensor at some cells; `where` says which they are."""
+        return replace(self._map(lambda tensor, leading: tensor[(slice(None),) * leading + cells]), **where)
+
+    def _map(self, change: Any, *, solution: bool = True) -> JetCache:
+        """Apply `change(tensor, number of axes before those of the cells)` to every tensor that is not the trace's."""
+        solved = self.solution
+        if solved is not None and solution:
+            known = {field.name: getattr(solved, field.name) for field in fields(solved)}
+            solved = replace(solved, **{name: change(v, 0) for name, v in known.items() if isinstance(v, Tensor)})
         return replace(
             self,
             terms={path: change(term, 0) for path, term in self.terms.items()},
             weights=change(self.weights, 1),
             truth=change(self.truth, 0),
+            solution=solved,
         )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a path and real position: path, batch, pos, token, weight, norm, and the top token if decoded.
 
-        `norm` is the length of the term in d_model; `weight` is that of its center (identity terms of order >= 1 and
-        detached terms carry 1).
+        `batch` counts the prompts that are here, `pos` is the position in the prompt, sliced or not. `norm` is the length of
+        the term in d_model; `weight` is that of its center (identity terms of order >= 1 and detached terms carry 1).
         """
-        if not self._whole or self.truth.ndim != 3:
-            raise ValueError("to_dataframe needs a whole cache [batch, pos, d_model]; slice the table instead.")
         weights = self._term_weights()
         norms = self.stack().norm(dim=-1)
         top = self.top_tokens(1).indices[..., 0] if self.is_decoded else None
-        tokenizer, tokens = self.trace.network.tokenizer, self.trace.tokens
+        tokenizer, tokens = self.trace.network.tokenizer, self.tokens
+        positions = range(self.trace.tokens.shape[1]) if self.positions is None else self.positions
         rows = []
-        for batch, pos in self.trace.valid.nonzero().tolist():
+        for cell in map(tuple, self.valid.nonzero().tolist()):
+            here = {
+                "batch": 0 if isinstance(self.prompts, int) else cell[0],
+                "pos": positions if isinstance(positions, int) else positions[cell[-1]],
+                "token": token_text(tokenizer, int(tokens[cell])),
+            }
             for index, path in enumerate(self.labels):
-                row = {
-                    "path": path,
-                    "batch": batch,
-                    "pos": pos,
-                    "token": token_text(tokenizer, int(tokens[batch, pos])),
-                    "weight": float(weights[index, batch, pos]),
-                    "norm": float(norms[index, batch, pos]),
-                }
+                row = {"path": path, **here}
+                row |= {"weight": float(weights[index][cell]), "norm": float(norms[index][cell])}
                 if top is not None:
-                    row["top_token"] = token_text(tokenizer, int(top[index, batch, pos]))
+                    row["top_token"] = token_text(tokenizer, int(top[index][cell]))
                 rows.append(row)
         return pd.DataFrame(rows)
 
     def _body(self) -> str:
         """The first terms, averaged over real positions: nothing is decoded for a look."""
-        keep = self._real()
+        keep = self.valid
         paths = self.labels[:SHOWN_ROWS]
         norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
         length = float(self.truth.norm(dim=-1)[keep].mean())
         frame = pd.DataFrame({"path": paths, "norm": norms, "relative": [norm / length for norm in norms]})
         return dataframe_html(frame, total=len(self))
-
-    def _real(self) -> Any:
-        """Which cells are real tokens: all of a slice, whose positions are not known."""
-        return self.trace.valid.reshape(self.truth.shape[:-1]) if self._whole else ...
 
     def _term_weights(self) -> Tensor:
         """The weight that each term carries, in the order of `labels`."""
@@ -219,37 +259,27 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return torch.cat(parts)
 
     def check(self) -> Check:
-        """Compare with the model by ways that do not use the remainder's definition.
-
-        Two things are measured: whether terms and remainder, decoded by the model's own transform, give the model's
-        logits (at the decoder) or its next stream; and whether each jet agrees with gamma itself near its center, as
-        a Taylor polynomial of order k must: the error at step t falls like t^(k+1). Detached terms are no jets and have no
-        slopes: that the frozen stage gives the model's own write was compared when it was frozen.
+        """Compute every term again, in another way, and compare; `tl_jets.expansion.checks` says how.
 
         Returns:
-            A `Check`; `check().passed` says whether both hold.
+            A `Check`: `term_error` compares the terms, `slopes` the jets with gamma itself, `sum_error` `truth` with the
+            model's own output; `check().passed` says whether all agree. How much the terms leave over is no part of it:
+            that is `relative_remainder`.
+
+        Raises:
+            ValueError: The hooks on the model, or its weights, are no longer those of the trace; a slice of padding alone.
 
         Cost:
-            Two evaluations of the stage and one jet a center.
+            A jet and two evaluations of the stage a center; detached, one evaluation.
         """
-        total = self.truth
-        trace, network, stage = self.trace, self.trace.network, self.expansion.stage
-        keep = trace.valid
-        if stage is not None:
-            own = trace[network.next_stream(stage)]
-        elif trace.logits is not None:
-            total, own = network.decoder.logits(total), trace.logits
-            total = total if network.decoder.transform is None else network.decoder.transform(total)
-        else:
-            own = network.decoder.norm(trace[FINAL_STREAM])
-        sum_error = float((total - own)[keep].abs().max() / own[keep].abs().max())
-        gamma = network.decoder.norm if stage is None else trace.stage_function(stage)
-        slopes = {}
-        for center in self.expansion.centers if self.expansion.linearize == "jet" else ():
-            slopes[str(center.path)] = _slope(
-                gamma, center.evaluate(trace), trace[self.expansion.stream], self.expansion.order, keep
+        self._require_real("check")
+        return check_terms(self)
+
+    def _require_real(self, what: str) -> None:
+        if not self.valid.any():
+            raise ValueError(
+                f"{what} needs a real token; this slice holds {self.valid.numel()} of padding. Slice others."
             )
-        return Check(sum_error, slopes, self.expansion.order)
 
     def _require_decoded(self, what: str) -> None:
         if not self.is_decoded:
@@ -259,40 +289,20 @@ class JetCache(Shown, Mapping[str, Tensor]):
             )
 
 
-@dataclass(frozen=True)
-class Check:
-    """What `JetCache.check` found.
-
-    Attributes:
-        sum_error: Largest difference between the model and terms + remainder, relative to the model's largest value.
-        slopes: By center, the exponent with which the jet's error falls as the step shrinks, or None where the error
-            is at rounding already. A jet of order k must reach k + 1.
-        order: k.
-    """
-
-    sum_error: float
-    slopes: dict[str, float | None]
-    order: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether the sum is the model's to 1e-4 and every slope is at least k + 1/2."""
-        return self.sum_error < 1e-4 and all(s is None or s > self.order + 0.5 for s in self.slopes.values())
-
-
-def _slope(gamma: Any, center: Tensor, variate: Tensor, order: int, keep: Tensor) -> float | None:
-    """Log-log slope of |gamma(x + t v) - sum_j c_j t^j| between two small steps t."""
-    # Small enough for the leading term to show, large enough for it to stand above rounding.
-    eps = torch.finfo(center.dtype).eps
-    step = max(1e-4, (1e4 * eps) ** (1 / (order + 1)))
-    direction = (variate - center) * (step * center.norm() / (variate - center).norm().clamp_min(1e-30))
-    with torch.no_grad():
-        series = jet(gamma, center, center + direction, order)
-        errors = []
-        for t in (1.0, 0.5):
-            polynomial = sum(c * t**j for j, c in enumerate(series.coefficients))
-            errors.append((gamma(center + t * direction) - polynomial)[..., keep, :].norm())
-        floor = 64 * eps * series.coefficients[0][..., keep, :].norm()
-    if float(errors[1]) <= float(floor):
-        return None
-    return float(torch.log2(errors[0] / errors[1]))
+def _read_slice(
+    name: str, index: Any, chosen: list[int] | int | None, size: int
+) -> tuple[int | slice | list[Any], list[int] | int]:
+    """A slice of an axis as PyTorch takes it, and what is left of what the axis holds (None: all of `size`)."""
+    if isinstance(chosen, int):
+        raise ValueError(
+            f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "
+            f"write [index] for the int."
+        )
+    index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
+    left = torch.tensor(range(size) if chosen is None else chosen)[index]
+    if left.ndim > 1 or not left.numel():
+        raise ValueError(
+            f"A slice of the {name} dimension must keep some of its {size if chosen is None else len(chosen)} entries; "
+            f"{index!r} keeps {left.tolist()}. Pass an int, a slice, or indices."
+        )
+    return index, left.tolist()

@@ -106,7 +106,6 @@ class Collector:
             weights=weights[:, None, None].expand(-1, *cells),
             truth=self.truth,
             positions=self.rows.positions,
-            valid=self.rows.keep,
             is_exhaustive=is_exhaustive,
         )
         valid, streams = self.trace.valid, self.trace.network.streams

@@ -68,9 +68,10 @@ Example:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ from tl_jets.expansion.simplex_kl import simplex_kl
 from tl_jets.expansion.weights import read_weights
 from tl_jets.network import ResidualNetwork
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage, some
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 CenterScale = Literal["none", "match", "orthogonal"]
 Objective = Literal["l2", "centered_l2", "kl"]
@@ -120,7 +121,7 @@ def jet_expand(
             are differentiable in a tensor of weights.
         objective: What optimal weights minimize at the decoder: the norm of the remainder in logits up to a constant
             a token (`"centered_l2"`) or as they are (`"l2"`, the paper's), or `"kl"`, KL(model || expansion). At an
-            inner stage they minimize the norm of the remainder.
+            inner stage they minimize the norm of the remainder; there, and with other weights, it is refused.
         center_scale: Rescale the center inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
             `"orthogonal"`, where the Taylor series of a norm converges for every acute angle.
         linearize: `"jet"`, the paper's, or `"detached"`: terms of the frozen stage, linear in the centers, and a term for
@@ -160,6 +161,12 @@ def jet_expand(
             raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
     else:
         weights = read_weights(weights, len(chosen))
+    is_optimized = stage is None and isinstance(weights, str) and weights == "optimal"
+    if objective != "centered_l2" and not is_optimized:
+        raise ValueError(
+            f"objective is what weights='optimal' minimize at the decoder, {DECODER_STEP!r}; got {objective!r} at {step!r} with "
+            f"{weights if isinstance(weights, str) else 'given'} weights. Leave it out."
+        )
     found = Expansion(network, stage, chosen, order, weights, objective, center_scale, linearize)
     if linearize == "detached":
         taken = sorted(set(names).intersection(map(str, found.constants)))
@@ -244,23 +251,20 @@ class Expansion:
             f"{len(self)} terms)"
         )
 
-    def __call__(self, text_or_tokens: Any, **trace_options: Any) -> JetCache:
+    def __call__(self, text_or_tokens: Any, *, attention_mask: Tensor | None = None, cache: Any = None) -> JetCache:
         """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
-        if isinstance(text_or_tokens, Trace):
-            return self.evaluate(text_or_tokens)
-        return self.evaluate(self.network.trace(text_or_tokens, **trace_options))
+        trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
+        return self.evaluate(text_or_tokens if isinstance(text_or_tokens, Trace) else trace)
 
     def evaluate(self, trace: Trace) -> JetCache:
         """Evaluate on a trace; what it has already evaluated is not evaluated again."""
-        if self not in trace.memo:
-            if not trace.network.shares_model(self.network):
-                raise ValueError("A trace must be of the expansion's own model; this one is of another. Trace again.")
-            trace.memo[self] = self._evaluate(trace)
-        return trace.memo[self]
+        if self not in trace.evaluated:
+            found = self._evaluate(trace if trace.network is self.network else trace.on(self.network))
+            # A value that holds its key would keep it alive.
+            trace.evaluated[self] = replace(found, expansion=cast(Expansion, weakref.proxy(self)))
+        return replace(trace.evaluated[self], expansion=self)
 
     def _evaluate(self, trace: Trace) -> JetCache:
-        if trace.network is not self.network:
-            trace = Trace(self.network, trace.recording)
         values = torch.stack([center.evaluate(trace) for center in self.centers])
         if self.stage is None:
             truth, identity = self.network.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
@@ -288,9 +292,11 @@ class Expansion:
 
     def _jets(self, trace: Trace, values: Tensor) -> Tensor:
         """J^k gamma(x_i)(h), unweighted: [step, center, batch, pos, d_model]."""
-        key = ("jets", self.stage, self.centers, self.order, self.center_scale)
-        if key in trace.memo:
-            return trace.memo[key]
+        # One set of centers of these names: those that are made anew, terms of other expansions, replace the ones from before.
+        key = ("jets", self.stage, tuple(str(center.path) for center in self.centers), self.order, self.center_scale)
+        centers, jets = trace.memo.get(key, (None, None))
+        if centers == self.centers:
+            return jets
         norm, variate = self.network.decoder.norm, trace[self.stream]
         with torch.no_grad():
             every = variate.expand_as(values)
@@ -301,7 +307,7 @@ class Expansion:
             else:
                 gammas = trace.stage_function(self.stage)
                 jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)
-        trace.memo[key] = jets
+        trace.memo[key] = self.centers, jets
         return jets
 
     def _detached_weights(self, truth: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ from torch import Tensor
 
 from tl_jets.expansion.collect import Collector
 from tl_jets.expansion.expand import CENTER_SCALES, CenterScale
-from tl_jets.expansion.frozen_network import FrozenNetwork, Linearize, chunk_size
+from tl_jets.expansion.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.expansion.jet_stages import JetStages, stage_weights
 from tl_jets.expansion.lattice import Lattice, count_text, lattice_of, narrowed
 from tl_jets.expansion.path_cache import PathCache
@@ -68,10 +68,10 @@ from tl_jets.expansion.path_measures import Rank
 from tl_jets.expansion.paths import Path
 from tl_jets.expansion.top_paths import search
 from tl_jets.expansion.walk import rows_of, walk, with_edits
-from tl_jets.lenses.selection import Rows, TargetInput, trace_of
+from tl_jets.lenses.selection import Rows, TargetInput
 from tl_jets.network import ResidualNetwork
 from tl_jets.stages import DECODER_STEP, FINAL_STREAM
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 MAX_PATHS = 4096
 SHOWN = 10
@@ -79,7 +79,7 @@ SHOWN = 10
 
 def exponential_expansion(
     model: Any,
-    order: int = 1,
+    order: int | None = None,
     *,
     linearize: Linearize = "jet",
     through: str | Iterable[str] | None = None,
@@ -101,7 +101,7 @@ def exponential_expansion(
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what a write is).
-        order: k >= 0 of the jets; detached paths have none.
+        order: k >= 0 of the jets, None is 1; detached paths have none.
         linearize: `"jet"`, the paper's, or `"detached"`, exact.
         through: Keep paths that pass through every one of these (through any step of a kind).
         avoiding: Keep paths that pass through none of these: `"attn"` gives the n-gram paths.
@@ -111,7 +111,7 @@ def exponential_expansion(
             the filters all are evaluated, and the choice is exact; more (detached only) are searched by a beam of
             `max_paths` / stages prefixes, greedily (see `tl_jets.expansion.top_paths`).
         rank: What `top` compares: the `"length"` of a path's logits centered over the vocabulary, or its `"effect"` on
-            the targets, over all evaluated positions together.
+            the targets, over all evaluated positions together. Without `top` there is no rank, nor targets.
         targets: Tokens for `rank="effect"`; None for the model's own best token.
         center_scale: Of the centers of jets at every stage: `"none"` (the paper's), `"match"` or `"orthogonal"`.
         renormalize: Spread the weights of jets over the paths that are kept.
@@ -123,25 +123,36 @@ def exponential_expansion(
         A `PathExpansion`: iterate over it for the paths, call it on a prompt, tokens or a trace to get a `PathCache`.
 
     Raises:
-        ValueError: A bad option, a filter that names nothing, or filters that leave no path.
+        ValueError: A bad option or one that would do nothing, a filter that names nothing, or filters that leave no path.
         TypeError: A bad order.
 
     Source:
         Chen et al., Algorithm 2.
     """
     network = ResidualNetwork.of(model)
-    _check_choices(linearize=(linearize, Linearize), rank=(rank, Rank))
-    for name, value, least in (("order", order, 0), ("top", 1 if top is None else top, 1), ("max_paths", max_paths, 1)):
+    order = read_order(linearize, order, 1)
+    if rank not in get_args(Rank):
+        raise ValueError(f"rank must be one of {get_args(Rank)}; got {rank!r}.")
+    for name, value, least in (("top", 1 if top is None else top, 1), ("max_paths", max_paths, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
         if value < least:
             raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
-    if linearize == "detached" and (renormalize or split_degrees or center_scale != "none"):
+    if linearize == "detached" and (order or renormalize or split_degrees or center_scale != "none"):
         raise ValueError(
-            "renormalize, split_degrees and center_scale are options of jets; detached paths have no weights, degrees or "
-            "centers. Leave them out, or use linearize='jet'."
+            "order, renormalize, split_degrees and center_scale are options of jets; detached paths have no weights, degrees, "
+            "centers or order. Leave them out, or use linearize='jet'."
+        )
+    if top is None and rank == "effect":
+        raise ValueError(
+            "rank says which paths top= keeps; got rank='effect' without top. Pass top=, or leave rank out."
+        )
+    if rank == "length" and targets is not None:
+        raise ValueError(
+            f"targets are what rank='effect' with top= reads; got {targets!r} without it. Leave them out, or give them to "
+            f"statistics(targets=...) of what is evaluated."
         )
     labels = {"through": through, "avoiding": avoiding, "sources": sources}
     filters: dict[str, Any] = {
@@ -181,7 +192,7 @@ class PathExpansion:
     Attributes:
         network: The residual network.
         linearize: `"jet"` or `"detached"`.
-        order: k of the jets.
+        order: k of the jets; 0 for detached paths.
         whole: All paths, before the filters; without degrees.
         lattice: The paths that the filters keep; without degrees.
         filters: `through`, `avoiding`, `sources`, `max_writes`.
@@ -310,21 +321,21 @@ class PathExpansion:
         """
         self._check_count()
         with torch.inference_mode(False):
+            trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
             if isinstance(text_or_tokens, Trace) and text_or_tokens.network is self.network:
                 return self._remembered(text_or_tokens, positions)
-            trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
             # A trace without the frozen network, whose graph is as large as the activations.
             return replace(self._remembered(trace, positions), trace=Trace(self.network, trace.recording))
 
     def _remembered(self, trace: Trace, positions: int | Sequence[int] | None) -> PathCache:
         """Evaluate on a trace of the same network; what it has already evaluated is not evaluated again."""
         rows = Rows.of(trace, positions)
-        key = (self, tuple(rows.positions))
-        if key not in trace.memo:
+        known, key = trace.evaluated.setdefault(self, {}), tuple(rows.positions)
+        if key not in known:
             whole = with_edits(self.whole, trace)
             edited = replace(self, whole=whole, lattice=narrowed(whole, self.network.stages, **self.filters))
-            trace.memo[key] = edited._evaluate(trace, rows)
-        return trace.memo[key]
+            known[key] = edited._evaluate(trace, rows)
+        return known[key]
 
     @torch.no_grad()
     def _evaluate(self, trace: Trace, rows: Rows) -> PathCache:
@@ -374,9 +385,3 @@ class PathExpansion:
 
 def _shown(filters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in filters.items() if value is not None)
-
-
-def _check_choices(**choices: tuple[str, Any]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {get_args(allowed)}; got {value!r}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.expansion.cache import Check, JetCache
@@ -15,6 +15,7 @@ from tl_jets.expansion.path_measures import Yardstick
 from tl_jets.expansion.path_statistics import By, PathStatistics, statistics_of
 from tl_jets.expansion.paths import Path
 from tl_jets.lenses.selection import Rows, TargetInput
+from tl_jets.stages import DECODER_STEP
 
 if TYPE_CHECKING:
     from tl_jets.expansion.exponential import PathExpansion
@@ -32,16 +33,13 @@ class PathCache(JetCache):
         weights: The multiple of b_U that each path carries [path, batch, out_pos]: 1 / N for jets; for frozen maps 1 for
             `ln_final_bias` and 0 for all others.
         positions: Positions in the prompt, aligned to the out_pos axis.
-        valid: Which of them are real tokens [batch, out_pos].
-        remainders: By stream, |stream - sum of the prefixes of all evaluated paths| / |stream|, real tokens only: what
-            every stage has left over so far, and what was filtered out. For `ln_final`, that of the kept paths. A beam
-            search gives the latter alone.
+        remainders: By stream, |stream - sum of the prefixes of all evaluated paths| / |stream|, at all real tokens of the
+            prompts: what every stage has left over so far, and what was filtered out. For `ln_final`, that of the kept paths
+            at `positions`. A beam search gives the latter alone, and so does a slice of the prompts.
         is_exhaustive: Whether all paths of the expansion were evaluated; if not, a beam search chose them.
     """
 
     expansion: PathExpansion  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
-    positions: list[int] = field(default_factory=list)
-    valid: Bool[Tensor, "*batch out_pos"] = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     remainders: dict[str, float] = field(default_factory=dict)
     is_exhaustive: bool = True
 
@@ -56,11 +54,6 @@ class PathCache(JetCache):
     def paths(self) -> list[Path]:
         """The paths, aligned to `labels`."""
         return [Path.parse(label) for label in self.labels]
-
-    @property
-    def relative_remainder(self) -> float:
-        """Length of the remainder over that of what the unembedding reads, real tokens only, in d_model."""
-        return float(self.remainder[self.valid].norm() / self.truth[self.valid].norm())
 
     @property
     def remainder(self) -> Float[Tensor, "*batch out_pos d_model"]:
@@ -90,24 +83,27 @@ class PathCache(JetCache):
             A `PathStatistics`. Sums by length or source add up to all paths; those by component overlap.
 
         Raises:
-            ValueError: The cache was sliced.
+            ValueError: A slice dropped the batch or position dimension, or left nothing but padding.
         """
-        rows = Rows.of(self.trace, self.positions)
-        if self.truth.shape[:-1] != rows.keep.shape:
+        positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
+        if isinstance(self.prompts, int) or isinstance(positions, int):
             raise ValueError(
-                f"Statistics need a whole cache [batch, out_pos, d_model]; this one has shape {tuple(self.truth.shape)}. "
-                f"Take them first, or evaluate with positions=..."
+                f"Statistics need a cache [batch, out_pos, d_model]; this one has shape {list(self.truth.shape)}. Slice with "
+                f"lists in place of ints, or take the statistics first."
             )
+        self._require_real("statistics")
+        rows = Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
         groups = _groups(self.paths, by)
         states, weights = self.stack(), self.weights[:, rows.keep][:, 0]
         if by != "path":
             states = torch.stack([states[index].sum(0) for index in groups.values()])
             weights = torch.stack([weights[index].sum() for index in groups.values()])
-        yardstick = Yardstick.of(self.trace, rows, targets)
+        yardstick = Yardstick.at(self.trace.network, rows, self.truth[self.valid], targets)
         counts = [len(index) for index in groups.values()]
         writes = [path.n_writes for path in self.paths] if by == "path" else None
+        network, labels = self.trace.network, list(groups)
         return statistics_of(
-            self.trace, yardstick, list(groups), states, weights, by=by, counts=counts, n_writes=writes
+            network, yardstick, self.tokens, labels, states, weights, by=by, counts=counts, n_writes=writes
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -115,14 +111,16 @@ class PathCache(JetCache):
         return self.statistics().to_dataframe()
 
     def check(self) -> Check:
-        """Compare the logits of all paths, remainder left out, with the model's own.
+        """Compare the logits of all paths together, remainder left out, with the model's own; not one path by one.
 
         Returns:
             A `Check` with the largest difference; no slopes.
 
         Raises:
-            ValueError: Only some of the paths are here, or they are jets, whose sum is not the model: see `remainders`.
+            ValueError: Only some of the paths are here, or they are jets, whose sum is not the model: see `remainders`; a
+                slice of padding alone.
         """
+        self._require_real("check")
         if self.expansion.linearize != "detached" or not self.expansion.is_complete or self.trace.logits is None:
             raise ValueError(
                 "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
@@ -130,17 +128,14 @@ class PathCache(JetCache):
             )
         transform = self.trace.network.decoder.transform
         found = self.logits() if transform is None else transform(self.logits())
-        own = self.trace.logits[:, self.positions].to(found)
+        own = self.here(self.trace.logits).to(found)
         error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
         return Check(error, {}, 1)
 
-    def _real(self) -> Any:
-        return self.valid
-
-    def _map(self, change: Any) -> PathCache:
-        """Apply `change(tensor, axis of the batch dimension)` to every tensor."""
-        found = cast(PathCache, super()._map(change))
-        return replace(found, valid=change(self.valid, 0).bool())
+    def _cut(self, cells: tuple[Any, ...], **where: Any) -> PathCache:
+        found = cast(PathCache, super()._cut(cells, **where))
+        known = self.remainders if found.prompts == self.prompts else {}
+        return replace(found, remainders=known | {DECODER_STEP: found.relative_remainder})
 
 
 def _groups(paths: list[Path], by: By) -> dict[str, list[int]]:

@@ -25,13 +25,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.lenses.selection import Rows, TargetInput, read_targets
+from tl_jets.lenses.selection import ANSWER, Rows, TargetInput, read_targets
+from tl_jets.network import ResidualNetwork
 from tl_jets.readout import top_tokens
 from tl_jets.stages import FINAL_STREAM
 from tl_jets.trace import Trace
 
 Rank = Literal["length", "effect"]
-ANSWER = "<answer>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,15 @@ class Yardstick:
     @torch.no_grad()
     def of(cls, trace: Trace, rows: Rows, targets: TargetInput | None) -> Yardstick:
         """Measure a trace's logits at some positions, and at targets; None for the model's best token."""
-        network, decoder = trace.network, trace.network.decoder
-        states = decoder.norm(rows.take(trace[FINAL_STREAM]))
+        return cls.at(trace.network, rows, trace.network.decoder.norm(rows.take(trace[FINAL_STREAM])), targets)
+
+    @classmethod
+    @torch.no_grad()
+    def at(
+        cls, network: ResidualNetwork, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
+    ) -> Yardstick:
+        """The same of what the unembedding reads at these rows."""
+        decoder = network.decoder
         metric = decoder.metric(centered=True)
         answers = top_tokens(decoder, states, k=1).indices[:, 0]
         ids, asked = read_targets(network, targets, rows)
@@ -69,7 +76,7 @@ class Yardstick:
         ids = rows.spread(answers, fill=0)[..., None] if ids is None else ids
         chosen = ids[rows.keep]
         columns = torch.cat([decoder.W_U[:, chosen].double(), decoder.b_U[chosen].double()[None]])
-        directions = columns.movedim(0, -1) - _mean_column(decoder)
+        directions = columns.movedim(0, -1) - metric.mean / decoder.d_vocab**0.5
         return cls(rows, metric.augment(states, 1.0), metric.gram, directions, ids, names, answers)
 
     def augmented(self, states: Tensor, bias_weights: Tensor) -> Tensor:
@@ -112,11 +119,3 @@ class Yardstick:
             "share": spread(products / own.square()),
             "effect": spread(self.effects(parts), axis=1),
         }
-
-
-def _mean_column(decoder: Any) -> Tensor:
-    """The mean over the vocabulary of [W_U; b_U], in float64 and by chunks."""
-    total = torch.zeros(decoder.d_model, dtype=torch.float64, device=decoder.W_U.device)
-    for _, columns in decoder.columns(torch.float64):
-        total += columns.sum(1)
-    return torch.cat([total, decoder.b_U.double().sum()[None]]) / decoder.d_vocab

@@ -50,20 +50,21 @@ from tl_jets.expansion.frozen_network import FrozenNetwork
 from tl_jets.expansion.lattice import BIAS, Lattice, count_text, lattice_of, narrowed
 from tl_jets.expansion.path_measures import Yardstick
 from tl_jets.expansion.walk import rows_of, with_edits
-from tl_jets.lenses.selection import Rows, TargetInput, trace_of
+from tl_jets.lenses.selection import Rows, TargetInput
 from tl_jets.network import ResidualNetwork
-from tl_jets.notebook import SHOWN_ROWS, Shown, dataframe_html
+from tl_jets.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.readout import top_tokens
+from tl_jets.results import Result
 from tl_jets.stages import DECODER_STEP
 from tl_jets.tokens import decode, token_names
-from tl_jets.trace import Trace
+from tl_jets.trace import Trace, trace_of
 
 By = Literal["path", "length", "component", "source"]
 MEASURES = ("norm", "cosine", "share", "effect")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics(Shown):
+class PathStatistics(Result):
     """How much of the model's logits parts of them are. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
@@ -197,8 +198,9 @@ def _mean(values: Tensor) -> list[float]:
 
 @torch.no_grad()
 def statistics_of(
-    trace: Trace,
+    network: ResidualNetwork,
     yardstick: Yardstick,
+    tokens: Int[Tensor, "batch out_pos"],
     labels: list[str],
     states: Float[Tensor, "part batch out_pos d_model"],
     bias_weights: Float[Tensor, " part"],
@@ -213,14 +215,14 @@ def statistics_of(
     rows = yardstick.rows
     parts = yardstick.augmented(states, bias_weights)
     measured = yardstick.measure(parts)
-    best = top_tokens(trace.network.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
+    best = top_tokens(network.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
     return PathStatistics(
         labels=labels,
         by=by,
         counts=counts,
         n_writes=n_writes,
         positions=rows.positions,
-        tokens=trace.tokens[:, rows.positions],
+        tokens=tokens,
         valid=rows.keep,
         norm=measured["norm"],
         cosine=measured["cosine"],
@@ -230,7 +232,7 @@ def statistics_of(
         target_names=yardstick.target_names,
         top_ids=rows.spread(best.indices[..., 0], fill=-1),
         model_top_ids=rows.spread(yardstick.answers, fill=-1),
-        tokenizer=trace.network.tokenizer,
+        tokenizer=network.tokenizer,
     )
 
 
@@ -294,7 +296,8 @@ def path_lengths(
     counts = list(lattice.count_by_length)
     yardstick = Yardstick.of(trace, rows, targets)
     labels = [str(n) for n in range(len(counts))]
-    return statistics_of(trace, yardstick, labels, states, weights, by="length", counts=counts)
+    tokens = trace.tokens[:, rows.positions]
+    return statistics_of(trace.network, yardstick, tokens, labels, states, weights, by="length", counts=counts)
 
 
 def path_sums(
@@ -372,7 +375,8 @@ def path_sums(
             states = torch.cat([states, values[constant][None, :, rows.positions]])
             weights = torch.cat([weights, weights.new_ones(1)])
     counts = _counts(lattice, list(every), by)
-    return statistics_of(trace, Yardstick.of(trace, rows, targets), list(every), states, weights, by=by, counts=counts)
+    yardstick, tokens = Yardstick.of(trace, rows, targets), trace.tokens[:, rows.positions]
+    return statistics_of(trace.network, yardstick, tokens, list(every), states, weights, by=by, counts=counts)
 
 
 def _counts(lattice: Lattice, labels: list[str], by: str) -> list[int]:
@@ -396,8 +400,9 @@ def _frozen(
     network = ResidualNetwork.of(model)
     whole = lattice_of(network.stages, network.sources, detached=True)
     with torch.inference_mode(False):
-        own = isinstance(text_or_tokens, Trace) and text_or_tokens.network is network
-        trace = text_or_tokens if own else trace_of(network, text_or_tokens, attention_mask, cache)
+        trace = trace_of(network, text_or_tokens, attention_mask, cache)
+        if isinstance(text_or_tokens, Trace) and text_or_tokens.network is network:
+            trace = text_or_tokens  # which keeps the frozen network
         lattice = narrowed(with_edits(whole, trace), network.stages, avoiding=avoiding, sources=sources)
         frozen = FrozenNetwork.of(trace)
         return trace, Rows.of(trace, positions), lattice.starting_at(frozen.sources), frozen

@@ -209,14 +209,20 @@ class ReorganizedExpansion(Expansion):
         return tuple(step.label for step in self.stage.steps if step.kind != "attn_bias")
 
     def __call__(
-        self, text_or_tokens: Any, *, positions: int | Sequence[int] | None = None, **trace_options: Any
+        self,
+        text_or_tokens: Any,
+        *,
+        positions: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
     ) -> JetCache:
         """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`).
 
         Args:
             text_or_tokens: The input.
             positions: Positions to read, of paths of the decoder; None for all.
-            trace_options: `attention_mask`, `cache`.
+            attention_mask: Passed to the model (left padding needs it).
+            cache: A ready `ActivationCache` of the same input.
 
         Returns:
             For the decoder a `PathCache`: `remainders` say what the jets of every stage missed. Else a `JetCache`.
@@ -224,7 +230,7 @@ class ReorganizedExpansion(Expansion):
         Raises:
             ValueError: Positions of an inner stage.
         """
-        found = super().__call__(text_or_tokens, **trace_options)
+        found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
         if positions is None:
             return found
         if not isinstance(found, ReorganizedPaths):
@@ -246,8 +252,6 @@ class ReorganizedExpansion(Expansion):
         return found | {REST: trace[self.stream] - torch.stack(list(found.values())).sum(0)}
 
     def _evaluate(self, trace: Trace) -> JetCache:
-        if trace.network is not self.network:
-            trace = Trace(self.network, trace.recording)
         with torch.inference_mode(False), torch.no_grad():
             sources, h = self.sources(trace), trace[self.stream]
             n, values = len(self.centers), torch.stack([value.detach().clone() for value in sources.values()])
@@ -323,7 +327,6 @@ class ReorganizedExpansion(Expansion):
             weights=weights[:, None, None].expand(-1, *truth.shape[:-1]),
             truth=truth,
             positions=list(range(truth.shape[1])),
-            valid=trace.valid,
         )
         ordered = dict(reversed(remainders.items())) | {DECODER_STEP: found.relative_remainder}
         return replace(found, remainders=ordered)
@@ -356,10 +359,10 @@ def _check(cache: JetCache) -> Check:
     expansion, trace = cache.expansion, cache.trace
     assert isinstance(expansion, ReorganizedExpansion)
     network, keep = expansion.network, trace.valid
-    if cache.truth.shape[:-1] != keep.shape:
+    if not cache.is_whole:
         raise ValueError(
             f"check needs a whole cache, [batch, pos] = {list(keep.shape)}; this one has {list(cache.truth.shape[:-1])}. "
-            f"Evaluate without positions."
+            f"Evaluate without positions, and do not slice."
         )
     plain = jet_expand(
         network,

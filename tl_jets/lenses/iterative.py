@@ -35,21 +35,14 @@ from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import CenterScale
 from tl_jets.expansion.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.lenses.result import LensResult
-from tl_jets.lenses.selection import (
-    Rows,
-    TargetInput,
-    check_options,
-    model_logits,
-    read_targets,
-    stream_labels,
-    trace_of,
-)
+from tl_jets.lenses.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
 from tl_jets.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
 from tl_jets.mixture import Control, Mixture, scan_mixture
 from tl_jets.network import ResidualNetwork
 from tl_jets.reader import CHUNK_SIZE
 from tl_jets.stages import FINAL_STREAM
 from tl_jets.tokens import decode, token_names
+from tl_jets.trace import trace_of
 
 # What has a layer axis.
 _LAYERED = {
@@ -137,7 +130,7 @@ class IterativeJetLens(LensResult):
     def borrowed(self) -> Bool[Tensor, "layer order batch pos"]:
         """Cells whose best token is not the own part's: the answer comes from the model's own final stream."""
         if self.own_top_ids is None:
-            raise ValueError("borrowed needs a lens run with measures=True; this one was run without.")
+            raise AttributeError  # `__getattr__` says why
         return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
 
     def top_tokens(self, tokenizer: Any = None) -> dict[str, Any]:

@@ -11,13 +11,24 @@ Detached (``linearize="detached"``), the final norm keeps the scale that it has 
 every component's direct logit attribution (embeddings included) and of the final norm's bias and b_U (`ln_final_bias`): all
 weights are 1, nothing remains and nothing is optimized or borrowed.
 
+Either way logits are additive, so that a component's share in the logit of a target is exact: `effects`, which sum to the
+centered logit that the weighted sum gives to it (detached, that is the model's own).
+
+Example:
+    >>> import tl_jets as tj
+    >>> prompt = "This function is available on Unix and"
+    >>> attribution = joint_jet_lens(tj.load_tinydocs(), prompt, targets=[" is", " Windows"], linearize="detached")
+    >>> is_, windows = attribution.effects[:, 0, -1].T
+    >>> max(zip((is_ - windows).tolist(), attribution.labels))[1]  # favors " is" most
+    '3_block_out'
+
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -26,21 +37,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
 from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
-from tl_jets.expansion.frozen_network import Linearize, affine_labels, check_detached, frozen_norm, read_order
+from tl_jets.expansion.frozen_network import Linearize, affine_labels, check_detached, read_order
 from tl_jets.expansion.simplex import SimplexSolution
 from tl_jets.expansion.weights import read_weights, uniform_weights
+from tl_jets.lenses.centers import Centers
 from tl_jets.lenses.result import LensResult
-from tl_jets.lenses.selection import Rows, check_options, model_logits, trace_of
-from tl_jets.measures import Measures, geometry, random_directions, split_along, weighted
+from tl_jets.lenses.selection import ANSWER, Rows, TargetInput, check_options, model_logits, read_targets
+from tl_jets.measures import Measures, geometry, weighted
 from tl_jets.mixture import Mixture, MixtureScan, scan_mixture
 from tl_jets.network import ResidualNetwork
 from tl_jets.reader import CHUNK_SIZE
 from tl_jets.readout import TopTokens, top_tokens
 from tl_jets.stages import FINAL_STREAM, Granularity
 from tl_jets.tokens import decode, token_names
+from tl_jets.trace import trace_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,6 +76,10 @@ class JointJetLens(LensResult):
         rho: Radius ratio of each center's series [center, batch, pos]; NaN if detached, which is no series.
         alpha: Coefficient of each center's own reading; 0 for `ln_final_bias`, a constant.
         beta: Coefficient of the model's own answer in each center's jet.
+        effects: Logits that each center's weighted jet adds to each target, beyond the mean of the vocabulary
+            [center, batch, pos, target]; before a final softcap. They sum to the lens' own centered logits.
+        target_ids: Token ids [batch, pos, target].
+        target_names: How they were asked for; `<answer>` is the model's own best token.
         borrowed_share: Share of the model's own answer in the weighted sum [batch, pos].
         top_ids: Best tokens of the weighted sum [batch, pos, k].
         full_values: Their additive logits [batch, pos, k].
@@ -91,6 +107,9 @@ class JointJetLens(LensResult):
     rho: Float[Tensor, "center batch pos"]
     alpha: Float[Tensor, "center batch pos"]
     beta: Float[Tensor, "center batch pos"]
+    effects: Float[Tensor, "center batch pos target"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
     borrowed_share: Float[Tensor, "batch pos"]
     top_ids: Int[Tensor, "batch pos k"]
     full_values: Float[Tensor, "batch pos k"]
@@ -101,7 +120,7 @@ class JointJetLens(LensResult):
     uniform: Measures
     control: Measures
     tokenizer: Any
-    _centers: _Centers
+    _centers: Centers
     _random: _Sum
 
     def __repr__(self) -> str:
@@ -139,7 +158,7 @@ class JointJetLens(LensResult):
         places: Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
     ) -> TopTokens:
-        """What every center's weighted jet adds to the logits of its own best tokens, beyond the mean of the vocabulary.
+        """What every center's weighted jet adds to the logits of its own best tokens; to given ones, `effects`.
 
         Args:
             k: How many best tokens.
@@ -148,7 +167,7 @@ class JointJetLens(LensResult):
             labels: Centers; None for all.
 
         Returns:
-            Centered additive logits, best first, and ids [center, place, k]; NaN and -1 at padding.
+            Additive logits beyond the mean of the vocabulary, best first, and ids [center, place, k]; NaN and -1 at padding.
         """
         centers, decoder = self._centers, self._centers.network.decoder
         wanted = list(range(len(self.positions))) if places is None else [p % len(self.positions) for p in places]
@@ -192,19 +211,26 @@ class JointJetLens(LensResult):
         return pd.DataFrame(rows)
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """One row a center, batch and real position: its weight, rho, alpha, beta and best token."""
+        """One row a center, batch, real position and target.
+
+        Columns: center, batch, pos, token (read at that position), weights, rho, alpha, beta (no such columns if detached:
+        there is nothing to weigh), token_index and token_string (the center's own best token), target, effect.
+        """
         tokenizer = tokenizer or self.tokenizer
         top = self.center_top_tokens(1)
-        names = token_names(tokenizer, [top.indices, self.tokens])
+        names = token_names(tokenizer, [top.indices, self.tokens, self.target_ids])
+        numbers = () if self.linearize == "detached" else ("weights", "rho", "alpha", "beta")
+        targets, effects = self.target_ids.tolist(), self.effects.tolist()
         rows = []
         for i, label in enumerate(self.labels):
             for b, p in self.valid.nonzero().tolist():
                 row = {"center": label, "batch": b, "pos": self.positions[p]}
                 row["token"] = names[int(self.tokens[b, p])]
-                row |= {name: float(getattr(self, name)[i, b, p]) for name in ("weights", "rho", "alpha", "beta")}
+                row |= {name: float(getattr(self, name)[i, b, p]) for name in numbers}
                 row["token_index"] = int(top.indices[i, b, p, 0])
                 row["token_string"] = names[row["token_index"]]
-                rows.append(row)
+                for target, effect in zip(targets[b][p], effects[i][b][p], strict=True):
+                    rows.append(row | {"target": names[target], "effect": effect})
         return pd.DataFrame(rows)
 
 
@@ -220,6 +246,7 @@ def joint_jet_lens(
     positions: int | Sequence[int] | None = None,
     center_scale: CenterScale = "none",
     linearize: Linearize = "jet",
+    targets: TargetInput | None = None,
     top_k: int = 5,
     seed: int = 0,
     attention_mask: Tensor | None = None,
@@ -243,6 +270,8 @@ def joint_jet_lens(
         center_scale: Length of the centers: `"none"`, `"match"` or `"orthogonal"`.
         linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
             the final stream; takes no order above 0, weights, objective or center_scale.
+        targets: Tokens to report the effects on: strings or ids (the same everywhere), or a tensor of ids [batch, pos] or
+            [batch, pos, target] aligned with `positions`; None for the model's own best token.
         top_k: How many best tokens a position keeps.
         seed: Of the random control, whose directions depend on it, the center and the position in the prompt alone: all prompts
             share them, and for the spread of a control several seeds are needed.
@@ -254,7 +283,8 @@ def joint_jet_lens(
         A `JointJetLens`. Edits by the user's hooks on the stream are components of their own (`edit:<hook>`).
 
     Raises:
-        ValueError: Bad order, position, option, weights or input; the message says what must hold.
+        ValueError: Bad order, position, option, weights, target or input; the message says what must hold.
+        TypeError: Targets of the wrong type.
         NotImplementedError: `objective="kl"` on a model with a final softcap.
 
     Source:
@@ -275,6 +305,7 @@ def joint_jet_lens(
     network = ResidualNetwork.of(model, granularity, otherwise="block")
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
+    ids, asked = read_targets(network, targets, rows)
     labels = [label for label in network.components if embeddings or label not in network.sources]
     labels += [label for stream in network.streams for label in trace.edits(stream)]
     with torch.no_grad():
@@ -283,9 +314,9 @@ def joint_jet_lens(
         if is_detached:
             labels += affine_labels(None)[1]
             values = torch.cat([values, torch.zeros_like(values[:1])])
-            centers = _Centers.detached(network, rows, values, variate)
+            centers = Centers.detached(network, rows, values, variate)
         else:
-            centers = _Centers.of(network, rows, values, variate, order, center_scale)
+            centers = Centers.of(network, rows, values, variate, order, center_scale)
         truth = network.decoder.norm(variate.double())
         random = centers.randomized(values, variate, seed)
         if is_detached:
@@ -303,6 +334,9 @@ def joint_jet_lens(
         found = geometry(network.decoder, sums, truth)
         measures = [Measures.of(rows.spread, {name: v[i] for name, v in found.items()}, scan, (i, 0)) for i in range(3)]
         spread = rows.spread
+        answers = spread(scan.model.top.indices[:, 0], fill=-1)
+        names: list[str | int] = [ANSWER] if asked is None else asked
+        ids = answers[..., None] if ids is None else ids
         return JointJetLens(
             labels=labels,
             order=order,
@@ -318,12 +352,15 @@ def joint_jet_lens(
             rho=spread(centers.rho),
             alpha=spread(centers.alpha),
             beta=spread(centers.beta),
+            effects=spread(chosen.T[..., None] * centers.effects(ids[rows.keep]), 1),
+            target_ids=ids,
+            target_names=names,
             borrowed_share=spread(_borrowed_share(network, sums[0], borrowed, variate)),
             top_ids=spread(scan.top.indices[0, 0], -2, -1),
             full_values=spread(scan.top.values[0, 0], -2),
             own_values=spread(scan.own_values[0, 0], -2),
             own_top_ids=spread(scan.own_top1[0, 0], fill=-1),
-            model_top_ids=spread(scan.model.top.indices[:, 0], fill=-1),
+            model_top_ids=answers,
             measures=measures[0],
             uniform=measures[1],
             control=measures[2],
@@ -338,72 +375,6 @@ class _Sum(NamedTuple):
 
     total: Tensor
     variate: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Centers:
-    """The jets of the final norm at many centers, real positions only.
-
-    Attributes:
-        network: The network whose final norm is expanded.
-        rows: The way back to [batch, pos].
-        jets: e_i = J^k norm(x_i)(h_L) [center, row, d_model], float64.
-        alpha: Coefficients of w * x_i [center, row].
-        beta: Coefficients of w * h_L [center, row].
-        rho: Radius ratios [center, row].
-        constants: The multiple of the norm's bias and of b_U that each center carries [center].
-    """
-
-    network: ResidualNetwork
-    rows: Rows
-    jets: Tensor
-    alpha: Tensor
-    beta: Tensor
-    rho: Tensor
-    constants: Tensor
-
-    @classmethod
-    def of(
-        cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale
-    ) -> _Centers:
-        norm, values = network.decoder.norm, values.double()
-        variate = variate.double().expand_as(values)
-        factors = center_scale_factors(norm, values, variate, scale)
-        series = norm_jet(norm, values * factors[..., None], variate, order)
-        jets, constants = series.value(order), values.new_ones(len(values))
-        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
-
-    @classmethod
-    def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> _Centers:
-        """The frozen final norm at many centers, of which the last one, zero, stands for its constant."""
-        norm, values = network.decoder.norm, values.double()
-        linear = frozen_norm(norm, values, variate.double().expand_as(values))
-        constants = values.new_zeros(len(values))
-        constants[-1] = 1
-        alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
-        found = cls(network, rows, values, alpha, beta, linear.rho, constants)
-        return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
-
-    def _with_constants(self, linear: Tensor) -> Tensor:
-        """What every center makes of the final norm, from its part without the norm's bias."""
-        bias = self.network.decoder.norm.bias
-        return linear if bias is None else linear + self.constants[:, None, None] * bias
-
-    def randomized(self, values: Tensor, variate: Tensor, seed: int) -> _Centers:
-        """Jets at random centers of the same norms, and the same angles to the final stream, as the final norm sees them.
-
-        They have the same alpha, beta and rho, which depend on nothing else.
-        """
-        norm = self.network.decoder.norm
-        plane = split_along(norm, values, variate)
-        jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
-        jets *= (self.alpha * plane.across)[..., None]
-        jets += (self.alpha * plane.along + self.beta)[..., None] * plane.variate
-        return replace(self, jets=self._with_constants(norm.scale(jets)))
-
-    def sum(self, weights: Tensor) -> Tensor:
-        """sum_i w_i e_i [row, d_model] for weights [row, center]."""
-        return torch.einsum("rn,nrd->rd", weights, self.jets)
 
 
 def _choose(

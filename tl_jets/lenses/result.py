@@ -1,30 +1,25 @@
-"""What the results of both lenses share: measures by name, and moving to a device."""
+"""What the results of both lenses share: measures by name."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any, TypeVar
-
-import torch
 from torch import Tensor
 
 from tl_jets.measures import MEASURES, Measures
-from tl_jets.notebook import Shown, View
+from tl_jets.notebook import View
+from tl_jets.results import Result
 
-Result = TypeVar("Result", bound="LensResult")
 
-
-class LensResult(Shown):
+class LensResult(Result):
     """A frozen dataclass of tensors, one of which is `measures`."""
 
     measures: Measures | None
 
     def __getattr__(self, name: str) -> Tensor:
         """`lens.kl`, `lens.cosine`, ...: the measures by name."""
-        if name not in MEASURES:
+        if name not in (*MEASURES, "borrowed"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
-        if self.measures is None:
-            raise ValueError("The measures were not computed; run the lens with measures=True.")
+        if self.measures is None:  # no ValueError, so that hasattr says no
+            raise AttributeError(f"{name} needs a lens run with measures=True; this one was run without.")
         return getattr(self.measures, name)
 
     def _view(self) -> View:
@@ -34,18 +29,3 @@ class LensResult(Shown):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *MEASURES})
-
-    def to(self: Result, device: torch.device | str) -> Result:
-        """The same on another device."""
-        return self._mapped(lambda values: values.to(device), {field.name for field in fields(self)})  # type: ignore[arg-type]
-
-    def _mapped(self: Result, change: Any, names: set[str]) -> Result:
-        """With `change` applied to every tensor of the named fields."""
-        found: dict[str, Any] = {}
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, Measures):
-                found[name] = value.map(change)
-            elif isinstance(value, Tensor):
-                found[name] = change(value)
-        return replace(self, **found)  # type: ignore[type-var]

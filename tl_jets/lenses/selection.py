@@ -18,6 +18,8 @@ from tl_jets.stages import FINAL_STREAM
 from tl_jets.trace import Trace
 
 TargetInput = str | int | Sequence[str | int] | Tensor
+# How a result names the model's own best token, its target where none was asked for.
+ANSWER = "<answer>"
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,6 @@ def _index(value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         raise TypeError(f"got {value!r}")
     return operator.index(value)
-
-
-def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any, cache: Any) -> Trace:
-    """The input's trace on this network, made now unless a trace of the same model was given."""
-    if not isinstance(text_or_tokens, Trace):
-        return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
-    if not text_or_tokens.network.shares_model(network):
-        raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
-    if attention_mask is not None or cache is not None:
-        raise ValueError("A trace already holds its attention mask and streams; leave attention_mask and cache out.")
-    return Trace(network, text_or_tokens.recording)
 
 
 def stream_labels(

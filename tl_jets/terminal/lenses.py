@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import Tensor
 
 from tl_jets.lenses import IterativeJetLens, JointJetLens
+from tl_jets.lenses.selection import ANSWER
 from tl_jets.measures import MEASURES, Measures
 from tl_jets.numerals import number, signed
 from tl_jets.stages import DECODER_STEP
@@ -41,8 +41,8 @@ DETACHED = {
     "detached": "The final norm keeps the scale that it has at the final stream, so that logits are sums: direct logit "
     "attribution. A layer's cell is what its stream so far gives to the model's logits; rho is n/a, as this is no series, "
     "and nothing is borrowed.",
-    "effect": "What the component adds to the logit of the model's answer, beyond the mean of the vocabulary. Effects sum to "
-    "the answer's own.",
+    "effect": "What the component adds to the logit of the model's answer, or of a target, beyond the mean of the "
+    "vocabulary. Effects sum to the model's own.",
     "KL (control)": "KL(model || lens) in nats, 0 is best. In round brackets: the same for one random vector of the same "
     "length and angle to the final stream; a KL no better is no evidence about the layer. One draw scatters by tens of "
     "percent: compare averages. The joint lens is exact (KL 0), and says nothing by that: its parts do.",
@@ -95,29 +95,33 @@ def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0, width
     return titled(f"Iterative jet lens: what each layer's stream says ({how})", table)
 
 
-def joint_table(lens: JointJetLens, position: int, batch: int = 0, effects: Mapping[str, float] | None = None) -> Group:
+def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Group:
     """A component a row: weight, its own best tokens; the sum at the bottom, its KL beside control and uniform weights.
 
-    Detached terms all weigh 1: instead of that their `effects`, what they give to the answer, are shown.
+    Detached terms all weigh 1: instead of that their `effects`, what they give to the answer or to targets, are shown.
     """
     table = new_table()
     table.add_column("component")
-    table.add_column("weight" if effects is None else "effect", justify="right")
+    effects = lens.effects[:, batch, position] if lens.linearize == "detached" else None
     if effects is None:
+        table.add_column("weight", justify="right")
         table.add_column("", width=BAR_WIDTH)
+    else:
+        for name, target in zip(lens.target_names, lens.target_ids[batch, position], strict=True):
+            table.add_column("effect" if name == ANSWER else Text(f"effect\n{_token(lens, target)}"), justify="right")
     table.add_column("its own best tokens")
     top = lens.center_top_tokens(lens.top_ids.shape[-1]).indices[:, batch, position]
     weights = lens.weights[:, batch, position].tolist()
     hidden = 0
-    for label, weight, ids in zip(lens.labels, weights, top, strict=True):
-        if effects is not None and label == CONSTANT and not effects[label]:
+    for i, (label, weight, ids) in enumerate(zip(lens.labels, weights, top, strict=True)):
+        if effects is not None and label == CONSTANT and not effects[i].any():
             continue  # the model has no such constant
         if weight < SMALL_WEIGHT and len(lens.labels) > MAX_ROWS:
             hidden += 1
             continue
         words = Text(" ".join(_token(lens, token) for token in ids))
         style = "dim" if weight < SMALL_WEIGHT else ""
-        values = [f"{weight:.3f}", BAR * round(BAR_WIDTH * weight)] if effects is None else [signed(effects[label])]
+        values = [f"{weight:.3f}", BAR * round(BAR_WIDTH * weight)] if effects is None else map(signed, effects[i])
         table.add_row(Text(label), *values, words, style=style)
     if hidden:
         table.add_row(f"{hidden} others", f"< {SMALL_WEIGHT}", "", "", style="dim")
@@ -125,7 +129,7 @@ def joint_table(lens: JointJetLens, position: int, batch: int = 0, effects: Mapp
     total = _answers(lens, lens.top_ids[batch, position], bool(lens.borrowed[batch, position]))
     total.append_text(_beside("\nKL ", lens.kl[batch, position], lens.control.kl[batch, position]))
     if effects is not None:
-        table.add_row("sum", signed(sum(effects.values())), total)
+        table.add_row("sum", *map(signed, effects.sum(0)), total)
         return titled("Joint jet lens, detached: what each component gives to the logits", table)
     total.append(f"; uniform weights {number(lens.uniform.kl[batch, position])}")
     table.add_row("sum", f"{sum(weights):.3f}", "", total)

@@ -16,13 +16,13 @@ import json
 import math
 from collections.abc import Iterable
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 from torch import Tensor
 
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.measures import Measures
+from tl_jets.notebook import filled
 from tl_jets.tokens import token_names, visible
 
 # Digits of every number on a page and in a file.
@@ -57,6 +57,7 @@ def lens_data(
     centers = joint.center_top_tokens(joint.top_ids.shape[-1])
     texts = _Texts(iterative.tokenizer, (iterative.tokens, iterative.top_ids, iterative.model_top_ids, centers.indices))
     texts.add(joint.top_ids)
+    texts.add(joint.target_ids)
     return {
         "tl_jets": version("tl-jets"),
         "model": model,
@@ -68,6 +69,7 @@ def lens_data(
             "axes": ["layer", "order", "batch", "pos"],
             "labels": list(iterative.labels),
             "orders": list(iterative.orders),
+            "linearize": iterative.linearize,
             "center_scale": iterative.center_scale,
             "rho": _numbers(iterative.rho),
             "alpha": _numbers(iterative.alpha),
@@ -85,11 +87,18 @@ def lens_data(
             "axes": ["center", "batch", "pos"],
             "labels": list(joint.labels),
             "order": joint.order,
+            "linearize": joint.linearize,
             "objective": joint.objective,
             "center_scale": joint.center_scale,
             "weights": _numbers(joint.weights),
             "gap": None if joint.gap is None else _numbers(joint.gap),
+            "effective_rank": None if joint.effective_rank is None else joint.effective_rank.tolist(),
             "rho": _numbers(joint.rho),
+            "alpha": _numbers(joint.alpha),
+            "beta": _numbers(joint.beta),
+            "target_ids": joint.target_ids.tolist(),
+            "targets": texts(joint.target_ids),
+            "effects": _numbers(joint.effects),
             "borrowed_share": _numbers(joint.borrowed_share),
             "borrowed": joint.borrowed.tolist(),
             "center_top_tokens": texts(centers.indices),
@@ -112,9 +121,8 @@ def lens_page(data: dict[str, Any]) -> str:
     # Inside a script element only "<" can end it; "&" and the line separators are for older readers.
     safe = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
     text = json.dumps(data, allow_nan=False, ensure_ascii=True).translate(safe)
-    template = files("tl_jets").joinpath("templates/lens.html").read_text(encoding="utf-8")
     title = f"tl-jets lens: {data.get('prompt') or data.get('model') or ''}"
-    return template.replace("{{ title }}", html.escape(title), 1).replace("{{ data }}", text, 1)
+    return filled("lens.html", title=html.escape(title), data=text)
 
 
 class _Texts:

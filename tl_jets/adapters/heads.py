@@ -1,0 +1,86 @@
+r"""What single heads of an attention write.
+
+With z_h(x) what reaches W_O of head h, and z_h(0) the same at the zero stream,
+
+.. math::
+    \text{write}_h(x) = (z_h(x) - z_h(0))\, W_O^h, \qquad \text{attn\_bias} = \text{write}(x) - \sum_h \text{write}_h(x) .
+
+z_h(0) is what the value path gives for a zero normalized input, and depends on no pattern whose rows sum to one: constants sit in
+`<l>_attn_bias`, and folding value biases or norms changes no head. (Where rows sum to less, as beside an attention sink, a head
+keeps a part of its value bias.) Under a post-norm the same shares are taken at the post-norm's own scale.
+
+A bias that is what heads leave of the write makes any heads add up to it. So before a layer's heads are used for the first time,
+what they leave must not read the stream: it is compared at the model's own stream with what it is at zero, once before the
+post-norm (heads in the wrong order, an edit of their sum) and once after it (an edit of the write), whatever the patterns are.
+
+Cost: an evaluation of the attention at zero once an input, and three more once a layer and set of hooks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.stages import Recording, tolerance
+
+if TYPE_CHECKING:
+    from tl_jets.adapters.base import TransformerLensView
+
+
+def head_writes(view: TransformerLensView, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
+    """[head + 1, batch, pos, d_model]: every head's write at any stream, then the attention bias."""
+    _check(view, recording, calls, layer)
+    z, out = _z_and_out(view, calls, layer, stream)
+    key = ("z at the zero stream", layer)
+    if key not in recording.memo:
+        zero = torch.zeros(stream.shape, dtype=view.dtype, device=stream.device)
+        recording.memo[key] = _z_and_out(view, calls, layer, zero)[0]
+    heads = view.shares(layer, "attn", _through_output(view, layer, z - recording.memo[key]), out)
+    write = view.finish_attn(layer, out)
+    return torch.cat([heads, (write - heads.sum(0))[None]])
+
+
+def _z_and_out(view: TransformerLensView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+    """What reaches W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
+    grabbed: list[Tensor] = []
+    name = f"blocks.{layer}.attn.hook_z"
+    with view.model.hooks([(name, lambda z, hook: grabbed.append(z))]):
+        out = view.call_attn(calls, layer, stream)
+    if not grabbed:
+        raise NotImplementedError(f"Heads need {name}, which never fired; use granularity='sublayer'.")
+    return grabbed[-1], out
+
+
+def _through_output(view: TransformerLensView, layer: int, z: Tensor) -> Tensor:
+    """What every head sends into the output [head, batch, pos, d_model]."""
+    return torch.einsum("bphe,hem->hbpm", z, view.blocks[layer].attn.W_O.to(view.dtype))
+
+
+def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
+    """Once per layer and set of hooks: what heads leave of the attention's output and write must not read the stream."""
+    key = ("heads", layer, recording.hook_state)
+    if key in view.checked:
+        return
+    stream = recording.streams[f"{layer}_pre"].to(view.device_of(layer))
+    valid = recording.valid.to(stream.device)
+
+    def left(stream: Tensor) -> tuple[Tensor, Tensor]:
+        """What heads leave at a stream, before and after the post-norm [2, real token, d_model], and the sizes of both."""
+        z, out = _z_and_out(view, calls, layer, stream)
+        heads, write = _through_output(view, layer, z), view.finish_attn(layer, out)
+        remains = torch.stack([out - heads.sum(0), write - view.shares(layer, "attn", out, out)])
+        sizes = torch.stack([heads[:, valid].abs().max(), write[valid].abs().max()])
+        return remains[:, valid], sizes
+
+    with torch.no_grad():
+        (here, sizes), (at_zero, _) = left(stream), left(torch.zeros_like(stream))
+        error = float(((here - at_zero).abs().amax((1, 2)) / sizes.clamp_min(torch.finfo(stream.dtype).tiny)).max())
+    if not error <= tolerance(view.dtype):
+        raise NotImplementedError(
+            f"Attention must be the sum of its heads and a constant; in block {layer} of {view.name} what the heads leave changes "
+            f"with the stream, by {error:.1e} of their size. A hook edits their sum, or this attention does more to them than "
+            f"multiply with W_O. Use granularity='sublayer'."
+        )
+    view.checked.add(key)

@@ -1,0 +1,100 @@
+r"""The jets of the final norm at many centers, all at once: components of the joint lens, or random ones like them.
+
+.. math::
+    e_i = J^k \gamma_{L+1}(x_i)(h_L) = \alpha_i \, (w * x_i) + \beta_i \, (w * h_L) + c_i \cdot \text{bias} .
+
+Detached, the norm keeps its scale at h_L: alpha is that of h_L, beta is 0, and its bias (c = 1) is a center of its own.
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, section 4; norms as in `tl_jets.calculus.norms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import norm_jet
+from tl_jets.expansion.expand import CenterScale
+from tl_jets.expansion.frozen_network import frozen_norm
+from tl_jets.lenses.selection import Rows
+from tl_jets.measures import random_directions, split_along
+from tl_jets.network import ResidualNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class Centers:
+    """The jets of the final norm at many centers, real positions only.
+
+    Attributes:
+        network: The network whose final norm is expanded.
+        rows: The way back to [batch, pos].
+        jets: e_i = J^k norm(x_i)(h_L) [center, row, d_model], float64.
+        alpha: Coefficients of w * x_i [center, row].
+        beta: Coefficients of w * h_L [center, row].
+        rho: Radius ratios [center, row].
+        constants: The multiple of the norm's bias and of b_U that each center carries [center].
+    """
+
+    network: ResidualNetwork
+    rows: Rows
+    jets: Float[Tensor, "center row d_model"]
+    alpha: Float[Tensor, "center row"]
+    beta: Float[Tensor, "center row"]
+    rho: Float[Tensor, "center row"]
+    constants: Float[Tensor, " center"]
+
+    @classmethod
+    def of(
+        cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale
+    ) -> Centers:
+        """The final norm's jets of an order at many centers [center, row, d_model], rescaled as asked for."""
+        norm, values = network.decoder.norm, values.double()
+        variate = variate.double().expand_as(values)
+        factors = center_scale_factors(norm, values, variate, scale)
+        series = norm_jet(norm, values * factors[..., None], variate, order)
+        jets, constants = series.value(order), values.new_ones(len(values))
+        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
+
+    @classmethod
+    def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
+        """The frozen final norm at many centers, of which the last one, zero, stands for its constant."""
+        norm, values = network.decoder.norm, values.double()
+        linear = frozen_norm(norm, values, variate.double().expand_as(values))
+        constants = values.new_zeros(len(values))
+        constants[-1] = 1
+        alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
+        found = cls(network, rows, values, alpha, beta, linear.rho, constants)
+        return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
+
+    def _with_constants(self, linear: Tensor) -> Tensor:
+        """What every center makes of the final norm, from its part without the norm's bias."""
+        bias = self.network.decoder.norm.bias
+        return linear if bias is None else linear + self.constants[:, None, None] * bias
+
+    def randomized(self, values: Tensor, variate: Tensor, seed: int) -> Centers:
+        """Jets at random centers of the same norms, and the same angles to the final stream, as the final norm sees them.
+
+        They have the same alpha, beta and rho, which depend on nothing else.
+        """
+        norm = self.network.decoder.norm
+        plane = split_along(norm, values, variate)
+        jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
+        jets *= (self.alpha * plane.across)[..., None]
+        jets += (self.alpha * plane.along + self.beta)[..., None] * plane.variate
+        return replace(self, jets=self._with_constants(norm.scale(jets)))
+
+    def effects(self, ids: Int[Tensor, "row target"]) -> Float[Tensor, "center row target"]:
+        """Logits of targets beyond the mean of the vocabulary, of every center's jet."""
+        decoder = self.network.decoder
+        columns = torch.cat([decoder.W_U[:, ids].double(), decoder.b_U[ids].double()[None]]).movedim(0, -1)
+        columns = columns - decoder.metric(centered=False).mean / decoder.d_vocab**0.5
+        products = torch.einsum("crd,rtd->crt", self.jets, columns[..., :-1])
+        return products + self.constants[:, None, None] * columns[..., -1]
+
+    def sum(self, weights: Float[Tensor, "row center"]) -> Float[Tensor, "row d_model"]:
+        """sum_i w_i e_i."""
+        return torch.einsum("rn,nrd->rd", weights, self.jets)
