@@ -32,12 +32,14 @@ from tl_jets.ngrams import (
     fingerprint,
     jet_bigrams,
     jet_bigrams_by_path,
+    jet_trigrams,
     sweep,
 )
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import mlp_steps
+from tl_jets.pretrained import load_tinydocs
 from tl_jets.tables import NgramTable
 
 TRANSFORMS = {"none": None, "softcap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: 0.3 * x}
@@ -165,15 +167,46 @@ def test_saturated_rows_keep_their_digits():
     assert rows.scores[0].item() == pytest.approx(exact[5], rel=1e-6)
 
 
-def test_a_long_vocabulary_and_reduced_precision_products():
+def test_a_long_vocabulary():
     decoder, states = make(4500, 64, 16, dtype=torch.float32)
     expected = ordered(brute(decoder, states), np.arange(64))
-    before = torch.get_float32_matmul_precision()
-    try:
+    assert_best(scan_all(TopScan(decoder, 50), states, torch.arange(64), 64), expected, 50, 1e-12)
+
+
+@pytest.fixture(params=["older", "backends"])
+def reduced_products(request):
+    """Float32 products whose factors may be rounded, by either of torch's settings."""
+    torch_matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if request.param == "older":
         torch.set_float32_matmul_precision("medium")
-        assert_best(scan_all(TopScan(decoder, 50), states, torch.arange(64), 64), expected, 50, 1e-12)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    elif torch_matmul is None or not hasattr(torch_matmul, "fp32_precision"):
+        pytest.skip("this torch has the older setting only")
+    else:
+        torch_matmul.fp32_precision = "bf16"
+    yield
+    if request.param == "backends":
+        torch_matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_reduced_products_elsewhere_change_nothing(reduced_products):
+    """On processors that have them, such products are off by percents."""
+    model = load_tinydocs()
+    options = {"top_k": 20, "rows": range(200), "progress": False}
+    found = [
+        jet_bigrams(model, "mlps", **options),
+        jet_bigrams(model, "direct", **options, per="row"),
+        jet_trigrams(model, 1, 0, **options),
+    ]
+    normalizers = bigram_log_normalizers(model, "direct", rows=range(200))
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    assert [table.digest for table in found] == [
+        jet_bigrams(model, "mlps", **options).digest,
+        jet_bigrams(model, "direct", **options, per="row").digest,
+        jet_trigrams(model, 1, 0, **options).digest,
+    ]
+    assert torch.equal(normalizers, bigram_log_normalizers(model, "direct", rows=range(200)))
 
 
 def test_what_float32_cannot_tell_apart_is_told_apart():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams.fingerprints import fingerprint
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import State
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
@@ -177,6 +178,7 @@ class BigramSweep:
         return {label: ScreenedScan(scan, tiles, self.chunk_size) for label, scan in scans.items()}
 
     @torch.no_grad()
+    @full_float32()
     def run(self, labels: Sequence[str], state_file: Path | None) -> dict[str, NgramTable]:
         """Sweep over the vocabulary and return the tables of some of the paths."""
         processes = self.processes

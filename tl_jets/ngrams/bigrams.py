@@ -36,6 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.ngrams.bigram_sweep import BigramSweep, Options, Per, planned
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import SUFFIX, Job, check_header, finish
 from tl_jets.ngrams.scan import Score, check_finite
 from tl_jets.ngrams.screen import Screen
@@ -182,6 +183,7 @@ def bigram_job(model: Any, path: PathInput = "direct", *, name: str | None = Non
 
 
 @torch.no_grad()
+@full_float32()
 def bigram_log_normalizers(
     model: Any,
     path: PathInput = "direct",

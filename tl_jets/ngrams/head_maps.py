@@ -41,6 +41,7 @@ from torch import Tensor
 
 from tl_jets.calculus import Norm, full_precision
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
 from tl_jets.stages import Stage, relative_error, tolerance
@@ -79,6 +80,7 @@ class HeadReader:
         NotImplementedError: Plain functions, which have no heads; positions that are added to queries and keys.
     """
 
+    @full_float32()
     def __init__(self, model: Any, layer: int):
         self.network = ResidualNetwork(model).at("sublayer")
         view: Any = self.network.view
@@ -111,6 +113,7 @@ class HeadReader:
         """Where the vectors are."""
         return self.streams.device
 
+    @full_float32()
     def vectors(self, tokens: Int[Tensor, " token"], heads: Sequence[int]) -> HeadVectors:
         """Queries, keys and values (less those of the zero stream) of some heads, in the network's working precision.
 
@@ -193,6 +196,7 @@ class HeadReader:
     # The score map
 
     @torch.no_grad()
+    @full_float32()
     def scores(self, distance: int) -> ScoreMap:
         """How the layer scores a key `distance` places before the query.
 
@@ -307,6 +311,7 @@ class OutputMap:
         constant: What the final norm's bias and b_U add to every logit vector. Shape [d_vocab].
     """
 
+    @full_float32()
     def __init__(self, reader: HeadReader, head: int):
         view, decoder = reader.view, reader.network.decoder
         block = view.blocks[reader.layer]

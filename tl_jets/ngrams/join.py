@@ -20,6 +20,7 @@ from tl_jets.ngrams.factors import (
     log_softmax_at,
     normalizers,
 )
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.reader import LOG2_E
 from tl_jets.tables import rank
@@ -70,6 +71,7 @@ class Search:
         slope = max(1.0, abs(float(maps.outputs.transform(torch.ones(1)) if maps.outputs.transform else 1.0)))
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
 
+    @full_float32()
     def run(self, keys: Int[Tensor, " key"]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [triple, 3], A and log P of the best triples (and a few more), whose key is one of `keys`.
 

@@ -68,8 +68,6 @@ EXACT_ROWS, ROWS_OF_TEMPORARIES = 128, 16
 LEAST_SUM, LARGEST_SUM = -60.0, 100.0
 # Relative error of a sum of 2^exponent in working precision, in units of its roundoff: a generous bound.
 SUM_ERROR = 64
-# What the factors of a float32 product are rounded by, where a user allows it (torch.set_float32_matmul_precision).
-_FACTOR_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +161,8 @@ class Tiles:
     def errors(self, states: Float[Tensor, "row d_model"], offset: float = 0.0) -> Float[Tensor, " row"]:
         """How far a binary logarithm that was read may be from its exact value, given the offset in it. Shape [row]."""
         roundoff = torch.finfo(self.dtype).eps / 2
-        factors = _FACTOR_ROUNDOFF[torch.get_float32_matmul_precision()] if self.dtype is torch.float32 else 0.0
         length = torch.linalg.vector_norm(states.to(self.dtype), dim=1)
-        error = ((states.shape[1] + 32) * roundoff + 2 * factors) * length * self.largest_column
+        error = (states.shape[1] + 32) * roundoff * length * self.largest_column
         error = error + 8 * roundoff * (self.largest_bias + abs(offset))
         return error if self.transform is None else error * LOG2_E
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tl_jets.expansion.paths import ARROW
 from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.stages import Stage, Step, relative_error, some
 from tl_jets.trace import Trace
 
@@ -58,6 +59,7 @@ class VocabularyStreams:
             the network's self-check fails.
     """
 
+    @full_float32()
     def __init__(self, model: Any, paths: Sequence[PathInput]):
         self.network = ResidualNetwork(model).at("sublayer")
         self.paths = {label: steps for label, steps in (_read_path(self.network, path) for path in paths)}
@@ -75,6 +77,7 @@ class VocabularyStreams:
         return self._trace["embed"].device
 
     @torch.no_grad()
+    @full_float32()
     def embed(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """The `embed` source of single tokens, as a trace has it."""
         view: Any = self.network.view
@@ -100,6 +103,7 @@ class VocabularyStreams:
         return view._sources(saved, saved[_FIRST_STREAM], False)["embed"][:, 0]
 
     @torch.no_grad()
+    @full_float32()
     def stream(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
         """What the decoder reads at the end of a path, before the final norm.
 

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.scan import SUM_ERROR, Tiles
 from tl_jets.reader import LOG2_E, slices
 from tl_jets.studies.pairs import RowScores
@@ -142,6 +143,7 @@ class _Side:
         numbers = SCRATCH_CPU if self.logits.device.type == "cpu" else SCRATCH_DEVICE
         return max(1, numbers // self.decoder.d_vocab)
 
+    @full_float32()
     def read(self, first: Tensor) -> None:
         """Fill in `logits` [row, d_vocab], without bias and transform, and the bounds of the errors of log-probabilities [row]."""
         streams = self.scores.streams
