@@ -24,6 +24,7 @@ from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.pretrained import load_tinydocs
 from tl_jets.studies import (
     AblationCheck,
     TextComparison,
@@ -1113,3 +1114,21 @@ def test_ablation_refuses(as_users_run_it):
             ablation_check(model, step, **options)
     with pytest.raises(NotImplementedError, match="plain callables"):
         ablation_check(toy(), "0_mlp")
+
+
+@pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
+def test_tables_of_another_vocabulary_are_refused():
+    """Ids of stories260K are ids of the embedded model, too, with other texts."""
+    other, model = zoo.load_stories("bridge"), load_tinydocs()
+    bigrams = jet_bigrams(other, top_k=30)
+    counts = ngram_counts(list(torch.randint(0, 500, (4, 200))), tokenizer=other.tokenizer)
+    message = "of the model's vocabulary; [0-9]+ of"
+    with pytest.raises(ValueError, match=message):
+        pair_scores(model, bigrams)
+    with pytest.raises(ValueError, match=message):
+        mass(model, bigrams)
+    with pytest.raises(ValueError, match=message):
+        compare_with_counts(model, counts, n=10, progress=False, paths=["direct"])
+    with pytest.raises(ValueError, match=message):
+        ablation_check(model, "0_mlp", table=bigrams)
+    assert len(pair_scores(other, bigrams)) == 30

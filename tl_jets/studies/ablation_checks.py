@@ -49,6 +49,7 @@ from tl_jets.ngrams.trigrams import jet_trigrams
 from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.stages import some
 from tl_jets.studies.intervals import bootstrap_intervals
+from tl_jets.studies.vocabularies import check_table
 from tl_jets.tables import NgramTable
 
 OWN, SHUFFLED = "own", "shuffled"
@@ -346,6 +347,7 @@ def _own_ngrams(network: ResidualNetwork, step: str, kind: str, table: NgramTabl
             f"Key and query must stand side by side in a prompt; the table is of distance {table.settings['distance']}. Make it "
             "with distance=1."
         )
+    check_table(table, network)
     return table[:top_k]
 
 

@@ -31,6 +31,7 @@ from tl_jets.ngrams import VocabularyStreams, fingerprint
 from tl_jets.ngrams.scan import SCORES, Score, exact_logits, log_parts
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.reader import slices
+from tl_jets.studies.vocabularies import check_table
 from tl_jets.tables import NgramTable
 from tl_jets.tokens import token_names
 
@@ -161,6 +162,7 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
 def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None = None) -> Int[Tensor, "pair 2"]:
     """Ids of given pairs, checked."""
     if isinstance(pairs, NgramTable):
+        check_table(pairs, reader.network)
         pairs = pairs.ids
     if not isinstance(pairs, Tensor):
         for pair in pairs:

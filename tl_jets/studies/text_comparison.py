@@ -43,6 +43,7 @@ from tl_jets.notebook import Shown, dataframe_html
 from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest
+from tl_jets.studies.vocabularies import check_table
 from tl_jets.tables import NgramTable, rank
 
 NO_MODEL = "unigram (no model)"
@@ -175,7 +176,7 @@ def compare_with_counts(
         ['mlps', 'unigram (no model)']
     """
     network = ResidualNetwork(model)
-    _check_counts(counts, network.decoder.d_vocab)
+    _check_counts(counts, network)
     if paths is None:
         steps = mlp_steps(network)
         paths = ["direct", *steps, *(["mlps"] if steps else [])]
@@ -309,15 +310,16 @@ def _best_products(first: Tensor, second: Tensor, n: int) -> Int[Tensor, "pair 2
     return pairs[rank(pairs, first[pairs[:, 0]] * second[pairs[:, 1]])[:n]]
 
 
-def _check_counts(counts: NgramTable, d_vocab: int) -> None:
+def _check_counts(counts: NgramTable, network: ResidualNetwork) -> None:
     complete = counts.settings.get("ngram") == "counts" and counts.settings.get("min_count") == 1
     if counts.n != 2 or not complete or int(counts.parts["count"].sum()) != counts.settings["total"]:
         raise ValueError(
             f"Paths are compared with all bi-grams of a text; got {len(counts)} {counts.n}-grams of path {counts.path!r}. Take "
             "ngram_counts(tokens) as it is, with min_count=1."
         )
-    if int(counts.ids.max()) >= d_vocab:
+    if int(counts.ids.max()) >= network.decoder.d_vocab:
         raise ValueError(
-            f"A text must be in the model's vocabulary of {d_vocab} tokens; it has token {int(counts.ids.max())}. Count "
-            "tokens of the model's tokenizer."
+            f"A text must be in the model's vocabulary of {network.decoder.d_vocab} tokens; it has token "
+            f"{int(counts.ids.max())}. Count tokens of the model's tokenizer."
         )
+    check_table(counts, network)

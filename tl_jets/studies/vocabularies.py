@@ -1,4 +1,4 @@
-"""Whether two models have one vocabulary, so that an id means the same token in both."""
+"""Whether two models, or a table and a model, have one vocabulary, so that an id means the same token in both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_jets.network import ResidualNetwork
+from tl_jets.tables import NgramTable
+from tl_jets.tokens import token_names
+
+# Ids of a table that are compared, evenly spaced.
+SAMPLE = 1000
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,18 @@ class Vocabulary:
                 f"Models must share one vocabulary; {len(different)} entries of the tokenizers of this one and {name} differ, "
                 f"such as {sorted(different)[:3]}. Compare checkpoints of one tokenizer."
             )
+
+
+def check_table(table: NgramTable, network: ResidualNetwork) -> None:
+    """Raise ValueError if ids of a table have other texts in a model's vocabulary; those that have none are not compared."""
+    if network.tokenizer is None:
+        return
+    ids = table.ids.unique()
+    own = token_names(network.tokenizer, [ids[:: -(-len(ids) // SAMPLE)]])
+    different = [token for token, text in own.items() if table.names[token] not in (text, str(token))]
+    if different:
+        token = different[0]
+        raise ValueError(
+            f"A table must be of the model's vocabulary; {len(different)} of {len(own)} ids that were compared have another text "
+            f"there, such as {token}: {table.names[token]!r}, and {own[token]!r} for the model. Make it with the model's tokenizer."
+        )
