@@ -45,6 +45,7 @@ from tl_jets.studies import (
     track_by_path,
 )
 from tl_jets.tables import NgramTable
+from tl_jets.views.figures import learning_curves
 
 PER_KIND = 50  # bi-grams of each kind
 FREQUENT, RARE, NEVER = "frequent", "rare but certain", ", never in the text"
@@ -91,11 +92,15 @@ class Dynamics:
         """Where the model was looked at."""
         return self.run.recipe.looked_at
 
+    def places(self, kind: str) -> list[int]:
+        """Where the bi-grams of a kind stand among those that were tracked."""
+        start = sum(len(x) for x in list(self.kinds.values())[: list(self.kinds).index(kind)])
+        return list(range(start, start + len(self.kinds[kind])))
+
     def scores(self, path: str | None, kind: str) -> list[float]:
         """Mean log P(z2|z1) of a kind over the steps: of a path, or of the model's own predictions."""
-        start = sum(len(x) for x in list(self.kinds.values())[: list(self.kinds).index(kind)])
         scores = torch.stack(self.run.own_scores) if path is None else self.tracks[path].scores
-        return scores[:, start : start + len(self.kinds[kind])].mean(1).tolist()
+        return scores[:, self.places(kind)].mean(1).tolist()
 
     def own_hits(self) -> list[tuple[float, float]]:
         """Hit ratio of the model's own bi-grams against the text's at each step, and that of shuffled second tokens."""
@@ -213,34 +218,23 @@ def follow(text: Text, recipe: Recipe, n: int) -> Dynamics:
 
 
 def plot(found: Dynamics, file: Path) -> None:
-    """Hit ratios, scores of the kinds, and held-out loss over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (hits, scores, loss) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    steps = [max(step, 0.5) for step in found.steps]  # a place for step 0 on a logarithmic axis
-    for path, mine in found.tracks.items():
-        (line,) = hits.plot(steps, mine.hit_ratio, marker=".", label=path)
-        hits.plot(steps, mine.hit_control.mean(1), ":", color=line.get_color())
-    hits.plot(steps, [hit for hit, _ in found.own_hits()], "k--", label="the model itself")
-    hits.set(title=f"share of the text's top {found.run.n:,} bi-grams (dotted: shuffled)", ylim=(0, None))
-    for kind, color in ((FREQUENT, "tab:blue"), (RARE, "tab:orange")):
-        for path, style in (("direct", "-"), ("mlps", ":"), (None, "--")):
-            scores.plot(
-                steps, found.margins(path, kind), style, color=color, label=f"{kind}, {path or 'the model itself'}"
-            )
-    scores.set(title="log P(z2 | z1) above pairs that never occur, nats")
-    loss.plot(steps, found.run.nats, "k", marker=".")
-    loss.set(title="held-out loss, nats a token")
-    for axis in (hits, scores, loss):
-        axis.set(xscale="log", xlabel="step")
-        axis.spines[["top", "right"]].set_visible(False)
-    hits.legend(frameon=False, fontsize=8)
-    scores.legend(frameon=False, fontsize=7)
+    """Hit ratios and scores of the kinds over the steps, by path and of the model itself, each with its control."""
+    steps, names = found.steps, next(iter(found.tracks.values())).pairs
+    groups = {kind: [names[i] for i in found.places(kind)] for kind in (FREQUENT, RARE)}
+    figure = learning_curves(found.tracks, pairs=groups, log=True)
+    hits, *scores = figure.axes
+    own, shuffled = zip(*found.own_hits(), strict=True)
+    hits.plot(steps, own, "k")
+    hits.plot(steps, shuffled, "k--", lw=1)
+    for axis, kind in zip(scores, groups, strict=True):
+        colors = [line.get_color() for line in axis.lines]
+        axis.plot(steps, found.scores(None, kind), "k")
+        for path, color in zip((*found.tracks, None), (*colors, "k"), strict=True):
+            axis.plot(steps, found.scores(path, kind + NEVER), "--", lw=1, color=color)
+    for axis in figure.axes:
+        axis.set_xlabel("step")
+    figure.suptitle("black: the model itself; dashed: second tokens shuffled, bi-grams that never occur", fontsize=9)
     figure.savefig(file)
-    plt.close(figure)
 
 
 def main() -> None:

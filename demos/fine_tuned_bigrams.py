@@ -1,6 +1,6 @@
 """What fine-tuning changed: the bi-grams of tinydocs before and after it was trained on with source code.
 
-    python demos/fine_tuned_bigrams.py [--path mlps] [--n 1000]
+    python demos/fine_tuned_bigrams.py [--path mlps] [--n 1000] [--plot FILE.svg]
 
 `tl_jets.studies.diff` reads off the weights of both models which bi-grams of a path rose and fell most. Whether these are what
 the second text taught, and what it took away, real counts say: of Python source (the modules of the standard library, without
@@ -40,6 +40,8 @@ from tl_jets.studies import ModelDiff, bootstrap_interval, diff, ngram_counts
 from tl_jets.tables import NgramTable, side_by_side
 
 SOURCE, DOCS, NEITHER = "likelier in source", "likelier in documentation", "in neither"
+# Okabe and Ito's vermilion and blue.
+COLORS = {"rises": "#D55E00", "falls": "#0072B2"}
 # First tokens that occur this often in both texts are looked at.
 KNOWN = 10
 
@@ -177,11 +179,43 @@ def compare(files: Sequence[Path], *, path: str = "mlps", n: int = 1000) -> Fine
     return FineTuning(diff(before, after, path=path, top_k=n, rows=known.tolist()), code, docs)
 
 
+def plot(found: FineTuning, file: Path) -> None:
+    """Which text rises and falls are of (dashed: second tokens shuffled); and the largest of them, before and after."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    shares, *movers = figure.subplots(1, 3)
+    for i, (name, color) in enumerate(COLORS.items()):
+        table = getattr(found.changed, name)
+        own, chance = found.kinds(table)
+        places = [kind + 0.4 * i - 0.2 for kind in range(3)]
+        shares.bar(places, own.mean(0).tolist(), 0.36, color=color, label=f"the {len(table):,} largest {name}")
+        shares.bar(places, chance.mean(0).tolist(), 0.36, fill=False, ls="--")
+        frame, axis = found.movers(table), movers[i]
+        rows, values = range(len(frame)), {name: frame[name].astype(float).tolist() for name in frame.columns[1:]}
+        axis.hlines(rows, values["before"], values["after"], color=color)
+        axis.plot(values["before"], rows, "o", mfc="white", mec=color, label="before")
+        axis.plot(values["after"], rows, "o", color=color, label="after")
+        axis.plot(values["in source"], rows, "k|", label="in source")
+        axis.plot(values["in documentation"], rows, "kx", ms=4, label="in documentation")
+        axis.set_yticks(rows, frame["bi-gram"], fontsize=8, parse_math=False)
+        axis.set(xlim=(-0.03, 1.03), title=f"largest {name}: P(z2 | z1)")
+        axis.invert_yaxis()
+    shares.set_xticks(range(3), [kind.replace(" ", "\n", 1) for kind in (SOURCE, DOCS, NEITHER)], fontsize=8)
+    shares.set_title(f"share of bi-grams of {found.changed.path}; dashed: shuffled")
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    shares.legend(frameon=False, fontsize=8)
+    movers[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file)
+
+
 def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="mlps", help="direct, mlps, or an MLP such as 0_mlp (default: %(default)s)")
     parser.add_argument("--n", type=int, default=1000, help="how many rises and falls (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="a file for a figure of both (SVG, PNG, PDF)")
     options = parser.parse_args()
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     found = compare(files, path=options.path, n=options.n)
@@ -197,6 +231,8 @@ def main() -> None:
     console.print("3. What follows")
     for line in found.conclusions():
         console.print(f"- {line}")
+    if options.plot is not None:
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
 # Packages whose `__all__` must be in the reference; one that is not there yet is passed over.
-PACKAGES = ("tl_jets", "tl_jets.studies", "tl_jets.views", "tl_jets.views.figures")
+PACKAGES = ("tl_jets", "tl_jets.ngrams", "tl_jets.studies", "tl_jets.views", "tl_jets.views.figures")
 # What a browser fetches without being asked.
 FETCHED = {
     "script": "src",
@@ -68,15 +68,21 @@ class Page(HTMLParser):
 
 
 def public_names(package: str, root: Path = ROOT) -> list[str]:
-    """The names in the `__all__` of a package, `tl_jets.jet`, those of `PACKAGES` left out; none if there is no such package."""
-    base = root / package.replace(".", "/")
-    if not (base / "__init__.py").exists():
-        return []
+    """The names in the `__all__` of a package, `tl_jets.jet`, but for `PACKAGES` and what the package above takes from it."""
     names: list[str] = []
-    for node in ast.parse((base / "__init__.py").read_text(encoding="utf-8")).body:
+    for node in source(package, root):
         if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
             names = ast.literal_eval(node.value)
+    for node in source(package.rpartition(".")[0], root):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            names = [name for name in names if name not in [alias.name for alias in node.names]]
     return [name for name in (f"{package}.{name}" for name in names) if name not in PACKAGES]
+
+
+def source(package: str, root: Path = ROOT) -> list[ast.stmt]:
+    """The statements of a package's `__init__`; none if there is no such package."""
+    file = root / package.replace(".", "/") / "__init__.py"
+    return ast.parse(file.read_text(encoding="utf-8")).body if package and file.exists() else []
 
 
 def is_external(address: str) -> bool:

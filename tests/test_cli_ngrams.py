@@ -114,9 +114,17 @@ def test_tables_are_saved(capsys, tmp_path, tables):
         assert saved.digest == table.digest
     assert "bigrams.direct.parquet" in "".join(text.split())
     file.write_text("old")
-    run(capsys, "ngrams", "--path", "1_mlp > 3_mlp", "--top-k", "2", "--save", str(file))
+    run(capsys, "ngrams", "--path", "1_mlp>3_mlp", "--top-k", "2", "--save", str(file))
     assert tj.NgramTable.load(file).path == "1_mlp > 3_mlp"
     assert len(list(tmp_path.iterdir())) == 7  # nothing temporary is left
+
+
+def test_a_key_without_a_triple_is_said_to_have_none(capsys):
+    keys = ["id:300", "id:301"]
+    tokens = [part for key in keys for part in ("--token", key)]
+    text = run(capsys, "ngrams", "--trigrams", "0", "--head", "0", *tokens, "--top-k", "1")
+    (best,) = tj.jet_trigrams(tinydocs(), 0, 0, top_k=1, rows=[300, 301]).ids[:, 0].tolist()
+    assert f"none of these 1 tri-grams has id {601 - best} as token_1" in text and text.count("none of these") == 1
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,7 @@ def test_tables_are_saved(capsys, tmp_path, tables):
     [
         (("--path", "1_attn"), "A bi-gram path must be a function of one token"),
         (("--path", "3_mlp > 1_mlp"), "A path must pass its steps in the order of the network"),
-        (("--path", "1_mlp >"), "--path is direct, mlps, or steps such as"),
+        (("--path", "1_mlp >"), "got the step '' in '1_mlp >'"),
         (("--trigrams", "4"), "layer must be one of 0..3; got 4"),
         (("--trigrams", "0", "--head", "9"), "head must be one of 0..3"),
         (("--trigrams", "0", "--distance", "100000"), "distance"),

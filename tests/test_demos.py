@@ -30,6 +30,18 @@ def printed_by(demo: str, *arguments: str, monkeypatch, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def plotted(demo: dict, found, file: Path):
+    """The figure that a demo draws into a file."""
+    from matplotlib.figure import Figure
+
+    figures, draw = [], Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *given: (figures.append(figure), draw(figure, *given)))
+        demo["plot"](found, file)
+    assert "<svg" in file.read_text()
+    return figures[0]
+
+
 def modules(*names: str) -> list[Path]:
     return [Path(sysconfig.get_path("stdlib"), f"{name}.py") for name in names]
 
@@ -155,8 +167,13 @@ def test_the_model_learns_the_bigrams_of_its_text(monkeypatch, capsys, tmp_path)
     assert f"direct ({direct.hit_ratio[-1]:.2f})" in said
     assert f"frequent ones {found.margins('direct', 'frequent')[-1]:+.1f} nats" in said
     assert len(found.over_steps()) == 4 and len(found.of_kinds()) == 5
-    demo["plot"](found, tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    hits, *scores = plotted(demo, found, tmp_path / "curves.svg").axes
+    for own in ([hit for hit, _ in found.own_hits()], direct.hit_ratio.tolist(), direct.hit_control.mean(1).tolist()):
+        assert any(list(line.get_ydata()) == pytest.approx(own) for line in hits.lines)
+    for axis, kind in zip(scores, ("frequent", "rare but certain"), strict=True):
+        for path in (*found.tracks, None):
+            for wanted in (found.scores(path, kind), found.scores(path, kind + ", never in the text")):
+                assert any(list(line.get_ydata()) == pytest.approx(wanted) for line in axis.lines)
     # A run is determined by its seed.
     again = demo["Training"](recipe, text, found.run.pairs, found.run.unigram, 100)
     for step, _ in again:
@@ -188,7 +205,7 @@ def test_what_the_model_itself_predicts_is_an_average_over_places(monkeypatch):
     assert step == 1 and targets.shape[1] == 17
 
 
-def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch):
+def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "demos"))
     demo = runpy.run_path(str(ROOT / "demos" / "fine_tuned_bigrams.py"))
     found = demo["compare"](modules("ast", "argparse", "inspect", "typing"), n=300)
@@ -219,6 +236,14 @@ def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch):
     assert first["after"].astype(float).gt(first["before"].astype(float)).all() and len(first) == 20
     assert "leans to source" in found.conclusions()[0] and "leans to documentation" in found.conclusions()[1]
     assert found.summary()["lean"][0].startswith(f"{float(lean(rises).mean()):+.2f} (")
+    shares, up, down = plotted(demo, found, tmp_path / "changes.svg").axes
+    heights = [bar.get_height() for bar in shares.patches]
+    wanted = [x.mean(0) for x in (rises, rises_shuffled, falls, falls_shuffled)]
+    assert heights == pytest.approx(torch.cat(wanted).tolist())
+    for axis, table in ((up, found.changed.rises), (down, found.changed.falls)):
+        before, after, *_ = (list(line.get_xdata()) for line in axis.lines)
+        assert before == pytest.approx(table.parts["before"][:20].exp().tolist(), abs=0.006)
+        assert after == pytest.approx(table.parts["after"][:20].exp().tolist(), abs=0.006)
     # A list that follows neither text more than chance leans to neither.
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     by_chance = replace(found.changed.rises, ids=found.changed.rises.ids.clone())

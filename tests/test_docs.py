@@ -73,7 +73,11 @@ def test_commands_of_the_pages_are_those_of_the_terminal():
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(page.read_text() for page in PAGES.glob("reference/*.md"))
     shown = set(re.findall(r"^::: (\S+)", text, re.MULTILINE))
-    wanted = {name for package in ("tl_jets", "tl_jets.studies") for name in CHECKER["public_names"](package)}
+    wanted = {
+        name
+        for package in ("tl_jets", "tl_jets.ngrams", "tl_jets.studies")
+        for name in CHECKER["public_names"](package)
+    }
     assert not wanted - shown, "add them to a page of docs/pages/reference"
     for name in shown:
         path, last = name.rsplit(".", 1)
@@ -92,6 +96,9 @@ def test_the_checker_reads_the_public_names():
         assert not {name.rsplit(".", 1)[1] for name in names} & modules
     assert {"tl_jets.jet_expand", "tl_jets.interactions", "tl_jets.detached"} <= set(read("tl_jets"))
     assert read("tl_jets.nothing_here") == []
+    ngrams = read("tl_jets.ngrams")  # what tl_jets has is documented there
+    assert {f"tl_jets.ngrams.{name}" for name in ("Job", "sweep", "bigram_job", "trigram_job")} <= set(ngrams)
+    assert ngrams == [f"tl_jets.ngrams.{x}" for x in tl_jets.ngrams.__all__ if x not in tl_jets.__all__]
 
 
 GOOD = (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import io
+import itertools
 import math
 import warnings
 from dataclasses import replace
 
+import color_vision
 import pytest
 import torch
 import zoo
@@ -16,6 +18,7 @@ import tl_jets as tj
 from tl_jets import ResidualNetwork
 from tl_jets.tokens import token_text, visible
 from tl_jets.views import figures
+from tl_jets.views.figures import axes
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -243,6 +246,47 @@ def test_learning_curves(network):
         figures.learning_curves(found, pairs=["no such"])
 
 
+def test_learning_curves_of_several_paths(network):
+    given = {"pairs": [(3, 5), (5, 3), (7, 9)], "reference": "last", "n": 5, "progress": False}
+    tracks = tj.studies.track_by_path({0: network, 10: network, 100: network}, **given)
+    assert len(tracks) > 2
+    for i, path in enumerate(tracks):
+        drawn_ = {"scores": torch.randn(3, 3).double(), "hit_ratio": torch.rand(3).double()}
+        tracks[path] = replace(tracks[path], **drawn_, hit_control=torch.rand(3, 4 if i else 0).double())
+    names = tracks["mlps"].pairs
+    groups = {"some": names[:2], "$a_{1$": names[2:]}
+    hits, *scores = drawn(figures.learning_curves(tracks, pairs=groups, log=True)).axes
+    solid = [line for line in hits.lines if line.get_linestyle() == "-"]
+    dashed = [line for line in hits.lines if line.get_linestyle() == "--"]
+    assert [line.get_label() for line in solid] == list(tracks)
+    for line, track in zip(solid, tracks.values(), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(track.hit_ratio.tolist())
+    assert [line.get_color() for line in dashed] == [line.get_color() for line in solid[1:]]
+    for line, track in zip(dashed, list(tracks.values())[1:], strict=True):
+        assert list(line.get_ydata()) == pytest.approx(track.hit_control.mean(1).tolist())
+    assert [text.get_text() for text in hits.get_legend().get_texts()] == [*tracks, "control"]
+    for panel, (name, group) in zip(scores, groups.items(), strict=True):
+        assert panel.get_title(loc="left") == name and [line.get_label() for line in panel.lines] == list(tracks)
+        for line, track in zip(panel.lines, tracks.values(), strict=True):
+            assert list(line.get_ydata()) == pytest.approx(
+                track.scores[:, [names.index(x) for x in group]].mean(1).tolist()
+            )
+    # Zero has a place, and steps that double are apart by the same.
+    at = hits.transData.transform([(x, 0) for x in (0, 10, 100, 1000)])[:, 0]
+    assert at[0] < at[1] and at[2] - at[1] == pytest.approx(at[3] - at[2])
+    many = {f"path {i}": tracks["mlps"] for i in range(14)}
+    drawn_, *_ = drawn(figures.learning_curves(many)).axes
+    assert len({(line.get_color(), line.get_marker()) for line in drawn_.lines if line.get_marker() != "None"}) == 14
+    for wrong in (
+        {"mlps": replace(tracks["mlps"], checkpoints=["a", "b", "c"])},
+        replace(tracks["mlps"], checkpoints=[-1, 0, 1]),
+    ):
+        with pytest.raises(ValueError, match="On a logarithmic scale checkpoints must be numbers from 0 up"):
+            figures.learning_curves(wrong, log=True)
+    with pytest.raises(ValueError, match="at least one path; got none"):
+        figures.learning_curves({})
+
+
 def test_spectra(network):
     found = tj.detached_spectra(network, "a b c", k=3)
     size, rank, share = drawn(figures.spectra(found)).axes
@@ -270,6 +314,18 @@ def test_tokens_are_no_formulas(iterative, joint, network, trace):
         ),
     ):
         drawn(figure)  # a broken formula would raise
+
+
+def test_colors_are_told_apart_by_every_kind_of_color_vision():
+    assert color_vision.lab("#ff0000", "normal") == pytest.approx([53.24, 80.09, 67.20], abs=0.01)  # as tables have it
+    for kind in color_vision.KINDS:  # gray stays gray
+        assert color_vision.lab("#808080", kind) == pytest.approx([53.585, 0, 0], abs=0.01)
+    for red, green in (("#ff0000", "#008000"), ("#d62728", "#2ca02c"), ("#a94442", "#3c763d")):
+        assert color_vision.distance(red, green) < 12, "what must not pass does not"
+    assert min(itertools.starmap(color_vision.distance, itertools.combinations(axes.COLORS, 2))) > 15
+    low, below, middle, above, high = axes.BELOW_TO_ABOVE
+    assert color_vision.distance(low, high) > 60 and color_vision.distance(below, above) > 60
+    assert min(color_vision.distance(middle, color) for color in (low, below, above, high)) > 25
 
 
 def test_given_axes_are_drawn_on_and_pyplot_holds_nothing(iterative, network, trace):

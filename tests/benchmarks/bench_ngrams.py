@@ -102,7 +102,9 @@ def main() -> None:
     print(f"bfloat16 is fast here: {fast}")
     for name, end in ends.items():
         whole = sum(time for time, _ in seconds[name]) / sum(time for time, _ in seconds["bare products"])
-        print(f"{name}: all chunks {whole:.3f}, the end (float64 scoring) {end / bare_products:.3f} of their bare products")
+        print(
+            f"{name}: all chunks {whole:.3f}, the end (float64 scoring) {end / bare_products:.3f} of their bare products"
+        )
     if screens:
         print(f"rows scanned in float32 after all: {screened.scanned} of {screened.screened}")
         print(f"the same table with screening: {torch.equal(scan.finish().ids, screened.finish().ids)}")

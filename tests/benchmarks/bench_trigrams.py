@@ -24,8 +24,8 @@ import live_memory
 import zoo
 from transformer_lens.model_bridge import TransformerBridge
 
-import tl_jets.ngrams.trigrams as trigrams
-from tl_jets import ResidualNetwork
+import tl_jets.ngrams.trigram_sweep as trigram_sweep
+from tl_jets import ResidualNetwork, jet_trigrams
 
 D_MODEL, D_VOCAB, TILE, SLICE = 768, 50257, 2048, 1024
 
@@ -76,16 +76,16 @@ def main() -> None:
         zoo.randomize(hf)
     model = TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
     network = ResidualNetwork(model)
-    trigrams.tqdm = bar = Interleaved(hf.lm_head.weight.T)  # type: ignore[misc, assignment]
+    trigram_sweep.tqdm = bar = Interleaved(hf.lm_head.weight.T)  # type: ignore[misc, assignment]
     heads = list(range(arguments.heads))
     if arguments.memory:
-        peak = live_memory.peak_bytes(lambda: trigrams.jet_trigrams(network, 1, heads))
+        peak = live_memory.peak_bytes(lambda: jet_trigrams(network, 1, heads))
         print(f"peak of live tensors: {peak / 1e6:.0f} MB (buffers of the base included)")
         return
     for _ in range(12):
         bar.update(0)
     before, began = bar.seconds, time.perf_counter()
-    trigrams.jet_trigrams(network, 1, heads)
+    jet_trigrams(network, 1, heads)
     taken = time.perf_counter() - began - (bar.seconds - before)
     print(
         f"{len(heads)} head(s), top 1,000: {taken:.1f} s, {taken / bar.sweep():.2f} of a bi-gram sweep ({bar.sweep():.1f} s)"

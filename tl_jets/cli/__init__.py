@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parser().parse_args(arguments)
             options.run(options)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is where it was closed
+                sys.stdout.flush()
     except UsageError as error:
         print(f"tl-jets: {error}", file=sys.stderr)
         return REFUSED
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _discard_output() -> None:
     """What is left in the buffer must go somewhere when Python flushes it at its end."""
-    if sys.stdout is sys.__stdout__:
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

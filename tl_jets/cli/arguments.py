@@ -79,6 +79,12 @@ def add_target(parser: Any, help: str, **options: Any) -> None:
     parser.add_argument("--target", metavar="TOKEN", help=help, **options)
 
 
+def add_seed(parser: Any, of: str) -> None:
+    """What random numbers are drawn from."""
+    most = 2**64 - 1  # torch has no larger
+    parser.add_argument("--seed", type=at_least(0, at_most=most), default=0, metavar="N", help=of)
+
+
 def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
     """Where results are written to, and what happens to errors."""
     parser.add_argument("--html", metavar="FILE", help=f"also write {html}")

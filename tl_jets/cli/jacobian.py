@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files, add_model, add_target, at_least
+from tl_jets.cli.arguments import (
+    FILES_HELP,
+    TOKEN_HELP,
+    add_command,
+    add_files,
+    add_model,
+    add_seed,
+    add_target,
+    at_least,
+)
 from tl_jets.cli.output import Output, header
 from tl_jets.cli.pages import command_page, records, section
 from tl_jets.cli.session import (
@@ -84,7 +93,7 @@ def add_to(commands: Any) -> None:
         help="how many singular values, with their directions; 0 for none",
     )
     add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
-    add("--seed", type=int, default=0, metavar="N", help="of the search for singular values")
+    add_seed(parser, "of the search for singular values")
     add_files(parser, "one page that opens offline in a browser")
 
 

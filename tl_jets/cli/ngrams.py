@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files, add_model, at_least
-from tl_jets.cli.output import Output, check_replaceable, header
+from tl_jets.cli.output import STDOUT, Output, check_replaceable, header, is_folder
 from tl_jets.cli.pages import command_page, section
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, refusals, steps
 from tl_jets.expansion.paths import ARROW
 from tl_jets.network import ResidualNetwork
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams
 from tl_jets.ngrams.bigrams import Per
+from tl_jets.ngrams.jobs import SUFFIX
 from tl_jets.ngrams.join import NORMALIZES
 from tl_jets.ngrams.scan import SCORES
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
@@ -50,6 +51,7 @@ examples:
   tl-jets ngrams --path mlps --top-k 1000 --save mlps.parquet
   tl-jets ngrams --token " Victor"
   tl-jets ngrams --trigrams 1 --head 0 --head 2
+  tl-jets ngrams --trigrams 1 --top-k 1000 --save heads/
 
 cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
 on two cores), a fraction of that a head.
@@ -104,9 +106,10 @@ def add_to(commands: Any) -> None:
     add("--scores", action="store_true", help="show scores beside tables that stand side by side, too")
     add(
         "--save",
-        metavar="FILE",
+        metavar="FILE|DIR/",
         help="also save the tables as Parquet (NgramTable.load reads them); the names of several tables get their path: "
-        "FILE.parquet becomes FILE.mlps.parquet",
+        "FILE.parquet becomes FILE.mlps.parquet; DIR/ keeps each as DIR/mlps.parquet when it is finished, and the same command "
+        "goes on from there after it was stopped",
     )
     add_files(parser, "one page that opens offline in a browser")
 
@@ -114,6 +117,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print n-grams."""
     output = Output.of(options)
+    _check_apart(output)
     is_trigram = options.trigrams is not None
     misplaced = [
         name for name in (BIGRAM_OPTIONS if is_trigram else TRIGRAM_OPTIONS) if getattr(options, name) is not None
@@ -131,9 +135,13 @@ def run(options: argparse.Namespace) -> None:
             n_tokens = int(network.view.model.cfg.d_vocab)  # type: ignore[attr-defined]
             rows = [read_token(network, token, n_tokens) for token in options.token]
     # The sweeps draw bars of their own.
+    folder = Path(options.save) if options.save and is_folder(options.save) else None
     with refusals():
-        tables = _trigrams(options, network, rows) if is_trigram else _bigrams(options, network, rows)
-    saved = _save(tables, Path(options.save)) if options.save else []
+        tables = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
+    if folder is not None:
+        saved = [str(folder / f"{label}{SUFFIX}") for label in tables]
+    else:
+        saved = _save(tables, Path(options.save)) if options.save else []
     asked = {"model": options.model, "ngram": "skip-trigram" if is_trigram else "bigram"}
     data = header("ngrams", **asked) | {"tables": {label: table_data(table) for label, table in tables.items()}}
     output.write_json(data)
@@ -146,25 +154,21 @@ def run(options: argparse.Namespace) -> None:
     output.print(*terminal.tables(tables, model=options.model, saved=saved, **given))
 
 
-def _bigrams(options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None) -> dict[str, NgramTable]:
-    paths = [_steps(path) for path in options.path or []]
+def _bigrams(
+    options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
+) -> dict[str, NgramTable]:
+    paths = options.path
     if not paths:
         mlps = mlp_steps(network)
         paths = [DIRECT, *([MLPS, *mlps] if mlps else [])]
     per = "row" if rows is not None else options.per or "global"
     score = options.score or "logprob"
-    return jet_bigrams_by_path(network, paths, top_k=options.top_k, per=per, score=score, rows=rows)
+    return jet_bigrams_by_path(network, paths, top_k=options.top_k, per=per, score=score, rows=rows, folder=folder)
 
 
-def _steps(path: str) -> str | list[str]:
-    """A path as the library takes it: `1_mlp > 3_mlp` is a list of steps."""
-    found = [step.strip() for step in path.split(ARROW.strip())]
-    if not all(found):
-        raise UsageError(f"--path is direct, mlps, or steps such as '1_mlp > 3_mlp'; got {path!r}")
-    return found[0] if len(found) == 1 else found
-
-
-def _trigrams(options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None) -> dict[str, NgramTable]:
+def _trigrams(
+    options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
+) -> dict[str, NgramTable]:
     distance = 1 if options.distance is None else options.distance
     tables = jet_trigrams(
         network,
@@ -174,16 +178,38 @@ def _trigrams(options: argparse.Namespace, network: ResidualNetwork, rows: list[
         distance=distance,
         normalize=options.normalize or "vocab",
         rows=rows,
+        folder=folder,
     )
     return {table.path: table for table in tables.values()}
+
+
+def _table_file(file: Path, label: str) -> Path:
+    """The file of one of several tables."""
+    return file.with_name(f"{file.stem}.{label.replace(ARROW, '-')}{file.suffix or SUFFIX}")
+
+
+def _check_apart(output: Output) -> None:
+    """Refuse to write what would replace one of several tables: hours later nobody would see it."""
+    if "save" not in output:
+        return
+    save = Path(output.files["save"])
+    start, end = f"{save.stem}.", save.suffix or SUFFIX
+    if is_folder(output.files["save"]):
+        save, start, end = save / "table", "", SUFFIX
+    for kind, file in output.files.items():
+        path = Path(file)
+        is_beside = file != STDOUT and path.parent.resolve() == save.parent.resolve()
+        if kind != "save" and is_beside and path.name.startswith(start) and path.name.endswith(end):
+            raise UsageError(
+                f"--{kind} {file!r} may be the name of a table: several are saved as {start}PATH{end}; give another name"
+            )
 
 
 def _save(tables: dict[str, NgramTable], file: Path) -> list[str]:
     """Save every table, atomically; returns the files."""
     names = [file]
     if len(tables) > 1:
-        suffix = file.suffix or ".parquet"
-        names = [file.with_name(f"{file.stem}.{label.replace(ARROW, '-')}{suffix}") for label in tables]
+        names = [_table_file(file, label) for label in tables]
     for name in names:
         check_replaceable(name)
     for name, table in zip(names, tables.values(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -40,10 +41,15 @@ class Output:
         files = {kind: file for kind, file in given.items() if file is not None}
         places = [STDOUT if file == STDOUT else str(Path(file).resolve()) for file in files.values()]
         for kind, file in files.items():
+            if kind == "save" and is_folder(file):
+                check_folder(Path(file))
+                continue
             if file != STDOUT:
                 check_writable(Path(file))
             elif kind == "save":
                 raise UsageError("--save writes Parquet to a file, not to standard output; use --json - for that")
+            elif sys.stdout is None:
+                raise UsageError(f"--{kind} {STDOUT} writes to standard output, which is closed; give a file")
             if kind == "save":
                 check_replaceable(Path(file))
         twice = [file for file, place in zip(files.values(), places, strict=True) if places.count(place) > 1]
@@ -62,6 +68,8 @@ class Output:
     def write(self, kind: str, text: str) -> None:
         """Write a text to the file of its kind."""
         if self.files[kind] == STDOUT:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8")  # files are, whatever the terminal is
             sys.stdout.write(f"{text}\n")
             return
         try:
@@ -93,6 +101,22 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {str(path)!r}: it is a directory")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"cannot write {str(path)!r}: permission denied")
+
+
+def is_folder(file: str) -> bool:
+    """Whether a name is that of a folder: one that is there, or that ends in a slash."""
+    return file.endswith(("/", os.sep)) or Path(file).is_dir()
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder in which nothing can be written, or that cannot be made.
+
+    Raises:
+        UsageError: It is a file, in no directory, or not to be written in.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"cannot write into {str(path)!r}: it is no directory")
+    check_writable(path / "table" if path.is_dir() else path)
 
 
 def check_replaceable(path: Path) -> None:

@@ -11,7 +11,7 @@ from tl_jets.ngrams.bigrams import bigram_job, bigram_log_normalizers, jet_bigra
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.jobs import Job, sweep
 from tl_jets.ngrams.streams import VocabularyStreams
-from tl_jets.ngrams.trigrams import jet_trigrams, trigram_scores
+from tl_jets.ngrams.trigrams import jet_trigrams, trigram_job, trigram_scores
 
 __all__ = [
     "Job",
@@ -23,5 +23,6 @@ __all__ = [
     "jet_bigrams_by_path",
     "jet_trigrams",
     "sweep",
+    "trigram_job",
     "trigram_scores",
 ]

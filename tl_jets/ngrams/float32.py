@@ -22,27 +22,27 @@ from contextlib import contextmanager
 
 import torch
 
+_SETTING = "fp32_precision"
+
 
 @contextmanager
 def full_float32() -> Iterator[None]:
     """A context, or a decorator, in which no product of float32 tensors rounds its factors. The setting is the process's."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if _HAS_BACKEND_SETTINGS else []
-    before = [backend.fp32_precision for backend in backends]  # type: ignore[attr-defined]
-    overall = None if backends else torch.get_float32_matmul_precision()
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if not all(hasattr(backend, _SETTING) for backend in backends):  # before torch 2.9
+        overall = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(overall)
+        return
+    # A program may use these settings or the older one; where it uses these, reading the older one fails.
+    before = [getattr(backend, _SETTING) for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        if overall is not None:
-            torch.set_float32_matmul_precision("highest")
+            setattr(backend, _SETTING, "ieee")
         yield
     finally:
         for backend, setting in zip(backends, before, strict=True):
-            backend.fp32_precision = setting  # type: ignore[attr-defined]
-        if overall is not None:
-            torch.set_float32_matmul_precision(overall)
-
-
-# Torch 2.9 and later; a program may use these settings or the older one, and reading the older one then fails.
-_HAS_BACKEND_SETTINGS = hasattr(torch.backends.mkldnn, "matmul") and hasattr(
-    torch.backends.mkldnn.matmul, "fp32_precision"
-)
+            setattr(backend, _SETTING, setting)

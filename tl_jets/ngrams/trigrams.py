@@ -48,27 +48,21 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from tl_jets.ngrams.factors import Factors
-from tl_jets.ngrams.fingerprints import fingerprint
-from tl_jets.ngrams.head_maps import HeadReader, OutputMap
-from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
-from tl_jets.ngrams.score_map import ScoreMap
-from tl_jets.ngrams.shards import ALONE, Distributed, Processes
-from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
+from tl_jets.ngrams.jobs import SUFFIX, Job
+from tl_jets.ngrams.join import Normalize
+from tl_jets.ngrams.shards import Distributed
+from tl_jets.ngrams.token_ids import TokenIds
+from tl_jets.ngrams.trigram_sweep import TrigramSweep, planned
 from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
-
-# Numbers of queries, keys and values that are held at once.
-HELD = 2**27
 
 
 @overload
@@ -82,6 +76,7 @@ def jet_trigrams(
     normalize: Normalize = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
+    folder: str | Path | None = ...,
     distributed: Distributed = ...,
 ) -> NgramTable: ...
 @overload
@@ -95,6 +90,7 @@ def jet_trigrams(
     normalize: Normalize = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
+    folder: str | Path | None = ...,
     distributed: Distributed = ...,
 ) -> dict[int, NgramTable]: ...
 @torch.no_grad()
@@ -108,6 +104,7 @@ def jet_trigrams(
     normalize: Normalize = "vocab",
     rows: TokenIds | None = None,
     progress: bool = True,
+    folder: str | Path | None = None,
     distributed: Distributed = False,
 ) -> NgramTable | dict[int, NgramTable]:
     """The best skip-trigrams of heads of one layer: exactly those of all V^3 triples.
@@ -123,8 +120,11 @@ def jet_trigrams(
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
         rows: Ids of the key tokens to look at; None for all. Attention is normalized over the whole vocabulary nevertheless.
         progress: Show a bar in a terminal, if it takes longer than a second.
+        folder: Where each head's table is saved as `L<layer>H<head>.parquet` as soon as it is finished. Tables that are there are
+            loaded instead (and refused if they are of other settings or another model).
         distributed: True, or a process group: all its processes call this with the same model and options, divide the work
-            (heads; queries and keys of heads that are left over), and return the same tables. See `tl_jets.ngrams.shards`.
+            (heads; queries and keys of heads that are left over), and return the same tables. Files are those of process 0. See
+            `tl_jets.ngrams.shards`.
 
     Returns:
         A table of (key, query, output), best first, ties by ids, in nats; its parts are `attention`, A, and `log_prob`, log P.
@@ -133,7 +133,7 @@ def jet_trigrams(
     Raises:
         ValueError: There is no such layer, head or token; the distance is outside of the context or of the layer's attention
             window; an option is not one of its values; a vector is not finite; more triples tie up to rounding than are
-            held at once; or processes were given different things.
+            held at once; a file in `folder` belongs to something else; or processes were given different things.
         RuntimeError: Another process failed.
         NotImplementedError: The model's attention is not understood (the message says what), or the model is of plain
             functions.
@@ -150,34 +150,40 @@ def jet_trigrams(
         >>> [(head, len(table)) for head, table in tables.items()]
         [(0, 3), (2, 3)]
     """
-    processes = Processes.of(distributed)
+    options = {"top_k": top_k, "distance": distance, "normalize": normalize, "rows": rows, "progress": progress}
+    plan = planned(model, layer, head, saves=folder is not None, distributed=distributed, **options)
+    found: dict[int, NgramTable] = {}
+    if folder is not None:
+        files = {index: Path(folder) / f"{plan.path(index)}{SUFFIX}" for index in plan.chosen}
+        found |= plan.processes.first(lambda: plan.saved(files))
+    for index, table in plan.tables([index for index in plan.chosen if index not in found]):
+        found[index] = table
+        if folder is not None:
+            plan.processes.first(partial(table.save, files[index]))
+    return found[head] if isinstance(head, int) else {index: found[index] for index in plan.chosen}
 
-    def read() -> _Layer:
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k must be a number of triples, 1 or more; got {top_k!r}.")
-        return _Layer(model, layer, distance, normalize, head, rows, top_k)
 
-    layer_maps = processes.agree(read, _Layer.description)
-    reader, heads, keys = layer_maps.reader, layer_maps.chosen, layer_maps.keys
-    # Heads are divided as long as there is one for each process; the work of each that is left over is divided.
-    whole = len(heads) - len(heads) % processes.size
-    # A bar counts queries of the first pass and keys of the second.
-    total = len(heads) * (reader.n_tokens + len(keys)) // processes.size
-    shown = None if progress and processes.rank == 0 else True
-    with tqdm(total=total, unit="token", delay=1, leave=False, disable=shown) as bar:
+@torch.no_grad()
+def trigram_job(model: Any, layer: int, head: int, *, name: str | None = None, **options: Any) -> Job:
+    """`jet_trigrams` of one head as a job of `tl_jets.ngrams.jobs.sweep`: for heads of many models.
 
-        def search(maps: HeadMaps, among: Processes) -> tuple[Tensor, Tensor, Tensor]:
-            return Search(maps, top_k, bar.update, among).run(keys)
+    Heads of one model are cheaper with `jet_trigrams(..., folder=...)`, which evaluates their layer once.
 
-        def search_own() -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-            own = heads[processes.rank : whole : processes.size]
-            return {index: search(maps, ALONE) for index, maps in layer_maps.heads(own)}
+    Args:
+        model: A model or a `ResidualNetwork`.
+        layer: See `jet_trigrams`.
+        head: One head.
+        name: Of the file; the path by default, such as `L1H3`.
+        **options: Those of `jet_trigrams`, without `folder`.
+    """
+    plan = planned(model, layer, [head], saves=True, **options)
+    (index,) = plan.chosen
 
-        found = {index: best for part in processes.exchange(search_own) for index, best in part.items()}
-        rest = processes.agree(lambda: list(layer_maps.heads(heads[whole:])), lambda _: {})
-        found |= {index: search(maps, processes) for index, maps in rest}
-    tables = {index: layer_maps.table(index, *found[index]) for index in heads}
-    return tables[heads[0]] if isinstance(head, int) else tables
+    def run(state: Path | None) -> NgramTable:  # a head is quick: it has no unfinished state
+        ((_, table),) = plan.tables([index])
+        return table
+
+    return Job(name or plan.path(index), run, **plan.header(index), processes=plan.processes)
 
 
 @torch.no_grad()
@@ -243,9 +249,9 @@ def trigram_parts(
     Returns:
         A(key | query) and log P(output | key) in nats, float64, in the order of `triples`. Shape [triple] each.
     """
-    layer_maps = _Layer(model, layer, distance, normalize, head)
-    reader = layer_maps.reader
-    (index,) = layer_maps.chosen
+    plan = TrigramSweep(model, layer, head, distance=distance, normalize=normalize)
+    reader = plan.reader
+    (index,) = plan.chosen
     ids = torch.as_tensor(triples, device=reader.device)
     sizes = torch.tensor([reader.n_tokens, reader.n_tokens, reader.network.decoder.d_vocab], device=reader.device)
     if ids.ndim != 2 or ids.shape[1] != 3 or ids.is_floating_point() or bool(((ids < 0) | (ids >= sizes)).any()):
@@ -253,99 +259,5 @@ def trigram_parts(
             f"triples must be token ids [triple, 3], key, query and output, below {sizes.tolist()}; got shape "
             f"{tuple(ids.shape)}, {ids.dtype}."
         )
-    ((_, maps),) = layer_maps.heads([index])
+    ((_, maps),) = plan.maps([index])
     return maps.exact(ids.long())
-
-
-class _Layer:
-    """One layer's heads on the vocabulary, and the options that all of them share."""
-
-    def __init__(
-        self,
-        model: Any,
-        layer: int,
-        distance: int,
-        normalize: Normalize,
-        head: int | Sequence[int] | None,
-        rows: TokenIds | None = None,
-        top_k: int = 1,
-    ):
-        if normalize not in NORMALIZES:
-            raise ValueError(f"normalize must be one of {NORMALIZES}; got {normalize!r}.")
-        self.reader = reader = HeadReader(model, layer)
-        self.score_map = reader.scores(distance)
-        self.normalize: Normalize = normalize
-        self.chosen = _read_heads(head, reader.n_heads)
-        self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
-        self.top_k = top_k
-        self.settings = {
-            "ngram": "skip-trigram",
-            "score": "score" if normalize == "none" else "logprob",
-            "top_k": top_k,
-            "distance": distance,
-            "normalize": normalize,
-            "rows": described(self.keys, rows),
-            "dtype": str(reader.view.dtype).removeprefix("torch."),
-        }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The model's fingerprint."""
-        return fingerprint(self.reader.network)
-
-    def description(self) -> dict[str, Any]:
-        """What must be the same in all processes."""
-        return {"layer": self.reader.layer, "heads": self.chosen, **self.settings, "model": self.fingerprint}
-
-    def table(self, head: int, ids: Tensor, attention: Tensor, log_prob: Tensor) -> NgramTable:
-        """The table of a head's best triples."""
-        return NgramTable.ranked(
-            ids,
-            attention + log_prob,
-            names=token_names(self.reader.network.tokenizer, [ids]),
-            path=f"L{self.reader.layer}H{head}",
-            settings=self.settings,
-            fingerprint=self.fingerprint,
-            parts={"attention": attention, "log_prob": log_prob},
-            top_k=self.top_k,
-        )
-
-    def heads(self, heads: Sequence[int]) -> Iterator[tuple[int, HeadMaps]]:
-        """The maps of heads, one after another; as many are read at once as `HELD` allows."""
-        reader = self.reader
-        size = max(1, HELD // (3 * reader.n_tokens * int(reader.view.cfg.d_head)))
-        tokens = torch.arange(reader.n_tokens, device=reader.device)
-        for group in (list(heads[start : start + size]) for start in range(0, len(heads), size)):
-            vectors = reader.vectors(tokens, group)
-            for place, head in enumerate(group):
-                query, key, value = (x[place] for x in (vectors.query, vectors.key, vectors.value))
-                _check_finite(query, key, value)
-                yield head, self._maps(head, query, key, value)
-
-    def _maps(self, head: int, query: Tensor, key: Tensor, value: Tensor) -> HeadMaps:
-        found: ScoreMap = self.score_map
-        cap = None if found.cap is None else found.capped
-        own = found.capped((query.double() * found.own_keys(key.double())).sum(1)) - found.bias[head]
-        scores = Factors(query, found.keys(key).T.contiguous(), transform=cap)
-        output, decoder = OutputMap(self.reader, head), self.reader.network.decoder
-        constant = output.constant if bool(output.constant.any()) else None
-        outputs = Factors(output.coordinates(value), output.columns, constant, decoder.transform)
-        return HeadMaps(scores, outputs, own, self.normalize)
-
-
-def _read_heads(head: int | Sequence[int] | None, n_heads: int) -> list[int]:
-    """Head indices, each once."""
-    given = list(range(n_heads)) if head is None else [head] if isinstance(head, int) else list(head)
-    if not given or any(isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < n_heads for h in given):
-        raise ValueError(f"head must be one of 0..{n_heads - 1}, several of them, or None for all; got {head!r}.")
-    return list(dict.fromkeys(given))
-
-
-def _check_finite(*vectors: Tensor) -> None:
-    for tensor in vectors:
-        finite = tensor.isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"Queries, keys and values must be finite; those of tokens {(~finite).nonzero()[:5, 0].tolist()} are not. Look at "
-                "the model's weights, its precision (float16 overflows), and the hooks on it."
-            )

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 OWN_STYLE = "bold"
+# Narrower, tables are no tables. COLUMNS=0 is said by what does not know the width.
+LEAST_WIDTH, USUAL_WIDTH = 40, 80
 
 
 class Terminal(Console):
@@ -19,6 +21,7 @@ class Terminal(Console):
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
+        self.width = max(self.width or USUAL_WIDTH, LEAST_WIDTH)
 
     def on_broken_pipe(self) -> None:
         """Newer versions of rich end the process here."""

@@ -6,7 +6,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_jets.detached_map import DetachedSpectra
@@ -89,20 +89,27 @@ def path_shares(
     return figure
 
 
-def learning_curves(track: Track, *, pairs: Sequence[str] | None = None) -> Figure:
-    """Bi-grams over checkpoints: the hit ratio, and scores of given ones, which were tracked.
+def learning_curves(
+    track: Track | Mapping[str, Track],
+    *,
+    pairs: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    log: bool = False,
+) -> Figure:
+    """Bi-grams over checkpoints: hit ratios beside their controls, and scores of given bi-grams, which were tracked.
 
     Args:
-        track: What `tl_jets.studies.track` found.
-        pairs: Which of its bi-grams (as it names them) have lines of their own; None for the first six. Their mean over all
-            is drawn, too.
+        track: What `tl_jets.studies.track` found, along one path; or `track_by_path`, along several.
+        pairs: Of one path: which of its bi-grams (as it names them) have lines of their own; None for the first six. Their mean
+            over all is drawn, too. Of several paths: of which bi-grams each path's mean is drawn; None for all. Groups of them
+            by name have a panel each.
+        log: Whether checkpoints are on a logarithmic scale, on which zero has a place: for steps that double.
 
     Returns:
-        The figure: a panel for the hit ratio if there is a reference, one for the log-probabilities if there are bi-grams.
-        Checkpoints that are numbers are on a scale of numbers.
+        The figure: a panel for the hit ratio if there is a reference (dashed: its second tokens shuffled), one for the
+        log-probabilities if there are bi-grams. Checkpoints that are numbers are on a scale of numbers.
 
     Raises:
-        ValueError: There is no such bi-gram.
+        ValueError: There is no such bi-gram, or no path, or checkpoints on a logarithmic scale are no numbers from 0 up.
         ImportError: matplotlib is not installed.
 
     Source:
@@ -118,36 +125,63 @@ def learning_curves(track: Track, *, pairs: Sequence[str] | None = None) -> Figu
         >>> [line.get_label() for line in learning_curves(track).axes[0].lines]
         ['·more ·than', 'mean of all 1']
     """
-    shown = list(track.pairs[: len(COLORS)] if pairs is None else pairs)
-    unknown = [pair for pair in shown if pair not in track.pairs]
+    tracks = {track.path: track} if isinstance(track, Track) else dict(track)
+    if not tracks:
+        raise ValueError("learning_curves draws the tracks of at least one path; got none.")
+    first, is_one = next(iter(tracks.values())), isinstance(track, Track)
+    title = f"path {first.path}" if is_one else "by path"
+    if pairs is None:
+        pairs = first.pairs[: len(COLORS)] if is_one else first.pairs
+    groups = dict(pairs) if isinstance(pairs, Mapping) else {title: pairs}
+    unknown = [pair for group in groups.values() for pair in group if pair not in first.pairs]
     if unknown:
-        raise ValueError(f"pairs must be among those that were tracked, {track.pairs[:12]}; got {unknown}.")
-    n_panels = (track.n > 0) + bool(track.pairs)
-    figure, panels = new_panels(None, n_panels, (4.2, 2.8))
-    numeric = all(isinstance(name, (int, float)) for name in track.checkpoints)
-    x: list[Any] = list(track.checkpoints) if numeric else list(range(len(track.checkpoints)))
-    if track.n:
+        raise ValueError(f"pairs must be among those that were tracked, {first.pairs[:12]}; got {unknown}.")
+    n_scores = len(groups) if first.pairs else 0
+    figure, panels = new_panels(None, (first.n > 0) + n_scores, (4.2, 2.8))
+    numeric = all(isinstance(name, (int, float)) for name in first.checkpoints)
+    x: list[Any] = list(first.checkpoints) if numeric else list(range(len(first.checkpoints)))
+    if log and not (numeric and min(x) >= 0 and max(x) > 0):
+        raise ValueError(f"On a logarithmic scale checkpoints must be numbers from 0 up; got {first.checkpoints[:12]}.")
+    if first.n:
         panel = panels[0]
-        panel.plot(x, track.hit_ratio.tolist(), color=COLORS[0], marker="o", ms=4, label="hit ratio")
-        panel.set_ylim(-0.03, 1.03)
-        panel.set_ylabel(f"share of the reference's {track.n:,} best", fontsize=SMALL + 1)
-    if track.pairs:
-        panel = panels[-1]
-        for i, pair in enumerate(shown):
-            scores = track.scores[:, track.pairs.index(pair)].tolist()
-            style: Any = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-            panel.plot(x, scores, lw=1.2, ms=4, label=pair, **style)
-        mean = track.scores.mean(1).tolist()
-        panel.plot(x, mean, color="0.1", lw=2, label=f"mean of all {len(track.pairs):,}")
+        for i, (path, each) in enumerate(tracks.items()):
+            _curve(panel, x, each.hit_ratio, i, "hit ratio" if is_one else path)
+        lines = list(panel.lines)
+        for i, each in enumerate(tracks.values()):
+            if each.hit_control.shape[1]:
+                color = lines[i].get_color()
+                panel.plot(x, each.hit_control.mean(1).tolist(), ls="--", lw=1, color=color, label="control")
+        short_legend(panel, lines, panel.lines[len(lines) :][:1], most=len(lines))
+        panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])
+        panel.set_ylabel(f"share of the reference's {first.n:,} best", fontsize=SMALL + 1)
+        panel.set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
+    for panel, (name, group) in zip(panels[len(panels) - n_scores :], groups.items(), strict=False):
+        chosen = [first.pairs.index(pair) for pair in group]
+        if is_one:
+            for i, pair in enumerate(group):
+                _curve(panel, x, first.scores[:, chosen[i]], i, pair)
+            mean = first.scores.mean(1).tolist()
+            panel.plot(x, mean, color="0.1", lw=2, label=f"mean of all {len(first.pairs):,}")
+        else:
+            for i, (path, each) in enumerate(tracks.items()):
+                _curve(panel, x, each.scores[:, chosen].mean(1), i, path)
         panel.set_ylabel("log-probability (nats)", fontsize=SMALL + 1)
+        panel.set_title(name, fontsize=SMALL + 1, loc="left", parse_math=False)
         short_legend(panel, panel.lines, most=len(panel.lines))
     for panel in panels:
+        if log:
+            panel.set_xscale("symlog", linthresh=min(step for step in x if step > 0), linscale=0.3)
         if not numeric:
-            panel.set_xticks(x, [str(name) for name in track.checkpoints], rotation=30, ha="right", parse_math=False)
+            panel.set_xticks(x, [str(name) for name in first.checkpoints], rotation=30, ha="right", parse_math=False)
         panel.set_xlabel("checkpoint", fontsize=SMALL + 1)
-        panel.set_title(f"path {track.path}", fontsize=SMALL + 1, loc="left", parse_math=False)
         plain(panel)
     return figure
+
+
+def _curve(panel: Axes, x: list[Any], values: Any, index: int, label: str) -> None:
+    """A line over checkpoints; six colors and markers make 36 lines that differ."""
+    marker = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
+    panel.plot(x, values.tolist(), lw=1.2, ms=4, color=COLORS[index % len(COLORS)], marker=marker, label=label)
 
 
 def spectra(spectra: DetachedSpectra) -> Figure:
