@@ -65,7 +65,7 @@ def make(
 
 def wide(thing):
     """The same in float64."""
-    fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+    fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
     return type(thing)(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
 
 

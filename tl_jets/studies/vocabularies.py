@@ -58,7 +58,8 @@ def check_table(table: NgramTable, network: ResidualNetwork) -> None:
         return
     ids = table.ids.unique()
     own = token_names(network.tokenizer, [ids[:: -(-len(ids) // SAMPLE)]])
-    different = [token for token, text in own.items() if table.names[token] not in (text, str(token))]
+    # Without their spaces, which texts may have been given without.
+    different = [token for token, text in own.items() if table.names[token].strip() not in (text.strip(), str(token))]
     if different:
         token = different[0]
         raise ValueError(
