@@ -378,7 +378,8 @@ def test_the_process_dies_quietly_of_a_closed_pipe_and_of_an_interrupt():
     closed.stdout.close()
     assert (closed.wait(timeout=300), closed.stderr.read()) == (141, b"")
     lasting = (
-        "import sys, time; from tl_jets import cli; "
+        # A suite that a shell has put in the background ignores interrupts, and so do its children.
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); from tl_jets import cli; "
         "cli.lens.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(cli.main([]))"
     )
     begun = subprocess.Popen([sys.executable, "-c", lasting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
