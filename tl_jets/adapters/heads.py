@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def head_writes(view: TransformerLensView, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
     """[head + 1, batch, pos, d_model]: every head's write at any stream, then the attention bias."""
-    _check(view, recording, calls, layer)
+    check_heads(view, recording, calls, layer)
     z, out = _z_and_out(view, calls, layer, stream)
     key = ("z at the zero stream", layer)
     if key not in recording.memo:
@@ -58,8 +58,12 @@ def _through_output(view: TransformerLensView, layer: int, z: Tensor) -> Tensor:
     return torch.einsum("bphe,hem->hbpm", z, view.blocks[layer].attn.W_O.to(view.dtype))
 
 
-def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
-    """Once per layer and set of hooks: what heads leave of the attention's output and write must not read the stream."""
+def check_heads(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
+    """Compare a layer's heads with its attention, once per layer and set of hooks: what they leave must not read the stream.
+
+    Raises:
+        NotImplementedError: It does: a hook edits their sum, or this attention is not its heads through W_O.
+    """
     key = ("heads", layer, recording.hook_state)
     if key in view.checked:
         return

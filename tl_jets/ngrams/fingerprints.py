@@ -3,8 +3,8 @@
 sha256 over the name, shape, dtype, the exact sum of the bit patterns as integers, and `SAMPLES` evenly spaced entries of every
 parameter, every buffer (rotary frequencies), and what the decoder reads (a folded bias may be neither); over the numbers
 and switches of the configuration (epsilons, rotary base, caps); and over the names of hook points that carry hooks. A change of
-one bit of one weight changes the sum; that two sets of weights share both the
-sums and the samples of every tensor takes intent. Integer sums do not depend on the device or on threads.
+one bit of one weight changes the sum; that two sets of weights share both the sums and the samples of every tensor takes intent.
+Integer sums do not depend on the device or on threads.
 
 What it does not see: what a hook does (only where it is), and what plain functions of a `CallableModel` do (only its
 decoder and its embedding modules).

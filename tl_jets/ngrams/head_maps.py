@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.adapters.heads import check_heads
 from tl_jets.calculus import Norm, full_precision
 from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams.float32 import full_float32
@@ -104,9 +105,9 @@ class HeadReader:
         self._recording = trace.recording
         step = next(step for step in self.network.steps if step.label == f"{layer}_attn")
         self._attention = Stage(self.network.stage(step.label).stream, (step,))
-        zero = torch.zeros_like(trace["embed"][:1, 0])
-        *_, self._zero_value, zero_write = self._read(zero)
-        self._check_write(zero_write)
+        with torch.no_grad(), view._replaying(layer):
+            check_heads(view, self._recording, view._calls(self._recording), layer)
+        self._zero_value = self._read(torch.zeros_like(trace["embed"][:1, 0]))[2]
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +125,7 @@ class HeadReader:
         kept: list[Tensor] = []
         for start in range(0, len(tokens), self._rows):
             part = tokens[start : start + self._rows]
-            query, key, value, _ = self._read(self.streams.embed(part))
+            query, key, value = self._read(self.streams.embed(part))
             found = [x[:, list(heads)].transpose(0, 1) for x in (query, key, value - self._zero_value)]
             kept = kept or [x.new_empty(len(heads), len(tokens), x.shape[-1]) for x in found]
             for into, vectors in zip(kept, found, strict=True):
@@ -132,38 +133,16 @@ class HeadReader:
         return HeadVectors(*kept)
 
     @torch.no_grad()
-    def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key and value [token, head, d_head] of streams that stand alone at position 0, and the layer's write."""
+    def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [token, head, d_head] of streams that stand alone at position 0."""
         found: dict[str, Tensor] = {}
         padded = stream.new_zeros(self._rows, 1, stream.shape[1])
         padded[: len(stream), 0] = stream
         with self.view.model.hooks(self._savers(found, "hook_z")):
-            write = self.network.view.writes(self._recording, self._attention, padded)[0]
+            self.network.view.writes(self._recording, self._attention, padded)
         query, key = self._query_and_key(found)
         value = found["hook_z"].unflatten(-1, (self.n_heads, -1)) if found["hook_z"].ndim == 3 else found["hook_z"]
-        query, key, value, write = (x[: len(stream), 0] for x in (query, key, value, write))
-        return query, key, value, write
-
-    def _check_write(self, zero_write: Float[Tensor, "1 d_model"]) -> None:
-        """Raise unless the layer writes the sum of its heads' values through W_O, and a constant: nothing edits it later."""
-        attn = self.view.blocks[self.layer].attn
-        *_, value, write = self._read(self._random_streams(4).to(zero_write.dtype))
-        W_O, post = attn.W_O.detach().to(value), self.view._post_norm(self.layer)
-        if post is None:
-            found, wanted = torch.einsum("thd,hdm->tm", value - self._zero_value, W_O), write - zero_write
-        else:
-            b_O = getattr(attn, "b_O", None)
-            whole = torch.einsum("thd,hdm->tm", value, W_O)
-            whole = whole if b_O is None else whole + b_O.to(whole)
-            found, wanted = post(whole.to(self.view.device_of(self.layer))).to(write), write
-        scale = float(getattr(self.view.blocks[self.layer], "residual_contribution_scale", 1.0))
-        error = relative_error(found * scale, wanted)
-        if not error <= self._recording.accuracy:
-            raise NotImplementedError(
-                f"What the attention of layer {self.layer} writes must be its heads' values through W_O; it differs by {error:.1e} "
-                "(relative). A hook after hook_z edits it: take that away (hooks on hook_z and before it are kept). Or the "
-                "architecture does something else; please report its name."
-            )
+        return query[: len(stream), 0], key[: len(stream), 0], value[: len(stream), 0]
 
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
         """Hooks that keep queries, keys and more, by their TransformerLens names."""
