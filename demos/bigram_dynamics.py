@@ -35,6 +35,7 @@ from rich.console import Console
 from small_training import Recipe, Text, Training, library, sample
 from torch import Tensor
 
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.pretrained import TINYDOCS
 from tl_jets.studies import (
     TextComparison,
@@ -44,7 +45,6 @@ from tl_jets.studies import (
     ngram_counts,
     track_by_path,
 )
-from tl_jets.tables import NgramTable
 from tl_jets.views.figures import learning_curves
 
 PER_KIND = 50  # bi-grams of each kind

@@ -26,7 +26,7 @@ from tl_jets import (
     load_tinydocs,
     steering_hooks,
 )
-from tl_jets.tokens import token_text, visible
+from tl_jets.core.tokens import token_text, visible
 
 PROMPT = "If the file does not exist, an error is"
 STEER = "This function is available on Unix and"

@@ -36,8 +36,8 @@ from rich.console import Console
 from torch import Tensor
 
 import tl_jets as tj
+from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.studies import ModelDiff, bootstrap_interval, diff, ngram_counts
-from tl_jets.tables import NgramTable, side_by_side
 
 SOURCE, DOCS, NEITHER = "likelier in source", "likelier in documentation", "in neither"
 # Okabe and Ito's vermilion and blue.

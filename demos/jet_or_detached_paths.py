@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_jets import ResidualNetwork
-from tl_jets.expansion.exponential import exponential_expansion
-from tl_jets.expansion.path_statistics import path_lengths
-from tl_jets.loading import load_model
-from tl_jets.tokens import token_text, visible
+from tl_jets.core.tokens import token_text, visible
+from tl_jets.paths.expansion import exponential_expansion
+from tl_jets.paths.statistics import path_lengths
+from tl_jets.pretrained.loading import load_model
 
 FORMS: dict[str, dict[str, Any]] = {
     "jets, order 0": {"order": 0},

@@ -21,9 +21,9 @@ from ngram_studies import docstrings
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.pretrained import TINYDOCS
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
 
 BOS = 1
 IGNORED = -100  # a target that is not scored

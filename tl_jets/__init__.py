@@ -11,10 +11,14 @@ from importlib.metadata import version
 import tl_jets.adapters  # noqa: F401  (registers the views of TransformerLens models)
 import tl_jets.studies as studies
 import tl_jets.views as views
-from tl_jets.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
-from tl_jets.component_interactions import Interactions, interactions
-from tl_jets.decoder import Decoder, Metric
+from tl_jets.core.decoder import Decoder, Metric
+from tl_jets.core.linear_map import LinearMap, SingularVectors
+from tl_jets.core.measures import Measures
+from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.protocol import Stage, Step
+from tl_jets.core.readout import TopTokens
+from tl_jets.core.trace import Trace
 from tl_jets.detached_map import (
     BlockNorms,
     DetachedJacobian,
@@ -24,23 +28,19 @@ from tl_jets.detached_map import (
     detached_spectra,
     steering_hooks,
 )
-from tl_jets.expansion import Expansion, JetCache, Path, Term, jet_expand
-from tl_jets.expansion.exponential import PathExpansion, exponential_expansion
-from tl_jets.expansion.path_cache import PathCache
-from tl_jets.expansion.path_statistics import PathStatistics, path_lengths, path_sums
-from tl_jets.expansion.reorganise import ReorganizedExpansion, reorganized_expansion
-from tl_jets.interventions import ablation_hooks, patch_hooks, without_path
+from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
+from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
+from tl_jets.interventions.path_ablations import path_ablation
+from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
-from tl_jets.linear_map import LinearMap, SingularVectors
-from tl_jets.measures import Measures
-from tl_jets.network import CallableModel, ResidualNetwork
 from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
-from tl_jets.path_ablations import path_ablation
+from tl_jets.ngrams.tables import NgramTable, side_by_side
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.component_interactions import Interactions, interactions
+from tl_jets.paths.expansion import PathExpansion, exponential_expansion
+from tl_jets.paths.reorganized import ReorganizedExpansion, reorganized_expansion
+from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
 from tl_jets.pretrained import load_tinycode, load_tinydocs
-from tl_jets.readout import TopTokens
-from tl_jets.stages import Stage, Step
-from tl_jets.tables import NgramTable, side_by_side
-from tl_jets.trace import Trace
 
 __version__ = version("tl-jets")
 

@@ -12,8 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_jets import ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
-from tl_jets.expansion.expand import decoder_weights
-from tl_jets.reader import CHUNK_SIZE
+from tl_jets.core.logit_reader import CHUNK_SIZE
+from tl_jets.jets.expand import decoder_weights
 
 N_TOKENS, D_MODEL, D_VOCAB = 32, 768, 50257
 

@@ -13,9 +13,9 @@ import torch
 import zoo
 
 from tl_jets import ResidualNetwork, Trace
-from tl_jets.expansion.exponential import exponential_expansion
-from tl_jets.expansion.frozen_network import FrozenNetwork
-from tl_jets.expansion.path_statistics import path_lengths
+from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.paths.expansion import exponential_expansion
+from tl_jets.paths.statistics import path_lengths
 
 pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play"

@@ -20,8 +20,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_jets.calculus import Norm
-from tl_jets.decoder import Decoder
-from tl_jets.mixture import Control, Mixture, scan_mixture
+from tl_jets.core.decoder import Decoder
+from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
 
 D_MODEL, D_VOCAB, LAYERS, ORDERS = 768, 50257, 12, 4
 

@@ -1,4 +1,4 @@
-"""TransformerLens models as residual networks: one view a class of model, registered with `tl_jets.network`."""
+"""TransformerLens models as residual networks: one view a class of model, registered with `tl_jets.core.network`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from tl_jets.adapters.bridge import TransformerBridgeView
-from tl_jets.network import register_view
-from tl_jets.stages import ModelView
+from tl_jets.core.network import register_view
+from tl_jets.core.protocol import ModelView
 
 __all__ = ["TransformerBridgeView", "view"]
 

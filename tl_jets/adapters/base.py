@@ -37,14 +37,14 @@ from tl_jets.adapters.reading import (
 )
 from tl_jets.adapters.ready_cache import read_cache
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.decoder import Decoder, version
-from tl_jets.stages import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
+from tl_jets.core.decoder import Decoder, version
+from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
 
 Sublayer = Literal["attn", "mlp"]
 
 
 class TransformerLensView(ABC):
-    """A TransformerLens model as a residual network (see `tl_jets.network.ModelView`)."""
+    """A TransformerLens model as a residual network (see `tl_jets.core.network.ModelView`)."""
 
     def __init__(self, model: Any):
         refuse_unsupported(model)

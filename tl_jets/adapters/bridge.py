@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.adapters.base import Sublayer, TransformerLensView
-from tl_jets.decoder import Decoder
+from tl_jets.core.decoder import Decoder
 
 # Arguments that would make a replay read or grow the key-value cache of the recorded forward pass.
 _KV_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache_params")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_jets.stages import Recording, tolerance
+from tl_jets.core.protocol import Recording, tolerance
 
 if TYPE_CHECKING:
     from tl_jets.adapters.base import TransformerLensView

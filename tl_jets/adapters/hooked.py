@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_jets.adapters.base import Sublayer, TransformerLensView
-from tl_jets.decoder import Decoder
+from tl_jets.core.decoder import Decoder
 
 
 class HookedTransformerView(TransformerLensView):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tl_jets.stages import Recording, Stage, Step, relative_error
+from tl_jets.core.protocol import Recording, Stage, Step, relative_error
 
 if TYPE_CHECKING:
     from tl_jets.adapters.base import TransformerLensView

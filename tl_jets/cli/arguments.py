@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tl_jets.stages import GRANULARITIES
+from tl_jets.core.protocol import GRANULARITIES
 
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"

@@ -30,11 +30,11 @@ from tl_jets.cli.session import (
     steps,
     token_record,
 )
+from tl_jets.cli.terminal import jacobian as terminal
+from tl_jets.core.linear_map import SingularVectors
+from tl_jets.core.notebook import View
 from tl_jets.detached_map import DetachedJacobian, detached_jacobian
 from tl_jets.detached_map.chain import LOGITS
-from tl_jets.linear_map import SingularVectors
-from tl_jets.notebook import View
-from tl_jets.terminal import jacobian as terminal
 from tl_jets.views import detached_tokens
 
 DESCRIPTION = """\

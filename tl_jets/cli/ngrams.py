@@ -10,18 +10,18 @@ from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files
 from tl_jets.cli.output import STDOUT, Output, check_replaceable, header, is_folder
 from tl_jets.cli.pages import command_page, section
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, refusals, steps
-from tl_jets.expansion.paths import ARROW
-from tl_jets.network import ResidualNetwork
+from tl_jets.cli.terminal import ngrams as terminal
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import View
+from tl_jets.core.path import ARROW
+from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams
 from tl_jets.ngrams.bigrams import Per
 from tl_jets.ngrams.jobs import SUFFIX
 from tl_jets.ngrams.join import NORMALIZES
 from tl_jets.ngrams.scan import SCORES
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
-from tl_jets.notebook import View
-from tl_jets.tables import NgramTable, side_by_side
-from tl_jets.terminal import ngrams as terminal
-from tl_jets.tokens import visible
+from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.views import trigram_heatmap
 
 DESCRIPTION = """\

@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from tl_jets.cli.session import UsageError, one_line
-from tl_jets.terminal.parts import Terminal
+from tl_jets.cli.terminal.parts import Terminal
 
 STDOUT = "-"
 KINDS = ("html", "json", "svg", "save")

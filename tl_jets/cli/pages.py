@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from tl_jets.markup import text
-from tl_jets.notebook import View, dataframe_html, page
+from tl_jets.core.markup import text
+from tl_jets.core.notebook import View, dataframe_html, page
 
 # Of a table with a row for every token of the vocabulary.
 MAX_ROWS = 1000

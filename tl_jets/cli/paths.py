@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from tl_jets.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.cli.arguments import (
     FILES_HELP,
     TOKEN_HELP,
@@ -37,16 +36,17 @@ from tl_jets.cli.session import (
     steps,
     token_record,
 )
-from tl_jets.expansion.expand import CENTER_SCALES
-from tl_jets.expansion.exponential import MAX_PATHS, PathExpansion, exponential_expansion
-from tl_jets.expansion.path_cache import PathCache
-from tl_jets.expansion.path_statistics import PathStatistics, path_sums
-from tl_jets.expansion.paths import Path
-from tl_jets.notebook import View
-from tl_jets.path_ablations import path_ablation, verdict
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM
-from tl_jets.terminal import paths as terminal
-from tl_jets.trace import Trace
+from tl_jets.cli.terminal import paths as terminal
+from tl_jets.core.notebook import View
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.trace import Trace
+from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
+from tl_jets.interventions.path_ablations import path_ablation, verdict
+from tl_jets.jets.expand import CENTER_SCALES
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.expansion import MAX_PATHS, PathExpansion, exponential_expansion
+from tl_jets.paths.statistics import PathStatistics, path_sums
 
 # The constant of the decoder itself: a path through nothing, which no ablation can take away.
 CONSTANT = f"{DECODER_STEP}_bias"

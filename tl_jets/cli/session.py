@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT
-from tl_jets.loading import load_model
-from tl_jets.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import some
+from tl_jets.core.tokens import token_text, visible
 from tl_jets.pretrained import load_tinydocs
-from tl_jets.stages import some
-from tl_jets.tokens import token_text, visible
+from tl_jets.pretrained.loading import load_model
 
 
 class UsageError(Exception):
@@ -144,7 +144,7 @@ def read_token(network: ResidualNetwork, given: str, n_tokens: int | None = None
 
 
 def _unescaped(text: str) -> str:
-    """What `tl_jets.tokens.visible` made a text from."""
+    """What `tl_jets.core.tokens.visible` made a text from."""
     text = text.replace("\u00b7", " ")
     try:
         return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text

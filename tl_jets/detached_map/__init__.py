@@ -13,7 +13,7 @@ from tl_jets.detached_map.block_norms import BlockNorms
 from tl_jets.detached_map.context import detached
 from tl_jets.detached_map.jacobian import DetachedJacobian, detached_jacobian
 from tl_jets.detached_map.spectra import DetachedSpectra, detached_spectra
-from tl_jets.detached_map.steering import steering_hooks
+from tl_jets.interventions.steering import steering_hooks
 
 __all__ = [
     "BlockNorms",

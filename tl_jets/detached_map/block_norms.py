@@ -32,13 +32,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.linear_map import LinearMap
+from tl_jets.core.logit_reader import check_k
+from tl_jets.core.notebook import Shown
+from tl_jets.core.readout import TopTokens
+from tl_jets.core.tokens import decode, token_names
 from tl_jets.detached_map.chain import LOGITS
 from tl_jets.detached_map.decoding import Directions
-from tl_jets.linear_map import LinearMap
-from tl_jets.notebook import Shown
-from tl_jets.reader import check_k
-from tl_jets.readout import TopTokens
-from tl_jets.tokens import decode, token_names
 
 # Tokens whose images are held at once.
 TOKENS = 4096

@@ -24,10 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import frozen
-from tl_jets.linear_map import CHUNK_SIZE, GraphMap, LinearMap
-from tl_jets.network import ResidualNetwork
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM, Stage, some
-from tl_jets.trace import Trace
+from tl_jets.core.linear_map import CHUNK_SIZE, GraphMap, LinearMap
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
+from tl_jets.core.trace import Trace
 
 LOGITS = "logits"
 # Graphs of this size are kept, whatever the matrix.

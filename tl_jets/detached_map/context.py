@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import frozen, full_precision
-from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import CallableModel, ResidualNetwork
 
 
 @contextmanager

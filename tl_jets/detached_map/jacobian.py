@@ -51,19 +51,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
+from tl_jets.core.markup import text
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.readout import TopTokens
+from tl_jets.core.selection import Rows
+from tl_jets.core.tokens import decode, token_names, visible
+from tl_jets.core.trace import Trace, trace_of
 from tl_jets.detached_map.block_norms import BlockNorms, block_norms
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
 from tl_jets.detached_map.context import not_affine, rounding
 from tl_jets.detached_map.decoding import Directions
-from tl_jets.lenses.selection import Rows
-from tl_jets.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
-from tl_jets.markup import text
-from tl_jets.network import ResidualNetwork
-from tl_jets.notebook import Shown, dataframe_html
-from tl_jets.readout import TopTokens
-from tl_jets.stages import FINAL_STREAM
-from tl_jets.tokens import decode, token_names, visible
-from tl_jets.trace import Trace, trace_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -49,16 +49,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.linear_map import MAX_BYTES, size_text
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.readout import TopTokens
+from tl_jets.core.selection import Rows
+from tl_jets.core.tokens import decode
+from tl_jets.core.trace import Trace, trace_of
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
 from tl_jets.detached_map.decoding import Directions
-from tl_jets.lenses.selection import Rows
-from tl_jets.linear_map import MAX_BYTES, size_text
-from tl_jets.network import ResidualNetwork
-from tl_jets.notebook import Shown, dataframe_html
-from tl_jets.readout import TopTokens
-from tl_jets.stages import DECODER_STEP, FINAL_STREAM
-from tl_jets.tokens import decode
-from tl_jets.trace import Trace, trace_of
 
 Maps = Literal["cumulative", "layers"]
 

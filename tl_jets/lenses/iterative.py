@@ -32,17 +32,17 @@ from torch import Tensor
 
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.calculus import norm_jet
-from tl_jets.expansion.expand import CenterScale
-from tl_jets.expansion.frozen_network import Linearize, check_detached, frozen_norm, read_order
+from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
+from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
+from tl_jets.core.logit_reader import CHUNK_SIZE
+from tl_jets.core.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
+from tl_jets.core.tokens import decode, token_names
+from tl_jets.core.trace import trace_of
+from tl_jets.jets.expand import CenterScale
 from tl_jets.lenses.result import LensResult
-from tl_jets.lenses.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
-from tl_jets.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
-from tl_jets.mixture import Control, Mixture, scan_mixture
-from tl_jets.network import ResidualNetwork
-from tl_jets.reader import CHUNK_SIZE
-from tl_jets.stages import FINAL_STREAM
-from tl_jets.tokens import decode, token_names
-from tl_jets.trace import trace_of
 
 # What has a layer axis.
 _LAYERED = {

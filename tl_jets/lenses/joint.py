@@ -38,21 +38,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import norm_jet
-from tl_jets.expansion.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
-from tl_jets.expansion.frozen_network import Linearize, affine_labels, check_detached, read_order
-from tl_jets.expansion.simplex import SimplexSolution
-from tl_jets.expansion.weights import read_weights, uniform_weights
+from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
+from tl_jets.core.lens_logits import Mixture, MixtureScan, scan_mixture
+from tl_jets.core.logit_reader import CHUNK_SIZE
+from tl_jets.core.measures import Measures, geometry, weighted
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import FINAL_STREAM, Granularity
+from tl_jets.core.readout import TopTokens, top_tokens
+from tl_jets.core.selection import ANSWER, Rows, TargetInput, check_options, model_logits, read_targets
+from tl_jets.core.tokens import decode, token_names
+from tl_jets.core.trace import trace_of
+from tl_jets.jets.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
+from tl_jets.jets.simplex import SimplexSolution
+from tl_jets.jets.weights import read_weights, uniform_weights
 from tl_jets.lenses.centers import Centers
 from tl_jets.lenses.result import LensResult
-from tl_jets.lenses.selection import ANSWER, Rows, TargetInput, check_options, model_logits, read_targets
-from tl_jets.measures import Measures, geometry, weighted
-from tl_jets.mixture import Mixture, MixtureScan, scan_mixture
-from tl_jets.network import ResidualNetwork
-from tl_jets.reader import CHUNK_SIZE
-from tl_jets.readout import TopTokens, top_tokens
-from tl_jets.stages import FINAL_STREAM, Granularity
-from tl_jets.tokens import decode, token_names
-from tl_jets.trace import trace_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

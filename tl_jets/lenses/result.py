@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tl_jets.measures import MEASURES, Measures
-from tl_jets.notebook import View
-from tl_jets.results import Result
+from tl_jets.core.measures import MEASURES, Measures
+from tl_jets.core.notebook import View
+from tl_jets.core.results import Result
 
 
 class LensResult(Result):

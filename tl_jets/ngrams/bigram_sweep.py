@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.network import ResidualNetwork
+from tl_jets.core.logit_reader import slices
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import State
@@ -27,10 +29,8 @@ from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
-from tl_jets.reader import slices
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
 
 Per = Literal["global", "row"]
 

@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.logit_reader import LOG2_E, slices
 from tl_jets.ngrams.bigram_sweep import BigramSweep, Options, Per, planned
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import SUFFIX, Job, check_header, finish
@@ -42,9 +43,8 @@ from tl_jets.ngrams.scan import Score, check_finite
 from tl_jets.ngrams.screen import Screen
 from tl_jets.ngrams.shards import Distributed
 from tl_jets.ngrams.streams import PathInput
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds
-from tl_jets.reader import LOG2_E, slices
-from tl_jets.tables import NgramTable
 
 
 def jet_bigrams(

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.reader import LOG2_E
+from tl_jets.core.logit_reader import LOG2_E
 
 # Rows and columns of a tile, and rows in float64 at a time.
 TILE_ROWS, TILE_COLUMNS, EXACT_ROWS = 1024, 2048, 32

@@ -41,11 +41,11 @@ from torch import Tensor
 
 from tl_jets.adapters.heads import check_heads
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.protocol import Stage, relative_error, tolerance
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
-from tl_jets.stages import Stage, relative_error, tolerance
 
 # Where queries and keys are read, what is closest to their product first.
 _POINTS = (("hook_rot_q", "hook_rot_k"), ("hook_q_normed", "hook_k_normed"), ("hook_q", "hook_k"))

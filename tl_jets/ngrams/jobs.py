@@ -35,9 +35,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.atomic_files import write_atomically
+from tl_jets.core.atomic_files import write_atomically
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.tables import NgramTable
+from tl_jets.ngrams.tables import NgramTable
 
 SUFFIX = ".parquet"
 FILE_NAME = re.compile(r"\w[\w .,>+-]*")

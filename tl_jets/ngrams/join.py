@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.logit_reader import LOG2_E
 from tl_jets.ngrams.factors import (
     EXACT_ROWS,
     TILE_ROWS,
@@ -22,8 +23,7 @@ from tl_jets.ngrams.factors import (
 )
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.reader import LOG2_E
-from tl_jets.tables import rank
+from tl_jets.ngrams.tables import rank
 
 Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")

@@ -1,7 +1,7 @@
 """The exact best tokens of every row of states, with exact log-normalizers, in bounded memory.
 
 Unlike the best pairs over all rows (`tl_jets.ngrams.scan`), every row must be read for its own best tokens. Logits of a few hundred
-rows are held (`tl_jets.reader`), the best k + `SPARE` tokens are found by block maxima, and their logits computed again in float64.
+rows are held (`tl_jets.core.logit_reader`), the best k + `SPARE` tokens are found by block maxima, and their logits computed again in float64.
 What cannot be told apart in working precision (the last one kept and the next one after the spares) is read in float64 as a whole
 row. Order: (score, id); ties by the smallest id.
 
@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.decoder import Decoder
+from tl_jets.core.decoder import Decoder
+from tl_jets.core.logit_reader import Reader, slices, total_of
 from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, check_finite, exact_logits, log_parts
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.reader import Reader, slices, total_of
-from tl_jets.tables import rank, rounded
+from tl_jets.ngrams.tables import rank, rounded
 
 # Tokens beyond the k best that are scored in float64, too: what float32 may have put in the wrong order.
 SPARE = 8

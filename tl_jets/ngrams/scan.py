@@ -27,7 +27,7 @@ at the end, and the states of the rows that are kept.
 Example:
     >>> import torch
     >>> from tl_jets.calculus import Norm
-    >>> from tl_jets.decoder import Decoder
+    >>> from tl_jets.core.decoder import Decoder
     >>> _ = torch.manual_seed(0)
     >>> decoder = Decoder(Norm("none"), torch.randn(4, 300), torch.randn(300))
     >>> states = torch.randn(50, 4)
@@ -52,10 +52,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_jets.decoder import Decoder
+from tl_jets.core.decoder import Decoder
+from tl_jets.core.logit_reader import BLOCK, LOG2_E, slices
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.reader import BLOCK, LOG2_E, slices
-from tl_jets.tables import rank
+from tl_jets.ngrams.tables import rank
 
 Score = Literal["logprob", "logit"]
 SCORES: tuple[Score, ...] = ("logprob", "logit")

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.stages import relative_error
+from tl_jets.core.protocol import relative_error
 
 
 @dataclass(frozen=True, eq=False)

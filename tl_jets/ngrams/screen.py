@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.decoder import Decoder
+from tl_jets.core.decoder import Decoder
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
 from tl_jets.ngrams.shards import ALONE, Processes
 

@@ -30,11 +30,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.expansion.paths import ARROW
-from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.path import ARROW
+from tl_jets.core.protocol import Stage, Step, relative_error, some
+from tl_jets.core.trace import Trace
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.stages import Stage, Step, relative_error, some
-from tl_jets.trace import Trace
 
 DIRECT, MLPS = "direct", "mlps"
 _FIRST_STREAM = "blocks.0.hook_resid_pre"

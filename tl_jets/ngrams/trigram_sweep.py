@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.head_maps import HeadReader, OutputMap
@@ -22,9 +23,8 @@ from tl_jets.ngrams.jobs import saved
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
 from tl_jets.ngrams.score_map import ScoreMap
 from tl_jets.ngrams.shards import ALONE, Distributed, Processes
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
 
 # Numbers of queries, keys and values that are held at once.
 HELD = 2**27

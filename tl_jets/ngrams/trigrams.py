@@ -60,9 +60,9 @@ from torch import Tensor
 from tl_jets.ngrams.jobs import SUFFIX, Job
 from tl_jets.ngrams.join import Normalize
 from tl_jets.ngrams.shards import Distributed
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds
 from tl_jets.ngrams.trigram_sweep import TrigramSweep, planned
-from tl_jets.tables import NgramTable
 
 
 @overload

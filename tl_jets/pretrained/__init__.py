@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from tl_jets.loading import load_model
+from tl_jets.pretrained.loading import load_model
 
 TINYDOCS, TINYCODE = (Path(__file__).parent / name for name in ("tinydocs", "tinycode"))
 

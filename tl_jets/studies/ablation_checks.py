@@ -42,15 +42,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.ablation_effects import ablation_effect
-from tl_jets.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.protocol import some
+from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.ngrams import jet_bigrams
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import jet_trigrams
-from tl_jets.notebook import Shown, dataframe_html
-from tl_jets.stages import some
 from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.studies.vocabularies import check_table
-from tl_jets.tables import NgramTable
 
 OWN, SHUFFLED = "own", "shuffled"
 # The others' ablations, averaged.

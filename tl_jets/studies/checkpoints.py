@@ -25,17 +25,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import Shown
+from tl_jets.core.tokens import token_names, visible
 from tl_jets.ngrams import fingerprint, jet_bigrams_by_path
 from tl_jets.ngrams.jobs import FILE_NAME
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, VocabularyStreams, mlp_steps
-from tl_jets.notebook import Shown
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.overlap import hit_ratio, share_found
 from tl_jets.studies.pairs import PairInput, RowScores, read_pairs
 from tl_jets.studies.text_comparison import best_joint
 from tl_jets.studies.vocabularies import Vocabulary
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names, visible
 
 Checkpoint = str | int
 Loader = Callable[[Any], Any]

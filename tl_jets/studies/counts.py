@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
+from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.tables import NgramTable
 
 CountScore = Literal["logcount", "logprob"]
 TokenInput = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]

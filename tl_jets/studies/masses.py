@@ -41,13 +41,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from tl_jets.core.notebook import Shown
+from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.streams import PathInput
-from tl_jets.notebook import Shown
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
 
 WordInput = NgramTable | Tensor | Sequence[str | Sequence[str | int]]
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.tables import NgramTable, rounded
+from tl_jets.ngrams.tables import NgramTable, rounded
 
 # How far the sum of float32 probabilities may be from one.
 NORMALIZED = 1e-4

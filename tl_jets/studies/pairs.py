@@ -26,14 +26,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.network import ResidualNetwork
+from tl_jets.core.logit_reader import slices
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
 from tl_jets.ngrams.scan import SCORES, Score, exact_logits, log_parts
 from tl_jets.ngrams.streams import PathInput
-from tl_jets.reader import slices
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.vocabularies import check_table
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
 
 PairInput = NgramTable | Tensor | Sequence[Sequence[str | int]]
 Tokenize = Callable[[str], Sequence[int]]

@@ -33,9 +33,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.logit_reader import LOG2_E, slices
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.scan import SUM_ERROR, Tiles
-from tl_jets.reader import LOG2_E, slices
 from tl_jets.studies.pairs import RowScores
 
 Change = Literal["probability", "logprob"]

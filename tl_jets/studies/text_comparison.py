@@ -36,15 +36,15 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
-from tl_jets.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.streams import PathInput, mlp_steps
-from tl_jets.notebook import Shown, dataframe_html
+from tl_jets.ngrams.tables import NgramTable, rank
 from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest
 from tl_jets.studies.vocabularies import check_table
-from tl_jets.tables import NgramTable, rank
 
 NO_MODEL = "unigram (no model)"
 VERDICTS = {

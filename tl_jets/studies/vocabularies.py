@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_jets.network import ResidualNetwork
-from tl_jets.tables import NgramTable
-from tl_jets.tokens import token_names
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.tables import NgramTable
 
 # Ids of a table that are compared, evenly spaced.
 SAMPLE = 1000

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_jets.core.measures import Measures
+from tl_jets.core.notebook import filled
+from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.measures import Measures
-from tl_jets.notebook import filled
-from tl_jets.tokens import token_names, visible
 
 # Digits of every number on a page and in a file.
 DIGITS = 6

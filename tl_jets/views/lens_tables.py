@@ -20,11 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
+from tl_jets.core.notebook import View
+from tl_jets.core.numerals import number, precise
+from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.markup import cell, diverging, largest, rising, row_head, table, text, token
-from tl_jets.notebook import View
-from tl_jets.numerals import number, precise
-from tl_jets.tokens import token_names, visible
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
 
 # Of a lens in a notebook.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tl_jets.measures import MEASURES
+from tl_jets.core.measures import MEASURES
 
 MEASURE_NAMES = {
     "remainder_norm": "remainder",

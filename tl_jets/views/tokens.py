@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
+from tl_jets.core.notebook import View
+from tl_jets.core.numerals import number, precise
+from tl_jets.core.tokens import decode, token_names, visible
 from tl_jets.detached_map import DetachedJacobian
-from tl_jets.expansion.path_cache import PathCache
-from tl_jets.expansion.path_statistics import MEASURES as PATH_MEASURES
-from tl_jets.expansion.path_statistics import PathStatistics
 from tl_jets.lenses import IterativeJetLens
-from tl_jets.markup import cell, diverging, largest, rising, row_head, table, text, token
-from tl_jets.notebook import View
-from tl_jets.numerals import number, precise
-from tl_jets.tokens import decode, token_names, visible
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.statistics import MEASURES as PATH_MEASURES
+from tl_jets.paths.statistics import PathStatistics
 from tl_jets.views.lens_tables import closeness, describe, order_index
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
 

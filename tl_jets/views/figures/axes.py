@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tl_jets.markup import largest
+from tl_jets.core.markup import largest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.tokens import token_names, visible
 from tl_jets.views.figures.axes import (
     COLORS,
     MARKERS,

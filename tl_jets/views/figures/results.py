@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_jets.detached_map import DetachedSpectra
-from tl_jets.expansion.path_cache import PathCache
-from tl_jets.expansion.path_statistics import MEASURES, PathStatistics
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.statistics import MEASURES, PathStatistics
 from tl_jets.studies import Track
 from tl_jets.views.figures.axes import (
     COLORS,

@@ -1,0 +1,344 @@
+"""Pages in headless Chromium: they render, a pointer brings up the right numbers, nothing is asked for, everything is legible.
+
+Without a Chromium they are skipped, unless TL_JETS_BROWSER is "required".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import color_vision
+import pytest
+import zoo
+from hostile import HOSTILE, HostileTokenizer
+
+import tl_jets as tj
+from tl_jets import ResidualNetwork, views
+from tl_jets.core.notebook import View, page
+from tl_jets.core.numerals import precise
+from tl_jets.core.tokens import token_text, visible
+
+REQUIRED = os.environ.get("TL_JETS_BROWSER") == "required"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# The sandbox needs what containers lack; the rest keeps the browser itself from calling home.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+SCHEMES = ("light", "dark")
+
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
+
+if not REQUIRED:
+    missing = "playwright" if sync_playwright is None else None if CHROMIUM else "chromium"
+    pytestmark = pytest.mark.skipif(missing is not None, reason=f"there is no {missing} here")
+
+# The smallest contrast of any text with what is behind it (WCAG 2, relative luminance), and that text.
+WORST_CONTRAST = """() => {
+  const canvas = document.createElement("canvas"); canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  const over = (color, behind) => {
+    context.globalAlpha = 1; context.fillStyle = `rgb(${behind.join(",")})`; context.fillRect(0, 0, 1, 1);
+    context.globalAlpha = color.opacity; context.fillStyle = color.text; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const ground = element => {
+    const behind = element.parentElement ? ground(element.parentElement)
+      : matchMedia("(prefers-color-scheme: dark)").matches ? [18, 18, 18] : [255, 255, 255];
+    return over({text: getComputedStyle(element).backgroundColor, opacity: 1}, behind);
+  };
+  const opacity = element => element ? Number(getComputedStyle(element).opacity) * opacity(element.parentElement) : 1;
+  const luminance = color => {
+    const [r, g, b] = color.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let worst = {contrast: 21, text: "", n: 0};
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+    if (!text || ["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName)) continue;
+    const behind = ground(element), ink = over({text: getComputedStyle(element).color, opacity: opacity(element)}, behind);
+    const [low, high] = [luminance(ink), luminance(behind)].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    worst.n += 1;
+    if (contrast < worst.contrast) worst = {contrast, text, n: worst.n, ink, behind};
+  }
+  return worst;
+}"""
+
+
+# The color behind an element, as #1c66a8; a transparent one is on the ground of the page.
+PAINTED = """element => {
+  const canvas = document.createElement("canvas"); canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  for (const each of [element.closest(".tl-jets"), element]) {
+    context.fillStyle = getComputedStyle(each).backgroundColor; context.fillRect(0, 0, 1, 1);
+  }
+  return "#" + [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(c => c.toString(16).padStart(2, "0")).join("");
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if sync_playwright is None or CHROMIUM is None:
+        pytest.fail("TL_JETS_BROWSER=required, but playwright or a Chromium is missing: apt-get install chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A document in a browser, and everything that it said and asked for."""
+
+    def __init__(self, browser, file, scheme):
+        self.context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
+        self.messages, self.requests, self.url = [], [], file.as_uri()
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.context.on("console", lambda message: self.messages.append((message.type, message.text)))
+        self.context.on("weberror", lambda error: self.messages.append(("error", str(error.error))))
+        self.page = self.context.new_page()
+        self.page.goto(self.url)
+
+    def __enter__(self):
+        return self.page
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                assert self.messages == [] and self.requests == [self.url]
+                assert self.page.evaluate("window.brokenOut === undefined && !document.querySelector('img[src=x]')")
+        finally:
+            self.context.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Write a document and open it in a color scheme."""
+
+    def opened(document, scheme="light"):
+        file = tmp_path / "page.html"
+        file.write_text(document, encoding="utf-8")
+        return Opened(browser, file, scheme)
+
+    return opened
+
+
+@pytest.fixture(scope="module", params=["own", "hostile"])
+def world(request):
+    """Results of a small random model, its own tokens or hostile ones, and their views."""
+    spec = next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama")
+    network = ResidualNetwork(zoo.build(spec), "sublayer")
+    trace = network.trace(["a b c d", "a b"])
+    iterative, joint = tj.iterative_jet_lens(network, trace, order=1), tj.joint_jet_lens(network, trace)
+    sums, table = tj.path_sums(network, trace), tj.jet_trigrams(network, 1, 0, top_k=20, progress=False)
+    if request.param == "hostile":
+        tokenizer = HostileTokenizer()
+        iterative, joint, sums = (replace(result, tokenizer=tokenizer) for result in (iterative, joint, sums))
+        sums = replace(sums, target_names=[HOSTILE[1]])
+        table = replace(table, names={token: HOSTILE[token % len(HOSTILE)] for token in table.names})
+    made = {
+        "lens table": views.lens_table(iterative),
+        "joint table": views.lens_table(joint),
+        "lens tokens": views.lens_tokens(iterative, measure="cosine"),
+        "path tokens": views.path_tokens(sums),
+        "detached tokens": views.detached_tokens(tj.detached_jacobian(network, trace, positions=1)),
+        "top tokens": views.top_tokens(iterative),
+        "top tokens of components": views.top_tokens(joint),
+        "trigrams": views.trigram_heatmap(network, table, size=5),
+    }
+    return {"iterative": iterative, "joint": joint, "trace": trace, "sums": sums, "table": table, "views": made}
+
+
+def hovered(page, place):
+    """What a pointer brings up over an element; nothing before and nothing after."""
+    assert page.locator(".tip").count() == 0
+    place.hover()
+    (tip,) = page.locator(".tip").all()
+    text, box = tip.text_content(), tip.bounding_box()
+    assert box["x"] >= 0 and box["y"] >= 0 and box["x"] + box["width"] <= 1200
+    page.mouse.move(0, 0)
+    return text
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_views_are_legible_and_quiet(world, show, scheme):
+    for name, view in world["views"].items():
+        with show(view.page(), scheme) as opened:
+            assert opened.locator("h1").text_content() == view.title, name
+            worst = opened.evaluate(WORST_CONTRAST)
+            assert worst["n"] > 10 and worst["contrast"] >= 4.5, (name, worst)
+            dark = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (dark == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_full_colors_are_legible_and_differ(show):
+    """The strongest and the weakest color of each kind, whatever a result holds."""
+    kinds = [
+        f'<td class="{kind}" style="--v:{v}"><bdi>x</bdi></td>'
+        for kind in ("above", "below", "rising")
+        for v in (0.01, 0.3, 1)
+    ]
+    for scheme in SCHEMES:
+        with show(View("t", f"<table><tr>{''.join(kinds)}</tr></table>").page(), scheme) as opened:
+            assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+            colors = [cell.evaluate("e => getComputedStyle(e).backgroundColor") for cell in opened.locator("td").all()]
+            assert len(set(colors)) == 6 and colors[3:6] == colors[6:]  # what only rises is blue
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_both_sides_of_zero_are_told_apart_by_every_kind_of_color_vision(show, scheme):
+    """Cells of every strength, as they are painted; none on a cell without a value."""
+    cell = lambda kind, v: f'<td class="{kind}" style="--v:{v}"><bdi>x</bdi></td>'  # noqa: E731
+    cells = "".join(cell(kind, v) for v in (0.25, 0.5, 1) for kind in ("above", "below"))
+    with show(View("t", f"<table><tr>{cells}<td>x</td></tr></table>").page(), scheme) as opened:
+        *colors, ground = (cell.evaluate(PAINTED) for cell in opened.locator("td").all())
+    for v, above, below in zip((0.25, 0.5, 1), colors[::2], colors[1::2], strict=True):
+        assert color_vision.distance(above, below) > 60 * v
+        assert min(color_vision.distance(color, ground) for color in (above, below)) > 20 * v
+
+
+def test_a_pointer_brings_up_the_numbers(world, show):
+    lens = world["iterative"]
+    with show(world["views"]["lens table"].page()) as opened:
+        for i, p in ((0, 0), (1, 2), (len(lens.labels) - 1, 1)):
+            place = opened.locator("tbody tr").nth(i).locator("td").nth(p)
+            best = visible(token_text(lens.tokenizer, int(lens.top_ids[i, 1, 0, p, 0])))
+            assert place.locator("bdi").text_content() == best
+            lines = hovered(opened, place).split("\n")
+            assert lines[0] == f"{lens.labels[i]}, order 1, position {p}"
+            assert lines[1].startswith(f"{best}  logit {precise(float(lens.full_values[i, 1, 0, p, 0]))}, own part ")
+            kl, control = (precise(float(m.kl[i, 1, 0, p])) for m in (lens.measures, lens.control))
+            assert f"KL (nats) {kl} (control {control})" in lines
+            # Once more: the browser's own title is gone, and the text is still there.
+            assert hovered(opened, place).split("\n") == lines and place.get_attribute("title") is None
+
+
+def test_every_view_has_something_under_the_pointer(world, show):
+    for name, view in world["views"].items():
+        with show(view.page()) as opened:
+            places = opened.locator("td[title], span[title]")
+            n = places.count()
+            assert n >= 3, name
+            wanted = [places.nth(i).get_attribute("title") for i in (0, n - 1)]
+            found = opened.locator("td[title], span[title], [data-tip]")
+            assert [hovered(opened, found.nth(i)) for i in (0, n - 1)] == wanted, name
+
+
+def test_the_keyboard_closes_a_tip(world, show):
+    with show(world["views"]["lens table"].page()) as opened:
+        opened.locator("td[title]").first.hover()
+        assert opened.locator(".tip").count() == 1
+        opened.keyboard.press("Escape")
+        assert opened.locator(".tip").count() == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_joined_page(world, show, scheme):
+    pytest.importorskip("matplotlib")
+    figure = views.figures.lens_table(world["joint"])
+    results = [world[name] for name in ("iterative", "joint", "sums", "table")]
+    document = page(HOSTILE[0], *world["views"].values(), *results, world["iterative"].to_dataframe(), figure)
+    with show(document, scheme) as opened:
+        assert opened.locator("h1").text_content() == HOSTILE[0]
+        assert opened.locator("section").count() == len(world["views"]) + len(results) + 2
+        assert opened.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 300)") == [
+            True
+        ]
+        assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+        frame = opened.locator("section").nth(len(world["views"]) + len(results))
+        shown = frame.locator("tbody tr").first.locator("td").all_text_contents()
+        first = world["iterative"].to_dataframe().iloc[0]
+        assert shown[:2] == [first["layer"], "0"] and visible(first["token_string"]) in shown
+
+
+@pytest.mark.parametrize(("theme", "scheme"), [("true", "dark"), ("false", "light")])
+def test_a_notebook_s_theme_wins(world, show, theme, scheme):
+    """A notebook has several outputs, each with its own style and script, and a theme that need not be the system's."""
+    outputs = "".join(
+        result._repr_html_() for result in (world["iterative"], world["joint"], world["sums"], world["table"])
+    )
+    # What notebooks do to tables.
+    of_notebooks = (
+        ".output table { margin-left: auto; margin-right: auto; table-layout: fixed; width: 100%; }"
+        ".output td, .output th, .output tr { text-align: right; white-space: normal; vertical-align: middle; }"
+        ".output tbody tr:nth-child(odd) { background: #ff0; } .output tbody tr:hover { background: #f00; }"
+    )
+    document = (
+        f'<!DOCTYPE html><meta charset="utf-8"><style>{of_notebooks}</style>'
+        f'<body data-jp-theme-light="{theme}"><div class="output">{outputs}</div></body>'
+    )
+    with show(document, scheme) as opened:
+        assert opened.locator(".tl-jets").count() == 4
+        color = opened.locator(".tl-jets").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert (color == "rgb(255, 255, 255)") == (theme == "true")
+        assert opened.evaluate(WORST_CONTRAST)["contrast"] >= 4.5
+        row = opened.locator("tbody tr").first
+        row.hover()
+        assert row.evaluate("e => getComputedStyle(e).backgroundColor") == "rgba(0, 0, 0, 0)"
+        assert row.locator("td").first.evaluate("e => getComputedStyle(e).textAlign") == "left"
+        assert opened.locator("table").first.bounding_box()["x"] < 40
+        opened.mouse.move(0, 0)
+        for output in (0, 1):
+            place = opened.locator(".tl-jets").nth(output).locator("td[title], td[data-tip]").first
+            assert hovered(opened, place)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_lens_page(world, show, scheme):
+    iterative, joint = world["iterative"], world["joint"]
+    data = views.lens_data(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0])
+    kinds = (joint.measures, joint.control, joint.uniform, joint.control_uniform)
+    name = lambda token: visible(token_text(iterative.tokenizer, int(token)))  # noqa: E731
+    with show(views.lens_page(data | {"shown": 1}), scheme) as opened:
+        assert opened.title() == f"tl-jets lens: {HOSTILE[0]}"
+        chips = opened.locator("button.token")
+        real = [name(token) for b in range(2) for token in iterative.tokens[b][iterative.valid[b]]]
+        assert chips.all_text_contents() == real
+        for p in (1, 2):
+            chips.nth(p).click()
+            assert chips.nth(p).get_attribute("aria-pressed") == "true"
+            assert opened.locator("#answer strong").text_content() == name(iterative.model_top_ids[0, p])
+            rows = opened.locator("#iterative tr")
+            assert rows.count() == 1 + len(iterative.labels)
+            for i in range(len(iterative.labels)):
+                cell = rows.nth(1 + i).locator("td.cell").nth(1)
+                assert cell.locator("bdi").first.text_content() == name(iterative.top_ids[i, 1, 0, p, 0])
+                assert cell.get_attribute("title").startswith(f"{iterative.labels[i]}, order 1\n")
+            weights = opened.locator("#joint tr td:nth-child(2)").all_text_contents()[: len(joint.labels)]
+            assert [float(each) for each in weights] == pytest.approx(joint.weights[:, 0, p].tolist(), abs=6e-4)
+            below = " ".join(opened.locator("#joint tr").last.locator("td.cell > .small").all_text_contents())
+            kl = re.fullmatch(r"KL (\S+) \(control (\S+)\) uniform weights (\S+) \(control (\S+)\)", below).groups()
+            assert [float(each) for each in kl] == pytest.approx([float(kind.kl[0, p]) for kind in kinds], abs=6e-3)
+            worst = opened.evaluate(WORST_CONTRAST)
+            assert worst["contrast"] >= 4.5, worst
+        for i, label in enumerate(("joint", "uniform")):
+            _, order, *cells = opened.locator("#averages tr", has_text=label).locator("td").all_text_contents()
+            assert order == str(joint.order)
+            for shown, (measure, mean) in zip(cells, kinds[2 * i].mean().items(), strict=True):
+                found = [float(each.strip("()")) for each in shown.split(" ")]
+                assert found == pytest.approx([float(mean), float(kinds[2 * i + 1].mean()[measure])], abs=6e-3)
+
+
+def test_the_page_of_a_detached_lens_shows_effects(world, show):
+    trace, tokenizer = world["trace"], world["joint"].tokenizer
+    targets = [int(token) for token in trace.tokens[0, :2]]
+    lenses = (
+        lens(trace.network, trace, linearize="detached", targets=targets)
+        for lens in (tj.iterative_jet_lens, tj.joint_jet_lens)
+    )
+    iterative, joint = (replace(lens, tokenizer=tokenizer) for lens in lenses)
+    name = lambda token: visible(token_text(tokenizer, token))  # noqa: E731
+    with show(views.lens_page(views.lens_data(iterative, joint) | {"shown": 1})) as opened:
+        heads, *rows = (row.locator("th, td").all_text_contents() for row in opened.locator("#joint tr").all())
+        assert heads == ["component", *(f"effect on {name(token)}" for token in targets), "its own best tokens"]
+        found = [[float(each) for each in row[1:3]] for row in rows]
+        effects = joint.effects[:, 0, 1]
+        for shown, values in zip(found, [*effects.tolist(), effects.sum(0).tolist()], strict=True):
+            assert shown == pytest.approx(values, rel=0.06, abs=6e-3)

@@ -1,0 +1,356 @@
+"""Figures: the numbers on their axes are those of the results, and tokens are text."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import itertools
+import math
+import warnings
+from dataclasses import replace
+
+import color_vision
+import pytest
+import torch
+import zoo
+
+import tl_jets as tj
+from tl_jets import ResidualNetwork
+from tl_jets.core.tokens import token_text, visible
+from tl_jets.views import figures
+from tl_jets.views.figures import axes
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return ResidualNetwork(
+        zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama")), "sublayer"
+    )
+
+
+@pytest.fixture(scope="module")
+def trace(network):
+    return network.trace(["a b c d", "a b"])
+
+
+@pytest.fixture(scope="module")
+def iterative(network, trace):
+    return tj.iterative_jet_lens(network, trace, order=2)
+
+
+@pytest.fixture(scope="module")
+def joint(network, trace):
+    return tj.joint_jet_lens(network, trace)
+
+
+def drawn(figure):
+    """Draw it, and let no warning through: a figure that draws badly fails here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), format="png")  # not canvas.draw(), which does nothing once pyplot has let go of it
+    return figure
+
+
+def words(ax, n_columns):
+    """The texts of a table's cells, by row."""
+    texts = [text.get_text() for text in ax.texts]
+    return [texts[start : start + n_columns] for start in range(0, len(texts), n_columns)]
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_a_joint_table_is_the_lens(joint):
+    ax, bar = drawn(figures.lens_table(joint)).axes
+    n = int(joint.valid[0].sum())
+    found = joint.contributions(places=range(n))
+    (image,) = ax.images
+    assert torch.allclose(torch.tensor(image.get_array().data), found.values[..., 0])
+    low, high = image.get_clim()
+    assert -low == high == pytest.approx(float(found.values.abs().max()))  # zero in the middle
+    name = lambda token: visible(token_text(joint.tokenizer, int(token)))  # noqa: E731
+    shown = words(ax, n)
+    assert shown[:-1] == [[name(token) for token in row] for row in found.indices[..., 0]]
+    assert shown[-1] == [name(token) for token in joint.model_top_ids[0, :n]]
+    labels = [
+        f"{label}  {weight:.2f}" for label, weight in zip(joint.labels, joint.weights[:, 0, :n].mean(1), strict=True)
+    ]
+    assert ticks(ax.yaxis) == [*labels, "model"]
+    assert ticks(ax.xaxis) == [f"{name(token)}\n{p}" for p, token in enumerate(joint.tokens[0, :n])]
+    assert bar.get_ylabel() == "added to the logit of its token (centered)"
+
+
+def test_the_largest_components_of_a_prompt(joint):
+    ax, _ = drawn(figures.lens_table(joint, top=2, prompt=1, positions=[1])).axes
+    largest = joint.weights[:, 1, 1].topk(2).indices.sort().values.tolist()
+    assert [label.split("  ")[0] for label in ticks(ax.yaxis)] == [*(joint.labels[i] for i in largest), "model"]
+    assert torch.allclose(
+        torch.tensor(ax.images[0].get_array().data), joint.contributions(prompt=1, places=[1]).values[largest, ..., 0]
+    )
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_an_iterative_table_is_the_lens(iterative, order):
+    ax, bar = drawn(figures.lens_table(iterative, order=order)).axes
+    n = int(iterative.valid[0].sum())
+    assert torch.allclose(torch.tensor(ax.images[0].get_array().data), iterative.kl[:, order, 0, :n])
+    shown = words(ax, n)
+    for i in range(len(iterative.labels)):
+        for p in range(n):
+            name = visible(token_text(iterative.tokenizer, int(iterative.top_ids[i, order, 0, p, 0])))
+            assert shown[i][p] == (f"[{name}]" if iterative.borrowed[i, order, 0, p] else name)
+    assert ticks(ax.yaxis) == [*iterative.labels, "model"] and "nats" in bar.get_ylabel()
+    assert order == 0 or iterative.borrowed[:, order].any()
+
+
+def test_words_are_legible_on_their_cells(joint):
+    ax, _ = drawn(figures.lens_table(joint)).axes
+    (image,) = ax.images
+
+    def luminance(color):
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3])
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for text in ax.texts[: image.get_array().size]:
+        j, i = (round(x) for x in text.get_position())
+        cell = luminance(image.cmap(image.norm(image.get_array()[i, j])))
+        low, high = sorted([cell, luminance(matplotlib.colors.to_rgb(text.get_color()))])
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_a_lens_without_measures_has_no_colors(network, trace, iterative):
+    bare = tj.iterative_jet_lens(network, trace, measures=False)
+    figure = drawn(figures.lens_table(bare, order=1))
+    assert len(figure.axes) == 1 and not figure.axes[0].images
+    assert words(figure.axes[0], 5)[0][0] == visible(token_text(bare.tokenizer, int(bare.top_ids[0, 1, 0, 0, 0])))
+    with pytest.raises(ValueError, match="needs them; this lens was run without"):
+        figures.measures(bare)
+
+
+def test_measures_stand_beside_their_controls(iterative):
+    names = ["centered_cosine", "kl"]
+    figure = drawn(figures.measures(iterative, names=names))
+    for ax, name in zip(figure.axes, names, strict=True):
+        assert len(ax.lines) == 2 * len(iterative.orders)
+        for k in range(len(iterative.orders)):
+            for line, kind in zip(ax.lines[2 * k : 2 * k + 2], (iterative.measures, iterative.control), strict=True):
+                wanted = getattr(kind, name)[:, k][:, iterative.valid].mean(1)
+                kept = torch.tensor([not math.isnan(y) for y in line.get_ydata()])
+                assert torch.allclose(torch.tensor(line.get_ydata(), dtype=wanted.dtype)[kept], wanted[kept])
+                assert bool(kept.all()) or (ax.get_yscale() == "log" and float(wanted[~kept].max()) < 1e-6)
+            assert (ax.lines[2 * k].get_linestyle(), ax.lines[2 * k + 1].get_linestyle()) == ("-", "--")
+            assert ax.lines[2 * k].get_color() == ax.lines[2 * k + 1].get_color()
+        assert ticks(ax.xaxis) == iterative.labels
+    legend = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert legend == ["order 0", "order 1", "order 2", "control"]
+
+
+def test_measures_against_the_order(iterative):
+    ax, *_ = drawn(figures.measures(iterative, names=["cosine"], against="order")).axes
+    assert [line.get_label() for line in ax.lines[::2]] == iterative.labels and ticks(ax.xaxis) == ["0", "1", "2"]
+    for i, line in enumerate(ax.lines[::2]):
+        wanted = iterative.cosine[i][:, iterative.valid].mean(1)
+        assert torch.allclose(torch.tensor(line.get_ydata()), wanted)
+
+
+def test_measures_without_a_control_and_of_a_joint_lens(network, trace, joint):
+    alone = tj.iterative_jet_lens(network, trace, order=1, seed=None)
+    assert all(len(ax.lines) == 2 for ax in drawn(figures.measures(alone)).axes)
+    ax, *_ = drawn(figures.measures(joint, names=["kl"])).axes
+    kinds = (joint.measures, joint.uniform, joint.control, joint.control_uniform)
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([float(kind.mean()["kl"]) for kind in kinds])
+    assert ticks(ax.xaxis) == ["weighted", "uniform", "control", "control\nuniform"]
+    assert len({bar.get_facecolor() for bar in ax.patches}) == 4
+
+
+def test_the_caller_sets_scale_and_legend(iterative):
+    from matplotlib.figure import Figure
+
+    panels = Figure().subplots(1, 2, sharey=True)
+    for ax in panels:
+        drawn(figures.measures(iterative, names=["kl"], against="order", ax=ax, log=True, legend=False))
+        assert ax.get_yscale() == "log" and ax.get_legend() is None and ticks(ax.xaxis) == ["0", "1", "2"]
+    (ax,) = drawn(figures.measures(iterative, names=["kl"], log=False)).axes
+    assert ax.get_yscale() == "linear" and ax.get_legend() is not None
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(iterative.kl[:, 0][:, iterative.valid].mean(1).tolist())
+    figures.measures(iterative, names=["kl"], log=False, ax=panels[0])
+    assert panels[0].get_yscale() == "linear"
+    panels[0].set_yscale("log")  # the axes' own scale, too, is the caller's
+    close = replace(iterative, measures=iterative.measures.map(torch.ones_like), control=None)
+    figures.measures(close, names=["remainder_norm"], ax=panels[0])
+    assert panels[0].get_yscale() == "log"
+    ax, other = drawn(figures.measures(iterative, names=["cosine", "kl"], log=True)).axes
+    assert (ax.get_yscale(), other.get_yscale()) == ("linear", "log")
+
+
+def test_a_logarithmic_axis_leaves_out_what_is_zero(iterative):
+    assert iterative.labels[-1] == "final_post" and float(iterative.kl[-1].nan_to_num().max()) < 1e-6
+    solid = lambda ax: [line.get_label() for line in ax.lines if line.get_label() != "control"]  # noqa: E731
+    kl, cosine = drawn(figures.measures(iterative, names=["kl", "cosine"], against="order", log=True)).axes
+    assert solid(kl) == iterative.labels[:-1] and len(kl.lines) == 2 * len(solid(kl))
+    named = {text.get_text(): line for text, line in zip(*_legend(cosine), strict=True)}
+    assert list(named) == [*iterative.labels, "control"] == [*solid(cosine), "control"]  # all that any panel shows
+    for line in kl.lines[::2]:  # of the same color everywhere
+        assert line.get_color() == named[line.get_label()].get_color()
+    (kl,) = drawn(figures.measures(iterative, names=["kl"], against="order", log=True)).axes
+    assert [text.get_text() for text in _legend(kl)[0]] == [*iterative.labels[:-1], "control"]
+    (kl,) = drawn(figures.measures(iterative, names=["kl"], against="order", log=False)).axes
+    assert solid(kl) == iterative.labels
+
+
+def _legend(ax):
+    return ax.get_legend().get_texts(), ax.get_legend().get_lines()
+
+
+def test_path_shares(network, trace):
+    sums = tj.path_sums(network, trace)
+    ax, *_ = drawn(figures.path_shares(sums, measure="effect", top=4)).axes
+    cells = sums.effect[:, sums.valid]
+    order = cells.mean(1).abs().argsort(descending=True)[:4].tolist()
+    assert ticks(ax.yaxis) == [sums.labels[i] for i in order]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx(cells[order].mean(1).tolist())
+    colors = {matplotlib.colors.to_hex(bar.get_facecolor()): bar.get_width() > 0 for bar in ax.patches}
+    assert list(colors.values()) in ([True], [False], [True, False], [False, True])  # a color a sign
+    assert "4 largest of" in ax.get_title(loc="left") and "logits" in ax.get_xlabel()
+    lengths = tj.path_lengths(network, trace)
+    ax, *_ = drawn(figures.path_shares(lengths)).axes
+    assert ticks(ax.yaxis) == lengths.labels
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == pytest.approx(lengths.share[:, lengths.valid].mean(1).tolist()) and sum(widths) == pytest.approx(1)
+    one = tj.exponential_expansion(network, linearize="detached")(trace, positions=1)
+    ax, *_ = drawn(figures.path_shares(one, top=3)).axes
+    assert len(ax.patches) == 3
+
+
+def test_learning_curves(network):
+    pairs = [(3, 5), (5, 3), (7, 9)]
+    found = tj.studies.track(
+        {0: network, 10: network, 100: network}, pairs=pairs, reference="last", n=5, progress=False
+    )
+    found = replace(found, scores=torch.randn(3, 3).double(), hit_ratio=torch.tensor([0.2, 0.4, 1.0]).double())
+    hits, scores = drawn(figures.learning_curves(found, pairs=found.pairs[1:])).axes
+    assert (
+        list(hits.lines[0].get_xdata()) == [0, 10, 100] and list(hits.lines[0].get_ydata()) == found.hit_ratio.tolist()
+    )
+    assert [line.get_label() for line in scores.lines] == [*found.pairs[1:], "mean of all 3"]
+    for line, wanted in zip(scores.lines, [*found.scores.T[1:], found.scores.mean(1)], strict=True):
+        assert list(line.get_ydata()) == pytest.approx(wanted.tolist())
+    named = replace(found, checkpoints=["a", "b", "$c"], n=0)
+    (only,) = drawn(figures.learning_curves(named)).axes
+    assert ticks(only.xaxis) == ["a", "b", "$c"] and len(only.lines) == 4
+    with pytest.raises(ValueError, match="pairs must be among those that were tracked"):
+        figures.learning_curves(found, pairs=["no such"])
+
+
+def test_learning_curves_of_several_paths(network):
+    given = {"pairs": [(3, 5), (5, 3), (7, 9)], "reference": "last", "n": 5, "progress": False}
+    tracks = tj.studies.track_by_path({0: network, 10: network, 100: network}, **given)
+    assert len(tracks) > 2
+    for i, path in enumerate(tracks):
+        drawn_ = {"scores": torch.randn(3, 3).double(), "hit_ratio": torch.rand(3).double()}
+        tracks[path] = replace(tracks[path], **drawn_, hit_control=torch.rand(3, 4 if i else 0).double())
+    names = tracks["mlps"].pairs
+    groups = {"some": names[:2], "$a_{1$": names[2:]}
+    hits, *scores = drawn(figures.learning_curves(tracks, pairs=groups, log=True)).axes
+    solid = [line for line in hits.lines if line.get_linestyle() == "-"]
+    dashed = [line for line in hits.lines if line.get_linestyle() == "--"]
+    assert [line.get_label() for line in solid] == list(tracks)
+    for line, track in zip(solid, tracks.values(), strict=True):
+        assert list(line.get_ydata()) == pytest.approx(track.hit_ratio.tolist())
+    assert [line.get_color() for line in dashed] == [line.get_color() for line in solid[1:]]
+    for line, track in zip(dashed, list(tracks.values())[1:], strict=True):
+        assert list(line.get_ydata()) == pytest.approx(track.hit_control.mean(1).tolist())
+    assert [text.get_text() for text in hits.get_legend().get_texts()] == [*tracks, "control"]
+    for panel, (name, group) in zip(scores, groups.items(), strict=True):
+        assert panel.get_title(loc="left") == name and [line.get_label() for line in panel.lines] == list(tracks)
+        for line, track in zip(panel.lines, tracks.values(), strict=True):
+            assert list(line.get_ydata()) == pytest.approx(
+                track.scores[:, [names.index(x) for x in group]].mean(1).tolist()
+            )
+    # Zero has a place, and steps that double are apart by the same.
+    at = hits.transData.transform([(x, 0) for x in (0, 10, 100, 1000)])[:, 0]
+    assert at[0] < at[1] and at[2] - at[1] == pytest.approx(at[3] - at[2])
+    many = {f"path {i}": tracks["mlps"] for i in range(14)}
+    drawn_, *_ = drawn(figures.learning_curves(many)).axes
+    assert len({(line.get_color(), line.get_marker()) for line in drawn_.lines if line.get_marker() != "None"}) == 14
+    for wrong in (
+        {"mlps": replace(tracks["mlps"], checkpoints=["a", "b", "c"])},
+        replace(tracks["mlps"], checkpoints=[-1, 0, 1]),
+    ):
+        with pytest.raises(ValueError, match="On a logarithmic scale checkpoints must be numbers from 0 up"):
+            figures.learning_curves(wrong, log=True)
+    with pytest.raises(ValueError, match="at least one path; got none"):
+        figures.learning_curves({})
+
+
+def test_spectra(network):
+    found = tj.detached_spectra(network, "a b c", k=3)
+    size, rank, share = drawn(figures.spectra(found)).axes
+    assert [list(line.get_ydata()) for line in size.lines] == found.values.tolist()
+    assert list(rank.lines[0].get_ydata()) == found.stable_rank.tolist()
+    shown = [list(line.get_ydata()) for line in share.lines]
+    assert shown[:2] == [found.explained.tolist(), found.explained_own.tolist()] and shown[2] == [found.chance] * 2
+
+
+def test_tokens_are_no_formulas(iterative, joint, network, trace):
+    class Formulas:
+        def decode(self, ids):
+            return "$a_{1$" * len(ids)
+
+    hostile = Formulas()
+    sums = tj.path_sums(network, trace)
+    sums = replace(sums, tokenizer=hostile, target_names=["$a_{1$"], labels=["$a_{1$"] * len(sums.labels))
+    for figure in (
+        figures.lens_table(replace(joint, tokenizer=hostile)),
+        figures.lens_table(replace(iterative, tokenizer=hostile)),
+        figures.path_shares(sums, measure="effect"),
+        figures.lens_table(replace(joint, labels=["$a_{1$"] * len(joint.labels))),
+        figures.measures(
+            replace(iterative, labels=[f"$a_{{{i}$" for i in range(len(iterative.labels))]), against="order"
+        ),
+    ):
+        drawn(figure)  # a broken formula would raise
+
+
+def test_colors_are_told_apart_by_every_kind_of_color_vision():
+    assert color_vision.lab("#ff0000", "normal") == pytest.approx([53.24, 80.09, 67.20], abs=0.01)  # as tables have it
+    for kind in color_vision.KINDS:  # gray stays gray
+        assert color_vision.lab("#808080", kind) == pytest.approx([53.585, 0, 0], abs=0.01)
+    for red, green in (("#ff0000", "#008000"), ("#d62728", "#2ca02c"), ("#a94442", "#3c763d")):
+        assert color_vision.distance(red, green) < 12, "what must not pass does not"
+    assert min(itertools.starmap(color_vision.distance, itertools.combinations(axes.COLORS, 2))) > 15
+    low, below, middle, above, high = axes.BELOW_TO_ABOVE
+    assert color_vision.distance(low, high) > 60 and color_vision.distance(below, above) > 60
+    assert min(color_vision.distance(middle, color) for color in (low, below, above, high)) > 25
+
+
+def test_given_axes_are_drawn_on_and_pyplot_holds_nothing(iterative, network, trace):
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    before = plt.get_fignums()
+    own = Figure()
+    ax = own.subplots()
+    assert figures.measures(iterative, names=["kl"], ax=ax) is own and ax.lines
+    assert figures.path_shares(tj.path_sums(network, trace), ax=own.add_subplot()) is own
+    figures.lens_table(iterative)
+    assert plt.get_fignums() == before  # else a notebook shows them twice
+    with pytest.raises(ValueError, match="for a single one"):
+        figures.measures(iterative, ax=ax)
+
+
+def test_without_matplotlib_one_sentence_says_so(iterative, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'^Figures need matplotlib, .*: pip install "tl-jets\[plots\]"\.$'):
+        figures.measures(iterative)

@@ -1,0 +1,424 @@
+r"""Vocabulary-sized work in bounded memory: the tokens, measures and controls of many logit vectors, never all at once.
+
+The jet of a final norm is a mix of two vectors (Legendre polynomials, see `tl_jets.calculus.norms`): whatever the order
+:math:`k`, the additive logits of layer :math:`l` at row :math:`r` (a row is one position of one prompt) are
+
+.. math::
+    L_{lkr} = \alpha_{lkr} U^\top o_{lr} + \beta_{lkr} U^\top s_r + c, \qquad c = U^\top b + b_U,
+
+and the model's own are :math:`T_r = \gamma_r U^\top s_r + c`. So every order costs one product with :math:`U` a layer;
+the rest is elementwise, on a scratch that stays in cache. With :math:`p = \mathrm{softmax}(\tau(T))` and
+:math:`m = \max \tau(L)`,
+
+.. math::
+    \mathrm{KL}(p \,\|\, \mathrm{softmax}(\tau(L))) = \textstyle\sum p \log p - p \cdot (\tau(L) - m)
+    + \log \sum \exp(\tau(L) - m) .
+
+The **control** of a layer replaces :math:`o_{lr}` by :math:`a_{lr} s_r + q_{lr} n_r` with one random direction
+:math:`n_r` a row, of the same length and angle: again a mix of two vectors, :math:`(\alpha a + \beta) U^\top s_r
++ \alpha q\, U^\top n_r + c`.
+
+===================================  ==========================================
+symbol                               name here
+===================================  ==========================================
+:math:`o_{lr}`, :math:`s_r`          `Mixture.own`, `Mixture.shared`
+:math:`\alpha, \beta, \gamma`        `Mixture.alpha`, `.beta`, `.gamma`
+:math:`b`, :math:`c`                 `Mixture.bias`, `constant`
+:math:`n_r`, :math:`a`, :math:`q`    `Control.random`, `.along`, `.across`
+:math:`\tau`                         `Decoder.transform`
+===================================  ==========================================
+
+Ties go to the smallest token id, everywhere: top-k, top-1, ranks.
+
+Accuracy: `max` is taken off before anything is summed and the three parts of the KL come from the same rounded logits, so
+errors enter as :math:`(q - p) \cdot \delta` and vanish with the KL itself. Float32: 1e-4 relative, 1e-6 nats absolute;
+float64: 1e-10. A KL below zero by rounding is returned as zero.
+
+Cost: one product of `layer * row` states with `W_U`, plus about ten passes over `layer * order * row` logits in cache.
+Memory: `chunk_size` rows of d_vocab logits, and a few MB.
+
+Example:
+    >>> import torch
+    >>> from tl_jets.calculus import Norm
+    >>> from tl_jets.core.decoder import Decoder
+    >>> _ = torch.manual_seed(0)
+    >>> decoder = Decoder(norm=Norm("none"), W_U=torch.randn(4, 50), b_U=torch.randn(50))
+    >>> h = torch.randn(3, 2, 4)                                          # 3 layers, 2 positions
+    >>> zeros, ones = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
+    >>> lens = Mixture(own=h, shared=h[-1], alpha=ones, beta=zeros, gamma=torch.ones(2))   # the logit lens
+    >>> scan = scan_mixture(decoder, lens, top_k=3)
+    >>> bool((scan.top.indices[:, 0] == decoder.logits(h).topk(3).indices).all())
+    True
+    >>> bool((scan.kl[-1] < 1e-6).all()), scan.top1_agreement[-1].tolist()     # the last layer is the model
+    (True, [[True, True]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.core.decoder import Decoder
+from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, check_rows, check_sizes, slices
+from tl_jets.core.readout import TopTokens
+
+# What is read of a logit vector beside its best tokens.
+READINGS = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Logit vectors that are mixes of two: `alpha * own @ W_U + beta * shared @ W_U + constant`.
+
+    Attributes:
+        own: What belongs to the layer (the center, times the norm's weight). Shape [layer, row, d_model].
+        shared: The model's own final state, times the norm's weight. Shape [row, d_model].
+        alpha: Coefficient of `own`. Shape [layer, order, row].
+        beta: Coefficient of `shared`. Shape [layer, order, row].
+        gamma: Coefficient of `shared` in the model's own logits. Shape [row].
+        bias: The final norm's bias, None without one. Shape [d_model].
+
+    Raises:
+        ValueError: If the shapes disagree or a value is not finite.
+    """
+
+    own: Float[Tensor, "layer row d_model"]
+    shared: Float[Tensor, "row d_model"]
+    alpha: Float[Tensor, "layer order row"]
+    beta: Float[Tensor, "layer order row"]
+    gamma: Float[Tensor, " row"]
+    bias: Float[Tensor, " d_model"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.own.ndim != 3 or self.alpha.ndim != 3:
+            raise ValueError(
+                "own must be [layer, row, d_model] and alpha [layer, order, row], got shapes "
+                f"{tuple(self.own.shape)} and {tuple(self.alpha.shape)}. Flatten batch and position into one row axis."
+            )
+        layer, row, d_model = self.own.shape
+        order = self.alpha.shape[1]
+        check_rows("shared", self.shared, (row, d_model), "row, d_model")
+        check_rows("alpha", self.alpha, (layer, order, row), "layer, order, row")
+        check_rows("beta", self.beta, (layer, order, row), "layer, order, row")
+        check_rows("gamma", self.gamma, (row,), "row")
+        check_rows("own", self.own, (layer, row, d_model), "layer, row, d_model")
+        if self.bias is not None:
+            check_rows("bias", self.bias, (d_model,), "d_model")
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A random center for every layer and row: `along * shared + across * random` in place of `own`.
+
+    Attributes:
+        random: One direction a row. Shape [row, d_model].
+        along: Coefficient of `shared`. Shape [layer, row].
+        across: Coefficient of `random`. Shape [layer, row].
+
+    Raises:
+        ValueError: If the shapes disagree or a value is not finite.
+    """
+
+    random: Float[Tensor, "row d_model"]
+    along: Float[Tensor, "layer row"]
+    across: Float[Tensor, "layer row"]
+
+    def __post_init__(self) -> None:
+        if self.random.ndim != 2 or self.along.ndim != 2:
+            raise ValueError(
+                "random must be [row, d_model] and along [layer, row], got shapes "
+                f"{tuple(self.random.shape)} and {tuple(self.along.shape)}. One direction serves all layers of a row."
+            )
+        layer, row = self.along.shape
+        check_rows("random", self.random, (row, self.random.shape[1]), "row, d_model")
+        check_rows("along", self.along, (layer, row), "layer, row")
+        check_rows("across", self.across, (layer, row), "layer, row")
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What was read off a batch of logit vectors. The leading axes are [layer, order, row], or [row] for the model.
+
+    Attributes:
+        top: The best tokens by additive logit. Shape [*cells, k].
+        log_normalizer: log sum exp of the logits, after the model's transform. Shape [*cells]; None if not measured.
+        kl: KL(model || these logits) in nats, after the transform. Shape [*cells]; None if not measured.
+        top1_agreement: Whether the best token is the model's. Shape [*cells].
+        target_logits: Additive logits of the targets. Shape [*cells, target]; None without targets.
+        target_ranks: Their ranks, 0 for the best token. Shape [*cells, target]; None without targets.
+    """
+
+    top: TopTokens
+    log_normalizer: Float[Tensor, "*cells"] | None
+    kl: Float[Tensor, "*cells"] | None
+    top1_agreement: Bool[Tensor, "*cells"]
+    target_logits: Float[Tensor, "*cells target"] | None
+    target_ranks: Int[Tensor, "*cells target"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureScan(Readings):
+    """Readings of every layer, order and row of a `Mixture`, of the model, and of the control.
+
+    Attributes:
+        own_values: What the own part, `alpha * own @ W_U + constant`, gives the tokens in `top`. Shape [layer, order, row, k].
+        own_top1: Best token of the own part. Shape [layer, order, row]; None if not measured.
+        model: The same readings of the model's own logits, with [row] as leading axis.
+        control: The same readings of the control; None without one. Its `top` holds one token.
+    """
+
+    own_values: Float[Tensor, "layer order row k"]
+    own_top1: Int[Tensor, "layer order row"] | None
+    model: Readings
+    control: Readings | None
+
+
+@torch.no_grad()
+def scan_mixture(
+    decoder: Decoder,
+    mixture: Mixture,
+    *,
+    top_k: int = 5,
+    targets: Int[Tensor, " row"] | Int[Tensor, "row target"] | None = None,
+    measures: bool = True,
+    control: Control | None = None,
+    model_logits: Callable[[slice], Float[Tensor, "row d_vocab"]] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> MixtureScan:
+    """Read every layer, order and row of a mixture in one pass over the layers.
+
+    Args:
+        decoder: The model's decoder.
+        mixture: The logit vectors.
+        top_k: How many of the best tokens to keep.
+        targets: Token ids whose logits and ranks to return, one or several a row. Shape [row] or [row, target].
+        measures: Compute log-normalisers, KL and the best token of the own part; else only top tokens and targets.
+        control: The random center to measure beside; None for none. Needs `measures`.
+        model_logits: The model's own additive logits of a slice of rows [row, d_vocab], if they are at hand: `shared`
+            need not be multiplied with `W_U` then.
+        chunk_size: Rows of d_vocab logits held at once.
+
+    Returns:
+        The readings, in float32, or float64 if the states or the weights are.
+
+    Raises:
+        ValueError: If `own` does not have the decoder's d_model, shapes disagree, a target is not a token, top_k is not
+            in 1..d_vocab, chunk_size is not positive, or a control is asked for without measures.
+    """
+    decoder.check_states(mixture.own)
+    check_sizes(top_k, decoder.d_vocab, chunk_size)
+    if targets is not None:
+        targets = _checked_targets(targets, mixture.own.shape[1], decoder.d_vocab)
+    if control is not None:
+        if not measures:
+            raise ValueError(
+                "A control is there for its measures, got measures=False. Pass measures=True or no control."
+            )
+        layer, row, d_model = mixture.own.shape
+        check_rows("control.random", control.random, (row, d_model), "row, d_model")
+        check_rows("control.along", control.along, (layer, row), "layer, row")
+
+    final = _final_layers(mixture, control)
+    if final:
+        rest = [layer for layer in range(len(mixture.own)) if layer not in final]
+        options = {"top_k": top_k, "targets": targets, "measures": measures, "chunk_size": chunk_size}
+        part = scan_mixture(
+            decoder,
+            _of_layers(mixture, rest),
+            control=None
+            if control is None
+            else replace(control, along=control.along[rest], across=control.across[rest]),
+            model_logits=model_logits,
+            **options,
+        )
+        return _with_final_layers(decoder, mixture, part, rest, final)
+
+    reader = Reader(decoder, decoder.compute_dtype(mixture.own), mixture.own.device, mixture.bias)
+    cells = mixture.alpha.shape
+    n_targets = 0 if targets is None else targets.shape[1]
+    store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
+    store["own_values"] = torch.empty_like(store["values"])
+    model_store = reader.allocate((1, 1, cells[2]), top_k, n_targets, measures)
+    # All layers of a row mix the same vectors: to the reader they are so many orders of one layer.
+    merged = (1, cells[0] * cells[1], cells[2])
+    control_store = None if control is None else reader.allocate(merged, 1, 0, measures)
+    # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
+    alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
+    gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
+    # Order 0 of a jet borrows nothing: the leading orders without `shared` are their own part.
+    borrows = (beta != 0).transpose(0, 1).flatten(1).any(1).tolist()
+    plain = borrows.index(True) if any(borrows) else len(borrows)
+    for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
+        row_targets = None if targets is None else targets[rows]
+        shared = fixed[0]
+        model = reader.read_model((constant, gamma[:, rows], shared), row_targets, _view(model_store, 0, rows))
+        for layer, own in own_logits:
+            mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], shared
+            reader.read(mix, row_targets, model, _view(store, layer, rows), plain)
+        if control is not None and control_store is not None:
+            along, across = (x[:, None, rows].to(reader.dtype) for x in (control.along, control.across))
+            borrowed, lent = alpha[:, :, rows, 0] * along + beta[:, :, rows, 0], alpha[:, :, rows, 0] * across
+            coefficients = torch.stack([torch.ones_like(lent), borrowed, lent], dim=-1).flatten(0, 1)
+            reader.read_control(coefficients, (constant, *fixed), model, _view(control_store, 0, rows))
+    if control_store is not None:
+        control_store = {name: x.view(*cells, *x.shape[3:]) for name, x in control_store.items()}
+    return MixtureScan(
+        own_values=store["own_values"],
+        own_top1=store.get("own_top1"),
+        model=_readings(reader, *[{name: x[0, 0] for name, x in model_store.items()}] * 2),
+        control=None if control_store is None else _readings(reader, control_store, model_store),
+        **vars(_readings(reader, store, model_store)),
+    )
+
+
+def _final_layers(mixture: Mixture, control: Control | None) -> list[int]:
+    """Layers that are the model's own final state, whose jets are the model's own logits at every order."""
+    if len(mixture.own) == 1:
+        return []
+    found = []
+    for layer, (own, alpha, beta) in enumerate(zip(mixture.own, mixture.alpha, mixture.beta, strict=True)):
+        alone, borrowed = (alpha == mixture.gamma) & (beta == 0), (alpha == 0) & (beta == mixture.gamma)
+        same = torch.equal(own, mixture.shared) and bool((alone | borrowed).all())
+        if same and control is not None:
+            same = bool((control.along[layer] == 1).all() and (control.across[layer] == 0).all())
+        if same:
+            found.append(layer)
+    return found[1:] if len(found) == len(mixture.own) else found
+
+
+def _of_layers(mixture: Mixture, layers: list[int]) -> Mixture:
+    return replace(mixture, own=mixture.own[layers], alpha=mixture.alpha[layers], beta=mixture.beta[layers])
+
+
+def _with_final_layers(
+    decoder: Decoder, mixture: Mixture, part: MixtureScan, rest: list[int], final: list[int]
+) -> MixtureScan:
+    """A scan of the other layers, with the model's own readings as those of the final ones."""
+    cells = mixture.alpha.shape
+
+    def joined(found: Tensor, of_model: Tensor) -> Tensor:
+        every = found.new_empty(*cells, *found.shape[3:])
+        every[rest], every[final] = found, of_model
+        return every
+
+    def readings(found: Readings) -> dict[str, Any]:
+        k = found.top.indices.shape[-1]
+        tops = (
+            joined(x, y[..., :k]) for x, y in zip(vars(found.top).values(), vars(part.model.top).values(), strict=True)
+        )
+        both = {name: (getattr(found, name), getattr(part.model, name)) for name in READINGS}
+        read = {name: None if one is None else joined(one, other) for name, (one, other) in both.items()}
+        return {"top": TopTokens(*tops)} | read
+
+    # Of the model's own state either all is the layer's own, or all is borrowed and the constant is left.
+    alone, top = mixture.alpha[final] != 0, part.model.top
+    constant = decoder.constant(mixture.bias, part.own_values.dtype)
+    own_top1 = part.own_top1
+    if own_top1 is not None:
+        first = (constant == constant.max()).nonzero()[0, 0]
+        own_top1 = joined(own_top1, torch.where(alone, top.indices[:, 0], first))
+    return MixtureScan(
+        own_values=joined(part.own_values, torch.where(alone.unsqueeze(-1), top.values, constant[top.indices])),
+        own_top1=own_top1,
+        model=part.model,
+        control=None if part.control is None else Readings(**readings(part.control)),
+        **readings(part),
+    )
+
+
+def _projections(
+    reader: Reader,
+    mixture: Mixture,
+    control: Control | None,
+    model_logits: Callable[[slice], Tensor] | None,
+    chunk_size: int,
+) -> Iterator[tuple[slice, Tensor, list[Tensor], Iterator[tuple[int, Tensor]]]]:
+    """Yield (rows, constant, [shared, random], layers), states times W_U in one buffer: consume layers before the next.
+
+    A product costs about as much as 100 rows more for reading W_U: the norm's bias and what layers share ride along.
+    """
+    layers, n_rows, _ = mixture.own.shape
+    decoder, d_vocab = reader.decoder, reader.decoder.d_vocab
+    fixed = [mixture.shared] if control is None else [mixture.shared, control.random]
+    # One more set of rows holds the model's distribution.
+    per_set = max(1, min(n_rows, chunk_size // min(layers + len(fixed) + 1, MAX_SETS)))
+    groups = list(slices(layers, max(1, chunk_size // per_set - 1 - len(fixed))))
+    size = max(group.stop - group.start for group in groups) + len(fixed)
+    buffer = reader.buffer(size * per_set + 1)
+    constant = buffer[0]
+    bias = torch.zeros_like(mixture.shared[:1]) if mixture.bias is None else mixture.bias.unsqueeze(0)
+
+    def project(first: int, *states: Tensor) -> Tensor:
+        flat = torch.cat(states)
+        into = buffer[first : first + len(flat)]
+        decoder.project(flat, into[:, :d_vocab])
+        return into
+
+    def following(rows: slice, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from enumerate(head)
+        for group in groups[1:]:
+            into = project(1 + len(fixed) * head.shape[1], *mixture.own[group, rows])
+            yield from enumerate(into.view(-1, *head.shape[1:]), group.start)
+
+    for rows in slices(n_rows, per_set):
+        states = [x[rows] for x in fixed] + list(mixture.own[groups[0], rows])
+        count = rows.stop - rows.start
+        given = 0 if model_logits is None else count
+        if rows.start == 0:
+            # The row before what is projected: the constant's place is taken by `shared` if that is given.
+            project(given, bias, *states[given // count :])
+            constant.copy_(buffer[given])
+            constant[:d_vocab] += decoder.b_U
+            constant[d_vocab:] = reader.lowest
+        else:
+            project(1 + given, *states[given // count :])
+        head = buffer[1 : 1 + len(states) * count].view(len(states), -1, reader.width)
+        if model_logits is not None:
+            torch.sub(model_logits(rows), constant[:d_vocab], out=head[0, :, :d_vocab])
+            head[0] /= mixture.gamma[rows, None].to(reader.dtype)
+            head[0, :, d_vocab:] = 0
+        yield rows, constant, list(head[: len(fixed)]), following(rows, head[len(fixed) :])
+
+
+def _view(store: dict[str, Tensor], layer: int, rows: slice) -> dict[str, Tensor]:
+    """Results of some rows of a layer, as views [order, row, ...]."""
+    return {name: x[layer, :, rows] for name, x in store.items()}
+
+
+def _readings(reader: Reader, store: dict[str, Tensor], model: dict[str, Tensor]) -> Readings:
+    """Measures from what was summed over the vocabulary, in binary logarithms. `model` broadcasts over [layer, order]."""
+    log_normalizer = kl = None
+    if "total" in store:
+        log_total = store["total"].log2()
+        negative_entropy = model["expected"] - model["total"].log2()
+        kl = ((negative_entropy - store["expected"] + log_total).clamp_min(0) / reader.log2_e).to(reader.dtype)
+        log_normalizer = ((store["shift"] + log_total) / reader.log2_e).to(reader.dtype)
+    return Readings(
+        top=TopTokens(store["values"], store["indices"]),
+        log_normalizer=log_normalizer,
+        kl=kl,
+        top1_agreement=store["indices"][..., 0] == model["indices"][..., 0],
+        target_logits=store.get("target_logits"),
+        target_ranks=store.get("target_ranks"),
+    )
+
+
+def _checked_targets(targets: Tensor, n_rows: int, d_vocab: int) -> Tensor:
+    if targets.ndim == 1:
+        targets = targets.unsqueeze(1)
+    if targets.ndim != 2 or len(targets) != n_rows or targets.dtype.is_floating_point:
+        raise ValueError(
+            f"targets must be token ids [row] or [row, target] with {n_rows} rows, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}. Flatten batch and position into one row axis."
+        )
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < d_vocab:
+        raise ValueError(
+            f"targets must be token ids from 0 to {d_vocab - 1}, got values from {int(targets.min())} to "
+            f"{int(targets.max())}. Replace ids that mean padding."
+        )
+    return targets.long()

@@ -1,0 +1,349 @@
+r"""A derivative at one input as a linear map: applied without its matrix, decomposed, made only on request.
+
+======  ==========================================
+symbol  name here
+======  ==========================================
+J u     `LinearMap.apply`
+J' v    `LinearMap.apply_transpose`
+J       `LinearMap.materialize`
+======  ==========================================
+
+`GraphMap` holds the graph of a forward pass, in which the same backward pass serves many vectors; J u is that pass
+transposed. `tl_jets.detached_map.chain` composes the maps of a network's stages.
+
+Example:
+    >>> x = torch.ones(1, 2, 3, requires_grad=True)
+    >>> J = GraphMap(point=x, value=x.cumsum(1) ** 2)
+    >>> J.materialize()[0, 1, 0].tolist()
+    [[4.0, 0.0, 0.0], [4.0, 0.0, 0.0]]
+    >>> J.apply(torch.ones(1, 2, 3))[0, :, 0].tolist()
+    [2.0, 8.0]
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.core.results import Result
+
+# Vectors that run through the graph at once, unless the caller says otherwise.
+CHUNK_SIZE = 32
+MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearMap(ABC):
+    """A derivative at one input, applied without its matrix.
+
+    Attributes:
+        point: Where it was taken [batch, pos, d_model].
+        value: What the function gives there [batch, out_pos, rows], before `readout`.
+        readout: A matrix [rows, width] that the output is multiplied with (the unembedding), or None.
+    """
+
+    point: Float[Tensor, "batch pos d_model"]
+    value: Float[Tensor, "batch out_pos rows"]
+    readout: Float[Tensor, "rows width"] | None = None
+
+    def __repr__(self) -> str:
+        size = size_text(self.n_bytes)
+        return f"{type(self).__name__}({list(self.in_shape)} -> {list(self.out_shape)}, {size} as a matrix)"
+
+    @abstractmethod
+    def apply_rows(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos rows"]:
+        """J u before the readout."""
+
+    @abstractmethod
+    def apply_transpose_rows(
+        self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v for v before the readout."""
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """[batch, pos, d_model]."""
+        return tuple(self.point.shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[batch, out_pos, width]."""
+        width = self.value.shape[-1] if self.readout is None else self.readout.shape[-1]
+        return (*self.value.shape[:-1], width)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the matrix, [batch, out_pos, width, pos, d_model]: prompts do not see each other."""
+        batch, pos, d_model = self.in_shape
+        return batch * self.out_shape[1] * self.out_shape[2] * pos * d_model * self.value.element_size()
+
+    def apply(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos width"]:
+        """J u: what a change of the input does to the output.
+
+        Args:
+            vectors: u [*many, batch, pos, d_model].
+            chunk_size: How many run at once.
+
+        Returns:
+            [*many, batch, out_pos, width].
+
+        Raises:
+            ValueError: The vectors are not of the input's shape.
+        """
+        return self.read(self.apply_rows(vectors, chunk_size=chunk_size))
+
+    def read(self, rows: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many width"]:
+        """Rows through the readout."""
+        return rows if self.readout is None else rows @ self.readout
+
+    def apply_transpose(
+        self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v: the direction of the input that a direction of the output reads.
+
+        Args:
+            vectors: v [*many, batch, out_pos, width].
+            chunk_size: How many run at once.
+
+        Returns:
+            [*many, batch, pos, d_model].
+
+        Raises:
+            ValueError: The vectors are not of the output's shape.
+        """
+        _check_shape(vectors, self.out_shape)
+        vectors = vectors.to(self.value)
+        rows = vectors if self.readout is None else vectors @ self.readout.T
+        return self.apply_transpose_rows(rows, chunk_size=chunk_size)
+
+    def materialize(
+        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "batch out_pos width pos d_model"]:
+        """J as a matrix.
+
+        Args:
+            max_bytes: Refuse to make a larger one; None for no limit.
+            chunk_size: Rows computed at once.
+
+        Returns:
+            [batch, out_pos, width, pos, d_model].
+
+        Raises:
+            ValueError: It is larger than `max_bytes`.
+
+        Cost:
+            A backward pass for each output position and row before the readout (d_model of them for logits).
+        """
+        if max_bytes is not None and self.n_bytes > max_bytes:
+            raise ValueError(
+                f"The matrix {[self.out_shape[0], *self.out_shape[1:], *self.in_shape[1:]]} must take at most "
+                f"max_bytes = {size_text(max_bytes)}; it takes {size_text(self.n_bytes)}. Use apply and apply_transpose, fewer "
+                f"positions, or max_bytes=None."
+            )
+        batch, out_pos, rows = self.value.shape
+        units = torch.eye(out_pos * rows, dtype=self.value.dtype, device=self.value.device)
+        found = self.point.new_empty(batch, out_pos * rows, *self.in_shape[1:])
+        for start in range(0, len(units), chunk_size):
+            chunk = units[start : start + chunk_size].view(-1, 1, out_pos, rows).expand(-1, batch, -1, -1)
+            here = self.apply_transpose_rows(chunk, chunk_size=chunk_size)
+            found[:, start : start + chunk_size] = here.transpose(0, 1)
+        found = found.view(batch, out_pos, rows, *self.in_shape[1:])
+        return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
+
+    def block(
+        self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "rows in_pos d_model"]:
+        """The part of J from one input position (None for all) to one output position of one prompt, before the readout.
+
+        Args:
+            out_pos: Index into the output positions.
+            pos: Input position in the padded row, or None for all.
+            prompt: Index of the prompt.
+            chunk_size: Rows computed at once.
+
+        Returns:
+            [rows, 1 or pos, d_model].
+
+        Cost:
+            A backward pass a row; only this part is held.
+        """
+        rows = self.value.shape[-1]
+        keep = slice(None) if pos is None else [pos]
+        found = self.point.new_empty(rows, *self.point[prompt, keep].shape)
+        for start in range(0, rows, chunk_size):
+            wanted = torch.arange(start, min(start + chunk_size, rows), device=self.value.device)
+            units = self.value.new_zeros(len(wanted), *self.value.shape)
+            units[wanted - start, prompt, out_pos, wanted] = 1
+            found[wanted] = self.apply_transpose_rows(units, chunk_size=chunk_size)[:, prompt, keep]
+        return found
+
+    def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
+        """The k largest singular values of one prompt's matrix and their vectors, without the matrix (ARPACK).
+
+        Args:
+            k: How many.
+            prompt: Index of the prompt.
+            pos: Of the matrix of this input position alone (J_t); None for all of them side by side.
+            seed: Of the start vector.
+
+        Returns:
+            `SingularVectors`, largest first.
+
+        Raises:
+            ValueError: k is not in 1..rank bound - 1, or there is no such prompt or position.
+
+        Cost:
+            A few dozen products with J and with its transpose. The iteration runs in float64, on the shorter side of J
+            (J J' or J'J); the products in the map's dtype, whose rounding bounds the accuracy: a value s is off by about
+            eps s_1^2 / s, so that values below sqrt(eps) s_1 are noise.
+        """
+        (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
+        keep = slice(None)
+        if pos is not None:
+            if not -in_shape[0] <= pos < in_shape[0]:
+                raise ValueError(f"pos must lie in {-in_shape[0]}..{in_shape[0] - 1}; got {pos}.")
+            keep, in_shape = slice(pos % in_shape[0], pos % in_shape[0] + 1), [1, in_shape[1]]
+        shape = (math.prod(out_shape), math.prod(in_shape))
+        if not 1 <= k < min(shape):
+            raise ValueError(
+                f"k must lie in 1..{min(shape) - 1} here; got {k}. For all of them take the SVD of materialize()."
+            )
+        if not 0 <= prompt < batch:
+            raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
+
+        def product(apply: Callable[[Tensor], Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
+            def of(vector: Tensor) -> Tensor:
+                every = self.point.new_zeros(full)
+                every[index] = vector.view(every[index].shape)
+                return apply(every)[out_index].flatten()
+
+            return of
+
+        of_input, of_output = (prompt, keep), (prompt,)
+        J = product(self.apply, self.in_shape, of_input, of_output)
+        transpose = product(self.apply_transpose, self.out_shape, of_output, of_input)
+        # Vectors of the shorter side are iterated; those of the longer one, which may be a prompt long, are made at the end.
+        wide = shape[0] <= shape[1]
+        across, back = (transpose, J) if wide else (J, transpose)
+
+        def gram(vector: Any) -> Any:
+            short = torch.as_tensor(np.ascontiguousarray(vector)).to(self.point)
+            return back(across(short)).double().cpu().numpy()
+
+        operator = scipy.sparse.linalg.LinearOperator((min(shape),) * 2, matvec=gram, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+        start = np.random.default_rng(seed).standard_normal(min(shape))
+        squares, found = scipy.sparse.linalg.eigsh(operator, k=k, v0=start)
+        short = torch.from_numpy(np.ascontiguousarray(found[:, np.argsort(-squares)].T)).to(self.point)
+        long = self.point.new_empty(k, max(shape))
+        for row, vector in zip(long, short, strict=True):
+            row.copy_(across(vector))
+        values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
+        long /= values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
+        left, right = (short, long) if wide else (long, short)
+        # The sign in which this prompt's own input has it.
+        sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
+        return SingularVectors(values, left.mul_(sign).view(k, *out_shape), right.mul_(sign).view(k, *in_shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GraphMap(LinearMap):
+    """A derivative held as the graph of a forward pass: `value` requires gradients of `point`.
+
+    Cost: J' v a backward pass, J u two (the first is kept); many vectors run as one batch.
+    """
+
+    @cached_property
+    def _transpose(self) -> tuple[Tensor, Tensor]:
+        """J' v as a function of v, differentiable."""
+        weights = torch.zeros_like(self.value, requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            (backward,) = torch.autograd.grad(self.value, self.point, weights, create_graph=True)
+        return backward, weights
+
+    def apply_rows(
+        self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch out_pos rows"]:
+        """J u before the readout, by transposing the backward pass."""
+        return _batched(*self._transpose, vectors, chunk_size)
+
+    def apply_transpose_rows(
+        self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
+    ) -> Float[Tensor, "*many batch pos d_model"]:
+        """J' v for v before the readout."""
+        return _batched(self.value, self.point, vectors, chunk_size)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SingularVectors(Result):
+    """The largest singular values of a map of one prompt: J is close to sum_i values_i left_i right_i'.
+
+    Signs are such that every right vector has a positive product with the prompt's own input.
+
+    Attributes:
+        values: Largest first [k].
+        left: Directions of the output [k, out_pos, width].
+        right: Directions of the input [k, pos, d_model]; pos is 1 if one position was asked for.
+    """
+
+    values: Float[Tensor, " k"]
+    left: Float[Tensor, "k out_pos width"]
+    right: Float[Tensor, "k pos d_model"]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{value:.3g}" for value in self.values[:6].tolist())
+        return f"SingularVectors({shown}{', ...' if len(self.values) > 6 else ''})"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a vector. Columns: vector, value, relative (to the largest)."""
+        values = self.values.tolist()
+        rows = [{"vector": i, "value": value, "relative": value / values[0]} for i, value in enumerate(values)]
+        return pd.DataFrame(rows)
+
+
+def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, chunk_size: int) -> Tensor:
+    """The backward pass from `outputs` to `inputs` for vectors [*many, *outputs.shape]: [*many, *inputs.shape]."""
+    shape = tuple(outputs.shape)
+    _check_shape(vectors, shape)
+    many = vectors.shape[: -len(shape)]
+    flat = vectors.to(outputs).reshape(-1, *shape)
+    found = flat.new_empty(len(flat), *inputs.shape)
+    for start in range(0, len(flat), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        if len(flat[chunk]) == 1:
+            (found[start],) = torch.autograd.grad(outputs, inputs, flat[start], retain_graph=True)
+        else:
+            (found[chunk],) = torch.autograd.grad(
+                outputs, inputs, flat[chunk], retain_graph=True, is_grads_batched=True
+            )
+    return found.reshape(*many, *inputs.shape)
+
+
+def _check_shape(vectors: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(vectors.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"Vectors must have the shape {list(shape)}, with any number of leading dimensions; got "
+            f"{list(vectors.shape)}."
+        )
+
+
+def size_text(n_bytes: int) -> str:
+    """A size in memory, for people."""
+    size, unit = float(n_bytes), 0
+    while size >= 1024 and unit < 5:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"

@@ -1,0 +1,291 @@
+"""Reading rows of logits that share a padded buffer: best tokens, normalizers, expectations, ranks, in bounded memory.
+
+The vocabulary axis is padded to whole blocks, so that every pass is a plain reduction; the padding never wins and weighs
+nothing. See `tl_jets.core.readout` and `tl_jets.core.lens_logits` for what is read and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.core.decoder import Decoder
+
+# Vocabulary-sized rows held at once. Products of fewer rows with W_U are dominated by reading W_U.
+CHUNK_SIZE = 448
+# Width of the blocks whose maxima are compared before any token is: a multiple of every vector width.
+BLOCK = 128
+# Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
+SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
+LOG2_E = math.log2(math.e)
+# Logits whose products with log2(e) are rounded by less than a thousandth of a bit in float32.
+LARGE = 2.0**13
+# Layers (and other sets of rows) that share a product with W_U.
+MAX_SETS = 14
+
+
+class Reader:
+    """Reads logit vectors whose last axis is padded to a multiple of BLOCK; the padding never wins and weighs nothing."""
+
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None) -> None:
+        self.decoder, self.dtype, self.device = decoder, dtype, device
+        self.width = -(-decoder.d_vocab // BLOCK) * BLOCK
+        limit = SCRATCH_CPU if device.type == "cpu" else SCRATCH_DEVICE
+        self.scratch_rows = max(1, limit // self.width)
+        self.scratch = self.mask = self.buffer(0)
+        # Whether every logit vector has a part that does not depend on the state: the norm's bias or b_U.
+        self.has_constant = bool(decoder.b_U.any()) or (bias is not None and bool(bias.any()))
+        # Finite, so that zero times it is zero; small enough to survive a multiplication by log2(e).
+        self.lowest = torch.finfo(dtype).min / 4
+        # As the kernels round it: what is scaled by it is scaled back by the same number.
+        self.log2_e = torch.tensor(LOG2_E, dtype=dtype).item()
+
+    def buffer(self, rows: int) -> Tensor:
+        """Rows of padded logits: uninitialised, with zeros in the padding."""
+        buffer = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
+        buffer[:, self.decoder.d_vocab :] = 0
+        return buffer
+
+    def floor(self, logits: Tensor) -> Tensor:
+        """Put the padding below every token, in place."""
+        if self.width > self.decoder.d_vocab:
+            logits[..., self.decoder.d_vocab :] = self.lowest
+        return logits
+
+    def transformed(self, logits: Tensor) -> Tensor:
+        """The logits after the model's own transform, if it has one."""
+        return logits if self.decoder.transform is None else self.decoder.transform(logits)
+
+    def allocate(
+        self, cells: tuple[int, ...], k: int, n_targets: int, measures: bool, own_top1: bool = False
+    ) -> dict[str, Tensor]:
+        """Empty results; what `_readings` makes of them needs no vocabulary-sized tensor."""
+
+        def empty(dtype: torch.dtype, *last: int) -> Tensor:
+            return torch.empty(*cells, *last, dtype=dtype, device=self.device)
+
+        store = {"values": empty(self.dtype, k), "indices": empty(torch.long, k)}
+        if measures:
+            store |= {name: empty(torch.float64) for name in ("shift", "expected", "total")}
+        if n_targets:
+            store |= {"target_logits": empty(self.dtype, n_targets), "target_ranks": empty(torch.long, n_targets)}
+        if own_top1:
+            store["own_top1"] = empty(torch.long)
+        return store
+
+    def read_model(
+        self, mix: tuple[Tensor, Tensor, Tensor], targets: Tensor | None, store: dict[str, Tensor]
+    ) -> Tensor:
+        """Read the model's own logits, `constant + gamma * shared`. Returns their probabilities, zero in the padding."""
+        constant, gamma, shared = mix
+        probabilities = self.buffer(len(shared) if "total" in store else 0)
+        for part in slices(len(shared), self.scratch_rows):
+            logits = self.mix(constant, gamma[:, part], shared[part])
+            view = {name: x[:, part] for name, x in store.items()}
+            top = self.read_top(logits, None if targets is None else targets[part], view)
+            if "total" in store:
+                view["shift"].copy_(self.shift(logits, top))
+                chunk = torch.exp2(logits[0], out=probabilities[part])
+                total = total_of(chunk)
+                chunk /= total.unsqueeze(-1).to(self.dtype)
+                view["expected"].copy_(self.expectation(logits, chunk))
+                view["total"].copy_(total)
+        return probabilities
+
+    def read(
+        self,
+        mix: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        targets: Tensor | None,
+        probabilities: Tensor,
+        store: dict[str, Tensor],
+        plain: int,
+    ) -> None:
+        """Read `constant + alpha * own + beta * shared`; results are views [order, row, ...] of the caller's tensors.
+
+        The first `plain` orders are without `shared`.
+        """
+        constant, alpha, own, beta, shared = mix
+        for part in slices(len(own), max(1, self.scratch_rows // len(alpha))):
+            logits = self.mix(constant, alpha[:, part], own[part])
+            view = {name: x[:, part] for name, x in store.items()}
+            # Without a constant, a positive multiple of the own part has the best token of order 0.
+            alike = plain > 0 and not self.has_constant and bool((alpha[:, part] > 0).all())
+            if plain < len(alpha):
+                if "own_top1" in store and not alike:
+                    view["own_top1"][plain:] = self.top1(logits[plain:])[1]
+                logits[plain:].addcmul_(beta[plain:, part], shared[part])
+            self.finish(logits, None if targets is None else targets[part], probabilities[part], view)
+            if "own_top1" in store:
+                view["own_top1"][:plain] = view["indices"][:plain, ..., 0]
+                if alike:
+                    view["own_top1"][plain:] = view["own_top1"][0]
+            borrowed = shared[part].expand_as(logits).gather(-1, view["indices"])
+            torch.addcmul(view["values"], beta[:, part], borrowed, value=-1, out=view["own_values"])
+
+    def read_control(
+        self, coefficients: Tensor, vectors: tuple[Tensor, ...], probabilities: Tensor, store: dict[str, Tensor]
+    ) -> None:
+        """Read mixes [cell, row, vector] of the constant [width] and other vectors [row, width].
+
+        Many mixes of few vectors are a matrix product: half the time of elementwise operations.
+        """
+        basis = self.buffer(len(vectors))
+        basis[0] = vectors[0]
+        for row in range(coefficients.shape[1]):
+            for i, vector in enumerate(vectors[1:], 1):
+                basis[i] = vector[row]
+            for part in slices(len(coefficients), self.scratch_rows):
+                logits = torch.mm(coefficients[part, row], basis, out=self.rows(part.stop - part.start))
+                view = {name: x[part, row : row + 1] for name, x in store.items()}
+                self.finish(logits.unsqueeze(1), None, probabilities[row : row + 1], view)
+
+    def finish(self, logits: Tensor, targets: Tensor | None, probabilities: Tensor, store: dict[str, Tensor]) -> None:
+        """Read [order, row, width] logits, overwriting them; `store` holds views [order, row, ...]."""
+        top = self.read_top(logits, targets, store)
+        if "total" in store:
+            store["shift"].copy_(self.shift(logits, top))
+            store["expected"].copy_(self.expectation(logits, probabilities))
+            store["total"].copy_(total_of(logits.exp2_()))
+
+    def rows(self, count: int) -> Tensor:
+        """Rows of the scratch."""
+        if len(self.scratch) < count:
+            self.scratch = self.buffer(count)
+        return self.scratch[:count]
+
+    def mix(self, constant: Tensor, coefficient: Tensor, logits: Tensor) -> Tensor:
+        """`constant + coefficient * logits`, [order, row, 1] times [row, width], in the scratch."""
+        orders, rows, _ = coefficient.shape
+        scratch = self.rows(orders * rows).view(orders, rows, self.width)
+        return torch.addcmul(constant, coefficient, logits, out=scratch)
+
+    def read_top(self, logits: Tensor, targets: Tensor | None, store: dict[str, Tensor]) -> Tensor:
+        """Store the best tokens, and the targets' logits and ranks. Returns the largest transformed logit of each."""
+        values, indices = self.top(logits, store["indices"].shape[-1])
+        store["values"].copy_(values)
+        store["indices"].copy_(indices)
+        if targets is not None:
+            for i, target in enumerate(targets.unbind(1)):
+                value = logits.gather(-1, target[None, :, None].expand(len(logits), -1, 1))
+                store["target_logits"][..., i] = value.squeeze(-1)
+                store["target_ranks"][..., i] = self.rank(logits, value, target)
+        return self.transformed(values[..., 0])
+
+    def top1(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit and its smallest id: `max` returns the first of equals."""
+        blocks = logits.unflatten(-1, (-1, BLOCK))
+        value, block = blocks.amax(-1).max(-1)
+        position = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK)).squeeze(-2).max(-1).indices
+        return value, position.add_(block, alpha=BLOCK)
+
+    def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits, by (value, smallest id): first the k best blocks, then their tokens."""
+        if k == 1:
+            value, token = self.top1(logits)
+            return value.unsqueeze(-1), token.unsqueeze(-1)
+        blocks = logits.unflatten(-1, (-1, BLOCK))
+        if k * 2 > blocks.shape[-2]:
+            return first_of(logits, k)
+        # Blocks are in the order of ids: k better blocks hold k better tokens, ties included.
+        block = first_of(blocks.amax(-1), k)[1].sort(-1).values
+        tokens = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, BLOCK)).flatten(-2)
+        values, position = first_of(tokens, k)
+        return values, block.gather(-1, position // BLOCK) * BLOCK + position % BLOCK
+
+    def rank(self, logits: Tensor, value: Tensor, target: Tensor) -> Tensor:
+        """How many tokens come before `target` [row], whose logits are `value`: larger, or equal with a smaller id."""
+        # Comparisons into floating point: on a CPU, sums of booleans take five times as long. Exact up to 2^24.
+        if self.mask.shape != self.scratch.shape:
+            self.mask = self.buffer(len(self.scratch))
+        mask = self.mask[: logits.shape[0] * logits.shape[1]].view(logits.shape)
+        larger = torch.gt(logits, value, out=mask).sum(-1).long()
+        equal = torch.eq(logits, value, out=mask).sum(-1)
+        for order, row in (equal > 1).nonzero().tolist():
+            larger[order, row] += (logits[order, row, : target[row]] == value[order, row]).sum()
+        return larger
+
+    def shift(self, logits: Tensor, top: Tensor) -> Tensor:
+        """Make of additive logits their binary logarithms, (transform(logits) - top) * log2(e), in place.
+
+        Returns:
+            top * log2(e) as it was rounded, in float64.
+        """
+        if self.decoder.transform is not None:
+            logits.copy_(self.transformed(logits))
+            self.floor(logits)
+        if float(top.abs().max()) > LARGE:
+            # Rounding top * log2(e) would move the sum of powers by many bits: a pass more.
+            logits.sub_(top.unsqueeze(-1)).mul_(self.log2_e)
+            return top.double() * self.log2_e
+        shift = top * self.log2_e
+        torch.add(-shift.unsqueeze(-1), logits, alpha=self.log2_e, out=logits)
+        return shift.double()
+
+    def expectation(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Expectation of [order, row, width] logits under [row, width] probabilities: [order, row], float64.
+
+        In BLOCK pieces that are added in float64: one long dot product in float32 is off by 1e-5.
+        """
+        orders, rows, _ = logits.shape
+        pieces = logits.view(orders, rows * BLOCK, -1).permute(1, 2, 0)
+        return torch.bmm(probabilities.view(rows * BLOCK, 1, -1), pieces).view(rows, BLOCK, orders).double().sum(1).T
+
+
+def first_of(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and positions of the k largest by (value, smallest position): `topk`, whose ties are in no order, mended."""
+    top, position = values.topk(min(k + 1, values.shape[-1]))
+    tied = (top[..., 1:] == top[..., :-1]).any(-1)
+    top, position = top[..., :k].contiguous(), position[..., :k].contiguous()
+    if tied.any():
+        ordered, order = values[tied].sort(dim=-1, descending=True, stable=True)
+        top[tied], position[tied] = ordered[..., :k], order[..., :k]
+    return top, position
+
+
+def total_of(values: Tensor) -> Tensor:
+    """Sum over the padded vocabulary: in BLOCK pieces that are added in float64."""
+    return values.unflatten(-1, (BLOCK, -1)).sum(-1).double().sum(-1)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size`, as equal as can be, that cover `total`."""
+    count = max(1, -(-total // size))
+    for i in range(count):
+        yield slice(total * i // count, total * (i + 1) // count)
+
+
+def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    """Raise ValueError unless a tensor of rows has the shape, and is finite."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be [{axes}] = {tuple(shape)} here, got shape {tuple(tensor.shape)}. "
+            "Give every input the same layers, orders and rows (batch and position flattened)."
+        )
+    if not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise ValueError(
+            f"{name} must be finite, got {count} NaN or infinite values of {tensor.numel()}. Look for masked (padding) "
+            "positions, an overflow in half precision, a series evaluated at a zero center, or one of high order that diverges "
+            "(rho > 1; see center_scale)."
+        )
+
+
+def check_k(k: Any, d_vocab: int) -> None:
+    """Refuse what is no number of tokens: a tokenizer, above all, which the `top_tokens` of other results take."""
+    if not hasattr(k, "__index__"):
+        raise TypeError(
+            f"k must be the number of tokens; got {type(k).__name__}. For their texts: top_tokens(k).texts(tokenizer)."
+        )
+    if not 1 <= k <= d_vocab:
+        raise ValueError(f"k must be between 1 and d_vocab = {d_vocab}, got {k}. Ask for fewer tokens.")
+
+
+def check_sizes(k: int, d_vocab: int, chunk_size: int) -> None:
+    """Raise ValueError unless k and chunk_size are possible."""
+    check_k(k, d_vocab)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. It counts rows of d_vocab logits.")

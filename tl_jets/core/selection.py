@@ -1,0 +1,199 @@
+"""Which layers, positions and tokens a lens reads, and how its results name them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.trace import Trace
+from tl_jets.jets.expand import CENTER_SCALES
+
+TargetInput = str | int | Sequence[str | int] | Tensor
+# How a result names the model's own best token, its target where none was asked for.
+ANSWER = "<answer>"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Real positions among the chosen ones, flattened, and the way back to [batch, pos].
+
+    Attributes:
+        positions: The chosen positions, from the start of the padded row.
+        keep: Which of them are real [batch, pos].
+        places: How many real tokens come before each [row]: its position in the prompt without padding.
+    """
+
+    positions: list[int]
+    keep: Bool[Tensor, "batch pos"]
+    places: Int[Tensor, " row"]
+
+    @classmethod
+    def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
+        """The real ones among `positions`; None for all."""
+        length = trace.valid.shape[1]
+        wanted = _read_positions(positions, length)
+        chosen = [position % length for position in wanted]
+        keep = trace.valid[:, chosen]
+        for place, position in enumerate(wanted):
+            if position < 0 and 0 < int(keep[:, place].sum()) < len(keep):
+                raise ValueError(
+                    f"Negative positions count from the end of the padded row; {position} is padding in prompts "
+                    f"{(~keep[:, place]).nonzero()[:, 0].tolist()}, which are shorter. Pass prompts of one length, or tokens "
+                    f"padded on the left with their attention_mask, or positions=None and choose by `valid`."
+                )
+        if not keep.any():
+            raise ValueError(f"positions must hold a real token; got {chosen}, all padding. Choose others.")
+        return cls(chosen, keep, (trace.valid.cumsum(1) - 1)[:, chosen][keep])
+
+    def take(self, values: Tensor) -> Tensor:
+        """[batch, pos, ...] -> [row, ...]."""
+        return values[:, self.positions][self.keep]
+
+    def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
+        """[batch, pos, ...] as a function of a slice of rows, which copies no more than these."""
+        batch, place = self.keep.nonzero(as_tuple=True)
+        positions = torch.tensor(self.positions, device=place.device)[place]
+        return lambda rows: values[batch[rows], positions[rows]]
+
+    def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:
+        """[..., row, ...] -> [..., batch, pos, ...], with `fill` where a position is padding."""
+        moved = values.movedim(axis, 0)
+        out = moved.new_full((*self.keep.shape, *moved.shape[1:]), fill)
+        out[self.keep] = moved
+        axis = axis % values.ndim
+        return out.movedim((0, 1), (axis, axis + 1))
+
+
+def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
+    """The model's own additive logits of a slice of rows, where the forward pass left them as the decoder gives them.
+
+    Float64 models may have cast to float32 inside, and a transform (a softcap) cannot be undone exactly.
+    """
+    if trace.logits is None or trace.network.decoder.transform is not None or trace.logits.dtype != torch.float32:
+        return None
+    same = trace[FINAL_STREAM].dtype == trace.network.decoder.W_U.dtype == torch.float32
+    return rows.pick(trace.logits) if same else None
+
+
+def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
+    """Refuse what no lens can do; the messages name the option."""
+    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
+    if center_scale not in CENTER_SCALES:
+        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
+
+
+def _read_positions(positions: Any, length: int) -> list[int]:
+    """The positions as they were asked for, as integers."""
+    if positions is None:
+        return list(range(length))
+    try:
+        wanted = [_index(positions)]
+    except TypeError:
+        try:
+            wanted = [_index(position) for position in positions]
+        except TypeError as error:
+            raise TypeError(
+                f"positions must be None, an integer or a sequence of integers; got {positions!r}. Write a slice as a "
+                f"range."
+            ) from error
+    if not wanted:
+        raise ValueError("positions must name at least one position; got none. Pass None for all.")
+    for position in wanted:
+        if not -length <= position < length:
+            raise ValueError(f"positions must lie in {-length}..{length - 1} for this input; got {position}.")
+    if len({position % length for position in wanted}) < len(wanted):
+        raise ValueError(f"positions must be distinct, or averages would count some twice; got {wanted}.")
+    return wanted
+
+
+def _index(value: Any) -> int:
+    """An integer of any library; a boolean (a mask, perhaps) is none."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        raise TypeError(f"got {value!r}")
+    return operator.index(value)
+
+
+def stream_labels(
+    network: ResidualNetwork, layers: int | str | Sequence[int | str] | None, incl_mid: bool
+) -> list[str]:
+    """Labels of the streams to read, in the order of the network or of `layers`."""
+    every = list(network.at("sublayer").streams)
+    pre = [label for label in every if not label.endswith("_mid")]
+    if layers is None:
+        return every if incl_mid else pre
+    if incl_mid:
+        raise ValueError(
+            "incl_mid adds streams to layers=None; got layers, too. Name the streams between attention and MLP among "
+            "them, such as '0_mid'."
+        )
+    chosen = []
+    for layer in [layers] if isinstance(layers, (int, str)) else layers:
+        if isinstance(layer, int) and not isinstance(layer, bool) and -len(pre) <= layer < len(pre):
+            chosen.append(pre[layer])
+        elif isinstance(layer, str) and layer in every:
+            chosen.append(layer)
+        else:
+            raise ValueError(f"layers must be 0..{len(pre) - 1} or stream labels such as {every[:2]}; got {layer!r}.")
+    if not chosen:
+        raise ValueError("layers must name at least one stream; got none. Pass None for all.")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers must be distinct streams; got {chosen}. Leave the repeated ones out.")
+    return chosen
+
+
+def read_targets(
+    network: ResidualNetwork, targets: TargetInput | None, rows: Rows
+) -> tuple[Tensor | None, list[str | int] | None]:
+    """Target ids [batch, pos, target] at the chosen positions, and how they were asked for."""
+    if targets is None:
+        return None, None
+    shape, device = rows.keep.shape, rows.keep.device
+    d_vocab = network.decoder.d_vocab
+    if isinstance(targets, Tensor):
+        real = targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool
+        if real or targets.shape[:2] != shape or targets.ndim > 3 or targets.numel() == 0:
+            raise ValueError(
+                f"A tensor of targets must hold ids [batch, pos] or [batch, pos, target] with batch and pos "
+                f"{tuple(shape)}, aligned with positions; got {targets.dtype} {tuple(targets.shape)}. Ids that are "
+                f"the same everywhere may be a list."
+            )
+        ids = targets.long().to(device).reshape(*shape, -1)
+        return ids, list(range(ids.shape[-1]))
+    names = [targets] if isinstance(targets, (str, int)) else list(targets)
+    if not names:
+        raise ValueError("targets must name at least one token; got none. Pass None for no targets.")
+    found = [_single_token(network, name) for name in names]
+    for name, token in zip(names, found, strict=True):
+        if not 0 <= token < d_vocab:
+            raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {name!r}.")
+    return torch.tensor(found, device=device).expand(*shape, -1), names
+
+
+def _single_token(network: ResidualNetwork, target: Any) -> int:
+    if not isinstance(target, str):
+        try:
+            return _index(target)
+        except TypeError as error:
+            raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
+    if network.tokenizer is None:
+        raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
+    ids = network.tokenizer(target, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"A target must be a single token; {target!r} is {len(ids)}: "
+            f"{[network.tokenizer.decode([i]) for i in ids]}. Mind the leading space, or pass a token id."
+        )
+    return int(ids[0])

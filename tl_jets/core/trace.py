@@ -1,0 +1,228 @@
+"""A trace: what one forward pass on one input gave, and the gammas as functions of any stream, checked on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
+
+if TYPE_CHECKING:
+    from tl_jets.core.network import ResidualNetwork
+
+
+class Trace:
+    """What one forward pass on one input gave, and the gammas as functions of any stream.
+
+    Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
+    (`trace["embed"]`) and edits; every value has shape [batch, pos, d_model]. Neurons (`trace["L3N17_out"]`) and what an MLP
+    writes without any (`trace["3_mlp_bias"]`) are not listed, and evaluated when asked for.
+
+    Attributes:
+        network: The residual network.
+        tokens: The input [batch, pos].
+        valid: Real tokens, True, and padding, False [batch, pos].
+        logits: The model's own output [batch, pos, d_vocab], or None if only a cache was given.
+        memo: What was computed on this input: writes, jets, the frozen network.
+        evaluated: What expansions are on this input, for as long as the expansions live.
+    """
+
+    def __init__(self, network: ResidualNetwork, recording: Recording):
+        self.network = network
+        self.recording = recording
+        self.tokens = recording.tokens
+        self.valid = recording.valid
+        self.logits = recording.logits
+        self.memo: dict[Hashable, Any] = {}
+        self.evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"Trace({self.network!r}, tokens {list(self.tokens.shape)}, {len(self.labels)} labels)"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label that the trace can be indexed with."""
+        edits = [label for edits in self.recording.edits.values() for label in edits]
+        return (*self.network.labels, *edits)
+
+    def __contains__(self, label: object) -> bool:
+        return label in self.labels or label in self.network
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.labels)
+
+    def __getitem__(self, label: str) -> Float[Tensor, "batch pos d_model"]:
+        record = self.recording
+        for table in (record.sources, record.streams, record.writes, *record.edits.values()):
+            if label in table:
+                return table[label]
+        for stage in self.network.stages:
+            for index, step in enumerate(stage.steps):
+                if step.write == label:
+                    return self.writes(stage)[index]
+        part = self._fine_stage(label)
+        if part is not None:
+            return self.writes(part)[0]
+        raise ValueError(f"A label must be one of {some(self.labels)}, or a neuron's write; got {label!r}.")
+
+    def _fine_stage(self, label: str) -> Stage | None:
+        """The stage that holds nothing but the neuron or MLP bias whose write a label is."""
+        step = self.network.view.fine_step(label)
+        return None if step is None or step.write != label else self.network.part(step)
+
+    def writes(self, stage: Stage) -> Float[Tensor, "write batch pos d_model"]:
+        """The stage's writes at its true stream, stacked in the order of `stage.steps`."""
+        key = ("writes", stage)
+        if key not in self.memo:
+            recorded = self.recording.writes
+            if all(step.write in recorded for step in stage.steps):
+                self.memo[key] = torch.stack([recorded[step.write] for step in stage.steps])
+            elif len(stage.steps) == 1 and not stage.is_part:
+                self.memo[key] = self._total_write(stage)[None]
+            else:
+                with torch.no_grad():
+                    self.memo[key] = self.stage_function(stage)(self[stage.stream])
+        return self.memo[key]
+
+    def _total_write(self, stage: Stage) -> Tensor:
+        """What all steps of a stage add to the stream together."""
+        following = self.network.next_stream(stage)
+        return self[following] - self[stage.stream] - sum(self.edits(following).values())
+
+    def edits(self, stream: str) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """What the user's hooks added to a stream, by `edit:<hook>`; empty if nothing."""
+        return self.recording.edits.get(stream, {})
+
+    def check_model(self) -> None:
+        """Refuse to run or evaluate the model on this input if it is no longer the one that was traced.
+
+        Raises:
+            ValueError: Hooks were put on the model or taken off it since, or its weights were changed in place.
+        """
+        if self.network.view.hook_state() != self.recording.hook_state:
+            raise ValueError(
+                "A trace must be evaluated under the hooks under which it was made, with the same weights; the hooks on the "
+                "model have changed since, or its weights. Evaluate inside the same `with model.hooks(...)` block, or trace "
+                "again."
+            )
+
+    def on(self, network: ResidualNetwork) -> Trace:
+        """The same run as a trace on another network of the model (of another granularity, say).
+
+        Raises:
+            ValueError: The network is of another model.
+        """
+        if not self.network.shares_model(network):
+            raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
+        return Trace(network, self.recording)
+
+    def stage_function(self, stage: Stage) -> Callable[[Tensor], Tensor]:
+        """The stage's gammas as one function: [batch, pos, d_model] -> [write, batch, pos, d_model].
+
+        On first use the writes at the true stream are compared with what the model itself wrote.
+
+        Raises:
+            ValueError: The model is no longer that of the trace (`check_model`); a stream of another shape; or the
+                replayed writes are not the model's.
+        """
+        record, network = self.recording, self.network
+        self.check_model()
+        _check_writes(self, stage)
+        shape = self[stage.stream].shape
+
+        def gammas(stream: Tensor) -> Tensor:
+            if stream.shape != shape:
+                raise ValueError(
+                    f"A gamma of this trace takes a stream of shape {tuple(shape)} (its attention mask and positions "
+                    f"belong to this input); got {tuple(stream.shape)}. Trace the other input, too."
+                )
+            return network.view.writes(record, stage, stream)
+
+        return gammas
+
+    def gamma(self, step: str) -> Callable[[Tensor], Tensor]:
+        """One step's write as a function of its stream: [batch, pos, d_model] -> [batch, pos, d_model]."""
+        if step == DECODER_STEP:
+            return self.network.decoder.norm
+        fine = self.network.view.fine_step(step)
+        stage = self.network.stage(step) if fine is None else self.network.part(fine)
+        labels = [candidate.label for candidate in stage.steps]
+        if step not in labels:
+            raise ValueError(f"A step is one of {some(labels)} in this stage; got {step!r}.")
+        index, function = labels.index(step), self.stage_function(stage)
+        return lambda stream: function(stream)[index]
+
+
+def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any = None, cache: Any = None) -> Trace:
+    """The input's trace on a network: made now, or, of a trace that still holds, the same run with nothing evaluated on it.
+
+    Raises:
+        ValueError: A trace of another model, or made under other hooks or weights, or given with what it already holds.
+    """
+    if not isinstance(text_or_tokens, Trace):
+        return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
+    if attention_mask is not None or cache is not None:
+        raise ValueError("A trace already holds its attention mask and streams; leave attention_mask and cache out.")
+    trace = text_or_tokens.on(network)
+    trace.check_model()
+    return trace
+
+
+def _check_writes(trace: Trace, stage: Stage) -> None:
+    """Once per network, weights, stage, set of hooks and ready cache: the replayed writes must be the model's own."""
+    network, record = trace.network, trace.recording
+    if stage.is_part:  # the view compares its neurons with the MLP's write
+        whole = network.at("sublayer")
+        return _check_writes(Trace(whole, record), whole.stage(stage.stream))
+    key = (stage, record.hook_state)
+    recorded = record.writes
+    checked = record.memo.setdefault("checked", set()) if record.logits is None else network._checked
+    if key in checked:
+        return
+    with torch.no_grad():
+        replayed = network.view.writes(record, stage, trace[stage.stream])
+        wanted = trace._total_write(stage)
+        scale = max(float(trace[stage.stream][record.valid].abs().max()), float(wanted[record.valid].abs().max()))
+        error = float((replayed.sum(0) - wanted)[record.valid].abs().max()) / max(scale, 1e-30)
+        for index, step in enumerate(stage.steps):
+            if step.write in recorded:
+                own = recorded[step.write][record.valid]
+                error = max(error, relative_error(replayed[index][record.valid], own))
+    if not error <= record.accuracy:
+        names = ", ".join(step.label for step in stage.steps[:3])
+        raise ValueError(
+            f"Replaying a step at the model's own stream must give the model's own write; {names} is off by "
+            f"{error:.1e} (relative). This architecture or a hook on it is not understood, so no jets are computed. "
+            f"Please report it with the model's name."
+        )
+    checked.add(key)
+
+
+def check_decoder(trace: Trace) -> None:
+    """Once per network, weights and set of hooks: final norm, unembedding and transform must give the model's logits."""
+    network, record = trace.network, trace.recording
+    key = (DECODER_STEP, record.hook_state)
+    if key in network._checked or record.logits is None:
+        return
+    decoder = network.decoder
+    with torch.no_grad():
+        rows = record.valid.nonzero()
+        rows = rows[torch.linspace(0, len(rows) - 1, min(4, len(rows)), device=rows.device).long()]
+        states, wanted = trace[FINAL_STREAM][rows[:, 0], rows[:, 1]], record.logits[rows[:, 0], rows[:, 1]]
+        logits = decoder.logits(decoder.norm(states))
+        if decoder.transform is not None:
+            logits = decoder.transform(logits)
+        error = relative_error(logits.to(wanted.dtype), wanted)
+    if not error <= 16 * record.accuracy:
+        raise ValueError(
+            f"The final norm, unembedding and output transform must reproduce the model's logits from its last "
+            f"stream; they are off by {error:.1e} (relative). Either a hook edits ln_final or the unembedding (jets "
+            f"of an edited decoder are not supported: remove it), or weights were changed since the ResidualNetwork was "
+            f"built (build it again), or this architecture's decoder is not understood."
+        )
+    network._checked.add(key)

@@ -1,0 +1,1 @@
+"""Interventions: hooks that ablate, patch and steer, and what they change."""

@@ -1,0 +1,194 @@
+"""What ablations do to a model's answers: its targets' logits and its predictions, ablated - clean.
+
+The hooks of `tl_jets.interventions.hooks` run through `ResidualNetwork.trace`, which refuses a model whose streams do not follow the
+edit. `tl_jets.interventions.path_ablations` gives the same kind of result for single paths.
+
+Example:
+    >>> from tl_jets.pretrained import load_tinydocs
+    >>> from tl_jets.interventions.hooks import ablation_hooks
+    >>> model = load_tinydocs()
+    >>> prompt = "This function is available on Unix and"
+    >>> effect = ablation_effect(model, prompt, ["0_mlp", "L1H2"])
+    >>> effect
+    AblationEffect(2 ablations, zero; 1 prompts at [-1]; of ['<answer>'])
+    >>> answer = effect.target_ids[0, 0, 0]
+    >>> without = model.run_with_hooks(prompt, fwd_hooks=ablation_hooks(model, "L1H2"))
+    >>> change = (without - model(prompt))[0, -1, answer].double()
+    >>> bool(torch.isclose(effect.logit[1, 0, 0, 0], change, atol=1e-5))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.core.path import Path
+from tl_jets.core.results import Result
+from tl_jets.core.selection import Rows, TargetInput, read_targets
+from tl_jets.core.tokens import token_names
+from tl_jets.core.trace import Trace, trace_of
+from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblationEffect(Result):
+    """What ablations change at some positions of some prompts, ablated - clean. Axes: [ablation, batch, pos].
+
+    Attributes:
+        labels: The ablated steps, aligned to the ablation axis.
+        mode: What their writes became; `"path"` where single paths were ablated (`tl_jets.interventions.path_ablations`).
+        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
+        tokens: The tokens at those positions [batch, pos].
+        target_ids: Token ids [batch, pos, target].
+        target_names: How they were asked for; `<answer>` is the model's own best token.
+        logit: Change of the targets' logits, after the model's own softcap or scale [ablation, batch, pos, target].
+        centered: The same beyond the change of the mean over the vocabulary [ablation, batch, pos, target].
+        kl: KL(clean || ablated) in nats [ablation, batch, pos].
+        tokenizer: The model's tokenizer, or None.
+    """
+
+    labels: list[str]
+    mode: str
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    logit: Float[Tensor, "ablation batch pos target"]
+    centered: Float[Tensor, "ablation batch pos target"]
+    kl: Float[Tensor, "ablation batch pos"]
+    tokenizer: Any
+
+    def __repr__(self) -> str:
+        return (
+            f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
+            f"of {self.target_names})"
+        )
+
+    def average(self) -> pd.DataFrame:
+        """A row an ablation, averaged over prompts, positions and targets: logit, centered, kl."""
+        columns = {name: getattr(self, name).flatten(1).mean(1).tolist() for name in ("logit", "centered", "kl")}
+        return pd.DataFrame({"step": self.labels, **columns})
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """A row an ablation, prompt, position and target: step, batch, pos, token, target, logit, centered, kl."""
+        names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
+        logit, centered, kl = self.logit.tolist(), self.centered.tolist(), self.kl.tolist()
+        rows = []
+        for i, b, p, t in torch.ones_like(self.logit).nonzero().tolist():
+            row = {"step": self.labels[i], "batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])]}
+            row |= {"target": names[int(self.target_ids[b, p, t])], "logit": logit[i][b][p][t]}
+            rows.append(row | {"centered": centered[i][b][p][t], "kl": kl[i][b][p]})
+        return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def ablation_effect(
+    model: Any,
+    prompts: Any,
+    steps: Steps | None = None,
+    *,
+    mode: Mode = "zero",
+    targets: TargetInput | None = None,
+    reference: Any = None,
+    positions: int | Sequence[int] = -1,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+) -> AblationEffect:
+    """What each of some ablations does to the model's answers.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        steps: Ablations, one at a time, each a step (as in `ablation_hooks`) or a `Path`, whose steps are ablated
+            together. None for all steps of the network's granularity (attention and MLP sublayers for a model).
+        mode: `"zero"`, `"mean"` or `"resample"`.
+        targets: Tokens whose logits are reported; None for the model's own best token at each position.
+        reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
+        positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
+        seed: Of `"resample"`.
+        attention_mask: Passed to the model (left padding needs it).
+
+    Returns:
+        An `AblationEffect`.
+
+    Raises:
+        ValueError: Bad steps, mode, reference, positions, targets or input; or the streams do not follow the edit.
+        NotImplementedError: A network of plain callables, which has no hooks.
+
+    Cost:
+        A forward pass an ablation, one for the clean answers, and the reference's.
+    """
+    network = hookable(model)
+    trace = trace_of(network, prompts, attention_mask)
+    mask = trace.recording.memo.get("attention_mask")
+    places = real_positions(trace.valid, positions)
+    if steps is None:
+        steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
+    ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
+    if reference is not None and not isinstance(reference, Trace):
+        reference = network.trace(reference)
+
+    def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
+        with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+            logits = network.trace(trace.tokens, attention_mask=mask).logits
+        assert logits is not None  # the model ran
+        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).double()
+
+    labels = [str(ablation) for ablation in ablations]
+    every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
+    return effect_of(trace, answers([]), every, labels, mode, places, positions=positions, targets=targets)
+
+
+def effect_of(
+    trace: Trace,
+    clean: Float[Tensor, "batch pos d_vocab"],
+    ablated: Iterable[Float[Tensor, "batch pos d_vocab"]],
+    labels: list[str],
+    mode: str,
+    places: Int[Tensor, "batch pos"],
+    *,
+    positions: int | Sequence[int],
+    targets: TargetInput | None,
+) -> AblationEffect:
+    """What ablations change: `clean` and `ablated` are the model's logits at `places` of the trace, in float64."""
+    rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
+    ids, names = read_targets(trace.network, targets, rows)
+    if ids is None or names is None:
+        ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
+    logit, centered, kl = [], [], []
+    for found in ablated:
+        change = found - clean
+        logit.append(change.gather(-1, ids))
+        centered.append(logit[-1] - change.mean(-1, keepdim=True))
+        before, after = clean.log_softmax(-1), found.log_softmax(-1)
+        kl.append((before.exp() * (before - after)).sum(-1))
+    return AblationEffect(
+        labels=labels,
+        mode=mode,
+        positions=[positions] if isinstance(positions, int) else list(positions),
+        tokens=trace.tokens.gather(1, places),
+        target_ids=ids,
+        target_names=list(names),
+        logit=torch.stack(logit),
+        centered=torch.stack(centered),
+        kl=torch.stack(kl),
+        tokenizer=trace.network.tokenizer,
+    )
+
+
+def real_positions(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
+    """Where in the padded rows the wanted ones of each prompt's real tokens are."""
+    wanted = [positions] if isinstance(positions, int) else list(positions)
+    shortest = int(valid.sum(1).min())
+    if not wanted or not all(-shortest <= position < shortest for position in wanted):
+        raise ValueError(
+            f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {wanted}."
+        )
+    return torch.stack([row.nonzero()[:, 0][wanted] for row in valid])

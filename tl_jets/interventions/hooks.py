@@ -1,0 +1,413 @@
+r"""Interventions: hooks that ablate or patch what steps write.
+
+A step's write is what it adds to the stream (`tl_jets.core.network`). An ablation replaces it in a forward pass, and everything
+after it reads the changed stream:
+
+==============  ===========================================================================================
+mode            the write becomes
+==============  ===========================================================================================
+``"zero"``      zero
+``"mean"``      its mean over the real positions of all prompts of a reference
+``"resample"``  what it is, at the same position, in a prompt of the reference that is drawn at random
+==============  ===========================================================================================
+
+Attention and MLP are edited at `hook_attn_out` and `hook_mlp_out`, which TransformerLens adds to the stream: after any
+post-norm, with all biases. A block (`3_block`) is both. **Heads** are edited at `attn.hook_z`. A head's write excludes
+constants (`tl_jets.adapters.base`): zero puts z at its value for a zero normalized input, so that value biases, which
+every head would else lose, stay where they are, and folding them changes no ablation; z = 0 would remove b_V W_O, too.
+Zeroing all heads of a layer therefore leaves its constant `3_attn_bias`, zeroing `3_attn` does not. **Neurons** (`L3N17`) are
+edited at `mlp.hook_post`, where zero is zero. Under a post-norm (Gemma-2, OLMo-2) heads and neurons are edited before it, and the
+norm is taken of what is left.
+
+Hooks are `[(hook_name, function)]` for `model.hooks` and `model.run_with_hooks`; nothing is changed until they are used.
+What they do to the model's answers is in `tl_jets.interventions.ablation_effects`.
+
+Example:
+    >>> from tl_jets.pretrained import load_tinydocs
+    >>> model = load_tinydocs()
+    >>> prompt = "This function is available on Unix and"
+    >>> without = model.run_with_hooks(prompt, fwd_hooks=ablation_hooks(model, ["0_mlp", "L1H2"]))
+    >>> clean = model(prompt)
+    >>> bool((without[0, -1] - clean[0, -1])[clean[0, -1].argmax()] < 0)
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.measures import check_seed
+from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.path import ARROW, Path
+from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, some
+from tl_jets.core.trace import Trace, trace_of
+from tl_jets.paths.evaluation import read_path
+
+Mode = Literal["zero", "mean", "resample"]
+Steps = str | Path | Sequence[str | Path]
+Hooks = list[tuple[str, Callable[..., Tensor]]]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a write is edited: a hook point, and the head or neuron of its third axis if it is one's."""
+
+    write: str
+    layer: int
+    point: str
+    head: int | None = None
+    neuron: int | None = None
+
+    @property
+    def part(self) -> int | slice | None:
+        """The index of the third axis that leaves [batch, pos, size]; None for all of it."""
+        return self.head if self.neuron is None else slice(self.neuron, self.neuron + 1)
+
+
+def ablation_hooks(
+    model: Any, steps: Steps, *, mode: Mode = "zero", reference: Any = None, seed: int = 0
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that ablate the writes of some steps together.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes (`3_mlp_out`), or a `Path`,
+            whose steps are meant.
+        mode: What the writes become: `"zero"`, `"mean"` or `"resample"` (see the module).
+        reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`
+            (whose padding is left out).
+        seed: Which reference prompt every prompt gets under `"resample"`: the same one for all steps.
+
+    Returns:
+        `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
+
+    Raises:
+        ValueError: Unknown steps or mode; a reference where there must be none, or none where there must be one; a
+            reference with padding, or (when the hooks run) of another length than the input, to resample from.
+        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`), or the rest of an MLP
+            without some neurons.
+
+    Cost:
+        Heads at zero: a forward pass on one token and one attention layer each. References: a forward pass.
+
+    Example:
+        >>> from tl_jets.pretrained import load_tinydocs
+        >>> hooks = ablation_hooks(load_tinydocs(), ["L0H3", "2_mlp"])
+        >>> [name for name, function in hooks]
+        ['blocks.0.attn.hook_z', 'blocks.2.hook_mlp_out']
+    """
+    network = hookable(model)
+    sites = _sites(network, steps)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
+    check_seed(seed)
+    if (reference is None) != (mode == "zero"):
+        raise ValueError(
+            f"A reference says what writes become in modes 'mean' and 'resample', and is not used in mode 'zero'; got "
+            f"mode {mode!r} and {'no reference (pass reference=[prompts])' if reference is None else 'a reference'}."
+        )
+    if mode == "zero":
+        constants = _head_constants(network, {site.layer for site in sites if site.head is not None})
+        return [_constant(site, torch.zeros(()) if site.head is None else constants[site]) for site in sites]
+    values, valid = _writes(network, reference, sites)
+    if mode == "mean":
+        return [_constant(site, values[site][valid].mean(0)) for site in sites]
+    if not bool(valid.all()):
+        raise ValueError(
+            "A reference to resample from must have prompts of one length, the input's, as writes are taken at the same "
+            "positions; got some padding. Choose prompts of equal length, or mode='mean'."
+        )
+    return [_resampled(site, values[site], seed) for site in sites]
+
+
+def patch_hooks(
+    model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that replace the writes of some steps by those of another input, or by given tensors.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
+        steps: One step or several, as in `ablation_hooks`.
+        source: Where the writes come from: a `Trace`, a prompt, a list of prompts, token ids [batch, pos]; or the write
+            itself, [batch, pos, d_model], if there is one step; or such tensors by step (terms of a `JetCache`, say).
+            Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head or neuron takes its
+            write from a prompt or a trace only.
+        positions: Where to patch, counted in the padded row, negative ones from its end; None for all. Where the source
+            is padding, the input keeps its own write.
+
+    Returns:
+        `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
+
+    Raises:
+        ValueError: Unknown steps or positions; tensors of another shape; a source of another length or batch than the
+            input (when the hooks run); heads from a trace made under other hooks.
+        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`); a tensor for
+            a head, neuron or block.
+
+    Cost:
+        A forward pass, unless the source is tensors, or a trace and no step a head or neuron.
+
+    Example:
+        >>> from tl_jets.pretrained import load_tinydocs
+        >>> model = load_tinydocs()
+        >>> hooks = patch_hooks(model, "1_mlp", "This function is available on Windows and", positions=[-2, -1])
+        >>> patched = model.run_with_hooks("This function is available on Unix and", fwd_hooks=hooks)
+    """
+    network = hookable(model)
+    sites = _sites(network, steps)
+    if isinstance(source, Tensor) and source.is_floating_point():
+        source = {site.write: source for site in sites} if len(sites) == 1 else {}
+    if isinstance(source, Mapping):
+        values = _given(network, source, sites)
+        valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
+    else:
+        values, valid = _writes(network, source, sites)
+    length = valid.shape[1]
+    if positions is not None:
+        wanted = [positions] if isinstance(positions, int) else list(positions)
+        if not wanted or not all(-length <= position < length for position in wanted):
+            raise ValueError(f"positions must lie in {-length}..{length - 1} for this source; got {wanted}.")
+        chosen = torch.zeros(length, dtype=torch.bool, device=valid.device)
+        chosen[wanted] = True
+        valid = valid & chosen
+    return [_patched(site, values[site], valid) for site in sites]
+
+
+def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that take the vector of one detached path off the last stream of one input.
+
+    The path is a source carried through the frozen linear parts of its steps (`tl_jets.core.frozen_network`). It is
+    removed where it arrives: what other paths carry is kept as it was, and only the final norm, whose scale is that of
+    what is left, answers to it. That is a direct, first-order removal, no rerun of the model without a circuit.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one, whose granularity says what
+            steps are; a model's is `"sublayer"`, or `"head"` if the path passes through heads, with
+            the path's neurons as steps.
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`: the input that the hooks are for.
+        path: `embed > 0_attn > 3_mlp`; its steps in the order of the network.
+
+    Returns:
+        `[(hook_name, function)]`; the function refuses a stream of another shape.
+
+    Raises:
+        ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
+            stream.
+        NotImplementedError: A network of plain callables; a model that cannot be frozen.
+
+    Source:
+        Golden, arXiv 2505.24293, section 3 (the frozen map); Elhage et al. 2021 (paths).
+
+    Cost:
+        Freezing (two evaluations of every stage, once a trace) and one linear application a step.
+    """
+    network = hookable(model)
+    if not isinstance(model, ResidualNetwork):
+        steps = (Path.parse(path) if isinstance(path, str) else path).steps
+        neurons = [step for step in steps if getattr(network.view.fine_step(step), "kind", None) == "neuron"]
+        heads = any(step.startswith("L") for step in steps if step not in neurons)
+        network = ResidualNetwork(network, "head" if heads else "sublayer", neurons)
+    trace = trace_of(network, text_or_tokens)
+    path, order = read_path(trace, path)
+    frozen = FrozenNetwork.of(trace)
+    if path.source not in frozen.sources:
+        raise ValueError(f"A path starts at one of {some(frozen.sources)}; {path.source!r} is zero for this input.")
+    with torch.no_grad():
+        vector = frozen.sources[path.source][None]
+        for stage, row in order:
+            vector = frozen.writes(stage, vector)[row]
+
+    def remove(stream: Tensor, hook: Any = None) -> Tensor:
+        _check_shape(stream, vector[0], "without_path")
+        return stream - vector[0].to(stream)
+
+    last = max(step.layer for step in network.steps)
+    return [(f"blocks.{last}.hook_resid_post", remove)]
+
+
+# Where
+
+
+def hookable(model: Any) -> ResidualNetwork:
+    """The network of a model that has hooks."""
+    network = ResidualNetwork.of(model)
+    if isinstance(network.view, CallableModel):
+        raise NotImplementedError(
+            "Interventions are hooks on a TransformerLens model; a network of plain callables has none. Give it other "
+            "functions: CallableModel(embed, stages, decoder)."
+        )
+    return network
+
+
+def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
+    """Where the writes of some steps are edited, each once."""
+    known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}
+    known |= {step.label: step for step in network.steps}
+    by_write = {step.write: step for step in known.values()}
+    labels: list[str] = []
+    for step in [steps] if isinstance(steps, (str, Path)) else steps:
+        path = Path.parse(step) if isinstance(step, str) and ARROW in step else step
+        labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [path]
+    sites: list[_Site] = []
+    for label in labels:
+        step = known.get(label) or by_write.get(label) or network.view.fine_step(label)
+        if step is None:
+            raise ValueError(
+                f"A step to edit is one of {some(known, 40)}, a neuron (L0N17), or its write; got {label!r}."
+            )
+        if step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
+            raise NotImplementedError(
+                f"{label} is what no hook point carries alone; edit {step.layer}_{step.kind.split('_')[0]} instead."
+            )
+        if step.kind == "neuron":
+            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.mlp.hook_post", neuron=step.neuron))
+            continue
+        if step.kind == "head":
+            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.attn.hook_z", step.head))
+            continue
+        for kind in ("attn", "mlp") if step.kind == "block" else (step.kind,):
+            if f"{step.layer}_{kind}" in known:
+                write = f"{step.layer}_{kind}_out"
+                sites.append(_Site(write, step.layer, f"blocks.{step.layer}.hook_{kind}_out"))
+    if not sites:
+        raise ValueError(f"An intervention needs at least one step; got {steps!r}.")
+    return list(dict.fromkeys(sites))
+
+
+# What is written
+
+
+def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, Float[Tensor, " d_head"]]:
+    """Every head's z for a zero normalized input: patterns sum to one, so it is the same on any input."""
+    found: dict[_Site, Tensor] = {}
+    if not layers:
+        return found
+    network = network.at("sublayer")
+    with torch.no_grad():
+        trace = network.trace(torch.zeros(1, 1, dtype=torch.long))
+        zero = torch.zeros_like(trace[network.streams[0]])
+        for layer in sorted(layers):
+            gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"
+            z = _grabbing(network, [point], lambda gamma=gamma: gamma(zero))[point][0, -1]
+            found |= {_Site(f"L{layer}H{head}_out", layer, point, head): z[head] for head in range(len(z))}
+    return found
+
+
+def _writes(
+    network: ResidualNetwork, source: Any, sites: list[_Site]
+) -> tuple[dict[_Site, Float[Tensor, "batch pos size"]], Bool[Tensor, "batch pos"]]:
+    """What an input writes at some sites, and which of its positions are real."""
+    points = list(dict.fromkeys(site.point for site in sites if site.part is not None))
+    mask = None
+    if isinstance(source, Trace):
+        trace = source.on(network)
+        if points:  # heads and neurons are read off another run of its input
+            trace.check_model()
+        source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
+    else:
+        trace = None
+    grabbed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if trace is None or points:
+            again: list[Trace] = []
+            grabbed = _grabbing(network, points, lambda: again.append(network.trace(source, attention_mask=mask)))
+            trace = trace or again[0]
+    values = {s: trace[s.write] if s.part is None else grabbed[s.point][:, :, s.part] for s in sites}
+    return values, trace.valid
+
+
+def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What passes some hook points while `run` runs."""
+    found: dict[str, Tensor] = {}
+
+    def grab(tensor: Tensor, hook: Any, name: str) -> None:
+        found[name] = tensor.detach()
+
+    hooks = [(name, lambda tensor, hook, name=name: grab(tensor, hook, name)) for name in points]
+    with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+        run()
+    return found
+
+
+def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_Site]) -> dict[_Site, Tensor]:
+    """Tensors that the caller gives, by site."""
+    found: dict[_Site, Tensor] = {}
+    for label, value in source.items():
+        own = _sites(network, label)
+        if len(own) != 1 or own[0].part is not None:
+            raise NotImplementedError(
+                f"A tensor is the write of an attention or MLP sublayer; {label} is not one (a head's write spans d_head "
+                f"dimensions, a neuron's one, a block is two writes). Give a prompt or a Trace as the source, or edit the "
+                f"sublayer's."
+            )
+        if own[0] not in sites or own[0] in found:
+            raise ValueError(
+                f"Tensors are the writes of the steps to patch, {[site.write for site in sites]}, one for each; got another for "
+                f"{label!r}. Name it among the steps, or leave its tensor out."
+            )
+        found[own[0]] = value
+    shapes = {tuple(value.shape[:2]) for value in found.values()}
+    d_model = network.decoder.d_model
+    if any(value.ndim != 3 or value.shape[2] != d_model for value in found.values()) or len(shapes) > 1:
+        raise ValueError(
+            f"Writes must have shape [batch, pos, d_model = {d_model}], all the same; got "
+            f"{[tuple(value.shape) for value in found.values()]}."
+        )
+    missing = [site.write for site in sites if site not in found]
+    if missing:
+        raise ValueError(
+            f"Every step to patch needs its write; nothing was given for {some(missing)}. One tensor serves one step: "
+            f"pass {{step: tensor}} for several."
+        )
+    return found
+
+
+# Hooks
+
+
+def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
+    def edit(write: Tensor, hook: Any = None) -> Tensor:
+        if site.part is None:
+            return new(write)
+        write = write.clone()
+        write[:, :, site.part] = new(write[:, :, site.part])
+        return write
+
+    return site.point, edit
+
+
+def _constant(site: _Site, value: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    return _hook(site, lambda write: value.to(write).expand_as(write))
+
+
+def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..., Tensor]]:
+    def new(write: Tensor) -> Tensor:
+        _check_shape(write[:1], values[:1], "resample")
+        # The same rows at every site: a prompt's writes come from one reference prompt.
+        rows = torch.randint(len(values), (len(write),), generator=torch.Generator().manual_seed(seed))
+        return values[rows.to(values.device)].to(write)
+
+    return _hook(site, new)
+
+
+def _patched(site: _Site, values: Tensor, where: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    def new(write: Tensor) -> Tensor:
+        _check_shape(write, values if len(values) > 1 else values.expand(len(write), -1, -1), "patch")
+        return torch.where(where[..., None].to(write.device), values.to(write), write)
+
+    return _hook(site, new)
+
+
+def _check_shape(write: Tensor, values: Tensor, what: str) -> None:
+    if write.shape != values.shape:
+        raise ValueError(
+            f"{what} needs an input of the shape of what it writes, [batch, pos, size] = {tuple(values.shape)}; got "
+            f"{tuple(write.shape)}. Use the hooks on an input of that batch and length, without a key-value cache."
+        )

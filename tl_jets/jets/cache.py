@@ -1,0 +1,308 @@
+"""`JetCache`: the terms of an expansion on one input, and what they leave over.
+
+Used as TransformerLens' `ActivationCache` is: keys are names (here paths), values are tensors [batch, pos, d_model],
+and `stack`, `to`, `remove_batch_dim` and slices work. Nothing of size [paths, batch, pos, d_vocab] is made unless
+`logits` is asked for it. The terms and `remainder` sum to what the model has at that place, by definition; `check`
+computes the terms again, in another way (`tl_jets.jets.checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from tl_jets.core.notebook import SHOWN_ROWS, Shown, dataframe_html
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import DECODER_STEP
+from tl_jets.core.readout import TopTokens, top_tokens
+from tl_jets.core.tokens import token_text
+from tl_jets.core.trace import Trace
+from tl_jets.jets.checks import Check, check_terms
+from tl_jets.jets.simplex import SimplexSolution
+
+if TYPE_CHECKING:
+    from tl_jets.jets.expand import Expansion
+
+# What a slice may be: as in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
+SliceInput = int | slice | tuple[int, ...] | list[int] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class JetCache(Shown, Mapping[str, Tensor]):
+    """The terms of an expansion on one input, by path.
+
+    Attributes:
+        expansion: What was evaluated.
+        trace: The input that it was evaluated on.
+        terms: Path -> term, [batch, pos, d_model], weights included. At the decoder a term is what the unembedding
+            reads, before `W_U`; its logits also carry w_i b_U (`logits`).
+        weights: w [center, batch, pos], in the order of `expansion.centers`. Detached terms of the decoder: the multiple of
+            b_U that each carries [path, batch, pos], 0 but for `ln_final_bias`, 1.
+        truth: What the terms approximate: the stream that the stage produces, or the final norm's output.
+        solution: The solved weights with their certificate, or None if the weights were given or uniform.
+        prompts: Which prompts of the trace are here, aligned to the batch axis; an int where a slice dropped the axis; None for
+            all.
+        positions: Which of its positions, likewise.
+    """
+
+    expansion: Expansion
+    trace: Trace
+    terms: dict[str, Tensor]
+    weights: Tensor
+    truth: Tensor
+    solution: SimplexSolution | None = None
+    prompts: list[int] | int | None = None
+    positions: list[int] | int | None = None
+
+    def __getitem__(self, path: str | Path) -> Tensor:
+        try:
+            return self.terms[str(path)]
+        except KeyError:
+            raise KeyError(
+                f"No term {str(path)!r}; the terms are {list(self.terms)[:12]} ({len(self)} in all)."
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.terms)
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def __repr__(self) -> str:
+        return (
+            f"JetCache({len(self)} terms of {list(self.truth.shape)} for {', '.join(self.expansion.steps[:3])}, "
+            f"{self.expansion.kind}; relative remainder {self.relative_remainder:.3g})"
+        )
+
+    @property
+    def labels(self) -> list[str]:
+        """The paths, aligned to the leading axis of `stack()`."""
+        return list(self.terms)
+
+    @property
+    def remainder(self) -> Float[Tensor, "*cells d_model"]:
+        """What the terms leave of the true output: for k >= 1 that includes h - sum x_i, for k = 0 sum (1 - w_i) x_i."""
+        return self.truth - torch.stack(list(self.terms.values())).sum(0)
+
+    @property
+    def relative_remainder(self) -> float:
+        """Length of the remainder over the length of the true output, real tokens only, in d_model."""
+        return float(self.remainder[self.valid].norm() / self.truth[self.valid].norm())
+
+    @property
+    def gap(self) -> Tensor | None:
+        """The Frank-Wolfe certificate of optimal weights [batch, pos]; None for given or uniform ones."""
+        return None if self.solution is None else self.solution.gap
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the terms are of the decoder, so that they have logits."""
+        return self.expansion.stage is None
+
+    @property
+    def tokens(self) -> Int[Tensor, "*cells"]:
+        """The tokens at the cache's cells."""
+        return self.here(self.trace.tokens)
+
+    @property
+    def valid(self) -> Bool[Tensor, "*cells"]:
+        """Which cells are real tokens; the others are padding."""
+        return self.here(self.trace.valid)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every prompt and position of the trace is here, in its order."""
+        shape = self.trace.valid.shape
+        here = (self.prompts, self.positions)
+        return all(index in (None, list(range(size))) for index, size in zip(here, shape, strict=True))
+
+    def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
+        """A tensor of the whole trace at the cells of this cache: [batch, pos, *rest] -> [*cells, *rest], on its device."""
+        if self.positions is not None:
+            values = values[:, self.positions]
+        if self.prompts is not None:
+            values = values[self.prompts]
+        return values.to(self.truth.device)
+
+    def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
+        """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
+
+        Terms of an inner stage are parts of a residual stream: TransformerLens' `cache.logit_attrs(stack, tokens)`
+        takes them, and so does a hook that patches `cache["resid_post", l]`.
+        """
+        return torch.stack([self[path] for path in (self.labels if paths is None else paths)])
+
+    def bias_weights(self) -> Float[Tensor, "path ..."]:
+        """The multiple of b_U that each term's logits carry, in the order of `labels`: w_i, or 0 and 1 (detached)."""
+        self._require_decoded("bias weights")
+        return self.weights
+
+    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
+        """Additive logits (before a final softcap or logit scale) of one path, or of all terms together.
+
+        The logits of all paths sum to the logits of the expansion: each carries its share w_i of b_U.
+        """
+        self._require_decoded("logits")
+        decoder = self.trace.network.decoder
+        if path is None:
+            return decoder.logits(self.stack().sum(0))
+        return decoder.logits(self[path], self.weights[self.labels.index(str(path))])
+
+    def top_tokens(self, k: int = 5) -> TopTokens:
+        """The k largest additive logits of every path at every position: [path, batch, pos, k] values and token ids.
+
+        The vocabulary is read in chunks; [path, batch, pos, d_vocab] is never held.
+        """
+        self._require_decoded("top tokens")
+        return top_tokens(self.trace.network.decoder, self.stack(), bias_weight=self.weights, k=k)
+
+    def to(self, device_or_dtype: Any) -> JetCache:
+        """A cache on another device or in another dtype, which is not that of `solution`; this one is unchanged."""
+        numbers = isinstance(device_or_dtype, torch.dtype)
+        return self._map(lambda tensor, leading: tensor.to(device_or_dtype), solution=not numbers)
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
+        """The cache of some of the prompts, their tokens and padding with them; an int drops the batch dimension.
+
+        Args:
+            batch_slice: An int, a slice or TransformerLens' (start, stop), or a list or tensor of indices, or a mask.
+
+        Raises:
+            ValueError: There is no batch dimension, or nothing would be left.
+        """
+        index, prompts = _read_slice("batch", batch_slice, self.prompts, len(self.trace.tokens))
+        return self._cut((index,), prompts=prompts)
+
+    def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> JetCache:
+        """The cache at some positions, in the same way; an int drops the position dimension."""
+        index, positions = _read_slice("pos", pos_slice, self.positions, self.trace.tokens.shape[1])
+        return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
+
+    def remove_batch_dim(self) -> JetCache:
+        """The cache without its batch dimension, which must be 1; this one is unchanged."""
+        if not isinstance(self.prompts, int) and self.truth.shape[0] != 1:
+            raise ValueError(
+                f"remove_batch_dim needs a batch of 1; this cache holds {self.truth.shape[0]} inputs. Use "
+                f"apply_slice_to_batch_dim(index)."
+            )
+        return self.apply_slice_to_batch_dim(0)
+
+    def _cut(self, cells: tuple[Any, ...], **where: Any) -> JetCache:
+        """Every tensor at some cells; `where` says which they are."""
+        return replace(self._map(lambda tensor, leading: tensor[(slice(None),) * leading + cells]), **where)
+
+    def _map(self, change: Any, *, solution: bool = True) -> JetCache:
+        """Apply `change(tensor, number of axes before those of the cells)` to every tensor that is not the trace's."""
+        solved = self.solution
+        if solved is not None and solution:
+            known = {field.name: getattr(solved, field.name) for field in fields(solved)}
+            solved = replace(solved, **{name: change(v, 0) for name, v in known.items() if isinstance(v, Tensor)})
+        return replace(
+            self,
+            terms={path: change(term, 0) for path, term in self.terms.items()},
+            weights=change(self.weights, 1),
+            truth=change(self.truth, 0),
+            solution=solved,
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a path and real position: path, batch, pos, token, weight, norm, and the top token if decoded.
+
+        `batch` counts the prompts that are here, `pos` is the position in the prompt, sliced or not. `norm` is the length of
+        the term in d_model; `weight` is that of its center (identity terms of order >= 1 and detached terms carry 1).
+        """
+        weights = self._term_weights()
+        norms = self.stack().norm(dim=-1)
+        top = self.top_tokens(1).indices[..., 0] if self.is_decoded else None
+        tokenizer, tokens = self.trace.network.tokenizer, self.tokens
+        positions = range(self.trace.tokens.shape[1]) if self.positions is None else self.positions
+        rows = []
+        for cell in map(tuple, self.valid.nonzero().tolist()):
+            here = {
+                "batch": 0 if isinstance(self.prompts, int) else cell[0],
+                "pos": positions if isinstance(positions, int) else positions[cell[-1]],
+                "token": token_text(tokenizer, int(tokens[cell])),
+            }
+            for index, path in enumerate(self.labels):
+                row = {"path": path, **here}
+                row |= {"weight": float(weights[index][cell]), "norm": float(norms[index][cell])}
+                if top is not None:
+                    row["top_token"] = token_text(tokenizer, int(top[index][cell]))
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _body(self) -> str:
+        """The first terms, averaged over real positions: nothing is decoded for a look."""
+        keep = self.valid
+        paths = self.labels[:SHOWN_ROWS]
+        norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
+        length = float(self.truth.norm(dim=-1)[keep].mean())
+        frame = pd.DataFrame({"path": paths, "norm": norms, "relative": [norm / length for norm in norms]})
+        return dataframe_html(frame, total=len(self))
+
+    def _term_weights(self) -> Tensor:
+        """The weight that each term carries, in the order of `labels`."""
+        if self.expansion.linearize == "detached":
+            return torch.ones_like(self.weights[:1]).expand(len(self), *self.weights.shape[1:])
+        parts = [self.weights] * len(self.expansion.steps)
+        if self.expansion.stage is not None:
+            parts = [self.weights if self.expansion.order == 0 else torch.ones_like(self.weights), *parts]
+        parts.append(
+            torch.ones_like(self.weights[:1]).expand(len(self) - sum(map(len, parts)), *self.weights.shape[1:])
+        )
+        return torch.cat(parts)
+
+    def check(self) -> Check:
+        """Compute every term again, in another way, and compare; `tl_jets.jets.checks` says how.
+
+        Returns:
+            A `Check`: `term_error` compares the terms, `slopes` the jets with gamma itself, `sum_error` `truth` with the
+            model's own output; `check().passed` says whether all agree. How much the terms leave over is no part of it:
+            that is `relative_remainder`.
+
+        Raises:
+            ValueError: The hooks on the model, or its weights, are no longer those of the trace; a slice of padding alone.
+
+        Cost:
+            A jet and two evaluations of the stage a center; detached, one evaluation.
+        """
+        self._require_real("check")
+        return check_terms(self)
+
+    def _require_real(self, what: str) -> None:
+        if not self.valid.any():
+            raise ValueError(
+                f"{what} needs a real token; this slice holds {self.valid.numel()} of padding. Slice others."
+            )
+
+    def _require_decoded(self, what: str) -> None:
+        if not self.is_decoded:
+            raise ValueError(
+                f"{what.capitalize()} belong to terms of the decoder; these are terms of {self.expansion.steps[0]}. Use "
+                f"them as centers: jet_expand(model, {DECODER_STEP!r}, centers=expansion)."
+            )
+
+
+def _read_slice(
+    name: str, index: Any, chosen: list[int] | int | None, size: int
+) -> tuple[int | slice | list[Any], list[int] | int]:
+    """A slice of an axis as PyTorch takes it, and what is left of what the axis holds (None: all of `size`)."""
+    if isinstance(chosen, int):
+        raise ValueError(
+            f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "
+            f"write [index] for the int."
+        )
+    index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
+    left = torch.tensor(range(size) if chosen is None else chosen)[index]
+    if left.ndim > 1 or not left.numel():
+        raise ValueError(
+            f"A slice of the {name} dimension must keep some of its {size if chosen is None else len(chosen)} entries; "
+            f"{index!r} keeps {left.tolist()}. Pass an int, a slice, or indices."
+        )
+    return index, left.tolist()

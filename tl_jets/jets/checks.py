@@ -1,0 +1,190 @@
+r"""Whether the terms of an expansion are what they are called: each is computed again, in another way.
+
+That terms and remainder sum to the model is how the remainder is defined, and says nothing about them.
+
+==============  ==================================================================================================
+measure         what is compared
+==============  ==================================================================================================
+`term_error`    every term with what its path says: x_i, w_i (c_0 + ... + c_k) at the center x_i, A x_i, a constant
+`slopes`        these Taylor polynomials with gamma: at distance t from x_i their error must fall like t^(k+1)
+`sum_error`     `truth`, which the terms approximate, with the model's own next stream, or its logits
+==============  ==================================================================================================
+
+Taylor polynomials come from Taylor arithmetic on the model's own modules (`tl_jets.calculus.jet`); near the center gamma is
+evaluated as it is. At the decoder the terms come from a closed form instead. Detached, terms come from batched backward
+passes, and are compared with forward evaluations of the frozen stage, A x = gamma(x) - gamma(0); there is no series and there
+are no slopes. What is taken as it is: the centers, and the weights, optimal or not (their certificate is `gap`).
+
+Cost: for every center one jet and two evaluations of the stage; detached, one evaluation, and three more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus import center_scale, frozen, jet
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, relative_error
+from tl_jets.paths.graph import BIAS, frozen_biases
+
+if TYPE_CHECKING:
+    from tl_jets.jets.cache import JetCache
+
+# What a check allows, relative; float32 models are at about 1e-6.
+ACCURACY = 1e-4
+# What it allows of a term that is next to nothing, in units of the last place of what the terms approximate.
+ROUNDING = 32
+Gammas = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` of a cache found.
+
+    Attributes:
+        sum_error: Largest difference between what the terms approximate and the model, relative to the model's largest value.
+        slopes: By center, the exponent with which the jet's error falls as the step shrinks, or None where the error
+            is at rounding already. A jet of order k must reach k + 1.
+        order: k.
+        term_error: Largest difference between a term and the same computed in another way, relative to the largest value
+            that it is the sum of, if that is above rounding; None where terms are not compared one by one.
+    """
+
+    sum_error: float
+    slopes: dict[str, float | None]
+    order: int
+    term_error: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the errors are below 1e-4 and every slope is at least k + 1/2."""
+        errors = [self.sum_error] if self.term_error is None else [self.sum_error, self.term_error]
+        return all(error < ACCURACY for error in errors) and all(
+            slope is None or slope > self.order + 0.5 for slope in self.slopes.values()
+        )
+
+
+# A term as it should be: its label, its weight [*cells], and what it is the sum of [summand, batch, pos, d_model].
+_Expected = tuple[str, Tensor, Tensor]
+
+
+@torch.no_grad()
+def check_terms(cache: JetCache) -> Check:
+    """Compare a cache, whole or sliced, with the model: see the module."""
+    slopes: dict[str, float | None] = {}
+    expected = _detached_terms(cache) if cache.expansion.linearize == "detached" else _jet_terms(cache, slopes)
+    valid, truth = cache.valid, cache.truth[cache.valid]
+    rounding = ROUNDING * torch.finfo(truth.dtype).eps / ACCURACY * truth.abs().max()
+    errors = []
+    for label, weight, summands in expected:
+        own = (weight[..., None] * torch.stack([cache.here(summand) for summand in summands]))[:, valid]
+        error = (cache[label][valid] - own.sum(0)).abs().max()
+        errors.append(error / own.abs().max().clamp_min(rounding))
+    worst = torch.stack(errors).nan_to_num(nan=torch.inf).max()
+    return Check(_sum_error(cache), slopes, cache.expansion.order, float(worst))
+
+
+def _sum_error(cache: JetCache) -> float:
+    """`truth` against the model's logits, or against its next stream."""
+    trace, stage, found = cache.trace, cache.expansion.stage, cache.truth
+    decoder = trace.network.decoder
+    if stage is not None:
+        own = trace[trace.network.next_stream(stage)]
+    elif trace.logits is None:
+        own = decoder.norm(trace[FINAL_STREAM])
+    else:
+        own, found = trace.logits, decoder.logits(found)
+        found = found if decoder.transform is None else decoder.transform(found)
+    return relative_error(found[cache.valid], cache.here(own)[cache.valid].to(found))
+
+
+def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Expected]:
+    """Centers and coefficients of Taylor polynomials, whose slopes are noted."""
+    expansion, trace = cache.expansion, cache.trace
+    norm, stage, variate = trace.network.decoder.norm, expansion.stage, trace[expansion.stream]
+    gammas, ones = _gammas(cache), torch.ones_like(cache.weights[0])
+    for center, weight in zip(expansion.centers, cache.weights, strict=True):
+        value = center.evaluate(trace)
+        if stage is not None:
+            yield str(center.path), ones if expansion.order else weight, value[None]
+        point = value * center_scale(norm, value, variate, expansion.center_scale)[..., None]
+        coefficients = jet(gammas, point, variate, expansion.order).coefficients
+        slopes[str(center.path)] = _slope(gammas, point, variate, coefficients, trace.valid)
+        for index, step in enumerate(expansion.steps):
+            yield str(center.path.then(step)), weight, coefficients[:, index]
+    yield from _edits(cache)
+
+
+def _detached_terms(cache: JetCache) -> Iterator[_Expected]:
+    """Centers, and differences and constants of the frozen stage, which is run forward."""
+    expansion, trace, ones = cache.expansion, cache.trace, torch.ones_like(cache.weights[0])
+    frozen_gammas = _frozen(_gammas(cache), trace[expansion.stream])
+    constants = frozen_gammas(torch.zeros_like(trace[expansion.stream]))
+    labels = [(DECODER_STEP + BIAS, [0])]
+    rows = {DECODER_STEP: 0}
+    if expansion.stage is not None:
+        labels = frozen_biases([expansion.stage])[0]
+        rows = {step.label: row for row, step in enumerate(expansion.stage.steps)}
+    for center in expansion.centers:
+        value = center.evaluate(trace)
+        if expansion.stage is not None:
+            yield str(center.path), ones, value[None]
+        writes = frozen_gammas(value)
+        for step in expansion.steps:
+            row = rows[step]
+            yield str(center.path.then(step)), ones, torch.stack([writes[row], -constants[row]])
+    for label, steps in labels:
+        yield label, ones, constants[steps]
+    yield from _edits(cache)
+
+
+def _edits(cache: JetCache) -> Iterator[_Expected]:
+    """What the user's hooks added to the stream that the stage produces."""
+    trace, stage = cache.trace, cache.expansion.stage
+    edits = {} if stage is None else trace.edits(trace.network.next_stream(stage))
+    for label, edit in edits.items():
+        yield label, torch.ones_like(cache.weights[0]), edit[None]
+
+
+def _gammas(cache: JetCache) -> Gammas:
+    """The writes of the expansion's stage, stacked; at the decoder the final norm."""
+    trace, stage = cache.trace, cache.expansion.stage
+    return trace.stage_function(stage) if stage is not None else lambda x: trace.network.decoder.norm(x)[None]
+
+
+def _frozen(gammas: Gammas, stream: Tensor) -> Gammas:
+    """The writes with norm scales, patterns and gates of the true stream, by forward evaluation."""
+    tape: list = []
+    with torch.inference_mode(False):
+        gammas(stream)  # what a view computes once per input must not be computed frozen
+        # Gates are told by what is differentiated.
+        with torch.enable_grad(), frozen(record=tape):
+            gammas(stream.detach().clone().requires_grad_())
+
+    def evaluate(x: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad(), frozen(replay=tape):
+            return gammas(x.clone())
+
+    return evaluate
+
+
+def _slope(gammas: Gammas, center: Tensor, variate: Tensor, coefficients: Tensor, keep: Tensor) -> float | None:
+    """Log-log slope of |gamma(x + t (h - x)) - sum_j c_j t^j| between two small t."""
+    # Small enough for the leading term to show, large enough for it to stand above rounding.
+    eps, order = torch.finfo(center.dtype).eps, len(coefficients) - 1
+    distance = float((variate - center).norm())
+    if distance == 0:
+        return None
+    step = max(1e-4, (1e4 * eps) ** (1 / (order + 1))) * float(center.norm()) / distance
+    errors = []
+    for t in (step, step / 2):
+        polynomial = sum(c * t**j for j, c in enumerate(coefficients))
+        errors.append(float((gammas(center + t * (variate - center)) - polynomial)[..., keep, :].norm()))
+    if errors[1] <= 64 * eps * float(coefficients[0][..., keep, :].norm()):
+        return None
+    return math.log2(errors[0] / errors[1])

@@ -1,0 +1,418 @@
+r"""Algorithm 1: expand a stage of the network at several centers.
+
+With h the true stream that the stage reads, centers x_1..x_N and weights w on the simplex (Lemma 1),
+
+.. math::
+    \gamma(h) = \sum_i w_i \, J^k \gamma(x_i)(h) + \text{remainder}, \qquad
+    \text{remainder} = O\bigl(\max_i w_i \lVert x_i - h \rVert^{k+1}\bigr) .
+
+The terms of a stage that keeps its stream are the jets w_i J^k gamma(x_i)(h) and what the identity carries: the centers
+x_i themselves for k >= 1 (eq. 9), w_i x_i for k = 0 (footnote 2). The decoder `ln_final` has no identity; each of its
+terms carries w_i b_U.
+
+**Detached** (``linearize="detached"``): norm scales, attention patterns and gates frozen at the true streams make a stage
+affine, gamma(h) = A h + b, so that its terms need no weights and no order: x_i and A x_i for every center, and b as a term of
+its own (`3_mlp_bias`; a layer's attention has one, `3_attn_bias`). What remains is what the same maps make of h - sum x_i:
+nothing, if the centers sum to the stream. At the decoder A is the final norm with the scale of h_L, direct logit attribution;
+b_U is part of `ln_final_bias`. The order-0 jet of x_i is that attribution times a factor a position,
+
+.. math::
+    J^0 \gamma_{L+1}(x_i) - \text{bias} = \frac{\mathrm{rms}(h_L)}{\mathrm{rms}(x_i)} \, A x_i ,
+
+with rms = sqrt(mean(x^2) + eps), after centering for LayerNorm: on stories260K 1.5 to 16 for its components.
+
+==========  ===========================================================
+symbol      name here
+==========  ===========================================================
+x_i         `centers[i]`
+h           `trace[stage.stream]`, the variate
+k           `order`
+w_i         `weights`
+gamma       `trace.stage_function(stage)`; `network.decoder.norm`
+==========  ===========================================================
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9; Golden, arXiv 2505.24293, for
+detached terms. Cost: an inner stage, about (k + 1) evaluations of the stage a center, or, detached, two evaluations and a
+fraction of one a center; the decoder, closed forms.
+
+Example:
+    The two-block example of the paper, four distinct paths:
+
+    >>> import torch
+    >>> from tl_jets.calculus import Norm
+    >>> from tl_jets.core.decoder import Decoder
+    >>> from tl_jets.core.network import CallableModel, ResidualNetwork
+    >>> _ = torch.manual_seed(0)
+    >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
+    >>> network = ResidualNetwork(CallableModel(
+    ...     embed=torch.nn.Embedding(5, 4, dtype=torch.float64),
+    ...     stages=[{"0_block": lambda x: torch.tanh(x @ W[0])}, {"1_block": lambda x: torch.tanh(x @ W[1])}],
+    ...     decoder=Decoder(norm=Norm("RMS"), W_U=torch.randn(4, 5).double(), b_U=torch.zeros(5).double()),
+    ... ))
+    >>> first = jet_expand(network, "0_block", centers=["embed"], order=1)
+    >>> second = jet_expand(network, "1_block", centers=first, order=1)
+    >>> for term in second.terms:
+    ...     print(term)
+    embed
+    embed > 0_block
+    embed > 1_block
+    embed > 0_block > 1_block
+
+    Detached, with the centers that sum to the stream, the terms sum to what the model has there:
+
+    >>> exact = jet_expand(network, "1_block", centers=["embed", "0_block_out"], linearize="detached")
+    >>> terms = exact(torch.tensor([[0, 3, 1]]))
+    >>> terms.labels[2:], terms.relative_remainder < 1e-14
+    (['embed > 1_block', '0_block_out > 1_block', '1_block_bias'], True)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import jet, norm_jet
+from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.path import Center, Function, Label, Path, Term
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
+from tl_jets.core.trace import Trace, trace_of
+from tl_jets.jets.cache import JetCache
+from tl_jets.jets.simplex import SimplexSolution, gram, simplex_qp
+from tl_jets.jets.simplex_kl import simplex_kl
+from tl_jets.jets.weights import read_weights
+
+CenterScale = Literal["none", "match", "orthogonal"]
+Objective = Literal["l2", "centered_l2", "kl"]
+CENTER_SCALES: tuple[CenterScale, ...] = ("none", "match", "orthogonal")
+OBJECTIVES: tuple[Objective, ...] = ("l2", "centered_l2", "kl")
+
+
+def jet_expand(
+    model: Any,
+    step: str,
+    *,
+    centers: Any,
+    order: int | None = None,
+    weights: Literal["uniform", "optimal"] | Sequence[float] | Tensor | None = None,
+    objective: Objective = "centered_l2",
+    center_scale: CenterScale = "none",
+    linearize: Linearize = "jet",
+) -> Expansion:
+    """Expand the stage of `step`, or the decoder, at `centers` (Algorithm 1). Symbolic and instant.
+
+    All writes that read the same stream are expanded together: `3_attn` of a parallel block brings `3_mlp` with it,
+    `L3H2` brings the other heads.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
+        step: A step (`3_mlp`, `L3H2`), its stream (`3_mid`), or `ln_final` for the decoder.
+        centers: What to expand at. A sequence (or one) of: a label of the trace (`"embed"`, `"0_attn_out"`,
+            `"3_pre"`), a `Term` of another expansion (`exp["embed > 0_attn"]`), an `Expansion` (all its terms), or a
+            function from a `Trace` to [batch, pos, d_model]. A mapping gives functions their names.
+        order: k >= 0; None is 1. At order 0 a term is gamma(x_i) itself.
+        weights: `"uniform"` (None), `"optimal"`, or N numbers on the simplex, as [center] or [center, batch, pos]. Terms
+            are differentiable in a tensor of weights.
+        objective: What optimal weights minimize at the decoder: the norm of the remainder in logits up to a constant
+            a token (`"centered_l2"`) or as they are (`"l2"`, the paper's), or `"kl"`, KL(model || expansion). At an
+            inner stage they minimize the norm of the remainder; there, and with other weights, it is refused.
+        center_scale: Rescale the center inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
+            `"orthogonal"`, where the Taylor series of a norm converges for every acute angle.
+        linearize: `"jet"`, the paper's, or `"detached"`: terms of the frozen stage, linear in the centers, and a term for
+            its constant; no order, weights or center_scale, and no gradients. At the decoder: direct logit attribution.
+
+    Returns:
+        An `Expansion`: call it on a prompt, tokens or a trace to get a `JetCache`.
+
+    Raises:
+        ValueError: Unknown step, label or option, no centers, two of the same name, order < 0, weights off the simplex,
+            options of jets for detached terms.
+        TypeError: A center or order of the wrong type.
+        NotImplementedError: When evaluated: a stage does not come out affine.
+
+    Source:
+        Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
+    """
+    network = ResidualNetwork.of(model)
+    stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
+    order = read_order(linearize, order, 1)
+    if center_scale not in CENTER_SCALES:
+        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    if linearize == "detached":
+        check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
+    weights = "uniform" if weights is None else weights
+    chosen = tuple(_read_centers(network, centers))
+    names = [str(center.path) for center in chosen]
+    if not chosen:
+        raise ValueError("An expansion needs at least one center; got none. Pass a label such as 'embed'.")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Centers must have different names; got {twice} more than once.")
+    if isinstance(weights, str):
+        if weights not in ("uniform", "optimal"):
+            raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
+    else:
+        weights = read_weights(weights, len(chosen))
+    is_optimized = stage is None and isinstance(weights, str) and weights == "optimal"
+    if objective != "centered_l2" and not is_optimized:
+        raise ValueError(
+            f"objective is what weights='optimal' minimize at the decoder, {DECODER_STEP!r}; got {objective!r} at {step!r} with "
+            f"{weights if isinstance(weights, str) else 'given'} weights. Leave it out."
+        )
+    found = Expansion(network, stage, chosen, order, weights, objective, center_scale, linearize)
+    if linearize == "detached":
+        taken = sorted(set(names).intersection(map(str, found.constants)))
+        if taken:
+            raise ValueError(
+                f"Centers and the constants of a frozen stage must have different names; {taken} are both. Constants of "
+                f"earlier stages are terms of detached expansions of these."
+            )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """A stage expanded at centers: a sum of functions of the input, not yet evaluated.
+
+    Call it on a prompt, tokens or a `Trace` to get a `JetCache`; index it by path to get a `Term`, which can be a
+    center of the next expansion.
+
+    Attributes:
+        network: The residual network.
+        stage: The stage, or None for the decoder.
+        centers: What it is expanded at.
+        order: k.
+        weights: `"uniform"`, `"optimal"`, or a tensor.
+        objective: What optimal weights minimize at the decoder.
+        center_scale: How centers are rescaled inside gamma.
+        linearize: `"jet"`, or `"detached"`, whose order is 0 and whose weights are all 1.
+    """
+
+    network: ResidualNetwork
+    stage: Stage | None
+    centers: tuple[Center, ...]
+    order: int
+    weights: str | Tensor
+    objective: Objective = "centered_l2"
+    center_scale: CenterScale = "none"
+    linearize: Linearize = "jet"
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the expansion: what the identity carries, then the jets; detached, then the constants."""
+        paths = [center.path for center in self.centers] if self.stage is not None else []
+        paths += [center.path.then(step) for step in self.steps for center in self.centers]
+        return tuple(Term(path, self) for path in (*paths, *self.constants))
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that are expanded."""
+        if self.linearize == "detached":
+            return tuple(affine_labels(self.stage)[0])
+        return (DECODER_STEP,) if self.stage is None else tuple(step.label for step in self.stage.steps)
+
+    @property
+    def constants(self) -> tuple[Path, ...]:
+        """Detached, what the frozen stage writes for a stream of zeros: `3_mlp_bias`, `ln_final_bias`."""
+        return tuple(map(Path, affine_labels(self.stage)[1])) if self.linearize == "detached" else ()
+
+    @property
+    def kind(self) -> str:
+        """`order 1`, or `detached`."""
+        return self.linearize if self.linearize == "detached" else f"order {self.order}"
+
+    @property
+    def stream(self) -> str:
+        """Label of the stream that the stage reads."""
+        return FINAL_STREAM if self.stage is None else self.stage.stream
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def __getitem__(self, path: Any) -> Term:
+        for term in self.terms:
+            if str(term.path) == str(path):
+                return term
+        raise ValueError(
+            f"A term is named by its path; got {str(path)!r}. The terms are {[str(term) for term in self.terms][:12]}."
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Expansion({', '.join(self.steps[:3])} of {self.network.view.name} at {len(self.centers)} centers, {self.kind}, "
+            f"{len(self)} terms)"
+        )
+
+    def __call__(self, text_or_tokens: Any, *, attention_mask: Tensor | None = None, cache: Any = None) -> JetCache:
+        """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
+        trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
+        return self.evaluate(text_or_tokens if isinstance(text_or_tokens, Trace) else trace)
+
+    def evaluate(self, trace: Trace) -> JetCache:
+        """Evaluate on a trace; what it has already evaluated is not evaluated again."""
+        if self not in trace.evaluated:
+            found = self._evaluate(trace if trace.network is self.network else trace.on(self.network))
+            # A value that holds its key would keep it alive.
+            trace.evaluated[self] = replace(found, expansion=cast(Expansion, weakref.proxy(self)))
+        return replace(trace.evaluated[self], expansion=self)
+
+    def _evaluate(self, trace: Trace) -> JetCache:
+        values = torch.stack([center.evaluate(trace) for center in self.centers])
+        if self.stage is None:
+            truth, identity = self.network.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
+        else:
+            truth = trace[self.stream] + trace.writes(self.stage).sum(0)
+            identity = values
+        if self.linearize == "detached":
+            linear, constants = affine_terms(trace, self.stage, values)
+            parts = [*([] if self.stage is None else values), *linear.flatten(0, 1), *constants]
+            weights, solution = self._detached_weights(truth), None
+        else:
+            jets = self._jets(trace, values)
+            weights, solution = self._weights(trace, jets.sum(0), identity, truth)
+            parts = self._terms(weights[..., None].to(jets.dtype), jets, values)
+        terms = dict(zip([str(term) for term in self.terms], parts, strict=True))
+        if self.stage is not None:
+            edits = trace.edits(self.network.next_stream(self.stage))
+            terms, truth = {**terms, **edits}, truth + sum(edits.values(), torch.zeros_like(truth))
+        return JetCache(self, trace, terms, weights, truth, solution)
+
+    def _terms(self, weights: Tensor, jets: Tensor, values: Tensor) -> list[Tensor]:
+        """Identity terms, then jets, in the order of `terms`."""
+        parts = [] if self.stage is None else list(values if self.order >= 1 else weights * values)
+        return parts + [term for jets_of_step in jets for term in weights * jets_of_step]
+
+    def _jets(self, trace: Trace, values: Tensor) -> Tensor:
+        """J^k gamma(x_i)(h), unweighted: [step, center, batch, pos, d_model]."""
+        # One set of centers of these names: those that are made anew, terms of other expansions, replace the ones from before.
+        key = ("jets", self.stage, tuple(str(center.path) for center in self.centers), self.order, self.center_scale)
+        centers, jets = trace.memo.get(key, (None, None))
+        if centers == self.centers:
+            return jets
+        norm, variate = self.network.decoder.norm, trace[self.stream]
+        with torch.no_grad():
+            every = variate.expand_as(values)
+            if self.center_scale != "none":
+                values = values * center_scale_factors(norm, values, every, self.center_scale)[..., None]
+            if self.stage is None:
+                jets = norm_jet(norm, values, every, self.order).value(self.order)[None]
+            else:
+                gammas = trace.stage_function(self.stage)
+                jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)
+        trace.memo[key] = self.centers, jets
+        return jets
+
+    def _detached_weights(self, truth: Tensor) -> Tensor:
+        """1 for every center; at the decoder the multiples of b_U: 0, and 1 for the constant."""
+        values = [float(self.stage is not None)] * len(self.centers) + ([1.0] if self.stage is None else [])
+        return truth.new_tensor(values)[:, None, None].expand(-1, *truth.shape[:2])
+
+    def _weights(self, trace: Trace, jets: Tensor, identity: Tensor, truth: Tensor) -> tuple[Tensor, Any]:
+        """Weights [center, batch, pos], and the solution of the quadratic program if it was solved."""
+        n, shape = len(self.centers), truth.shape[:2]
+        if isinstance(self.weights, Tensor):
+            weights = self.weights.to(truth.device)
+            if weights.ndim == 1:
+                weights = weights[:, None, None].expand(n, *shape)
+            if weights.shape != (n, *shape):
+                raise ValueError(
+                    f"weights must have shape [center] or [center, batch, pos] = {(n, *shape)}; got "
+                    f"{tuple(self.weights.shape)}."
+                )
+            return weights, None
+        if self.weights == "uniform":
+            return torch.full((n, *shape), 1 / n, dtype=truth.dtype, device=truth.device), None
+        with torch.no_grad():
+            if self.stage is None:
+                solution = decoder_weights(self.network, jets, truth, self.objective)
+            else:
+                parts = jets if self.order else jets + identity
+                target = truth - identity.sum(0) if self.order else truth
+                parts, target = parts.double(), target.double()
+                metric = torch.eye(parts.shape[-1], dtype=parts.dtype, device=parts.device)
+                solution = simplex_qp(gram(parts - target, metric), target.square().sum(-1))
+        return solution.weights.movedim(-1, 0).to(truth.dtype), solution
+
+
+def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
+    """Weights at the final norm that come closest to the model's logits, a token at a time.
+
+    Args:
+        network: Its decoder holds the metric, computed once.
+        jets: e_i = J^k norm(x_i)(h_L), [center, batch, pos, d_model].
+        truth: norm(h_L), [batch, pos, d_model].
+        objective: `"l2"`, `"centered_l2"` or `"kl"`.
+
+    Returns:
+        A `SimplexSolution` with weights [batch, pos, center] and the certificate `gap`.
+    """
+    if objective == "kl":
+        return _kl_weights(network, jets, truth)
+    metric = network.decoder.metric(centered=objective == "centered_l2")
+    jets64, truth64 = jets.double(), truth.double()
+    # The weights sum to one, so b_U cancels in every difference and only the d_model part of the metric is needed.
+    H = gram(jets64 - truth64, metric.gram[:-1, :-1])
+    return simplex_qp(H, metric.norm(truth64).square())
+
+
+def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
+    """Weights that minimize KL(model || expansion), in nats, a token at a time."""
+    decoder, shape = network.decoder, truth.shape[:-1]
+    scale = decoder.logit_scale
+    if scale is None:
+        raise NotImplementedError(
+            "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
+            "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
+        )
+    dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the model's own logits know no more
+    rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
+    target = torch.log_softmax(decoder.logits(scale * truth, scale), -1)
+    # The scale is taken into what W_U multiplies: scaled logits without another tensor of their size.
+    solution = simplex_kl(lambda chunk: decoder.logits(scale * rows[:, chunk], scale), target)
+    return solution.reshape(*shape)
+
+
+def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:
+    if isinstance(centers, (str, Expansion, Term, Label, Function)) or callable(centers):
+        centers = [centers]
+    if isinstance(centers, Mapping):
+        for name, function in centers.items():
+            yield _read_function(name, function)
+        return
+    if not isinstance(centers, Iterable):
+        raise TypeError(f"centers must be labels, terms, expansions or functions; got {type(centers).__name__}.")
+    for center in centers:
+        if isinstance(center, Expansion):
+            yield from center.terms
+        elif isinstance(center, str):
+            yield _read_label(network, center)
+        elif isinstance(center, (Term, Label, Function)):
+            yield center
+        else:
+            yield _read_function(getattr(center, "__name__", type(center).__name__), center)
+
+
+def _read_function(name: str, function: Any) -> Function:
+    if not isinstance(function, Callable):
+        raise TypeError(
+            f"A center must be a label, a term of an expansion, an expansion, or a function from a Trace to a tensor "
+            f"[batch, pos, d_model]; {name!r} is a {type(function).__name__}."
+        )
+    return Function(name, function)
+
+
+def _read_label(network: ResidualNetwork, label: str) -> Label:
+    if label not in network and not label.startswith("edit:"):
+        raise ValueError(
+            f"A center's label must be a source, stream or write of the network, or a term of an expansion "
+            f"(`expansion[{label!r}]`); got {label!r}. The labels are {some(network.labels)}."
+        )
+    return Label(label)

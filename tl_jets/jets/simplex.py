@@ -1,0 +1,286 @@
+"""Jet weights: the best convex combination of an expansion's terms, token by token, with a certificate.
+
+At the final norm the weights enter an expansion linearly, so those that bring it closest to the model's own logits
+solve a convex problem on the probability simplex (w >= 0, sum w = 1). In the l2 and centered l2 objectives, a token,
+
+    f(w) = || sum_i w_i e_i - t ||_M^2 = w' H w,   H_ij = <e_i - t, e_j - t>_M,   M = U'U (centered over V or not)
+
+because the weights sum to one: no difference of large numbers is left, which G = <e_i, e_j>, b = <e_i, t> would have.
+`simplex_kl` has the objective "kl".
+
+| symbol        | variable              | meaning                                                        |
+|---------------|-----------------------|----------------------------------------------------------------|
+| e_i - t       | `differences`         | term minus target, after the final norm                        |
+| H             | `differences_gram`    | Gram matrix of the differences                                 |
+| ||t||_M^2     | `scale`               | what a gap is relative to                                      |
+| delta         | `RIDGE`               | tie-break: objective + delta * scale * ||w||^2                 |
+
+**Certificate.** For convex f, f(w) - min f <= max_i <grad f(w), w - e_i> = grad.w - min_i grad_i, the Frank-Wolfe gap
+(Jaggi 2013, *Revisiting Frank-Wolfe*, eq. 2). Every solution carries it, recomputed in float64 from the returned
+weights; `converged` says whether it met the tolerance, so nothing fails silently.
+
+**Ties.** Duplicate or dependent centers leave w free. We minimize f + delta * scale * ||w||^2 with delta = 1e-9, which
+has one solution: the shortest weights among all with the same or a smaller objective. It costs at most delta / 2 of gap
+and is within delta of the optimum. Rounding leaves ties even to about 1e-6 (centers of the target's size) or 1e-3 (1e6
+times that). `effective_rank` counts the directions that the data fix more firmly than the tie-break.
+
+**Method.** Block principal pivoting (`pivoting`): centers of 4e6 |t| and condition numbers of 1e12 are routine. What it
+cannot settle goes to a primal-dual interior point (`interior_point`).
+
+Source: Chen et al. (arXiv 2410.06024), Lemma 1 and Algorithm 1.
+
+Cost, N centers, d_model d, per token: Gram 2 N d^2 (the metric product, nearly all of it) + 2 N^2 d; QP about 5 to 15
+times N^3 / 3.
+
+>>> import torch
+>>> target = torch.tensor([[1.0, 1.0]], dtype=torch.float64)                                # one token, d_model = 2
+>>> terms = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]], [[5.0, 5.0]]], dtype=torch.float64)    # three terms
+>>> solution = simplex_qp(gram(terms - target), target.square().sum(-1))
+>>> solution
+SimplexSolution(1 problem, 3 centers: 1 converged, largest gap 0.0e+00 relative, mean support 2.0)
+>>> [round(weight, 6) for weight in solution.weights[0].tolist()]
+[0.5, 0.5, 0.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from tl_jets.jets.interior_point import Evaluation, interior_point
+from tl_jets.jets.pivoting import RIDGE, ROUNDING_RIDGE, Ridged, pivot
+from tl_jets.jets.weights import frank_wolfe_gap, normalize
+
+_TENSORS = ("weights", "objective", "gap", "support", "effective_rank", "tied", "iterations", "converged")
+
+
+@dataclass(frozen=True, repr=False)
+class SimplexSolution:
+    """Weights on the probability simplex, one set a problem (token), with what is known about them.
+
+    Attributes:
+        weights: [*problems, n] float64, non-negative, summing to 1 to rounding. Zeros are exact.
+        objective: [*problems], f at the weights: squared metric norm (QP) or nats (KL).
+        gap: [*problems], Frank-Wolfe certificate: the objective is at most this above the minimum. In units of
+            `scale` for the QP ("relative"), in nats for the KL.
+        support: [*problems], number of centers with a positive weight.
+        effective_rank: [*problems], 1 + the number of independent weight-shifting directions, among the
+            centers that are optimal to use, that the data fix more firmly than the tie-break. Equal to `tied`
+            when the weights are unique.
+        tied: [*problems], number of centers that are optimal to use (those with weight, and those as good at
+            no weight).
+        iterations: [*problems], factorizations that the solver took.
+        converged: [*problems], whether the gap met the tolerance. Where False the weights are still feasible,
+            and `gap` still bounds how far from optimal they are.
+        gap_unit: "relative" or "nats".
+    """
+
+    weights: Float64[Tensor, "*problems n"]
+    objective: Float64[Tensor, "*problems"]
+    gap: Float64[Tensor, "*problems"]
+    support: Int[Tensor, "*problems"]
+    effective_rank: Int[Tensor, "*problems"]
+    tied: Int[Tensor, "*problems"]
+    iterations: Int[Tensor, "*problems"]
+    converged: Bool[Tensor, "*problems"]
+    gap_unit: Literal["relative", "nats"]
+
+    @property
+    def unique(self) -> Bool[Tensor, "*problems"]:
+        """[*problems], whether the data identify the weights; where not, the shortest optimal ones were taken."""
+        return self.effective_rank == self.tied
+
+    @classmethod
+    def cat(cls, parts: Sequence[SimplexSolution]) -> SimplexSolution:
+        """Solutions of one kind, one after the other along their first problem axis."""
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        return cls(**joined, gap_unit=parts[0].gap_unit)
+
+    def reshape(self, *problems: int) -> SimplexSolution:
+        """The same solutions with another shape of problems."""
+        shaped = {name: getattr(self, name).reshape(problems) for name in _TENSORS if name != "weights"}
+        return replace(self, weights=self.weights.reshape(*problems, -1), **shaped)
+
+    def __repr__(self) -> str:
+        problems, n = self.converged.numel(), self.weights.shape[-1]
+        text = f"{problems} problem{'' if problems == 1 else 's'}, {n} center{'' if n == 1 else 's'}"
+        if problems:
+            text += f": {int(self.converged.sum())} converged, largest gap {float(self.gap.max()):.1e} {self.gap_unit}"
+            text += f", mean support {float(self.support.double().mean()):.1f}"
+        return f"SimplexSolution({text})"
+
+
+@torch.no_grad()
+def gram(
+    differences: Float[Tensor, "n *problems d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float64[Tensor, "*problems n n"]:
+    """Gram matrices H_ij = <D_i, D_j>_M of the differences between terms and target, in float64.
+
+    Args:
+        differences: e_i - t, [n, *problems, d_model], center first, as an expansion stacks its terms. Subtract
+            in float64.
+        metric: M, [d_model, d_model], symmetric positive semidefinite; U'U makes distances those of logits.
+            None is the identity.
+
+    Returns:
+        [*problems, n, n], exactly symmetric, in squared units of the metric (squared logits for U'U).
+
+    Raises:
+        ValueError: the metric does not fit d_model, or there are no centers.
+
+    Source: DESIGN section 2, "Jet weights"; Chen et al. (arXiv 2410.06024), Lemma 1.
+    """
+    if differences.ndim < 2 or differences.shape[0] == 0:
+        raise ValueError(
+            "differences must be [n, *problems, d_model] with at least one center n; "
+            f"got shape {tuple(differences.shape)}; stack the terms on a new leading axis"
+        )
+    n, *problems, d_model = differences.shape
+    rows = differences.double().reshape(-1, d_model)
+    if metric is not None and metric.shape != (d_model, d_model):
+        raise ValueError(
+            f"metric must be [d_model, d_model] = [{d_model}, {d_model}]; got shape {tuple(metric.shape)}; "
+            "pass U'U of the unembedding, e.g. W_U @ W_U.T for TransformerLens' W_U [d_model, d_vocab]"
+        )
+    measured = rows if metric is None else rows @ metric.double()
+    # [n, problems, d] -> [problems, n, d] stays a view: bmm takes the strides as they are
+    left, right = (x.view(n, -1, d_model).transpose(0, 1) for x in (measured, rows))
+    products = left @ right.mT
+    return ((products + products.mT) / 2).reshape(*problems, n, n)
+
+
+@torch.no_grad()
+def simplex_qp(
+    differences_gram: Float64[Tensor, "*problems n n"],
+    scale: Float64[Tensor, "*problems"],
+    *,
+    tolerance: float = 1e-6,
+) -> SimplexSolution:
+    """Minimize w' H w over the probability simplex, exactly within float64, for many problems at once.
+
+    Args:
+        differences_gram: H, [*problems, n, n], symmetric positive semidefinite; see `gram`.
+        scale: ||t||_M^2, [*problems], >= 0, in the unit of H. Where it is 0 (a zero target) the largest H_ii
+            stands in for it.
+        tolerance: largest gap that counts as converged, relative to scale, or to the objective where that is
+            larger (an expansion worse than predicting zero; float64 holds no more digits there).
+
+    Returns:
+        The shortest optimal weights, `gap` relative to scale. Gradients do not flow through the solve;
+        evaluating an expansion at the weights stays differentiable in them.
+
+    Raises:
+        ValueError: shapes do not fit, or values are not finite, or a scale or a diagonal entry is negative.
+
+    Source: DESIGN section 2, "Jet weights"; `pivoting` for the method.
+    """
+    _check_problem(differences_gram, scale)
+    *problems, n, _ = differences_gram.shape
+    hessian = differences_gram.double().reshape(-1, n, n)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    unit = torch.where(scale.double().reshape(-1) > 0, scale.double().reshape(-1), diagonal.amax(-1))
+    unit = torch.where(unit > 0, unit, 1.0)
+    hessian = hessian / unit[:, None, None]
+
+    weights, iterations = pivot(hessian)
+    gap, objective = _quadratic_gap(hessian, weights)
+    # the pivoting aims at 1e-9: whatever misses the tenth of what was asked for gets the slower, sturdier
+    # method
+    failed = (gap > 0.1 * tolerance * objective.clamp_min(1)).nonzero()[:, 0]
+    if failed.numel():
+        rescued, extra = rescue(hessian[failed], weights[failed])
+        rescued_gap, _ = _quadratic_gap(hessian[failed], rescued)
+        weights[failed] = torch.where((rescued_gap < gap[failed])[:, None], rescued, weights[failed])
+        iterations[failed] += extra
+    weights = _trim(hessian, weights)
+
+    gap, objective = _quadratic_gap(hessian, weights)
+    effective_rank, tied = identified(hessian, 2 * (hessian @ weights[..., None])[..., 0], weights, tie=RIDGE)
+    return SimplexSolution(
+        weights=weights.reshape(*problems, n),
+        objective=(objective * unit).reshape(problems),
+        gap=gap.reshape(problems),
+        support=(weights > 0).sum(-1).reshape(problems),
+        effective_rank=effective_rank.reshape(problems),
+        tied=tied.reshape(problems),
+        iterations=iterations.reshape(problems),
+        converged=(gap <= tolerance * objective.clamp_min(1)).reshape(problems),
+        gap_unit="relative",
+    )
+
+
+def _quadratic_gap(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    product = (hessian @ weights[..., None])[..., 0]
+    return frank_wolfe_gap(2 * product, weights), (product * weights).sum(-1).clamp_min(0)
+
+
+def rescue(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Interior point for what pivoting left; then the exact solve on its face, if that is better."""
+    system = Ridged.of(hessian)
+
+    def evaluate(w: Tensor, rows: Tensor) -> Evaluation:
+        product = (system.hessian[rows] @ w[..., None])[..., 0]
+        return (product * w).sum(-1), 2 * product, 2 * system.hessian[rows]
+
+    start = 0.5 * weights + 0.5 * normalize(system.root)
+    found = interior_point(evaluate, start, tolerance=1e-9, max_iterations=80)
+    polished = normalize(system.solve(~found.negligible)[0])
+    better = _quadratic_gap(hessian, polished)[0] < _quadratic_gap(hessian, found.weights)[0]
+    return torch.where(better[:, None], polished, found.weights), found.iterations
+
+
+def _trim(hessian: Tensor, weights: Tensor, negligible: float = 1e-7) -> Tensor:
+    """Zero the weights that only the tie-break made positive, where the certificate does not mind."""
+    length = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().clamp_min(1)
+    trimmed = normalize(torch.where(weights * length < negligible, 0.0, weights))
+    before, _ = _quadratic_gap(hessian, weights)
+    after, _ = _quadratic_gap(hessian, trimmed)
+    return torch.where((after <= before.clamp_min(RIDGE))[:, None], trimmed, weights)
+
+
+def identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) -> tuple[Tensor, Tensor]:
+    """Effective rank and number of tied centers; see `SimplexSolution`.
+
+    Directions d with sum d = 0 among the tied centers count if d'Hd > d'Rd, R = tie + rounding ridge:
+    eigenvalues above 1 of R^(-1/2) H R^(-1/2), off the direction R^(-1/2) 1. In these units the rounding of H
+    is below 1 whatever its scale.
+    """
+    excess = gradient - (gradient * weights).sum(-1, keepdim=True)
+    tied = (weights > 0) | (excess <= 2 * tie)
+    root = (tie + ROUNDING_RIDGE * hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0)).rsqrt() * tied
+    normal = root / root.norm(dim=-1, keepdim=True)
+    scaled = hessian * root[:, :, None] * root[:, None, :]
+    scaled = scaled - normal[:, :, None] * (normal[:, None, :] @ scaled)
+    scaled = scaled - (scaled @ normal[:, :, None]) * normal[:, None, :]
+    eigenvalues = torch.linalg.eigvalsh((scaled + scaled.mT) / 2)
+    return 1 + (eigenvalues > 1).sum(-1), tied.sum(-1)
+
+
+def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
+    shape = tuple(differences_gram.shape)
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(
+            f"differences_gram must be [*problems, n, n] with n >= 1; got shape {shape}; build it with gram()"
+        )
+    if tuple(scale.shape) != shape[:-2]:
+        raise ValueError(
+            f"scale must have one entry a problem, shape {shape[:-2]}; got shape {tuple(scale.shape)}; "
+            "pass the squared metric norm of each target"
+        )
+    if not bool(differences_gram.isfinite().all()) or not bool(scale.isfinite().all()):
+        raise ValueError(
+            "differences_gram and scale must be finite; got NaN or infinite values; "
+            "check the terms, or lower the expansion's order"
+        )
+    diagonal = differences_gram.diagonal(dim1=-2, dim2=-1)
+    below = diagonal < -1e-9 * torch.maximum(scale[..., None], diagonal.abs().amax(-1, keepdim=True))  # beyond rounding
+    if bool((scale < 0).any()) or bool(below.any()):
+        raise ValueError(
+            "differences_gram and scale must be squared norms, so that no diagonal entry and no scale is negative; "
+            "got a negative one; check that the metric is positive semidefinite"
+        )

@@ -1,0 +1,427 @@
+"""Tables of n-grams: what a path of a model says, best first, in a file that other programs read.
+
+A table has the columns `id_1 .. id_n`, `token_1 .. token_n` and `score`, further numbers of each n-gram after them
+(`parts`), and knows where it comes from: the path, the settings, and the fingerprint of the model. Two tables are
+comparable if their settings are; they are of the same model if their fingerprints are (`tl_jets.ngrams.fingerprints`).
+
+**Files** are Parquet: pandas, DuckDB, polars and datasets read them as they are. What is not a column is JSON in the
+schema's metadata; nothing is unpickled. Saving is atomic (a temporary file in the same directory, synced, then renamed),
+so that a file is always a whole table or absent; loading refuses a file that is truncated, changed, or not such a table.
+
+Example:
+    >>> import torch
+    >>> names = {0: " more", 1: " than", 2: " has", 3: " been"}
+    >>> table = NgramTable.ranked(
+    ...     torch.tensor([[2, 3], [0, 1], [0, 3]]), torch.tensor([-0.4, -0.1, -3.0]), names=names, path="mlps"
+    ... )
+    >>> table
+    NgramTable(3 bi-grams by log-probability; path mlps)
+      token_1 token_2  score
+    0   ·more   ·than   -0.1
+    1    ·has   ·been   -0.4
+    2   ·more   ·been   -3.0
+    >>> len(table["more"]), table.where(token_2=" been", min_score=-1).ids.tolist()
+    (2, [[2, 3]])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.core.atomic_files import write_atomically
+from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.tokens import visible
+
+# In the metadata of a Parquet schema.
+METADATA_KEY = b"tl_jets.ngrams"
+FORMAT_VERSION = 1
+SHOWN_ROWS = 10
+# Tokens of a look-up that are named if they are not there.
+NOTED = 3
+# Scores that agree in so many bits are ties: what is left differs with the order in which a sum was taken.
+SCORE_BITS = 40
+_ORDERS = {1: "uni-grams", 2: "bi-grams", 3: "tri-grams"}
+_UNITS = {"logprob": "log-probability", "logit": "logit"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NgramTable(Shown):
+    """n-grams of a model, best first; ties by ids. Everything is on the CPU.
+
+    Index it by the first token, as text or id: `table["at"]`, `table[17]` (texts without a space around them also find the
+    token that begins with one, if no n-gram begins with the text as it is). Slices are rows: `table[:20]`. What is not found
+    gives an empty table that says so, and names tokens that differ in spaces or case only.
+
+    Attributes:
+        ids: Token ids. Shape [row, n].
+        scores: Their scores, best first: nats (log-probabilities) or logits, see `settings["score"]`. Shape [row].
+        names: The text of each id in the table.
+        path: What was decoded: `direct`, `3_mlp`, `1_mlp > 3_mlp`, `mlps`, `L3H2`, ...
+        settings: How, as plain JSON values.
+        fingerprint: Of the model's weights; empty if unknown.
+        parts: Further numbers of each n-gram by column name, such as `log_normalizer`. Shape [row] each.
+        note: After a look-up, which of the tokens that were asked for are not there; it is in no file.
+
+    Raises:
+        ValueError: Shapes disagree, an id has no name, a name of a column is taken, or the settings are not JSON.
+    """
+
+    ids: Int[Tensor, "row n"]
+    scores: Float[Tensor, " row"]
+    names: Mapping[int, str] = field(repr=False)
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    parts: Mapping[str, Float[Tensor, " row"]] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.scores.shape != self.ids.shape[:1] or not self.ids.shape[1]:
+            raise ValueError(
+                f"ids must be [row, n] and scores [row]; got {tuple(self.ids.shape)} and {tuple(self.scores.shape)}. "
+                "Give one row an n-gram."
+            )
+        for name, values in self.parts.items():
+            if values.shape != self.scores.shape or name in (*self._id_columns, *self._token_columns, "score"):
+                raise ValueError(
+                    f"A part must be [row] = {tuple(self.scores.shape)} under a name of its own; got {name!r} of shape "
+                    f"{tuple(values.shape)}."
+                )
+        try:
+            settings = json.loads(json.dumps(dict(self.settings), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings must be plain JSON values; got {self.settings!r} ({error}).") from error
+        ids = self.ids.detach().cpu().long()
+        present = ids.unique().tolist()
+        nameless = [token for token in present if token not in self.names]
+        if nameless:
+            raise ValueError(f"Every id of a table must have a name; {nameless[:5]} have none. See tokens.token_names.")
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "scores", self.scores.detach().cpu().double())
+        object.__setattr__(self, "parts", {name: x.detach().cpu().double() for name, x in self.parts.items()})
+        object.__setattr__(self, "names", {token: self.names[token] for token in present})
+        object.__setattr__(self, "settings", settings)
+
+    @classmethod
+    def ranked(
+        cls,
+        ids: Int[Tensor, "row n"],
+        scores: Float[Tensor, " row"],
+        *,
+        names: Mapping[int, str],
+        path: str,
+        settings: Mapping[str, Any] | None = None,
+        fingerprint: str = "",
+        parts: Mapping[str, Float[Tensor, " row"]] | None = None,
+        top_k: int | None = None,
+    ) -> NgramTable:
+        """A table of n-grams in any order: sorted by (score, ids), and cut to the best `top_k`.
+
+        Arguments are the attributes of the table; scores that differ by rounding only (relative 2^-40) are ties.
+        """
+        order = rank(ids, scores)[:top_k]
+        return cls(
+            ids[order],
+            scores[order],
+            names=names,
+            path=path,
+            settings=settings or {},
+            fingerprint=fingerprint,
+            parts={name: x[order] for name, x in (parts or {}).items()},
+        )
+
+    # Looking
+
+    @property
+    def n(self) -> int:
+        """How many tokens an n-gram has."""
+        return self.ids.shape[1]
+
+    @property
+    def _id_columns(self) -> list[str]:
+        return [f"id_{i}" for i in range(1, self.n + 1)]
+
+    @property
+    def _token_columns(self) -> list[str]:
+        return [f"token_{i}" for i in range(1, self.n + 1)]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Where the table comes from: path, settings and fingerprint."""
+        return {"path": self.path, "settings": dict(self.settings), "fingerprint": self.fingerprint}
+
+    def _title(self) -> str:
+        unit = _UNITS.get(self.settings.get("score", "logprob"), "score")
+        model = f"; model {self.fingerprint[:12]}" if self.fingerprint else ""
+        note = f": {self.note}" if self.note else ""
+        return f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{model}){note}"
+
+    @property
+    def _kind(self) -> str:
+        return _ORDERS.get(self.n, f"{self.n}-grams")
+
+    def _shown(self, rows: int) -> pd.DataFrame:
+        return self[:rows].to_dataframe(escape=True).drop(columns=self._id_columns)
+
+    def __repr__(self) -> str:
+        more = f"\n... {len(self) - SHOWN_ROWS:,} more" if len(self) > SHOWN_ROWS else ""
+        return f"{self._title()}\n{self._shown(SHOWN_ROWS).to_string()}{more}" if len(self) else self._title()
+
+    def _headline(self) -> str:
+        return self._title()
+
+    def _body(self) -> str:
+        frame = self[: 2 * SHOWN_ROWS].to_dataframe().drop(columns=self._id_columns)
+        return dataframe_html(frame, rows=len(frame), total=len(self))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: str | int | slice) -> NgramTable:
+        """Rows of a slice, or the n-grams that begin with a token; if there are none, an empty table whose `note` says so."""
+        if isinstance(key, slice):
+            return self._rows(torch.arange(len(self))[key])
+        if isinstance(key, str):
+            return self.where(token_1=key)
+        if isinstance(key, int):
+            return self.where(id_1=key)
+        raise TypeError(f"A table is indexed by a token's text, its id, or a slice of rows; got {type(key).__name__}.")
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, (str, int)) and len(self[key]) > 0
+
+    def __iter__(self) -> Any:
+        raise TypeError(
+            "A table is not iterated over, since table[0] is token 0. Use table.to_dataframe().itertuples()."
+        )
+
+    def where(
+        self,
+        *,
+        min_score: float | int | None = None,
+        max_score: float | int | None = None,
+        **columns: str | int | Collection[str] | Collection[int],
+    ) -> NgramTable:
+        """The rows that meet all of some conditions.
+
+        Args:
+            min_score: Scores of at least this.
+            max_score: Scores of at most this.
+            **columns: `id_2=17`, `token_1=" more"`, or several that are welcome: `token_2=[" than", " of"]`.
+
+        Returns:
+            A table with the same header, possibly empty; its `note` names tokens that no n-gram has in that place.
+
+        Raises:
+            ValueError: There is no such column.
+
+        Example:
+            >>> table = NgramTable.ranked(
+            ...     torch.tensor([[0, 1], [0, 2]]), torch.tensor([-1.0, -2.0]), names={0: "a", 1: "b", 2: "c"}, path="direct"
+            ... )
+            >>> table.where(id_1=0, token_2=["c", "B"])
+            NgramTable(1 bi-grams by log-probability; path direct): none of these 2 bi-grams has 'B' as token_2; 'b' is a token_2
+              token_1 token_2  score
+            0       a       c   -2.0
+        """
+        keep = torch.ones(len(self), dtype=torch.bool)
+        notes = [self.note] if self.note else []
+        if min_score is not None:
+            keep &= self.scores >= min_score
+        if max_score is not None:
+            keep &= self.scores <= max_score
+        for name, wanted in columns.items():
+            if name not in (*self._id_columns, *self._token_columns):
+                raise ValueError(
+                    f"A condition must be on a column, one of {self._id_columns + self._token_columns}; got {name!r}."
+                )
+            values: list[Any] = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
+            column = self.ids[:, int(name.removeprefix("id_").removeprefix("token_")) - 1]
+            absent: list[Any] = []
+            if name.startswith("token"):
+                named = {text: self._named(text, column) for text in values}
+                absent = [text for text, ids in named.items() if not ids]
+                values = [token for ids in named.values() for token in ids]
+            found = torch.isin(column, torch.tensor(values, dtype=torch.long))
+            if name.startswith("id") and not bool(found.any()):
+                absent = values
+            absent = absent if len(self) else []
+            notes += [self._absence(value, name) for value in absent[:NOTED]]
+            notes += [f"{len(absent) - NOTED} more are not there"] if len(absent) > NOTED else []
+            keep &= found
+        return replace(self._rows(keep.nonzero()[:, 0]), note="; ".join(notes))
+
+    def _named(self, text: str, column: Int[Tensor, " row"]) -> list[int]:
+        """Ids in a column with a text, else with a space before it; several tokens may have the same (bytes of a character)."""
+        for wanted in (text, f" {text}"):
+            ids = [token for token, name in self.names.items() if name == wanted and bool((column == token).any())]
+            if ids:
+                return ids
+        return []
+
+    def _absence(self, wanted: str | int, name: str) -> str:
+        """In words: that no n-gram has a token in a column, and where one stands that differs in spaces or case only."""
+        alike = {}
+        if isinstance(wanted, str):
+            tokens = [t for t, text in self.names.items() if text.strip().casefold() == wanted.strip().casefold()]
+            for other, column in zip(self._token_columns, self.ids.T, strict=True):
+                alike[other] = sorted({self.names[token] for token in tokens if bool((column == token).any())})
+        column = name.replace("id", "token")
+        others = "".join(f"; {', '.join(map(repr, texts))} is a {other}" for other, texts in alike.items() if texts)
+        text = repr(wanted) if isinstance(wanted, str) else f"id {wanted}"
+        return f"none of these {len(self):,} {self._kind} has {text} as {column}{others}"
+
+    def _rows(self, index: Tensor) -> NgramTable:
+        parts = {name: x[index] for name, x in self.parts.items()}
+        return replace(self, ids=self.ids[index], scores=self.scores[index], parts=parts)
+
+    def to_dataframe(self, *, escape: bool = False) -> pd.DataFrame:
+        """One row an n-gram, best first: columns id_1.., token_1.., score, then the parts.
+
+        Args:
+            escape: Write tokens with their spaces and line breaks shown.
+        """
+        names = {token: visible(text) if escape else text for token, text in self.names.items()}
+        columns: dict[str, Any] = dict(zip(self._id_columns, self.ids.T.tolist(), strict=True))
+        for name, ids in zip(self._token_columns, self.ids.T.tolist(), strict=True):
+            columns[name] = [names[token] for token in ids]
+        columns["score"] = self.scores.tolist()
+        return pd.DataFrame(columns | {name: x.tolist() for name, x in self.parts.items()})
+
+    # Files
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything in the table: equal for equal tables."""
+        total = hashlib.sha256(json.dumps([self.header, sorted(self.names.items())], sort_keys=True).encode())
+        for name, values in {"ids": self.ids, "scores": self.scores, **self.parts}.items():
+            total.update(f"{name} {tuple(values.shape)}".encode())
+            total.update(values.contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def save(self, file: str | Path) -> Path:
+        """Write the table as Parquet, atomically: the file is the old one or the whole new one at every moment.
+
+        Args:
+            file: Where to; an existing file is replaced.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: The directory does not exist or cannot be written to.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        about = self.header | {"version": FORMAT_VERSION, "digest": self.digest}
+        types = dict.fromkeys(self._id_columns, pa.int64()) | dict.fromkeys(self._token_columns, pa.string())
+        types |= dict.fromkeys(("score", *self.parts), pa.float64())
+        table = pa.Table.from_pandas(self.to_dataframe(), pa.schema(types.items()), preserve_index=False)
+        metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(about).encode()}
+        table = table.replace_schema_metadata(metadata)
+        return write_atomically(file, lambda stream: pq.write_table(table, stream, write_page_checksum=True))
+
+    @classmethod
+    def load(cls, file: str | Path) -> NgramTable:
+        """A table that `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is truncated, was changed, or is not such a table.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"A table is a file that NgramTable.save wrote; there is none at {str(file)!r}.")
+        try:
+            data = Path(file).read_bytes()  # whole, so that nothing is read from a file that is being replaced
+            found = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+            about = json.loads((found.schema.metadata or {}).get(METADATA_KEY, b"null"))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ValueError(
+                f"A table must be a whole Parquet file that NgramTable.save wrote; {str(file)!r} is truncated, damaged "
+                f"or something else ({error}). Delete it and make it again."
+            ) from error
+        if about is None:
+            raise ValueError(
+                f"A table must be a file that NgramTable.save wrote; {str(file)!r} is a Parquet file of something else "
+                f"(no {METADATA_KEY.decode()!r} in its metadata). Read it with pandas."
+            )
+        if about.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{str(file)!r} has version {about.get('version')} of the format, this is tl-jets for version "
+                f"{FORMAT_VERSION}. Install the tl-jets that wrote it."
+            )
+        return _read(cls, found, about, str(file))
+
+
+def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -> NgramTable:
+    """The table of an Arrow table and its metadata, if it is what was written."""
+    try:
+        n = sum(name.startswith("id_") for name in found.column_names)
+        ids = torch.stack([torch.tensor(found.column(f"id_{i}").to_numpy()) for i in range(1, n + 1)], dim=1)
+        texts = [found.column(f"token_{i}").to_pylist() for i in range(1, n + 1)]
+        names = {t: text for i in range(n) for t, text in zip(ids[:, i].tolist(), texts[i], strict=True)}
+        numbers = {name: torch.tensor(found.column(name).to_numpy()) for name in found.column_names[2 * n :]}
+        table = cls(ids, numbers.pop("score"), names, about["path"], about["settings"], about["fingerprint"], numbers)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file!r} lacks what a table must have ({error}). Make it again.") from error
+    if table.digest != about["digest"]:
+        raise ValueError(f"{file!r} was changed after NgramTable.save wrote it. Make it again.")
+    return table
+
+
+def rank(ids: Int[Tensor, "row n"], scores: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """The order by (score, ids), best first; scores whose leading 40 bits agree are ties."""
+    order = torch.arange(len(scores), device=scores.device)
+    # Stable sorts from the last key to the first.
+    for column in reversed(ids.unbind(1)):
+        order = order[column[order].sort(stable=True).indices]
+    return order[rounded(scores)[order].sort(stable=True, descending=True).indices]
+
+
+def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
+    """Scores in float64, rounded to their leading 40 bits."""
+    mantissa, exponent = torch.frexp(scores.double())
+    return torch.ldexp((mantissa * 2**SCORE_BITS).round(), exponent - SCORE_BITS)
+
+
+def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool = False) -> pd.DataFrame:
+    """The best n-grams of several tables, a column each.
+
+    Args:
+        tables: Tables by the name of their column.
+        k: How many rows.
+        scores: Put a column `<name> score` after each.
+
+    Returns:
+        N-grams as `·more·than`, by rank from 1; empty cells where a table has fewer.
+
+    Example:
+        >>> table = NgramTable.ranked(torch.tensor([[0, 1]]), torch.tensor([-1.0]), names={0: "a", 1: " b"}, path="direct")
+        >>> side_by_side({"direct": table, "again": table}).values.tolist()
+        [['a ·b', 'a ·b']]
+    """
+    columns: dict[str, Any] = {}
+    for name, table in tables.items():
+        best = table[:k]
+        texts = {token: visible(text) for token, text in best.names.items()}
+        columns[name] = pd.Series([" ".join(texts[token] for token in row) for row in best.ids.tolist()], dtype=object)
+        if scores:
+            columns[f"{name} score"] = pd.Series(best.scores.tolist(), dtype=float)
+    frame = pd.DataFrame(columns)
+    frame = frame.fillna({name: "" for name in tables})
+    frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
+    return frame

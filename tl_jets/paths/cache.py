@@ -1,0 +1,157 @@
+"""`PathCache`: the paths of an input, evaluated, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import DECODER_STEP
+from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.jets.cache import Check, JetCache
+from tl_jets.paths.measures import Yardstick
+from tl_jets.paths.statistics import By, PathStatistics, statistics_of
+
+if TYPE_CHECKING:
+    from tl_jets.paths.expansion import PathExpansion
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PathCache(JetCache):
+    """The paths of an expansion on one input, a `JetCache` by path.
+
+    A path's term is what the unembedding reads of it [batch, out_pos, d_model]; `logits(path)` are its additive logits.
+    Paths and `remainder` sum to the model.
+
+    Attributes:
+        expansion: What was evaluated: its paths are `labels`, unless it holds the largest of them only.
+        weights: The multiple of b_U that each path carries [path, batch, out_pos]: 1 / N for jets; for frozen maps 1 for
+            `ln_final_bias` and 0 for all others.
+        positions: Positions in the prompt, aligned to the out_pos axis.
+        remainders: By stream, |stream - sum of the prefixes of all evaluated paths| / |stream|, at all real tokens of the
+            prompts: what every stage has left over so far, and what was filtered out. For `ln_final`, that of the kept paths
+            at `positions`. A beam search gives the latter alone, and so does a slice of the prompts.
+        is_exhaustive: Whether all paths of the expansion were evaluated; if not, a beam search chose them.
+    """
+
+    expansion: PathExpansion  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
+    remainders: dict[str, float] = field(default_factory=dict)
+    is_exhaustive: bool = True
+
+    def __repr__(self) -> str:
+        chosen = "" if self.is_exhaustive else ", by beam search"
+        return (
+            f"PathCache({len(self):,} {self.expansion.kind} paths of {list(self.truth.shape)}{chosen}; relative remainder "
+            f"{self.relative_remainder:.3g})"
+        )
+
+    @property
+    def paths(self) -> list[Path]:
+        """The paths, aligned to `labels`."""
+        return [Path.parse(label) for label in self.labels]
+
+    @property
+    def remainder(self) -> Float[Tensor, "*batch out_pos d_model"]:
+        """What the paths leave of what the unembedding reads; it carries what is left of b_U, too."""
+        return self.truth - sum(self.terms.values(), torch.zeros_like(self.truth))
+
+    def remainder_logits(self) -> Float[Tensor, "*batch out_pos d_vocab"]:
+        """The model's additive logits less those of all paths."""
+        return self.trace.network.decoder.logits(self.remainder, 1 - self.weights.sum(0))
+
+    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch out_pos d_vocab"]:
+        """Additive logits (before a final softcap or logit scale) of one path, or of all of them together."""
+        if path is None:
+            return self.trace.network.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
+        return super().logits(path)
+
+    def statistics(self, *, by: By = "path", targets: TargetInput | None = None) -> PathStatistics:
+        """How much of the model's logits every path is, or sums of paths.
+
+        Args:
+            by: `"path"`; `"length"`, sums by number of writes; `"component"`, for every step the sum of the paths through
+                it; `"source"`, sums by where paths start.
+            targets: Tokens to report the effect on, as ids, strings of one token, or ids [batch, out_pos, target]; None
+                for the model's own best token.
+
+        Returns:
+            A `PathStatistics`. Sums by length or source add up to all paths; those by component overlap.
+
+        Raises:
+            ValueError: A slice dropped the batch or position dimension, or left nothing but padding.
+        """
+        positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
+        if isinstance(self.prompts, int) or isinstance(positions, int):
+            raise ValueError(
+                f"Statistics need a cache [batch, out_pos, d_model]; this one has shape {list(self.truth.shape)}. Slice with "
+                f"lists in place of ints, or take the statistics first."
+            )
+        self._require_real("statistics")
+        rows = Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
+        groups = _groups(self.paths, by)
+        states, weights = self.stack(), self.weights[:, rows.keep][:, 0]
+        if by != "path":
+            states = torch.stack([states[index].sum(0) for index in groups.values()])
+            weights = torch.stack([weights[index].sum() for index in groups.values()])
+        yardstick = Yardstick.at(self.trace.network, rows, self.truth[self.valid], targets)
+        counts = [len(index) for index in groups.values()]
+        writes = [path.n_writes for path in self.paths] if by == "path" else None
+        network, labels = self.trace.network, list(groups)
+        return statistics_of(
+            network, yardstick, self.tokens, labels, states, weights, by=by, counts=counts, n_writes=writes
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a path and real position, in the order of `labels`: see `PathStatistics.to_dataframe`."""
+        return self.statistics().to_dataframe()
+
+    def check(self) -> Check:
+        """Compare the logits of all paths together, remainder left out, with the model's own; not one path by one.
+
+        Returns:
+            A `Check` with the largest difference; no slopes.
+
+        Raises:
+            ValueError: Only some of the paths are here, or they are jets, whose sum is not the model: see `remainders`; a
+                slice of padding alone.
+        """
+        self._require_real("check")
+        if self.expansion.linearize != "detached" or not self.expansion.is_complete or self.trace.logits is None:
+            raise ValueError(
+                "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
+                "or of a trace without logits. Look at `remainders`, or at relative_remainder."
+            )
+        transform = self.trace.network.decoder.transform
+        found = self.logits() if transform is None else transform(self.logits())
+        own = self.here(self.trace.logits).to(found)
+        error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
+        return Check(error, {}, 1)
+
+    def _cut(self, cells: tuple[Any, ...], **where: Any) -> PathCache:
+        found = cast(PathCache, super()._cut(cells, **where))
+        known = self.remainders if found.prompts == self.prompts else {}
+        return replace(found, remainders=known | {DECODER_STEP: found.relative_remainder})
+
+
+def _groups(paths: list[Path], by: By) -> dict[str, list[int]]:
+    """Indices of the paths that are summed, by the label of the sum."""
+    found: dict[str, list[int]] = {}
+    if by == "length":
+        found = {str(n): [] for n in range(max(path.n_writes for path in paths) + 1)}
+    for index, path in enumerate(paths):
+        if by == "path":
+            labels = [str(path)]
+        elif by == "length":
+            labels = [str(path.n_writes)]
+        elif by == "source":
+            labels = [path.source]
+        else:
+            labels = list(path.steps[: path.n_writes])
+        for label in labels:
+            found.setdefault(label, []).append(index)
+    return found

@@ -1,0 +1,325 @@
+r"""Interactions: how pairs of components act together on a logit, at second degree of the final norm's jets.
+
+The order-2 jets of the final norm gamma at centers x_i, with weights w_i, have second-degree terms c_2 =
+D^2 gamma(x_i)[v_i, v_i] / 2, v_i = h_L - x_i. The stream h_L is the sum of all components and of `rest`, so that v_i is the sum
+of all but x_i, and the terms are sums over pairs:
+
+.. math::
+    \sum_i w_i c_2(x_i) = \sum_{j, m} I_{jm}, \qquad
+    I_{jm} = \tfrac12 \sum_i w_i a_{ij} a_{im} \, D^2 \gamma(x_i)[x_j, x_m], \qquad a_{ij} = 1 - \delta_{ij} .
+
+Read along a direction g of what the unembedding reads (a token's column of W_U less the mean column, or the difference of two),
+I is a symmetric matrix of logits. With x centered if the norm centers, w the norm's weight, <u, v> = mean(u v) over d_model, and
+s = (<x, x> + eps)^(-1/2),
+
+.. math::
+    D^2 (g \cdot \gamma)(x)[u, v] = -s^3 \bigl( (g w \cdot u) \langle x, v \rangle + (g w \cdot v) \langle x, u \rangle \bigr)
+    + (g w \cdot x) \bigl( 3 s^5 \langle x, u \rangle \langle x, v \rangle - s^3 \langle u, v \rangle \bigr) :
+
+no derivative is taken by a machine, and no tensor of the vocabulary's size is made. A center that is rescaled to c_i x_i
+(`center_scale`) has a_ii = 1 - c_i.
+
+The **control** replaces every component by a random vector of equal length and equal angle to the final stream, as the norm sees
+them, and keeps a and w: interactions that it has, too, come from lengths and angles, not from what components say.
+
+============  ==========================
+symbol        name here
+============  ==========================
+I             `Interactions.matrix`
+sum of I      `Interactions.term`
+w_i           `Interactions.weights`
+============  ==========================
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 6-7 and Lemma 1, at order 2; the split into pairs is ours.
+Cost: a forward pass, and N^3 multiply-adds a position for N components.
+
+Example:
+    >>> from tl_jets.pretrained import load_tinydocs
+    >>> prompt = "This function is available on Unix and"
+    >>> pairs = interactions(load_tinydocs(), prompt, targets=" Windows", center_scale="orthogonal")
+    >>> pairs
+    Interactions(9 components and rest, 1 prompts at [7]; of ' Windows'; second degree 2.24 of 10)
+    >>> pairs.to_dataframe()[["first", "second"]].iloc[0].tolist()
+    ['0_mlp_out', '2_attn_out']
+    >>> bool(torch.allclose(pairs.matrix.sum((0, 1)), pairs.term))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.calculus import Norm, norm_jet
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.measures import random_directions, split_along, weighted
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.notebook import dataframe_html
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
+from tl_jets.core.results import Result
+from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.tokens import token_names
+from tl_jets.core.trace import Trace, trace_of
+from tl_jets.jets.expand import CenterScale, jet_expand
+from tl_jets.paths.measures import ANSWER, Yardstick
+from tl_jets.paths.reorganized import REST
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interactions(Result):
+    """Second-degree effects of pairs of components on a logit. Axes: [component, component, batch, pos]; NaN at padding.
+
+    Logits are additive (before a final softcap or scale) and centered over the vocabulary: beyond the mean of all tokens.
+
+    Attributes:
+        labels: Components, aligned to both component axes; `rest`, what they leave of the final stream, is last.
+        matrix: I, symmetric, in logits. A pair's effect is both of its entries together.
+        control: The same for random vectors of equal length and angle to the final stream.
+        degrees: What degrees 0, 1 and 2 of the weighted jets give to the target [degree, batch, pos].
+        logit: The model's own centered logit of the target, or difference [batch, pos].
+        weights: w [center, batch, pos]; centers are all labels but `rest`.
+        rho: Radius ratio of each center's series, which converges below 1 [center, batch, pos].
+        center_scale: How centers were rescaled.
+        positions: Positions in the prompt, aligned to the pos axis.
+        tokens: The tokens at those positions [batch, pos].
+        valid: Which of them are real [batch, pos].
+        target_ids: The target [batch, pos], or the target and what it is compared with [batch, pos, 2].
+        target_names: How they were asked for; `<answer>` is the model's own best token.
+        tokenizer: The model's tokenizer, or None.
+    """
+
+    labels: list[str]
+    matrix: Float[Tensor, "component component batch pos"]
+    control: Float[Tensor, "component component batch pos"]
+    degrees: Float[Tensor, "degree batch pos"]
+    logit: Float[Tensor, "batch pos"]
+    weights: Float[Tensor, "center batch pos"]
+    rho: Float[Tensor, "center batch pos"]
+    center_scale: CenterScale
+    positions: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    valid: Bool[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    tokenizer: Any
+
+    @property
+    def term(self) -> Float[Tensor, "batch pos"]:
+        """The second-degree term, which the matrix sums to."""
+        return self.degrees[2]
+
+    def __repr__(self) -> str:
+        term, logit = (float(value[self.valid].mean()) for value in (self.term, self.logit))
+        names = " - ".join(ANSWER if name == ANSWER else repr(name) for name in self.target_names)
+        return (
+            f"Interactions({len(self.labels) - 1} components and rest, {len(self.tokens)} prompts at {self.positions}; of "
+            f"{names}; second degree {term:.3g} of {logit:.3g})"
+        )
+
+    def __str__(self) -> str:
+        table = self.average().head(SHOWN)[["first", "second", "effect", "size", "control"]]
+        return f"{self!r}\n{table.to_string(index=False, float_format='{:.3g}'.format)}"
+
+    def _body(self) -> str:
+        return dataframe_html(self.average(), whole="average()")
+
+    def average(self) -> pd.DataFrame:
+        """One row a pair, averaged over real positions, the largest mean size first.
+
+        Columns: first, second, effect (mean), size (mean of absolute values), control (the same of the control).
+        """
+        effect, control = (values[:, self.valid].double() for values in self._pairs()[2:])
+        columns = {"effect": effect.mean(1), "size": effect.abs().mean(1), "control": control.abs().mean(1)}
+        first, second, *_ = self._pairs()
+        table = pd.DataFrame({"first": self._named(first), "second": self._named(second)})
+        for name, values in columns.items():
+            table[name] = values.tolist()
+        return table.sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """One row a pair, prompt and real position, the largest effect first.
+
+        Columns: first, second, batch, pos, token (read at that position), target, effect (both entries of the matrix for
+        two different components), control.
+        """
+        names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
+        first, second, effect, control = self._pairs()
+        where = self.valid.nonzero().tolist()
+        tables = []
+        for b, p in where:
+            table = pd.DataFrame({"first": self._named(first), "second": self._named(second)})
+            table["batch"], table["pos"] = b, self.positions[p]
+            table["token"] = names[int(self.tokens[b, p])]
+            table["target"] = " - ".join(names[token] for token in self.target_ids[b, p].tolist())
+            table["effect"], table["control"] = effect[:, b, p].tolist(), control[:, b, p].tolist()
+            tables.append(table)
+        table = pd.concat(tables, ignore_index=True)
+        return table.sort_values("effect", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Indices of all unordered pairs, their effects, and those of the control [pair, batch, pos]."""
+        n = len(self.labels)
+        first, second = torch.triu_indices(n, n)
+        twice = torch.where(first == second, 1.0, 2.0)[:, None, None].to(self.matrix)
+        return first, second, twice * self.matrix[first, second], twice * self.control[first, second]
+
+    def _named(self, indices: Tensor) -> list[str]:
+        return [self.labels[i] for i in indices.tolist()]
+
+
+@torch.no_grad()
+def interactions(
+    model: Any,
+    text_or_tokens: Any,
+    *,
+    targets: TargetInput | None = None,
+    minus: TargetInput | None = None,
+    centers: Any = None,
+    granularity: Granularity | None = None,
+    positions: int | Sequence[int] | None = -1,
+    weights: Literal["uniform"] | Sequence[float] | Tensor = "uniform",
+    center_scale: CenterScale = "none",
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+) -> Interactions:
+    """Second-degree effects of pairs of components on a logit, or on a difference of two.
+
+    *Read before use*: where `rho` is above 1 (early, short centers) the series diverges, and second-degree terms are large
+    numbers that higher degrees cancel. `degrees` beside `logit` shows it; `center_scale="match"` or `"orthogonal"` keeps rho low.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork`.
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        targets: The token whose logit is read: a string of one token, an id, or ids [batch, pos] aligned with `positions`;
+            None for the model's own best token at each position.
+        minus: A token whose logit is taken off, for a difference; as `targets`. None for the logit itself.
+        centers: Components: labels of the trace, terms, expansions or functions, as in `jet_expand`. None for everything that
+            the final stream is the sum of: embeddings, writes, edits by hooks.
+        granularity: What writes are, for a model or for `centers=None`: `"block"`, `"sublayer"` or `"head"`. None is
+            `"sublayer"` for a model, and a network's own for a `ResidualNetwork`.
+        positions: Positions to read in the padded row; None for all.
+        weights: `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos] of the whole input.
+        center_scale: Rescale centers: `"none"`, `"match"` or `"orthogonal"`, as in `jet_expand`.
+        seed: Of the random control.
+        attention_mask: Passed to the model (left padding needs it).
+        cache: A ready `ActivationCache` of the same input.
+
+    Returns:
+        An `Interactions`, computed in float64.
+
+    Raises:
+        ValueError: Bad labels, positions, weights or input, more than one target a position, or a center that is zero under a
+            norm with eps = 0.
+
+    Source:
+        Chen et al., eq. 6-7, Lemma 1, at order 2.
+    """
+    network = ResidualNetwork.of(model, granularity)
+    trace = trace_of(network, text_or_tokens, attention_mask, cache)
+    rows = Rows.of(trace, positions)
+    if centers is None:
+        centers = [*network.components, *(label for stream in network.streams for label in trace.edits(stream))]
+    expansion = jet_expand(network, DECODER_STEP, centers=centers, order=2, weights=weights, center_scale=center_scale)
+    values = torch.stack([rows.take(center.evaluate(trace)) for center in expansion.centers]).double()
+    h, norm = rows.take(trace[FINAL_STREAM]).double(), network.decoder.norm
+    w = _weights(expansion.weights, rows, len(values))
+    scale = center_scale_factors(norm, values, h.expand_as(values), center_scale)
+    directions, ids, names = _directions(trace, rows, targets, minus)
+    sources = torch.cat([values, (h - values.sum(0))[None]])
+    series = norm_jet(norm, scale[..., None] * values, h.expand_as(values), 2)
+    degrees = torch.einsum("kcrd,rd,cr->kr", series.coefficients(), directions, w)
+    plane = split_along(norm, sources, h)
+    random = random_directions(norm, h, sources.shape[:1], rows.places, seed)
+    random = plane.along[..., None] * plane.variate + plane.across[..., None] * random
+    matrix, control = (_matrix(norm, x, directions, w, scale) for x in (sources, random))
+    return Interactions(
+        labels=[*(str(center.path) for center in expansion.centers), REST],
+        matrix=rows.spread(matrix),
+        control=rows.spread(control),
+        degrees=rows.spread(degrees),
+        logit=rows.spread((norm(h) * directions).sum(-1) + _constant(network, rows, ids)),
+        weights=rows.spread(w),
+        rho=rows.spread(series.rho),
+        center_scale=center_scale,
+        positions=rows.positions,
+        tokens=trace.tokens[:, rows.positions],
+        valid=rows.keep,
+        target_ids=ids,
+        target_names=names,
+        tokenizer=network.tokenizer,
+    )
+
+
+def _matrix(
+    norm: Norm,
+    sources: Float[Tensor, "source row d_model"],
+    directions: Float[Tensor, "row d_model"],
+    weights: Float[Tensor, "center row"],
+    scale: Float[Tensor, "center row"],
+) -> Float[Tensor, "source source row"]:
+    """I of the module: the second derivatives of the norm along a direction, at all sources but the last, at all pairs."""
+    n, x = len(weights), norm.center(sources).movedim(0, 1)  # rows first, for products of matrices
+    if norm.kind == "none":
+        return x.new_zeros(len(sources), len(sources), len(x))
+    inner = x @ x.mT / x.shape[-1]
+    along = (x * weighted(norm, directions)[:, None]).sum(-1)
+    c, w = scale.T, weights.T
+    s = (c.square() * inner.diagonal(dim1=-2, dim2=-1)[:, :n] + norm.eps).rsqrt()
+    a = x.new_ones(len(x), n, n + 1)
+    a[:, range(n), range(n)] = 1 - c
+    # Every center as a row: a_ij, and a_ij <x_i, x_j> at the center's own scale.
+    seen, half = a * c[..., None] * inner[:, :n], w / 2
+    crossed = (seen.mT * (half * s**3)[:, None]) @ a * along[:, None, :]
+    of_center = half * c * along[:, :n]
+    matrix = 3 * (seen.mT * (of_center * s**5)[:, None]) @ seen
+    matrix = matrix - inner * ((a.mT * (of_center * s**3)[:, None]) @ a) - crossed - crossed.mT
+    return (matrix + matrix.mT).movedim(0, -1) / 2  # symmetric to the last bit
+
+
+def _weights(weights: str | Tensor, rows: Rows, n: int) -> Float[Tensor, "center row"]:
+    """Weights of the centers at the chosen positions, float64."""
+    shape = (n, len(rows.places))
+    if isinstance(weights, str):
+        if weights != "uniform":
+            raise ValueError(f"weights must be 'uniform' or numbers on the simplex; got {weights!r}.")
+        return torch.full(shape, 1 / n, dtype=torch.float64, device=rows.keep.device)
+    weights = weights.double().to(rows.keep.device)
+    if weights.ndim == 1:
+        return weights[:, None].expand(shape)
+    return torch.stack([rows.take(weight) for weight in weights])
+
+
+def _directions(
+    trace: Trace, rows: Rows, targets: TargetInput | None, minus: TargetInput | None
+) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "batch pos target"], list[str | int]]:
+    """What a centered logit, or a difference of logits, is the product with; and the tokens."""
+    total, ids, names = torch.zeros(()), [], []
+    for sign, given in ((1, targets), (-1, minus)):
+        if given is None and sign < 0:
+            continue
+        found = Yardstick.of(trace, rows, given)
+        if found.directions.shape[1] != 1:
+            raise ValueError(
+                f"Interactions are of one target a position, or of the difference of one from another; got "
+                f"{found.directions.shape[1]}. Pass one token to each of targets and minus."
+            )
+        total = total + sign * found.directions[:, 0, :-1]
+        ids.append(found.target_ids)
+        names += found.target_names
+    return total, torch.cat(ids, -1), names
+
+
+def _constant(network: ResidualNetwork, rows: Rows, ids: Int[Tensor, "batch pos target"]) -> Float[Tensor, " row"]:
+    """What b_U adds to the centered logit, or difference."""
+    b_U = network.decoder.b_U.double()
+    biases = (b_U - b_U.mean())[ids[rows.keep]]
+    return biases[:, 0] - (biases[:, 1] if biases.shape[1] > 1 else 0)

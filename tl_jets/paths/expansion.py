@@ -1,0 +1,387 @@
+r"""Algorithm 2 and its exact sibling: a model as a sum over all paths from input to output.
+
+A network of stages with one write each has 2^L paths from every source, each named by the writes that it passes through.
+Two forms of them:
+
+- ``linearize="jet"``, the paper's: every stage is expanded at all prefixes with uniform weights, what is not covered is a
+  remainder after each stage. *Read before use*: a jet of order k >= 1 carries the model's own stream into every path, so
+  most paths decode to the model's own answer whatever they pass through.
+- ``linearize="detached"``, exact: norm scales, attention patterns and gates are frozen at this input, every stage is
+  affine, and eq. 5 of the paper holds for a real transformer: paths from the embeddings and from the biases sum to the
+  model's logits, without a remainder.
+
+On stories260K (10 sublayers, 1,024 paths, float64; 99 positions of four prompts, `demos/jet_or_detached_paths.py`):
+
+===================================  ==========  ===========================================
+form                                 remainder   paths that decode to the model's own answer
+===================================  ==========  ===========================================
+jets, order 0                        1.0         1%
+jets, order 1                        38          92%
+jets, order 1, norm-matched centers  0.14        53%
+detached                             1.5e-15     1%
+===================================  ==========  ===========================================
+
+Building is symbolic: counts are exact integers, paths are listed lazily, at any depth. Evaluating more than `max_paths` is
+refused with the count and the ways to narrow it.
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 2, eq. 5; Golden, arXiv 2505.24293.
+
+Example:
+    >>> import torch
+    >>> from tl_jets import CallableModel, Decoder, Norm
+    >>> _ = torch.manual_seed(0)
+    >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
+    >>> model = CallableModel(
+    ...     embed=torch.nn.Embedding(5, 4, dtype=torch.float64),
+    ...     stages=[{"0_mlp": lambda x: torch.relu(x @ W[0])}, {"1_mlp": lambda x: torch.relu(x @ W[1])}],
+    ...     decoder=Decoder(Norm("RMS"), torch.randn(4, 7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)),
+    ... )
+    >>> expansion = exponential_expansion(model, linearize="detached", sources="embed")
+    >>> print(expansion)
+    4 detached paths of callables, 2 stages
+      embed > ln_final
+      embed > 0_mlp > ln_final
+      embed > 1_mlp > ln_final
+      embed > 0_mlp > 1_mlp > ln_final
+    >>> paths = expansion(torch.tensor([[0, 3, 1]]))
+    >>> paths.relative_remainder < 1e-14
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.trace import Trace, trace_of
+from tl_jets.jets.expand import CENTER_SCALES, CenterScale
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.collect import Collector
+from tl_jets.paths.evaluation import rows_of, walk, with_edits
+from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
+from tl_jets.paths.jet_stages import JetStages, stage_weights
+from tl_jets.paths.measures import Rank
+from tl_jets.paths.top_paths import search
+
+MAX_PATHS = 4096
+SHOWN = 10
+
+
+def exponential_expansion(
+    model: Any,
+    order: int | None = None,
+    *,
+    linearize: Linearize = "jet",
+    through: str | Iterable[str] | None = None,
+    avoiding: str | Iterable[str] | None = None,
+    sources: str | Iterable[str] | None = None,
+    max_writes: int | None = None,
+    top: int | None = None,
+    rank: Rank = "length",
+    targets: TargetInput | None = None,
+    center_scale: CenterScale = "none",
+    renormalize: bool = False,
+    split_degrees: bool = False,
+    max_paths: int = MAX_PATHS,
+) -> PathExpansion:
+    """All paths of a model from input to output (Algorithm 2, or exact detached paths). Symbolic and instant.
+
+    Filters take labels of steps and sources (`"3_mlp"`, `"L3H2"`, `"embed"`, `"3_mlp_bias"`), kinds (`"attn"`, `"mlp"`,
+    `"head"`, `"block"`, `"bias"`), or sequences of them. They select from the full expansion and change no path.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what a write is).
+        order: k >= 0 of the jets, None is 1; detached paths have none.
+        linearize: `"jet"`, the paper's, or `"detached"`, exact.
+        through: Keep paths that pass through every one of these (through any step of a kind).
+        avoiding: Keep paths that pass through none of these: `"attn"` gives the n-gram paths.
+        sources: Keep paths that start here; None for embeddings, edits by hooks and, detached, biases.
+        max_writes: Keep paths with at most so many writes.
+        top: Keep the largest paths only, largest first; the others are the remainder. If at most `max_paths` are left by
+            the filters all are evaluated, and the choice is exact; more (detached only) are searched by a beam of
+            `max_paths` / stages prefixes, greedily (see `tl_jets.paths.top_paths`).
+        rank: What `top` compares: the `"length"` of a path's logits centered over the vocabulary, or its `"effect"` on
+            the targets, over all evaluated positions together. Without `top` there is no rank, nor targets.
+        targets: Tokens for `rank="effect"`; None for the model's own best token.
+        center_scale: Of the centers of jets at every stage: `"none"` (the paper's), `"match"` or `"orthogonal"`.
+        renormalize: Spread the weights of jets over the paths that are kept.
+        split_degrees: Split every path's last jet, that of the final norm, by degree: `... > ln_final[0]`, the path's own
+            reading, `ln_final[1]`, what the model's stream adds to it, ... They sum to the path.
+        max_paths: Refuse to evaluate more.
+
+    Returns:
+        A `PathExpansion`: iterate over it for the paths, call it on a prompt, tokens or a trace to get a `PathCache`.
+
+    Raises:
+        ValueError: A bad option or one that would do nothing, a filter that names nothing, or filters that leave no path.
+        TypeError: A bad order.
+
+    Source:
+        Chen et al., Algorithm 2.
+    """
+    network = ResidualNetwork.of(model)
+    order = read_order(linearize, order, 1)
+    if rank not in get_args(Rank):
+        raise ValueError(f"rank must be one of {get_args(Rank)}; got {rank!r}.")
+    for name, value, least in (("top", 1 if top is None else top, 1), ("max_paths", max_paths, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
+    if center_scale not in CENTER_SCALES:
+        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
+    if linearize == "detached" and (order or renormalize or split_degrees or center_scale != "none"):
+        raise ValueError(
+            "order, renormalize, split_degrees and center_scale are options of jets; detached paths have no weights, degrees, "
+            "centers or order. Leave them out, or use linearize='jet'."
+        )
+    if top is None and rank == "effect":
+        raise ValueError(
+            "rank says which paths top= keeps; got rank='effect' without top. Pass top=, or leave rank out."
+        )
+    if rank == "length" and targets is not None:
+        raise ValueError(
+            f"targets are what rank='effect' with top= reads; got {targets!r} without it. Leave them out, or give them to "
+            f"statistics(targets=...) of what is evaluated."
+        )
+    labels = {"through": through, "avoiding": avoiding, "sources": sources}
+    filters: dict[str, Any] = {
+        name: value if value is None or isinstance(value, str) else tuple(value) for name, value in labels.items()
+    }
+    filters["max_writes"] = max_writes
+    whole = lattice_of(network.stages, network.sources, detached=linearize == "detached")
+    found = PathExpansion(
+        network=network,
+        linearize=linearize,
+        order=order,
+        whole=whole,
+        lattice=narrowed(whole, network.stages, **filters),
+        filters=filters,
+        top=top,
+        rank=rank,
+        targets=targets,
+        center_scale=center_scale,
+        renormalize=renormalize,
+        split_degrees=split_degrees,
+        max_paths=max_paths,
+    )
+    if not found.count and not any("edit:" in str(value) for value in filters.values()):
+        raise ValueError(
+            f"Filters must leave a path; {_shown(filters)} leave none of {count_text(whole.count)}. Relax them."
+        )
+    return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PathExpansion:
+    """All paths of a model that some filters keep, not yet evaluated.
+
+    Iterate over it for the paths, short ones first, lazily; `path in expansion` asks for one; call it on a prompt, tokens
+    or a `Trace` to get a `PathCache`.
+
+    Attributes:
+        network: The residual network.
+        linearize: `"jet"` or `"detached"`.
+        order: k of the jets; 0 for detached paths.
+        whole: All paths, before the filters; without degrees.
+        lattice: The paths that the filters keep; without degrees.
+        filters: `through`, `avoiding`, `sources`, `max_writes`.
+        top: How many of the largest are kept; None for all.
+        rank: What is large.
+        targets: Of `rank="effect"`.
+        center_scale: Of the jets' centers.
+        renormalize: Whether weights are spread over what is kept.
+        split_degrees: Whether the last jets are split.
+        max_paths: How many are evaluated at most.
+    """
+
+    network: ResidualNetwork
+    linearize: Linearize
+    order: int
+    whole: Lattice
+    lattice: Lattice
+    filters: Mapping[str, Any]
+    top: int | None = None
+    rank: Rank = "length"
+    targets: Any = None
+    center_scale: CenterScale = "none"
+    renormalize: bool = False
+    split_degrees: bool = False
+    max_paths: int = MAX_PATHS
+
+    # What a JetCache reads of an expansion of the decoder
+    stage = None
+    steps = (DECODER_STEP,)
+
+    @property
+    def degrees(self) -> int:
+        """Into how many terms a path is split."""
+        return self.order + 1 if self.split_degrees else 1
+
+    @property
+    def count(self) -> int:
+        """How many paths there are, before `top`: an exact integer of any size.
+
+        Detached, that is with a source for every bias that the model might have; paths from those that turn out to be zero
+        are left out when evaluated.
+        """
+        return self.degrees * self.lattice.count
+
+    @property
+    def count_by_length(self) -> tuple[int, ...]:
+        """How many paths pass through 0, 1, 2, ... writes."""
+        return tuple(self.degrees * n for n in self.lattice.count_by_length)
+
+    @property
+    def kind(self) -> str:
+        """`detached`, or `order-1 jet`."""
+        return self.linearize if self.linearize == "detached" else f"order-{self.order} jet"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every path of the network is kept."""
+        return self.top is None and self.lattice.count == self.whole.count
+
+    def __iter__(self) -> Iterator[Path]:
+        for path in self.lattice:
+            yield from self.split(path)
+
+    def __contains__(self, path: object) -> bool:
+        wanted = Path.parse(str(path))
+        if not self.split_degrees:
+            return wanted in self.lattice
+        whole = Path(wanted.source, (*wanted.steps[:-1], DECODER_STEP))
+        return whole in self.lattice and wanted in self.split(whole)
+
+    def split(self, path: Path) -> list[Path]:
+        """A path as its terms: itself, or one term a degree."""
+        if not self.split_degrees:
+            return [path]
+        steps = path.steps[:-1]
+        return [Path(path.source, (*steps, f"{DECODER_STEP}[{degree}]")) for degree in range(self.degrees)]
+
+    def __repr__(self) -> str:
+        lattice = self.lattice
+        parts = {source.label: lattice.count_from([source.label]) for source in lattice.sources if not source.is_bias}
+        biases = [source.label for source in lattice.sources if source.is_bias]
+        texts = [f"{count_text(self.degrees * n)} from {label}" for label, n in parts.items()]
+        if biases:
+            texts.append(f"{count_text(lattice.count_from(biases))} from {len(biases)} biases")
+        chosen = "" if self.top is None else f"; the {self.top} largest by {self.rank}"
+        return (
+            f"PathExpansion({self.network.view.name}, {len(self.network.stages)} stages: {count_text(self.count)} {self.kind} "
+            f"paths, {', '.join(texts)}{chosen}{'; ' + _shown(self.filters) if _shown(self.filters) else ''})"
+        )
+
+    def __str__(self) -> str:
+        head = (
+            f"{count_text(self.count)} {self.kind} paths of {self.network.view.name}, {len(self.network.stages)} stages"
+        )
+        lines = [head, *(f"  {path}" for path in islice(self, SHOWN))]
+        return "\n".join(lines + ([f"  ... {count_text(self.count - SHOWN)} more"] if self.count > SHOWN else []))
+
+    # Evaluation
+
+    def __call__(
+        self,
+        text_or_tokens: Any,
+        *,
+        positions: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+    ) -> PathCache:
+        """Evaluate on one input.
+
+        Args:
+            text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` (which then keeps the frozen
+                network, and the result).
+            positions: Positions to read; None for all. The results take memory in proportion.
+            attention_mask: Passed to the model (left padding needs it).
+            cache: A ready `ActivationCache` of the same input.
+
+        Returns:
+            A `PathCache`. Detached, paths from constants that are zero are left out (its `expansion` says which are in).
+
+        Raises:
+            ValueError: More than `max_paths` paths; bad positions or input.
+            NotImplementedError: Detached paths of a model that cannot be frozen.
+
+        Cost:
+            Every prefix once: for 2^L paths, 2^L applications of a frozen stage, in batches, or 2^L jets.
+        """
+        self._check_count()
+        with torch.inference_mode(False):
+            trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
+            if isinstance(text_or_tokens, Trace) and text_or_tokens.network is self.network:
+                return self._remembered(text_or_tokens, positions)
+            # A trace without the frozen network, whose graph is as large as the activations.
+            return replace(self._remembered(trace, positions), trace=Trace(self.network, trace.recording))
+
+    def _remembered(self, trace: Trace, positions: int | Sequence[int] | None) -> PathCache:
+        """Evaluate on a trace of the same network; what it has already evaluated is not evaluated again."""
+        rows = Rows.of(trace, positions)
+        known, key = trace.evaluated.setdefault(self, {}), tuple(rows.positions)
+        if key not in known:
+            whole = with_edits(self.whole, trace)
+            edited = replace(self, whole=whole, lattice=narrowed(whole, self.network.stages, **self.filters))
+            known[key] = edited._evaluate(trace, rows)
+        return known[key]
+
+    @torch.no_grad()
+    def _evaluate(self, trace: Trace, rows: Rows) -> PathCache:
+        self._check_count()
+        stages = FrozenNetwork.of(trace) if self.linearize == "detached" else self._jets(trace)
+        live = replace(
+            self, whole=self.whole.starting_at(stages.sources), lattice=self.lattice.starting_at(stages.sources)
+        )
+        if not live.count:
+            raise ValueError(
+                f"Filters must leave a path that is not zero; {_shown(self.filters)} leave constants that are, here. Relax them."
+            )
+        # Without the constants that are zero, there may be few enough to evaluate all.
+        beam = live._check_count()
+        collector = Collector(live, trace, rows, stages)
+        sums: dict[int, Tensor] = {}
+        if beam:
+            assert collector.best is not None
+            assert isinstance(stages, FrozenNetwork)
+            width = max(2 * (self.top or 1), self.max_paths // max(1, len(self.network.stages)))
+            search(stages, live.lattice, collector.best, width, collector.add)
+        else:
+            steps = rows_of(live.lattice, [[step.label for step in stage.steps] for stage in self.network.stages])
+            sums = walk(live.lattice, stages, steps, chunk_size(trace[FINAL_STREAM]), collector.add)
+        collector.add_constant()
+        return collector.cache(sums, is_exhaustive=not beam)
+
+    def _jets(self, trace: Trace) -> JetStages:
+        counted = self.lattice if self.renormalize else self.whole
+        weights = stage_weights(counted, order=self.order, renormalize=self.renormalize)
+        return JetStages(trace, self.order, self.center_scale, weights, self.split_degrees)
+
+    def _check_count(self) -> bool:
+        """Whether the paths are too many to evaluate, but can be searched; refuse those that cannot."""
+        if self.count <= self.max_paths:
+            return False
+        if self.top is not None and self.linearize == "detached":
+            return True
+        lengths = ", ".join(f"{count_text(n)} of {i}" for i, n in enumerate(self.count_by_length[:5]))
+        raise ValueError(
+            f"At most max_paths = {self.max_paths:,} paths are evaluated; here are {count_text(self.count)} (by number of "
+            f"writes: {lengths}, ...). Narrow them with max_writes=, through=, avoiding= ('attn' leaves the n-gram paths) or "
+            f"sources=; take a coarser granularity; detached, ask for top=; or raise max_paths. For sums over all paths "
+            f"there are tl_jets.path_lengths and tl_jets.path_sums."
+        )
+
+
+def _shown(filters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in filters.items() if value is not None)

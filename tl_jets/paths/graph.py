@@ -1,0 +1,329 @@
+r"""All paths of a residual network as one small object: counted, listed lazily and filtered without being made.
+
+A path starts at a source, passes at each later stage through one of its steps or none, and ends in the decoder. So the
+paths of a source that starts before stage s number
+
+.. math::
+    \prod_{t \ge s} (1 + \text{writes of stage } t) .
+
+Counts are exact integers at any depth. They are sums over what a path still needs: for the paths that complete a prefix
+before stage t which must still meet the set n of conditions, by their number of writes,
+
+.. math::
+    C_t(n) = C_{t+1}(n) + z \sum_{\text{steps } a \text{ of } t} C_{t+1}(n \setminus \text{conditions that } a \text{ meets}),
+
+a polynomial in z whose coefficients are kept in a tuple. What cannot be completed is never listed and never evaluated.
+
+Cost: a count takes stages^2 integer additions a set of conditions; a listed path, one look-up a stage.
+
+Example:
+    >>> lattice = Lattice(stages=(("0_attn",), ("0_mlp",), ("1_attn",)), sources=(Source("embed", 0),))
+    >>> lattice.count, lattice.count_by_length
+    (8, (1, 3, 3, 1))
+    >>> for path in list(lattice)[:3]:
+    ...     print(path)
+    embed > ln_final
+    embed > 0_attn > ln_final
+    embed > 0_mlp > ln_final
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import DECODER_STEP, Stage, Step, some
+
+BIAS = "_bias"
+KINDS = ("attn", "mlp", "head", "neuron", "block", "bias")
+# A prefix of a path, as far as its completions depend on it: conditions still to meet (as bits) and writes so far.
+State = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where paths start.
+
+    Attributes:
+        label: `embed`, `pos_embed`, an edit, or a bias such as `3_mlp_bias`.
+        start: Index of the first stage that reads it; the number of stages where only the decoder does, one more for
+            what the decoder itself adds.
+        is_bias: Whether it is a constant of the frozen network.
+    """
+
+    label: str
+    start: int
+    is_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The paths through some stages, from some sources, under some conditions.
+
+    Iterate over it for the paths, the short ones first; `path in lattice` asks whether it is one of them.
+
+    Attributes:
+        stages: Labels of the steps that a path may take, by stage.
+        sources: Where paths start.
+        through: Conditions: a path passes through at least one label of every set.
+        max_writes: The most writes that a path passes through; None for any number.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    sources: tuple[Source, ...]
+    through: tuple[frozenset[str], ...] = ()
+    max_writes: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many paths there are: an exact integer."""
+        return sum(self.count_by_length)
+
+    @cached_property
+    def count_by_length(self) -> tuple[int, ...]:
+        """How many paths pass through 0, 1, 2, ... writes."""
+        total: tuple[int, ...] = ()
+        for source in self.sources:
+            total = _add(total, self.completions(source.start, self.start(source)))
+        return total if self.max_writes is None else total[: self.max_writes + 1]
+
+    def count_from(self, sources: Iterable[str]) -> int:
+        """How many of them start at the given labels."""
+        return self.starting_at(sources).count
+
+    def starting_at(self, sources: Iterable[str]) -> Lattice:
+        """The paths that start at the given labels."""
+        wanted = set(sources)
+        return replace(self, sources=tuple(source for source in self.sources if source.label in wanted))
+
+    def __iter__(self) -> Iterator[Path]:
+        for n_writes in range(len(self.count_by_length)):
+            for source in self.sources:
+                for steps in self._exactly(source.start, self.start(source), n_writes):
+                    decoded = source.start <= len(self.stages)
+                    yield Path(source.label, (*steps, DECODER_STEP) if decoded else steps)
+
+    def __contains__(self, path: object) -> bool:
+        wanted = Path.parse(str(path))
+        for source in self.sources:
+            if source.label == wanted.source:
+                return self._has(source, wanted.steps)
+        return False
+
+    def _has(self, source: Source, steps: tuple[str, ...]) -> bool:
+        if source.start > len(self.stages):
+            return not steps and self.start(source) == 0
+        if not steps or steps[-1] != DECODER_STEP:
+            return False
+        needs, place = self.start(source), source.start
+        for step in steps[:-1]:
+            stage = self._stage_of.get(step, -1)
+            if stage < place:
+                return False
+            needs, place = self.after(needs, step), stage + 1
+        return needs == 0 and (self.max_writes is None or len(steps) - 1 <= self.max_writes)
+
+    # What a prefix still needs
+
+    def start(self, source: Source) -> int:
+        """The conditions that a path from a source has yet to meet, as bits."""
+        return self.after(2 ** len(self.through) - 1, source.label)
+
+    def after(self, needs: int, label: str) -> int:
+        """What is left of some conditions once a path has passed through a label."""
+        return needs & ~self._meets.get(label, 0)
+
+    def completions(self, stage: int, needs: int) -> tuple[int, ...]:
+        """How many ways there are to go on from a stage and meet the conditions, by their number of writes."""
+        if stage >= len(self.stages):
+            return () if needs else (1,)
+        key = (stage, needs)
+        if key not in self._completions:
+            total = self.completions(stage + 1, needs)
+            for left, n_steps in Counter(self.after(needs, step) for step in self.stages[stage]).items():
+                taken = self.completions(stage + 1, left)
+                total = _add(total, (0, *(n_steps * n for n in taken)) if taken else ())
+            self._completions[key] = total
+        return self._completions[key]
+
+    def is_alive(self, stage: int, state: State) -> bool:
+        """Whether a prefix before a stage can be completed."""
+        needs, used = state
+        ways = self.completions(stage, needs)
+        return any(ways if self.max_writes is None else ways[: max(0, self.max_writes - used + 1)])
+
+    def onward(self, stage: int, state: State) -> list[tuple[int, State]]:
+        """The steps of a stage that a prefix can take, by index, and its state after each."""
+        needs, used = state
+        found = [(index, (self.after(needs, step), used + 1)) for index, step in enumerate(self.stages[stage])]
+        return [(index, after) for index, after in found if self.is_alive(stage + 1, after)]
+
+    def prefixes(self) -> list[tuple[int, int]]:
+        """Before every stage and the decoder: how many prefixes there are, and how many take a step of the stage."""
+        found: list[tuple[int, int]] = []
+        states: Counter[State] = Counter()
+        for stage in range(len(self.stages) + 1):
+            for source in self.sources:
+                if source.start == stage and self.is_alive(stage, (self.start(source), 0)):
+                    states[self._counted((self.start(source), 0))] += 1
+            if stage == len(self.stages):
+                found.append((states.total(), states.total()))
+                break
+            following: Counter[State] = Counter()
+            moving = 0
+            for state, n in states.items():
+                onward = self.onward(stage, state)
+                moving += n if onward else 0
+                kept = [state] if self.is_alive(stage + 1, state) else []
+                for after in [*kept, *(after for _, after in onward)]:
+                    following[self._counted(after)] += n
+            found.append((states.total(), moving))
+            states = following
+        return found
+
+    def _counted(self, state: State) -> State:
+        """A state without the writes so far, where nothing depends on them."""
+        return state if self.max_writes is not None else (state[0], 0)
+
+    def _exactly(self, stage: int, needs: int, n_writes: int) -> Iterator[tuple[str, ...]]:
+        """The ways on from a stage with a number of writes."""
+        ways = self.completions(stage, needs)
+        if n_writes >= len(ways) or not ways[n_writes]:
+            return
+        if n_writes == 0:
+            yield ()
+            return
+        for place in range(stage, len(self.stages)):
+            for step in self.stages[place]:
+                for rest in self._exactly(place + 1, self.after(needs, step), n_writes - 1):
+                    yield (step, *rest)
+
+    @cached_property
+    def _stage_of(self) -> dict[str, int]:
+        return {step: index for index, steps in enumerate(self.stages) for step in steps}
+
+    @cached_property
+    def _meets(self) -> dict[str, int]:
+        """The conditions that a label meets, as bits."""
+        found: dict[str, int] = {}
+        for index, labels in enumerate(self.through):
+            for label in labels:
+                found[label] = found.get(label, 0) | (1 << index)
+        return found
+
+    @cached_property
+    def _completions(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        return {}
+
+
+def frozen_biases(stages: Sequence[Stage]) -> list[list[tuple[str, list[int]]]]:
+    """By stage, the labels of the constants that it adds once frozen, and the steps whose constants each gathers.
+
+    The constants of heads are part of `<l>_attn_bias`, as everywhere; another step's are its label + `_bias`.
+    """
+    found: list[list[tuple[str, list[int]]]] = []
+    for stage in stages:
+        labels: dict[str, list[int]] = {}
+        for index, step in enumerate(stage.steps):
+            label = step.label + BIAS
+            if step.kind in ("head", "attn_bias"):
+                label = f"{step.layer}_attn{BIAS}"
+            labels.setdefault(label, []).append(index)
+        found.append(list(labels.items()))
+    return found
+
+
+def lattice_of(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> Lattice:
+    """All paths of a network: of its jets, or of its frozen maps with a source for every bias.
+
+    Raises:
+        ValueError: A bias would have the label of something else.
+    """
+    starts = [Source(label, 0) for label in sources]
+    if not detached:
+        return Lattice(tuple(tuple(step.label for step in stage.steps) for stage in stages), tuple(starts))
+    # The bias of a layer's attention depends on no stream: it is a source alone.
+    steps = tuple(tuple(step.label for step in stage.steps if step.kind != "attn_bias") for stage in stages)
+    for index, labels in enumerate(frozen_biases(stages)):
+        starts += [Source(label, index + 1, True) for label, _ in labels]
+    starts.append(Source(DECODER_STEP + BIAS, len(stages) + 1, True))
+    names = [source.label for source in starts] + [step for labels in steps for step in labels]
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, n in Counter(names).items() if n > 1)
+        raise ValueError(
+            f"Sources, steps and the biases of steps must have different labels; got {twice} more than once."
+        )
+    return Lattice(steps, tuple(starts))
+
+
+def narrowed(
+    lattice: Lattice,
+    stages: Sequence[Stage],
+    *,
+    through: str | Iterable[str] | None = None,
+    avoiding: str | Iterable[str] | None = None,
+    sources: str | Iterable[str] | None = None,
+    max_writes: int | None = None,
+) -> Lattice:
+    """The paths that pass through all of `through`, none of `avoiding`, from one of `sources`, with few writes.
+
+    Raises:
+        ValueError: A name that is no label or kind, or max_writes < 0.
+    """
+    if max_writes is not None and (isinstance(max_writes, bool) or not isinstance(max_writes, int) or max_writes < 0):
+        raise ValueError(f"max_writes must be None or an integer >= 0; got {max_writes!r}.")
+    taken = {step for labels in lattice.stages for step in labels}
+    steps = [step for stage in stages for step in stage.steps if step.label in taken]
+    known = {source.label: source for source in lattice.sources}
+    conditions = tuple(_labels(name, steps, known) for name in _names(through))
+    avoided = frozenset[str]().union(*(_labels(name, steps, known) for name in _names(avoiding)))
+    wanted = frozenset[str]().union(*(_labels(name, [], known) for name in _names(sources)))
+    chosen = [s for s in lattice.sources if s.label not in avoided and (sources is None or s.label in wanted)]
+    kept = tuple(tuple(step for step in labels if step not in avoided) for labels in lattice.stages)
+    return replace(lattice, stages=kept, sources=tuple(chosen), through=conditions, max_writes=max_writes)
+
+
+def _names(names: str | Iterable[str] | None) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
+
+
+def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source]) -> frozenset[str]:
+    """The labels that a name stands for: its own, those of a kind, or the heads of an attention layer."""
+    found = {step.label for step in steps if step.label == name or _is_of(step, name)}
+    found |= {label for label, source in sources.items() if label == name or (name == "bias" and source.is_bias)}
+    if not found and not name.startswith("edit:"):  # edits by hooks are not known before a trace is
+        if not steps:
+            raise ValueError(
+                f"Paths start at sources: these must be named, or all that are biases ('bias'); got {name!r}. Here the sources are "
+                f"{some(sources)}."
+            )
+        raise ValueError(
+            f"A filter must name steps, sources, or kinds of them; got {name!r}. Here the steps are "
+            f"{some(step.label for step in steps)}, the sources {some(sources)}, and kinds are {KINDS}."
+        )
+    return frozenset(found or {name})
+
+
+def _is_of(step: Step, name: str) -> bool:
+    if name == "attn":
+        return step.kind in ("attn", "head", "attn_bias") or step.label.endswith("_attn")
+    if name == "mlp" and step.kind in ("neuron", "mlp_rest"):
+        return True
+    if name in KINDS:
+        return step.kind == name or (step.kind == "callable" and step.label.endswith("_" + name))
+    return step.kind in ("head", "attn_bias") and name == f"{step.layer}_attn"
+
+
+def _add(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """The sum of two polynomials."""
+    long, short = (left, right) if len(left) >= len(right) else (right, left)
+    return tuple(a + b for a, b in zip(long, (*short, *[0] * (len(long) - len(short))), strict=True))
+
+
+def count_text(count: int) -> str:
+    """A count for people: 1,024, or 3.40e38."""
+    digits = str(count)
+    return f"{count:,}" if len(digits) <= 12 else f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"

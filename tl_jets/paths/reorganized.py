@@ -1,0 +1,387 @@
+r"""Order-1 jets with every source's share collected: the reorganized form.
+
+The jets of a stage at centers x_i, with weights w_i that sum to one, are evaluated at the true stream h. With h written as
+a sum of sources, h = sum_j x_j + sum_m r_m (the centers; then biases, edits and `rest`, which are carried along only),
+
+.. math::
+    \sum_i w_i J^1 \gamma(x_i)(h) = \gamma(0) + \sum_j p_j + \sum_m M r_m, \qquad M = \sum_i w_i D\gamma(x_i),
+
+.. math::
+    p_j = w_j \bigl(\gamma(x_j) - \gamma(0) - D\gamma(x_j)\, x_j\bigr) + M x_j .
+
+The plain terms w_i J^1 gamma(x_i)(h) each carry the whole stream; a path p_j carries what is of x_j: its own write, and what
+the other centers' tangents make of it. On a linear network p_j = A x_j whatever the weights: the recursion over stages gives
+eq. 5 of the paper path by path. The sum is that of the plain jets, and so is what it misses.
+
+On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64; the remainder and the rest are lengths relative
+to what the unembedding reads and to the last stream):
+
+==========================================  =========  ====  =============================================
+form                                        remainder  rest  paths that decode to the model's own answer
+==========================================  =========  ====  =============================================
+plain jets, order 1                         34               73%
+reorganized                                 5.5        18    1 of 257, `rest > ln_final`
+plain jets, order 1, norm-matched centers   0.23             29%
+reorganized, norm-matched centers           0.098      0.52  1 of 257, `rest > ln_final`
+==========================================  =========  ====  =============================================
+
+So the model's answer leaves the paths for `rest`, whose size says how much of the model no path explains.
+
+============================  =====================================================================================
+source                        what it is
+============================  =====================================================================================
+`embed`, `embed > 0_attn`     a center x_j, named by its path
+`0_mlp_bias`                  gamma(0), what the step writes for a stream of zero; carried by later stages
+`edit:<hook>`                 what a user's hook added to the stream; carried
+`rest`                        h less all others: what earlier jets missed, or centers that were not given; carried
+============================  =====================================================================================
+
+==============  =================================================
+symbol          name here
+==============  =================================================
+gamma           `trace.stage_function(stage)`
+D gamma(x) u    `tl_jets.paths.tangents`
+x_i, w_i        `centers`, `weights`
+==============  =================================================
+
+Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 5, Lemma 1; the regrouping is ours. Cost: for N centers
+and M sources, N evaluations of the stage and N M directional derivatives, as batched backward passes; the decoder, closed
+forms.
+
+Example:
+    A linear network, whose paths are products of matrices:
+
+    >>> from tl_jets import CallableModel, Decoder, Norm
+    >>> _ = torch.manual_seed(0)
+    >>> E, A, B = torch.randn(5, 4).double(), torch.randn(4, 4).double(), torch.randn(4, 4).double()
+    >>> model = CallableModel(
+    ...     embed=lambda tokens: E[tokens],
+    ...     stages=[{"0_block": lambda x: x @ A}, {"1_block": lambda x: x @ B}],
+    ...     decoder=Decoder(Norm("none"), torch.randn(4, 7).double(), torch.zeros(7).double()),
+    ... )
+    >>> tokens = torch.tensor([[0, 3, 1]])
+    >>> paths = reorganized_expansion(model)(tokens)
+    >>> [label for label in paths.labels if not label.startswith("rest")]
+    ['embed > ln_final', 'embed > 0_block > ln_final', 'embed > 1_block > ln_final', 'embed > 0_block > 1_block > ln_final']
+    >>> bool(torch.allclose(paths["embed > 0_block > 1_block > ln_final"], E[tokens] @ A @ B))
+    True
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.path import Center, Path
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, relative_error
+from tl_jets.core.selection import Rows
+from tl_jets.core.trace import Trace
+from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.expand import CenterScale, Expansion, jet_expand
+from tl_jets.paths.cache import PathCache
+from tl_jets.paths.graph import BIAS, count_text, frozen_biases
+from tl_jets.paths.tangents import Tangents, norm_paths
+
+REST = "rest"
+MAX_CENTERS = 256
+
+
+def reorganized_expansion(
+    model: Any,
+    step: str = DECODER_STEP,
+    *,
+    centers: Any = None,
+    carried: Any = (),
+    weights: Literal["uniform", "optimal"] | Sequence[float] | Tensor = "uniform",
+    center_scale: CenterScale = "none",
+    max_centers: int = MAX_CENTERS,
+) -> ReorganizedExpansion:
+    """Expand a stage at order 1, with what is of each source collected in one path. Symbolic; composable as `jet_expand`.
+
+    Without `centers` every stage up to `step` is expanded in this form at all paths so far: 2^L paths of a network of L
+    sublayers, and those from biases, edits and `rest`.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
+        step: A step (`3_mlp`, `L3H2`), its stream (`3_mid`), or `ln_final` for the decoder.
+        centers: What to expand at, as in `jet_expand`; a `ReorganizedExpansion` of the stage before brings its biases,
+            edits and rest along. None for all paths from the embeddings.
+        carried: Further sources that the stream is the sum of, which are no centers: labels, terms or functions.
+        weights: `"uniform"`, `"optimal"` (the smallest remainder), or numbers on the simplex, [center] or
+            [center, batch, pos], for one stage.
+        center_scale: Rescale centers inside gamma: `"none"`, `"match"` or `"orthogonal"`, as in `jet_expand`.
+        max_centers: Refuse more: a stage of N centers costs N^2 derivatives.
+
+    Returns:
+        A `ReorganizedExpansion`: call it on a prompt, tokens or a trace to get a `PathCache` (the decoder) or `JetCache`.
+
+    Raises:
+        ValueError: More than `max_centers` centers, numbers as weights without centers, or what `jet_expand` refuses.
+
+    Source:
+        Chen et al., eq. 5, Lemma 1; the regrouping is ours.
+    """
+    network = ResidualNetwork.of(model)
+    options: dict[str, Any] = {"weights": weights, "center_scale": center_scale, "max_centers": max_centers}
+    if centers is None:
+        return _from_sources(network, step, options)
+    given = list(centers) if isinstance(centers, (list, tuple)) else [centers]
+    previous = [center for center in given if isinstance(center, ReorganizedExpansion)]
+    if len(previous) > 1:
+        raise ValueError(
+            f"Centers may hold one reorganized expansion, that of the stage before; got {len(previous)}. Name single terms "
+            f"of others: expansion['embed > 0_attn']."
+        )
+    plain = jet_expand(network, step, centers=centers, order=1, weights=weights, center_scale=center_scale)
+    _check_count(len(plain.centers), max_centers)
+    none = isinstance(carried, (list, tuple)) and not carried
+    others = () if none else jet_expand(network, step, centers=carried).centers
+    twice = {str(center.path) for center in plain.centers}.intersection(str(center.path) for center in others)
+    if twice:
+        raise ValueError(f"A source is a center or carried, not both; got {sorted(twice)} as both. Leave one out.")
+    return ReorganizedExpansion(
+        **{field.name: getattr(plain, field.name) for field in fields(plain)},
+        carried=others,
+        previous=previous[0] if previous else None,
+    )
+
+
+def _from_sources(network: ResidualNetwork, step: str, options: dict[str, Any]) -> ReorganizedExpansion:
+    """The recursion over all stages up to a step, from the embeddings."""
+    if not isinstance(options["weights"], str):
+        raise ValueError("weights without centers must be 'uniform' or 'optimal', for every stage; got numbers.")
+    decodes = step in (DECODER_STEP, FINAL_STREAM)
+    last = len(network.stages) if decodes else network.stages.index(network.stage(step))
+    steps = [[s for s in stage.steps if s.kind != "attn_bias"] for stage in network.stages[:last]]
+    _check_count(len(network.sources) * math.prod(1 + len(taken) for taken in steps), options["max_centers"])
+    centers: Any = list(network.sources)
+    for stage in network.stages[:last]:
+        centers = reorganized_expansion(network, stage.stream, centers=centers, **options)
+    return reorganized_expansion(network, step, centers=centers, **options)
+
+
+def _check_count(count: int, max_centers: int) -> None:
+    if count > max_centers:
+        raise ValueError(
+            f"A reorganized expansion takes at most max_centers = {max_centers} centers, as every stage costs the square of "
+            f"their number; here are {count_text(count)} at the last one. Expand fewer stages from centers that you choose "
+            f"(streams, writes), take a coarser granularity, or raise max_centers; exact paths in any number are those of "
+            f"exponential_expansion(model, linearize='detached')."
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ReorganizedExpansion(Expansion):
+    """A stage expanded at centers at order 1, a path for each source. Its `terms` are those of the centers.
+
+    Attributes:
+        carried: Further sources that are no centers.
+        previous: The expansion of the stage before, whose biases, edits and rest are sources here.
+    """
+
+    carried: tuple[Center, ...] = ()
+    previous: ReorganizedExpansion | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the paths are."""
+        return "reorganized order-1 jet"
+
+    def __repr__(self) -> str:
+        return (
+            f"ReorganizedExpansion({', '.join(self.steps[:3])} of {self.network.view.name} at {len(self.centers)} centers, "
+            f"{len(self)} paths, those from biases, edits and rest apart)"
+        )
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that paths pass through; the attention bias of heads is a source."""
+        if self.stage is None:
+            return (DECODER_STEP,)
+        return tuple(step.label for step in self.stage.steps if step.kind != "attn_bias")
+
+    def __call__(
+        self,
+        text_or_tokens: Any,
+        *,
+        positions: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+    ) -> JetCache:
+        """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`).
+
+        Args:
+            text_or_tokens: The input.
+            positions: Positions to read, of paths of the decoder; None for all.
+            attention_mask: Passed to the model (left padding needs it).
+            cache: A ready `ActivationCache` of the same input.
+
+        Returns:
+            For the decoder a `PathCache`: `remainders` say what the jets of every stage missed. Else a `JetCache`.
+
+        Raises:
+            ValueError: Positions of an inner stage.
+        """
+        found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
+        if positions is None:
+            return found
+        if not isinstance(found, ReorganizedPaths):
+            raise ValueError(
+                f"positions are chosen where paths are decoded; these end at {self.steps[0]}. Slice them instead: "
+                f"apply_slice_to_pos_dim(...)."
+            )
+        return found.at(positions)
+
+    def sources(self, trace: Trace) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """Everything that the stream is the sum of, by name: the centers, then what is carried, then `rest`."""
+        found = {str(center.path): center.evaluate(trace) for center in self.centers}
+        carried = {str(center.path): center.evaluate(trace) for center in self.carried}
+        if self.previous is not None:
+            carried |= self.previous.evaluate(trace).terms
+        elif tuple(found) == self.network.sources:
+            carried |= trace.edits(self.stream)
+        found |= {label: value for label, value in carried.items() if label not in found and not _is_rest(label)}
+        return found | {REST: trace[self.stream] - torch.stack(list(found.values())).sum(0)}
+
+    def _evaluate(self, trace: Trace) -> JetCache:
+        with torch.inference_mode(False), torch.no_grad():
+            sources, h = self.sources(trace), trace[self.stream]
+            n, values = len(self.centers), torch.stack([value.detach().clone() for value in sources.values()])
+            truth = self.network.decoder.norm(h) if self.stage is None else h + trace.writes(self.stage).sum(0)
+            # The jets' sum is that of the plain form, so that the best weights are the same.
+            jets = self._jets(trace, values[:n]).sum(0) if self.weights == "optimal" else values[:n]
+            weights, solution = self._weights(trace, jets, values[:n], truth)
+            scaled = values[:n]
+            if self.center_scale != "none":
+                norm = self.network.decoder.norm
+                scaled = scaled * center_scale_factors(norm, scaled, h.expand_as(scaled), self.center_scale)[..., None]
+            if self.stage is None:
+                paths = norm_paths(self.network.decoder.norm, scaled, values, weights[..., None].to(values))
+                return self._decoded(trace, dict(zip(sources, paths, strict=True)), truth)
+            paths, constants = self._inner_paths(trace, scaled, values, weights[..., None].to(values))
+            terms = self._named(trace, list(sources), values, paths, constants)
+            following = trace.edits(self.network.next_stream(self.stage))
+            truth = truth + sum(following.values(), torch.zeros_like(truth))
+            return ReorganizedCache(self, trace, {**terms, **following}, weights, truth, solution)
+
+    def _inner_paths(self, trace: Trace, scaled: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Paths of all sources through the stage [step, source, ...], and gamma at zero [step, ...]."""
+        assert self.stage is not None
+        gammas = trace.stage_function(self.stage)
+        constants = gammas(torch.zeros_like(values[0]))
+        if not bool(constants[:, trace.valid].isfinite().all()):
+            raise ValueError(
+                f"A stage must be finite for a stream of zero, where its bias is read; {self.steps[0]} is not (a norm with "
+                f"eps = 0?). Use jet_expand, whose terms share the bias among them."
+            )
+        tangents = Tangents(gammas)
+        paths = values.new_zeros(len(constants), *values.shape)
+        for i, (center, weight) in enumerate(zip(scaled, weights, strict=True)):
+            value, derivatives = tangents(center, torch.cat([values, center[None]]))
+            paths += weight * derivatives[:, :-1]
+            paths[:, i] += weight * (value - constants - derivatives[:, -1])
+        return paths, constants
+
+    def _named(
+        self, trace: Trace, labels: list[str], values: Tensor, paths: Tensor, constants: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms by name: first those of `self.terms`, then sources that are carried, biases last."""
+        assert self.stage is not None
+        n, rows = len(self.centers), [i for i, s in enumerate(self.stage.steps) if s.kind != "attn_bias"]
+        terms = {}
+        for part in (slice(0, n), slice(n, None)):
+            terms |= dict(zip(labels[part], values[part], strict=True))
+            for row in rows:
+                through = [str(Path.parse(label).then(self.stage.steps[row].label)) for label in labels[part]]
+                terms |= dict(zip(through, paths[row, part], strict=True))
+        for label, steps in frozen_biases([self.stage])[0]:
+            constant = constants[steps].sum(0)
+            if bool(constant[trace.valid].any()):
+                terms[label] = constant
+        return terms
+
+    def _decoded(self, trace: Trace, paths: dict[str, Tensor], truth: Tensor) -> ReorganizedPaths:
+        """The paths through the decoder, and its own bias, as a PathCache."""
+        norm, b_U = self.network.decoder.norm, self.network.decoder.b_U
+        terms = {str(Path.parse(label).then(DECODER_STEP)): path for label, path in paths.items()}
+        if (norm.bias is not None and bool(norm.bias.any())) or bool(b_U.any()):
+            terms[DECODER_STEP + BIAS] = norm.add_bias(torch.zeros_like(truth))
+        weights = truth.new_tensor([float(label == DECODER_STEP + BIAS) for label in terms])
+        remainders, stage = {}, self
+        while stage is not None:
+            stream, rest = trace[stage.stream][trace.valid], stage.sources(trace)[REST][trace.valid]
+            remainders[stage.stream] = float(rest.norm() / stream.norm())
+            stage = stage.previous
+        found = ReorganizedPaths(
+            expansion=self,  # pyright: ignore[reportArgumentType]  # as far as a PathCache reads it
+            trace=trace,
+            terms=terms,
+            weights=weights[:, None, None].expand(-1, *truth.shape[:-1]),
+            truth=truth,
+            positions=list(range(truth.shape[1])),
+        )
+        ordered = dict(reversed(remainders.items())) | {DECODER_STEP: found.relative_remainder}
+        return replace(found, remainders=ordered)
+
+
+class ReorganizedCache(JetCache):
+    """The paths of an inner stage, by name; the next expansion's centers."""
+
+    def check(self) -> Check:
+        """Compare the sum of all paths with that of the plain jets, in Taylor arithmetic; see `JetCache.check`."""
+        return _check(self)
+
+
+class ReorganizedPaths(PathCache):
+    """Decoded paths, by name: a `PathCache`."""
+
+    def at(self, positions: int | Sequence[int]) -> ReorganizedPaths:
+        """The paths at some positions."""
+        rows = Rows.of(self.trace, positions)
+        sliced = cast(ReorganizedPaths, self.apply_slice_to_pos_dim(rows.positions))
+        return replace(sliced, positions=rows.positions)
+
+    def check(self) -> Check:
+        """Compare the sum of all paths with that of the plain jets, in Taylor arithmetic; see `JetCache.check`."""
+        return _check(self)
+
+
+def _check(cache: JetCache) -> Check:
+    """The paths must sum to the plain jets, which another way to differentiate gives."""
+    expansion, trace = cache.expansion, cache.trace
+    assert isinstance(expansion, ReorganizedExpansion)
+    network, keep = expansion.network, trace.valid
+    if not cache.is_whole:
+        raise ValueError(
+            f"check needs a whole cache, [batch, pos] = {list(keep.shape)}; this one has {list(cache.truth.shape[:-1])}. "
+            f"Evaluate without positions, and do not slice."
+        )
+    plain = jet_expand(
+        network,
+        expansion.steps[0],
+        centers=list(expansion.centers),
+        order=1,
+        weights=cast(Any, expansion.weights),
+        center_scale=expansion.center_scale,
+    )(trace)
+    # What is no center passes the identity, too; plain jets leave it out.
+    identity = torch.zeros_like(cache.truth)
+    if expansion.stage is not None:
+        values = expansion.sources(trace)
+        identity = torch.stack(
+            [value for label, value in values.items() if label not in plain.terms] or [identity]
+        ).sum(0)
+    found, wanted = cache.truth - cache.remainder, plain.truth - plain.remainder + identity
+    return Check(relative_error(found[keep], wanted[keep]), plain.check().slopes, 1)
+
+
+def _is_rest(label: str) -> bool:
+    return Path.parse(label).source == REST

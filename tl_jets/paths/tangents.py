@@ -1,0 +1,101 @@
+r"""Directional derivatives of a stage at many centers, along many directions.
+
+D gamma(x) u of a stage is read off the graph of one evaluation (`tl_jets.core.linear_map.GraphMap`), in batches of directions. With
+x and u centered if the norm centers, and s = (mean(x^2) + eps)^(-1/2), the final norm's is a closed form (times its weight),
+
+.. math::
+    D\gamma(x) u = s u - s^3 x \, \mathrm{mean}(x u), \qquad \gamma(x) - D\gamma(x) x = s^3 \, \mathrm{mean}(x^2) \, x .
+
+Cost: an evaluation with its graph a center, and a batched backward pass a direction.
+
+Example:
+    >>> x, u = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[1.0, 0.0]]], [[[0.0, 3.0]]]])
+    >>> value, derivatives = Tangents(lambda x: torch.stack([x**2, x**3]))(x, u)
+    >>> derivatives[:, :, 0, 0].tolist()
+    [[[2.0, 0.0], [0.0, 12.0]], [[3.0, 0.0], [0.0, 36.0]]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.calculus import Norm, Series
+from tl_jets.core.frozen_network import chunk_size
+from tl_jets.core.linear_map import GraphMap
+from tl_jets.core.protocol import relative_error
+
+
+class Tangents:
+    """Values and directional derivatives of a stage at one point after another.
+
+    Read off the graph of one evaluation, whose batched backward passes carry many directions at once. At the first point one
+    direction is compared with Taylor arithmetic; where they differ, or the graph cannot be transposed, Taylor arithmetic
+    takes over, a direction at a time.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+        self.by_graph: bool | None = None
+
+    def __call__(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) [step, ...] and D f(x) u [step, direction, ...]."""
+        if self.by_graph is None:
+            self.by_graph = self._agrees(x, directions[-1])
+        return self._graph(x, directions) if self.by_graph else self._series(x, directions)
+
+    def _agrees(self, x: Tensor, direction: Tensor) -> bool:
+        _, wanted = self._series(x, direction[None])
+        try:
+            _, found = self._graph(x, torch.stack([direction, direction]))  # two: as a batch
+        except (RuntimeError, NotImplementedError):
+            return False
+        return relative_error(found[:, 0], wanted[:, 0]) < (1e-8 if x.dtype is torch.float64 else 1e-3)
+
+    def _graph(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
+            value = self.function(point)
+            linear = GraphMap(point, value.movedim(0, -2).flatten(-2))
+        found = linear.apply_rows(directions, chunk_size=chunk_size(x))
+        return value.detach(), found.unflatten(-1, (len(value), -1)).movedim(-2, 0)
+
+    def _series(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        found = [self.function(Series.line(x, direction, 1)) for direction in directions]
+        coefficients = torch.stack(
+            [
+                out.coefficients if isinstance(out, Series) else torch.stack([out, torch.zeros_like(out)])
+                for out in found
+            ],
+            2,
+        )
+        return coefficients[0, :, 0], coefficients[1]
+
+
+def norm_paths(
+    norm: Norm,
+    centers: Float[Tensor, "center *row d_model"],
+    values: Float[Tensor, "source *row d_model"],
+    weights: Float[Tensor, "center *row 1"],
+) -> Float[Tensor, "source *row d_model"]:
+    """The paths of all sources through the final norm, without its bias: own parts of the centers, and tangents of all.
+
+    Args:
+        norm: The norm.
+        centers: Where it is expanded, in the order of the first sources.
+        values: The sources, centers first.
+        weights: w_i of the centers.
+    """
+    x, u, w = norm.center(centers.double()), norm.center(values.double()), weights.double()
+    if norm.kind == "none":
+        return norm.scale(u.to(values))
+    a = x.pow(2).mean(-1, keepdim=True)
+    s = (a + norm.eps).rsqrt()
+    overlaps = torch.einsum("n...d,m...d->nm...", x, u) / x.shape[-1]
+    paths = (w * s).sum(0) * u - torch.einsum("nm...,n...d->m...d", overlaps, w * s.pow(3) * x)
+    # norm(x) - D norm(x) x = s^3 mean(x^2) x
+    paths[: len(x)] += w * s.pow(3) * a * x
+    return norm.scale(paths.to(values))
