@@ -26,11 +26,11 @@ from tl_jets.detached_map import (
     detached,
     detached_jacobian,
     detached_spectra,
-    steering_hooks,
 )
 from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
 from tl_jets.interventions.path_ablations import path_ablation
+from tl_jets.interventions.steering import steering_hooks
 from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
 from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores

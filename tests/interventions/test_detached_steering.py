@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.calculus import full_precision
-from tl_jets.detached_map import detached_jacobian, steering_hooks
+from tl_jets.detached_map import detached_jacobian
+from tl_jets.interventions.steering import steering_hooks
 
 RAW = [spec for spec in zoo.available(["gpt2", "pythia", "llama", "gemma2"]) if spec.processing == "raw"]
 

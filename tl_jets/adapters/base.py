@@ -20,13 +20,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tl_jets.adapters.heads import head_writes
 from tl_jets.adapters.neurons import neuron_step, neuron_writes
+from tl_jets.adapters.protocol import Sublayer
 from tl_jets.adapters.reading import (
     read_input,
     read_mask,
@@ -39,8 +40,6 @@ from tl_jets.adapters.ready_cache import read_cache
 from tl_jets.calculus import Norm, full_precision
 from tl_jets.core.decoder import Decoder, version
 from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
-
-Sublayer = Literal["attn", "mlp"]
 
 
 class TransformerLensView(ABC):

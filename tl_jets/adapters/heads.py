@@ -18,18 +18,16 @@ Cost: an evaluation of the attention at zero once an input, and three more once 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.protocol import BlocksView
 from tl_jets.core.protocol import Recording, tolerance
 
-if TYPE_CHECKING:
-    from tl_jets.adapters.base import TransformerLensView
 
-
-def head_writes(view: TransformerLensView, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
+def head_writes(view: BlocksView, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
     """[head + 1, batch, pos, d_model]: every head's write at any stream, then the attention bias."""
     check_heads(view, recording, calls, layer)
     z, out = _z_and_out(view, calls, layer, stream)
@@ -42,7 +40,7 @@ def head_writes(view: TransformerLensView, recording: Recording, calls: Any, lay
     return torch.cat([heads, (write - heads.sum(0))[None]])
 
 
-def _z_and_out(view: TransformerLensView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """What reaches W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
     grabbed: list[Tensor] = []
     name = f"blocks.{layer}.attn.hook_z"
@@ -53,12 +51,12 @@ def _z_and_out(view: TransformerLensView, calls: Any, layer: int, stream: Tensor
     return grabbed[-1], out
 
 
-def _through_output(view: TransformerLensView, layer: int, z: Tensor) -> Tensor:
+def _through_output(view: BlocksView, layer: int, z: Tensor) -> Tensor:
     """What every head sends into the output [head, batch, pos, d_model]."""
     return torch.einsum("bphe,hem->hbpm", z, view.blocks[layer].attn.W_O.to(view.dtype))
 
 
-def check_heads(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
+def check_heads(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
     """Compare a layer's heads with its attention, once per layer and set of hooks: what they leave must not read the stream.
 
     Raises:

@@ -24,21 +24,19 @@ Example:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.protocol import BlocksView
 from tl_jets.core.protocol import Recording, Stage, Step, relative_error
-
-if TYPE_CHECKING:
-    from tl_jets.adapters.base import TransformerLensView
 
 _NEURON = re.compile(r"L(\d+)N(\d+)(_out)?")
 _BIAS = re.compile(r"(\d+)_mlp_bias")
 
 
-def neuron_step(view: TransformerLensView, label: str) -> Step | None:
+def neuron_step(view: BlocksView, label: str) -> Step | None:
     """The neuron or MLP bias that a label, or that of a write, names; None if it names neither.
 
     Raises:
@@ -57,7 +55,7 @@ def neuron_step(view: TransformerLensView, label: str) -> Step | None:
     return Step(f"L{layer}N{index}", layer, "neuron", neuron=index)
 
 
-def neuron_writes(view: TransformerLensView, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
+def neuron_writes(view: BlocksView, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
     """The writes of a stage's neurons and MLP bias at any stream, in the order of its steps, then of the rest if it is one."""
     layer = stage.steps[0].layer
     _check(view, recording, calls, layer)
@@ -75,7 +73,7 @@ def neuron_writes(view: TransformerLensView, recording: Recording, calls: Any, s
     return found
 
 
-def _output_weights(view: TransformerLensView, layer: int) -> tuple[Tensor, Tensor]:
+def _output_weights(view: BlocksView, layer: int) -> tuple[Tensor, Tensor]:
     """W_out [d_mlp, d_model] and b_out [d_model]."""
     mlp = view.blocks[layer].mlp
     W_out, b_out = getattr(mlp, "W_out", None), getattr(mlp, "b_out", None)
@@ -85,7 +83,7 @@ def _output_weights(view: TransformerLensView, layer: int) -> tuple[Tensor, Tens
     return W_out, W_out.new_zeros(W_out.shape[1]) if b_out is None else b_out.detach().to(view.dtype)
 
 
-def _activations(view: TransformerLensView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """What reaches W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
     grabbed: list[Tensor] = []
     with view.model.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
@@ -95,7 +93,7 @@ def _activations(view: TransformerLensView, calls: Any, layer: int, stream: Tens
     return grabbed[-1], write
 
 
-def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: int) -> None:
+def _check(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
     """Once per layer and set of hooks: all neurons, and b_out, must be what the MLP wrote."""
     key = ("neurons", layer, recording.hook_state)
     if key in view.checked:
@@ -114,7 +112,7 @@ def _check(view: TransformerLensView, recording: Recording, calls: Any, layer: i
     view.checked.add(key)
 
 
-def _refusal(view: TransformerLensView, layer: int, reason: str) -> NotImplementedError:
+def _refusal(view: BlocksView, layer: int, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f"Neurons must be readable at hook_post and sum to the MLP's write; in block {layer} of {view.name} {reason}: a hook "
         f"edits the MLP's output, or its kind is not understood. Take the whole MLP, '{layer}_mlp'."

@@ -11,21 +11,19 @@ Cost: an embedding and the first attention.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.protocol import BlocksView
 from tl_jets.adapters.reading import working_dtype
-
-if TYPE_CHECKING:
-    from tl_jets.adapters.base import TransformerLensView
 
 FIRST_STREAM, FIRST_WRITE = "blocks.0.hook_resid_pre", "blocks.0.hook_attn_out"
 
 
 def read_cache(
-    view: TransformerLensView, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
+    view: BlocksView, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
 ) -> tuple[dict[str, Tensor], float]:
     """A cache's streams and writes by hook name, and the relative error that they may have.
 

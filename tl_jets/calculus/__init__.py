@@ -19,7 +19,19 @@ import tl_jets.calculus.rules_structure  # noqa: F401
 from tl_jets.calculus.frozen import frozen
 from tl_jets.calculus.jet import Jet, jet
 from tl_jets.calculus.modes import full_precision
-from tl_jets.calculus.norms import Norm, NormJet, center_scale, norm_jet
+from tl_jets.calculus.norms import CENTER_SCALES, CenterScale, Norm, NormJet, center_scale, norm_jet
 from tl_jets.calculus.series import Series
 
-__all__ = ["Jet", "Norm", "NormJet", "Series", "center_scale", "frozen", "full_precision", "jet", "norm_jet"]
+__all__ = [
+    "CENTER_SCALES",
+    "CenterScale",
+    "Jet",
+    "Norm",
+    "NormJet",
+    "Series",
+    "center_scale",
+    "frozen",
+    "full_precision",
+    "jet",
+    "norm_jet",
+]

@@ -45,7 +45,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 NormKind = Literal["LN", "RMS", "none"]
-ScaleMode = Literal["none", "match", "orthogonal"]
+CenterScale = Literal["none", "match", "orthogonal"]
+CENTER_SCALES: tuple[CenterScale, ...] = get_args(CenterScale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +224,7 @@ def center_scale(
     norm: Norm,
     center: Float[Tensor, "*batch d_model"],
     variate: Float[Tensor, "*batch d_model"],
-    mode: ScaleMode,
+    mode: CenterScale,
     *,
     obtuse: Literal["match", "raise"] = "match",
 ) -> Float[Tensor, "*batch"]:
@@ -261,8 +262,8 @@ def center_scale(
         >>> center_scale(Norm("RMS"), x, y, "orthogonal").item()
         2.0
     """
-    if mode not in get_args(ScaleMode):
-        raise ValueError(f"mode is one of {', '.join(get_args(ScaleMode))}; got {mode!r}. The paper's is 'none'.")
+    if mode not in CENTER_SCALES:
+        raise ValueError(f"mode is one of {', '.join(CENTER_SCALES)}; got {mode!r}. The paper's is 'none'.")
     if obtuse not in ("match", "raise"):
         raise ValueError(f"obtuse is 'match' or 'raise'; got {obtuse!r}. 'match' is the default.")
     x, y = _centered(norm, center, variate)

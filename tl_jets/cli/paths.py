@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from tl_jets.calculus import CENTER_SCALES
 from tl_jets.cli.arguments import (
     FILES_HELP,
     TOKEN_HELP,
@@ -43,7 +44,6 @@ from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.interventions.path_ablations import path_ablation, verdict
-from tl_jets.jets.expand import CENTER_SCALES
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.expansion import MAX_PATHS, PathExpansion, exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_sums

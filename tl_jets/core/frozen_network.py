@@ -38,9 +38,8 @@ from torch import Tensor
 
 from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
 from tl_jets.core.linear_map import GraphMap, LinearMap
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage
+from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, frozen_biases
 from tl_jets.core.trace import Trace
-from tl_jets.paths.graph import BIAS, frozen_biases
 
 Linearize = Literal["jet", "detached"]
 # Numbers in the stacked streams that run through a stage at once.

@@ -20,7 +20,7 @@ import io
 import math
 import re
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, singledispatch
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,7 @@ class Shown:
     """A result that a notebook shows as its headline and the head of its table, without running the model."""
 
     def _repr_html_(self) -> str:
-        return self._view()._repr_html_()
-
-    def _view(self) -> View:
-        return View(self._headline(), self._body())
+        return view_of(self)._repr_html_()
 
     def _headline(self) -> str:
         return repr(self).split("\n")[0]
@@ -96,6 +93,15 @@ class Shown:
     def _body(self) -> str:
         """What stands under the headline."""
         return dataframe_html(self.to_dataframe())  # type: ignore[attr-defined]
+
+
+@singledispatch
+def view_of(result: Any) -> View:
+    """What a notebook shows of a result: its headline and the head of its table, unless a view is registered for its class.
+
+    `tl_jets.views` registers what it draws of lenses: `@view_of.register`.
+    """
+    return View(result._headline(), result._body())
 
 
 def page(title: str, *parts: Any) -> str:
@@ -177,7 +183,7 @@ def _column(values: list[Any], tokens: bool) -> list[str]:
 
 def _part(part: Any) -> str:
     if isinstance(part, Shown):
-        part = part._view()
+        part = view_of(part)
     if isinstance(part, View):
         return part._section()
     if isinstance(part, pd.DataFrame):
@@ -198,4 +204,4 @@ def _part(part: Any) -> str:
 
 @cache
 def _template(name: str) -> str:
-    return files("tl_jets").joinpath(f"templates/{name}").read_text(encoding="utf-8")
+    return files("tl_jets").joinpath(f"views/templates/{name}").read_text(encoding="utf-8")

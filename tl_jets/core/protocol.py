@@ -5,7 +5,7 @@ See `tl_jets.core.network` for the mathematics and the labels.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +21,8 @@ GRANULARITIES: tuple[Granularity, ...] = ("block", "sublayer", "head")
 
 FINAL_STREAM = "final_post"
 DECODER_STEP = "ln_final"
+# A step + this: the constant that its frozen form writes.
+BIAS = "_bias"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,23 @@ class ModelView(Protocol):
     def hook_state(self) -> Hashable:
         """What identifies the user's hooks now in force, and the state of the weights."""
         ...
+
+
+def frozen_biases(stages: Sequence[Stage]) -> list[list[tuple[str, list[int]]]]:
+    """By stage, the labels of the constants that it adds once frozen, and the steps whose constants each gathers.
+
+    The constants of heads are part of `<l>_attn_bias`, as everywhere; another step's are its label + `_bias`.
+    """
+    found: list[list[tuple[str, list[int]]]] = []
+    for stage in stages:
+        labels: dict[str, list[int]] = {}
+        for index, step in enumerate(stage.steps):
+            label = step.label + BIAS
+            if step.kind in ("head", "attn_bias"):
+                label = f"{step.layer}_attn{BIAS}"
+            labels.setdefault(label, []).append(index)
+        found.append(list(labels.items()))
+    return found
 
 
 def tolerance(dtype: torch.dtype) -> float:

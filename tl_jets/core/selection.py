@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
-from tl_jets.jets.expand import CENTER_SCALES
 
 TargetInput = str | int | Sequence[str | int] | Tensor
 # How a result names the model's own best token, its target where none was asked for.

@@ -3,8 +3,9 @@
 - `detached(model)`: the model's own forward pass with norm scales, patterns and gates as constants (`context`);
 - `detached_jacobian(model, text)`: the map and its bias, applied, decomposed and decoded (`jacobian`, `chain`,
   `block_norms`, `decoding`);
-- `detached_spectra(model, text)`: singular values, stable ranks and leading subspaces by layer (`spectra`);
-- `steering_hooks(model, text)`: the map of one prompt applied to another (`steering`).
+- `detached_spectra(model, text)`: singular values, stable ranks and leading subspaces by layer (`spectra`).
+
+`tl_jets.steering_hooks` applies the map of one prompt to another (`tl_jets.interventions.steering`).
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293).
 """
@@ -13,7 +14,6 @@ from tl_jets.detached_map.block_norms import BlockNorms
 from tl_jets.detached_map.context import detached
 from tl_jets.detached_map.jacobian import DetachedJacobian, detached_jacobian
 from tl_jets.detached_map.spectra import DetachedSpectra, detached_spectra
-from tl_jets.interventions.steering import steering_hooks
 
 __all__ = [
     "BlockNorms",
@@ -22,5 +22,4 @@ __all__ = [
     "detached",
     "detached_jacobian",
     "detached_spectra",
-    "steering_hooks",
 ]

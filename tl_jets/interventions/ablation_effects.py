@@ -1,7 +1,7 @@
 """What ablations do to a model's answers: its targets' logits and its predictions, ablated - clean.
 
-The hooks of `tl_jets.interventions.hooks` run through `ResidualNetwork.trace`, which refuses a model whose streams do not follow the
-edit. `tl_jets.interventions.path_ablations` gives the same kind of result for single paths.
+The hooks of `tl_jets.interventions.hooks` run through `ResidualNetwork.trace`, which refuses a model whose streams do not
+follow the edit. `tl_jets.interventions.path_ablations` gives the same kind of result for single paths.
 
 Example:
     >>> from tl_jets.pretrained import load_tinydocs

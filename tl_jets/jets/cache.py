@@ -10,27 +10,103 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_jets.calculus import CenterScale
 from tl_jets.core.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP
+from tl_jets.core.protocol import DECODER_STEP, Stage
 from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.tokens import token_text
 from tl_jets.core.trace import Trace
-from tl_jets.jets.checks import Check, check_terms
+from tl_jets.jets.centers import Center
 from tl_jets.jets.simplex import SimplexSolution
-
-if TYPE_CHECKING:
-    from tl_jets.jets.expand import Expansion
 
 # What a slice may be: as in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
 SliceInput = int | slice | tuple[int, ...] | list[int] | Tensor
+# What a check allows, relative; float32 models are at about 1e-6.
+ACCURACY = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` of a cache found.
+
+    Attributes:
+        sum_error: Largest difference between what the terms approximate and the model, relative to the model's largest value.
+        slopes: By center, the exponent with which the jet's error falls as the step shrinks, or None where the error
+            is at rounding already. A jet of order k must reach k + 1.
+        order: k.
+        term_error: Largest difference between a term and the same computed in another way, relative to the largest value
+            that it is the sum of, if that is above rounding; None where terms are not compared one by one.
+    """
+
+    sum_error: float
+    slopes: dict[str, float | None]
+    order: int
+    term_error: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the errors are below 1e-4 and every slope is at least k + 1/2."""
+        errors = [self.sum_error] if self.term_error is None else [self.sum_error, self.term_error]
+        return all(error < ACCURACY for error in errors) and all(
+            slope is None or slope > self.order + 0.5 for slope in self.slopes.values()
+        )
+
+
+@runtime_checkable
+class Expanded(Protocol):
+    """What a cache reads of the expansion that it is of."""
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that is expanded; None for the decoder."""
+        ...
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Labels of the steps that are expanded."""
+        ...
+
+    @property
+    def stream(self) -> str:
+        """Label of the stream that the stage reads."""
+        ...
+
+    @property
+    def centers(self) -> tuple[Center, ...]:
+        """What it is expanded at."""
+        ...
+
+    @property
+    def center_scale(self) -> CenterScale:
+        """How centers are rescaled inside gamma."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """`order 1`, or `detached`."""
+        ...
+
+    @property
+    def order(self) -> int:
+        """The order of the jets."""
+        ...
+
+    @property
+    def linearize(self) -> str:
+        """`"jet"` or `"detached"`."""
+        ...
+
+    def check(self, cache: JetCache) -> Check:
+        """The terms computed again, in another way, and compared."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +127,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         positions: Which of its positions, likewise.
     """
 
-    expansion: Expansion
+    expansion: Expanded
     trace: Trace
     terms: dict[str, Tensor]
     weights: Tensor
@@ -273,7 +349,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
             A jet and two evaluations of the stage a center; detached, one evaluation.
         """
         self._require_real("check")
-        return check_terms(self)
+        return self.expansion.check(self)
 
     def _require_real(self, what: str) -> None:
         if not self.valid.any():

@@ -22,51 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tl_jets.calculus import center_scale, frozen, jet
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, relative_error
-from tl_jets.paths.graph import BIAS, frozen_biases
+from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
+from tl_jets.jets.cache import ACCURACY, Check, JetCache
 
-if TYPE_CHECKING:
-    from tl_jets.jets.cache import JetCache
-
-# What a check allows, relative; float32 models are at about 1e-6.
-ACCURACY = 1e-4
 # What it allows of a term that is next to nothing, in units of the last place of what the terms approximate.
 ROUNDING = 32
 Gammas = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Check:
-    """What `check` of a cache found.
-
-    Attributes:
-        sum_error: Largest difference between what the terms approximate and the model, relative to the model's largest value.
-        slopes: By center, the exponent with which the jet's error falls as the step shrinks, or None where the error
-            is at rounding already. A jet of order k must reach k + 1.
-        order: k.
-        term_error: Largest difference between a term and the same computed in another way, relative to the largest value
-            that it is the sum of, if that is above rounding; None where terms are not compared one by one.
-    """
-
-    sum_error: float
-    slopes: dict[str, float | None]
-    order: int
-    term_error: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the errors are below 1e-4 and every slope is at least k + 1/2."""
-        errors = [self.sum_error] if self.term_error is None else [self.sum_error, self.term_error]
-        return all(error < ACCURACY for error in errors) and all(
-            slope is None or slope > self.order + 0.5 for slope in self.slopes.values()
-        )
 
 
 # A term as it should be: its label, its weight [*cells], and what it is the sum of [summand, batch, pos, d_model].
@@ -75,7 +41,7 @@ _Expected = tuple[str, Tensor, Tensor]
 
 @torch.no_grad()
 def check_terms(cache: JetCache) -> Check:
-    """Compare a cache, whole or sliced, with the model: see the module."""
+    """Compare the cache of an `Expansion`, whole or sliced, with the model: see the module."""
     slopes: dict[str, float | None] = {}
     expected = _detached_terms(cache) if cache.expansion.linearize == "detached" else _jet_terms(cache, slopes)
     valid, truth = cache.valid, cache.truth[cache.valid]

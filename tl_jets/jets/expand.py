@@ -76,21 +76,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.calculus import jet, norm_jet
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.path import Center, Function, Label, Path, Term
+from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.trace import Trace, trace_of
-from tl_jets.jets.cache import JetCache
+from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.centers import Center, Function, Label, Term
+from tl_jets.jets.checks import check_terms
 from tl_jets.jets.simplex import SimplexSolution, gram, simplex_qp
 from tl_jets.jets.simplex_kl import simplex_kl
 from tl_jets.jets.weights import read_weights
 
-CenterScale = Literal["none", "match", "orthogonal"]
 Objective = Literal["l2", "centered_l2", "kl"]
-CENTER_SCALES: tuple[CenterScale, ...] = ("none", "match", "orthogonal")
 OBJECTIVES: tuple[Objective, ...] = ("l2", "centered_l2", "kl")
 
 
@@ -263,6 +263,10 @@ class Expansion:
             # A value that holds its key would keep it alive.
             trace.evaluated[self] = replace(found, expansion=cast(Expansion, weakref.proxy(self)))
         return replace(trace.evaluated[self], expansion=self)
+
+    def check(self, cache: JetCache) -> Check:
+        """What `cache.check()` of this expansion's cache finds."""
+        return check_terms(cache)
 
     def _evaluate(self, trace: Trace) -> JetCache:
         values = torch.stack([center.evaluate(trace) for center in self.centers])

@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.calculus import norm_jet
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.selection import Rows
-from tl_jets.jets.expand import CenterScale
 
 
 @dataclass(frozen=True, eq=False)

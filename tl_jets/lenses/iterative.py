@@ -30,8 +30,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.calculus import norm_jet
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
@@ -41,7 +41,6 @@ from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
 from tl_jets.core.tokens import decode, token_names
 from tl_jets.core.trace import trace_of
-from tl_jets.jets.expand import CenterScale
 from tl_jets.lenses.result import LensResult
 
 # What has a layer axis.

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_jets.calculus import norm_jet
+from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
 from tl_jets.core.lens_logits import Mixture, MixtureScan, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
@@ -48,7 +48,7 @@ from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, check_options, model_logits, read_targets
 from tl_jets.core.tokens import decode, token_names
 from tl_jets.core.trace import trace_of
-from tl_jets.jets.expand import OBJECTIVES, CenterScale, Objective, decoder_weights
+from tl_jets.jets.expand import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import SimplexSolution
 from tl_jets.jets.weights import read_weights, uniform_weights
 from tl_jets.lenses.centers import Centers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from tl_jets.core.measures import MEASURES, Measures
-from tl_jets.core.notebook import View
 from tl_jets.core.results import Result
 
 
@@ -21,11 +20,6 @@ class LensResult(Result):
         if self.measures is None:  # no ValueError, so that hasattr says no
             raise AttributeError(f"{name} needs a lens run with measures=True; this one was run without.")
         return getattr(self.measures, name)
-
-    def _view(self) -> View:
-        from tl_jets.views.lens_tables import lens_summary  # views are made of results, and drawn only when looked at
-
-        return lens_summary(self)  # type: ignore[arg-type]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *MEASURES})

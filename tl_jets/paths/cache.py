@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import pandas as pd
 import torch
@@ -17,8 +17,25 @@ from tl_jets.jets.cache import Check, JetCache
 from tl_jets.paths.measures import Yardstick
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
-if TYPE_CHECKING:
-    from tl_jets.paths.expansion import PathExpansion
+
+@runtime_checkable
+class PathsExpanded(Protocol):
+    """What a cache of paths reads of the expansion that it is of."""
+
+    @property
+    def kind(self) -> str:
+        """`detached`, or `order-1 jet`."""
+        ...
+
+    @property
+    def linearize(self) -> str:
+        """`"jet"` or `"detached"`."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every path of the network is kept."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +56,7 @@ class PathCache(JetCache):
         is_exhaustive: Whether all paths of the expansion were evaluated; if not, a beam search chose them.
     """
 
-    expansion: PathExpansion  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
+    expansion: PathsExpanded  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
     remainders: dict[str, float] = field(default_factory=dict)
     is_exhaustive: bool = True
 

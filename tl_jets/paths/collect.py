@@ -1,23 +1,19 @@
-"""Taking finished paths, all of them or the largest, and making a `PathCache` of them."""
+"""Collecting finished paths: all of them, or the largest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import Rows
-from tl_jets.core.trace import Trace
-from tl_jets.paths.cache import PathCache
 from tl_jets.paths.evaluation import Prefixes, Stages, starts
+from tl_jets.paths.graph import Lattice
 from tl_jets.paths.measures import Rank, Yardstick
-
-if TYPE_CHECKING:
-    from tl_jets.paths.expansion import PathExpansion
 
 
 @dataclass
@@ -60,27 +56,28 @@ class Best:
 
 
 class Collector:
-    """Takes finished paths, all of them or the largest, and makes a `PathCache` of them."""
+    """Takes finished paths, all of them or the largest.
 
-    def __init__(self, expansion: PathExpansion, trace: Trace, rows: Rows, stages: Stages):
-        self.expansion, self.trace, self.rows, self.stages = expansion, trace, rows, stages
+    Attributes:
+        found: Every path taken, its state [batch, out_pos, d_model] and its multiple of b_U, if all are kept.
+        best: The largest so far, if only some are kept.
+    """
+
+    def __init__(
+        self, lattice: Lattice, split: Callable[[Path], list[Path]], rows: Rows, stages: Stages, best: Best | None
+    ):
+        self.lattice, self.split, self.rows, self.stages, self.best = lattice, split, rows, stages, best
         self.found: dict[str, tuple[Tensor, float]] = {}
-        self.best: Best | None = None
-        self.truth = trace.network.decoder.norm(trace[FINAL_STREAM][:, rows.positions])
-        if expansion.top is not None:
-            yardstick = Yardstick.of(trace, rows, expansion.targets)
-            self.best = Best.none(yardstick, expansion.rank, expansion.top, self.truth)
 
     def add(self, prefixes: Prefixes, values: Tensor) -> None:
         """Decode finished paths and take them."""
         for degree, (states, weight) in enumerate(self.stages.terms(values, self.rows.positions)):
-            paths = [self.expansion.split(prefix.path.then(DECODER_STEP))[degree] for prefix in prefixes]
+            paths = [self.split(prefix.path.then(DECODER_STEP))[degree] for prefix in prefixes]
             self._take(paths, states, weight)
 
     def add_constant(self) -> None:
         """Take what the decoder itself adds, where it is a path."""
-        lattice = self.expansion.lattice
-        prefixes, values = starts(lattice, self.stages, len(lattice.stages) + 1)
+        prefixes, values = starts(self.lattice, self.stages, len(self.lattice.stages) + 1)
         if prefixes:
             self._take([prefix.path for prefix in prefixes], torch.stack(values)[:, :, self.rows.positions], 1.0)
 
@@ -90,27 +87,10 @@ class Collector:
         else:
             self.found |= {str(path): (state, weight) for path, state in zip(paths, states, strict=True)}
 
-    def cache(self, sums: dict[int, Tensor], *, is_exhaustive: bool) -> PathCache:
-        """What was taken, in the order of the expansion or of size."""
-        if self.best is None:
-            terms = {str(path): self.found[str(path)][0] for path in self.expansion}
-            weights = self.truth.new_tensor([self.found[label][1] for label in terms])
-        else:
-            terms = {str(path): state for path, state in zip(self.best.paths, self.best.states, strict=True)}
-            weights = self.best.bias_weights
-        cells = self.truth.shape[:2]
-        found = PathCache(
-            expansion=self.expansion,
-            trace=self.trace,
-            terms=terms,
-            weights=weights[:, None, None].expand(-1, *cells),
-            truth=self.truth,
-            positions=self.rows.positions,
-            is_exhaustive=is_exhaustive,
-        )
-        valid, streams = self.trace.valid, self.trace.network.streams
-        remainders = {}
-        for place in sorted(set(sums) - {0}):
-            stream = self.trace[streams[place]][valid]
-            remainders[streams[place]] = float((stream - sums[place][valid]).norm() / stream.norm())
-        return replace(found, remainders=remainders | {DECODER_STEP: found.relative_remainder})
+    def terms(self, paths: Iterable[Path]) -> tuple[dict[str, Tensor], list[float] | Tensor]:
+        """What was taken and the multiples of b_U, in the order of `paths`, or of size."""
+        if self.best is not None:
+            named = zip(self.best.paths, self.best.states, strict=True)
+            return {str(path): state for path, state in named}, self.best.bias_weights
+        found = {str(path): self.found[str(path)] for path in paths}
+        return {label: state for label, (state, _) in found.items()}, [weight for _, weight in found.values()]

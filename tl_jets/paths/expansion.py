@@ -58,19 +58,19 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from tl_jets.calculus import CENTER_SCALES, CenterScale
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.trace import Trace, trace_of
-from tl_jets.jets.expand import CENTER_SCALES, CenterScale
 from tl_jets.paths.cache import PathCache
-from tl_jets.paths.collect import Collector
+from tl_jets.paths.collect import Best, Collector
 from tl_jets.paths.evaluation import rows_of, walk, with_edits
 from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
 from tl_jets.paths.jet_stages import JetStages, stage_weights
-from tl_jets.paths.measures import Rank
+from tl_jets.paths.measures import Rank, Yardstick
 from tl_jets.paths.top_paths import search
 
 MAX_PATHS = 4096
@@ -350,18 +350,36 @@ class PathExpansion:
             )
         # Without the constants that are zero, there may be few enough to evaluate all.
         beam = live._check_count()
-        collector = Collector(live, trace, rows, stages)
+        truth, best = trace.network.decoder.norm(trace[FINAL_STREAM][:, rows.positions]), None
+        if self.top is not None:
+            best = Best.none(Yardstick.of(trace, rows, self.targets), self.rank, self.top, truth)
+        collector = Collector(live.lattice, live.split, rows, stages, best)
         sums: dict[int, Tensor] = {}
         if beam:
-            assert collector.best is not None
+            assert best is not None
             assert isinstance(stages, FrozenNetwork)
             width = max(2 * (self.top or 1), self.max_paths // max(1, len(self.network.stages)))
-            search(stages, live.lattice, collector.best, width, collector.add)
+            search(stages, live.lattice, best, width, collector.add)
         else:
             steps = rows_of(live.lattice, [[step.label for step in stage.steps] for stage in self.network.stages])
             sums = walk(live.lattice, stages, steps, chunk_size(trace[FINAL_STREAM]), collector.add)
         collector.add_constant()
-        return collector.cache(sums, is_exhaustive=not beam)
+        terms, weights = collector.terms(live)
+        weights = torch.as_tensor(weights, dtype=truth.dtype, device=truth.device)[:, None, None]
+        found = PathCache(
+            expansion=live,
+            trace=trace,
+            terms=terms,
+            weights=weights.expand(-1, *truth.shape[:2]),
+            truth=truth,
+            positions=rows.positions,
+            is_exhaustive=not beam,
+        )
+        remainders = {}
+        for place in sorted(set(sums) - {0}):
+            stream = trace[trace.network.streams[place]][trace.valid]
+            remainders[trace.network.streams[place]] = float((stream - sums[place][trace.valid]).norm() / stream.norm())
+        return replace(found, remainders=remainders | {DECODER_STEP: found.relative_remainder})
 
     def _jets(self, trace: Trace) -> JetStages:
         counted = self.lattice if self.renormalize else self.whole

@@ -35,9 +35,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, Stage, Step, some
+from tl_jets.core.protocol import BIAS, DECODER_STEP, Stage, Step, frozen_biases, some
 
-BIAS = "_bias"
 KINDS = ("attn", "mlp", "head", "neuron", "block", "bias")
 # A prefix of a path, as far as its completions depend on it: conditions still to meet (as bits) and writes so far.
 State = tuple[int, int]
@@ -217,23 +216,6 @@ class Lattice:
     @cached_property
     def _completions(self) -> dict[tuple[int, int], tuple[int, ...]]:
         return {}
-
-
-def frozen_biases(stages: Sequence[Stage]) -> list[list[tuple[str, list[int]]]]:
-    """By stage, the labels of the constants that it adds once frozen, and the steps whose constants each gathers.
-
-    The constants of heads are part of `<l>_attn_bias`, as everywhere; another step's are its label + `_bias`.
-    """
-    found: list[list[tuple[str, list[int]]]] = []
-    for stage in stages:
-        labels: dict[str, list[int]] = {}
-        for index, step in enumerate(stage.steps):
-            label = step.label + BIAS
-            if step.kind in ("head", "attn_bias"):
-                label = f"{step.layer}_attn{BIAS}"
-            labels.setdefault(label, []).append(index)
-        found.append(list(labels.items()))
-    return found
 
 
 def lattice_of(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> Lattice:

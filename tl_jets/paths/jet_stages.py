@@ -23,11 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.calculus import CenterScale, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.calculus import jet, norm_jet
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
-from tl_jets.jets.expand import CenterScale
 from tl_jets.paths.graph import Lattice
 
 

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
-from tl_jets.core.notebook import View
+from tl_jets.core.notebook import View, view_of
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
@@ -114,6 +114,8 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
     return View(f"Best tokens of layers {where}", _iterative_best(lens, prompt, place, k))
 
 
+@view_of.register(IterativeJetLens)
+@view_of.register(JointJetLens)
 def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
     """What a notebook shows of a lens: the first prompt's last positions, orders 0 and highest, the largest components."""
     prompt = int(lens.valid.any(1).nonzero()[0, 0])
