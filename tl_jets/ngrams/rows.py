@@ -2,8 +2,8 @@
 
 Unlike the best pairs over all rows (`tl_jets.ngrams.scan`), every row must be read for its own best tokens. Logits of a few hundred
 rows are held (`tl_jets.core.logit_reader`), the best k + `SPARE` tokens are found by block maxima, and their logits computed again
-in float64. What cannot be told apart in working precision (the last one kept and the next one after the spares) is read in float64 as a whole
-row. Order: (score, id); ties by the smallest id.
+in float64. What cannot be told apart in working precision (the last one kept and the next one after the spares) is read in
+float64 as a whole row. Order: (score, id); ties by the smallest id.
 
 Cost: a product with `W_U`, and k + 8 columns of it gathered a row: 1.1 times the product for k = 5, 1.5 times for k = 100.
 """
