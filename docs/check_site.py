@@ -73,7 +73,8 @@ def public_names(package: str, root: Path = ROOT) -> list[str]:
     for node in source(package, root):
         if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
             names = ast.literal_eval(node.value)
-    for node in source(package.rpartition(".")[0], root):
+    above = (node for statement in source(package.rpartition(".")[0], root) for node in ast.walk(statement))
+    for node in above:
         if isinstance(node, ast.ImportFrom) and node.module == package:
             names = [name for name in names if name not in [alias.name for alias in node.names]]
     return [name for name in (f"{package}.{name}" for name in names) if name not in PACKAGES]

@@ -1,80 +1,61 @@
 """Jets for TransformerLens: a transformer as a sum of input-to-output paths, and the lenses that read them.
 
+Importing the package loads nothing else: every name is loaded from its room when it is first used.
+
 Example:
     >>> import tl_jets as tj
     >>> tj.__version__.count(".") >= 2
     True
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-import tl_jets.adapters  # noqa: F401  (registers the views of TransformerLens models)
-import tl_jets.studies as studies
-import tl_jets.views as views
-from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
-from tl_jets.core.decoder import Decoder, Metric
-from tl_jets.core.linear_map import LinearMap, SingularVectors
-from tl_jets.core.measures import Measures
-from tl_jets.core.network import CallableModel, ResidualNetwork
-from tl_jets.core.protocol import Stage, Step
-from tl_jets.core.readout import TopTokens
-from tl_jets.core.trace import Trace
-from tl_jets.detached_map import (
-    BlockNorms,
-    DetachedJacobian,
-    DetachedSpectra,
-    detached,
-    detached_jacobian,
-    detached_spectra,
-)
-from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
-from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
-from tl_jets.interventions.path_ablations import path_ablation
-from tl_jets.interventions.steering import steering_hooks
-from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
-from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
-from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
-from tl_jets.ngrams.tables import NgramTable, side_by_side
-from tl_jets.paths.cache import PathCache
-from tl_jets.paths.component_interactions import Interactions, interactions
-from tl_jets.paths.expansion import PathExpansion, exponential_expansion
-from tl_jets.paths.reorganized import ReorganizedExpansion, reorganized_expansion
-from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
-from tl_jets.pretrained import load_tinycode, load_tinydocs
+if TYPE_CHECKING:  # what type checkers and the documentation read
+    from tl_jets import studies as studies
+    from tl_jets import views as views
+    from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
+    from tl_jets.core.decoder import Decoder, Metric
+    from tl_jets.core.linear_map import LinearMap, SingularVectors
+    from tl_jets.core.measures import Measures
+    from tl_jets.core.network import CallableModel, ResidualNetwork
+    from tl_jets.core.protocol import Stage, Step
+    from tl_jets.core.readout import TopTokens
+    from tl_jets.core.trace import Trace
+    from tl_jets.detached_map import (
+        BlockNorms,
+        DetachedJacobian,
+        DetachedSpectra,
+        detached,
+        detached_jacobian,
+        detached_spectra,
+    )
+    from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
+    from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
+    from tl_jets.interventions.path_ablations import path_ablation
+    from tl_jets.interventions.steering import steering_hooks
+    from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
+    from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
+    from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
+    from tl_jets.ngrams.tables import NgramTable, side_by_side
+    from tl_jets.paths.cache import PathCache
+    from tl_jets.paths.component_interactions import Interactions, interactions
+    from tl_jets.paths.expansion import PathExpansion, exponential_expansion
+    from tl_jets.paths.reorganized import ReorganizedExpansion, reorganized_expansion
+    from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
+    from tl_jets.pretrained import load_tinycode, load_tinydocs
 
 __version__ = version("tl-jets")
 
 __all__ = [
-    "AblationEffect",
-    "BlockNorms",
     "CallableModel",
     "Decoder",
-    "DetachedJacobian",
-    "DetachedSpectra",
-    "Expansion",
-    "Interactions",
-    "IterativeJetLens",
-    "Jet",
     "JetCache",
-    "JointJetLens",
-    "LinearMap",
-    "Measures",
-    "Metric",
     "NgramTable",
     "Norm",
-    "NormJet",
     "Path",
-    "PathCache",
-    "PathExpansion",
-    "PathStatistics",
-    "ReorganizedExpansion",
     "ResidualNetwork",
-    "Series",
-    "SingularVectors",
-    "Stage",
-    "Step",
-    "Term",
-    "TopTokens",
     "Trace",
     "ablation_effect",
     "ablation_hooks",
@@ -106,3 +87,71 @@ __all__ = [
     "views",
     "without_path",
 ]
+
+# Where each name is: the front door's, and classes of results, which their rooms export.
+_PLACES = {
+    "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
+    "tl_jets.core.decoder": ("Decoder", "Metric"),
+    "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
+    "tl_jets.core.measures": ("Measures",),
+    "tl_jets.core.network": ("CallableModel", "ResidualNetwork"),
+    "tl_jets.core.protocol": ("Stage", "Step"),
+    "tl_jets.core.readout": ("TopTokens",),
+    "tl_jets.core.trace": ("Trace",),
+    "tl_jets.detached_map": (
+        "BlockNorms",
+        "DetachedJacobian",
+        "DetachedSpectra",
+        "detached",
+        "detached_jacobian",
+        "detached_spectra",
+    ),
+    "tl_jets.interventions.ablation_effects": ("AblationEffect", "ablation_effect"),
+    "tl_jets.interventions.hooks": ("ablation_hooks", "patch_hooks", "without_path"),
+    "tl_jets.interventions.path_ablations": ("path_ablation",),
+    "tl_jets.interventions.steering": ("steering_hooks",),
+    "tl_jets.jets": ("Expansion", "JetCache", "Path", "Term", "jet_expand"),
+    "tl_jets.lenses": ("IterativeJetLens", "JointJetLens", "iterative_jet_lens", "joint_jet_lens"),
+    "tl_jets.ngrams": (
+        "bigram_log_normalizers",
+        "jet_bigrams",
+        "jet_bigrams_by_path",
+        "jet_trigrams",
+        "trigram_scores",
+    ),
+    "tl_jets.ngrams.tables": ("NgramTable", "side_by_side"),
+    "tl_jets.paths.cache": ("PathCache",),
+    "tl_jets.paths.component_interactions": ("Interactions", "interactions"),
+    "tl_jets.paths.expansion": ("PathExpansion", "exponential_expansion"),
+    "tl_jets.paths.reorganized": ("ReorganizedExpansion", "reorganized_expansion"),
+    "tl_jets.paths.statistics": ("PathStatistics", "path_lengths", "path_sums"),
+    "tl_jets.pretrained": ("load_tinycode", "load_tinydocs"),
+}
+_ROOMS = (
+    "adapters",
+    "calculus",
+    "core",
+    "detached_map",
+    "interventions",
+    "jets",
+    "lenses",
+    "ngrams",
+    "paths",
+    "studies",
+    "views",
+)
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name in _ROOMS:
+        return import_module(f"tl_jets.{name}")
+    if name not in _PLACE_OF:
+        raise AttributeError(f"tl_jets has no attribute {name!r}; its names are in tl_jets.__all__.")
+    found = globals()[name] = getattr(import_module(_PLACE_OF[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""TransformerLens models as residual networks: one view a class of model, registered with `tl_jets.core.network`."""
+"""TransformerLens models as residual networks: one view a class of model. `tl_jets.core.network` asks `view`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 from tl_jets.adapters.bridge import TransformerBridgeView
-from tl_jets.core.network import register_view
 from tl_jets.core.protocol import ModelView
 
 __all__ = ["TransformerBridgeView", "view"]
@@ -29,6 +28,3 @@ def view(model: Any) -> ModelView | None:
 
         return HookedTransformerView(model)
     return None
-
-
-register_view(view)

@@ -43,6 +43,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -63,12 +64,8 @@ from tl_jets.core.protocol import (
 )
 from tl_jets.core.trace import Trace, check_decoder
 
-_VIEWS: list[Callable[[Any], ModelView | None]] = []
-
-
-def register_view(make_view: Callable[[Any], ModelView | None]) -> None:
-    """Let `ResidualNetwork(model)` accept further kinds of model: `make_view` returns a view or None."""
-    _VIEWS.append(make_view)
+# Modules whose `view(model)` returns the view of a model of their kind, or None; loaded when a model is first given.
+ADAPTERS = ["tl_jets.adapters"]
 
 
 class ResidualNetwork:
@@ -335,10 +332,10 @@ class CallableModel:
 
 
 def _view(model: Any) -> ModelView:
-    if isinstance(model, CallableModel):
+    if isinstance(model, ModelView):
         return model
-    for make_view in _VIEWS:
-        view = make_view(model)
+    for adapter in ADAPTERS:
+        view = import_module(adapter).view(model)
         if view is not None:
             return view
     raise TypeError(

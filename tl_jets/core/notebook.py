@@ -21,6 +21,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from functools import cache, singledispatch
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from tl_jets.core.numerals import number
 
 # Of a table in a notebook.
 SHOWN_ROWS, SHOWN_COLUMNS = 12, 20
+# Modules that register views of results (`view_of.register`); loaded when a result is first shown.
+VIEWS = ["tl_jets.views.lens_tables"]
 WHOLE = "to_dataframe()"
 FIGURE_DPI = 144
 # Columns that hold tokens: their spaces are shown.
@@ -85,7 +88,7 @@ class Shown:
     """A result that a notebook shows as its headline and the head of its table, without running the model."""
 
     def _repr_html_(self) -> str:
-        return view_of(self)._repr_html_()
+        return shown_as(self)._repr_html_()
 
     def _headline(self) -> str:
         return repr(self).split("\n")[0]
@@ -93,6 +96,13 @@ class Shown:
     def _body(self) -> str:
         """What stands under the headline."""
         return dataframe_html(self.to_dataframe())  # type: ignore[attr-defined]
+
+
+def shown_as(result: Shown) -> View:
+    """The view of a result, by the rooms that draw results."""
+    for module in VIEWS:
+        import_module(module)
+    return view_of(result)
 
 
 @singledispatch
@@ -183,7 +193,7 @@ def _column(values: list[Any], tokens: bool) -> list[str]:
 
 def _part(part: Any) -> str:
     if isinstance(part, Shown):
-        part = view_of(part)
+        part = shown_as(part)
     if isinstance(part, View):
         return part._section()
     if isinstance(part, pd.DataFrame):
