@@ -157,6 +157,11 @@ class TransformerLensView(ABC):
         """Keeps float64 models in float64 and computes half-precision models in float32; free for float32."""
         return nullcontext() if self.native_dtype is torch.float32 else full_precision()
 
+    def fills_cache(self, tokens: Tensor) -> bool:
+        """Whether attention fills the key-value cache that it is given."""
+        del tokens
+        return True
+
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """One forward pass (or a ready cache), as streams, writes, edits and sources that add up."""
         refuse_training(self.model)

@@ -18,7 +18,7 @@ from tl_jets.adapters.base import Sublayer, TransformerLensView
 from tl_jets.core.decoder import Decoder
 
 # Arguments that would make a replay read or grow the key-value cache of the recorded forward pass.
-_KV_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache_params")
+_KV_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache_params", "cache")
 
 
 class TransformerBridgeView(TransformerLensView):
@@ -47,6 +47,12 @@ class TransformerBridgeView(TransformerLensView):
     def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         extra = {} if attention_mask is None else {"attention_mask": attention_mask.long().to(self.input_device)}
         return self.model(tokens.to(self.input_device), return_type="logits", use_cache=False, **extra)
+
+    def fills_cache(self, tokens: Tensor) -> bool:
+        """Whether attention fills the key-value cache that it is given, seen in a forward pass; a model without one passes."""
+        with torch.no_grad():
+            _, cache = self.model(tokens.to(self.input_device), return_type="logits_and_cache", use_cache=True)
+        return cache is None or cache.get_seq_length() > 0
 
     def _norms(self, layer: int, which: str) -> tuple[str | None, str | None]:
         """Names of the norms before and after a sublayer."""

@@ -72,7 +72,9 @@ def steering_hooks(
 
     Raises:
         ValueError: Bad labels, strength or start, or a steering prompt of one token or several prompts. When run: a
-            key-value cache that was made without the hooks.
+            key-value cache that was made without the hooks; or a pass of one token where the model does not fill the
+            cache it is given, so that its cached generation forgets the prompt (TransformerLens 3.9 and 4.3 with
+            transformers 5.24, for Llama, GPT-2 and many other families; with transformers 5.23 they do not).
         NotImplementedError: A network of plain callables, which has no hooks; or the model does not come out affine.
 
     Source:
@@ -88,7 +90,8 @@ def steering_hooks(
     J = detached_jacobian(network, steer_text, output=label, wrt=wrt, ordinary=False)
     if len(J.tokens) != 1 or J.tokens.shape[1] < 2:
         raise ValueError(f"The steering prompt must be one prompt of at least two tokens; got {list(J.tokens.shape)}.")
-    steering = _Steering(J.map.block(), J.bias[0, 0].detach(), strength, start)
+    fills_cache = network.view.fills_cache(J.tokens)  # type: ignore[attr-defined]
+    steering = _Steering(J.map.block(), J.bias[0, 0].detach(), strength, start, fills_cache)
     pattern = f"blocks.{int(wrt.split('_')[0])}.attn.hook_pattern"
     return [(read, steering.read), (pattern, steering.place), (written, steering.mix)]
 
@@ -97,11 +100,13 @@ class _Steering:
     """What the hooks share: the map, and the part of the running prompt that has been seen.
 
     A key-value cache hides earlier positions from the hooks, so they are remembered. The attention pattern tells whether a
-    pass continues a cache: it then has more keys than queries.
+    pass continues a cache: it then has more keys than queries. Where the model does not fill its cache, every pass looks like
+    a new prompt; those of one token, of which nothing would be steered, are then refused.
     """
 
-    def __init__(self, matrix: Tensor, bias: Tensor, strength: float, start: int | None):
+    def __init__(self, matrix: Tensor, bias: Tensor, strength: float, start: int | None, fills_cache: bool):
         self.matrix, self.bias, self.strength, self.start = matrix, bias, strength, start
+        self.fills_cache = fills_cache
         self.arriving: Tensor | None = None
         self.seen: Tensor | None = None
         self.is_placed = False
@@ -118,6 +123,13 @@ class _Steering:
         keys, queries = pattern.shape[-1], pattern.shape[-2]
         self.is_placed = True
         if keys == queries:
+            if queries == 1 and not self.fills_cache:
+                raise ValueError(
+                    "Steering with a key-value cache needs a model that fills it; this one's attention ignores the cache it is "
+                    "given, and got one token alone, so that generation would forget the prompt, steered or not. (From "
+                    "transformers 5.24 on, TransformerLens 3.9 and 4.3 do not know the cache's new name.) Generate with "
+                    "use_past_kv_cache=False, from two tokens or more, or install transformers<5.24."
+                )
             self.seen = self.arriving
             return
         if self.seen is None or self.seen.shape[1] < keys - queries or len(self.seen) != len(self.arriving):
