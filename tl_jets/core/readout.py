@@ -74,7 +74,7 @@ def top_tokens(
     weights = torch.as_tensor(bias_weight, dtype=reader.dtype, device=states.device).expand(rows).reshape(-1, 1)
     values = torch.empty(len(flat), k, dtype=reader.dtype, device=states.device)
     indices = torch.empty(len(flat), k, dtype=torch.long, device=states.device)
-    bias = decoder.b_U.to(reader.dtype)
+    bias = decoder.constant(None, reader.dtype)
     buffer = reader.buffer(min(chunk_size, len(flat)))
     for chunk in slices(len(flat), chunk_size):
         decoder.project(flat[chunk], buffer[: chunk.stop - chunk.start, : decoder.d_vocab])

@@ -175,7 +175,8 @@ class Chain:
             tail = self._tail(output)
             graph, bias = tail.graph_and_bias(biases[count])
             tail.kept = graph if room >= 0 else None
-            readout = network.decoder.W_U.to(self.point) if output == LOGITS else None
+            decoder = network.decoder
+            readout = decoder.scaled(decoder.W_U.to(self.point)) if output == LOGITS else None
             on_the_way = [*parts[:count], tail]
             found.append((ComposedMap(self.point, graph.value.detach(), readout, parts=on_the_way), bias))
         return found

@@ -14,7 +14,7 @@ something. The ordinary Jacobian of the same model, which reconstructs nothing, 
 symbol                  name here
 ======================  ==========================================================
 e, the input            `wrt`, its value `point` [batch, pos, d_model]
-output                  `value` [batch, out_pos, width], before a final softcap or logit scale
+output                  `value` [batch, out_pos, width], before a final softcap
 J u, J' v               `apply`, `apply_transpose`
 J_t e_t                 `contributions` [batch, pos, out_pos, width]
 ======================  ==========================================================
@@ -75,7 +75,7 @@ class DetachedJacobian(Shown):
         wrt: What it is a map of: `embed`, or another source or stream.
         positions: Output positions in the prompt, aligned to the out_pos axis.
         tokens: The prompts [batch, pos].
-        value: The model's own output there, before a final softcap or logit scale [batch, out_pos, width].
+        value: The model's own output there, before a final softcap [batch, out_pos, width].
         bias: The frozen map at zero, by a pass of its own [batch, out_pos, width].
         map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
         ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
@@ -264,7 +264,7 @@ def detached_jacobian(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
-        output: `"final_post"`, `"logits"` (additive: before a final softcap or logit scale), `"ln_final"` (what the
+        output: `"final_post"`, `"logits"` (additive: before a final softcap), `"ln_final"` (what the
             unembedding reads), another stream (`"3_pre"`) or a write (`"3_attn_out"`, `"L3H2_out"`).
         positions: Output positions; None for all. Negative ones count from the end of the padded row. All must be real
             tokens in every prompt.

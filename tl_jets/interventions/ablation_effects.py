@@ -29,6 +29,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.core.attribution import additive_logits, centered
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, read_targets
@@ -48,9 +50,11 @@ class AblationEffect(Result):
         tokens: The tokens at those positions [batch, pos].
         target_ids: Token ids [batch, pos, target].
         target_names: How they were asked for; `<answer>` is the model's own best token.
-        logit: Change of the targets' logits, after the model's own softcap or scale [ablation, batch, pos, target].
+        logit: Change of the targets' additive logits (the model's own, before a softcap: what effects are in, too)
+            [ablation, batch, pos, target].
         centered: The same beyond the change of the mean over the vocabulary [ablation, batch, pos, target].
-        kl: KL(clean || ablated) in nats [ablation, batch, pos].
+        kl: KL(clean || ablated) of the model's own predictions, in nats [ablation, batch, pos].
+        unit: What `logit` and `centered` are measured in: `"logits"`, or `"logits before the softcap"`.
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -63,12 +67,13 @@ class AblationEffect(Result):
     logit: Float[Tensor, "ablation batch pos target"]
     centered: Float[Tensor, "ablation batch pos target"]
     kl: Float[Tensor, "ablation batch pos"]
+    unit: str
     tokenizer: Any
 
     def __repr__(self) -> str:
         return (
             f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
-            f"of {self.target_names})"
+            f"of {self.target_names}{in_unit(self.unit)})"
         )
 
     def average(self) -> pd.DataFrame:
@@ -137,9 +142,7 @@ def ablation_effect(
 
     def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
         with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
-            logits = network.trace(trace.tokens, attention_mask=mask).logits
-        assert logits is not None  # the model ran
-        return logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).double()
+            return additive_logits(network.trace(trace.tokens, attention_mask=mask), places)
 
     labels = [str(ablation) for ablation in ablations]
     every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
@@ -157,17 +160,18 @@ def effect_of(
     positions: int | Sequence[int],
     targets: TargetInput | None,
 ) -> AblationEffect:
-    """What ablations change: `clean` and `ablated` are the model's logits at `places` of the trace, in float64."""
+    """What ablations change: `clean` and `ablated` are its additive logits at `places` of the trace, in float64."""
     rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
         ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
-    logit, centered, kl = [], [], []
+    decoder = trace.network.decoder
+    logit, beyond, kl = [], [], []
     for found in ablated:
         change = found - clean
         logit.append(change.gather(-1, ids))
-        centered.append(logit[-1] - change.mean(-1, keepdim=True))
-        before, after = clean.log_softmax(-1), found.log_softmax(-1)
+        beyond.append(centered(change, ids))
+        before, after = (decoder.transformed(logits).log_softmax(-1) for logits in (clean, found))
         kl.append((before.exp() * (before - after)).sum(-1))
     return AblationEffect(
         labels=labels,
@@ -177,8 +181,9 @@ def effect_of(
         target_ids=ids,
         target_names=list(names),
         logit=torch.stack(logit),
-        centered=torch.stack(centered),
+        centered=torch.stack(beyond),
         kl=torch.stack(kl),
+        unit=decoder.unit,
         tokenizer=trace.network.tokenizer,
     )
 

@@ -67,8 +67,7 @@ def path_ablation(
         attention_mask: Passed to the model (left padding needs it).
 
     Returns:
-        An `AblationEffect` with a row a path and mode `"path"`: changes of the model's own logits, after a final softcap (the
-        effects of paths are before it, so that in such a model the two are in different units).
+        An `AblationEffect` with a row a path and mode `"path"`, in the unit that the effects of paths are in.
 
     Raises:
         ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
@@ -90,8 +89,7 @@ def path_ablation(
 
     def answers(stream: Tensor) -> Tensor:
         rows = stream.gather(1, places[..., None].expand(-1, -1, stream.shape[-1]))
-        logits = decoder.logits(decoder.norm(rows))
-        return (logits if decoder.transform is None else decoder.transform(logits)).double()
+        return decoder.logits(decoder.norm(rows)).double()
 
     found = (answers(final - _along(trace, path, sent)) for path in parsed)
     return effect_of(
@@ -131,7 +129,7 @@ def verdict(effect: float, fall: float) -> str:
 
     Args:
         effect: What the path adds to the target's centered logit in the frozen network.
-        fall: By how much this logit falls when the path is ablated.
+        fall: By how much this logit falls when the path is ablated, in the same unit.
 
     Returns:
         `"confirmed"` if the fall is within a factor of two of the effect, `"refuted"` if it is less than a tenth of it or of the

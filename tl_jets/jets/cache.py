@@ -220,7 +220,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return self.weights
 
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
-        """Additive logits (before a final softcap or logit scale) of one path, or of all terms together.
+        """Additive logits (before a final softcap) of one path, or of all terms together.
 
         The logits of all paths sum to the logits of the expansion: each carries its share w_i of b_U.
         """

@@ -64,8 +64,7 @@ def _sum_error(cache: JetCache) -> float:
     elif trace.logits is None:
         own = decoder.norm(trace[FINAL_STREAM])
     else:
-        own, found = trace.logits, decoder.logits(found)
-        found = found if decoder.transform is None else decoder.transform(found)
+        own, found = trace.logits, decoder.transformed(decoder.logits(found))
     return relative_error(found[cache.valid], cache.here(own)[cache.valid].to(found))
 
 

@@ -370,17 +370,15 @@ def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objec
 def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
     """Weights that minimize KL(model || expansion), in nats, a token at a time."""
     decoder, shape = network.decoder, truth.shape[:-1]
-    scale = decoder.logit_scale
-    if scale is None:
+    if decoder.transform is not None:
         raise NotImplementedError(
             "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
             "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
         )
     dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the model's own logits know no more
     rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
-    target = torch.log_softmax(decoder.logits(scale * truth, scale), -1)
-    # The scale is taken into what W_U multiplies: scaled logits without another tensor of their size.
-    solution = simplex_kl(lambda chunk: decoder.logits(scale * rows[:, chunk], scale), target)
+    target = torch.log_softmax(decoder.logits(truth), -1)
+    solution = simplex_kl(lambda chunk: decoder.logits(rows[:, chunk]), target)
     return solution.reshape(*shape)
 
 

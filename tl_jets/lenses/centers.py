@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.attribution import directions
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
@@ -87,10 +88,8 @@ class Centers:
         return replace(self, jets=self._with_constants(norm.scale(jets)))
 
     def effects(self, ids: Int[Tensor, "row target"]) -> Float[Tensor, "center row target"]:
-        """Logits of targets beyond the mean of the vocabulary, of every center's jet."""
-        decoder = self.network.decoder
-        columns = torch.cat([decoder.W_U[:, ids].double(), decoder.b_U[ids].double()[None]]).movedim(0, -1)
-        columns = columns - decoder.metric(centered=False).mean / decoder.d_vocab**0.5
+        """Additive logits of targets beyond the mean of the vocabulary, of every center's jet."""
+        columns = directions(self.network.decoder, ids)
         products = torch.einsum("crd,rtd->crt", self.jets, columns[..., :-1])
         return products + self.constants[:, None, None] * columns[..., -1]
 

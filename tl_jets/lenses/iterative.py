@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
@@ -79,6 +80,7 @@ class IterativeJetLens(LensResult):
         target_names: How they were asked for.
         target_logits: Their additive logits [layer, order, batch, pos, target].
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
+        unit: What logits are measured in: `"logits"`, or `"logits before the softcap"`.
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -105,6 +107,7 @@ class IterativeJetLens(LensResult):
     target_names: list[str | int] | None
     target_logits: Tensor | None
     target_ranks: Tensor | None
+    unit: str
     tokenizer: Any
 
     def __getitem__(self, labels: str | Sequence[str]) -> IterativeJetLens:
@@ -122,7 +125,7 @@ class IterativeJetLens(LensResult):
         kind = f"orders 0..{self.orders[-1]}" if self.linearize == "jet" else self.linearize
         return (
             f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, {kind}, tokens "
-            f"{list(self.tokens.shape)}, center_scale={self.center_scale!r})"
+            f"{list(self.tokens.shape)}, center_scale={self.center_scale!r}{in_unit(self.unit)})"
         )
 
     @property
@@ -357,5 +360,6 @@ def iterative_jet_lens(
             target_names=names,
             target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
             target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
+            unit=decoder.unit,
             tokenizer=network.tokenizer,
         )

@@ -38,6 +38,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
+from tl_jets.core.attribution import mean_logits
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
 from tl_jets.core.lens_logits import Mixture, MixtureScan, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
@@ -77,7 +79,7 @@ class JointJetLens(LensResult):
         alpha: Coefficient of each center's own reading; 0 for `ln_final_bias`, a constant.
         beta: Coefficient of the model's own answer in each center's jet.
         effects: Logits that each center's weighted jet adds to each target, beyond the mean of the vocabulary
-            [center, batch, pos, target]; before a final softcap. They sum to the lens' own centered logits.
+            [center, batch, pos, target]. They sum to the lens' own centered logits.
         target_ids: Token ids [batch, pos, target].
         target_names: How they were asked for; `<answer>` is the model's own best token.
         borrowed_share: Share of the model's own answer in the weighted sum [batch, pos].
@@ -90,6 +92,7 @@ class JointJetLens(LensResult):
         uniform: The same for uniform weights; detached, that of `measures`.
         control: The same for random centers of equal norm and angle, with weights optimized for them in the same way; with
             the lens' own weights where these were not optimized (uniform, given, or 1).
+        unit: What effects and logits are measured in: `"logits"`, or `"logits before the softcap"`.
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -119,6 +122,7 @@ class JointJetLens(LensResult):
     measures: Measures
     uniform: Measures
     control: Measures
+    unit: str
     tokenizer: Any
     _centers: Centers
     _random: _Sum
@@ -127,7 +131,7 @@ class JointJetLens(LensResult):
         kind = f"order {self.order}" if self.linearize == "jet" else self.linearize
         return (
             f"JointJetLens({len(self.labels)} centers, {kind}, tokens {list(self.tokens.shape)}, "
-            f"objective={self.objective!r}, center_scale={self.center_scale!r})"
+            f"objective={self.objective!r}, center_scale={self.center_scale!r}{in_unit(self.unit)})"
         )
 
     @property
@@ -179,8 +183,7 @@ class JointJetLens(LensResult):
         weights = self.weights[chosen][:, prompt, wanted].to(jets)[:, here]
         constants = centers.constants[chosen, None].expand(jets.shape[:-1])
         found = top_tokens(decoder, jets, bias_weight=constants, k=k)
-        metric = decoder.metric(centered=False)
-        means = metric.augment(jets, constants) @ metric.mean / decoder.d_vocab**0.5
+        means = mean_logits(decoder, jets, constants)
         values = found.values.new_full((*weights.shape[:1], len(wanted), k), float("nan"))
         indices = found.indices.new_full(values.shape, -1)
         values[:, here] = (weights[..., None] * (found.values - means[..., None])).to(values)
@@ -364,6 +367,7 @@ def joint_jet_lens(
             measures=measures[0],
             uniform=measures[1],
             control=measures[2],
+            unit=network.decoder.unit,
             tokenizer=network.tokenizer,
             _centers=centers,
             _random=_Sum(random.sum(uniform), variate),

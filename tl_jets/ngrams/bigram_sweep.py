@@ -111,7 +111,7 @@ class BigramSweep:
             options.per == "global"
             and options.score == "logprob"
             and self.columns is None
-            and self.decoder.logit_scale is not None
+            and self.decoder.transform is None
             and self.dtype is torch.float32
         )
         if options.screen == "bf16" and not possible:

@@ -57,7 +57,7 @@ class RowReader:
         logits = self.buffer[: len(states)]
         inside = logits[:, : self.decoder.d_vocab]
         self.decoder.project(states, inside)
-        inside += self.decoder.b_U.to(self.reader.dtype)
+        inside += self.decoder.constant(None, self.reader.dtype)
         top, total = self._log_normalizer(logits)
         check_finite(top, ids)
         if self.n_allowed < self.decoder.d_vocab:
@@ -92,12 +92,12 @@ class RowReader:
 
     def _gathered(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Additive logits of some tokens a row, in float64: products taken one by one, the same wherever they stand."""
-        W_U, b_U = self.decoder.W_U.T, self.decoder.b_U
+        W_U, constant = self.decoder.W_U.T, self.decoder.constant(None, torch.float64)
         exact = torch.empty(tokens.shape, dtype=torch.float64, device=states.device)
         for part in slices(len(tokens), max(1, GATHERED // (tokens.shape[1] * states.shape[1]))):
             columns = W_U[tokens[part]].double()
             exact[part] = columns.mul_(states[part].double().unsqueeze(1)).sum(-1)
-        return exact + b_U[tokens].double()
+        return self.decoder.scaled(exact) + constant[tokens]
 
     def _scores(self, rough: Tensor, exact: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of candidates and log-normalizers, with the candidates' shares of the sum as float64 has them."""

@@ -131,11 +131,8 @@ class Tiles:
             self.penalty = torch.full((decoder.d_vocab,), -math.inf, dtype=dtype, device=device)
             self.penalty[tokens] = 0
         # A factor is applied to states and bias; another transform to every tile.
-        scale = decoder.logit_scale
-        self.scale = LOG2_E * (scale if scale is not None else 1)
-        self.transform = decoder.transform if scale is None else None
-        if self.transform is not None:
-            self.scale = 1.0
+        self.transform = decoder.transform
+        self.scale = decoder.logit_scale * (LOG2_E if self.transform is None else 1.0)
         bias = decoder.b_U.to(dtype) if self.gathered is None else decoder.b_U[self.gathered].to(dtype)
         self.bias = bias * self.scale if bool(bias.any()) else None
         self.largest_bias = float(bias.abs().max()) * self.scale
@@ -424,7 +421,7 @@ def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Floa
     """The model's logits of some rows in float64, after its transform."""
     logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
     decoder.project(states.double(), logits)
-    logits += decoder.b_U.double()
+    logits += decoder.constant(None, torch.float64)
     return logits if decoder.transform is None else decoder.transform(logits).double()
 
 

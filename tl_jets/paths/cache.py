@@ -82,7 +82,7 @@ class PathCache(JetCache):
         return self.trace.network.decoder.logits(self.remainder, 1 - self.weights.sum(0))
 
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch out_pos d_vocab"]:
-        """Additive logits (before a final softcap or logit scale) of one path, or of all of them together."""
+        """Additive logits (before a final softcap) of one path, or of all of them together."""
         if path is None:
             return self.trace.network.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
         return super().logits(path)
@@ -143,8 +143,7 @@ class PathCache(JetCache):
                 "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
                 "or of a trace without logits. Look at `remainders`, or at relative_remainder."
             )
-        transform = self.trace.network.decoder.transform
-        found = self.logits() if transform is None else transform(self.logits())
+        found = self.trace.network.decoder.transformed(self.logits())
         own = self.here(self.trace.logits).to(found)
         error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
         return Check(error, {}, 1)

@@ -58,6 +58,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.measures import random_directions, split_along, weighted
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
@@ -77,7 +78,7 @@ SHOWN = 10
 class Interactions(Result):
     """Second-degree effects of pairs of components on a logit. Axes: [component, component, batch, pos]; NaN at padding.
 
-    Logits are additive (before a final softcap or scale) and centered over the vocabulary: beyond the mean of all tokens.
+    Logits are additive (before a final softcap) and centered over the vocabulary: beyond the mean of all tokens.
 
     Attributes:
         labels: Components, aligned to both component axes; `rest`, what they leave of the final stream, is last.
@@ -93,6 +94,7 @@ class Interactions(Result):
         valid: Which of them are real [batch, pos].
         target_ids: The target [batch, pos], or the target and what it is compared with [batch, pos, 2].
         target_names: How they were asked for; `<answer>` is the model's own best token.
+        unit: What all numbers are measured in: `"logits"`, or `"logits before the softcap"`.
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -109,6 +111,7 @@ class Interactions(Result):
     valid: Bool[Tensor, "batch pos"]
     target_ids: Int[Tensor, "batch pos target"]
     target_names: list[str | int]
+    unit: str
     tokenizer: Any
 
     @property
@@ -121,7 +124,7 @@ class Interactions(Result):
         names = " - ".join(ANSWER if name == ANSWER else repr(name) for name in self.target_names)
         return (
             f"Interactions({len(self.labels) - 1} components and rest, {len(self.tokens)} prompts at {self.positions}; of "
-            f"{names}; second degree {term:.3g} of {logit:.3g})"
+            f"{names}; second degree {term:.3g} of {logit:.3g}{in_unit(self.unit)})"
         )
 
     def __str__(self) -> str:
@@ -233,7 +236,8 @@ def interactions(
     h, norm = rows.take(trace[FINAL_STREAM]).double(), network.decoder.norm
     w = _weights(expansion.weights, rows, len(values))
     scale = center_scale_factors(norm, values, h.expand_as(values), center_scale)
-    directions, ids, names = _directions(trace, rows, targets, minus)
+    along, ids, names = _directions(trace, rows, targets, minus)
+    directions = along[:, :-1]
     sources = torch.cat([values, (h - values.sum(0))[None]])
     series = norm_jet(norm, scale[..., None] * values, h.expand_as(values), 2)
     degrees = torch.einsum("kcrd,rd,cr->kr", series.coefficients(), directions, w)
@@ -246,7 +250,7 @@ def interactions(
         matrix=rows.spread(matrix),
         control=rows.spread(control),
         degrees=rows.spread(degrees),
-        logit=rows.spread((norm(h) * directions).sum(-1) + _constant(network, rows, ids)),
+        logit=rows.spread((norm(h) * directions).sum(-1) + along[:, -1]),
         weights=rows.spread(w),
         rho=rows.spread(series.rho),
         center_scale=center_scale,
@@ -255,6 +259,7 @@ def interactions(
         valid=rows.keep,
         target_ids=ids,
         target_names=names,
+        unit=network.decoder.unit,
         tokenizer=network.tokenizer,
     )
 
@@ -300,8 +305,8 @@ def _weights(weights: str | Tensor, rows: Rows, n: int) -> Float[Tensor, "center
 
 def _directions(
     trace: Trace, rows: Rows, targets: TargetInput | None, minus: TargetInput | None
-) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "batch pos target"], list[str | int]]:
-    """What a centered logit, or a difference of logits, is the product with; and the tokens."""
+) -> tuple[Float[Tensor, "row d_model_and_bias"], Int[Tensor, "batch pos target"], list[str | int]]:
+    """What a centered logit, or a difference of logits, is the product with (b_U behind); and the tokens."""
     total, ids, names = torch.zeros(()), [], []
     for sign, given in ((1, targets), (-1, minus)):
         if given is None and sign < 0:
@@ -312,14 +317,7 @@ def _directions(
                 f"Interactions are of one target a position, or of the difference of one from another; got "
                 f"{found.directions.shape[1]}. Pass one token to each of targets and minus."
             )
-        total = total + sign * found.directions[:, 0, :-1]
+        total = total + sign * found.directions[:, 0]
         ids.append(found.target_ids)
         names += found.target_names
     return total, torch.cat(ids, -1), names
-
-
-def _constant(network: ResidualNetwork, rows: Rows, ids: Int[Tensor, "batch pos target"]) -> Float[Tensor, " row"]:
-    """What b_U adds to the centered logit, or difference."""
-    b_U = network.decoder.b_U.double()
-    biases = (b_U - b_U.mean())[ids[rows.keep]]
-    return biases[:, 0] - (biases[:, 1] if biases.shape[1] > 1 else 0)

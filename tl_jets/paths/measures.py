@@ -12,8 +12,8 @@ share       P.T / \|T\|^2                          the part's projection on T: s
 effect      P[target]                              logits it adds to a target, beyond the mean of the vocabulary
 ==========  =====================================  ==========================================================
 
-Effects of all parts sum to the model's own centered logit of the target. Lengths and angles come from the metric of the
-unembedding; no tensor of the vocabulary's size is made.
+Effects of all parts sum to the model's own centered logit of the target (their unit: `tl_jets.core.attribution`). Lengths and
+angles come from the metric of the unembedding; no tensor of the vocabulary's size is made.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.attribution import directions
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.readout import top_tokens
@@ -68,16 +69,13 @@ class Yardstick:
         cls, network: ResidualNetwork, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
     ) -> Yardstick:
         """The same of what the unembedding reads at these rows."""
-        decoder = network.decoder
-        metric = decoder.metric(centered=True)
+        decoder, metric = network.decoder, network.decoder.metric(centered=True)
         answers = top_tokens(decoder, states, k=1).indices[:, 0]
         ids, asked = read_targets(network, targets, rows)
         names: list[str | int] = [ANSWER] if asked is None else asked
         ids = rows.spread(answers, fill=0)[..., None] if ids is None else ids
-        chosen = ids[rows.keep]
-        columns = torch.cat([decoder.W_U[:, chosen].double(), decoder.b_U[chosen].double()[None]])
-        directions = columns.movedim(0, -1) - metric.mean / decoder.d_vocab**0.5
-        return cls(rows, metric.augment(states, 1.0), metric.gram, directions, ids, names, answers)
+        columns = directions(decoder, ids[rows.keep])
+        return cls(rows, metric.augment(states, 1.0), metric.gram, columns, ids, names, answers)
 
     def augmented(self, states: Tensor, bias_weights: Tensor) -> Tensor:
         """Parts [part, batch, pos, d_model] with their multiples of b_U [part], as rows [part, row, d_model + 1]."""

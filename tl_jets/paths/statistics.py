@@ -46,6 +46,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
@@ -78,12 +79,12 @@ class PathStatistics(Result):
         norm: Length of the part's logits over that of the model's, both centered over the vocabulary.
         cosine: Cosine of the angle between them.
         share: The part's projection on the model's logits over their squared length.
-        effects: Logits that the part adds to each target, beyond the mean of the vocabulary [part, batch, pos, target]; before a
-            final softcap, under which logits are no sums (what ablations report is after it).
+        effects: Logits that the part adds to each target, beyond the mean of the vocabulary [part, batch, pos, target].
         target_ids: Token ids [batch, pos, target].
         target_names: How they were asked for; `<answer>` is the model's own best token.
         top_ids: The part's best token.
         model_top_ids: The model's best token [batch, pos].
+        unit: What effects are measured in: `"logits"`, or `"logits before the softcap"`.
         tokenizer: The model's tokenizer, or None.
     """
 
@@ -102,12 +103,13 @@ class PathStatistics(Result):
     target_names: list[str | int]
     top_ids: Int[Tensor, "part batch pos"]
     model_top_ids: Int[Tensor, "batch pos"]
+    unit: str
     tokenizer: Any
 
     def __repr__(self) -> str:
         return (
             f"PathStatistics({len(self.labels):,} parts by {self.by}, {count_text(sum(self.counts))} paths; tokens "
-            f"{list(self.tokens.shape)}; effect on {self.target_names})"
+            f"{list(self.tokens.shape)}; effect on {self.target_names}{in_unit(self.unit)})"
         )
 
     def _body(self) -> str:
@@ -232,6 +234,7 @@ def statistics_of(
         target_names=yardstick.target_names,
         top_ids=rows.spread(best.indices[..., 0], fill=-1),
         model_top_ids=rows.spread(yardstick.answers, fill=-1),
+        unit=network.decoder.unit,
         tokenizer=network.tokenizer,
     )
 

@@ -150,7 +150,7 @@ class _Side:
         states = streams.states(streams.embed(first), self.scores.path)
         if self.tiles is None:
             self.tiles = Tiles(self.decoder, states.dtype, states.device)
-            self.bias = self.decoder.b_U.to(states.dtype) if bool(self.decoder.b_U.any()) else None
+            self.bias = self.decoder.constant(None, states.dtype) if bool(self.decoder.b_U.any()) else None
         if len(self.logits) < len(states):
             self.logits = torch.empty(len(states), self.decoder.d_vocab, dtype=states.dtype, device=states.device)
             self.scratch = torch.empty_like(self.logits[: self.rows])

@@ -41,8 +41,9 @@ def lens_data(
         prompt: The text that was read, if it was one.
 
     Returns:
-        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's own best token), `iterative` and
-        `joint`, with the names that the lenses give their parts. Tokens are written with their spaces shown (`·`).
+        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's own best token), `unit` (of logits and
+        effects), `iterative` and `joint`, with the names that the lenses give their parts. Tokens are written with their
+        spaces shown (`·`).
 
     Raises:
         ValueError: The lenses are of different tokens, or the iterative lens was run without measures or control.
@@ -65,6 +66,7 @@ def lens_data(
         "positions": list(iterative.positions),
         "tokens": texts(iterative.tokens),
         "answer": texts(iterative.model_top_ids),
+        "unit": iterative.unit,
         "iterative": {
             "axes": ["layer", "order", "batch", "pos"],
             "labels": list(iterative.labels),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.notebook import View, view_of
 from tl_jets.core.numerals import number, precise
@@ -144,7 +145,7 @@ def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place:
         *(values[at].tolist() for values in (lens.top_ids, lens.full_values, lens.own_values)), strict=True
     ):
         part = f", own part {precise(own)}" if lens.orders[order] else ""
-        lines.append(f"{visible(names[token_id])}  logit {precise(full)}{part}")
+        lines.append(f"{visible(names[token_id])}  logit {precise(full)}{part}{in_unit(lens.unit)}")
     for name, values in [] if lens.measures is None else lens.measures.items():
         control = "" if lens.control is None else f" (control {precise(float(getattr(lens.control, name)[at]))})"
         lines.append(f"{MEASURE_NAMES[name]} {precise(float(values[at]))}{control}")
@@ -260,8 +261,8 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
     rows.append([row_head("model"), *(cell(answer(names[int(lens.model_top_ids[prompt, p])], False)) for p in places)])
     caption = (
         "Each component's own best token; under it, and as color, what the component adds to its logit beyond the mean of the "
-        "vocabulary (weights included). Under the component its mean weight. Under the sum its KL to the model in nats, in "
-        "(round) brackets that of random components."
+        f"vocabulary (weights included{in_unit(lens.unit)}). Under the component its mean weight. Under the sum its KL to the "
+        "model in nats, in (round) brackets that of random components."
     )
     kind = "detached" if lens.linearize == "detached" else f"order {lens.order}, {lens.objective} weights"
     if len(chosen) < len(lens.labels):
@@ -293,7 +294,8 @@ def _iterative_best(lens: IterativeJetLens, prompt: int, place: int, k: int) -> 
             cells.append(cell("<br>".join(shown) + below, color, hover=hover))
         rows.append(cells)
     heads = ["layer", *(_order_name(lens, o) for o in range(len(lens.orders)))]
-    return table(heads, rows, caption="Tokens with their additive logits. " + _legend(lens, len(lens.orders) - 1, "kl"))
+    caption = f"Tokens with their additive logits{in_unit(lens.unit)}. " + _legend(lens, len(lens.orders) - 1, "kl")
+    return table(heads, rows, caption=caption)
 
 
 def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
@@ -315,6 +317,5 @@ def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
     ]
     rows.append([row_head("sum"), cell(number(float(lens.weights[:, prompt, place].sum()))), *best])
     heads = ["component", "weight", *(str(j + 1) for j in range(k))]
-    return table(
-        heads, rows, caption="Tokens with what the component adds to their logits beyond the mean of the vocabulary."
-    )
+    added = f"what the component adds to their logits beyond the mean of the vocabulary{in_unit(lens.unit)}"
+    return table(heads, rows, caption=f"Tokens with {added}.")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.notebook import View
 from tl_jets.core.numerals import number, precise
@@ -147,7 +148,7 @@ def path_tokens(
             read = names[int(statistics.tokens[prompt, p])]
             chips.append(_chip(read, _shown(measure, value), _color(measure, value, scale), "\n".join(lines)))
         rows.append([row_head(text(statistics.labels[i])), _strip(chips)])
-    what = f"effect on {statistics.target_names[0]}" if measure == "effect" else measure
+    what = f"effect on {statistics.target_names[0]}{in_unit(statistics.unit)}" if measure == "effect" else measure
     some = "" if len(chosen) == len(statistics.labels) else f", the {len(chosen)} largest of {len(statistics.labels):,}"
     title = f"Paths by {statistics.by}: {what}{some}{of_prompts(statistics, prompt)}"
     signs = "" if measure == "norm" else _SIGNS

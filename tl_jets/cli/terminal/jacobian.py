@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from tl_jets.cli.terminal.parts import answer_line, heading, legend, new_table, titled, words
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
 
 # Tokens of a longer prompt are shown if they are among the largest.
@@ -75,7 +76,7 @@ def _tokens(data: Mapping[str, Any]) -> RenderableType:
 
 def title(data: Mapping[str, Any]) -> str:
     """What the table of tokens is of."""
-    of = data["output"] if data["target"] is None else f"the logit of {data['target']['token']}"
+    of = data["output"] if data["target"] is None else f"the logit of {data['target']['token']}{in_unit(data['unit'])}"
     return f"What each token gives to {of}"
 
 
@@ -117,5 +118,5 @@ def explained(data: Mapping[str, Any]) -> dict[str, str]:
             "of the direction that is at this position. At another prompt J is another map."
         )
     if data["is_softcapped"]:
-        rows["softcap"] = "Logits are those before the model's final softcap or scale."
+        rows["softcap"] = "Logits are those before the model's final softcap."
     return rows

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_jets.cli.terminal.parts import OWN_STYLE, Terminal, answer_line, new_table, titled
 from tl_jets.cli.terminal.parts import heading as lines_of
 from tl_jets.cli.terminal.parts import legend as entries
+from tl_jets.core.decoder import LOGITS_UNIT, in_unit
 from tl_jets.core.measures import MEASURES, Measures
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.protocol import DECODER_STEP
@@ -130,7 +131,7 @@ def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Group:
     total.append_text(_beside("\nKL ", lens.kl[batch, position], lens.control.kl[batch, position]))
     if effects is not None:
         table.add_row("sum", *map(signed, effects.sum(0)), total)
-        return titled("Joint jet lens, detached: what each component gives to the logits", table)
+        return titled(f"Joint jet lens, detached: what each component gives to the logits{in_unit(lens.unit)}", table)
     total.append(f"; uniform weights {number(lens.uniform.kl[batch, position])}")
     table.add_row("sum", f"{sum(weights):.3f}", "", total)
     gap = "" if lens.gap is None else f", gap {float(lens.gap[batch, position]):.0e}"
@@ -153,7 +154,7 @@ def target_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Group
         places = [(i, k, batch, position, t) for t, k in cells]
         row = [f"{int(lens.target_ranks[at]) + 1:,} ({signed(lens.target_logits[at])})" for at in places]
         table.add_row(label, *row)
-    return titled("Targets: rank, 1 is the best (logit)", table)
+    return titled(f"Targets: rank, 1 is the best (logit{in_unit(lens.unit)})", table)
 
 
 def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Group:
@@ -178,9 +179,11 @@ def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Group:
 
 def legend(lens: IterativeJetLens) -> Group:
     """What a newcomer must know to read the tables."""
+    softcap = {"softcap": "Logits and effects are before the model's final softcap; KL and ranks are its own."}
+    softcap = {} if lens.unit == LOGITS_UNIT else softcap
     if lens.linearize == "detached":
-        return entries(DETACHED)
-    rows = {
+        return entries(DETACHED | softcap)
+    rows = softcap | {
         "order k": "The final norm's Taylor polynomial of degree k around the layer's stream, taken at the final stream, "
         "then unembedded. Order 0 is the logit lens. Of higher orders a part is the model's own final stream.",
         "[token]": "Borrowed: the answer comes from that part; what is the layer's own says something else.",

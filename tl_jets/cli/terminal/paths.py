@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from tl_jets.cli.terminal.parts import answer_line, heading, legend, new_table, titled
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
 from tl_jets.paths.graph import count_text
 
@@ -19,7 +20,7 @@ def tables(data: Mapping[str, Any], *, top: int) -> list[RenderableType]:
     """Heading, paths, components, legend."""
     found: list[RenderableType] = [heading("paths", asked(data)), _paths(data)]
     if data["components"] is not None:
-        found.append(_components(data["components"], top))
+        found.append(_components(data["components"], top, data["unit"]))
     return [*found, legend(explained(data))]
 
 
@@ -54,7 +55,12 @@ def _paths(data: Mapping[str, Any]) -> RenderableType:
     blank = ["", ""] if is_ablated else []
     table.add_row(signed(data["effect_of_shown"]), *blank, "", f"these {len(data['paths'])}")
     table.add_row(signed(data["effect_of_rest"]), *blank, "", rest(data))
-    table.add_row(signed(data["target"]["logit"]), *blank, "", f"the model: the logit of {data['target']['token']}")
+    table.add_row(
+        signed(data["target"]["logit"]),
+        *blank,
+        "",
+        f"the model: the logit of {data['target']['token']}{in_unit(data['unit'])}",
+    )
     return titled(title(data), table, *notes(data))
 
 
@@ -71,6 +77,7 @@ def title(data: Mapping[str, Any]) -> str:
     kind = "detached" if data["linearize"] == "detached" else f"order-{data['order']} jet"
     how = "" if data["is_exhaustive"] else " (beam search)"
     asked_for = " that the filters keep" if data["filters"] else ""
+    how += in_unit(data["unit"])
     return f"The {len(data['paths'])} largest of {count_text(data['n_paths'])} {kind} paths{asked_for}, by {data['rank']}{how}"
 
 
@@ -93,7 +100,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _components(components: Mapping[str, Any], top: int) -> RenderableType:
+def _components(components: Mapping[str, Any], top: int, unit: str) -> RenderableType:
     """A component a row: the sum of all paths through it, beside what its ablation does."""
     table = new_table()
     table.add_column("component")
@@ -108,7 +115,7 @@ def _components(components: Mapping[str, Any], top: int) -> RenderableType:
         table.add_row(Text(row["component"]), *cells, Text(row["top"]["token"]))
     note = f"rank correlation of effect and zero ablation: {signed(components['rank_correlation'])}"
     more = [f"{len(rows) - top} more, all smaller: --top, --json"] if len(rows) > top else []
-    return titled("All detached paths through each component", table, *more, note)
+    return titled(f"All detached paths through each component{in_unit(unit)}", table, *more, note)
 
 
 def explained(data: Mapping[str, Any]) -> dict[str, str]:
@@ -138,5 +145,5 @@ def explained(data: Mapping[str, Any]) -> dict[str, str]:
             "nats). A component's paths overlap with those of others: their effects do not sum to the model."
         )
     if data["is_softcapped"]:
-        rows["softcap"] = "Effects are of logits before the model's final softcap or scale, ablations after it."
+        rows["softcap"] = "Effects and ablations are of logits before the model's final softcap; KL is after it."
     return rows

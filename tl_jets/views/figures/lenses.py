@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from tl_jets.core.decoder import in_unit
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.figures.axes import (
@@ -81,7 +82,7 @@ def lens_table(
     if isinstance(lens, JointJetLens):
         labels, texts, values = _joint_cells(lens, prompt, places, top)
         title = "Joint jet lens" if lens.linearize == "detached" else f"Joint jet lens, order {lens.order}"
-        bar = "added to the logit of its token (centered)"
+        bar = f"added to the logit of its token (centered{in_unit(lens.unit)})"
     else:
         k = order_index(lens, order)
         labels, texts, values = _iterative_cells(lens, k, prompt, places)

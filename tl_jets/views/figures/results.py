@@ -77,7 +77,10 @@ def path_shares(
     ax.set_yticks(range(len(order)), [statistics.labels[i] for i in order], fontsize=SMALL, parse_math=False)
     ax.set_ylim(len(order) - 0.4, -0.6)
     ax.axvline(0, color="0.3", lw=0.8)
-    what = {"share": "share of the model's logits", "effect": f"effect on {statistics.target_names[0]} (logits)"}
+    what = {
+        "share": "share of the model's logits",
+        "effect": f"effect on {statistics.target_names[0]} ({statistics.unit})",
+    }
     ax.set_xlabel(what.get(measure, measure), fontsize=SMALL + 1, parse_math=False)
     if statistics.by == "length":
         ax.set_ylabel("number of writes", fontsize=SMALL + 1)
