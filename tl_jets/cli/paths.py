@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 from tl_jets.calculus import CENTER_SCALES
 from tl_jets.cli.arguments import (
@@ -354,5 +354,5 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's, or None where it is undefined: fewer than three pairs, or all alike."""
     if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
-    effects, falls = (rankdata(side) for side in zip(*pairs, strict=True))
+    effects, falls = (pd.Series(side).rank() for side in zip(*pairs, strict=True))
     return float(np.corrcoef(effects, falls)[0, 1])

@@ -33,7 +33,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 from torch import Tensor
 
 from tl_jets.core.network import ResidualNetwork
@@ -277,8 +276,8 @@ def _with_rows(joint: NgramTable, other: NgramTable, rows: list[int]) -> NgramTa
 def _row(best: Tensor, scores: Tensor, lists: list[Tensor], real: Tensor) -> tuple[list[float], list[float]]:
     """Hit ratios and rank correlations of the list and of its shuffled versions."""
     hits = [share_found(best, pairs) for pairs in lists]
-    ranks = rankdata(real.numpy())
-    return hits, [_correlation(rankdata(row.numpy()), ranks) for row in scores]
+    ranks = pd.Series(real.numpy()).rank().to_numpy()
+    return hits, [_correlation(pd.Series(row.numpy()).rank().to_numpy(), ranks) for row in scores]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
