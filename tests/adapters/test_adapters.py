@@ -80,6 +80,35 @@ def test_streams_and_writes_are_the_models_own(spec):
     assert torch.equal(trace.logits, logits)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in supported(CORE) if spec.processing == "raw"], ids=str)
+def test_a_stream_that_is_not_the_sum_of_its_writes_is_refused(spec, monkeypatch):
+    """Blocks that write to the stream what no hook point shows, as in an architecture that is not understood."""
+    model = zoo.fresh(spec)
+    tokens, blocks = zoo.tokens(model), model.blocks
+    ResidualNetwork(model).trace(tokens)
+
+    def refused(module: Any, message: str) -> None:
+        forward = module.forward
+
+        def leaking(*args: Any, **options: Any) -> Any:
+            out = forward(*args, **options)
+            stream = out[0] if isinstance(out, tuple) else out
+            stream = stream * (1 + 1e-8 * torch.linspace(-1, 1, stream.shape[-1], dtype=stream.dtype))
+            return (stream, *out[1:]) if isinstance(out, tuple) else stream
+
+        with monkeypatch.context() as patched:
+            patched.setitem(vars(module), "forward", leaking)  # `setattr` of a bridge goes to what it wraps
+            with pytest.raises(ValueError, match=message):
+                ResidualNetwork(model).trace(tokens)
+
+    said = "A stream must be the sum of what was written to it; {} differs by .* and no hook on {} explains it"
+    refused(blocks[0], said.format("1_pre", "blocks.1.hook_resid_pre"))
+    if spec.world == "bridge":  # inside the block, before its output's hook point
+        for layer, stream in ((0, "1_pre"), (len(blocks) - 1, "final_post")):
+            refused(blocks[layer].original_component, said.format(stream, f"blocks.{layer}.hook_resid_post"))
+    ResidualNetwork(model).trace(tokens)
+
+
 @pytest.mark.parametrize("spec", supported(ALL), ids=str)
 def test_gammas_at_the_true_stream_are_bit_equal(spec):
     model = zoo.build(spec)

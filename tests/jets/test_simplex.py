@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_jets.jets import simplex
 from tl_jets.jets.simplex import gram, simplex_qp
 from tl_jets.jets.simplex_kl import simplex_kl
-from tl_jets.jets.weights import check_weights, uniform_weights
+from tl_jets.jets.weights import check_weights, read_weights, uniform_weights
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
 ASKED = 1e-6
@@ -597,6 +597,25 @@ def test_good_weights_come_back_as_they_are(dtype: torch.dtype) -> None:
 def test_bad_weights_are_refused(weights: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         unwrap(check_weights)(weights, 3, problems=(2,))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("off", [2e-6, -2e-6, 1e-3, 0.05])
+def test_weights_sum_to_one_up_to_a_millionth(off: float) -> None:
+    """What the weights miss goes straight into the result; only rounding may be off."""
+    weights = torch.tensor([0.5, 0.25, 0.25 + off], dtype=torch.float64)
+    for refused in (weights, weights.expand(2, 4, 3)):
+        with pytest.raises(ValueError, match="sum to 1 over the centers"):
+            check_weights(refused, 3)
+    with pytest.raises(ValueError, match="sum to 1 over the centers"):
+        read_weights(weights.tolist(), 3)
+    one_of_many = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).repeat(4, 1)
+    assert check_weights(one_of_many, 3) is one_of_many
+    one_of_many[2, 0] += off
+    with pytest.raises(ValueError, match=f"got a sum of {1 + off:.6g}"):
+        check_weights(one_of_many, 3)
+    check_weights(weights, 3, tolerance=2 * abs(off))
+    weights[2] = 0.25 + 5e-7
+    assert check_weights(weights, 3) is weights
 
 
 def test_bad_problems_are_refused() -> None:

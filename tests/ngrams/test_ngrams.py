@@ -35,6 +35,7 @@ from tl_jets.ngrams import (
     jet_trigrams,
     sweep,
 )
+from tl_jets.ngrams.fingerprints import SAMPLES
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
@@ -585,6 +586,29 @@ def test_one_bit_of_one_weight_is_another_model():
         assert fingerprint(again) != own, name
         parameter.data[position] = value
     assert fingerprint(again) == own
+
+
+def test_any_bit_of_any_entry_and_the_order_of_entries_count():
+    """Few entries are looked at one by one: all others through their sum; a sum alone does not see an exchange."""
+    spec = zoo.available(["gpt2"])[0]
+    model, draw = zoo.fresh(spec, torch.float32), random.Random(0)
+    own = fingerprint(model)
+    parameters = [(name, parameter.data) for name, parameter in model.named_parameters()]
+    large = [item for item in parameters if item[1].numel() > SAMPLES][:2]
+    assert large, "whose entries are not all looked at"
+    for name, parameter in [*large, *parameters[::7]]:
+        bits = parameter.view(torch.int32)
+        size = bits.numel()
+        for index in {1, size - 1, draw.randrange(size)}:
+            position = np.unravel_index(index, bits.shape)
+            bits[position] ^= 1
+            assert fingerprint(model) != own, (name, index)
+            bits[position] ^= 1
+        if size <= SAMPLES and not torch.equal(parameter, parameter.flip(0)):
+            parameter.copy_(parameter.flip(0))
+            assert fingerprint(model) != own, name
+            parameter.copy_(parameter.flip(0))
+    assert fingerprint(model) == own
 
 
 @pytest.mark.parametrize("processing", ["raw", "processed"])
