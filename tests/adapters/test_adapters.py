@@ -662,15 +662,15 @@ def test_unsupported_models_are_refused_by_name():
     with pytest.raises(ValueError, match=r"evaluation mode .* Call model.eval\(\)"):
         ResidualNetwork(model)
     model.eval()
-    for option, value, words in (
-        ("num_experts", 4, "routed experts"),
-        ("is_encoder_decoder", True, "Decoder-only"),
-        ("load_in_4bit", True, "Quantized weights"),
-    ):
-        marked = copy.deepcopy(model)
-        setattr(marked.cfg, option, value)
-        with pytest.raises(NotImplementedError, match=words):
-            ResidualNetwork(marked)
+    marked = copy.deepcopy(model)
+    marked.cfg.is_encoder_decoder = True
+    with pytest.raises(NotImplementedError, match="Decoder-only"):
+        ResidualNetwork(marked)
+    marked = copy.deepcopy(model)
+    marked.cfg.load_in_4bit = True
+    trace = ResidualNetwork(marked).trace(zoo.tokens(marked))  # streams can be read
+    with pytest.raises(NotImplementedError, match="quantized weights"):
+        trace.gamma("0_mlp")
     with pytest.raises(TypeError, match="must be a TransformerLens TransformerBridge or HookedTransformer"):
         ResidualNetwork(torch.nn.Linear(2, 2))
 
@@ -738,27 +738,11 @@ def test_what_cannot_be_replayed_is_refused(spec):
         trace.gamma("0_mlp")
 
 
-def other_architectures() -> dict[str, Any]:
-    """Tiny models without the residual stream that jets understand, as TransformerLens boots them."""
-    small = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+def test_encoder_decoders_are_refused_by_name():
     t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    mixtral = transformers.MixtralConfig(
-        **small, intermediate_size=32, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32
-    )
-    return {
-        "Decoder-only": transformers.T5ForConditionalGeneration(t5),
-        "state-space": transformers.MambaForCausalLM(
-            transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
-        ),
-        "routed experts": transformers.MixtralForCausalLM(mixtral),
-    }
-
-
-@pytest.mark.parametrize("words", ["Decoder-only", "state-space", "routed experts"])
-def test_real_models_of_other_kinds_are_refused_by_name(words):
-    hf = other_architectures()[words]
+    hf = transformers.T5ForConditionalGeneration(t5)
     model = TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
-    with pytest.raises(NotImplementedError, match=words):
+    with pytest.raises(NotImplementedError, match="Decoder-only"):
         ResidualNetwork(model.eval())
 
 

@@ -34,6 +34,8 @@ from tl_jets.adapters.reading import (
     read_norm,
     refuse_training,
     refuse_unsupported,
+    strange_parts,
+    unreplayable,
     working_dtype,
 )
 from tl_jets.adapters.ready_cache import read_cache
@@ -52,7 +54,9 @@ class TransformerLensView(ABC):
         self.blocks = list(model.blocks)
         self.n_layers = len(self.blocks)
         self._parameters = list(model.parameters())
-        parameter = self._parameters[0]
+        parameter = next(
+            p for p in self._parameters if p.is_floating_point() and p.itemsize > 1
+        )  # quantized ones are not
         self.input_device, self.device = parameter.device, model.W_U.device
         self.native_dtype = parameter.dtype
         self.dtype = working_dtype(parameter.dtype)
@@ -61,10 +65,12 @@ class TransformerLensView(ABC):
         # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
         self._hook_dict = dict(model.hook_dict)
         self._points = list({id(point): point for point in self._hook_dict.values()}.values())
+        self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
+        self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
         self.stream_names = self._read_stream_names()
         self.checked: set[Hashable] = set()  # what heads and neurons were compared with the model, see there
         self._post_norms: dict[tuple[int, str], tuple[int, Norm]] = {}
-        for layer, which in product(range(self.n_layers), get_args(Sublayer)):
+        for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
             # Where a hook is inside one now, or none is understood: refused where it is needed.
             with suppress(ValueError, NotImplementedError):
                 self._post_norm(layer, which)
@@ -124,7 +130,7 @@ class TransformerLensView(ABC):
         stages = []
         for layer in range(self.n_layers):
             pre, mid = f"{layer}_pre", f"{layer}_mid"
-            if granularity == "block":
+            if granularity == "block" or layer in self.opaque:
                 stages.append(Stage(pre, (Step(f"{layer}_block", layer, "block"),)))
                 continue
             attn = (Step(f"{layer}_attn", layer, "attn"),)
@@ -141,6 +147,28 @@ class TransformerLensView(ABC):
     def fine_step(self, label: str) -> Step | None:
         """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
         return neuron_step(self, label)
+
+    def cannot(self, step: Step) -> str | None:
+        """Why a step cannot be evaluated on a stream that is not the model's own, frozen or read by parts; None if it can.
+
+        Streams, and what lenses and direct attribution make of them, need none of this.
+        """
+        which = {"block": ("attn", "mlp"), "attn": ("attn",), "head": ("attn",), "attn_bias": ("attn",)}.get(
+            step.kind, ("mlp",)
+        )
+        if (step.layer, which) not in self._reasons:
+            self._reasons[step.layer, which] = unreplayable(self.model, step.layer, *which)
+        return self._reasons[step.layer, which]
+
+    def refuse(self, *steps: Step) -> None:
+        """Raise NotImplementedError for the first of some steps that cannot be evaluated elsewhere."""
+        for step in steps:
+            reason = self.cannot(step)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"This needs {step.label} of {self.name} on other streams than its own, which is not supported: {reason}. "
+                    f"Lenses, and direct attribution at 'ln_final' (linearize='detached'), read streams only."
+                )
 
     # Recording
 
@@ -194,13 +222,17 @@ class TransformerLensView(ABC):
         return recording
 
     def _read_stream_names(self) -> list[str]:
-        names = ["hook_embed", "hook_pos_embed"]
+        names = ["hook_embed", "hook_pos_embed", *self._block_names()]
+        return [name for name in names if name in self._hook_dict]
+
+    def _block_names(self) -> list[str]:
+        names = []
         for layer in range(self.n_layers):
-            kinds = ["resid_pre", "attn_out", "resid_post"]
-            if self.has_mlp(layer):
+            kinds = ["resid_pre", "resid_post"] if layer in self.opaque else ["resid_pre", "attn_out", "resid_post"]
+            if layer not in self.opaque and self.has_mlp(layer):
                 kinds += ["mlp_out"] if self.is_parallel(layer) else ["resid_mid", "mlp_out"]
             names += [f"blocks.{layer}.hook_{kind}" for kind in kinds]
-        return [name for name in names if name in self._hook_dict]
+        return names
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
@@ -244,6 +276,12 @@ class TransformerLensView(ABC):
 
     def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
+        missing = [name for name in self._block_names() if name not in saved]
+        if missing:
+            raise NotImplementedError(
+                f"Streams and writes must pass their hooks; in {self.name} nothing passed {missing[:3]} ({len(missing)} in all). Its "
+                f"blocks do something else, so it is refused."
+            )
         saved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
             for name, value in saved.items()
@@ -278,9 +316,16 @@ class TransformerLensView(ABC):
         for layer in range(self.n_layers):
             block = f"blocks.{layer}.hook_"
             stream = recording.streams[f"{layer}_pre"] = saved[block + "resid_pre"]
-            attn = recording.writes[f"{layer}_attn_out"] = saved[block + "attn_out"]
-            expected = stream + attn
-            if self.has_mlp(layer):
+            expected = post = saved[block + "resid_post"]
+            if layer not in self.opaque:
+                attn = recording.writes[f"{layer}_attn_out"] = saved[block + "attn_out"]
+                expected = stream + attn
+            elif block + "resid_post" in hooked:
+                raise ValueError(
+                    f"An edit of a stream must be told from what the block wrote; block {layer} of {self.name} is one write, and a "
+                    f"hook is on {block}resid_post. Put it on hook_resid_pre of the next block, or take it off."
+                )
+            if layer not in self.opaque and self.has_mlp(layer):
                 mlp = recording.writes[f"{layer}_mlp_out"] = saved[block + "mlp_out"]
                 if not self.is_parallel(layer):
                     mid = saved[block + "resid_mid"]
@@ -289,7 +334,6 @@ class TransformerLensView(ABC):
                         expected = mid
                     recording.streams[f"{layer}_mid"] = expected
                 expected = expected + mlp
-            post = saved[block + "resid_post"]
             last = layer == self.n_layers - 1
             following = FINAL_STREAM if last else f"{layer + 1}_pre"
             arrive(following, expected, post, block + "resid_post")
@@ -324,7 +368,12 @@ class TransformerLensView(ABC):
     # Replaying
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
-        """The stage's writes at any stream, stacked in the order of its steps."""
+        """The stage's writes at any stream, stacked in the order of its steps.
+
+        Raises:
+            NotImplementedError: A step cannot be evaluated on another stream (`cannot`).
+        """
+        self.refuse(*stage.steps)
         calls = self._calls(recording)
         layer = stage.steps[0].layer
         kinds = {step.kind for step in stage.steps}

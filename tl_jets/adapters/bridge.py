@@ -72,8 +72,8 @@ class TransformerBridgeView(TransformerLensView):
             stream = block._modules[pre](stream)
         if (layer, which) not in calls:
             raise NotImplementedError(
-                f"A replay calls the {which} component of block {layer}, which this architecture's forward pass never "
-                f"calls. It is not supported; please report its name."
+                f"A replay calls the {which} component of block {layer}, which the forward pass of {self.name} never calls, so "
+                f"that it is not supported. Lenses and direct attribution read streams only."
             )
         args, kwargs = calls[layer, which]
         kwargs = {

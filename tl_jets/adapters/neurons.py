@@ -44,11 +44,16 @@ def neuron_step(view: BlocksView, label: str) -> Step | None:
     """
     bias, neuron = _BIAS.fullmatch(label), _NEURON.fullmatch(label)
     found = bias or neuron
-    if found is None or int(found[1]) >= view.n_layers or not view.has_mlp(int(found[1])):
+    if (
+        found is None
+        or int(found[1]) >= view.n_layers
+        or not (int(found[1]) in view.opaque or view.has_mlp(int(found[1])))
+    ):
         return None
     layer = int(found[1])
     if neuron is None:
         return Step(f"{layer}_mlp_bias", layer, "mlp_bias")
+    view.refuse(Step(label, layer, "neuron"))
     index, size = int(neuron[2]), len(_output_weights(view, layer)[0])
     if index >= size:
         raise ValueError(f"Neurons of layer {layer} are numbered 0..{size - 1}; got {label!r}.")

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from tl_jets.core.protocol import Step
+
 Sublayer = Literal["attn", "mlp"]
 
 
@@ -24,11 +26,16 @@ class BlocksView(Protocol):
     device: torch.device
     stream_names: list[str]
     checked: set[Hashable]
+    opaque: frozenset[int]
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
     ) -> tuple[dict[str, Tensor], Any, Any]:
         """Streams and writes by hook name, calls and logits of a forward pass, which may end at hook `until`."""
+        ...
+
+    def refuse(self, *steps: Step) -> None:
+        """Raise NotImplementedError for the first of some steps that cannot be evaluated elsewhere."""
         ...
 
     def has_mlp(self, layer: int) -> bool:

@@ -18,7 +18,7 @@ from tl_jets.calculus import Norm, full_precision
 
 _HALF = (torch.float16, torch.bfloat16)
 _EPS_NAMES = ("eps", "variance_epsilon", "layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps")
-_RECURRENT = ("mamba", "mixer", "ssm", "linear_attn")
+_BLOCK_PARTS = {"_original_component", "attn", "ln1", "ln1_post", "ln2", "ln2_post", "mlp"}
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -166,38 +166,62 @@ def read_mask(attention_mask: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Refuse, by name, what has no residual stream that jets understand.
+    """Refuse, by name, what has no residual stream or no decoder to read it with.
 
     Raises:
-        NotImplementedError: Encoder-decoders, bidirectional encoders, state-space blocks, routed experts, quantized
-            weights.
+        NotImplementedError: Encoder-decoders, bidirectional encoders, models without blocks, a quantized unembedding.
+        ValueError: A model in training mode.
     """
     name = type(model).__name__
     modules: Any = getattr(model, "_modules", {})
     if _option(model, "is_encoder_decoder") or "encoder_blocks" in modules or "mlm_head" in modules:
         raise NotImplementedError(f"Decoder-only models are supported; {name} holds an encoder or encoder-decoder.")
-    blocks: list[Any] = list(getattr(model, "blocks", []))
-    kinds = {type(part).__name__ for block in blocks for part in block.children()}
-    if _option(model, "num_experts", "num_local_experts", "n_routed_experts") or kinds & {"MoE", "MoEBridge"}:
+    if not len(getattr(model, "blocks", ())):
+        raise NotImplementedError(f"A model must be a sequence of blocks, `model.blocks`; {name} has none.")
+    decoder = [modules[part] for part in ("ln_final", "unembed") if part in modules]
+    reason = next(filter(None, map(_quantization, decoder)), None)
+    if reason:
         raise NotImplementedError(
-            "Models with routed experts (mixture of experts) are not supported: the choice of experts is not "
-            "differentiable, and jets would silently ignore it."
-        )
-    recurrent = sorted({part for block in blocks for part in _RECURRENT if part in block._modules})
-    if recurrent or not blocks or any("attn" not in block._modules for block in blocks):
-        raise NotImplementedError(
-            f"Blocks must be attention and MLP; state-space and recurrent ones are not supported, got {recurrent or name}."
-        )
-    from transformer_lens.utilities.quantization import unreadable_weight_reason
-
-    reasons = (unreadable_weight_reason(parameter) for parameter in model.parameters())
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason or _option(model, "quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit"):
-        raise NotImplementedError(
-            f"Quantized weights are not supported: jets need floating-point arithmetic. Load the model in float32. "
-            f"({reason or 'the configuration says so'})"
+            f"The final norm and the unembedding must be in floating point, for every tool reads them; {name} has {reason}. "
+            f"Leave them out of the quantization."
         )
     refuse_training(model)
+
+
+def strange_parts(block: Any) -> list[str]:
+    """Names of what a block holds beside attention, an MLP and their norms; `["no attention"]` if it has none of them."""
+    parts = set(block._modules)
+    strange = sorted(name for name in parts - _BLOCK_PARTS if not name.startswith("hook_"))
+    return strange or ([] if "attn" in parts else ["no attention"])
+
+
+def unreplayable(model: Any, layer: int, *which: str) -> str | None:
+    """Why a block, or its `"attn"` or `"mlp"`, cannot be evaluated on another stream, frozen or read by parts; None if it can."""
+    block = model.blocks[layer]
+    strange = strange_parts(block)
+    if strange:
+        return f"its block holds {', '.join(strange)} beside attention and MLP, so that it is one write, seen from outside only"
+    for part in which or ("attn", "mlp"):
+        modules = [block._modules[part]] if part in block._modules else []
+        names = {name.rpartition(".")[2] for module in modules for name, _ in module.named_modules()}
+        if names & {"experts", "router"}:
+            return "it routes tokens to experts (mixture of experts), and the choice of experts is not differentiable"
+        reason = next(filter(None, map(_quantization, modules)), None)
+        if reason is None and _option(
+            model, "quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit"
+        ):
+            reason = "quantized weights (the configuration says so)"
+        if reason:
+            return f"it has {reason}, and jets need floating-point arithmetic: load the model in float32"
+    return None
+
+
+def _quantization(module: torch.nn.Module) -> str | None:
+    from transformer_lens.utilities.quantization import unreadable_weight_reason
+
+    reasons = (unreadable_weight_reason(parameter) for parameter in module.parameters())
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return reason and f"quantized weights ({reason})"
 
 
 def refuse_training(model: Any) -> None:

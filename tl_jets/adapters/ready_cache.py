@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_jets.adapters.protocol import BlocksView
 from tl_jets.adapters.reading import working_dtype
 
-FIRST_STREAM, FIRST_WRITE = "blocks.0.hook_resid_pre", "blocks.0.hook_attn_out"
+FIRST_STREAM = "blocks.0.hook_resid_pre"
 
 
 def read_cache(
@@ -52,9 +52,10 @@ def read_cache(
         )
     is_half = any(working_dtype(dtype) is not dtype for dtype in (view.native_dtype, first.dtype))
     accuracy = 1e-2 if is_half else 1e-5
-    own, _, _ = view.forward(tokens, attention_mask, until=FIRST_WRITE)
+    first_write = next(name for name in view.stream_names if name.startswith("blocks.0") and name != FIRST_STREAM)
+    own, _, _ = view.forward(tokens, attention_mask, until=first_write)
     # Within a half-precision model attention rounds scores, not only what it writes.
-    for name, allowed in ((FIRST_STREAM, accuracy), (FIRST_WRITE, 16 * accuracy)):
+    for name, allowed in ((FIRST_STREAM, accuracy), (first_write, 16 * accuracy)):
         wanted, found = (values[name].to(view.device, view.dtype) for values in (own, saved))
         size = wanted.abs().amax(-1)
         size = size if name == FIRST_STREAM else torch.maximum(size, size[valid.to(size.device)].max())

@@ -85,8 +85,9 @@ class ResidualNetwork:
 
     Raises:
         TypeError: The model is of no known kind.
-        NotImplementedError: The model is known and not supported (encoder-decoders, state-space blocks, routed
-            experts, quantized weights); the message says why.
+        NotImplementedError: The model is known and has no residual stream of a decoder (encoder-decoders), or a quantized
+            unembedding. State-space blocks, routed experts and quantized weights are refused where a step of theirs is needed on
+            another stream than its own; streams, and what lenses make of them, are there.
         ValueError: Unknown granularity or neurons, neurons of blocks, or a model in training mode.
 
     Source:
@@ -176,7 +177,7 @@ class ResidualNetwork:
             return True
         try:
             step = self.view.fine_step(str(label))
-        except ValueError:  # a layer has fewer neurons
+        except (ValueError, NotImplementedError):  # a layer has fewer neurons, or none that can be read
             return False
         return step is not None and step.write == label
 

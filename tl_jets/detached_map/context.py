@@ -58,14 +58,21 @@ def detached(model: Any) -> Iterator[None]:
 
 def _check_affine(model: Any) -> None:
     """A random projection v of the output: v'output = (J'v)'x + v'bias, with x the first stream."""
-    from tl_jets.adapters.reading import refuse_unsupported
+    from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
-    if not hasattr(model, "hook_dict") or not hasattr(model, "blocks"):
+    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
         raise TypeError(
             f"A model must be a TransformerLens TransformerBridge or HookedTransformer, a tl_jets.CallableModel or a "
             f"tl_jets.ResidualNetwork; got {type(model).__module__}.{type(model).__qualname__}."
         )
     refuse_unsupported(model)
+    for layer in range(len(model.blocks)):
+        reason = unreplayable(model, layer)
+        if reason is not None:
+            raise NotImplementedError(
+                f"Every block must be one that can be frozen; block {layer} of {type(model).__name__} is not: {reason}. Direct "
+                f"attribution freezes the final norm only: jet_expand(model, 'ln_final', ..., linearize='detached')."
+            )
     generator = torch.Generator().manual_seed(0)
     length = min(4, getattr(model.cfg, "n_ctx", None) or 4)
     tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator).to(next(model.parameters()).device)

@@ -276,9 +276,25 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
             if f"{step.layer}_{kind}" in known:
                 write = f"{step.layer}_{kind}_out"
                 sites.append(_Site(write, step.layer, f"blocks.{step.layer}.hook_{kind}_out"))
+        if step.kind == "block" and f"{step.layer}_attn" not in known:
+            view: Any = network.view
+            raise NotImplementedError(f"No hook point carries the write of {label} alone: {view.cannot(step)}.")
     if not sites:
         raise ValueError(f"An intervention needs at least one step; got {steps!r}.")
+    _check_parts(network, sites)
     return list(dict.fromkeys(sites))
+
+
+def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
+    """Compare heads and neurons of the sites' layers with the model, once: a hook point of another layout would be edited silently."""
+    view: Any = network.view
+    state = view.hook_state()
+    keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
+    if not view.checked.issuperset(keys):
+        with torch.no_grad():
+            trace = network.at("head").trace(torch.tensor([[0, network.decoder.d_vocab - 1]]))
+            for write in keys.values():
+                trace[write]
 
 
 # What is written

@@ -42,7 +42,7 @@ from torch import Tensor
 from tl_jets.adapters.heads import check_heads
 from tl_jets.calculus import Norm, full_precision
 from tl_jets.core.network import CallableModel, ResidualNetwork
-from tl_jets.core.protocol import Stage, relative_error, tolerance
+from tl_jets.core.protocol import Stage, Step, relative_error, tolerance
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
@@ -99,6 +99,7 @@ class HeadReader:
         # Replays need the shape of the recorded forward pass, which holds so many rows of logits.
         self._rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
         zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self.streams.device)
+        view.refuse(Step(f"{layer}_attn", layer, "attn"))
         with torch.no_grad():
             trace = self.network.trace(zeros)
             trace.gamma(f"{layer}_attn")  # compares the replay with what the model wrote
@@ -267,6 +268,13 @@ class HeadReader:
                 self.view._run(tokens, None)
         except _AttendedError:
             pass
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a float32 model need not run on streams in float64
+            raise NotImplementedError(
+                f"Skip-trigrams need the attention of layer {self.layer} of {self.view.name} in float64, which fails: {error}. Its "
+                f"heads are not supported."
+            ) from error
         finally:
             self.view._forget_replay(self.layer)
         return found

@@ -180,6 +180,12 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
     """A path's label and steps; None stands for all MLPs with their identities."""
     known = mlp_steps(network)
     if path == MLPS:
+        whole = [step.label for step in network.steps if step.kind == "block"]
+        if whole:
+            raise NotImplementedError(
+                f'"{MLPS}" takes every MLP of the model; {some(whole)} of {network.view.name} are seen as one write each, and their '
+                f'MLPs not at all. Use "{DIRECT}", or name MLPs of other blocks.'
+            )
         if not known:
             raise ValueError(
                 f'"{MLPS}" needs a model with MLPs; this one has none. Its only bi-gram path is "{DIRECT}".'
