@@ -26,7 +26,7 @@ class BlocksView(Protocol):
     device: torch.device
     stream_names: list[str]
     checked: set[Hashable]
-    opaque: frozenset[int]
+    opaque: set[int]
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None

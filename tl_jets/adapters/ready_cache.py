@@ -3,7 +3,7 @@
 Streams add up whatever input they are of: a cache of other tokens would be read without complaint, under the wrong labels. So the
 model is run up to what its first attention writes, on these tokens, with this attention mask and under the hooks that are active
 now. The first stream (tokens and positions) and the first write (the mask) must be the cache's, at real tokens: padding is
-nobody's business. Later layers follow from these unless a hook edits them, and each step that is evaluated elsewhere is first
+not compared. Later layers follow from these unless a hook edits them, and each step that is evaluated elsewhere is first
 compared with what the cache holds of it (`tl_jets.core.trace`).
 
 Cost: an embedding and the first attention.
