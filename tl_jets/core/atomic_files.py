@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,11 +13,10 @@ from typing import Any, BinaryIO
 def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     """Let `write` fill a temporary file beside `file`, sync it to disk, and put it in the place of `file`.
 
-    A process that is killed leaves the old file, and perhaps a hidden `.<name>.*.tmp`.
+    A process that is killed leaves the old file, and perhaps a hidden `.<name>.*.tmp` (see `remove_leftovers`).
     """
     file = Path(file)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    temporary = Path(name)
+    handle, temporary = _temporary(file)
     try:
         with os.fdopen(handle, "wb") as stream:
             write(stream)
@@ -36,3 +36,37 @@ def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path
         finally:
             os.close(directory)
     return file
+
+
+def check_writable(file: str | Path) -> None:
+    """Find out whether `write_atomically` can write a file, before hours of work are lost: by a temporary file beside it.
+
+    Raises:
+        OSError: It cannot; the message says why.
+    """
+    file = Path(file)
+    if file.exists() and not file.is_file():
+        raise OSError(
+            f"A result is saved as a regular file; {str(file)!r} is there already, and is none. Save elsewhere."
+        )
+    try:
+        handle, temporary = _temporary(file)
+    except OSError as error:
+        raise type(error)(
+            f"A result must be saved where files can be made; {str(file)!r} cannot be written ({error.strerror}). Make "
+            "the directory, or save elsewhere."
+        ) from error
+    os.close(handle)
+    temporary.unlink()
+
+
+def remove_leftovers(file: str | Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote a file."""
+    file = Path(file)
+    for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _temporary(file: Path) -> tuple[int, Path]:
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+    return handle, Path(name)

@@ -18,7 +18,12 @@ def token_text(tokenizer: Any, token: int) -> str:
     if tokenizer is None:
         return str(token)
     alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
-    return twice[len(alone) :] if twice.startswith(alone) else alone
+    return writable(twice[len(alone) :] if twice.startswith(alone) else alone)
+
+
+def writable(text: str) -> str:
+    """A text that files can hold: lone surrogates, which are no characters, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:

@@ -187,6 +187,10 @@ class BigramSweep:
 
         def resume() -> int:
             done, tensors = state.load()
+            if not 0 <= done <= len(self.rows):
+                raise ValueError(
+                    f"A state must be of rows that there are, at most {len(self.rows)}; {str(state_file)!r} says {done}. Delete it."
+                )
             # A state without one of the paths (its table was there when it was saved, and is not now) is of no use.
             if not set(scans) <= {name.rpartition("/")[0] for name in tensors}:
                 done = 0

@@ -38,7 +38,7 @@ from torch import Tensor
 from tl_jets.core.logit_reader import LOG2_E, slices
 from tl_jets.ngrams.bigram_sweep import BigramSweep, Options, Per, planned
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.jobs import SUFFIX, Job, check_header, finish
+from tl_jets.ngrams.jobs import SUFFIX, Job, finish, saved
 from tl_jets.ngrams.scan import Score, check_finite
 from tl_jets.ngrams.screen import Screen
 from tl_jets.ngrams.shards import Distributed
@@ -79,7 +79,8 @@ def jet_bigrams(
             not. The table is the same.
         progress: Show a bar in a terminal, if it takes longer than a second.
         save: A file for the table. If it is there already, it is loaded instead (and refused if it is of other settings or
-            another model); the unfinished state is saved beside it every half a minute, and resumed.
+            another model); the unfinished state is saved beside it every half a minute, and resumed by the same version of
+            tl-jets. Whether it can be written is found out first.
         distributed: True, or a process group: all its processes call this with the same model and options, divide the rows,
             and return the same table. Files are those of process 0. See `tl_jets.ngrams.shards`.
 
@@ -231,10 +232,8 @@ def _found(plan: BigramSweep, files: Mapping[str, Path]) -> dict[str, NgramTable
     """The tables that are there already; the folder is made."""
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
-    tables = {label: NgramTable.load(file) for label, file in files.items() if file.exists()}
-    for label, table in tables.items():
-        check_header(table.header, plan.header(label), files[label])
-    return tables
+    tables = {label: saved(file, plan.header(label)) for label, file in files.items()}
+    return {label: table for label, table in tables.items() if table is not None}
 
 
 def _job(plan: BigramSweep, name: str) -> Job:

@@ -22,24 +22,28 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.core.atomic_files import write_atomically
+from tl_jets.core.atomic_files import check_writable, remove_leftovers, write_atomically
 from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.ngrams.tables import NgramTable
 
 SUFFIX = ".parquet"
+STATE_FORMAT = 2
 FILE_NAME = re.compile(r"\w[\w .,>+-]*")
 # How often the state of an unfinished table is saved.
 STATE_SECONDS = 30.0
@@ -96,8 +100,9 @@ def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> 
         All tables, by the names of their jobs.
 
     Raises:
-        ValueError: A file that is there belongs to other settings, another path or another model, or is damaged; or two
-            jobs have one name.
+        ValueError: A file that is there belongs to other settings, another path, another model or (an unfinished state) another
+            version of tl-jets, or is damaged; or two jobs have one name.
+        OSError: A table could not be saved.
 
     Cost:
         The jobs that are not finished. A killed sweep repeats at most the work since the state was last saved; of
@@ -119,12 +124,13 @@ def finish(job: Job, file: str | Path) -> NgramTable:
 
     Raises:
         ValueError: The file is not of this job.
+        OSError: The file cannot be written.
     """
     file = Path(file)
-    table = job.processes.first(lambda: saved(file, job.header))
+    state = file.with_name(f"{file.name}.state")
+    table = job.processes.first(lambda: saved(file, job.header, state))
     if table is not None:
         return table
-    state = file.with_name(f"{file.name}.state")
     table = job.run(state)
     assert table.header == job.header, "a job makes the table that it announces"
 
@@ -136,19 +142,28 @@ def finish(job: Job, file: str | Path) -> NgramTable:
     return table
 
 
-def saved(file: Path, header: Mapping[str, Any]) -> NgramTable | None:
-    """The table of a file, if there is one; else what a killed process left half written is removed.
+def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> NgramTable | None:
+    """The table of a file, if there is one; what a killed process left half written is removed.
+
+    Args:
+        file: Where the table is, or will be.
+        header: Of the table.
+        state: The file of its unfinished state, which a finished table has no use for.
 
     Raises:
         ValueError: The file has another header.
+        OSError: There is no table, and none can be written.
     """
-    if file.exists():
-        table = NgramTable.load(file)
-        check_header(table.header, header, file)
-        return table
-    for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    return None
+    remove_leftovers(file)
+    if not file.is_file():
+        check_writable(file)
+        return None
+    table = NgramTable.load(file)
+    check_header(table.header, header, file)
+    if state is not None:
+        state.unlink(missing_ok=True)
+        remove_leftovers(state)
+    return table
 
 
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
@@ -170,6 +185,10 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path
 class State:
     """The unfinished state of a table in a file, so that a killed process is resumed within it.
 
+    A file is a line with the digest of all that follows, a line of JSON (the header, the versions of tl-jets and of this format,
+    how many rows are done), and tensors as safetensors. A file of other versions is refused: what a state means is
+    known to the code that wrote it.
+
     Args:
         file: Where; None keeps no state.
         header: What the state belongs to.
@@ -177,25 +196,31 @@ class State:
 
     def __init__(self, file: Path | None, header: Mapping[str, Any]):
         self.file = file
-        self.header = dict(header)
+        self.header = {**header, "state_format": STATE_FORMAT, "tl_jets": version("tl-jets")}
         self.saved = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """How many rows are done, and the tensors; 0 and none without a file.
 
         Raises:
-            ValueError: The file belongs to something else.
+            ValueError: The file was changed, belongs to something else, or is of another version of tl-jets.
         """
-        if self.file is None or not self.file.exists():
+        if self.file is None:
+            return 0, {}
+        remove_leftovers(self.file)
+        if not self.file.exists():
             return 0, {}
         try:
-            with safe_open(self.file, framework="pt") as opened:
-                about = json.loads((opened.metadata() or {})["tl_jets"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{str(self.file)!r} is no state of an unfinished table ({error}). Delete it.") from error
-        check_header(about["header"], self.header, self.file)
-        return int(about["rows"]), tensors
+            digest, about, data = self.file.read_bytes().split(b"\n", 2)
+            if digest != _digest(about, data):
+                raise ValueError("its digest is not that of what it holds")
+            found, tensors = json.loads(about), from_bytes(data)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{str(self.file)!r} is no state of an unfinished table, or was changed ({error}). Delete it to begin anew."
+            ) from error
+        check_header(found["header"], self.header, self.file)
+        return found["rows"], tensors
 
     def is_due(self) -> bool:
         """Whether it is time to save."""
@@ -204,7 +229,14 @@ class State:
     def save(self, rows: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Save what `tensors` gives, and how many rows it is of."""
         assert self.file is not None, "a state without a file is never due"
-        about = {"tl_jets": json.dumps({"header": self.header, "rows": rows})}
-        data = to_bytes({name: x.cpu().contiguous() for name, x in tensors().items()}, metadata=about)
-        write_atomically(self.file, lambda stream: stream.write(data))
+        about = json.dumps({"header": self.header, "rows": rows}).encode()
+        data = to_bytes({name: x.cpu().contiguous() for name, x in tensors().items()})
+        parts = (_digest(about, data), b"\n", about, b"\n", data)
+        write_atomically(self.file, lambda stream: stream.writelines(parts))
         self.saved = time.monotonic()
+
+
+def _digest(about: bytes, data: bytes) -> bytes:
+    total = hashlib.sha256(about + b"\n")
+    total.update(data)
+    return total.hexdigest().encode()

@@ -30,8 +30,9 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 import torch
@@ -40,12 +41,14 @@ from torch import Tensor
 
 from tl_jets.core.atomic_files import write_atomically
 from tl_jets.core.notebook import Shown, dataframe_html
-from tl_jets.core.tokens import visible
+from tl_jets.core.tokens import visible, writable
 
 # In the metadata of a Parquet schema.
 METADATA_KEY = b"tl_jets.ngrams"
 FORMAT_VERSION = 1
 SHOWN_ROWS = 10
+# Rows that are made ready for a file at a time.
+SAVED_ROWS = 2**18
 # Tokens of a look-up that are named if they are not there.
 NOTED = 3
 # Scores that agree in so many bits are ties: what is left differs with the order in which a sum was taken.
@@ -65,7 +68,7 @@ class NgramTable(Shown):
     Attributes:
         ids: Token ids. Shape [row, n].
         scores: Their scores, best first: nats (log-probabilities) or logits, see `settings["score"]`. Shape [row].
-        names: The text of each id in the table.
+        names: The text of each id in the table; what is no character (a lone surrogate) stands as its escape, `\\udc80`.
         path: What was decoded: `direct`, `3_mlp`, `1_mlp > 3_mlp`, `mlps`, `L3H2`, ...
         settings: How, as plain JSON values.
         fingerprint: Of the model's weights; empty if unknown.
@@ -73,7 +76,8 @@ class NgramTable(Shown):
         note: After a look-up, which of the tokens that were asked for are not there; it is in no file.
 
     Raises:
-        ValueError: Shapes disagree, an id has no name, a name of a column is taken, or the settings are not JSON.
+        ValueError: Shapes disagree, ids are no whole numbers, a score is NaN, an id has no name, a name of a column is taken, or
+            the settings are not JSON.
     """
 
     ids: Int[Tensor, "row n"]
@@ -86,10 +90,17 @@ class NgramTable(Shown):
     note: str = ""
 
     def __post_init__(self) -> None:
+        if self.ids.is_floating_point() or self.ids.is_complex() or self.ids.dtype is torch.bool:
+            raise ValueError(f"ids must be whole numbers, token ids; got {self.ids.dtype}. Convert them with .long().")
         if self.ids.ndim != 2 or self.scores.shape != self.ids.shape[:1] or not self.ids.shape[1]:
             raise ValueError(
                 f"ids must be [row, n] and scores [row]; got {tuple(self.ids.shape)} and {tuple(self.scores.shape)}. "
                 "Give one row an n-gram."
+            )
+        if bool(self.scores.isnan().any()):
+            raise ValueError(
+                f"Scores must be numbers, for tables are sorted by them; those of {int(self.scores.isnan().sum())} of "
+                f"{len(self.scores)} rows are NaN. Leave these rows out, or look where the NaN comes from."
             )
         for name, values in self.parts.items():
             if values.shape != self.scores.shape or name in (*self._id_columns, *self._token_columns, "score"):
@@ -106,10 +117,15 @@ class NgramTable(Shown):
         nameless = [token for token in present if token not in self.names]
         if nameless:
             raise ValueError(f"Every id of a table must have a name; {nameless[:5]} have none. See tokens.token_names.")
+        odd = [token for token in present if not isinstance(self.names[token], str)]
+        if odd:
+            raise ValueError(
+                f"The names of ids must be texts; id {odd[0]} has {self.names[odd[0]]!r}. See tokens.token_names."
+            )
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "scores", self.scores.detach().cpu().double())
         object.__setattr__(self, "parts", {name: x.detach().cpu().double() for name, x in self.parts.items()})
-        object.__setattr__(self, "names", {token: self.names[token] for token in present})
+        object.__setattr__(self, "names", {token: writable(self.names[token]) for token in present})
         object.__setattr__(self, "settings", settings)
 
     @classmethod
@@ -292,11 +308,11 @@ class NgramTable(Shown):
             escape: Write tokens with their spaces and line breaks shown.
         """
         names = {token: visible(text) if escape else text for token, text in self.names.items()}
-        columns: dict[str, Any] = dict(zip(self._id_columns, self.ids.T.tolist(), strict=True))
+        columns: dict[str, Any] = {name: ids.numpy() for name, ids in zip(self._id_columns, self.ids.T, strict=True)}
         for name, ids in zip(self._token_columns, self.ids.T.tolist(), strict=True):
             columns[name] = [names[token] for token in ids]
-        columns["score"] = self.scores.tolist()
-        return pd.DataFrame(columns | {name: x.tolist() for name, x in self.parts.items()})
+        columns["score"] = self.scores.numpy()
+        return pd.DataFrame(columns | {name: x.numpy() for name, x in self.parts.items()})
 
     # Files
 
@@ -324,13 +340,24 @@ class NgramTable(Shown):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        about = self.header | {"version": FORMAT_VERSION, "digest": self.digest}
+        about = self.header | {"version": FORMAT_VERSION, "tl_jets": version("tl-jets"), "digest": self.digest}
         types = dict.fromkeys(self._id_columns, pa.int64()) | dict.fromkeys(self._token_columns, pa.string())
         types |= dict.fromkeys(("score", *self.parts), pa.float64())
-        table = pa.Table.from_pandas(self.to_dataframe(), pa.schema(types.items()), preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(about).encode()}
-        table = table.replace_schema_metadata(metadata)
-        return write_atomically(file, lambda stream: pq.write_table(table, stream, write_page_checksum=True))
+        schema = pa.schema(list(types.items()), {METADATA_KEY: json.dumps(about)})
+        known = torch.tensor(sorted(self.names), dtype=torch.long)
+        texts = pa.array([self.names[token] for token in known.tolist()], pa.string())
+
+        def write(stream: BinaryIO) -> None:
+            with pq.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
+                for start in range(0, max(1, len(self)), SAVED_ROWS):
+                    rows = slice(start, start + SAVED_ROWS)
+                    ids = self.ids[rows].T.contiguous()
+                    tokens = [texts.take(pa.array(torch.searchsorted(known, column).numpy())) for column in ids]
+                    numbers = [x[rows].numpy() for x in (self.scores, *self.parts.values())]
+                    columns = [*(pa.array(column.numpy()) for column in ids), *tokens, *map(pa.array, numbers)]
+                    writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+        return write_atomically(file, write)
 
     @classmethod
     def load(cls, file: str | Path) -> NgramTable:
@@ -349,7 +376,7 @@ class NgramTable(Shown):
             data = Path(file).read_bytes()  # whole, so that nothing is read from a file that is being replaced
             found = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
             about = json.loads((found.schema.metadata or {}).get(METADATA_KEY, b"null"))
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"A table must be a whole Parquet file that NgramTable.save wrote; {str(file)!r} is truncated, damaged "
                 f"or something else ({error}). Delete it and make it again."
@@ -359,10 +386,16 @@ class NgramTable(Shown):
                 f"A table must be a file that NgramTable.save wrote; {str(file)!r} is a Parquet file of something else "
                 f"(no {METADATA_KEY.decode()!r} in its metadata). Read it with pandas."
             )
-        if about.get("version") != FORMAT_VERSION:
+        if not isinstance(about, dict):
             raise ValueError(
-                f"{str(file)!r} has version {about.get('version')} of the format, this is tl-jets for version "
-                f"{FORMAT_VERSION}. Install the tl-jets that wrote it."
+                f"What a table says of itself must be a JSON object; that of {str(file)!r} is a {type(about).__name__}. "
+                "Read the file with pandas, or make it again."
+            )
+        if about.get("version") != FORMAT_VERSION:
+            writer = f"tl-jets {about['tl_jets']}" if "tl_jets" in about else "the tl-jets that wrote it"
+            raise ValueError(
+                f"A table must have version {FORMAT_VERSION} of the format for this tl-jets {version('tl-jets')}; {str(file)!r} has "
+                f"version {about.get('version')} of the format. Install {writer}."
             )
         return _read(cls, found, about, str(file))
 
@@ -376,9 +409,10 @@ def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -
         names = {t: text for i in range(n) for t, text in zip(ids[:, i].tolist(), texts[i], strict=True)}
         numbers = {name: torch.tensor(found.column(name).to_numpy()) for name in found.column_names[2 * n :]}
         table = cls(ids, numbers.pop("score"), names, about["path"], about["settings"], about["fingerprint"], numbers)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        is_whole = table.digest == about["digest"]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file!r} lacks what a table must have ({error}). Make it again.") from error
-    if table.digest != about["digest"]:
+    if not is_whole:
         raise ValueError(f"{file!r} was changed after NgramTable.save wrote it. Make it again.")
     return table
 
