@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import tables
 from tl_jets.ngrams.tables import NgramTable, rank, rounded, side_by_side
 
@@ -230,6 +232,100 @@ def test_edited_files_are_refused(tmp_path):
         rewritten(change)
         with pytest.raises(ValueError, match=message):
             NgramTable.load(file)
+
+
+FOREIGN = {
+    "a list": [1, 2],
+    "a text": "mlps",
+    "a number": 1,
+    "deeply nested": "[" * 100_000,
+    "no JSON": "{version: 1",
+    "no text": b"\xff\xfe",
+    "nothing": {},
+    "the version only": {"version": 1},
+    "no digest": {"version": 1, "path": "mlps", "settings": {}, "fingerprint": ""},
+    "settings of a list": {"version": 1, "path": "mlps", "settings": [1], "fingerprint": "", "digest": ""},
+    "settings of a number": {"version": 1, "path": "mlps", "settings": 7, "fingerprint": "", "digest": ""},
+    "settings that are deep": '{"version": 1, "path": "", "fingerprint": "", "digest": "", "settings": {"a": %s}}'
+    % ("[" * 900 + "]" * 900),
+    "a later version": {"version": 2, "tl_jets": "9.1"},
+    "other types": {"version": 1, "path": 5, "settings": {}, "fingerprint": None, "digest": 7},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_metadata_is_refused(tmp_path, name, as_users_run_it):
+    about, file = FOREIGN[name], table().save(tmp_path / "table.parquet")
+    encoded = about if isinstance(about, (str, bytes)) else json.dumps(about)
+    if name == "a text":
+        encoded = json.dumps(about)
+    pq.write_table(pq.read_table(file).replace_schema_metadata({tables.METADATA_KEY: encoded}), file)
+    with pytest.raises(ValueError, match="'.*table.parquet'.*(again|pandas|Install)") as caught:
+        NgramTable.load(file)
+    assert len(str(caught.value)) < 700
+    if name == "a later version":
+        assert "Install tl-jets 9.1." in str(caught.value)
+
+
+def test_foreign_columns_are_refused(tmp_path, as_users_run_it):
+    file = table(n=2).save(tmp_path / "table.parquet")
+    original = pq.read_table(file)
+    ids = original.column("id_1").to_numpy()
+    for name, values in {
+        "id_1": pa.array(ids.astype(float)),
+        "id_2": pa.array([None, *ids[1:]]),
+        "token_1": pa.array([None] * len(ids), pa.string()),
+        "token_2": pa.array(ids),
+        "score": pa.array(["best"] * len(ids)),
+        "attention": pa.array([[1.0]] * len(ids)),
+    }.items():
+        pq.write_table(original.set_column(original.column_names.index(name), name, values), file)
+        with pytest.raises(ValueError, match="lacks what a table must have|was changed"):
+            NgramTable.load(file)
+    pq.write_table(original.append_column("id_1", pa.array(ids)), file)
+    with pytest.raises(ValueError, match="lacks what a table must have"):
+        NgramTable.load(file)
+
+
+def test_a_file_says_which_version_wrote_it(tmp_path):
+    file = table().save(tmp_path / "table.parquet")
+    assert json.loads(pq.read_schema(file).metadata[tables.METADATA_KEY])["tl_jets"] == version("tl-jets")
+
+
+def test_what_is_no_table_is_refused(as_users_run_it):
+    ids, scores, names = torch.tensor([[0, 1], [1, 2]]), torch.tensor([-1.0, -2.0]), {0: "a", 1: "b", 2: "c"}
+    for make in (NgramTable, lambda *given: NgramTable.ranked(*given[:2], names=given[2], path=given[3])):
+        for wrong in (ids.float(), ids.bool()):
+            with pytest.raises(ValueError, match="ids must be whole numbers, token ids; got torch"):
+                make(wrong, scores, names, "direct")
+        with pytest.raises(ValueError, match="those of 1 of 2 rows are NaN"):
+            make(ids, torch.tensor([-1.0, torch.nan]), names, "direct")
+        with pytest.raises(ValueError, match="names of ids must be texts; id 1 has 7"):
+            make(ids, scores, names | {1: 7}, "direct")
+        assert make(ids, torch.tensor([-1.0, -torch.inf]), names, "direct").scores[1] == -torch.inf
+
+
+def test_lone_surrogates_are_written_as_their_escapes(tmp_path):
+    names = {0: "\ud800", 1: " a\udc80b", 2: "\U0001f600"}
+    found = NgramTable.ranked(torch.tensor([[0, 1], [2, 2]]), torch.tensor([-1.0, -2.0]), names=names, path="direct")
+    frame = found.to_dataframe()
+    assert frame["token_1"].tolist() == ["\\ud800", "\U0001f600"] and frame["token_2"][0] == " a\\udc80b"
+    assert NgramTable.load(found.save(tmp_path / "table.parquet")).digest == found.digest
+    assert len(found.where(token_2=" a\\udc80b")) == 1
+
+    class Tokenizer:
+        def decode(self, ids):
+            return "".join(names[token] for token in ids)
+
+    assert token_names(Tokenizer(), [torch.tensor([0, 1, 2])]) == {0: "\\ud800", 1: " a\\udc80b", 2: "\U0001f600"}
+
+
+def test_a_table_is_saved_in_parts(tmp_path, monkeypatch):
+    expected = table(500, 3)
+    monkeypatch.setattr(tables, "SAVED_ROWS", 64)
+    monkeypatch.setattr(NgramTable, "to_dataframe", None)
+    file = expected.save(tmp_path / "table.parquet")
+    assert NgramTable.load(file).digest == expected.digest and pq.ParquetFile(file).num_row_groups == 8
 
 
 def test_saving_is_atomic(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ class NgramTable(Shown):
     Attributes:
         ids: Token ids. Shape [row, n].
         scores: Their scores, best first: nats (log-probabilities) or logits, see `settings["score"]`. Shape [row].
-        names: The text of each id in the table; what is no character (a lone surrogate) stands as its escape, `\\udc80`.
+        names: The text of each id in the table; what is no character (a lone surrogate) stands as its escape.
         path: What was decoded: `direct`, `3_mlp`, `1_mlp > 3_mlp`, `mlps`, `L3H2`, ...
         settings: How, as plain JSON values.
         fingerprint: Of the model's weights; empty if unknown.
@@ -394,8 +394,8 @@ class NgramTable(Shown):
         if about.get("version") != FORMAT_VERSION:
             writer = f"tl-jets {about['tl_jets']}" if "tl_jets" in about else "the tl-jets that wrote it"
             raise ValueError(
-                f"A table must have version {FORMAT_VERSION} of the format for this tl-jets {version('tl-jets')}; {str(file)!r} has "
-                f"version {about.get('version')} of the format. Install {writer}."
+                f"A table must have version {FORMAT_VERSION} of the format for this tl-jets, {version('tl-jets')}; "
+                f"{str(file)!r} has version {about.get('version')} of the format. Install {writer}."
             )
         return _read(cls, found, about, str(file))
 
