@@ -216,7 +216,7 @@ def test_a_head_is_what_its_value_vectors_carry(spec):
         there = trace.stage_function(stage)(elsewhere(trace["0_pre"]))
         zero = torch.zeros_like(trace["0_pre"])
     bias = [step.kind for step in stage.steps].index("attn_bias")
-    if network.view._post_norm(0) is not None:
+    if network.view.post_norm(0) is not None:
         # Shares at the post-norm's own scale: no value biases here, so heads alone make the norm's input.
         z = run_reading(model, tokens, "blocks.0.attn.hook_z", {})
         parts = torch.einsum("bphe,hem->hbpm", z, model.blocks[0].attn.W_O)
@@ -271,7 +271,7 @@ def test_heads_under_a_hook_on_their_sum(spec):
     for name in points:
         with model.hooks([(name, lambda tensor, hook: 1.01 * tensor)]):
             trace = network.trace(tokens)
-            if name.endswith("attn_out") or network.view._post_norm(1) is None:
+            if name.endswith("attn_out") or network.view.post_norm(1) is None:
                 assert oracles.relative_error(trace["1_attn_out"], 1.01 * plain["1_attn_out"]) < TOLERANCE
             with pytest.raises(NotImplementedError, match=f"{NOT_THE_SUM}.* Use granularity='sublayer'"):
                 trace["L1H1_out"]
@@ -291,7 +291,7 @@ def test_heads_under_a_hook_on_their_sum(spec):
     with model.hooks([("blocks.1.attn.hook_z", without_head_2)]):
         trace = network.trace(tokens)
         assert not trace["L1H2_out"].any()
-        if network.view._post_norm(1) is None:
+        if network.view.post_norm(1) is None:
             assert oracles.relative_error(trace["L1H1_out"], plain["L1H1_out"]) < TOLERANCE
 
 

@@ -63,8 +63,8 @@ class TransformerLensView(ABC):
         called = str(getattr(self.cfg, "model_name", None) or "custom")  # a local directory goes by its last part
         self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
         # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
-        self._hook_dict = dict(model.hook_dict)
-        self._points = list({id(point): point for point in self._hook_dict.values()}.values())
+        self.hook_dict = dict(model.hook_dict)
+        self._points = list({id(point): point for point in self.hook_dict.values()}.values())
         self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
         self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
         self.stream_names = self._read_stream_names()
@@ -73,7 +73,7 @@ class TransformerLensView(ABC):
         for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
             # Where a hook is inside one now, or none is understood: refused where it is needed.
             with suppress(ValueError, NotImplementedError):
-                self._post_norm(layer, which)
+                self.post_norm(layer, which)
         self.decoder = self._decoder()
 
     @property
@@ -119,7 +119,7 @@ class TransformerLensView(ABC):
     def _call_modules(self) -> list[tuple[Hashable, torch.nn.Module]]:
         """Modules whose call arguments a replay needs, by key."""
 
-    def _forget_replay(self, layer: int) -> None:
+    def forget_replay(self, layer: int) -> None:
         """Remove what a replay leaves on the model's modules."""
         del layer
 
@@ -178,7 +178,7 @@ class TransformerLensView(ABC):
         return *hooks, version(*self._parameters)
 
     def _hooks_on(self, name: str) -> bool:
-        point = self._hook_dict.get(name)
+        point = self.hook_dict.get(name)
         return point is not None and bool(point.fwd_hooks)
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -223,7 +223,7 @@ class TransformerLensView(ABC):
 
     def _read_stream_names(self) -> list[str]:
         names = ["hook_embed", "hook_pos_embed", *self._block_names()]
-        return [name for name in names if name in self._hook_dict]
+        return [name for name in names if name in self.hook_dict]
 
     def _block_names(self) -> list[str]:
         names = []
@@ -241,16 +241,8 @@ class TransformerLensView(ABC):
         saved: dict[str, Tensor] = {}
         calls: dict[Hashable, tuple[tuple, dict]] = {}
 
-        def save(tensor: Tensor, hook: Any, name: str) -> None:
-            saved[name] = tensor.detach()
-            if name == until:
-                raise _LeftError
-
         def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
             calls[key] = (args, dict(kwargs))
-
-        def saver(name: str) -> tuple[str, Any]:
-            return name, lambda tensor, hook: save(tensor, hook, name)
 
         def call_saver(key: Hashable) -> Any:
             return lambda module, args, kwargs: save_call(module, args, kwargs, key)
@@ -259,28 +251,47 @@ class TransformerLensView(ABC):
             module.register_forward_pre_hook(call_saver(key), with_kwargs=True, prepend=True)
             for key, module in self._call_modules()
         ]
-        hooks = [saver(name) for name in self.stream_names]
         try:
-            with torch.no_grad(), self.precision(), self.model.hooks(hooks):
-                logits = self._run(tokens, attention_mask).to(self.device)
-        except _LeftError:
-            logits = None
+            with torch.no_grad(), self.precision():
+                savers = [_saver(saved, name) for name in self.stream_names]
+                logits = self.run_until(until, tokens, savers, attention_mask)
         finally:
             for handle in handles:
                 handle.remove()
-        return saved, calls, logits
+        return saved, calls, None if logits is None else logits.to(self.device)
+
+    def run_until(
+        self, until: str | None, tokens: Tensor, hooks: list[tuple[str, Any]], attention_mask: Tensor | None = None
+    ) -> Tensor | None:
+        """Logits of a forward pass under some hooks; None where it stops at the hook `until`, once the others there have run."""
+        stops = [] if until is None else [(until, _stop)]
+        try:
+            with self.model.hooks([*hooks, *stops]):
+                return self._run(tokens, attention_mask)
+        except _StoppedError:
+            return None
 
     def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         extra = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.input_device)}
         return self.model(tokens.to(self.input_device), return_type="logits", **extra)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The `embed` source of single tokens, as a trace has it: [token] -> [token, d_model]."""
+        saved: dict[str, Tensor] = {}
+        first = "blocks.0.hook_resid_pre"
+        names = [name for name in ("hook_embed", "hook_pos_embed", first) if name in self.hook_dict]
+        with torch.no_grad(), self.precision():
+            self.run_until(first, tokens.unsqueeze(1), [_saver(saved, name) for name in names])
+        saved = {name: value.to(self.device, self.dtype) for name, value in saved.items()}
+        return self._sources(saved, saved[first], False)["embed"][:, 0]
 
     def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
         """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
         missing = [name for name in self._block_names() if name not in saved]
         if missing:
             raise NotImplementedError(
-                f"Streams and writes must pass their hooks; in {self.name} nothing passed {missing[:3]} ({len(missing)} in all). Its "
-                f"blocks do something else, so it is refused."
+                f"Streams and writes must pass their hooks; in {self.name} nothing passed {missing[:3]} ({len(missing)} in all). "
+                f"Its blocks do something else, so it is refused."
             )
         saved = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
@@ -348,7 +359,7 @@ class TransformerLensView(ABC):
     def sources(self) -> tuple[str, ...]:
         """`embed`, and `pos_embed` where learned positions are added to the stream."""
         learned = getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
-        return ("embed", "pos_embed") if learned and "hook_pos_embed" in self._hook_dict else ("embed",)
+        return ("embed", "pos_embed") if learned and "hook_pos_embed" in self.hook_dict else ("embed",)
 
     def _sources(self, saved: dict[str, Tensor], first: Tensor, edited: bool) -> dict[str, Tensor]:
         """The sources' values; they sum to the first stream unless a hook edits it.
@@ -374,11 +385,11 @@ class TransformerLensView(ABC):
             NotImplementedError: A step cannot be evaluated on another stream (`cannot`).
         """
         self.refuse(*stage.steps)
-        calls = self._calls(recording)
+        calls = self.calls_of(recording)
         layer = stage.steps[0].layer
         kinds = {step.kind for step in stage.steps}
         own, stream = stream.device, _moved(stream, self.device_of(layer))
-        with self._replaying(layer):
+        with self.replaying(layer):
             if kinds == {"block"}:
                 return _moved(self._block(recording, calls, layer, stream)[None], own)
             parts = []
@@ -393,14 +404,15 @@ class TransformerLensView(ABC):
             return _moved(torch.cat(parts) if len(parts) > 1 else parts[0], own)
 
     @contextmanager
-    def _replaying(self, layer: int) -> Iterator[None]:
+    def replaying(self, layer: int) -> Iterator[None]:
+        """Replay modules of a block in the right precision, and remove what that leaves on them."""
         try:
             with self.precision():
                 yield
         finally:
-            self._forget_replay(layer)
+            self.forget_replay(layer)
 
-    def _calls(self, recording: Recording) -> Any:
+    def calls_of(self, recording: Recording) -> Any:
         """Call arguments of the recorded forward pass; a trace made from a cache gets them on first use."""
         if recording.calls is None:
             _, recording.calls, _ = self.forward(recording.tokens, recording.memo["attention_mask"])
@@ -417,7 +429,7 @@ class TransformerLensView(ABC):
             write = write + self.call_mlp(calls, layer, middle)
         return write
 
-    def _post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
+    def post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
         """The norm between a sublayer and the stream, if any; read when the view is made, and after changes of its weights."""
         module = self._post_norm_module(layer, which)
         if module is None:
@@ -429,7 +441,7 @@ class TransformerLensView(ABC):
 
     def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
         """What parts of a sublayer's output `out` are of its write: at the post-norm's own scale, without its bias."""
-        post = self._post_norm(layer, which)
+        post = self.post_norm(layer, which)
         if post is not None and post.kind != "none":
             centered = post.center(out)
             parts = post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps)
@@ -438,7 +450,7 @@ class TransformerLensView(ABC):
 
     def post_bias(self, layer: int) -> Tensor | None:
         """What the bias of a norm after the MLP adds to its write [d_model]."""
-        post = self._post_norm(layer, "mlp")
+        post = self.post_norm(layer, "mlp")
         return None if post is None or post.bias is None else post.bias * self._scale(layer)
 
     def _scale(self, layer: int) -> float:
@@ -457,8 +469,21 @@ class TransformerLensView(ABC):
         return replace(norm, weight=weight, bias=bias)
 
 
-class _LeftError(Exception):
-    """Leaves a forward pass once what it is run for is there."""
+class _StoppedError(Exception):
+    """Stops a forward pass at the requested hook."""
+
+
+def _stop(tensor: Tensor, hook: Any) -> None:
+    raise _StoppedError
+
+
+def _saver(saved: dict[str, Tensor], name: str) -> tuple[str, Any]:
+    """A hook that keeps an activation."""
+
+    def save(tensor: Tensor, hook: Any) -> None:
+        saved[name] = tensor.detach()
+
+    return name, save
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -109,7 +109,8 @@ class TransformerBridgeView(TransformerLensView):
         _, post = self._norms(layer, which)
         return None if post is None else self.blocks[layer]._modules[post]
 
-    def _forget_replay(self, layer: int) -> None:
+    def forget_replay(self, layer: int) -> None:
+        """Remove what a replay leaves on the model's modules."""
         # The components keep what they last saw; a Taylor tensor left there breaks copy.deepcopy(model).
         attn = self.blocks[layer].attn
         for name in ("_captured_pre_ln_residual", "_pattern"):

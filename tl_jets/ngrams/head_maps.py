@@ -106,8 +106,8 @@ class HeadReader:
         self._recording = trace.recording
         step = next(step for step in self.network.steps if step.label == f"{layer}_attn")
         self._attention = Stage(self.network.stage(step.label).stream, (step,))
-        with torch.no_grad(), view._replaying(layer):
-            check_heads(view, self._recording, view._calls(self._recording), layer)
+        with torch.no_grad(), view.replaying(layer):
+            check_heads(view, self._recording, view.calls_of(self._recording), layer)
         self._zero_value = self._read(torch.zeros_like(trace["embed"][:1, 0]))[2]
 
     @property
@@ -149,7 +149,7 @@ class HeadReader:
         """Hooks that keep queries, keys and more, by their TransformerLens names."""
         names = [name for pair in _POINTS for name in pair] + list(more)
         savers = [self._saver(found, name) for name in names]
-        return [(name, save) for name, save in savers if name in self.view._hook_dict]
+        return [(name, save) for name, save in savers if name in self.view.hook_dict]
 
     def _saver(self, found: dict[str, Tensor], name: str) -> tuple[str, Callable[..., None]]:
         """A hook that keeps what an activation of the layer's attention is."""
@@ -255,19 +255,13 @@ class HeadReader:
         tokens = torch.zeros(streams.shape[:2], dtype=torch.long, device=streams.device)
         prefix = f"blocks.{self.layer}."
 
-        def stop(tensor: Tensor, hook: Any) -> None:
-            raise _AttendedError
-
         moved = streams.to(self.view.device_of(self.layer))
         hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: moved), *self._savers(found, "hook_attn_scores")]
         hooks += [self._saver(found, "hook_pattern")]
-        # Some attention modules show weights and scores after their output: the block is left at its end.
-        hooks += [(prefix + "hook_resid_post", stop)]
         try:
-            with full_precision(), self.view.model.hooks(hooks):
-                self.view._run(tokens, None)
-        except _AttendedError:
-            pass
+            with full_precision():
+                # Some attention modules show weights and scores after their output: the pass ends after the block.
+                self.view.run_until(prefix + "hook_resid_post", tokens, hooks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a float32 model need not run on streams in float64
@@ -276,12 +270,8 @@ class HeadReader:
                 f"heads are not supported."
             ) from error
         finally:
-            self.view._forget_replay(self.layer)
+            self.view.forget_replay(self.layer)
         return found
-
-
-class _AttendedError(Exception):
-    """Leaves a forward pass once the layer has attended."""
 
 
 class OutputMap:
@@ -305,7 +295,7 @@ class OutputMap:
         dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype))
         W_O = block.attn.W_O[head].detach().to(decoder.W_U.device, dtype)
         self._norms: list[tuple[Tensor, float]] = []
-        post = view._post_norm(reader.layer)
+        post = view.post_norm(reader.layer)
         if post is not None:
             W_O = self._through(post, W_O)
         W_O = self._through(decoder.norm, W_O * float(getattr(block, "residual_contribution_scale", 1.0)))

@@ -22,7 +22,6 @@ Cost: an embedding and the MLPs of the path, a token; no forward pass but one on
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ from tl_jets.core.trace import Trace
 from tl_jets.ngrams.float32 import full_float32
 
 DIRECT, MLPS = "direct", "mlps"
-_FIRST_STREAM = "blocks.0.hook_resid_pre"
 
 PathInput = str | Sequence[str]
 
@@ -63,12 +61,7 @@ class VocabularyStreams:
     def __init__(self, model: Any, paths: Sequence[PathInput]):
         self.network = ResidualNetwork(model).at("sublayer")
         self.paths = {label: steps for label, steps in (_read_path(self.network, path) for path in paths)}
-        view = self.network.view
         self.n_tokens = _count_tokens(self.network)
-        self._names: list[str] = []
-        if not isinstance(view, CallableModel):
-            known = view.model.hook_dict  # type: ignore[attr-defined]
-            self._names = [name for name in ("hook_embed", "hook_pos_embed", _FIRST_STREAM) if name in known]
         self._trace = self._checked_trace()
 
     @property
@@ -83,24 +76,7 @@ class VocabularyStreams:
         view: Any = self.network.view
         if isinstance(view, CallableModel):
             return view.embeds["embed"](tokens.to(self._trace.tokens.device).unsqueeze(1))[:, 0]
-        prompts = tokens.to(view.input_device).unsqueeze(1)
-        saved: dict[str, Tensor] = {}
-
-        def save(tensor: Tensor, hook: Any, name: str) -> None:
-            saved[name] = tensor.detach().to(view.device, view.dtype)
-            if name == _FIRST_STREAM:
-                raise _EmbeddedError  # the rest of the forward pass is not needed
-
-        def saver(name: str) -> tuple[str, Any]:
-            return name, lambda tensor, hook: save(tensor, hook, name)
-
-        with (
-            view.precision(),
-            view.model.hooks([saver(name) for name in self._names]),
-            contextlib.suppress(_EmbeddedError),
-        ):
-            view.model(prompts, return_type="logits")
-        return view._sources(saved, saved[_FIRST_STREAM], False)["embed"][:, 0]
+        return view.embed(tokens)
 
     @torch.no_grad()
     @full_float32()
@@ -155,10 +131,6 @@ class VocabularyStreams:
                 f"{name} of a token must not depend on the tokens evaluated beside it; it differs by {error:.1e} "
                 "(relative). A hook or the architecture mixes positions or prompts, so that it has no bi-grams."
             )
-
-
-class _EmbeddedError(Exception):
-    """Leaves a forward pass once the tokens are embedded."""
 
 
 def mlp_steps(network: ResidualNetwork) -> list[str]:
