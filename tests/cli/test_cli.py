@@ -62,7 +62,7 @@ def number(value: float) -> str:
 def test_lens_prints_what_the_lenses_say(capsys, monkeypatch, stories, columns):
     lines = run(capsys, monkeypatch, "--order", "2", columns=columns)
     assert max(map(len, lines)) <= columns
-    net = ResidualNetwork(stories, "block")
+    net = ResidualNetwork(stories)
     trace = net.trace(PROMPT)
     lens, joint = iterative_jet_lens(net, trace, order=2, top_k=3), joint_jet_lens(net, trace, top_k=3)
     text = lambda token: visible(token_text(stories.tokenizer, int(token)))  # noqa: E731
@@ -192,7 +192,7 @@ def test_a_model_of_ones_own_needs_a_prompt(capsys):
 def test_files_hold_what_is_printed(capsys, monkeypatch, stories, tmp_path):
     paths = {kind: tmp_path / f"lens.{kind}" for kind in ("html", "json", "svg")}
     lines = run(capsys, monkeypatch, *(word for kind, path in paths.items() for word in (f"--{kind}", str(path))))
-    trace = ResidualNetwork(stories, "block").trace(PROMPT)
+    trace = ResidualNetwork(stories).trace(PROMPT)
     data = json.loads(paths["json"].read_text())
     assert list(data)[:2] == ["tl_jets", "command"] and data["command"] == "lens"
     assert {name: value for name, value in data.items() if name != "command"} == lens_data(
@@ -242,7 +242,7 @@ def test_without_arguments_it_reads_the_embedded_model(tmp_path):
     values = [[float(x) for word in text for x in re.findall(r"\d+\.\d+", word)] for text in (found, shown)]
     assert len(values[0]) > 30 and values[0] == pytest.approx(values[1], rel=0.02, abs=0.011)
     assert done.stderr == ""
-    assert EMBEDDED_PROMPT in done.stdout and "3_block_out" in done.stdout
+    assert EMBEDDED_PROMPT in done.stdout and "3_mlp_out" in done.stdout
 
 
 # Lenses that are not the paper's

@@ -342,7 +342,8 @@ def test_the_joint_lens_is_the_model(spec, granularity):
     assert float(joint.kl.max()) < 1e-10 and float(joint.remainder_norm.max()) < 1e-10
     assert bool((joint.top1_agreement == 1).all())
     decoder = network.decoder
-    additive = decoder.norm(final_of(model, cache)) @ decoder.W_U + decoder.b_U
+    W_U, b_U = (decoder.logit_scale * weight for weight in (decoder.W_U, decoder.b_U))
+    additive = decoder.norm(final_of(model, cache)) @ W_U + b_U
     assert oracles.relative_error(joint.full_values, additive.topk(3).values) < 1e-10
     assert (
         torch.equal(joint.own_values, joint.full_values)
@@ -354,11 +355,9 @@ def test_the_joint_lens_is_the_model(spec, granularity):
     found = joint.center_top_tokens(zoo.D_VOCAB)
     trace = network.trace(tokens)
     for i, label in enumerate(joint.labels[:-1]):
-        own = decoder.norm.scale(decoder.norm.center(trace[label])) * scale @ decoder.W_U
+        own = decoder.norm.scale(decoder.norm.center(trace[label])) * scale @ W_U
         assert oracles.relative_error(found.values[i], own.sort(-1, descending=True).values) < 1e-10
-    constant = (decoder.b_U if decoder.norm.bias is None else decoder.norm.bias @ decoder.W_U + decoder.b_U).sort(
-        descending=True
-    )
+    constant = (b_U if decoder.norm.bias is None else decoder.norm.bias @ W_U + b_U).sort(descending=True)
     assert oracles.relative_error(found.values[-1], constant.values.expand_as(found.values[-1])) < 1e-12
     assert float(joint.alpha[-1].abs().max()) == 0 and float(joint.beta.abs().max()) == 0
     assert len(joint.average()) == 4 and len(joint.to_dataframe()) == len(joint.labels) * tokens.numel()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
 from tl_jets.calculus import full_precision
+from tl_jets.cli import parser
 from tl_jets.core.measures import MEASURES, Measures, random_directions
 
 EPS = 1e-3  # of every family below
@@ -698,9 +699,10 @@ def test_kl_weights_under_a_softcap_are_refused(spec):
 @by_spec(SMALL)
 def test_granularities_and_embeddings(spec):
     model, net, tokens, hand = setting(spec)
-    block = joint_jet_lens(model, tokens)
-    assert block.labels == list(net.components)
-    assert joint_jet_lens(net.at("sublayer"), tokens).labels == list(net.at("sublayer").components)
+    own = ResidualNetwork(model)
+    assert joint_jet_lens(model, tokens).labels == joint_jet_lens(own, tokens).labels == list(own.components)
+    assert own.granularity == parser().parse_args(["lens"]).granularity == "sublayer"
+    assert joint_jet_lens(net, tokens).labels == list(net.components) != list(own.components)
     for granularity in ("sublayer", "head"):
         joint = joint_jet_lens(model, tokens, granularity=granularity)
         assert joint.labels == list(net.at(granularity).components)
@@ -711,7 +713,7 @@ def test_granularities_and_embeddings(spec):
             close(centers, components(hand, joint.labels))
         check_optimal(joint, hand, check_joint(joint, hand, 0, centers), "centered_l2")
     without = joint_jet_lens(net, tokens, embeddings=False)
-    assert without.labels == [label for label in block.labels if "embed" not in label]
+    assert without.labels == [label for label in net.components if "embed" not in label]
     check_joint(without, hand, 0)
 
 

@@ -58,7 +58,7 @@ def make(d_vocab, rows, d_model=7, *, seed=0, size=1.0, offset=-20.0, transform=
 
 def brute(decoder, states, score="logprob", columns=None):
     """Scores of all pairs in float64 [row, column]; -inf where a column may not be chosen."""
-    logits = states.double() @ decoder.W_U.double() + decoder.b_U.double()
+    logits = decoder.logit_scale * (states.double() @ decoder.W_U.double() + decoder.b_U.double())
     logits = logits if decoder.transform is None else decoder.transform(logits)
     shifted = logits - logits.amax(-1, keepdim=True)
     scores = shifted - shifted.exp().sum(-1, keepdim=True).log() if score == "logprob" else logits
@@ -101,7 +101,7 @@ def test_best_pairs_are_those_of_brute_force(d_vocab, dtype, score, transform):
     for k in (1, 40, 1000):
         best = scan_all(TopScan(decoder, k, score=score, dtype=dtype), states, ids, 17)
         assert_best(best, expected, k, 1e-12)
-        logits = states.double() @ decoder.W_U.double() + decoder.b_U.double()
+        logits = decoder.logit_scale * (states.double() @ decoder.W_U.double() + decoder.b_U.double())
         logits = logits if decoder.transform is None else decoder.transform(logits)
         torch.testing.assert_close(best.log_normalizers, logits.logsumexp(-1)[(best.ids[:, 0] - 5) // 3])
 

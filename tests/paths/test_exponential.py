@@ -287,6 +287,7 @@ def test_paths_sum_to_the_model_in_every_family(spec, granularity):
     paths = detached(net, max_paths=10**5)(trace)
     assert len(paths) == paths.expansion.count == len(set(paths.expansion))
     total = paths.stack().sum(0) @ net.decoder.W_U + paths.weights.sum(0)[..., None] * net.decoder.b_U
+    total = net.decoder.logit_scale * total
     total = total if net.decoder.transform is None else net.decoder.transform(total)
     with torch.no_grad(), full_precision():
         own = net.view.model(trace.tokens)

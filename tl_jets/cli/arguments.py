@@ -69,9 +69,9 @@ def add_model(parser: Any, *, prompt: bool = True) -> None:
         )
 
 
-def add_granularity(parser: Any, default: str, what: str) -> None:
-    """What a component is."""
-    parser.add_argument("--granularity", choices=GRANULARITIES, default=default, help=what)
+def add_granularity(parser: Any, what: str) -> None:
+    """What a component is; the default is the library's own."""
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="sublayer", help=what)
 
 
 def add_target(parser: Any, help: str, **options: Any) -> None:

@@ -77,7 +77,7 @@ def add_to(commands: Any) -> None:
         metavar="LAYER",
         help="read this stream only (3, -1, 3_pre, 3_mid); repeat it for more",
     )
-    add_granularity(parser, "block", "components of the joint lens")
+    add_granularity(parser, "components of the joint lens")
     add("--no-embeddings", action="store_true", help="leave the embeddings out of the components")
     add("--weights", choices=("optimal", "uniform"), help="of the components (default: optimal; detached 1)")
     add("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")

@@ -110,7 +110,7 @@ def add_to(commands: Any) -> None:
         default="effect",
         help="what is large: the effect on the target, or the length of a path's logits",
     )
-    add_granularity(parser, "sublayer", "what a step of a path is")
+    add_granularity(parser, "what a step of a path is")
     add("--ablate", action="store_true", help="also ablate each path alone, and as many random ones")
     add("--no-components", action="store_true", help="leave out the sums through each component")
     add("--through", action="append", metavar="LABEL", help="keep paths through this")

@@ -11,8 +11,8 @@ sum to the effect of the whole, and those of all parts to the model's own center
 
 The unit is that of **additive logits**: after a logit scale (Granite, Cohere), which is linear, and before a softcap (Gemma
 2), which is not, so that nothing behind it is a sum of parts. For a model without a softcap these are its own logits. What
-ablations change is taken in the same unit; results name it as `Decoder.unit`. Dividing all logits of a model by a number
-divides effects and ablations alike.
+ablations change is taken in the same unit, and what it is called in results is `Decoder.unit`. Dividing all logits of a model
+by a number divides effects and ablations alike.
 
 Example:
     >>> import torch

@@ -144,15 +144,12 @@ class ResidualNetwork:
         return self.view.tokenizer
 
     @classmethod
-    def of(
-        cls, model: Any, granularity: Granularity | None = None, *, otherwise: Granularity = "sublayer"
-    ) -> ResidualNetwork:
+    def of(cls, model: Any, granularity: Granularity | None = None) -> ResidualNetwork:
         """The network of what a user passed: itself, if it is one, unless another granularity is asked for.
 
         Args:
             model: A model or a network.
-            granularity: Of the network; None for its own, and `otherwise` for a model.
-            otherwise: See `granularity`.
+            granularity: Of the network; None for its own, and the constructor's default for a model.
 
         Returns:
             The network passed, or a new one, which shares the view of a network.
@@ -162,8 +159,8 @@ class ResidualNetwork:
             NotImplementedError: As the constructor: a known kind that is not supported.
             ValueError: As the constructor: an unknown granularity, or a model in training mode.
         """
-        network = model if isinstance(model, cls) else cls(model, granularity or otherwise)
-        return network.at(granularity or network.granularity)
+        network = model if isinstance(model, cls) else cls(model)
+        return network if granularity is None else network.at(granularity)
 
     def at(self, granularity: Granularity) -> ResidualNetwork:
         """The same model at another granularity; the view, what it has computed and, below blocks, neurons are shared."""

@@ -20,7 +20,7 @@ Example:
     >>> attribution = joint_jet_lens(tj.load_tinydocs(), prompt, targets=[" is", " Windows"], linearize="detached")
     >>> is_, windows = attribution.effects[:, 0, -1].T
     >>> max(zip((is_ - windows).tolist(), attribution.labels))[1]  # favors " is" most
-    '3_block_out'
+    '3_mlp_out'
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
 """
@@ -262,8 +262,8 @@ def joint_jet_lens(
         model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         order: k >= 0 of each component's jet of the final norm.
-        granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is `"block"` for a model, and a
-            network's own for a `ResidualNetwork`.
+        granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is the network's own, which is
+            `"sublayer"` (attention and MLP) for a model, and for a `ResidualNetwork` that was made without another.
         embeddings: Whether the embeddings are components, too.
         weights: `"optimal"` (None), `"uniform"`, or numbers on the simplex, [center] or
             [center, batch, pos] aligned with `positions`.
@@ -273,8 +273,8 @@ def joint_jet_lens(
         center_scale: Length of the centers: `"none"`, `"match"` or `"orthogonal"`.
         linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
             the final stream; takes no order above 0, weights, objective or center_scale.
-        targets: Tokens to report the effects on: strings or ids (the same everywhere), or a tensor of ids [batch, pos] or
-            [batch, pos, target] aligned with `positions`; None for the model's own best token.
+        targets: Tokens to report the effects on: strings or ids (the same everywhere), one list of them a prompt
+            (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] or [batch, pos, target] aligned with `positions`; None for the model's own best token.
         top_k: How many best tokens a position keeps.
         seed: Of the random control, whose directions depend on it, the center and the position in the prompt alone: all prompts
             share them, and for the spread of a control several seeds are needed.
@@ -305,7 +305,7 @@ def joint_jet_lens(
     if is_detached:
         check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
     weights = "optimal" if weights is None else weights
-    network = ResidualNetwork.of(model, granularity, otherwise="block")
+    network = ResidualNetwork.of(model, granularity)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
     ids, asked = read_targets(network, targets, rows)

@@ -98,7 +98,7 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
     Example:
         >>> import tl_jets as tj
         >>> lens = tj.joint_jet_lens(tj.load_tinydocs(), "This function is available on Unix and")
-        >>> "4_block" in top_tokens(lens, k=3).html, "3_block" in top_tokens(lens, k=3).html
+        >>> "4_mlp" in top_tokens(lens, k=3).html, "3_mlp" in top_tokens(lens, k=3).html
         (False, True)
     """
     places = places_of(lens, prompt, None if position < 0 else [position])
