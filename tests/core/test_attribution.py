@@ -145,6 +145,42 @@ def test_under_a_softcap_effects_and_ablations_are_both_before_it(spec):
         assert result.unit == "logits before the softcap" and "logits before the softcap" in repr(result)
 
 
+def test_targets_of_every_prompt():
+    """One list a prompt, wherever targets are taken: what every prompt alone has with its own."""
+    model = zoo.build(zoo.ModelSpec("gpt2", "bridge", "raw"))
+    network, lists = tj.ResidualNetwork(model), [["w3", 9], [12, "w40"]]
+    trace, rows = network.trace(TOKENS), [TOKENS[:1], TOKENS[1:]]
+    paths = tj.exponential_expansion(network, linearize="detached", max_writes=1)
+    largest = tj.exponential_expansion(network, linearize="detached", top=3, rank="effect", targets=lists)
+    take: dict[str, Any] = {
+        "iterative": lambda x, t: tj.iterative_jet_lens(network, x, targets=t).target_logits[0].movedim(1, 0),
+        "joint": lambda x, t: tj.joint_jet_lens(network, x, targets=t, weights="uniform").effects.movedim(1, 0),
+        "paths": lambda x, t: paths(x).statistics(targets=t).effects.movedim(1, 0),
+        "sums": lambda x, t: tj.path_sums(network, x, targets=t).effects.movedim(1, 0),
+        "lengths": lambda x, t: tj.path_lengths(network, x, targets=t).effects.movedim(1, 0),
+        "ablations": lambda x, t: tj.ablation_effect(network, x, "0_mlp", targets=t).logit[0],
+        "path ablations": lambda x, t: tj.path_ablation(network, x, "embed > 0_mlp", targets=t).logit[0],
+        "interactions": lambda x, t: (
+            tj.interactions(
+                network, x, targets=[own[:1] for own in t], minus=[own[1:] for own in t], center_scale="match"
+            ).logit
+        ),
+    }
+    for name, function in take.items():
+        found = function(trace, lists)
+        for i, row in enumerate(rows):
+            assert relative_error(found[i], function(row, [lists[i]])[0]) < 1e-9, name
+    flat = tj.path_sums(network, rows[0], targets=lists[0])
+    alone = tj.path_sums(network, rows[0], targets=[lists[0]])
+    assert alone.target_names == flat.target_names == ["w3", 9] and torch.equal(alone.effects, flat.effects)
+    assert len(largest(trace, positions=-1).labels) == 3
+    for wrong in ([["w3"]], [["w3"], [9, 12]], [["w3"], 9], [[], []], [["w3"], [9], [5]]):
+        with pytest.raises(ValueError, match="one list a prompt, all of one length: 2 lists here"):
+            tj.path_sums(network, trace, targets=wrong)
+    with pytest.raises(ValueError, match=r"token ids in 0\.\.60"):
+        tj.path_sums(network, trace, targets=[[3], [61]])
+
+
 def test_commands_name_the_unit(capsys, monkeypatch, granites):
     """A mere scale is no softcap, and the logit of the answer is the model's own."""
     models = {"granite": granites[1].view.model, "gemma2": zoo.build(zoo.ModelSpec("gemma2", "bridge", "raw"))}

@@ -17,7 +17,8 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
 
-TargetInput = str | int | Sequence[str | int] | Tensor
+# Tokens by text or id, the same everywhere; a list of such lists, one a prompt; or a tensor of ids [batch, pos, target].
+TargetInput = str | int | Sequence[str | int] | Sequence[Sequence[str | int]] | Tensor
 # How a result names the model's own best token, its target where none was asked for.
 ANSWER = "<answer>"
 
@@ -157,32 +158,45 @@ def stream_labels(
 def read_targets(
     network: ResidualNetwork, targets: TargetInput | None, rows: Rows
 ) -> tuple[Tensor | None, list[str | int] | None]:
-    """Target ids [batch, pos, target] at the chosen positions, and how they were asked for."""
+    """Target ids [batch, pos, target] at the chosen positions, and how they were asked for; numbers where that differs."""
     if targets is None:
         return None, None
     shape, device = rows.keep.shape, rows.keep.device
-    d_vocab = network.decoder.d_vocab
     if isinstance(targets, Tensor):
         real = targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool
         if real or targets.shape[:2] != shape or targets.ndim > 3 or targets.numel() == 0:
             raise ValueError(
                 f"A tensor of targets must hold ids [batch, pos] or [batch, pos, target] with batch and pos "
                 f"{tuple(shape)}, aligned with positions; got {targets.dtype} {tuple(targets.shape)}. Ids that are "
-                f"the same everywhere may be a list."
+                f"the same everywhere may be a list, those of each prompt a list of lists."
             )
         ids = targets.long().to(device).reshape(*shape, -1)
         return ids, list(range(ids.shape[-1]))
     names = [targets] if isinstance(targets, (str, int)) else list(targets)
     if not names:
         raise ValueError("targets must name at least one token; got none. Pass None for no targets.")
-    found = [_single_token(network, name) for name in names]
-    for name, token in zip(names, found, strict=True):
-        if not 0 <= token < d_vocab:
-            raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {name!r}.")
-    return torch.tensor(found, device=device).expand(*shape, -1), names
+    lists = [list(name) for name in names if isinstance(name, (list, tuple)) or getattr(name, "ndim", 0) == 1]
+    if not lists:
+        found = torch.tensor([_single_token(network, name) for name in names], device=device)
+        return found.expand(*shape, -1), names
+    n = len(lists[0])
+    if len(lists) != len(names) or len(lists) != shape[0] or not n or any(len(own) != n for own in lists):
+        raise ValueError(
+            f"Targets of single prompts are one list a prompt, all of one length: {shape[0]} lists here, as in "
+            f"targets=[[' Paris'], [' Rome']] of two prompts; got {targets!r}."
+        )
+    found = torch.tensor([[_single_token(network, name) for name in own] for own in lists], device=device)
+    return found[:, None].expand(*shape, -1), lists[0] if len(lists) == 1 else list(range(n))
 
 
 def _single_token(network: ResidualNetwork, target: Any) -> int:
+    token, d_vocab = _token_id(network, target), network.decoder.d_vocab
+    if not 0 <= token < d_vocab:
+        raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {target!r}.")
+    return token
+
+
+def _token_id(network: ResidualNetwork, target: Any) -> int:
     if not isinstance(target, str):
         try:
             return _index(target)

@@ -114,7 +114,8 @@ def ablation_effect(
         steps: Ablations, one at a time, each a step (as in `ablation_hooks`) or a `Path`, whose steps are ablated
             together. None for all steps of the network's granularity (attention and MLP sublayers for a model).
         mode: `"zero"`, `"mean"` or `"resample"`.
-        targets: Tokens whose logits are reported; None for the model's own best token at each position.
+        targets: Tokens whose logits are reported: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
+            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token at each position.
         reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
         positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
         seed: Of `"resample"`.

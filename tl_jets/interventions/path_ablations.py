@@ -62,7 +62,7 @@ def path_ablation(
         prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         paths: `embed > 0_attn > 3_mlp > ln_final`, one or several, as detached paths are named: a source (an embedding, an
             edit, or the constant of a frozen step such as `3_mlp_bias`), and steps in the order of the network.
-        targets: Tokens whose logits are reported; None for the model's own best token at each position.
+        targets: Tokens whose logits are reported, as in `ablation_effect`; None for the model's own best token at each position.
         positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
         attention_mask: Passed to the model (left padding needs it).
 

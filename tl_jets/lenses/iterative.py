@@ -250,8 +250,8 @@ def iterative_jet_lens(
             make the series converge; see `borrowed_share` and `control` for what that is worth.
         linearize: `"jet"`, or `"detached"`: the final norm with its scale at the final stream, direct logit attribution of
             every layer's stream; takes neither an order above 0 nor a center_scale.
-        targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), or a tensor of ids
-            [batch, pos] aligned with `positions` (one a position).
+        targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), one list of them a
+            prompt (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] aligned with `positions` (one a position).
         top_k: How many best tokens a cell keeps.
         measures: Compute the measures, their controls and the own part's best token.
         seed: Of the random control, whose directions depend on it and on the position in the prompt alone: all layers and prompts

@@ -93,8 +93,8 @@ class PathCache(JetCache):
         Args:
             by: `"path"`; `"length"`, sums by number of writes; `"component"`, for every step the sum of the paths through
                 it; `"source"`, sums by where paths start.
-            targets: Tokens to report the effect on, as ids, strings of one token, or ids [batch, out_pos, target]; None
-                for the model's own best token.
+            targets: Tokens to report the effect on, as ids or strings of one token, one list of them a prompt, or ids [batch,
+                out_pos, target]; None for the model's own best token.
 
         Returns:
             A `PathStatistics`. Sums by length or source add up to all paths; those by component overlap.

@@ -202,8 +202,8 @@ def interactions(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        targets: The token whose logit is read: a string of one token, an id, or ids [batch, pos] aligned with `positions`;
-            None for the model's own best token at each position.
+        targets: The token whose logit is read: a string of one token, an id, one list a prompt (`[[" Paris"], [" Rome"]]`), or
+            ids [batch, pos] aligned with `positions`; None for the model's own best token at each position.
         minus: A token whose logit is taken off, for a difference; as `targets`. None for the logit itself.
         centers: Components: labels of the trace, terms, expansions or functions, as in `jet_expand`. None for everything that
             the final stream is the sum of: embeddings, writes, edits by hooks.

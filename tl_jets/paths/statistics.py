@@ -258,7 +258,8 @@ def path_lengths(
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         sources: Where paths start; None for all.
         positions: Positions to read; None for all.
-        targets: Tokens to report the effect on; None for the model's own best token.
+        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
+            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
@@ -323,7 +324,8 @@ def path_sums(
             which are no paths through it though its write contains it; `"source"`: all paths from every embedding, edit and bias.
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         positions: Positions to read; None for all.
-        targets: Tokens to report the effect on; None for the model's own best token.
+        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
+            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
