@@ -12,7 +12,10 @@ Example:
 
 # The rule modules fill the table on import; nothing else needs them by name.
 import tl_jets.calculus.rules_arithmetic
+import tl_jets.calculus.rules_elementary
 import tl_jets.calculus.rules_inplace
+import tl_jets.calculus.rules_layers
+import tl_jets.calculus.rules_matrices
 import tl_jets.calculus.rules_nonlinear
 import tl_jets.calculus.rules_piecewise
 import tl_jets.calculus.rules_structure  # noqa: F401

@@ -33,13 +33,17 @@ __all__ = [
     "error_function",
     "exponential",
     "integral",
+    "log_softmax",
     "log_sum_exp",
     "logarithm",
     "logistic",
     "power",
+    "powers",
     "product",
     "quotient",
     "reciprocal",
+    "root_of_squares",
+    "shifted_exponential",
     "sine_cosine",
     "softmax",
     "square",
@@ -98,10 +102,10 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
     return q
 
 
-def exponential(u: Tensor) -> Tensor:
-    """exp(u): n y_n = sum_j j u_j y_{n-j}."""
+def exponential(u: Tensor, value: Tensor | None = None) -> Tensor:
+    """exp(u): n y_n = sum_j j u_j y_{n-j}; with y_0 = value, if it is known better than exp(u_0)."""
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    torch.exp(u[0], out=y[0])
+    y[0] = torch.exp(u[0]) if value is None else value
     slope = derivative(u)
     for n in range(1, u.shape[0]):
         _convolve(slope[:n], y[:n], out=y[n]).div_(n)
@@ -120,48 +124,42 @@ def logarithm(u: Tensor) -> Tensor:
 
 
 def tangent_hyperbolic(u: Tensor) -> Tensor:
-    """tanh(u): y' = (1 - y^2) u'."""
+    """tanh(u): y' = s u' and s' = -2 y s u' with s = 1 - y^2, whose s_0 = 4 sigmoid(2 u_0) sigmoid(-2 u_0).
+
+    All terms carry the factor s_0, so that no digits are lost where y saturates.
+    """
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     torch.tanh(u[0], out=y[0])
     if u.shape[0] == 1:
         return y
-    rate = torch.empty_like(y[:-1])
-    torch.mul(y[0], y[0], out=rate[0]).neg_().add_(1)
+    rate, bend = torch.empty_like(y[:-1]), torch.empty_like(y[:-1])
+    torch.mul(torch.sigmoid(2 * u[0]), torch.sigmoid(-2 * u[0]), out=rate[0]).mul_(4)
     slope = derivative(u)
     for n in range(1, u.shape[0]):
         _convolve(slope[:n], rate[:n], out=y[n]).div_(n)
         if n < rate.shape[0]:
-            _self_convolve(y[: n + 1], out=rate[n]).neg_()
+            _convolve(y[:n], rate[:n], out=bend[n - 1])
+            _convolve(slope[:n], bend[:n], out=rate[n]).mul_(-2 / n)
     return y
 
 
 def logistic(u: Tensor) -> Tensor:
-    """1 / (1 + exp(-u)): y' = (y - y^2) u'."""
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    """1 / (1 + exp(-u)) = (1 + tanh(u / 2)) / 2."""
+    y = tangent_hyperbolic(u * 0.5).mul_(0.5)
     torch.sigmoid(u[0], out=y[0])
-    if u.shape[0] == 1:
-        return y
-    rate = torch.empty_like(y[:-1])
-    # y(1 - y) as y(u) y(-u): no cancellation where y is close to 1.
-    torch.mul(y[0], torch.sigmoid(-u[0]), out=rate[0])
-    slope = derivative(u)
-    for n in range(1, u.shape[0]):
-        _convolve(slope[:n], rate[:n], out=y[n]).div_(n)
-        if n < rate.shape[0]:
-            _self_convolve(y[: n + 1], out=rate[n]).neg_().add_(y[n])
     return y
 
 
-def sine_cosine(u: Tensor) -> tuple[Tensor, Tensor]:
-    """sin(u) and cos(u), which are each other's rate up to sign."""
+def sine_cosine(u: Tensor, hyperbolic: bool = False) -> tuple[Tensor, Tensor]:
+    """sin(u) and cos(u), or sinh(u) and cosh(u): each other's rate up to sign."""
     sine = torch.empty_like(u, memory_format=torch.contiguous_format)
     cosine = torch.empty_like(sine)
-    torch.sin(u[0], out=sine[0])
-    torch.cos(u[0], out=cosine[0])
+    (torch.sinh if hyperbolic else torch.sin)(u[0], out=sine[0])
+    (torch.cosh if hyperbolic else torch.cos)(u[0], out=cosine[0])
     slope = derivative(u)
     for n in range(1, u.shape[0]):
         _convolve(slope[:n], cosine[:n], out=sine[n]).div_(n)
-        _convolve(slope[:n], sine[:n], out=cosine[n]).div_(-n)
+        _convolve(slope[:n], sine[:n], out=cosine[n]).div_(n if hyperbolic else -n)
     return sine, cosine
 
 
@@ -178,17 +176,55 @@ def power(u: Tensor, exponent: float | int) -> Tensor:
     """u^exponent for a fixed real exponent.
 
     Integer exponents are products, right at u_0 = 0; others obey u y' = r u' y, so
-    y_n = sum_{j=1..n} (r j - (n - j)) u_j y_{n-j} / (n u_0), which needs u_0 != 0 above order 0.
+    y_n = sum_{j=1..n} (r j - (n - j)) u_j y_{n-j} / (n u_0). Where u_0 = 0 and r > 0, u = t^m w gives t^(m r) w^r: zeros
+    below the power m r of t, and NaN from it on, as there is no series; zeros throughout if u is the constant 0.
     """
     if float(exponent).is_integer():
         return _integer_power(u, int(exponent))
+    y = _power_by_recurrence(u, torch.pow(u[0], exponent), exponent)
+    if exponent > 0:
+        _power_at_zero(y, u, exponent)
+    return y
+
+
+def powers(u: Tensor, exponents: Tensor) -> Tensor:
+    """u^exponents for fixed real exponents, one for each element, of the shape of u_0."""
+    exponents = exponents.to(u.dtype)
+    y = _power_by_recurrence(u, torch.pow(u[0], exponents), exponents)
+    _power_at_zero(y, u, exponents)
+    whole = (u[0] == 0) & (exponents >= 0) & (exponents == exponents.round())
+    # There only u^r with r <= order is not 0 throughout: the products, once each.
+    for r in range(u.shape[0] if bool(whole.any()) else 0):
+        y = torch.where(whole & (exponents == r), _integer_power(u, r), y)
+    return y
+
+
+def root_of_squares(u: Tensor) -> Tensor:
+    """sqrt(u) where u is a sum of squares; |x| has no derivative at 0, which is a constant as in PyTorch."""
+    y = power(u, 0.5)
+    y[1:].masked_fill_(u[0] == 0, 0)
+    return y
+
+
+def _power_by_recurrence(u: Tensor, value: Tensor, exponent: float | Tensor) -> Tensor:
     y = torch.zeros_like(u, memory_format=torch.contiguous_format)
-    torch.pow(u[0], exponent, out=y[0])
+    y[0] = value
     for n in range(1, u.shape[0]):
         for j in range(1, n + 1):
-            y[n].addcmul_(u[j], y[n - j], value=(exponent * j - (n - j)) / n)
+            if isinstance(exponent, Tensor):
+                y[n].addcmul_(u[j] * (exponent * j - (n - j)), y[n - j], value=1 / n)
+            else:
+                y[n].addcmul_(u[j], y[n - j], value=(exponent * j - (n - j)) / n)
         y[n].div_(u[0])
     return y
+
+
+def _power_at_zero(y: Tensor, u: Tensor, exponent: float | Tensor) -> None:
+    """Above c_0, where u_0 = 0 and the exponent is positive: zeros below the power of t that u^exponent begins with."""
+    zero = (u[0] == 0) & (torch.as_tensor(exponent, device=u.device) > 0)
+    start = (u == 0).cumprod(0).sum(0)
+    for n in range(1, u.shape[0]):
+        y[n].masked_fill_(zero & ((start == u.shape[0]) | (n < start * exponent)), 0)
 
 
 def softmax(u: Tensor, dim: int) -> Tensor:
@@ -196,7 +232,7 @@ def softmax(u: Tensor, dim: int) -> Tensor:
 
     Where u_0 is -inf all coefficients are 0; a row that is -inf throughout is the constant NaN, as in PyTorch.
     """
-    weights, total, _, empty = _shifted_exponential(u, dim)
+    weights, total, _, empty = shifted_exponential(u, dim)
     y = product(weights, reciprocal(total))
     y[0].masked_fill_(empty, math.nan)
     return y
@@ -204,9 +240,17 @@ def softmax(u: Tensor, dim: int) -> Tensor:
 
 def log_sum_exp(u: Tensor, dim: int) -> Tensor:
     """Log sum exp over `dim`, an axis of the stacked tensor, which stays with length 1."""
-    _, total, largest, empty = _shifted_exponential(u, dim)
+    _, total, largest, empty = shifted_exponential(u, dim)
     y = logarithm(total)
     y[0].add_(largest).masked_fill_(empty, -math.inf)
+    return y
+
+
+def log_softmax(u: Tensor, dim: int) -> Tensor:
+    """(u - max u_0) - log sum exp(u - max u_0) over `dim`: the difference of two large numbers is never taken."""
+    _, total, largest, empty = shifted_exponential(u, dim)
+    y = u - logarithm(total)
+    y[0] = torch.log_softmax(u[0], dim - 1 if dim > 0 else dim)
     return y
 
 
@@ -251,7 +295,7 @@ def _self_convolve(a: Tensor, out: Tensor) -> Tensor:
 def _integer_power(u: Tensor, exponent: int) -> Tensor:
     """u^exponent by repeated squaring."""
     if exponent < 0:
-        return reciprocal(_integer_power(u, -exponent))
+        return _integer_power(reciprocal(u), -exponent)
     if exponent == 0:
         y = torch.zeros_like(u)
         y[0] = 1
@@ -262,7 +306,7 @@ def _integer_power(u: Tensor, exponent: int) -> Tensor:
     return product(half, u) if exponent % 2 else half
 
 
-def _shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """exp(u - m) with m = max u_0, its sum over `dim`, m, and where a row is -inf throughout.
 
     There m is taken as 0 and the sum as the constant 1, so that no 0/0 arises.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 from tl_jets.calculus import recurrences
 from tl_jets.calculus.rules_structure import align, axes, axis, terms_of, value_of
@@ -244,6 +245,48 @@ def mv(a: Tensor, b: Tensor) -> Series:
     return Series(mm(a, b.unsqueeze(1)).coefficients.squeeze(-1))
 
 
+@rule(aten.addbmm.default)
+def addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
+    """Beta x + alpha times the sum of the products of two batches."""
+    return torch.add(_scaled(x, beta), torch.bmm(a, b).sum(0), alpha=alpha)
+
+
+@rule(aten._trilinear.default)
+def trilinear(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """The sum over `sumdim` of a product of three tensors, each of which gets axes of length 1."""
+    for places in (expand1, expand2, expand3):
+        assert list(places) == sorted(places)
+    for place in expand1:
+        a = a.unsqueeze(place)
+    for place in expand2:
+        b = b.unsqueeze(place)
+    for place in expand3:
+        c = c.unsqueeze(place)
+    return (a * b * c).sum(sumdim)
+
+
+@rule(aten._cdist_forward.default)
+def cdist(a: Tensor, b: Tensor, p: Number, compute_mode: int | None = None) -> Tensor:
+    """Distances of all rows of a to all rows of b."""
+    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+@rule(aten._pdist_forward.default)
+def pdist(x: Series, p: Number = 2) -> Tensor:
+    """Distances of each row to the later ones."""
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return torch.linalg.vector_norm(x[first] - x[second], p, -1)
+
+
 @rule(aten.dot.default)
 def dot(a: Tensor, b: Tensor) -> Series:
     """The inner product of two vectors."""
@@ -315,9 +358,9 @@ def var(
 def std(
     x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
 ) -> Series:
-    """The square root of the variance."""
+    """The square root of the variance; 0 is a constant."""
     variance = var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
-    return Series(recurrences.power(variance.coefficients, 0.5))
+    return Series(recurrences.root_of_squares(variance.coefficients))
 
 
 @rule(aten.linalg_vector_norm.default)
@@ -329,8 +372,10 @@ def vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Series:
-    """The Euclidean norm; it has no derivative at 0."""
-    if ord != 2:
-        raise NotImplementedError(f"a Series has a Euclidean norm only; got ord={ord}. Write it with abs, pow, sum.")
-    squares = sum_(Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
-    return Series(recurrences.power(squares.coefficients, 0.5))
+    """The norm; 0 is a constant."""
+    if ord == 2:
+        squares = sum_(Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
+        return Series(recurrences.root_of_squares(squares.coefficients))
+    norm = decomposition_table[aten.linalg_vector_norm.default](x, ord, dim, keepdim, dtype=dtype)
+    norm.coefficients[1:].masked_fill_(norm.coefficients[0] == 0, 0)
+    return norm

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tl_jets.calculus import recurrences
-from tl_jets.calculus.rules_arithmetic import add, mul
-from tl_jets.calculus.rules_structure import axes, axis
+from tl_jets.calculus.rules_arithmetic import add
+from tl_jets.calculus.rules_structure import axes, axis, lift, terms_of, value_of
 from tl_jets.calculus.series import Series
 from tl_jets.calculus.table import rule
 
@@ -41,17 +41,26 @@ def power(x: Series, exponent: Number) -> Series:
 
 @rule(aten.pow.Scalar)
 def power_of_number(base: Number, exponent: Series) -> Series:
-    """Base^x = exp(x log base), base > 0."""
-    return exp(mul(exponent, math.log(base)))
+    """Base^x; NaN above c_0 where a negative number gets an exponent that moves."""
+    return power_of_tensor(torch.tensor(base, dtype=exponent.dtype, device=exponent.device), exponent)
 
 
 @rule(aten.pow.Tensor_Tensor)
 def power_of_tensor(base: Tensor, exponent: Tensor) -> Series:
-    """Base^exponent = exp(exponent log base), base > 0, unless the exponent is one plain number."""
+    """Base^exponent: by the recurrence of fixed powers where the exponent does not move, else exp(exponent log base)."""
     if not isinstance(exponent, Series) and exponent.numel() == 1 and exponent.ndim <= base.ndim:
         assert isinstance(base, Series)
         return power(base, exponent.item())
-    return exp(mul(exponent, torch.log(base)))
+    terms = terms_of(base, exponent)
+    value = torch.pow(value_of(base), value_of(exponent))
+    u, w = (lift(x.expand(value.shape).to(value.dtype), terms) for x in (base, exponent))
+    out = recurrences.powers(u, w[0])
+    if isinstance(exponent, Series):
+        moving = recurrences.exponential(recurrences.product(w, recurrences.logarithm(u)), value)
+        # 0^x is the constant 0 where it is differentiable, x > 0; PyTorch has it so at x = 0, too.
+        moving[1:].masked_fill_((u == 0).all(0) & (w[0] >= 0), 0)
+        out = torch.where((w[1:] == 0).all(0), out, moving)
+    return with_value(out, value)
 
 
 @rule(aten.sqrt.default)
@@ -75,13 +84,13 @@ def exp(x: Series) -> Series:
 @rule(aten.exp2.default)
 def exp2(x: Series) -> Series:
     """2^x = exp(x log 2)."""
-    return Series(recurrences.exponential(x.coefficients * math.log(2)))
+    return Series(recurrences.exponential(x.coefficients * math.log(2), torch.exp2(x.coefficients[0])))
 
 
 @rule(aten.expm1.default)
 def expm1(x: Series) -> Series:
     """exp(x) - 1."""
-    return _with_value(recurrences.exponential(x.coefficients), torch.expm1(x.coefficients[0]))
+    return with_value(recurrences.exponential(x.coefficients), torch.expm1(x.coefficients[0]))
 
 
 @rule(aten.log.default)
@@ -93,19 +102,19 @@ def log(x: Series) -> Series:
 @rule(aten.log2.default)
 def log2(x: Series) -> Series:
     """log(x) / log 2."""
-    return Series(recurrences.logarithm(x.coefficients) / math.log(2))
+    return with_value(recurrences.logarithm(x.coefficients) / math.log(2), torch.log2(x.coefficients[0]))
 
 
 @rule(aten.log10.default)
 def log10(x: Series) -> Series:
     """log(x) / log 10."""
-    return Series(recurrences.logarithm(x.coefficients) / math.log(10))
+    return with_value(recurrences.logarithm(x.coefficients) / math.log(10), torch.log10(x.coefficients[0]))
 
 
 @rule(aten.log1p.default)
 def log1p(x: Series) -> Series:
     """log(1 + x)."""
-    return _with_value(recurrences.logarithm(add(x, 1).coefficients), torch.log1p(x.coefficients[0]))
+    return with_value(recurrences.logarithm(add(x, 1).coefficients), torch.log1p(x.coefficients[0]))
 
 
 @rule(aten.sin.default)
@@ -129,10 +138,10 @@ def erf(x: Series) -> Series:
 @rule(aten.erfc.default)
 def erfc(x: Series) -> Series:
     """1 - erf(x)."""
-    return _with_value(-recurrences.error_function(x.coefficients), torch.erfc(x.coefficients[0]))
+    return with_value(-recurrences.error_function(x.coefficients), torch.erfc(x.coefficients[0]))
 
 
-def _with_value(coefficients: Tensor, value: Tensor) -> Series:
+def with_value(coefficients: Tensor, value: Tensor) -> Series:
     """Put in c_0 as PyTorch computes it, where the recurrence's own would cancel."""
     coefficients[0] = value
     return Series(coefficients)
@@ -164,14 +173,14 @@ def gelu(x: Series, *, approximate: str = "none") -> Series:
     """X Phi(x), or with tanh(sqrt(2/pi) (x + 0.044715 x^3)) for erf(x / sqrt 2)."""
     u = x.coefficients
     if approximate == "none":
-        half = recurrences.error_function(u, math.sqrt(0.5))
+        half = recurrences.error_function(u, math.sqrt(0.5)).mul_(0.5)
+        # (1 + erf) / 2 as erfc of the opposite, which keeps its digits far to the left.
+        half[0] = 0.5 * torch.erfc(-math.sqrt(0.5) * u[0])
     else:
-        # sqrt(2/pi) (u + 0.044715 u^3) = u (sqrt(2/pi) + 0.0356774 u^2)
-        inner = recurrences.square(u).mul_(0.044715 * math.sqrt(2 / math.pi))
-        inner[0].add_(math.sqrt(2 / math.pi))
-        half = recurrences.tangent_hyperbolic(recurrences.product(inner, u))
-    half.mul_(0.5)
-    half[0].add_(0.5)
+        # (1 + tanh z) / 2 is the logistic function of 2 z = 2 sqrt(2/pi) (u + 0.044715 u^3).
+        inner = recurrences.square(u).mul_(2 * 0.044715 * math.sqrt(2 / math.pi))
+        inner[0].add_(2 * math.sqrt(2 / math.pi))
+        half = recurrences.logistic(recurrences.product(inner, u))
     return Series(recurrences.product(u, half))
 
 
@@ -198,12 +207,6 @@ def log_sigmoid(x: Series) -> tuple[Series, Tensor]:
     return Series(recurrences.integral(recurrences.logistic(-u[:-1]), u, value)), buffer
 
 
-@rule(aten.logaddexp.default)
-def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp a + exp b)."""
-    return a - F.logsigmoid(a - b)
-
-
 @rule(aten._softmax.default)
 def softmax(x: Series, dim: int, half_to_float: bool = False) -> Series:
     """exp(x) over its sum."""
@@ -221,7 +224,7 @@ def safe_softmax(x: Series, dim: int, dtype: torch.dtype | None = None) -> Serie
 @rule(aten._log_softmax.default)
 def log_softmax(x: Series, dim: int, half_to_float: bool = False) -> Series:
     """X - log sum exp x."""
-    return Series(_at_least_one_axis(lambda u, place: u - recurrences.log_sum_exp(u, place), x, dim))
+    return Series(_at_least_one_axis(recurrences.log_softmax, x, dim))
 
 
 def _at_least_one_axis(function: Callable[[Tensor, int], Tensor], x: Series, dim: int) -> Tensor:

@@ -14,15 +14,17 @@ Example:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from tl_jets.calculus.rules_structure import align, axes, axis, value_of, where
 from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import rule
+from tl_jets.calculus.table import RULES, rule
 
 aten = torch.ops.aten
 Number = float | int
@@ -54,6 +56,16 @@ def relu(x: Series) -> Series:
 def leaky_relu(x: Series, negative_slope: Number = 0.01) -> Series:
     """X, or negative_slope x where x <= 0."""
     return Series(torch.where(x.coefficients[0] > 0, x.coefficients, x.coefficients * negative_slope))
+
+
+@rule(aten.rrelu_with_noise.default)
+def rrelu(
+    x: Series, noise: Any, lower: Number = 0.125, upper: Number = 1 / 3, training: bool = False, generator: Any = None
+) -> Series:
+    """X, or the mean slope times x where x <= 0; random slopes have no rule."""
+    if training:
+        raise NotImplementedError("rrelu in training mode is random. Call eval() on the module that holds it.")
+    return leaky_relu(x, (lower + upper) / 2)
 
 
 @rule(aten.hardtanh.default)
@@ -173,9 +185,58 @@ def topk(x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = 
     return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
 
 
-@rule(aten.sort.default)
-def sort(x: Series, dim: int = -1, descending: bool = False) -> tuple[Series, Tensor]:
+@rule(aten.sort.default, aten.sort.stable)
+def sort(x: Series, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Series, Tensor]:
     """In the order of c_0, and the order."""
     place = axis(dim, x.ndim)
-    index = torch.sort(x.coefficients[0], place - 1, descending).indices
+    index = torch.sort(x.coefficients[0], stable=bool(stable), dim=place - 1, descending=descending).indices
     return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
+
+
+def pick(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -> tuple[Series, Tensor]:
+    """What an operation that gives (values, indices) along an axis picks by c_0."""
+    dim = next((arg.name, i) for i, arg in enumerate(operation._schema.arguments) if arg.name == "dim")
+    index = operation(x.coefficients[0], *args, **kwargs)[1]
+    given = kwargs.get(dim[0], args[dim[1] - 1] if len(args) >= dim[1] else -1)
+    place = axis(given, x.ndim)
+    if x.ndim == 0:
+        return Series(x.coefficients.clone()), index
+    dropped = index.ndim < x.ndim
+    full = index.unsqueeze(place - 1) if dropped else index
+    values = x.coefficients.gather(place, full.expand(x.coefficients.shape[0], *full.shape))
+    return Series(values.squeeze(place) if dropped else values), index
+
+
+def pick_in_window(operation: OpOverload, axes_of_window: int, x: Series, *args: Any, **kwargs: Any) -> Any:
+    """What a pooling that gives (values, flat indices) over the last axes picks by c_0."""
+    index = operation(x.coefficients[0], *args, **kwargs)[1]
+    flat = x.coefficients.flatten(-axes_of_window)
+    places = index.flatten(-axes_of_window)
+    values = flat.gather(-1, places.expand(flat.shape[0], *places.shape))
+    return Series(values.view(flat.shape[0], *index.shape)), index
+
+
+@rule(aten.median.default)
+def median(x: Series) -> Tensor:
+    """The median of all."""
+    return torch.median(x.flatten(), 0).values
+
+
+@rule(aten.nanmedian.default)
+def nanmedian(x: Series) -> Tensor:
+    """The median of all that are numbers."""
+    return torch.nanmedian(x.flatten(), 0).values
+
+
+_PICKS = [aten.cummax.default, aten.cummin.default, aten.kthvalue.default, aten.mode.default]
+_PICKS += [aten.median.dim, aten.nanmedian.dim]
+RULES.update({operation: partial(pick, operation) for operation in _PICKS})
+_PICKS_IN_WINDOW = {
+    aten.max_pool2d_with_indices.default: 2,
+    aten.max_pool3d_with_indices.default: 3,
+    aten.adaptive_max_pool2d.default: 2,
+    aten.adaptive_max_pool3d.default: 3,
+    aten.fractional_max_pool2d.default: 2,
+    aten.fractional_max_pool3d.default: 3,
+}
+RULES.update({operation: partial(pick_in_window, operation, count) for operation, count in _PICKS_IN_WINDOW.items()})

@@ -394,6 +394,8 @@ _LOOKS_AT_VALUE = [
     ),
     *(getattr(getattr(aten, name), kind) for name in ("any", "all") for kind in ("dim", "dims")),
     aten.round.decimals,
+    aten.searchsorted.Tensor,
+    aten.bucketize.Tensor,
     aten.count_nonzero.dim_IntList,
 ]
 _MAKES_CONSTANT = [

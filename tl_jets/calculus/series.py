@@ -27,10 +27,12 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
 from tl_jets.calculus.table import RULES
 
+_RECURRENT = {kind + cell for kind in ("rnn_tanh", "rnn_relu", "gru", "lstm") for cell in ("", "_cell")}
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -52,9 +54,6 @@ class Series(Tensor):
     """
 
     coefficients: Float[Tensor, " terms *shape"]
-
-    # The mode stack still sees calls; only the default re-wrapping of plain results is switched off.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, coefficients: Float[Tensor, " terms *shape"]) -> "Series":
@@ -127,49 +126,98 @@ class Series(Tensor):
         return f"Series(order={self.order}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The call as it is, without PyTorch's re-wrapping of plain results.
+
+        That a tensor looks at calls keeps `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` from their fused
+        paths in evaluation mode. Recurrent layers write into what they compute from their first hidden state, which
+        must be a series for that.
+        """
+        if getattr(func, "__name__", "") in _RECURRENT:
+            args = _with_hidden_series(args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(
         cls, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Apply the rule of an aten operation; see `tl_jets.calculus.table`."""
-        kwargs = kwargs or {}
-        found = RULES.get(func)
-        if found is not None:
-            return found(*args, **kwargs)
-        if func._schema.is_mutable:
-            return _write_back(func, args, kwargs)
-        if func.has_kernel_for_dispatch_key(_COMPOSITE):
-            # Under torch.inference_mode composite operations arrive whole: take them apart here.
-            return func.decompose(*args, **kwargs)
+        return carry(func, args, kwargs or {})
+
+
+def _with_hidden_series(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a recurrent layer or cell, (input, state, ...) or (input, batch sizes, state, ...)."""
+    place = 2 if isinstance(args[1], Tensor) and not args[1].is_floating_point() else 1
+    states = args[place] if isinstance(args[place], list | tuple) else [args[place]]
+    weights = next((item for item in args if isinstance(item, list)), args)
+    order = next(item.order for item in (args[0], *states, *weights) if isinstance(item, Series))
+    lifted = [
+        x if isinstance(x, Series) else Series(torch.stack([x, *(torch.zeros_like(x) for _ in range(order))]))
+        for x in states
+    ]
+    return *args[:place], lifted if len(lifted) > 1 else lifted[0], *args[place + 1 :]
+
+
+def carry(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives on series: by its rule, or by those of the operations that PyTorch takes it apart into.
+
+    Raises:
+        NotImplementedError: neither is there.
+        TypeError: a series would be written into a plain tensor.
+    """
+    found = RULES.get(func)
+    if found is not None:
+        return found(*args, **kwargs)
+    if func._schema.name.endswith("_") or any(argument.is_out for argument in func._schema.arguments):
+        return _write_back(func, args, kwargs)
+    if func.has_kernel_for_dispatch_key(_COMPOSITE):
+        # Under torch.inference_mode composite operations arrive whole: take them apart here.
+        return func.decompose(*args, **kwargs)
+    found = decomposition_table.get(func)
+    if found is None:
+        _refuse(func)
+    try:
+        return found(*args, **kwargs)
+    except _NoRule:
         _refuse(func)
 
 
+class _NoRule(NotImplementedError):
+    """An operation has no rule."""
+
+
 def _refuse(func: OpOverload) -> NoReturn:
-    raise NotImplementedError(
+    raise _NoRule(
         f"every operation on a Series has a Taylor rule; {func} has none. Write the function with other operations, "
         "or add a rule with tl_jets.calculus.table.rule."
     )
 
 
-def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Series:
-    """An in-place operation `op_`: the rule of its functional twin `op`, written into the first argument."""
+def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An in-place operation `op_`, or one with `out=`: what its functional twin `op` gives, written into the target."""
     name = func._schema.name.removeprefix("aten::")
-    # `transpose_` is the twin of `transpose.int`; all others agree on the overload.
-    overload = "int" if name == "transpose_" else func._overloadname
-    functional = getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
-    if not name.endswith("_") or functional not in RULES:
+    outs = [argument.name for argument in func._schema.arguments if argument.is_out]
+    twin = getattr(torch.ops.aten, name if outs else name[:-1], None)
+    if twin is None:
         _refuse(func)
+    if outs:
+        targets = [kwargs.pop(out) for out in outs]
+        results = twin(*args, **kwargs)
+        for target, result in zip(targets, results if len(outs) > 1 else [results], strict=True):
+            target.copy_(result)
+        return tuple(targets) if len(outs) > 1 else targets[0]
     target = writable(args[0], func)
-    result = RULES[functional](*args, **kwargs)
+    result = twin(*args, **kwargs)
     if torch.Tag.inplace_view in func.tags:
         # `squeeze_` and kin change what the wrapper says of its own shape, too.
         target.coefficients = result.coefficients
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
-    elif isinstance(result, Series):
-        target.coefficients.copy_(result.coefficients)
-    else:
-        target.coefficients.zero_()[0].copy_(result)
-    return target
+        return target
+    return target.copy_(result)
 
 
 def writable(target: Any, func: Any) -> Series:

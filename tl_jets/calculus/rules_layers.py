@@ -1,0 +1,160 @@
+"""Rules of layers: convolutions, pooling by means, group and batch norms, and operations that act order by order.
+
+An operation that is linear in all its floating-point operands together acts on the coefficients of each order alike, a
+plain operand being zero above order 0. A convolution is a product of its input and its weight.
+
+Cost: k + 1 of the operation, or (k + 1)(k + 2) / 2 where both operands of a product are series.
+
+Example:
+    >>> from tl_jets.calculus import Series
+    >>> x = Series.line(torch.ones(1, 1, 4), torch.ones(1, 1, 4), order=1)
+    >>> torch.nn.functional.conv1d(x, torch.ones(1, 1, 2)).coefficients.flatten()
+    tensor([2., 2., 2., 2., 2., 2.])
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from tl_jets.calculus.rules_nonlinear import layer_norm
+from tl_jets.calculus.rules_structure import lift, terms_of
+from tl_jets.calculus.series import Series
+from tl_jets.calculus.table import RULES, rule
+
+aten = torch.ops.aten
+Number = float | int
+
+
+def order_by_order(operation: OpOverload, *args: Any, **kwargs: Any) -> Series:
+    """An operation that is linear in its floating-point operands taken together."""
+    terms = terms_of(*args, *kwargs.values())
+
+    def coefficient(x: Any, order: int) -> Any:
+        if isinstance(x, Series):
+            return x.coefficients[order]
+        return torch.zeros_like(x) if order and isinstance(x, Tensor) and x.is_floating_point() else x
+
+    found = [
+        operation(*(coefficient(x, n) for x in args), **{name: coefficient(x, n) for name, x in kwargs.items()})
+        for n in range(terms)
+    ]
+    return Series(torch.stack(found))
+
+
+_ORDER_BY_ORDER = [
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.default,
+    aten.masked_select.default,
+    aten.masked_scatter.default,
+    aten.take.default,
+    aten.put.default,
+]
+RULES.update({operation: partial(order_by_order, operation) for operation in _ORDER_BY_ORDER})
+
+
+@rule(aten.scatter_reduce.two)
+def scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Series:
+    """Sums and means of elements at one index each; largest and smallest have no rule."""
+    if reduce not in ("sum", "mean"):
+        raise NotImplementedError(
+            f"scatter_reduce has a Taylor rule for 'sum' and 'mean'; got {reduce!r}. Write it with amax, amin or prod."
+        )
+    return order_by_order(aten.scatter_reduce.two, x, dim, index, src, reduce, include_self=include_self)
+
+
+@rule(aten.index_reduce.default)
+def index_reduce(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Series:
+    """Means of slices at a list of indices; products, largest and smallest have no rule."""
+    if reduce != "mean":
+        raise NotImplementedError(
+            f"index_reduce has a Taylor rule for 'mean'; got {reduce!r}. Write it with amax, amin or prod."
+        )
+    return order_by_order(aten.index_reduce.default, x, dim, index, source, reduce, include_self=include_self)
+
+
+@rule(aten.as_strided.default)
+def as_strided(x: Series, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Series:
+    """A view by strides, where it starts at the tensor's own first element."""
+    if storage_offset:
+        raise NotImplementedError(
+            f"as_strided on a Series starts at its first element; got storage_offset={storage_offset}. Slice it first."
+        )
+    u = x.coefficients
+    return Series(u.as_strided((u.shape[0], *size), (u.stride(0), *stride)))
+
+
+@rule(aten.convolution.default)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Series:
+    """The convolution, transposed ones included, plus the bias."""
+    terms = terms_of(x, weight, bias)
+
+    def convolve(a: Tensor, b: Tensor) -> Tensor:
+        return aten.convolution(a, b, None, *options)
+
+    if isinstance(x, Series) and isinstance(weight, Series):
+        u, w = x.coefficients, weight.coefficients
+        products = [[convolve(u[i], w[n - i]) for i in range(n + 1)] for n in range(terms)]
+        out = torch.stack([torch.stack(same).sum(0) for same in products])
+    elif isinstance(x, Series):
+        rows = convolve(x.coefficients.flatten(0, 1), weight)
+        out = rows.view(terms, -1, *rows.shape[1:])
+    elif isinstance(weight, Series):
+        out = torch.stack([convolve(x, one) for one in weight.coefficients])
+    else:
+        out = lift(convolve(x, weight), terms)
+    if bias is not None:
+        out += lift(bias, terms).view(terms, 1, -1, *(1,) * (out.ndim - 3))
+    return Series(out)
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(
+    x: Series, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, group: int, eps: Number
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer norm of each group of channels, with mean and reciprocal root."""
+    rows, mean, scale = layer_norm(x.reshape(n, group, -1), [c // group * hw], None, None, eps)  # type: ignore[arg-type]
+    shape = (1, c, *(1,) * (x.ndim - 2))
+    out = rows.view(x.shape)
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape), mean.squeeze(-1), scale.squeeze(-1)
+
+
+@rule(aten.nansum.default)
+def nansum(x: Series, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    """The sum of what is a number."""
+    return torch.where(x.isnan(), torch.zeros_like(x), x).sum(dim, keepdim, dtype=dtype)
+
+
+@rule(aten._embedding_bag_forward_only.default, aten._embedding_bag.default)
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[Any, ...]:
+    """Sums or means of rows of a table; with a plain table, what PyTorch gives for it."""
+    if mode == 2 or per_sample_weights is not None:
+        raise NotImplementedError(
+            "embedding_bag on a Series has modes 'sum' and 'mean' without per_sample_weights. Write it with embedding."
+        )
+    options = (offsets, scale_grad_by_freq, mode, sparse, None, include_last_offset, padding_idx)
+    assert isinstance(weight, Series)
+    found = [aten._embedding_bag_forward_only(one, indices, *options) for one in weight.coefficients]
+    return Series(torch.stack([one[0] for one in found])), *found[0][1:]
