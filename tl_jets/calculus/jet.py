@@ -1,4 +1,4 @@
-r"""The jet of any tensor function: its truncated Taylor series at a center, evaluated at a variate.
+r"""The jet of a tensor function: its truncated Taylor series at a center, evaluated at a variate.
 
 For center x, variate y and v = y - x,
 
@@ -16,7 +16,7 @@ For center x, variate y and v = y - x,
 | c_j | `Jet.coefficients[j]` |
 | J^k f(x)(y) | `Jet.value` |
 
-Cost: about k + 1 evaluations of f, as one evaluation on stacked tensors.
+Cost: about k + 1 evaluations of f, as one evaluation on stacked tensors, and one that c_0 is compared with.
 
 Example:
     >>> jet(torch.exp, torch.zeros(1), torch.ones(1), order=3).value
@@ -25,10 +25,12 @@ Example:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_jets.calculus.series import Series
 
@@ -82,8 +84,9 @@ def jet(
     """The jet J^order f(center), evaluated at the variate.
 
     Args:
-        f: any function of one tensor made of PyTorch operations, such as a module; called once. It must not mutate
-            plain tensors that it closes over with what it computes from its argument.
+        f: a function of one tensor made of PyTorch operations, such as a module. Most of PyTorch has Taylor rules (the
+            documentation has the table); the rest is refused by name. Called once at order 0, twice above; it must give
+            the same both times, and not write what it computes from its argument into plain tensors that it holds.
         center: where f is expanded, `[*shape]`, float32 or float64, finite.
         variate: where the expansion is evaluated, `[*shape]`, like `center`.
         order: truncation order k >= 0; order 0 is f(center).
@@ -92,8 +95,10 @@ def jet(
         The coefficients c_0 .. c_k, `[order+1, *out]`. If f does not depend on its argument, f's value and zeros.
 
     Raises:
-        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, or f gives no tensor.
-        ValueError: `order` is negative, or the inputs differ in shape, dtype or device, or are not finite.
+        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f gives no tensor, or f
+            writes a series into a plain tensor.
+        ValueError: `order` is negative, or the inputs differ in shape, dtype or device, or are not finite; or f has no
+            finite value or derivative there, or its value differs from one call to the next.
         NotImplementedError: f uses an operation that has no Taylor rule.
 
     Source: arXiv 2410.06024, eq. 6-7.
@@ -124,10 +129,73 @@ def jet(
             "Wrap it, for example lambda x: module(x)[0]."
         )
     if isinstance(out, Series):
-        return Jet(out.coefficients)
-    coefficients = out.new_zeros((order + 1, *out.shape))
-    coefficients[0] = out
+        coefficients = out.coefficients
+    else:
+        coefficients = out.new_zeros((order + 1, *out.shape))
+        coefficients[0] = out
+    if not torch.isfinite(coefficients).all():
+        _refuse_what_is_not_finite(f, coefficients, center, variate - center)
+    if order:
+        _check_value(coefficients[0], f(center.detach().clone()), center)
     return Jet(coefficients)
+
+
+def _check_value(found: Tensor, expected: Tensor, center: Tensor) -> None:
+    """Compare c_0 with f(center) up to rounding.
+
+    That is the square root of the machine's epsilon, of the largest value, and 100 epsilons of the center, for values
+    that cancel.
+    """
+    if found.shape == expected.shape:
+        scale = expected.abs().amax().item() if expected.numel() else 0.0
+        precision = max(torch.finfo(x.dtype).eps for x in (found, expected) if x.is_floating_point())
+        largest = (found - expected).abs().amax().item() if expected.numel() else 0.0
+        inside = max(center.abs().amax().item(), 1.0) if center.numel() else 1.0
+        if largest <= precision**0.5 * scale + 100 * precision * inside:
+            return
+        what = f"they differ by {largest:.3g}, where f(center) is at most {scale:.3g}"
+    else:
+        what = f"they have shapes {list(found.shape)} and {list(expected.shape)}"
+    raise ValueError(
+        f"c_0 is f(center); {what}. If f is random (dropout) or keeps a state, call eval() or pass a function that gives "
+        "the same twice; if it is neither, one of its operations has a wrong Taylor rule: please report it."
+    )
+
+
+def _refuse_what_is_not_finite(
+    f: Callable[[Tensor], Tensor], coefficients: Tensor, center: Tensor, direction: Tensor
+) -> None:
+    order = coefficients.shape[0] - 1
+    first = next(n for n in range(order + 1) if not torch.isfinite(coefficients[n]).all())
+    with _FirstNotFinite() as watch:
+        f(Series.line(center, direction, order))
+    where = f" It arises first in {watch.name}." if watch.name else ""
+    raise ValueError(
+        f"the coefficients of a jet are finite; order {first} is not.{where} Move the center off the point where f has "
+        "no finite value or derivative (sqrt at 0, log at 0), or lower the order."
+    )
+
+
+class _FirstNotFinite(TorchDispatchMode):
+    """Note the first operation whose result is not finite though its arguments are."""
+
+    name: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        known = self.name is not None or not _is_finite([*args, *(kwargs or {}).values()])
+        out = func(*args, **kwargs or {})
+        if not known and not _is_finite([out]):
+            self.name = str(func)
+        return out
+
+
+def _is_finite(items: Any) -> bool:
+    for item in items:
+        if isinstance(item, list | tuple) and not _is_finite(item):
+            return False
+        if isinstance(item, Series) and not torch.isfinite(item.coefficients).all():
+            return False
+    return True
 
 
 def _check_order(order: int) -> None:

@@ -208,18 +208,17 @@ def _after_division(a: Operand, b: Operand, plain: Callable[..., Tensor]) -> Ser
     return with_value(out.coefficients, value)
 
 
-@rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
+@rule(aten.div.Tensor_mode)
 def div_rounded(a: Operand, b: Operand, *, rounding_mode: str | None) -> Tensor:
     """A / b, or the rounded quotient of c_0 as a plain tensor."""
     return a / b if rounding_mode is None else torch.div(value_of(a), value_of(b), rounding_mode=rounding_mode)
 
 
-for _name in ("default", "Scalar"):
-    RULES[getattr(aten.floor_divide, _name)] = partial(look_at_value, getattr(aten.floor_divide, _name))
+RULES[aten.floor_divide.default] = partial(look_at_value, aten.floor_divide.default)
 
 
-@rule(aten.copysign.Tensor, aten.copysign.Scalar)
-def copysign(a: Tensor, b: Operand) -> Tensor:
+@rule(aten.copysign.Tensor)
+def copysign(a: Tensor, b: Tensor) -> Tensor:
     """|a| with the sign of b at c_0."""
     wanted = torch.copysign(torch.ones_like(value_of(a)), value_of(b))
     return a * (wanted * torch.copysign(torch.ones_like(value_of(a)), value_of(a)))

@@ -56,6 +56,7 @@ _ORDER_BY_ORDER = [
     aten.masked_scatter.default,
     aten.take.default,
     aten.put.default,
+    aten.diagonal_scatter.default,
 ]
 RULES.update({operation: partial(order_by_order, operation) for operation in _ORDER_BY_ORDER})
 
@@ -137,7 +138,7 @@ def nansum(x: Series, dim: Sequence[int] | None = None, keepdim: bool = False, *
     return torch.where(x.isnan(), torch.zeros_like(x), x).sum(dim, keepdim, dtype=dtype)
 
 
-@rule(aten._embedding_bag_forward_only.default, aten._embedding_bag.default)
+@rule(aten._embedding_bag_forward_only.default)
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,

@@ -237,6 +237,5 @@ _PICKS_IN_WINDOW = {
     aten.adaptive_max_pool2d.default: 2,
     aten.adaptive_max_pool3d.default: 3,
     aten.fractional_max_pool2d.default: 2,
-    aten.fractional_max_pool3d.default: 3,
 }
 RULES.update({operation: partial(pick_in_window, operation, count) for operation, count in _PICKS_IN_WINDOW.items()})

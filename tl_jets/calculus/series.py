@@ -3,7 +3,7 @@
 For a function f, a point x and a direction v, f(x + t v) = c_0 + c_1 t + ... + c_k t^k + O(t^{k+1}) with
 c_j = D^j f(x)[v, ..., v] / j! (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13). A `Series` looks like
 f(x) to the code that it passes through (shape, dtype, device) and holds all the c_j; every aten operation is replaced
-by its rule in `tl_jets.calculus.table.RULES`.
+by its rule in `tl_jets.calculus.table.RULES`, or taken apart by PyTorch into operations that have one.
 
 | symbol | variable |
 |---|---|
@@ -33,6 +33,8 @@ from torch._ops import OpOverload
 from tl_jets.calculus.table import RULES
 
 _RECURRENT = {kind + cell for kind in ("rnn_tanh", "rnn_relu", "gru", "lstm") for cell in ("", "_cell")}
+# PyTorch takes this apart into a function that differs where a row of targets ends before its last column (torch 2.13).
+_ANOTHER_FUNCTION = {torch.ops.aten.multilabel_margin_loss_forward.default}
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -41,7 +43,8 @@ class Series(Tensor):
 
     Slices, views and `x[..., i]` share storage with the series that they come from, `clone` copies, and in-place
     operations write all coefficients, so that hooks such as `x[:, :, 2] = 0` work. Comparisons and predicates look
-    at c_0 and give plain tensors. An operation without a rule raises.
+    at c_0 and give plain tensors. An operation that has no rule and is not taken apart into ones that do raises with
+    its name, and so does writing a series into a plain tensor.
 
     Attributes:
         coefficients: Taylor coefficients (with the 1/j!), `[order+1, *shape]`, floating point.
@@ -177,7 +180,7 @@ def carry(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         # Under torch.inference_mode composite operations arrive whole: take them apart here.
         return func.decompose(*args, **kwargs)
     found = decomposition_table.get(func)
-    if found is None:
+    if found is None or func in _ANOTHER_FUNCTION:
         _refuse(func)
     try:
         return found(*args, **kwargs)
@@ -207,7 +210,7 @@ def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any])
         targets = [kwargs.pop(out) for out in outs]
         results = twin(*args, **kwargs)
         for target, result in zip(targets, results if len(outs) > 1 else [results], strict=True):
-            target.copy_(result)
+            (writable(target, func) if isinstance(result, Series) else target).copy_(result)
         return tuple(targets) if len(outs) > 1 else targets[0]
     target = writable(args[0], func)
     result = twin(*args, **kwargs)
