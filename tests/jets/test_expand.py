@@ -13,6 +13,7 @@ import zoo
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, JetCache, Norm, Path, ResidualNetwork, Trace, jet_expand
+from tl_jets.calculus import full_precision
 from tl_jets.jets import checks as checks_module
 from tl_jets.jets import expand as expand_module
 
@@ -563,6 +564,46 @@ def test_terms_before_the_final_norm_work_with_logit_attrs_and_patching(spec):
     # As the source of a patch: the terms and the remainder are the last stream.
     patch = [(f"blocks.{last[0]}.hook_resid_post", lambda stream, hook: stack.sum(0))]
     assert oracles.relative_error(model.run_with_hooks(tokens, fwd_hooks=patch), model(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("spec", zoo.available(["gpt2", "llama", "pythia"]), ids=str)
+def test_logit_attrs_whether_weights_are_folded_or_not(spec):
+    """TransformerLens' own on the folded model is the oracle of terms of a stream; decoded terms' logits, of theirs."""
+    model, folded = zoo.build(spec), zoo.build(zoo.ModelSpec(spec.name, spec.world, "processed"))
+    tokens = zoo.tokens(model)
+    net, last = ResidualNetwork(model), f"{len(model.blocks) - 1}_mlp"
+    answers = zoo.tokens(model, seed=1)
+    wanted = torch.stack([answers, answers.flip(0)], -1)
+    options: dict[str, Any] = {"centers": ["embed", f"{last[0]}_attn_out"], "linearize": "detached"}
+    jets = jet_expand(net, last, **options)(tokens)
+    theirs = jet_expand(folded, last, **options)(tokens)
+    with torch.no_grad(), full_precision():
+        _, cache = folded.run_with_cache(tokens)
+    expected = torch.stack([cache.logit_attrs(theirs.stack(), tokens=wanted[..., i]) for i in range(2)], -1)
+    expected = (
+        expected
+        - torch.stack(
+            [cache.logit_attrs(theirs.stack(), tokens=torch.full_like(answers, token)) for token in range(zoo.D_VOCAB)]
+        ).mean(0)[..., None]
+    )
+    assert oracles.relative_error(jets.logit_attrs(wanted), expected) < 2e-6  # folded in float32
+    assert oracles.relative_error(theirs.logit_attrs(wanted), expected) < 2e-6
+    decoded = jet_expand(net, "ln_final", centers=["embed", "0_mlp_out"], order=1)(tokens)
+    found = decoded.logit_attrs([[3, 5], [7, 1], [0, 2]])
+    logits = torch.stack([decoded.logits(path) for path in decoded.labels])
+    for i, (path, ids) in enumerate((path, ids) for path in range(2) for ids in ([3, 5], [7, 1], [0, 2])):
+        mine = logits[path, i % 3]
+        assert oracles.relative_error(found[path, i % 3], mine[:, ids] - mine.mean(-1, keepdim=True)) < 1e-10
+    best = decoded.logit_attrs()[..., 0]
+    own = model(tokens).argmax(-1)
+    assert (
+        oracles.relative_error(best, logits.gather(-1, own.expand(2, -1, -1)[..., None])[..., 0] - logits.mean(-1))
+        < 1e-10
+    )
+    sliced = decoded.apply_slice_to_pos_dim([2]).logit_attrs(5)
+    assert oracles.relative_error(sliced[:, :, 0, 0], (logits[..., 5] - logits.mean(-1))[:, :, 2]) < 1e-10
+    with pytest.raises(ValueError, match="Attributions need a cache"):
+        decoded.apply_slice_to_batch_dim(0).logit_attrs(5)
 
 
 # Errors

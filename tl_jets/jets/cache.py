@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_jets.calculus import CenterScale
+from tl_jets.calculus import CenterScale, norm_jet
+from tl_jets.core.logit_attribution import Yardstick
 from tl_jets.core.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, Stage
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage
 from tl_jets.core.readout import TopTokens, top_tokens
+from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.tokens import token_text
 from tl_jets.core.trace import Trace
 from tl_jets.jets.centers import Center
@@ -209,10 +211,63 @@ class JetCache(Shown, Mapping[str, Tensor]):
     def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
         """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
 
-        Terms of an inner stage are parts of a residual stream: TransformerLens' `cache.logit_attrs(stack, tokens)`
-        takes them, and so does a hook that patches `cache["resid_post", l]`.
+        Terms of an inner stage are parts of a residual stream, which a hook that patches `cache["resid_post", l]` takes. What
+        they give to logits is `logit_attrs`. (TransformerLens' `cache.logit_attrs(stack, tokens)` is right for terms of an
+        inner stage where the final norm's gain is folded into W_U, and for no others: it leaves the gain out, and normalizes
+        terms of the decoder, which are normalized already, a second time.)
         """
         return torch.stack([self[path] for path in (self.labels if paths is None else paths)])
+
+    @torch.no_grad()
+    def logit_attrs(self, targets: TargetInput | None = None) -> Float[Tensor, "path batch pos target"]:
+        """What every term gives to the logits of targets, beyond the mean of the vocabulary: direct logit attribution.
+
+        Terms of the decoder have passed the final norm: theirs are their own logits, w_i b_U included. A term of an inner stage
+        is read as a part of the stream there, by the final norm with its scale and mean at the model's final stream (and
+        without its bias). Weights may be folded or not.
+
+        Args:
+            targets: Tokens, as strings or ids (the same everywhere), one list of them a prompt, or ids [batch, pos, target];
+                None for the model's own best token.
+
+        Returns:
+            In additive logits (`tl_jets.core.attribution`), float64, in the order of `labels`; NaN at padding.
+
+        Raises:
+            ValueError: A slice dropped the batch or position dimension, or left nothing but padding; or bad targets.
+
+        Source:
+            Elhage et al. 2021 (direct logit attribution); TransformerLens' `ActivationCache.logit_attrs`.
+
+        Example:
+            >>> import tl_jets as tj
+            >>> last = tj.jet_expand(tj.load_tinydocs(), "3_mlp", centers=["embed", "3_attn_out"], linearize="detached")
+            >>> cache = last("This function is available on Unix and")
+            >>> cache.logit_attrs([" is"]).shape == (len(cache), 1, 8, 1)
+            True
+        """
+        rows = self.rows("Attributions")
+        network, final = self.trace.network, self.here(self.trace[FINAL_STREAM])[self.valid]
+        norm = network.decoder.norm
+        states, weights = self.stack()[:, self.valid], self.weights[:1, self.valid] * 0
+        if self.is_decoded:
+            weights = self.bias_weights()[:, self.valid]
+        else:
+            states = norm.scale(norm_jet(norm, final, final, 0).alpha[0][:, None] * norm.center(states))
+        yardstick = Yardstick.at(network, rows, norm(final), targets)
+        parts = network.decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
+        return rows.spread(yardstick.effects(parts), axis=1)
+
+    def rows(self, what: str) -> Rows:
+        """The real cells of a cache [batch, pos]; `what` needs them."""
+        positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
+        if isinstance(self.prompts, int) or isinstance(positions, int):
+            raise ValueError(
+                f"{what} need a cache [batch, pos, d_model]; this one has shape {list(self.truth.shape)}. Slice with lists in "
+                f"place of ints, or take them first."
+            )
+        self._require_real(what)
+        return Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
 
     def bias_weights(self) -> Float[Tensor, "path ..."]:
         """The multiple of b_U that each term's logits carry, in the order of `labels`: w_i, or 0 and 1 (detached)."""

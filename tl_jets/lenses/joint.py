@@ -274,7 +274,8 @@ def joint_jet_lens(
         linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
             the final stream; takes no order above 0, weights, objective or center_scale.
         targets: Tokens to report the effects on: strings or ids (the same everywhere), one list of them a prompt
-            (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] or [batch, pos, target] aligned with `positions`; None for the model's own best token.
+            (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] or [batch, pos, target] aligned with `positions`; None
+            for the model's own best token.
         top_k: How many best tokens a position keeps.
         seed: Of the random control, whose directions depend on it, the center and the position in the prompt alone: all prompts
             share them, and for the spread of a control several seeds are needed.

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.logit_attribution import Yardstick
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
-from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.selection import TargetInput
 from tl_jets.jets.cache import Check, JetCache
-from tl_jets.paths.measures import Yardstick
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
 
@@ -102,14 +102,7 @@ class PathCache(JetCache):
         Raises:
             ValueError: A slice dropped the batch or position dimension, or left nothing but padding.
         """
-        positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
-        if isinstance(self.prompts, int) or isinstance(positions, int):
-            raise ValueError(
-                f"Statistics need a cache [batch, out_pos, d_model]; this one has shape {list(self.truth.shape)}. Slice with "
-                f"lists in place of ints, or take the statistics first."
-            )
-        self._require_real("statistics")
-        rows = Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
+        rows = self.rows("Statistics")
         groups = _groups(self.paths, by)
         states, weights = self.stack(), self.weights[:, rows.keep][:, 0]
         if by != "path":

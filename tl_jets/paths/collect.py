@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_jets.core.logit_attribution import Rank, Yardstick
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import Rows
 from tl_jets.paths.evaluation import Prefixes, Stages, starts
 from tl_jets.paths.graph import Lattice
-from tl_jets.paths.measures import Rank, Yardstick
 
 
 @dataclass

@@ -60,6 +60,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
+from tl_jets.core.logit_attribution import Rank, Yardstick
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
@@ -70,7 +71,6 @@ from tl_jets.paths.collect import Best, Collector
 from tl_jets.paths.evaluation import rows_of, walk, with_edits
 from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
 from tl_jets.paths.jet_stages import JetStages, stage_weights
-from tl_jets.paths.measures import Rank, Yardstick
 from tl_jets.paths.top_paths import search
 
 MAX_PATHS = 4096

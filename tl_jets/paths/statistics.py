@@ -13,7 +13,7 @@ Shares of lengths sum to 1, and so do those of sources. Components overlap (a pa
 shares sum to the mean number of writes, sum_n n share_n.
 
 A path's writes are linear parts A_s; the constant of a write is a source (`3_mlp_bias`), so that a path from it has not
-passed through `3_mlp`. What is reported of every part is in `tl_jets.paths.measures`.
+passed through `3_mlp`. What is reported of every part is in `tl_jets.core.logit_attribution`.
 
 Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits* (path expansion); Golden, arXiv 2505.24293.
 
@@ -48,6 +48,7 @@ from torch import Tensor
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.logit_attribution import Yardstick
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.protocol import BIAS, DECODER_STEP
@@ -58,7 +59,6 @@ from tl_jets.core.tokens import decode, token_names
 from tl_jets.core.trace import Trace, trace_of
 from tl_jets.paths.evaluation import rows_of, with_edits
 from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
-from tl_jets.paths.measures import Yardstick
 
 By = Literal["path", "length", "component", "source"]
 MEASURES = ("norm", "cosine", "share", "effect")
