@@ -168,7 +168,7 @@ def test_what_is_refused(model, as_users_run_it):
         ({"maps": []}, "distinct pairs"),
         ({"maps": [("embed", "logits")]}, "streams and writes"),
         ({"maps": [("1_pre", "0_attn_out")]}, "must come after"),
-        ({"k": 0}, "k must lie in 1"),
+        ({"k": 0}, "k must be an integer >= 1; got 0"),
         ({"pos": 4}, "pos must lie in -4..3"),
         ({"max_bytes": 1000}, "at most max_bytes"),
     ):

@@ -260,7 +260,7 @@ def test_foreign_metadata_is_refused(tmp_path, name, as_users_run_it):
     if name == "a text":
         encoded = json.dumps(about)
     pq.write_table(pq.read_table(file).replace_schema_metadata({tables.METADATA_KEY: encoded}), file)
-    with pytest.raises(ValueError, match="'.*table.parquet'.*(again|pandas|Install)") as caught:
+    with pytest.raises(ValueError, match=r"'.*table\.parquet'.*(again|pandas|Install)") as caught:
         NgramTable.load(file)
     assert len(str(caught.value)) < 700
     if name == "a later version":
@@ -280,7 +280,7 @@ def test_foreign_columns_are_refused(tmp_path, as_users_run_it):
         "attention": pa.array([[1.0]] * len(ids)),
     }.items():
         pq.write_table(original.set_column(original.column_names.index(name), name, values), file)
-        with pytest.raises(ValueError, match="lacks what a table must have|was changed"):
+        with pytest.raises(ValueError, match=r"lacks what a table must have|was changed"):
             NgramTable.load(file)
     pq.write_table(original.append_column("id_1", pa.array(ids)), file)
     with pytest.raises(ValueError, match="lacks what a table must have"):

@@ -350,7 +350,7 @@ def test_mass_refuses(as_users_run_it):
         (["w5", "w6"], {}, "none of its 2 words"),
         ("w5 w6", {}, "Put it in a list"),
         ([(1, 2)], {"reduce": "max"}, "reduce must be"),
-        ([(1, 2)], {"controls": -1}, "0 or more"),
+        ([(1, 2)], {"controls": -1}, "controls must be an integer >= 0; got -1"),
         ([(1, 2)], {"unigram": torch.full((V,), 1.0)}, "sum to 1"),
         ([(1, 2)], {"unigram": torch.full((V + 1,), 1 / (V + 1))}, r"\(61\)"),
         ([(1, 2)], {"unigram": torch.tensor([2.0, -1.0] + [0.0] * (V - 2))}, "none negative"),
@@ -699,7 +699,7 @@ def test_track_refuses(as_users_run_it):
     def never(name):
         raise AssertionError("a reference that is too short is found out before anything is loaded")
 
-    with pytest.raises(ValueError, match="got 30, a reference of 20 rows"):
+    with pytest.raises(ValueError, match="got 30 and a reference of 20 rows"):
         track(never, ["a"], reference=jet_bigrams(toy(), top_k=20), n=30)
     with pytest.raises(ValueError, match="61 tokens, checkpoint 'b' 62"):
         track({"a": toy(), "b": toy(d_vocab=62)}, pairs=[(1, 2)])
@@ -834,7 +834,7 @@ def test_diff_refuses_other_vocabularies(as_users_run_it):
         diff(model, other)
     for options, message in [
         ({"change": "ratio"}, "change must be"),
-        ({"top_k": 0}, "top_k 1 or more"),
+        ({"top_k": 0}, "top_k must be an integer >= 1; got 0"),
         ({"at_least": 2.0}, "at_least"),
         ({"rows": [V]}, r"0\.\.60"),
     ]:

@@ -36,7 +36,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.measures import check_seed
 from tl_jets.core.results import Result
+from tl_jets.options import check_integers
 
 # Vectors that run through the graph at once, unless the caller says otherwise.
 CHUNK_SIZE = 32
@@ -105,6 +107,7 @@ class LinearMap(ABC):
         Raises:
             ValueError: The vectors are not of the input's shape.
         """
+        check_integers(1, chunk_size=chunk_size)
         return self.read(self.apply_rows(vectors, chunk_size=chunk_size))
 
     def read(self, rows: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many width"]:
@@ -126,6 +129,7 @@ class LinearMap(ABC):
         Raises:
             ValueError: The vectors are not of the output's shape.
         """
+        check_integers(1, chunk_size=chunk_size)
         _check_shape(vectors, self.out_shape)
         vectors = vectors.to(self.value)
         rows = vectors if self.readout is None else vectors @ self.readout.T
@@ -149,6 +153,7 @@ class LinearMap(ABC):
         Cost:
             A backward pass for each output position and row before the readout (d_model of them for logits).
         """
+        check_integers(1, chunk_size=chunk_size)
         if max_bytes is not None and self.n_bytes > max_bytes:
             raise ValueError(
                 f"The matrix {[self.out_shape[0], *self.out_shape[1:], *self.in_shape[1:]]} must take at most "
@@ -182,6 +187,7 @@ class LinearMap(ABC):
         Cost:
             A backward pass a row; only this part is held.
         """
+        check_integers(1, chunk_size=chunk_size)
         rows = self.value.shape[-1]
         keep = slice(None) if pos is None else [pos]
         found = self.point.new_empty(rows, *self.point[prompt, keep].shape)
@@ -213,8 +219,12 @@ class LinearMap(ABC):
             eps s_1^2 / s, so that values below sqrt(eps) s_1 are noise.
         """
         (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
+        check_integers(1, k=k)
+        check_integers(0, prompt=prompt)
+        check_seed(seed)
         keep = slice(None)
         if pos is not None:
+            check_integers(-in_shape[0], pos=pos)
             if not -in_shape[0] <= pos < in_shape[0]:
                 raise ValueError(f"pos must lie in {-in_shape[0]}..{in_shape[0] - 1}; got {pos}.")
             keep, in_shape = slice(pos % in_shape[0], pos % in_shape[0] + 1), [1, in_shape[1]]

@@ -154,7 +154,7 @@ def check_seed(seed: Any) -> None:
         TypeError: The seed is no integer.
         ValueError: It is negative.
     """
-    if not isinstance(seed, Integral):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(
             f"seed must be an integer >= 0, which everything random is drawn from; got {seed!r}. Another integer is another "
             f"draw; only iterative_jet_lens goes without its control (seed=None)."

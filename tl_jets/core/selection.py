@@ -16,6 +16,8 @@ from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
+from tl_jets.jets.expand import CENTER_SCALES
+from tl_jets.options import check_integers
 
 # Tokens by text or id, the same everywhere; a list of such lists, one a prompt; or a tensor of ids [batch, pos, target].
 TargetInput = str | int | Sequence[str | int] | Sequence[Sequence[str | int]] | Tensor
@@ -87,11 +89,7 @@ def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
 
 def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
     """Refuse what no lens can do; the messages name the option."""
-    for name, value, least in (("top_k", top_k, 1), ("chunk_size", chunk_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
+    check_integers(1, top_k=top_k, chunk_size=chunk_size)
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
 

@@ -40,7 +40,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -59,6 +59,7 @@ from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace, trace_of
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
 from tl_jets.detached_map.decoding import Directions
+from tl_jets.options import check_integers
 
 Maps = Literal["cumulative", "layers"]
 
@@ -248,6 +249,7 @@ def detached_spectra(
     Cost:
         For each position that is read, d_model vectors through all stages of the network, in chunks.
     """
+    check_integers(1, k=k)
     network = ResidualNetwork.of(model)
     with torch.inference_mode(False), torch.no_grad():
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
@@ -286,7 +288,7 @@ def detached_spectra(
 
 def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
     """The labels (wrt, output) of every map."""
-    if not isinstance(maps, str):
+    if isinstance(maps, Iterable) and not isinstance(maps, str):
         pairs = [tuple(pair) for pair in maps]
         if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
             raise ValueError(f"maps must be distinct pairs of labels (wrt, output), or {get_args(Maps)}; got {maps!r}.")

@@ -8,7 +8,7 @@ found and saves it: the state of a sweep is the same however many processes made
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.core.logit_reader import slices
+from tl_jets.core.logit_reader import BLOCK, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.tokens import token_names
+from tl_jets.free_memory import check_fits
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import State
@@ -31,6 +32,7 @@ from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
+from tl_jets.options import check_integers
 
 Per = Literal["global", "row"]
 
@@ -38,6 +40,8 @@ Per = Literal["global", "row"]
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
 CHUNK_PER_ROW = 320
 STREAM_ROWS = 512
+# What a bi-gram takes while its table is sorted, and of every path before and after.
+PAIR_BYTES, FOUND_BYTES = 48, 64
 # Below so many multiply-adds, measuring whether bfloat16 is fast takes longer than it can save.
 WORTH_PROBING = 10**11
 
@@ -64,7 +68,7 @@ def planned(
     processes = Processes.of(options.distributed)
 
     def plan() -> BigramSweep:
-        if isinstance(paths, str) and paths != "each_mlp":
+        if paths != "each_mlp" if isinstance(paths, str) else not isinstance(paths, Iterable):
             raise ValueError(
                 f'paths must be "each_mlp" or a list of paths; got {paths!r}. Use jet_bigrams for one path.'
             )
@@ -97,10 +101,26 @@ class BigramSweep:
         default = CHUNK_PER_ROW if options.per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         shared = processes.chunk_size(len(self.rows), default)
         self.chunk_size = shared if options.chunk_size is None else options.chunk_size
-        if options.top_k < 1 or self.chunk_size < 1:
-            raise ValueError(f"top_k and chunk_size must be 1 or more; got {options.top_k} and {self.chunk_size}.")
+        check_integers(1, top_k=options.top_k, chunk_size=self.chunk_size)
+        self._check_memory()
         self.dtype = self.decoder.compute_dtype(self.streams.embed(self.rows[:1]))
         self.screens = self._screens()
+
+    def _check_memory(self) -> None:
+        """Refuse tables that do not fit, before the sweep. How many bytes they take was measured (tests/test_memory.py)."""
+        options, n_rows = self.options, len(self.rows)
+        n_columns = self.decoder.d_vocab if self.columns is None else len(self.columns)
+        n_pairs = n_rows * min(options.top_k, n_columns)
+        if options.per == "global":
+            # Without a K-th best block nothing can be left out.
+            n_blocks = n_rows * -(-n_columns // BLOCK)
+            n_pairs = n_rows * n_columns if options.top_k >= n_blocks else options.top_k
+        n_paths = len(self.streams.paths)
+        check_fits(
+            n_pairs * (PAIR_BYTES + FOUND_BYTES * n_paths),
+            f"Tables of {n_paths} {'path' if n_paths == 1 else 'paths'}, with {n_pairs:,} bi-grams to be held of each,",
+            "Take a smaller top_k, fewer rows or columns, or fewer paths at a time.",
+        )
 
     def _screens(self) -> bool:
         """Whether rows are screened in bfloat16."""

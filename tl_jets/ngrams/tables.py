@@ -42,6 +42,7 @@ from torch import Tensor
 from tl_jets.core.atomic_files import write_atomically
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.tokens import visible, writable
+from tl_jets.options import check_integers
 
 # In the metadata of a Parquet schema.
 METADATA_KEY = b"tl_jets.ngrams"
@@ -448,6 +449,7 @@ def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool 
         >>> side_by_side({"direct": table, "again": table}).values.tolist()
         [['a ·b', 'a ·b']]
     """
+    check_integers(0, k=k)
     columns: dict[str, Any] = {}
     for name, table in tables.items():
         best = table[:k]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.tokens import token_names
+from tl_jets.free_memory import check_fits
 from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.head_maps import HeadReader, OutputMap
@@ -28,6 +29,8 @@ from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 
 # Numbers of queries, keys and values that are held at once.
 HELD = 2**27
+# What a triple takes while it is searched for, and in a table.
+TRIPLE_BYTES, TABLE_BYTES = 400, 48
 
 
 def planned(
@@ -73,6 +76,13 @@ class TrigramSweep:
         self.chosen = _read_heads(head, reader.n_heads)
         self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
         self.top_k, self.progress, self.processes = top_k, progress, processes
+        # There are no more.
+        self.held = min(top_k, len(self.keys) * reader.n_tokens * reader.network.decoder.d_vocab)
+        check_fits(
+            self.held * (TRIPLE_BYTES + TABLE_BYTES * len(self.chosen)),
+            f"The {self.held:,} best skip-trigrams of {len(self.chosen)} {'head' if len(self.chosen) == 1 else 'heads'}",
+            "Take a smaller top_k, or fewer heads at a time.",
+        )
         self.settings = {
             "ngram": "skip-trigram",
             "score": "score" if normalize == "none" else "logprob",
@@ -120,7 +130,7 @@ class TrigramSweep:
             own = self.maps(heads[processes.rank : whole : processes.size])
 
             def search(maps: HeadMaps, among: Processes) -> tuple[Tensor, Tensor, Tensor]:
-                return Search(maps, self.top_k, bar.update, among).run(self.keys)
+                return Search(maps, self.held, bar.update, among).run(self.keys)
 
             def search_next() -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
                 head, maps = next(own)

@@ -66,6 +66,8 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.trace import Trace, trace_of
+from tl_jets.jets.expand import CENTER_SCALES, CenterScale
+from tl_jets.options import check_integers
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.collect import Best, Collector
 from tl_jets.paths.evaluation import rows_of, walk, with_edits
@@ -133,11 +135,7 @@ def exponential_expansion(
     order = read_order(linearize, order, 1)
     if rank not in get_args(Rank):
         raise ValueError(f"rank must be one of {get_args(Rank)}; got {rank!r}.")
-    for name, value, least in (("top", 1 if top is None else top, 1), ("max_paths", max_paths, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
+    check_integers(1, top=1 if top is None else top, max_paths=max_paths)
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
     if linearize == "detached" and (order or renormalize or split_degrees or center_scale != "none"):

@@ -87,7 +87,8 @@ from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.jets.cache import Check, JetCache
 from tl_jets.jets.centers import Center
-from tl_jets.jets.expand import Expansion, jet_expand
+from tl_jets.jets.expand import CenterScale, Expansion, jet_expand
+from tl_jets.options import check_integers
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.graph import count_text
 from tl_jets.paths.tangents import Tangents, norm_paths
@@ -131,6 +132,7 @@ def reorganized_expansion(
     Source:
         Chen et al., eq. 5, Lemma 1; the regrouping is ours.
     """
+    check_integers(1, max_centers=max_centers)
     network = ResidualNetwork.of(model)
     options: dict[str, Any] = {"weights": weights, "center_scale": center_scale, "max_centers": max_centers}
     if centers is None:

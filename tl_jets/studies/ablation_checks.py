@@ -42,6 +42,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.measures import check_seed
 from tl_jets.core.network import CallableModel, ResidualNetwork
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.protocol import some
@@ -49,6 +50,7 @@ from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.options import check_choice, check_integers
 from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.studies.vocabularies import check_table
 
@@ -300,11 +302,11 @@ def ablation_check(
         raise ValueError(
             f"step must be an MLP, an attention sublayer or a head, one of {some(kinds, 40)}; got {step!r}."
         )
-    if logit not in ("centered", "raw") or mode not in ("zero", "mean") or n_random < 1 or top_k < 1:
-        raise ValueError(
-            f'logit must be "centered" or "raw", mode "zero" or "mean", n_random and top_k 1 or more; got {logit!r}, {mode!r}, '
-            f"{n_random} and {top_k}."
-        )
+    check_choice("logit", logit, ("centered", "raw"))
+    check_choice("mode", mode, ("zero", "mean"))
+    check_integers(1, top_k=top_k, n_random=n_random)
+    check_integers(0, bootstrap=bootstrap)
+    check_seed(seed)
     table = _own_ngrams(network, step, kinds[step], table, top_k)
     prompts = _prompts(network, table, prepend_bos)
     draw = np.random.default_rng(seed)

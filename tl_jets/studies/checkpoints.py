@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_names, visible
@@ -32,6 +33,7 @@ from tl_jets.ngrams import fingerprint, jet_bigrams_by_path
 from tl_jets.ngrams.jobs import FILE_NAME
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, VocabularyStreams, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
+from tl_jets.options import check_integers
 from tl_jets.studies.overlap import hit_ratio, share_found
 from tl_jets.studies.pairs import PairInput, RowScores, read_pairs
 from tl_jets.studies.text_comparison import best_joint
@@ -192,11 +194,20 @@ def track_by_path(
     """
     if pairs is None and reference is None:
         raise ValueError("There must be something to track: give pairs, a reference, or both.")
-    if n < 1 or controls < 0 or (isinstance(reference, NgramTable) and len(reference) < n):
-        rows = f"of {len(reference)} rows" if isinstance(reference, NgramTable) else f"{reference!r}"
+    if not (
+        reference is None or isinstance(reference, NgramTable) or (isinstance(reference, str) and reference == "last")
+    ):
         raise ValueError(
-            f"n must be 1 or more and at most the rows of the reference, and controls 0 or more; got {n}, a reference {rows}, and "
-            f"{controls}. Take a smaller n, or a longer table."
+            f'reference must be a table of n-grams, "last" for that of the last checkpoint, or None; got {reference!r}. For '
+            "another checkpoint give its table, jet_bigrams(model, path, top_k=n)."
+        )
+    check_integers(1, n=n)
+    check_integers(0, controls=controls)
+    check_seed(seed)
+    if isinstance(reference, NgramTable) and len(reference) < n:
+        raise ValueError(
+            f"n must be at most the rows of the reference; got {n} and a reference of {len(reference)} rows. Take a smaller n, or "
+            "a longer table."
         )
     if folder is not None and reference is None:
         raise ValueError(

@@ -27,6 +27,7 @@ from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.tables import NgramTable, rank, side_by_side
 from tl_jets.ngrams.trigrams import jet_trigrams
+from tl_jets.options import check_integers
 from tl_jets.studies.counts import TEXT
 from tl_jets.studies.overlap import check_same_vocabulary, check_unigram, share_found
 from tl_jets.studies.text_comparison import best_joint
@@ -123,6 +124,7 @@ def roles(
         >>> found.labels
         ['direct', '0_mlp', '1_mlp', '2_mlp', '3_mlp', 'mlps']
     """
+    check_integers(1, n=n)
     network = ResidualNetwork(model)
     components = mlp_steps(network)
     if not components:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.tables import NgramTable
+from tl_jets.options import check_choice, check_integers
 
 CountScore = Literal["logcount", "logprob"]
 TokenInput = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]
@@ -54,10 +55,8 @@ def ngram_counts(
     Cost:
         Sorting the n-grams of the text.
     """
-    if score not in ("logcount", "logprob") or n < 1 or min_count < 1:
-        raise ValueError(
-            f'score must be "logcount" or "logprob", n and min_count 1 or more; got {score!r}, {n} and {min_count}.'
-        )
+    check_choice("score", score, ("logcount", "logprob"))
+    check_integers(1, n=n, min_count=min_count)
     texts = _texts(tokens)
     grams = np.concatenate(
         [np.lib.stride_tricks.sliding_window_view(x, n) for x in texts if len(x) >= n] or [np.empty((0, n))]
@@ -115,6 +114,7 @@ def unigram_probabilities(tokens: TokenInput, d_vocab: int, *, add: float | int 
         >>> unigram_probabilities([0, 2, 2, 2], 4).tolist()
         [0.25, 0.0, 0.75, 0.0]
     """
+    check_integers(1, d_vocab=d_vocab)
     ids = np.concatenate([np.empty(0, dtype=np.int64), *_texts(tokens)])
     if not len(ids) or ids.max() >= d_vocab or add < 0:
         raise ValueError(

@@ -41,6 +41,7 @@ from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable, rank
 from tl_jets.ngrams.token_ids import read_tokens
+from tl_jets.options import check_integers
 from tl_jets.studies.pairs import ROWS, RowScores
 from tl_jets.studies.row_changes import CHUNK, Change, RowChanges
 from tl_jets.studies.vocabularies import Vocabulary
@@ -115,10 +116,10 @@ def diff(
     Source:
         Chen et al., arXiv 2410.06024, section 5.3.
     """
-    if change not in ("probability", "logprob") or top_k < 1 or not 0 <= at_least <= 1:
+    check_integers(1, top_k=top_k)
+    if change not in ("probability", "logprob") or not 0 <= at_least <= 1:
         raise ValueError(
-            f'change must be "probability" or "logprob", top_k 1 or more and at_least in 0..1; got {change!r}, {top_k} and '
-            f"{at_least}."
+            f'change must be "probability" or "logprob", and at_least in 0..1; got {change!r} and {at_least}.'
         )
     before, after = RowScores(a, path), RowScores(b, path)
     Vocabulary.of(before.network).check(Vocabulary.of(after.network))

@@ -10,12 +10,15 @@ Example:
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_jets.core.measures import check_seed
+from tl_jets.options import check_choice, check_integers
 
 Reduce = Literal["mean", "sum"]
 
@@ -80,6 +83,9 @@ def bootstrap_intervals(
     Returns:
         Lower and upper ends. Shape [2, series].
     """
+    check_integers(0, resamples=resamples)
+    check_seed(seed)
+    check_choice("reduce", reduce, get_args(Reduce))
     data = values.double().numpy()
     unit = np.arange(data.shape[1]) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
     n = int(unit.max(initial=-1)) + 1

@@ -41,10 +41,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from tl_jets.core.measures import check_seed
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
+from tl_jets.options import check_integers
 from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of
@@ -169,8 +171,8 @@ def mass(
     """
     if reduce not in ("mean", "sum"):
         raise ValueError(f'reduce must be "mean" or "sum"; got {reduce!r}.')
-    if controls < 0 or bootstrap < 0:
-        raise ValueError(f"controls and bootstrap must be 0 or more; got {controls} and {bootstrap}.")
+    check_integers(0, controls=controls, bootstrap=bootstrap)
+    check_seed(seed)
     reader = RowScores(model, path)
     pairs, words_of, skipped = _read_list(reader, words, tokenize)
     # Sorted, so that nothing depends on the order of the list.

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.ngrams.tables import NgramTable, rounded
+from tl_jets.options import check_integers
 
 # How far the sum of float32 probabilities may be from one.
 NORMALIZED = 1e-4
@@ -134,6 +135,7 @@ def hit_ratio(table: NgramTable, reference: NgramTable, n: int) -> float:
         >>> hit_ratio(jet_bigrams(model, "mlps", top_k=50), jet_bigrams(model, "mlps", top_k=20), 20)
         1.0
     """
+    check_integers(1, n=n)
     check_same_vocabulary(table, reference)
     if not 1 <= n <= min(len(table), len(reference)):
         raise ValueError(

@@ -1,0 +1,41 @@
+"""Options that are whole numbers or one of a few words: what is none of them is refused by its name.
+
+Example:
+    >>> check_integers(1, top_k=3)
+    >>> check_integers(1, top_k=2.5)
+    Traceback (most recent call last):
+    TypeError: top_k must be an integer >= 1; got 2.5.
+    >>> check_choice("per", "column", ("global", "row"))
+    Traceback (most recent call last):
+    ValueError: per must be one of ('global', 'row'); got 'column'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+
+def check_integers(least: int, /, **given: Any) -> None:
+    """Refuse options that are not whole numbers from `least` up.
+
+    Raises:
+        TypeError: One is no integer (True and 2.0 are none).
+        ValueError: One is smaller.
+    """
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be an integer >= {least}; got {value}.")
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuse an option that is not one of its values.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in known):
+        raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r}.")
