@@ -37,8 +37,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.measures import check_seed
+from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
-from tl_jets.options import check_integers
 
 # Vectors that run through the graph at once, unless the caller says otherwise.
 CHUNK_SIZE = 32

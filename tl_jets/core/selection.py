@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
-from tl_jets.jets.expand import CENTER_SCALES
-from tl_jets.options import check_integers
 
 # Tokens by text or id, the same everywhere; a list of such lists, one a prompt; or a tensor of ids [batch, pos, target].
 TargetInput = str | int | Sequence[str | int] | Sequence[Sequence[str | int]] | Tensor

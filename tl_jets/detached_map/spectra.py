@@ -52,6 +52,7 @@ from torch import Tensor
 from tl_jets.core.linear_map import MAX_BYTES, size_text
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.readout import TopTokens
 from tl_jets.core.selection import Rows
@@ -59,7 +60,6 @@ from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace, trace_of
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
 from tl_jets.detached_map.decoding import Directions
-from tl_jets.options import check_integers
 
 Maps = Literal["cumulative", "layers"]
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tl_jets.core.logit_reader import BLOCK, slices
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.free_memory import check_fits
 from tl_jets.ngrams.fingerprints import fingerprint
@@ -32,7 +33,6 @@ from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
-from tl_jets.options import check_integers
 
 Per = Literal["global", "row"]
 

@@ -41,8 +41,8 @@ from torch import Tensor
 
 from tl_jets.core.atomic_files import write_atomically
 from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import visible, writable
-from tl_jets.options import check_integers
 
 # In the metadata of a Parquet schema.
 METADATA_KEY = b"tl_jets.ngrams"

@@ -81,14 +81,14 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.jets.cache import Check, JetCache
 from tl_jets.jets.centers import Center
-from tl_jets.jets.expand import CenterScale, Expansion, jet_expand
-from tl_jets.options import check_integers
+from tl_jets.jets.expand import Expansion, jet_expand
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.graph import count_text
 from tl_jets.paths.tangents import Tangents, norm_paths

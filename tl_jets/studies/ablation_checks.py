@@ -45,12 +45,12 @@ from torch import Tensor
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import CallableModel, ResidualNetwork
 from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import some
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import jet_trigrams
-from tl_jets.options import check_choice, check_integers
 from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.studies.vocabularies import check_table
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown
+from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.ngrams import fingerprint, jet_bigrams_by_path
 from tl_jets.ngrams.jobs import FILE_NAME
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, VocabularyStreams, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.options import check_integers
 from tl_jets.studies.overlap import hit_ratio, share_found
 from tl_jets.studies.pairs import PairInput, RowScores, read_pairs
 from tl_jets.studies.text_comparison import best_joint

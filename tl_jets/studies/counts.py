@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.options import check_choice, check_integers
 
 CountScore = Literal["logcount", "logprob"]
 TokenInput = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.measures import check_seed
-from tl_jets.options import check_choice, check_integers
+from tl_jets.core.options import check_choice, check_integers
 
 Reduce = Literal["mean", "sum"]
 

@@ -43,10 +43,10 @@ from torch import Tensor
 
 from tl_jets.core.measures import check_seed
 from tl_jets.core.notebook import Shown
+from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.options import check_integers
 from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of

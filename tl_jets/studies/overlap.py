@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.options import check_integers
 from tl_jets.ngrams.tables import NgramTable, rounded
-from tl_jets.options import check_integers
 
 # How far the sum of float32 probabilities may be from one.
 NORMALIZED = 1e-4

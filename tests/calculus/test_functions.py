@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tl_jets.calculus import Series, jet
 
-TABLE = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "supported_functions.py"))
+TABLE = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "supported_functions.py"))
 CALLS = list(TABLE["calls"]())
 RESULTS = {call: TABLE["through"](call) for call in CALLS}
 THROUGH = [call for call, found in RESULTS.items() if isinstance(found, Tensor)]
