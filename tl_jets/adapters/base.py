@@ -14,13 +14,16 @@ stream to the device of the block and its writes back.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import wraps
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -40,8 +43,27 @@ from tl_jets.adapters.reading import (
 )
 from tl_jets.adapters.ready_cache import read_cache
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.decoder import Decoder, version
-from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
+from tl_jets.core.changes import Watch, look
+from tl_jets.core.decoder import Decoder
+from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, State, Step, tolerance
+
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def lock_of(model: Any) -> Any:
+    """The lock that a thread holds while it has hooks on a model or evaluates its modules: others wait."""
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
+def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a view, under the lock of its model."""
+
+    @wraps(method)
+    def locked(self: TransformerLensView, *args: Any, **kwargs: Any) -> Any:
+        with lock_of(self.model):
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class TransformerLensView(ABC):
@@ -51,30 +73,19 @@ class TransformerLensView(ABC):
         refuse_unsupported(model)
         self.model = model
         self.cfg = model.cfg
-        self.blocks = list(model.blocks)
-        self.n_layers = len(self.blocks)
-        self._parameters = list(model.parameters())
-        parameter = next(
-            p for p in self._parameters if p.is_floating_point() and p.itemsize > 1
-        )  # quantized ones are not
-        self.input_device, self.device = parameter.device, model.W_U.device
-        self.native_dtype = parameter.dtype
-        self.dtype = working_dtype(parameter.dtype)
+        self.n_layers = len(model.blocks)
         called = str(getattr(self.cfg, "model_name", None) or "custom")  # a local directory goes by its last part
         self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
-        # `hook_dict` is made anew at every access on a bridge; several names may stand for one point.
-        self.hook_dict = dict(model.hook_dict)
-        self._points = list({id(point): point for point in self.hook_dict.values()}.values())
-        self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
-        self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
-        self.stream_names = self._read_stream_names()
         self.checked: set[Hashable] = set()  # what heads and neurons were compared with the model, see there
-        self._post_norms: dict[tuple[int, str], tuple[int, Norm]] = {}
+        self._watches = [Watch() for _ in range(1 + self.n_layers)]
+        self._read_state: list[int] = [0] * len(self._watches)
+        self._post_norms: dict[tuple[int, str], Norm | None] = {}
+        self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
+        self.follow()
         for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
             # Where a hook is inside one now, or none is understood: refused where it is needed.
             with suppress(ValueError, NotImplementedError):
                 self.post_norm(layer, which)
-        self.decoder = self._decoder()
 
     @property
     def tokenizer(self) -> Any:
@@ -172,10 +183,71 @@ class TransformerLensView(ABC):
 
     # Recording
 
-    def hook_state(self) -> Hashable:
-        """The user's forward hooks now on the model, by torch's own numbers, never given twice, and the version of its weights."""
-        hooks = (tuple(handle.hook.id for handle in point.fwd_hooks) for point in self._points if point.fwd_hooks)
-        return *hooks, version(*self._parameters)
+    @contextmanager
+    def hooks(self, hooks: list[tuple[str, Any]]) -> Iterator[None]:
+        """`model.hooks`, which no other thread's traces and evaluations see."""
+        with lock_of(self.model), self.model.hooks(hooks):
+            yield
+
+    @_alone
+    def hook_state(self, layer: int | None = None) -> State:
+        """Forward hooks (TransformerLens' and PyTorch's) and the state of the weights: outside of the blocks, then by block.
+
+        Args:
+            layer: Of this block alone; -1 for what is outside of the blocks.
+
+        Raises:
+            ValueError: A module is in training mode.
+        """
+        if len(self.model.blocks) != self.n_layers:
+            raise ValueError(
+                f"A network is of the blocks that its model had; it had {self.n_layers} and has {len(self.model.blocks)} now. "
+                f"Make the ResidualNetwork again."
+            )
+        parts = range(self.n_layers + 1) if layer is None else [layer + 1]
+        return tuple(self._part_state(part) for part in parts)
+
+    def _part_state(self, part: int) -> tuple[tuple[int, ...], int]:
+        blocks = list(self.model.blocks)
+        roots = (
+            [blocks[part - 1]] if part else [self.model, *filter(None, [getattr(self.model, "original_model", None)])]
+        )
+        found = look(roots, without=() if part else blocks)
+        if found.is_training:
+            refuse_training(self.model)
+        return found.hooks, self._watches[part].number(found.weights, found.modules)
+
+    @_alone
+    def follow(self, *, everywhere: bool = True) -> State:
+        """Read anew what is kept of the model, where its modules or weights are no longer those that it was read from.
+
+        Args:
+            everywhere: Look at the blocks, too, not only at what is outside of them: embedding, final norm and unembedding.
+
+        Returns:
+            `hook_state` of what was looked at.
+        """
+        state = self.hook_state(None if everywhere else -1)
+        changed = [part for part, (_, number) in enumerate(state) if number != self._read_state[part]]
+        if changed:
+            model = self.model
+            # Those of quantized models hold other numbers.
+            parameter = next(p for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
+            self.blocks = list(model.blocks)
+            self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
+            self._reasons.clear()
+            self.input_device, self.device = parameter.device, model.W_U.device
+            self.native_dtype = parameter.dtype
+            self.dtype = working_dtype(parameter.dtype)
+            self.hook_dict = dict(model.hook_dict)  # made anew at every access on a bridge
+            self.stream_names = self._read_stream_names()
+            if 0 in changed:
+                self.decoder = self._decoder()
+        for part in changed:
+            for which in get_args(Sublayer):
+                self._post_norms.pop((part - 1, which), None)
+            self._read_state[part] = state[part][1]
+        return state
 
     def _hooks_on(self, name: str) -> bool:
         point = self.hook_dict.get(name)
@@ -190,9 +262,10 @@ class TransformerLensView(ABC):
         del tokens
         return True
 
+    @_alone
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """One forward pass (or a ready cache), as streams, writes, edits and sources that add up."""
-        refuse_training(self.model)
+        state = self.follow()
         tokens, valid = read_input(self.model, text_or_tokens)
         is_text = isinstance(text_or_tokens, str) or isinstance(text_or_tokens[0], str)
         if attention_mask is not None:
@@ -206,7 +279,6 @@ class TransformerLensView(ABC):
                 )
             attention_mask = valid.long()
         hooked = {name for name in self.stream_names if self._hooks_on(name)}
-        state = self.hook_state()
         calls, logits = None, None
         if cache is None:
             saved, calls, logits = self.forward(tokens, attention_mask)
@@ -234,6 +306,7 @@ class TransformerLensView(ABC):
             names += [f"blocks.{layer}.hook_{kind}" for kind in kinds]
         return names
 
+    @_alone
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
     ) -> tuple[dict[str, Tensor], Any, Any]:
@@ -266,7 +339,7 @@ class TransformerLensView(ABC):
         """Logits of a forward pass under some hooks; None where it stops at the hook `until`, once the others there have run."""
         stops = [] if until is None else [(until, _stop)]
         try:
-            with self.model.hooks([*hooks, *stops]):
+            with self.hooks([*hooks, *stops]):
                 return self._run(tokens, attention_mask)
         except _StoppedError:
             return None
@@ -406,11 +479,12 @@ class TransformerLensView(ABC):
     @contextmanager
     def replaying(self, layer: int) -> Iterator[None]:
         """Replay modules of a block in the right precision, and remove what that leaves on them."""
-        try:
-            with self.precision():
-                yield
-        finally:
-            self.forget_replay(layer)
+        with lock_of(self.model):
+            try:
+                with self.precision():
+                    yield
+            finally:
+                self.forget_replay(layer)
 
     def calls_of(self, recording: Recording) -> Any:
         """Call arguments of the recorded forward pass; a trace made from a cache gets them on first use."""
@@ -430,14 +504,11 @@ class TransformerLensView(ABC):
         return write
 
     def post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
-        """The norm between a sublayer and the stream, if any; read when the view is made, and after changes of its weights."""
-        module = self._post_norm_module(layer, which)
-        if module is None:
-            return None
-        now = version(*module.parameters())
-        if self._post_norms.get((layer, which), (None,))[0] != now:
-            self._post_norms[layer, which] = now, self._read_norm(module)
-        return self._post_norms[layer, which][1]
+        """The norm between a sublayer and the stream, if any; read when the view is made, and after changes of the block."""
+        if (layer, which) not in self._post_norms:
+            module = self._post_norm_module(layer, which)
+            self._post_norms[layer, which] = None if module is None else self._read_norm(module)
+        return self._post_norms[layer, which]
 
     def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
         """What parts of a sublayer's output `out` are of its write: at the post-norm's own scale, without its bias."""

@@ -44,7 +44,7 @@ def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tupl
     """What reaches W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
     grabbed: list[Tensor] = []
     name = f"blocks.{layer}.attn.hook_z"
-    with view.model.hooks([(name, lambda z, hook: grabbed.append(z))]):
+    with view.hooks([(name, lambda z, hook: grabbed.append(z))]):
         out = view.call_attn(calls, layer, stream)
     if not grabbed:
         raise NotImplementedError(f"Heads need {name}, which never fired; use granularity='sublayer'.")

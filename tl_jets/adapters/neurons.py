@@ -91,7 +91,7 @@ def _output_weights(view: BlocksView, layer: int) -> tuple[Tensor, Tensor]:
 def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """What reaches W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
     grabbed: list[Tensor] = []
-    with view.model.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
+    with view.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
         write = view.call_mlp(calls, layer, stream)
     if not grabbed:
         raise _refusal(view, layer, f"blocks.{layer}.mlp.hook_post never fired")

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_jets.calculus import Norm, full_precision
+from tl_jets.core.changes import is_random
+from tl_jets.core.protocol import some
 
 _HALF = (torch.float16, torch.bfloat16)
 _EPS_NAMES = ("eps", "variance_epsilon", "layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps")
@@ -225,9 +227,22 @@ def _quantization(module: torch.nn.Module) -> str | None:
 
 
 def refuse_training(model: Any) -> None:
-    """Raise ValueError for a model in training mode, whose dropout makes every number random."""
+    """Raise ValueError for a model with modules in training mode, whose dropout makes every number random."""
     if model.training:
         raise ValueError("The model must be in evaluation mode (dropout off); it is training. Call model.eval().")
+    roots = [(f"blocks.{layer}", block) for layer, block in enumerate(getattr(model, "blocks", []))]
+    roots += [("", part) for part in (model, getattr(model, "original_model", None)) if part is not None]
+    training: dict[int, str] = {}
+    for prefix, root in roots:
+        for name, module in root.named_modules(prefix=prefix):
+            if is_random(module):
+                training.setdefault(id(module), name.replace("._original_component", ""))
+    names = dict.fromkeys(training.values())
+    if names:
+        highest = [name for name in names if name.rpartition(".")[0] not in names]
+        raise ValueError(
+            f"The model must be in evaluation mode (dropout off); {some(highest)} in it is training. Call model.eval()."
+        )
 
 
 def _option(model: Any, *names: str) -> Any:

@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.calculus.series import Series
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -97,8 +98,8 @@ def jet(
     Raises:
         TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f gives no tensor, or f
             writes a series into a plain tensor.
-        ValueError: `order` is negative, or the inputs differ in shape, dtype or device, or are not finite; or f has no
-            finite value or derivative there, or its value differs from one call to the next.
+        ValueError: `order` is negative, or the inputs differ in shape, dtype or device, or are not finite; f has no
+            finite value or derivative there, or its value differs from one call to the next; or `torch.autocast` is active.
         NotImplementedError: f uses an operation that has no Taylor rule.
 
     Source: arXiv 2410.06024, eq. 6-7.
@@ -120,6 +121,7 @@ def jet(
     for name, point in (("center", center), ("variate", variate)):
         if not torch.isfinite(point).all():
             raise ValueError(f"{name} is finite; it holds NaN or infinity. Find where they arise before expanding.")
+    refuse_autocast(center.device)
     # The argument is a fresh tensor in either case: f may write into it.
     argument = Series.line(center, variate - center, order) if order else center.detach().clone()
     out = f(argument)

@@ -307,3 +307,16 @@ def _attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raise ValueError inside `torch.autocast`, which would compute jets in another precision than the model's.
+
+    Args:
+        device: Where the model is.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            f"A model is read in its own precision (half precision in float32); torch.autocast is active on {device.type} and "
+            f"would round within it. Leave the block, or enter torch.autocast({device.type!r}, enabled=False) around the call."
+        )

@@ -61,6 +61,8 @@ from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from tl_jets.calculus import Norm
+from tl_jets.calculus.modes import refuse_autocast
+from tl_jets.core.changes import Watch
 
 # Columns of the vocabulary converted at a time where the weights need another dtype: about 32 MB of them.
 CONVERTED_ELEMENTS = 2**22
@@ -188,8 +190,9 @@ class Decoder:
     b_U: Float[Tensor, " d_vocab"] = field(repr=False)  # noqa: N815
     transform: Callable[[Tensor], Tensor] | None = None
     logit_scale: float = 1.0
-    # By the version of the weights that they are of: the last one only.
+    # By the state of the weights that they are of: the last one only.
     _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
+    _watch: Watch = field(default_factory=Watch, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.W_U.ndim != 2 or self.b_U.ndim != 1 or self.W_U.shape[1] != self.b_U.shape[0]:
@@ -235,6 +238,7 @@ class Decoder:
             ValueError: If `states` does not have the decoder's d_model.
         """
         self.check_states(states)
+        refuse_autocast(self.W_U.device)
         dtype = self.compute_dtype(states)
         rows = self.scaled(states.to(dtype)).reshape(
             -1, self.d_model
@@ -257,6 +261,7 @@ class Decoder:
             states: Shape [row, d_model].
             out: Shape [row, d_vocab]; its rows may be padded (a view of a wider buffer).
         """
+        refuse_autocast(self.W_U.device)
         states = self.scaled(states.to(out.dtype))
         if self.W_U.dtype == out.dtype:
             torch.mm(states, self.W_U, out=out)
@@ -316,7 +321,7 @@ class Decoder:
         return scale if torch.allclose(mapped, scale * probe, rtol=1e-6, atol=0) else None
 
     def metric(self, centered: bool) -> Metric:
-        """The metric of logit vectors, computed at the first call and kept until `W_U` or `b_U` is changed in place.
+        """The metric of logit vectors, computed at the first call and kept until `W_U` or `b_U` is changed.
 
         Args:
             centered: Take the mean over the vocabulary off each logit vector: lengths and angles then ignore the
@@ -325,7 +330,7 @@ class Decoder:
         Returns:
             The metric, in float64 on the device of `W_U`.
         """
-        now = version(self.W_U, self.b_U)
+        now = self._watch.number([self.W_U, self.b_U])
         if now not in self._metrics:
             self._metrics.clear()
             self._metrics[now] = self._both_metrics()
@@ -363,14 +368,6 @@ class Decoder:
 def in_unit(unit: str) -> str:
     """How a unit is written behind what is measured in it: plain logits need no word."""
     return "" if unit == LOGITS_UNIT else f", in {unit}"
-
-
-def version(*tensors: Tensor) -> int:
-    """How often tensors, or others that share their memory, were changed in place, as autograd counts it.
-
-    Changes through `.data` and of tensors made in inference mode are not counted.
-    """
-    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
 
 def _add_gram(gram: Tensor, columns: Tensor) -> None:

@@ -111,7 +111,7 @@ class FrozenNetwork:
         if key not in trace.memo:
             stages = tuple(FrozenStage.of(trace, stage) for stage in trace.network.stages)
             final = trace[FINAL_STREAM]
-            scale = norm_jet(trace.network.decoder.norm, final, final, 0).alpha[0]
+            scale = norm_jet(trace.decoder.norm, final, final, 0).alpha[0]
             trace.memo[key] = cls(trace, stages, scale[..., None])
         return trace.memo[key]
 
@@ -144,7 +144,7 @@ class FrozenNetwork:
         self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
     ) -> Float[Tensor, "path batch out_pos d_model"]:
         """D x at some positions: what the unembedding reads of parts of the last stream, without biases."""
-        norm = self.trace.network.decoder.norm
+        norm = self.trace.decoder.norm
         return norm.scale(norm.center(values[..., positions, :])) * self.final_scale[:, positions]
 
     def terms(
@@ -157,7 +157,7 @@ class FrozenNetwork:
         self, functionals: Float[Tensor, "many batch out_pos d_model"], positions: list[int]
     ) -> Float[Tensor, "many out_pos batch pos d_model"]:
         """D' u, for functionals of what the unembedding reads, each at one of the positions."""
-        norm, final = self.trace.network.decoder.norm, self.trace[FINAL_STREAM]
+        norm, final = self.trace.decoder.norm, self.trace[FINAL_STREAM]
         rows = norm.center(norm.scale(functionals)) * self.final_scale[:, positions]
         found = final.new_zeros(len(rows), len(positions), *final.shape)
         for index, position in enumerate(positions):
@@ -184,7 +184,7 @@ def affine_terms(
         A_s x_i of every step that reads the stream, and the constants in the order of `affine_labels`.
     """
     if stage is None:
-        norm, final = trace.network.decoder.norm, trace[FINAL_STREAM]
+        norm, final = trace.decoder.norm, trace[FINAL_STREAM]
         linear = frozen_norm(replace(norm, bias=None), values, final.expand_as(values)).value()
         return linear[None], norm.add_bias(torch.zeros_like(final))[None]
     frozen_stage = FrozenStage.of(trace, stage)

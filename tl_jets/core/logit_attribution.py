@@ -61,7 +61,7 @@ class Yardstick:
     @torch.no_grad()
     def of(cls, trace: Trace, rows: Rows, targets: TargetInput | None) -> Yardstick:
         """Measure a trace's logits at some positions, and at targets; None for the model's best token."""
-        return cls.at(trace.network, rows, trace.network.decoder.norm(rows.take(trace[FINAL_STREAM])), targets)
+        return cls.at(trace.network, rows, trace.decoder.norm(rows.take(trace[FINAL_STREAM])), targets)
 
     @classmethod
     @torch.no_grad()

@@ -50,6 +50,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import (
     DECODER_STEP,
@@ -59,6 +60,7 @@ from tl_jets.core.protocol import (
     ModelView,
     Recording,
     Stage,
+    State,
     Step,
     some,
 )
@@ -72,8 +74,8 @@ class ResidualNetwork:
     """A model as a sequence of stages, with a decoder; it owns what is computed once per model.
 
     The model is never changed. Keep the object and pass it instead of the model where a function is called often:
-    the self-check and the metric of the unembedding are then computed once, and again where weights were changed in place
-    (through `.data`, or by other parameters in their place, nobody sees it: make a new network then).
+    the self-check and the metric of the unembedding are then computed once, and again where weights were changed, in whatever
+    way, or others took their place (`tl_jets.core.changes` says how that is noticed).
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, a `CallableModel`, or a network (returned at another
@@ -100,7 +102,8 @@ class ResidualNetwork:
         self.granularity: Granularity = granularity
         self.view: ModelView = model.view if isinstance(model, ResidualNetwork) else _view(model)
         self._checked: set[Hashable] = model._checked if isinstance(model, ResidualNetwork) else set()
-        self.decoder = self.view.decoder
+        if isinstance(model, ResidualNetwork):
+            self.view.follow(everywhere=False)
         self.neurons = tuple(dict.fromkeys([neurons] if isinstance(neurons, str) else neurons))
         self.stages = self._with_neurons(self.view.stages(granularity))
         self._step_of = {step.label: step for stage in self.stages for step in stage.steps}
@@ -110,6 +113,26 @@ class ResidualNetwork:
             f"ResidualNetwork({self.view.name}, granularity={self.granularity!r}: {len(self.stages)} stages, "
             f"{len(self.steps)} writes, d_model={self.decoder.W_U.shape[0]}, d_vocab={self.decoder.W_U.shape[1]})"
         )
+
+    @property
+    def decoder(self) -> Decoder:
+        """Final norm and unembedding, as the model last had them: at a trace, or when it was passed as a network."""
+        return self.view.decoder
+
+    def decoder_at(self, state: State) -> Decoder:
+        """The decoder, for what was made with the weights of a state of the model, as `hook_state` says it.
+
+        Raises:
+            ValueError: Weights outside of the model's blocks were changed since, or `torch.autocast` is active.
+        """
+        refuse_autocast(self.decoder.W_U.device)
+        now, then = self.view.hook_state(-1), state[:1]
+        if [weights for _, weights in now] != [weights for _, weights in then]:
+            raise ValueError(
+                "What a trace gave is decoded with the weights with which it was made; those of the final norm, the unembedding "
+                "or the embedding have changed since. Trace again."
+            )
+        return self.decoder
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -160,6 +183,7 @@ class ResidualNetwork:
             ValueError: As the constructor: an unknown granularity, or a model in training mode.
         """
         network = model if isinstance(model, cls) else cls(model)
+        network.view.follow(everywhere=False)
         return network if granularity is None else network.at(granularity)
 
     def at(self, granularity: Granularity) -> ResidualNetwork:
@@ -249,6 +273,7 @@ class ResidualNetwork:
         Cost:
             One forward pass; with a cache an embedding and the first attention.
         """
+        refuse_autocast(self.decoder.W_U.device)
         trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache))
         check_decoder(trace)
         return trace
@@ -324,8 +349,14 @@ class CallableModel:
         gammas = self.gammas[stage.steps[0].layer]
         return torch.stack([gammas[step.label](stream) for step in stage.steps])
 
-    def hook_state(self) -> Hashable:
+    def hook_state(self, layer: int | None = None) -> State:
         """Plain functions carry no hooks."""
+        del layer
+        return ()
+
+    def follow(self, *, everywhere: bool = True) -> State:
+        """Nothing is kept of plain functions."""
+        del everywhere
         return ()
 
 

@@ -17,6 +17,8 @@ from tl_jets.core.decoder import Decoder
 
 Granularity = Literal["block", "sublayer", "head"]
 StepKind = Literal["block", "attn", "mlp", "head", "attn_bias", "neuron", "mlp_rest", "mlp_bias", "callable"]
+# Outside of the blocks, then by block: the numbers of the hooks now on it, and of the state of its weights.
+State = tuple[tuple[tuple[int, ...], int], ...]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "sublayer", "head")
 
 FINAL_STREAM = "final_post"
@@ -95,7 +97,7 @@ class Recording:
     writes: dict[str, Tensor]
     edits: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     logits: Tensor | None = None
-    hook_state: Hashable = ()
+    hook_state: State = ()
     calls: Any = None
     accuracy: float = 1e-5
     memo: dict[Hashable, Any] = field(default_factory=dict)
@@ -130,8 +132,12 @@ class ModelView(Protocol):
         """The stage's writes at any `stream` [batch, pos, d_model], stacked: [write, batch, pos, d_model]."""
         ...
 
-    def hook_state(self) -> Hashable:
-        """What identifies the user's hooks now in force, and the state of the weights."""
+    def hook_state(self, layer: int | None = None) -> State:
+        """What identifies the hooks now in force, and the state of the weights; of one block, or of what is outside (-1)."""
+        ...
+
+    def follow(self, *, everywhere: bool = True) -> State:
+        """Read anew what is kept of the model (its decoder), where its weights are no longer those that it was read from."""
         ...
 
 

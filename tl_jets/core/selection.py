@@ -80,9 +80,9 @@ def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
 
     Float64 models may have cast to float32 inside, and a transform (a softcap) cannot be undone exactly.
     """
-    if trace.logits is None or trace.network.decoder.transform is not None or trace.logits.dtype != torch.float32:
+    if trace.logits is None or trace.decoder.transform is not None or trace.logits.dtype != torch.float32:
         return None
-    same = trace[FINAL_STREAM].dtype == trace.network.decoder.W_U.dtype == torch.float32
+    same = trace[FINAL_STREAM].dtype == trace.decoder.W_U.dtype == torch.float32
     return rows.pick(trace.logits) if same else None
 
 

@@ -221,7 +221,7 @@ class Chain:
 
     def truth(self, output: str) -> Tensor:
         """The model's own output [batch, out_pos, width]."""
-        trace, decoder = self.trace, self.trace.network.decoder
+        trace, decoder = self.trace, self.trace.decoder
         if output not in (LOGITS, DECODER_STEP):
             return trace[output][:, self.positions]
         if output == LOGITS and decoder.transform is None and trace.logits is not None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import frozen, full_precision
+from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.network import CallableModel, ResidualNetwork
 
 
@@ -58,6 +59,7 @@ def detached(model: Any) -> Iterator[None]:
 
 def _check_affine(model: Any) -> None:
     """A random projection v of the output: v'output = (J'v)'x + v'bias, with x the first stream."""
+    from tl_jets.adapters.base import lock_of
     from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
     if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
@@ -73,6 +75,7 @@ def _check_affine(model: Any) -> None:
                 f"Every block must be one that can be frozen; block {layer} of {type(model).__name__} is not: {reason}. Direct "
                 f"attribution freezes the final norm only: jet_expand(model, 'ln_final', ..., linearize='detached')."
             )
+    refuse_autocast(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(0)
     length = min(4, getattr(model.cfg, "n_ctx", None) or 4)
     tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator).to(next(model.parameters()).device)
@@ -87,7 +90,7 @@ def _check_affine(model: Any) -> None:
         first.append(stream.detach().clone().requires_grad_())
         return first[-1]
 
-    with torch.inference_mode(False), _without_hooks(model), full_precision():
+    with lock_of(model), torch.inference_mode(False), _without_hooks(model), full_precision():
         with torch.enable_grad(), frozen(record=tape):
             found = output(leaf)
         probe = torch.randn(found.shape, generator=generator, dtype=torch.float64).to(found)

@@ -38,7 +38,7 @@ class Directions:
     @property
     def decoder(self) -> Decoder:
         """The model's decoder."""
-        return self.trace.network.decoder
+        return self.trace.decoder
 
     @property
     def is_normalized(self) -> bool:

@@ -142,7 +142,7 @@ def ablation_effect(
         reference = network.trace(reference)
 
     def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
-        with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+        with network.view.hooks(hooks):  # type: ignore[attr-defined]
             return additive_logits(network.trace(trace.tokens, attention_mask=mask), places)
 
     labels = [str(ablation) for ablation in ablations]

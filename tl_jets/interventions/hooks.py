@@ -347,7 +347,7 @@ def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any
         found[name] = tensor.detach()
 
     hooks = [(name, lambda tensor, hook, name=name: grab(tensor, hook, name)) for name in points]
-    with network.view.model.hooks(hooks):  # type: ignore[attr-defined]
+    with network.view.hooks(hooks):  # type: ignore[attr-defined]
         run()
     return found
 

@@ -280,7 +280,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         The logits of all paths sum to the logits of the expansion: each carries its share w_i of b_U.
         """
         self._require_decoded("logits")
-        decoder = self.trace.network.decoder
+        decoder = self.trace.decoder
         if path is None:
             return decoder.logits(self.stack().sum(0))
         return decoder.logits(self[path], self.weights[self.labels.index(str(path))])
@@ -291,7 +291,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         The vocabulary is read in chunks; [path, batch, pos, d_vocab] is never held.
         """
         self._require_decoded("top tokens")
-        return top_tokens(self.trace.network.decoder, self.stack(), bias_weight=self.weights, k=k)
+        return top_tokens(self.trace.decoder, self.stack(), bias_weight=self.weights, k=k)
 
     def to(self, device_or_dtype: Any) -> JetCache:
         """A cache on another device or in another dtype, which is not that of `solution`; this one is unchanged."""

@@ -58,7 +58,7 @@ def check_terms(cache: JetCache) -> Check:
 def _sum_error(cache: JetCache) -> float:
     """`truth` against the model's logits, or against its next stream."""
     trace, stage, found = cache.trace, cache.expansion.stage, cache.truth
-    decoder = trace.network.decoder
+    decoder = trace.decoder
     if stage is not None:
         own = trace[trace.network.next_stream(stage)]
     elif trace.logits is None:
@@ -71,7 +71,7 @@ def _sum_error(cache: JetCache) -> float:
 def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Expected]:
     """Centers and coefficients of Taylor polynomials, whose slopes are noted."""
     expansion, trace = cache.expansion, cache.trace
-    norm, stage, variate = trace.network.decoder.norm, expansion.stage, trace[expansion.stream]
+    norm, stage, variate = trace.decoder.norm, expansion.stage, trace[expansion.stream]
     gammas, ones = _gammas(cache), torch.ones_like(cache.weights[0])
     for center, weight in zip(expansion.centers, cache.weights, strict=True):
         value = center.evaluate(trace)
@@ -119,7 +119,10 @@ def _edits(cache: JetCache) -> Iterator[_Expected]:
 def _gammas(cache: JetCache) -> Gammas:
     """The writes of the expansion's stage, stacked; at the decoder the final norm."""
     trace, stage = cache.trace, cache.expansion.stage
-    return trace.stage_function(stage) if stage is not None else lambda x: trace.network.decoder.norm(x)[None]
+    if stage is not None:
+        return trace.stage_function(stage)
+    norm = trace.decoder.norm
+    return lambda x: norm(x)[None]
 
 
 def _frozen(gammas: Gammas, stream: Tensor) -> Gammas:

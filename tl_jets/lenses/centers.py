@@ -19,9 +19,11 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import directions
+from tl_jets.core.decoder import Decoder
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import State
 from tl_jets.core.selection import Rows
 
 
@@ -37,6 +39,7 @@ class Centers:
         beta: Coefficients of w * h_L [center, row].
         rho: Radius ratios [center, row].
         constants: The multiple of the norm's bias and of b_U that each center carries [center].
+        state: Of the weights that the jets are of.
     """
 
     network: ResidualNetwork
@@ -46,6 +49,12 @@ class Centers:
     beta: Float[Tensor, "center row"]
     rho: Float[Tensor, "center row"]
     constants: Float[Tensor, " center"]
+    state: State
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that the jets are of, for what is read later; refused once its weights have changed."""
+        return self.network.decoder_at(self.state)
 
     @classmethod
     def of(
@@ -57,7 +66,8 @@ class Centers:
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
         jets, constants = series.value(order), values.new_ones(len(values))
-        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
+        state = network.view.hook_state(-1)
+        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants, state)
 
     @classmethod
     def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
@@ -67,7 +77,7 @@ class Centers:
         constants = values.new_zeros(len(values))
         constants[-1] = 1
         alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
-        found = cls(network, rows, values, alpha, beta, linear.rho, constants)
+        found = cls(network, rows, values, alpha, beta, linear.rho, constants, network.view.hook_state(-1))
         return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
 
     def _with_constants(self, linear: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class JointJetLens(LensResult):
         """
         centers = self._centers
         bias_weight = centers.constants[:, None].expand(centers.jets.shape[:-1])
-        found = top_tokens(centers.network.decoder, centers.jets, bias_weight=bias_weight, k=k)
+        found = top_tokens(centers.decoder, centers.jets, bias_weight=bias_weight, k=k)
         spread = centers.rows.spread
         return TopTokens(spread(found.values, -2), spread(found.indices, -2, -1))
 
@@ -173,7 +173,7 @@ class JointJetLens(LensResult):
         Returns:
             Additive logits beyond the mean of the vocabulary, best first, and ids [center, place, k]; NaN and -1 at padding.
         """
-        centers, decoder = self._centers, self._centers.network.decoder
+        centers, decoder = self._centers, self._centers.decoder
         wanted = list(range(len(self.positions))) if places is None else [p % len(self.positions) for p in places]
         keep = centers.rows.keep
         here = keep[prompt, wanted]
@@ -198,7 +198,7 @@ class JointJetLens(LensResult):
         `control_uniform` against `control` for random centers. Read when first asked for: two rows of the product with W_U.
         """
         centers, (total, variate) = self._centers, self._random
-        decoder, rows = centers.network.decoder, centers.rows
+        decoder, rows = centers.decoder, centers.rows
         with torch.no_grad():
             scan = _scan_sums(centers.network, total[None], total.new_zeros(len(total)), variate, 1, CHUNK_SIZE, None)
             found = geometry(decoder, total[None], decoder.norm(variate.double()))

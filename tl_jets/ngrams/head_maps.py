@@ -139,7 +139,7 @@ class HeadReader:
         found: dict[str, Tensor] = {}
         padded = stream.new_zeros(self._rows, 1, stream.shape[1])
         padded[: len(stream), 0] = stream
-        with self.view.model.hooks(self._savers(found, "hook_z")):
+        with self.view.hooks(self._savers(found, "hook_z")):
             self.network.view.writes(self._recording, self._attention, padded)
         query, key = self._query_and_key(found)
         value = found["hook_z"].unflatten(-1, (self.n_heads, -1)) if found["hook_z"].ndim == 3 else found["hook_z"]

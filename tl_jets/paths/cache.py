@@ -79,12 +79,12 @@ class PathCache(JetCache):
 
     def remainder_logits(self) -> Float[Tensor, "*batch out_pos d_vocab"]:
         """The model's additive logits less those of all paths."""
-        return self.trace.network.decoder.logits(self.remainder, 1 - self.weights.sum(0))
+        return self.trace.decoder.logits(self.remainder, 1 - self.weights.sum(0))
 
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch out_pos d_vocab"]:
         """Additive logits (before a final softcap) of one path, or of all of them together."""
         if path is None:
-            return self.trace.network.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
+            return self.trace.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
         return super().logits(path)
 
     def statistics(self, *, by: By = "path", targets: TargetInput | None = None) -> PathStatistics:
@@ -136,7 +136,7 @@ class PathCache(JetCache):
                 "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
                 "or of a trace without logits. Look at `remainders`, or at relative_remainder."
             )
-        found = self.trace.network.decoder.transformed(self.logits())
+        found = self.trace.decoder.transformed(self.logits())
         own = self.here(self.trace.logits).to(found)
         error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
         return Check(error, {}, 1)
