@@ -195,6 +195,129 @@ HF_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# --- more families, raw and on the bridge only: `tests/test_families.py` runs every tool once on each ----------------
+
+_LN = {"layer_norm_eps": 1e-3}
+_HEAD = {"head_dim": 8}
+_HALF_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 200.0, "partial_rotary_factor": 0.5}}
+_LOCAL = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_LATENT = {
+    "num_key_value_heads": N_HEADS,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 6,
+}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_RECURRENT = {"vocab_size": D_VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "StableLM": ("StableLmConfig", _LLAMA | _HALF_ROPE | _LN | {"hidden_size": 32, "use_qkv_bias": True}),
+    "Falcon": (
+        "FalconConfig",
+        _RECURRENT
+        | {"num_attention_heads": N_HEADS, "ffn_hidden_size": D_MLP, "alibi": False, "multi_query": True, "bias": True},
+    ),
+    "MPT": (
+        "MptConfig",
+        {"vocab_size": D_VOCAB, "d_model": 24, "n_layers": 2, "n_heads": N_HEADS, "max_seq_len": N_CTX},
+    ),
+    "StarCoder2": ("Starcoder2Config", _LLAMA | _ROPE | {"norm_epsilon": 1e-3, "use_bias": True, "sliding_window": 4}),
+    "Cohere 2": ("Cohere2Config", _LLAMA | _ROPE | _LN | _HEAD | _LOCAL | {"logit_scale": 0.5}),
+    "SmolLM3": ("SmolLM3Config", _LLAMA | _ROPE | _EPS | {"no_rope_layers": [1, 0]}),
+    "OLMo 3": ("Olmo3Config", _LLAMA | _EPS | _LOCAL),
+    "GLM": ("GlmConfig", _LLAMA | _HALF_ROPE | _EPS | _HEAD),
+    "GLM-4": ("Glm4Config", _LLAMA | _HALF_ROPE | _EPS | _HEAD),
+    "Nemotron": ("NemotronConfig", _LLAMA | _HALF_ROPE | _HEAD | {"norm_eps": 1e-3}),
+    "Exaone 4": ("Exaone4Config", _LLAMA | _ROPE | _EPS | _LOCAL),
+    "GPT-BigCode": ("GPTBigCodeConfig", _GPT | {"multi_query": True}),
+    "Arcee": ("ArceeConfig", _LLAMA | _ROPE | _EPS),
+    "Ernie 4.5": ("Ernie4_5Config", _LLAMA | _ROPE | _EPS | {"use_bias": True, "head_dim": 6}),
+    "HunYuan": ("HunYuanDenseV1Config", _LLAMA | _ROPE | _EPS | _HEAD),
+    "Seed-OSS": (
+        "SeedOssConfig",
+        _LLAMA | _ROPE | _EPS | _HEAD | {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "VaultGemma": (
+        "VaultGemmaConfig",
+        _GEMMA
+        | _ROPE
+        | _LOCAL
+        | {"query_pre_attn_scalar": 9, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
+    ),
+    "NanoChat": ("NanoChatConfig", _LLAMA | _ROPE | _EPS | {"final_logit_softcapping": 5.0}),
+}
+# What some tools cannot do: routed experts, latent attention, linear attention, state spaces, MLPs that are no modules.
+PARTLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "XGLM": (
+        "XGLMConfig",
+        {"vocab_size": D_VOCAB, "d_model": 24, "ffn_dim": D_MLP, "num_layers": 2, "attention_heads": N_HEADS}
+        | {"max_position_embeddings": N_CTX, "pad_token_id": 0},
+    ),
+    "Mixtral": ("MixtralConfig", _LLAMA | _ROPE | _EPS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen 3 MoE": (
+        "Qwen3MoeConfig",
+        _LLAMA | _ROPE | _EPS | _HEAD | _EXPERTS | {"num_experts": 4, "mlp_only_layers": [0]},
+    ),
+    "Qwen 3 MoE without experts": (
+        "Qwen3MoeConfig",
+        _LLAMA | _ROPE | _EPS | _HEAD | _EXPERTS | {"num_experts": 0, "mlp_only_layers": [0, 1]},
+    ),
+    "GLM-4 MoE": (
+        "Glm4MoeConfig",
+        _LLAMA
+        | _HALF_ROPE
+        | _EPS
+        | _HEAD
+        | _EXPERTS
+        | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "GPT-OSS": ("GptOssConfig", _LLAMA | _ROPE | _EPS | _HEAD | _LOCAL | {"num_local_experts": 4} | _EXPERTS),
+    "DeepSeek 3": (
+        "DeepseekV3Config",
+        _LLAMA
+        | _ROPE
+        | _EPS
+        | _LATENT
+        | _EXPERTS
+        | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "Youtu (latent attention)": ("YoutuConfig", _LLAMA | _ROPE | _EPS | _LATENT),
+    "Apertus": ("ApertusConfig", _LLAMA | _EPS),
+    "Qwen 3.5": ("Qwen3_5TextConfig", _LLAMA | _HALF_ROPE | _EPS | _HEAD | _DELTA),
+    "Qwen 3 Next": (
+        "Qwen3NextConfig",
+        _LLAMA
+        | _HALF_ROPE
+        | _EPS
+        | _HEAD
+        | _DELTA
+        | _EXPERTS
+        | {"num_experts": 4, "shared_expert_intermediate_size": 28},
+    ),
+    "LFM2": ("Lfm2Config", _LLAMA | _ROPE | {"norm_eps": 1e-3, "layer_types": ["conv", "full_attention"]}),
+    "Jamba": (
+        "JambaConfig",
+        _LLAMA
+        | _EPS
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"num_experts": 4, "mamba_d_state": 8, "use_mamba_kernels": False},
+    ),
+    "Mamba": ("MambaConfig", _RECURRENT | {"state_size": 8}),
+    "RecurrentGemma": (
+        "RecurrentGemmaConfig",
+        _GEMMA | {"lru_width": 24, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
+    ),
+}
+
 # What TransformerLens 3 cannot read from such a config by itself (it knows these families by name only).
 _GATED_ROTARY = {
     "positional_embedding_type": "rotary",
@@ -230,11 +353,13 @@ _POST_NORM = {"olmo2"}  # a norm after the sublayer cannot be folded into what c
 
 def hf_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A fresh Hugging Face model of the family, eager attention: the checkpoint that both worlds load."""
-    class_name, options = HF_CONFIGS[name]
+    class_name, options = (HF_CONFIGS | FAMILIES | PARTLY)[name]
     config = getattr(transformers, class_name)(**options)
     with torch.random.fork_rng(devices=[]), _quiet():
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config.architectures = [type(model).__name__]  # how TransformerLens tells the family
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # the fused one knows no float64
     randomize(model, seed)
     return model.to(dtype).eval().requires_grad_(False)
 

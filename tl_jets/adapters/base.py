@@ -409,6 +409,8 @@ class TransformerLensView(ABC):
                     f"An edit of a stream must be told from what the block wrote; block {layer} of {self.name} is one write, and a "
                     f"hook is on {block}resid_post. Put it on hook_resid_pre of the next block, or take it off."
                 )
+            else:
+                recording.writes[f"{layer}_block_out"] = post - stream
             if layer not in self.opaque and self.has_mlp(layer):
                 mlp = recording.writes[f"{layer}_mlp_out"] = saved[block + "mlp_out"]
                 if not self.is_parallel(layer):

@@ -51,8 +51,8 @@ def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tupl
     W_O = view.blocks[layer].attn.W_O
     if grabbed[-1].shape != (*stream.shape[:2], *W_O.shape[:2]):
         raise NotImplementedError(
-            f"Heads are read off {name}, [batch, pos, head, d_head] = {(*stream.shape[:2], *W_O.shape[:2])}; in {view.name} it has the "
-            f"shape {tuple(grabbed[-1].shape)}, so that its attention is not understood. Use granularity='sublayer'."
+            f"Heads are read off {name}, [batch, pos, head, d_head] = {(*stream.shape[:2], *W_O.shape[:2])}; in {view.name} it has "
+            f"shape {tuple(grabbed[-1].shape)}, and its attention is not understood. Use granularity='sublayer'."
         )
     return grabbed[-1], out
 

@@ -286,7 +286,7 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
 
 
 def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
-    """Compare heads and neurons of the sites' layers with the model, once: a hook point of another layout would be edited silently."""
+    """Compare heads and neurons of the sites' layers with the model, once: another layout would be edited silently."""
     view: Any = network.view
     state = view.hook_state()
     keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}

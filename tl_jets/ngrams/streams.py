@@ -155,7 +155,7 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
         whole = [step.label for step in network.steps if step.kind == "block"]
         if whole:
             raise NotImplementedError(
-                f'"{MLPS}" takes every MLP of the model; {some(whole)} of {network.view.name} are seen as one write each, and their '
+                f'"{MLPS}" takes every MLP of the model; {some(whole)} of {network.view.name} are one write each, and their '
                 f'MLPs not at all. Use "{DIRECT}", or name MLPs of other blocks.'
             )
         if not known:
