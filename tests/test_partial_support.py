@@ -120,7 +120,7 @@ def test_a_block_without_attention_is_one_write(name):
     model = zoo.build(zoo.ModelSpec(name, "bridge", "raw"))
     tokens = zoo.tokens(model)
     network = tj.ResidualNetwork(model)
-    assert [step.label for step in network.steps][0] == "0_block"
+    assert next(step.label for step in network.steps) == "0_block"
     with torch.no_grad(), full_precision():
         _, cache = model.run_with_cache(tokens)
     write = cache["blocks.0.hook_resid_post"] - cache["blocks.0.hook_resid_pre"]
@@ -175,3 +175,24 @@ def test_blocks_whose_streams_pass_no_hook_are_refused():
         model = zoo.TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
     with pytest.raises(NotImplementedError, match=r"nothing passed \['blocks.0.hook_resid_post'"):
         tj.iterative_jet_lens(model.eval(), zoo.tokens(model))
+
+
+def test_heads_beside_attention_sinks_have_no_constant_to_keep():
+    """Rows of the pattern sum to less than one, by position: what a head writes for a zero stream is not one constant."""
+    model = zoo.build(zoo.ModelSpec("GPT-OSS", "bridge", "raw"))
+    tokens = zoo.tokens(model)
+    with pytest.raises(NotImplementedError, match=r"attention sinks\). Use mode='mean' or 'resample'"):
+        tj.ablation_hooks(model, "L1H1")
+    with torch.no_grad(), full_precision():
+        _, cache = model.run_with_cache(tokens)
+        mean = cache["blocks.1.attn.hook_z"][:, :, 1].mean((0, 1))
+
+    def by_hand(z: Tensor, hook) -> Tensor:
+        z = z.clone()
+        z[:, :, 1] = mean
+        return z
+
+    with torch.no_grad(), full_precision():
+        found = model.run_with_hooks(tokens, fwd_hooks=tj.ablation_hooks(model, "L1H1", mode="mean", reference=tokens))
+        wanted = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_z", by_hand)])
+    assert oracles.relative_error(found, wanted) < TOLERANCE

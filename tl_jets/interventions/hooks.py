@@ -46,7 +46,7 @@ from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import CallableModel, ResidualNetwork
 from tl_jets.core.path import ARROW, Path
-from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, some
+from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
 from tl_jets.core.trace import Trace, trace_of
 from tl_jets.paths.evaluation import read_path
 
@@ -301,17 +301,23 @@ def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
 
 
 def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, Float[Tensor, " d_head"]]:
-    """Every head's z for a zero normalized input: patterns sum to one, so it is the same on any input."""
+    """Every head's z for a zero normalized input: where patterns sum to one, it is the same on any input."""
     found: dict[_Site, Tensor] = {}
     if not layers:
         return found
     network = network.at("sublayer")
     with torch.no_grad():
-        trace = network.trace(torch.zeros(1, 1, dtype=torch.long))
+        trace = network.trace(torch.tensor([[0, network.decoder.d_vocab - 1]]))
         zero = torch.zeros_like(trace[network.streams[0]])
         for layer in sorted(layers):
             gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"
-            z = _grabbing(network, [point], lambda gamma=gamma: gamma(zero))[point][0, -1]
+            z = _grabbing(network, [point], lambda gamma=gamma: gamma(zero))[point][0]
+            if relative_error(z[0], z[1]) > tolerance(z.dtype):
+                raise NotImplementedError(
+                    f"A head at zero keeps its constant, one for all positions; in block {layer} of {network.view.name} it is not, "
+                    f"for its patterns do not sum to 1 (attention sinks). Use mode='mean' or 'resample'."
+                )
+            z = z[0]
             found |= {_Site(f"L{layer}H{head}_out", layer, point, head): z[head] for head in range(len(z))}
     return found
 
