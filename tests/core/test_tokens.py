@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import pandas as pd
 import pytest
 import torch
 import zoo
 
-from tl_jets.core.tokens import decode, token_names, token_text, visible
+from tl_jets.core.tokens import check_text, decode, token_names, token_text, visible
 
 
 class Tokenizer:
     """Ids are characters; a lone token loses its leading space, as in SentencePiece tokenizers."""
 
-    words = (" the", "ing", "\n", " ", "", "\ufffd")
+    words = (" the", "ing", "\n", " ", "", "\ufffd", " \ufffd", "", "a\ud800")
+    entries: ClassVar = {4: "<0x00>", 5: "<0xE2>", 6: "\u2581<0xE2>"}
 
     def decode(self, ids):
         return "".join(self.words[i] for i in ids).removeprefix(" ")
 
+    def convert_ids_to_tokens(self, token):
+        return self.entries.get(token)
 
-@pytest.mark.parametrize(("token", "text"), list(enumerate(Tokenizer.words)))
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [*enumerate(Tokenizer.words[:4]), *Tokenizer.entries.items(), (7, "id:7"), (8, "a\\ud800")],
+)
 def test_token_text_keeps_leading_spaces(token, text):
     assert token_text(Tokenizer(), token) == text
     assert token_text(None, token) == str(token)
+
+
+def test_a_tokenizer_without_entries():
+    class Bare:
+        def decode(self, ids):
+            return "\ufffd" * len(ids)
+
+    assert token_text(Bare(), 3) == "id:3"
+
+
+def test_texts_that_tables_and_tokenizers_do_not_take():
+    with pytest.raises(ValueError, match=r"UTF-8; got a lone surrogate, '\\ud800', at character 2"):
+        check_text("A prompt", "ab\ud800")
+    pd.DataFrame({"token": [token_text(Tokenizer(), 8)]}).to_json()
 
 
 def test_a_tokenizer_that_merges_repeated_tokens():

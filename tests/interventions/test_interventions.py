@@ -151,7 +151,8 @@ def test_mean_is_over_the_real_positions_of_the_reference(spec):
     )
     hooks = ablation_hooks(model, ["L0H3", "1_mlp"], mode="mean", reference=reference)
     torch.testing.assert_close(model.run_with_hooks(tokens, fwd_hooks=hooks), expected, rtol=0, atol=1e-4)
-    unpadded = ablation_hooks(model, ["L0H3", "1_mlp"], mode="mean", reference=padded)
+    every = {"input_ids": padded, "attention_mask": torch.ones_like(mask)}
+    unpadded = ablation_hooks(model, ["L0H3", "1_mlp"], mode="mean", reference=every)
     assert (model.run_with_hooks(tokens, fwd_hooks=unpadded) - expected).abs().max() > 1e-2
 
 

@@ -932,7 +932,7 @@ def test_bad_options_are_refused(lens_of, options, error, message):
 def test_bad_inputs_are_refused(spec, lens_of):
     _model, net, tokens, _ = setting(spec)
     for text in ("", [], ["w3", ""]):
-        with pytest.raises(ValueError, match=r"prompt must have at least one character|must have shape"):
+        with pytest.raises(ValueError, match=r"prompt must have at least one character|must hold at least one prompt"):
             lens_of(net, text)
     with pytest.raises(ValueError, match="must fit the context of 32 tokens; got 41"):
         lens_of(net, " ".join(["w5"] * 40))

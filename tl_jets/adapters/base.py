@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from tl_jets.adapters.heads import head_writes
+from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.neurons import neuron_step, neuron_writes
 from tl_jets.adapters.protocol import Sublayer
 from tl_jets.adapters.reading import (
-    read_input,
-    read_mask,
     read_norm,
     refuse_training,
     refuse_unsupported,
@@ -262,22 +261,15 @@ class TransformerLensView(ABC):
         del tokens
         return True
 
+    def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
+        """Token ids of text, padded on the right, and which of them are real [batch, pos]."""
+        return read_text(self.model, text, prepend_bos)
+
     @_alone
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """One forward pass (or a ready cache), as streams, writes, edits and sources that add up."""
         state = self.follow()
-        tokens, valid = read_input(self.model, text_or_tokens)
-        is_text = isinstance(text_or_tokens, str) or isinstance(text_or_tokens[0], str)
-        if attention_mask is not None:
-            valid = read_mask(attention_mask, tokens)
-        elif not bool(valid.all()) or (is_text and getattr(self.tokenizer, "padding_side", "right") == "left"):
-            # Without a mask HookedTransformer takes leading pad tokens for padding if the tokenizer pads on the left.
-            if getattr(self.cfg, "attention_dir", "causal") == "bidirectional":
-                raise ValueError(
-                    "Prompts of unequal length are padded on the right, which bidirectional attention would see; "
-                    "pass one prompt at a time, or tokens with an attention_mask."
-                )
-            attention_mask = valid.long()
+        tokens, valid, attention_mask = read_input(self.model, text_or_tokens, attention_mask)
         hooked = {name for name in self.stream_names if self._hooks_on(name)}
         calls, logits = None, None
         if cache is None:

@@ -1,4 +1,4 @@
-"""Reading a TransformerLens model: its norms, its input, its hooks, and whether jets can serve it.
+"""Reading a TransformerLens model: its norms, its hooks, and whether jets can serve it.
 
 Attribute names differ between versions, architectures and processing steps (`w` or `weight`, offset by one or not,
 `eps` or `variance_epsilon`), so a norm is read by proposing every candidate and keeping the one that reproduces the
@@ -11,7 +11,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_jets.calculus import Norm, full_precision
@@ -87,84 +86,6 @@ def _norm_candidates(module: Any, cfg: Any, dtype: torch.dtype) -> list[Norm]:
     for kind, weight, bias, eps in product(("RMS", "LN"), weights, biases, epsilons):
         candidates.append(Norm(kind, weight=weight, bias=bias, eps=eps))
     return candidates
-
-
-def read_input(model: Any, text_or_tokens: Any) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Token ids and which of them are real.
-
-    Prompts are tokenized one by one with the model's own `to_tokens` and padded on the right: causal attention
-    cannot see what comes later, so no mask is needed and positions are those of the prompt alone.
-
-    Raises:
-        ValueError: No prompt or an empty one, too long a prompt, ids outside the vocabulary, a wrong shape.
-        TypeError: Neither text nor integer token ids.
-    """
-    if isinstance(text_or_tokens, str):
-        text_or_tokens = [text_or_tokens]
-    if isinstance(text_or_tokens, (list, tuple)) and all(isinstance(item, str) for item in text_or_tokens):
-        return _read_text(model, list(text_or_tokens))
-    try:
-        tokens = torch.as_tensor(text_or_tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"Input must be a prompt, a list of prompts, or token ids [batch, pos]; got "
-            f"{type(text_or_tokens).__name__}, which is not a rectangular array of ids."
-        ) from error
-    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"Token ids must be integers [batch, pos]; got dtype {tokens.dtype}.")
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(f"Token ids must have shape [batch, pos] with pos >= 1; got {tuple(tokens.shape)}.")
-    d_vocab = model.cfg.d_vocab
-    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
-        raise ValueError(
-            f"Token ids must lie in 0..{d_vocab - 1}; got {int(tokens.min())}..{int(tokens.max())}. Is this the "
-            f"tokenizer of another model?"
-        )
-    tokens = tokens.long().to(_device(model))
-    _check_length(model, tokens.shape[1])
-    return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-
-def _read_text(model: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    if not prompts or not all(prompts):
-        raise ValueError("A prompt must have at least one character; got an empty one. Pass text or token ids.")
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError("Text needs a model with a tokenizer; this one has none. Pass token ids [batch, pos].")
-    rows = [model.to_tokens(prompt, truncate=False)[0] for prompt in prompts]
-    if not all(len(row) for row in rows):
-        raise ValueError("A prompt must have at least one token; the tokenizer made none of one. Pass other text.")
-    longest = max(len(row) for row in rows)
-    _check_length(model, longest)
-    device = _device(model)
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    tokens = torch.full((len(rows), longest), 0 if pad is None else int(pad), dtype=torch.long, device=device)
-    valid = torch.zeros_like(tokens, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row.to(device)
-        valid[index, : len(row)] = True
-    return tokens, valid
-
-
-def _check_length(model: Any, length: int) -> None:
-    n_ctx = getattr(model.cfg, "n_ctx", None)
-    if n_ctx is not None and length > n_ctx:
-        raise ValueError(f"A prompt must fit the context of {n_ctx} tokens; got {length}. Shorten it.")
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
-def read_mask(attention_mask: Any, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    """A 0/1 attention mask as booleans, checked against the tokens."""
-    mask = torch.as_tensor(attention_mask, device=tokens.device)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask must have the tokens' shape {tuple(tokens.shape)}; got {tuple(mask.shape)}.")
-    if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.bool().any(-1).all()):
-        raise ValueError("attention_mask must be 0 or 1 with a 1 in every row; got something else.")
-    return mask.bool()
 
 
 def refuse_unsupported(model: Any) -> None:

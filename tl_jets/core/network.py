@@ -245,6 +245,30 @@ class ResidualNetwork:
         """Label of the stream that a stage produces."""
         return self.streams[self.stages.index(stage) + 1]
 
+    def tokenize(self, text: str | Sequence[str], *, prepend_bos: bool | None = None) -> dict[str, Tensor]:
+        """Token ids and attention mask of text, which every function takes in the place of the text.
+
+        Args:
+            text: A prompt or a list of prompts.
+            prepend_bos: Whether the model's BOS is put before each; None for the model's default. False for text that begins
+                with it, as a chat template writes it.
+
+        Returns:
+            `input_ids` [batch, pos], padded on the right, and `attention_mask` [batch, pos], 1 for tokens and 0 for padding.
+
+        Raises:
+            ValueError: No prompt, an empty one, or a model without a tokenizer.
+            TypeError: Not text.
+
+        Example:
+            >>> from tl_jets.pretrained import load_tinydocs
+            >>> network = ResidualNetwork(load_tinydocs())
+            >>> network.tokenize(["is available", "is available on"], prepend_bos=False)["attention_mask"].tolist()
+            [[1, 1, 0], [1, 1, 1]]
+        """
+        tokens, valid = self.view.tokenize(text, prepend_bos)
+        return {"input_ids": tokens, "attention_mask": valid.long()}
+
     def trace(
         self,
         text_or_tokens: Any,
@@ -255,9 +279,11 @@ class ResidualNetwork:
         """Run the model once on one input and return its streams and writes.
 
         Args:
-            text_or_tokens: A prompt, a list of prompts (padded on the right, where a causal model cannot see it), or
-                token ids [batch, pos] or [pos].
-            attention_mask: 1 for tokens, 0 for padding, passed to the model (left padding needs it).
+            text_or_tokens: A prompt, a list of prompts (padded on the right, where a causal model cannot see it), token
+                ids [batch, pos] or [pos], a list of ids of each prompt, or what a tokenizer or `tokenize` returns
+                (`input_ids` and `attention_mask`).
+            attention_mask: 1 for tokens, 0 for padding, passed to the model. Without one, pad tokens at the ends of rows of ids
+                are taken for padding, with a warning where the tokenizer pads with its EOS or BOS.
             cache: A ready TransformerLens `ActivationCache` of the same input, made under the hooks that are active now: its
                 streams are used, and the model runs only when a step is evaluated elsewhere. Tokens, mask and hooks are
                 compared up to what the first attention writes, hooks on later layers when their steps are evaluated.
@@ -323,6 +349,11 @@ class CallableModel:
         """Plain functions have no neurons."""
         del label
 
+    def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
+        """Plain functions read no text."""
+        del text, prepend_bos
+        raise ValueError("Text needs a model with a tokenizer; plain callables have none. Pass what `embed` takes.")
+
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """Evaluate the network on one input (a tensor that `embed` takes)."""
         if attention_mask is not None or cache is not None:
@@ -367,9 +398,22 @@ def _view(model: Any) -> ModelView:
         view = import_module(adapter).view(model)
         if view is not None:
             return view
-    raise TypeError(
+    raise TypeError(unknown_model(model))
+
+
+def unknown_model(model: Any) -> str:
+    """Why a model is refused that is of no known kind, and what to make of it."""
+    kind = type(model)
+    roots = {base.__module__.split(".")[0] for base in kind.__mro__}
+    remedy = ""
+    if isinstance(model, str):
+        remedy = f" Load it first: TransformerBridge.boot_transformers({model!r})."
+    elif "transformers" in roots and isinstance(model, torch.nn.Module):
+        name = getattr(getattr(model, "config", None), "_name_or_path", "") or "its name on the hub"
+        remedy = f" Wrap it first: TransformerBridge.boot_transformers({name!r}, hf_model=model)."
+    return (
         f"A model must be a TransformerLens TransformerBridge or HookedTransformer, a tl_jets.CallableModel or a "
-        f"tl_jets.ResidualNetwork; got {type(model).__module__}.{type(model).__qualname__}."
+        f"tl_jets.ResidualNetwork; got {kind.__module__}.{kind.__qualname__}.{remedy}"
     )
 
 

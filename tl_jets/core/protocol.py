@@ -124,6 +124,10 @@ class ModelView(Protocol):
         """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
         ...
 
+    def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
+        """Token ids of text, and which of them are real [batch, pos]."""
+        ...
+
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """Run the model once (or read `cache`) and return every stream and write."""
         ...

@@ -11,6 +11,9 @@ from torch import Tensor
 def token_text(tokenizer: Any, token: int) -> str:
     """The text that a token adds after another: a lone token loses its leading space in many tokenizers.
 
+    A token that decodes to nothing or to the replacement character (some bytes of a character) is written as the
+    tokenizer's entry, such as `<0xE2>`; an id that the tokenizer does not know as `id:4096`.
+
     Args:
         tokenizer: A Hugging Face tokenizer; None gives the id itself.
         token: A token id.
@@ -18,12 +21,30 @@ def token_text(tokenizer: Any, token: int) -> str:
     if tokenizer is None:
         return str(token)
     alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
-    return writable(twice[len(alone) :] if twice.startswith(alone) else alone)
+    text = twice[len(alone) :] if twice.startswith(alone) else alone
+    if not text or "\ufffd" in text:
+        entry = getattr(tokenizer, "convert_ids_to_tokens", lambda token: None)
+        try:
+            text = entry(token) or f"id:{token}"
+        except (IndexError, KeyError, OverflowError):
+            text = f"id:{token}"
+    return writable(text)
 
 
 def writable(text: str) -> str:
     """A text that files can hold: lone surrogates, which are no characters, as their escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise ValueError for text that is no Unicode: with a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be text that can be written as UTF-8; got a lone surrogate, {text[error.start]!a}, at character "
+            f"{error.start}. Write text.encode('utf-8', 'replace').decode()."
+        ) from error
 
 
 def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import unknown_model
 
 
 @contextmanager
@@ -63,10 +64,7 @@ def _check_affine(model: Any) -> None:
     from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
     if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
-        raise TypeError(
-            f"A model must be a TransformerLens TransformerBridge or HookedTransformer, a tl_jets.CallableModel or a "
-            f"tl_jets.ResidualNetwork; got {type(model).__module__}.{type(model).__qualname__}."
-        )
+        raise TypeError(unknown_model(model))
     refuse_unsupported(model)
     for layer in range(len(model.blocks)):
         reason = unreplayable(model, layer)

@@ -135,7 +135,7 @@ def patch_hooks(
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         steps: One step or several, as in `ablation_hooks`.
-        source: Where the writes come from: a `Trace`, a prompt, a list of prompts, token ids [batch, pos]; or the write
+        source: Where the writes come from: a `Trace`, or an input as any function takes it; or the write
             itself, [batch, pos, d_model], if there is one step; or such tensors by step (terms of a `JetCache`, say).
             Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head or neuron takes its
             write from a prompt or a trace only.
@@ -164,7 +164,7 @@ def patch_hooks(
     sites = _sites(network, steps)
     if isinstance(source, Tensor) and source.is_floating_point():
         source = {site.write: source for site in sites} if len(sites) == 1 else {}
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and "input_ids" not in source:
         values = _given(network, source, sites)
         valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
     else:

@@ -1,0 +1,287 @@
+"""What a user passes as input, as token ids and which of them are real: the one place where it is read.
+
+Text, ids, what a Hugging Face tokenizer returns, arrays and series all become ids [batch, pos] and a mask [batch, pos].
+Padding is what the mask says; without one it is inferred from the tokenizer's pad token:
+
+- A pad token that is nothing else (neither BOS, EOS nor unknown) is padding wherever a row begins or ends with it.
+- Shared with EOS or BOS, as TransformerLens sets it where a tokenizer has none, a row's padding is what its run is longer
+  than the shortest of the batch: a batch padded to its longest prompt has a row without padding, so that an EOS at the end
+  of every prompt and a BOS at the start of every prompt are real. A warning says what was taken for padding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_jets.core.tokens import check_text, token_text
+
+_KINDS = "a prompt, a list of prompts, token ids [batch, pos], or what a tokenizer returns (input_ids, attention_mask)"
+_CHAT = (
+    "Input must be text or token ids; got chat messages. Write them as text, text = model.tokenizer.apply_chat_template("
+    "messages, tokenize=False), and pass ResidualNetwork(model).tokenize(text, prepend_bos=False): a template writes its "
+    "own BOS."
+)
+
+
+def read_input(
+    model: Any, given: Any, attention_mask: Any = None
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+    """Token ids, which of them are real, and the mask that the model must be given, or None if it needs none.
+
+    Prompts are tokenized one by one with the model's own `to_tokens` and padded on the right, as are lists of ids of unequal
+    lengths: causal attention cannot see what comes later.
+
+    Raises:
+        ValueError: No prompt or an empty one, too long a prompt, ids outside the vocabulary, a wrong shape, two masks.
+        TypeError: Neither text nor integer token ids.
+    """
+    if isinstance(given, Mapping):
+        given, attention_mask = _encoded(given, attention_mask)
+    given, tokenizer = _plain(given), getattr(model, "tokenizer", None)
+    is_text = isinstance(given, list) and bool(given) and isinstance(given[0], str)
+    if is_text:
+        tokens, valid = read_text(model, given)
+    else:
+        tokens, valid = _read_ids(given)
+        if attention_mask is None and bool(valid.all()):
+            valid = _infer_padding(tokenizer, tokens)
+    if attention_mask is not None:
+        valid = _read_mask(attention_mask, tokens, valid)
+    elif not bool(valid.all()) and getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+        raise ValueError(
+            "Prompts of unequal length are padded, which bidirectional attention would see; pass one prompt at a time, or "
+            "tokens with an attention_mask."
+        )
+    _check_length(model, tokens.shape[1])
+    tokens = _in_vocabulary(model, tokens, valid, is_text)
+    device = next(model.parameters()).device
+    tokens, valid = tokens.to(device), valid.to(device)
+    # Without a mask TransformerLens takes leading pad tokens for padding if the tokenizer pads on the left.
+    is_left = getattr(tokenizer, "padding_side", "right") == "left"
+    needs_mask = is_left or attention_mask is not None or not bool(valid.all())
+    return tokens, valid, valid.long() if needs_mask else None
+
+
+def read_text(
+    model: Any, prompts: Any, prepend_bos: bool | None = None
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Ids of prompts, padded on the right, and which of them are real. `prepend_bos=None` is the model's own default.
+
+    Raises:
+        ValueError: No prompt or an empty one, text that is no UTF-8, or a model without a tokenizer.
+        TypeError: Not text.
+    """
+    prompts = _plain(prompts)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"Text must be a prompt or a list of prompts; got {_described(prompts)}.")
+    if not prompts:
+        raise ValueError("There must be at least one prompt; got none.")
+    if not all(prompts):
+        raise ValueError("A prompt must have at least one character; got an empty one. Pass text or token ids.")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("Text needs a model with a tokenizer; this one has none. Pass token ids [batch, pos].")
+    for prompt in prompts:
+        check_text("A prompt", prompt)
+    option = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+    rows = [model.to_tokens(prompt, truncate=False, **option)[0].cpu() for prompt in prompts]
+    if not all(len(row) for row in rows):
+        raise ValueError("A prompt must have at least one token; the tokenizer made none of one. Pass other text.")
+    if prepend_bos is None:
+        _warn_of_two_bos(tokenizer, prompts, rows)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return _padded(rows, 0 if pad is None else int(pad))
+
+
+def _warn_of_two_bos(tokenizer: Any, prompts: list[str], rows: list[Tensor]) -> None:
+    """Text that a chat template wrote begins with the BOS that the model prepends, too."""
+    text, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if not text or bos is None:
+        return
+    pairs = zip(prompts, rows, strict=True)
+    twice = sum(prompt.startswith(text) and row[:2].tolist() == [bos, bos] for prompt, row in pairs)
+    if twice:
+        warnings.warn(
+            f"{twice} of {len(prompts)} prompts begin with 2 BOS tokens: the text begins with {text!r}, and the model prepends "
+            f"another. Pass ResidualNetwork(model).tokenize(text, prepend_bos=False) in place of text that has its BOS, as a "
+            f"chat template writes it (prepend_bos=True if two are meant).",
+            stacklevel=2,
+        )
+
+
+def _plain(given: Any) -> Any:
+    """A tensor, or a list of what was passed: prompts, ids, or rows of ids."""
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(given, (str, bytes)) and callable(getattr(given, "tolist", None)):  # NumPy, pandas
+        given = given.tolist()
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, (bytes, bytearray)) or not isinstance(given, Sequence):
+        raise TypeError(f"Input must be {_KINDS}; got {_described(given)}.")
+    given = list(given)
+    first = [
+        row[0] if isinstance(row, (list, tuple)) and row else row for row in given
+    ]  # of several chats, the first message
+    if any(isinstance(item, Mapping) for item in first):
+        is_chat = all(isinstance(item, Mapping) and "role" in item for item in first)
+        raise TypeError(_CHAT if is_chat else f"Input must be {_KINDS}; got a list of dicts.")
+    texts = [isinstance(item, str) for item in given]
+    if any(texts) and not all(texts):
+        raise TypeError(
+            f"Prompts must all be text; item {texts.index(False)} is {_described(given[texts.index(False)])}."
+        )
+    return given
+
+
+def _encoded(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
+    """Ids and mask of what a tokenizer returns."""
+    if "input_ids" not in given:
+        raise TypeError(
+            _CHAT
+            if "role" in given
+            else f"A dict must hold input_ids, and may hold an attention_mask; got one of {sorted(map(str, given))}."
+        )
+    own = given.get("attention_mask")
+    if own is not None and attention_mask is not None:
+        raise ValueError("A dict already holds its attention_mask; got another. Leave one out.")
+    return given["input_ids"], attention_mask if own is None else own
+
+
+def _read_ids(given: Any) -> tuple[Tensor, Tensor]:
+    """Ids [batch, pos], and which are not filled in behind shorter rows; both where the ids are."""
+    if isinstance(given, list) and not given:
+        raise ValueError("Input must hold at least one prompt; got an empty list.")
+    if isinstance(given, list) and (isinstance(given[0], Sequence) or getattr(given[0], "ndim", 0)):
+        rows = [_tensor(row) for row in given]
+        rows = [row[0] if row.ndim == 2 and len(row) == 1 else row for row in rows]
+        wrong = next((row for row in rows if row.ndim != 1 or not len(row)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"A list of token ids must hold one row [pos] a prompt, pos >= 1; got a row of shape {tuple(wrong.shape)}."
+            )
+        return _padded(rows, 0)
+    tokens = _tensor(given)
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"Token ids must have shape [batch, pos] with pos >= 1; got {tuple(tokens.shape)}.")
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _tensor(ids: Any) -> Tensor:
+    """Ids as int64."""
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"Input must be {_KINDS}; got {_described(ids)}, which is no array of ids ({error})."
+        ) from error
+    if tokens.is_meta:
+        raise ValueError("Token ids must have values; got a tensor on the meta device, which has none.")
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool):
+        raise TypeError(
+            f"Token ids must be integers [batch, pos]; got dtype {tokens.dtype}. Convert them with .long()."
+        )
+    return tokens.long()
+
+
+def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
+    """Rows [pos], padded on the right to [batch, pos], and which are not filled in."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    tokens = torch.full(valid.shape, fill, dtype=torch.long, device=lengths.device)
+    tokens[valid] = torch.cat([row.to(lengths.device) for row in rows])
+    return tokens, valid
+
+
+def _read_mask(attention_mask: Any, tokens: Tensor, filled: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """A 0/1 attention mask as booleans, checked against the tokens; in rows, if the tokens came in rows."""
+    if isinstance(attention_mask, (list, tuple)) and not bool(filled.all()):
+        mask, found = _padded([torch.as_tensor(row).flatten() for row in attention_mask], 0)
+        mask = mask if torch.equal(found, filled.to(found.device)) else mask[:0]
+    else:
+        mask = torch.as_tensor(attention_mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask must have the tokens' shape {tuple(tokens.shape)}; got {tuple(mask.shape)}.")
+    if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.bool().any(-1).all()):
+        raise ValueError("attention_mask must be 0 or 1 with a 1 in every row; got something else.")
+    return mask.bool().to(tokens.device) & filled
+
+
+def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Which tokens are real, by the tokenizer's pad token at both ends of the rows; see the module.
+
+    A row of nothing but pad tokens is real in a batch of such rows, and where prompts are single tokens.
+
+    Raises:
+        ValueError: One row is nothing but pad tokens, another is not.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    real = torch.ones_like(tokens, dtype=torch.bool) if pad is None else tokens != int(pad)
+    if bool((real[:, 0] & real[:, -1]).all()) or tokens.shape[1] == 1 or not bool(real.any()):
+        return torch.ones_like(real)
+    if not bool(real.any(1).all()):
+        raise ValueError(
+            f"Every prompt must have a real token; rows {(~real.any(1)).nonzero()[:, 0].tolist()} are nothing but the pad token "
+            f"{pad}. Leave them out, or pass attention_mask= with 1 for real tokens."
+        )
+    runs = torch.stack([real.long().argmax(1), real.flip(1).long().argmax(1)])  # before and after what is real
+    kept = torch.zeros_like(runs[:, :1])
+    roles = [name for name in ("bos", "eos", "unk") if getattr(tokenizer, f"{name}_token_id", None) == pad]
+    if roles:
+        kept = runs.amin(1, keepdim=True)
+        if "bos" in roles and int(runs[0].max()) == 1:
+            kept[0] = 1  # a lone BOS
+    before, after = (runs - kept).clamp_min(0)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    valid = (place >= before[:, None]) & (place < tokens.shape[1] - after[:, None])
+    left = int(runs.sum()) - int((~valid).sum())
+    if roles and (not bool(valid.all()) or int(kept.max()) > 1 or bool((runs[0] < kept[0]).any())):
+        warnings.warn(
+            f"Rows of this batch begin or end with the pad token {token_text(tokenizer, int(pad))!r} (id {pad}), which is "
+            f"also {' and '.join(name.upper() for name in roles)}: {int(before.sum())} leading and {int(after.sum())} trailing "
+            f"ones are taken for padding, {left} for real. Pass attention_mask= (1 for real tokens), or the prompts as a list "
+            f"of texts, to decide it.",
+            stacklevel=2,
+        )
+    return valid
+
+
+def _in_vocabulary(model: Any, tokens: Tensor, valid: Tensor, is_text: bool) -> Tensor:
+    """The tokens, if the real ones have an embedding; padding that has none becomes id 0."""
+    d_vocab = min(int(model.cfg.d_vocab), len(model.W_E))
+    outside = (tokens < 0) | (tokens >= d_vocab)
+    wrong = tokens[outside & valid].unique().tolist()
+    if wrong and is_text:
+        names = ", ".join(f"{token_text(model.tokenizer, token)!r} (id {token})" for token in wrong[:5])
+        raise ValueError(
+            f"Token ids must lie in 0..{d_vocab - 1}, the rows of the embedding; the tokenizer makes {names} of this text. Leave "
+            f"such tokens out, or resize the embedding first (hf_model.resize_token_embeddings(len(tokenizer)))."
+        )
+    if wrong:
+        raise ValueError(
+            f"Token ids must lie in 0..{d_vocab - 1}; got {int(tokens[valid].min())}..{int(tokens[valid].max())}. Is this the "
+            f"tokenizer of another model?"
+        )
+    return tokens.masked_fill(outside, 0)
+
+
+def _check_length(model: Any, length: int) -> None:
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx is not None and length > n_ctx:
+        raise ValueError(f"A prompt must fit the context of {n_ctx} tokens; got {length}. Shorten it.")
+
+
+def _described(given: Any) -> str:
+    """What something is, in a few words."""
+    if given is None or isinstance(given, (int, float)):
+        return repr(given)
+    kind = type(given)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
