@@ -305,6 +305,8 @@ class TransformerLensView(ABC):
         """Streams and writes by hook name, calls and logits of a forward pass; None for logits if it is left at hook `until`."""
         saved: dict[str, Tensor] = {}
         calls: dict[Hashable, tuple[tuple, dict]] = {}
+        # One layer's last stream is the next one's first, the same tensor: a user's hook may write to it.
+        shared = any(point.fwd_hooks for point in self.hook_dict.values())
 
         def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
             calls[key] = (args, dict(kwargs))
@@ -318,7 +320,7 @@ class TransformerLensView(ABC):
         ]
         try:
             with torch.no_grad(), self.precision():
-                savers = [_saver(saved, name) for name in self.stream_names]
+                savers = [_saver(saved, name, copies=shared) for name in self.stream_names]
                 logits = self.run_until(until, tokens, savers, attention_mask)
         finally:
             for handle in handles:
@@ -346,7 +348,7 @@ class TransformerLensView(ABC):
         first = "blocks.0.hook_resid_pre"
         names = [name for name in ("hook_embed", "hook_pos_embed", first) if name in self.hook_dict]
         with torch.no_grad(), self.precision():
-            self.run_until(first, tokens.unsqueeze(1), [_saver(saved, name) for name in names])
+            self.run_until(first, tokens.unsqueeze(1), [_saver(saved, name, copies=True) for name in names])
         saved = {name: value.to(self.device, self.dtype) for name, value in saved.items()}
         return self._sources(saved, saved[first], False)["embed"][:, 0]
 
@@ -542,11 +544,11 @@ def _stop(tensor: Tensor, hook: Any) -> None:
     raise _StoppedError
 
 
-def _saver(saved: dict[str, Tensor], name: str) -> tuple[str, Any]:
-    """A hook that keeps an activation."""
+def _saver(saved: dict[str, Tensor], name: str, *, copies: bool) -> tuple[str, Any]:
+    """A hook that keeps an activation, or a copy of it."""
 
     def save(tensor: Tensor, hook: Any) -> None:
-        saved[name] = tensor.detach()
+        saved[name] = tensor.detach().clone() if copies else tensor.detach()
 
     return name, save
 

@@ -396,11 +396,10 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
 
 def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
     def edit(write: Tensor, hook: Any = None) -> Tensor:
-        if site.part is None:
-            return new(write)
-        write = write.clone()
-        write[:, :, site.part] = new(write[:, :, site.part])
-        return write
+        # A copy of its own, laid out as the model's: hooks that come later may write to it.
+        edited, part = write.clone(), slice(None) if site.part is None else site.part
+        edited[:, :, part] = new(write[:, :, part])
+        return edited
 
     return site.point, edit
 

@@ -114,7 +114,7 @@ class _Steering:
     def read(self, stream: Tensor, hook: Any) -> None:
         """Take note of the stream that the map reads."""
         del hook
-        self.arriving, self.is_placed = stream, False
+        self.arriving, self.is_placed = stream.clone(), False  # a hook that comes later may write to it
 
     def place(self, pattern: Tensor, hook: Any) -> None:
         """Put it after what a cache holds, or begin anew."""
