@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.readout import TopTokens
     from tl_jets.core.trace import Trace
+    from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.detached_map import (
         BlockNorms,
         DetachedJacobian,
@@ -51,6 +52,7 @@ __version__ = version("tl-jets")
 __all__ = [
     "CallableModel",
     "Decoder",
+    "DivergenceWarning",
     "JetCache",
     "NgramTable",
     "Norm",
@@ -98,6 +100,7 @@ _PLACES = {
     "tl_jets.core.protocol": ("Stage", "Step"),
     "tl_jets.core.readout": ("TopTokens",),
     "tl_jets.core.trace": ("Trace",),
+    "tl_jets.core.divergence": ("DivergenceWarning",),
     "tl_jets.detached_map": (
         "BlockNorms",
         "DetachedJacobian",

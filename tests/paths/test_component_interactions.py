@@ -106,7 +106,7 @@ def test_the_control_is_random_but_for_lengths_and_angles(kind, monkeypatch):
         return own(norm, sources, *rest)
 
     monkeypatch.setattr(component_interactions, "_matrix", spy)
-    found = interactions(net, trace, targets=4, positions=None)
+    found = interactions(net, trace, targets=4, positions=None, center_scale="none")
     (sources, random), h = seen, trace["final_post"].flatten(0, 1)
     center = (lambda x: x - x.mean(-1, keepdim=True)) if kind == "LN" else (lambda x: x)
     for function in (lambda x: center(x).norm(dim=-1), lambda x: (center(x) * center(h)).sum(-1)):
@@ -117,7 +117,9 @@ def test_the_control_is_random_but_for_lengths_and_angles(kind, monkeypatch):
         third = torch.full((3,), 1 / 3, dtype=torch.float64)
         wanted = by_hessians(kind, direction(net, 4), random[:, row], third, torch.ones(3))
         assert oracles.relative_error(found.control[..., b, p], wanted) < TOLERANCE
-    again, other = (interactions(net, trace, targets=4, positions=None, seed=seed) for seed in (0, 1))
+    again, other = (
+        interactions(net, trace, targets=4, positions=None, center_scale="none", seed=seed) for seed in (0, 1)
+    )
     assert torch.equal(found.control, again.control) and not torch.allclose(found.control, other.control)
     assert torch.equal(found.matrix, other.matrix)
 
@@ -133,7 +135,7 @@ def test_sums_are_the_jets_of_the_models_own_final_norm(spec):
         model = zoo.build(spec, torch.float32)
     net = ResidualNetwork(model)
     trace = net.trace(tokens, attention_mask=mask)
-    found = interactions(net, trace, granularity="head", positions=[1, -1], minus=7)
+    found = interactions(net, trace, granularity="head", positions=[1, -1], minus=7, center_scale="none")
     heads = net.at("head")
     assert found.labels == [*heads.components, "rest"]
     fine, h = heads.trace(tokens, attention_mask=mask), trace["final_post"]
@@ -161,7 +163,7 @@ def test_sums_are_the_jets_of_the_models_own_final_norm(spec):
         assert oracles.relative_error(found.logit[keep].to(own), own[:, [1, -1]][keep]) < max(tolerance, 1e-9)
     # A prompt alone, without padding, has the same matrix, and the same control.
     row = tokens[1][mask[1].bool()][None]
-    alone = interactions(net, row, granularity="head", minus=7)
+    alone = interactions(net, row, granularity="head", minus=7, center_scale="none")
     assert oracles.relative_error(alone.matrix[..., 0, 0], found.matrix[..., 1, 1]) < max(100 * tolerance, 1e-8)
     assert oracles.relative_error(alone.control[..., 0, 0], found.control[..., 1, 1]) < max(100 * tolerance, 1e-8)
 
@@ -170,7 +172,12 @@ def test_sums_are_the_jets_of_the_models_own_final_norm(spec):
 def test_folding_norms_changes_no_interaction(world):
     """Folded in float32 by TransformerLens: 1e-6. The embeddings and writes are centered, which the norm does not see."""
     raw, processed = (
-        interactions(zoo.build(zoo.ModelSpec("gpt2", world, processing)), torch.tensor([[5, 9, 30, 12]]), targets=8)
+        interactions(
+            zoo.build(zoo.ModelSpec("gpt2", world, processing)),
+            torch.tensor([[5, 9, 30, 12]]),
+            targets=8,
+            center_scale="none",
+        )
         for processing in ("raw", "processed")
     )
     assert oracles.relative_error(processed.matrix, raw.matrix) < 1e-5

@@ -13,12 +13,14 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from tl_jets.cli import jacobian, lens, ngrams, paths
 from tl_jets.cli.arguments import Help, Parser
 from tl_jets.cli.session import UsageError, one_line
+from tl_jets.divergence import DivergenceWarning
 
 REFUSED, UNEXPECTED, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 
@@ -62,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parser().parse_args(arguments)
-            options.run(options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DivergenceWarning)  # the tables have the remainders
+                options.run(options)
         finally:
             if sys.stdout is not None:  # it is where it was closed
                 sys.stdout.flush()

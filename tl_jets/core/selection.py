@@ -169,7 +169,7 @@ def read_targets(
             )
         ids = targets.long().to(device).reshape(*shape, -1)
         return ids, list(range(ids.shape[-1]))
-    names = [targets] if isinstance(targets, (str, int)) else list(targets)
+    names: list[Any] = [targets] if isinstance(targets, (str, int)) else list(targets)
     if not names:
         raise ValueError("targets must name at least one token; got none. Pass None for no targets.")
     lists = [list(name) for name in names if isinstance(name, (list, tuple)) or getattr(name, "ndim", 0) == 1]

@@ -83,6 +83,7 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.trace import Trace, trace_of
+from tl_jets.divergence import warn_of
 from tl_jets.jets.cache import Check, JetCache
 from tl_jets.jets.centers import Center, Function, Label, Term
 from tl_jets.jets.checks import check_terms
@@ -254,7 +255,23 @@ class Expansion:
     def __call__(self, text_or_tokens: Any, *, attention_mask: Tensor | None = None, cache: Any = None) -> JetCache:
         """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
         trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
-        return self.evaluate(text_or_tokens if isinstance(text_or_tokens, Trace) else trace)
+        found = self.evaluate(text_or_tokens if isinstance(text_or_tokens, Trace) else trace)
+        if self.linearize == "jet" and self.order >= 1:
+            self._warn(found)
+        return found
+
+    @torch.no_grad()
+    def _warn(self, found: JetCache) -> None:
+        """Say so where the terms leave more of the truth than there is."""
+        left = found.truth - sum(found.terms.values(), torch.zeros_like(found.truth))
+        remainder = float(left[found.valid].norm() / found.truth[found.valid].norm())
+        if remainder > 1:
+            norm, variate = self.network.decoder.norm, found.trace[self.stream][found.valid]
+            values = torch.stack([center.evaluate(found.trace)[found.valid] for center in self.centers])
+            every = variate.expand_as(values)
+            scale = center_scale_factors(norm, values, every, self.center_scale)
+            rho = norm_jet(norm, values * scale[..., None], every, 0).rho
+            warn_of(", ".join(self.steps[:3]), self.order, remainder, self.center_scale, float(rho.max()))
 
     def evaluate(self, trace: Trace) -> JetCache:
         """Evaluate on a trace; what it has already evaluated is not evaluated again."""

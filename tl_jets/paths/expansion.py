@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale
+from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.logit_attribution import Rank, Yardstick
 from tl_jets.core.network import ResidualNetwork
@@ -376,6 +377,10 @@ class PathExpansion:
         for place in sorted(set(sums) - {0}):
             stream = trace[trace.network.streams[place]][trace.valid]
             remainders[trace.network.streams[place]] = float((stream - sums[place][trace.valid]).norm() / stream.norm())
+        if self.linearize == "jet" and self.lattice.count == self.whole.count:
+            of_all = {} if self.top is not None else {DECODER_STEP: found.relative_remainder}
+            place, worst = max((remainders | of_all).items(), key=lambda item: item[1], default=("", 0.0))
+            warn_of(f"all stages (at {place})", self.order, worst, self.center_scale)
         return replace(found, remainders=remainders | {DECODER_STEP: found.relative_remainder})
 
     def _jets(self, trace: Trace) -> JetStages:
