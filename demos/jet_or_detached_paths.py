@@ -14,13 +14,14 @@ Without MODEL (a local Hugging Face directory, or a model's name) the embedded m
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tl_jets import ResidualNetwork
+from tl_jets import DivergenceWarning, ResidualNetwork
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import path_lengths
@@ -48,6 +49,7 @@ DOCS = [
 
 def main() -> None:
     """Print the tables for the model of the command line."""
+    warnings.simplefilter("ignore", DivergenceWarning)  # how much is left is what the table is about
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model", nargs="?", help="a local Hugging Face directory, or a model's name; none: the embedded one"
