@@ -43,7 +43,6 @@ __all__ = [
     "quotient",
     "reciprocal",
     "root_of_squares",
-    "shifted_exponential",
     "sine_cosine",
     "softmax",
     "square",
@@ -228,11 +227,11 @@ def _power_at_zero(y: Tensor, u: Tensor, exponent: float | Tensor) -> None:
 
 
 def softmax(u: Tensor, dim: int) -> Tensor:
-    """exp(u - max u_0), divided by its sum over `dim`, an axis of the stacked tensor.
+    """exp(u - m), divided by its sum over `dim`, an axis of the stacked tensor; m is the series of the largest u_0.
 
     Where u_0 is -inf all coefficients are 0; a row that is -inf throughout is the constant NaN, as in PyTorch.
     """
-    weights, total, _, empty = shifted_exponential(u, dim)
+    _, weights, total, _, empty = _shifted_exponential(u, dim)
     y = product(weights, reciprocal(total))
     y[0].masked_fill_(empty, math.nan)
     return y
@@ -240,16 +239,16 @@ def softmax(u: Tensor, dim: int) -> Tensor:
 
 def log_sum_exp(u: Tensor, dim: int) -> Tensor:
     """Log sum exp over `dim`, an axis of the stacked tensor, which stays with length 1."""
-    _, total, largest, empty = shifted_exponential(u, dim)
-    y = logarithm(total)
-    y[0].add_(largest).masked_fill_(empty, -math.inf)
+    _, _, total, largest, empty = _shifted_exponential(u, dim)
+    y = logarithm(total).add_(largest)
+    y[0].masked_fill_(empty, -math.inf)
     return y
 
 
 def log_softmax(u: Tensor, dim: int) -> Tensor:
-    """(u - max u_0) - log sum exp(u - max u_0) over `dim`: the difference of two large numbers is never taken."""
-    _, total, largest, empty = shifted_exponential(u, dim)
-    y = u - logarithm(total)
+    """(u - m) - log sum exp(u - m) over `dim`: the difference of two large numbers is never taken."""
+    shifted, _, total, _, _ = _shifted_exponential(u, dim)
+    y = shifted.sub_(logarithm(total))
     y[0] = torch.log_softmax(u[0], dim - 1 if dim > 0 else dim)
     return y
 
@@ -306,17 +305,19 @@ def _integer_power(u: Tensor, exponent: int) -> Tensor:
     return product(half, u) if exponent % 2 else half
 
 
-def shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """exp(u - m) with m = max u_0, its sum over `dim`, m, and where a row is -inf throughout.
+def _shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """U - m, exp(u - m), its sum over `dim`, m, and where a row is -inf throughout.
 
-    There m is taken as 0 and the sum as the constant 1, so that no 0/0 arises.
+    m is the whole series of the element whose u_0 is largest, so that this element is the constant 1 and the sum is 1 plus
+    the others': no digits are lost where one element has nearly everything. Where a row is -inf throughout m is taken as 0
+    and the sum as the constant 1, so that no 0/0 arises.
     """
-    largest = u[0].amax(dim - 1 if dim > 0 else dim, keepdim=True)
-    empty = largest == -math.inf
+    index = u[0].argmax(dim - 1 if dim > 0 else dim, keepdim=True)
+    largest = u.gather(dim, index.expand(u.shape[0], *index.shape))
+    empty = largest[0] == -math.inf
     largest = largest.masked_fill(empty, 0)
-    shifted = u.clone(memory_format=torch.contiguous_format)
-    shifted[0].sub_(largest)
+    shifted = u - largest
     weights = exponential(shifted)
     total = weights.sum(dim, keepdim=True)
     total[0].masked_fill_(empty, 1)
-    return weights, total, largest, empty
+    return shifted, weights, total, largest, empty
