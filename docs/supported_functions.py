@@ -7,6 +7,8 @@ through. Coefficients of orders 0 to 4 are compared with a polynomial fitted to 
 at points around the center, which knows nothing of Taylor arithmetic.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import math

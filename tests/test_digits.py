@@ -87,8 +87,8 @@ def test_each_coefficient_keeps_its_digits(name):
             expected = [float(c) for c in mpmath.taylor(exact, mpmath.mpf(point), ORDER)]
         largest = max(abs(c) for c in expected[1:])
         for order, (value, wanted) in enumerate(zip(found[:, place].tolist(), expected, strict=True)):
-            if order == 0:
-                wanted = f(x[place : place + 1]).item()
+            if order == 0 and value == f(x)[place].item():
+                continue  # PyTorch's own value, which may have lost digits
             # Roundings of the other coefficients, where one is 0.
             assert abs(value - wanted) <= TOLERANCE * abs(wanted) + 4e-9 * largest + 1e-37, (
                 point,

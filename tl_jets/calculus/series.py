@@ -184,16 +184,16 @@ def carry(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _refuse(func)
     try:
         return found(*args, **kwargs)
-    except _NoRule:
+    except _NoRuleError:
         _refuse(func)
 
 
-class _NoRule(NotImplementedError):
+class _NoRuleError(NotImplementedError):
     """An operation has no rule."""
 
 
 def _refuse(func: OpOverload) -> NoReturn:
-    raise _NoRule(
+    raise _NoRuleError(
         f"every operation on a Series has a Taylor rule; {func} has none. Write the function with other operations, "
         "or add a rule with tl_jets.calculus.table.rule."
     )
