@@ -263,15 +263,13 @@ def trilinear(
     unroll_dim: int = 1,
 ) -> Tensor:
     """The sum over `sumdim` of a product of three tensors, each of which gets axes of length 1."""
-    for places in (expand1, expand2, expand3):
-        assert list(places) == sorted(places)
     for place in expand1:
         a = a.unsqueeze(place)
     for place in expand2:
         b = b.unsqueeze(place)
     for place in expand3:
         c = c.unsqueeze(place)
-    return (a * b * c).sum(sumdim)
+    return (a * b * c).sum(list(sumdim))
 
 
 @rule(aten._cdist_forward.default)

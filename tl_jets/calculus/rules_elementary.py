@@ -211,7 +211,9 @@ def _after_division(a: Operand, b: Operand, plain: Callable[..., Tensor]) -> Ser
 @rule(aten.div.Tensor_mode)
 def div_rounded(a: Operand, b: Operand, *, rounding_mode: str | None) -> Tensor:
     """A / b, or the rounded quotient of c_0 as a plain tensor."""
-    return a / b if rounding_mode is None else torch.div(value_of(a), value_of(b), rounding_mode=rounding_mode)
+    if rounding_mode is None:
+        return torch.true_divide(a, b)  # type: ignore[arg-type]
+    return torch.div(value_of(a), value_of(b), rounding_mode=rounding_mode)
 
 
 RULES[aten.floor_divide.default] = partial(look_at_value, aten.floor_divide.default)

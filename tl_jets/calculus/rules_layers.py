@@ -135,7 +135,7 @@ def group_norm(
 @rule(aten.nansum.default)
 def nansum(x: Series, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     """The sum of what is a number."""
-    return torch.where(x.isnan(), torch.zeros_like(x), x).sum(dim, keepdim, dtype=dtype)
+    return torch.where(x.isnan(), torch.zeros_like(x), x).sum(None if dim is None else list(dim), keepdim, dtype=dtype)
 
 
 @rule(aten._embedding_bag_forward_only.default)
