@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files, add_model, at_least
-from tl_jets.cli.output import STDOUT, Output, check_replaceable, header, is_folder
-from tl_jets.cli.pages import command_page, section
+from tl_jets.cli.output import STDOUT, Output, Records, check_replaceable, header, is_folder
+from tl_jets.cli.pages import MAX_ROWS, command_page, section
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, refusals, steps
 from tl_jets.cli.terminal import ngrams as terminal
+from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import View
 from tl_jets.core.path import ARROW
@@ -60,6 +63,8 @@ BIGRAM_OPTIONS = ("path", "per", "score")
 TRIGRAM_OPTIONS = ("head", "distance", "normalize")
 # N-grams of a table; the functions take more.
 MOST = 1_000_000
+# Records that are made ready for a file at a time.
+AT_ONCE = 4096
 
 
 def add_to(commands: Any) -> None:
@@ -143,8 +148,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         saved = _save(tables, Path(options.save)) if options.save else []
     asked = {"model": options.model, "ngram": "skip-trigram" if is_trigram else "bigram"}
-    data = header("ngrams", **asked) | {"tables": {label: table_data(table) for label, table in tables.items()}}
-    output.write_json(data)
+    output.write_json(header("ngrams", **asked) | {"tables": {label: table_data(t) for label, t in tables.items()}})
     if "html" in output:
         asked = terminal.asked(tables, model=options.model, top_k=options.top_k, saved=saved)
         parts = _sections(network, tables)
@@ -224,25 +228,27 @@ def _sections(network: ResidualNetwork, tables: dict[str, NgramTable]) -> list[V
     """The tables of a page, and of every head how its best keys and queries meet."""
     found = []
     if len(tables) > 1 and all(table.n == 2 for table in tables.values()):
-        found.append(section("Side by side", side_by_side(tables, max(map(len, tables.values())))))
+        longest = max(map(len, tables.values()))
+        found.append(section("Side by side", side_by_side(tables, min(longest, MAX_ROWS)), total=longest))
     for label, table in tables.items():
-        frame = table.to_dataframe(escape=True).drop(columns=[f"id_{i}" for i in range(1, table.n + 1)])
+        frame = table[:MAX_ROWS].to_dataframe(escape=True).drop(columns=[f"id_{i}" for i in range(1, table.n + 1)])
         names = ("key", "query", "output") if table.n == 3 else ("first", "then")
         frame = frame.rename(columns={f"token_{i}": name for i, name in enumerate(names, 1)})
-        found.append(section(f"{label}: {len(table):,} n-grams", frame))
+        found.append(section(f"{label}: {len(table):,} n-grams", frame, total=len(table)))
         if table.n == 3:
             found.append(trigram_heatmap(network, table))
     return found
 
 
 def table_data(table: NgramTable) -> dict[str, Any]:
-    """A table as plain values: where it comes from, and a record an n-gram."""
+    """A table as plain values: where it comes from, and a record an n-gram, made when it is asked for."""
+    return {**table.header, "rows": Records(len(table), partial(_records, table))}
+
+
+def _records(table: NgramTable) -> Iterator[dict[str, Any]]:
     names = {token: visible(text) for token, text in table.names.items()}
-    ids, scores = table.ids.tolist(), table.scores.tolist()
-    parts = {name: values.tolist() for name, values in table.parts.items()}
-    rows = [
-        {"ids": row, "tokens": [names[token] for token in row], "score": scores[i]}
-        | {name: values[i] for name, values in parts.items()}
-        for i, row in enumerate(ids)
-    ]
-    return {**table.header, "rows": rows}
+    for rows in slices(len(table), AT_ONCE):
+        numbers = {name: x[rows].tolist() for name, x in {"score": table.scores, **table.parts}.items()}
+        for i, ids in enumerate(table.ids[rows].tolist()):
+            record = {"ids": ids, "tokens": [names[token] for token in ids]}
+            yield record | {name: values[i] for name, values in numbers.items()}

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -65,22 +65,26 @@ class Output:
     def __contains__(self, kind: str) -> bool:
         return kind in self.files
 
-    def write(self, kind: str, text: str) -> None:
-        """Write a text to the file of its kind."""
+    def write(self, kind: str, text: str | Iterable[str]) -> None:
+        """Write a text, or its parts, to the file of its kind."""
+        parts = [text] if isinstance(text, str) else text
         if self.files[kind] == STDOUT:
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(encoding="utf-8")  # files are, whatever the terminal is
-            sys.stdout.write(f"{text}\n")
+            sys.stdout.writelines(parts)
+            sys.stdout.write("\n")
             return
         try:
-            Path(self.files[kind]).write_text(text, encoding="utf-8")
+            with Path(self.files[kind]).open("w", encoding="utf-8") as file:
+                file.writelines(parts)
         except OSError as error:
             raise UsageError(f"cannot write {self.files[kind]!r}: {one_line(error)}") from error
 
     def write_json(self, data: Any) -> None:
         """Write data as JSON, if that was asked for."""
         if "json" in self:
-            self.write("json", json.dumps(plain(data), allow_nan=False, ensure_ascii=False, indent=1))
+            encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, indent=1)
+            self.write("json", encoder.iterencode(plain(data)))
 
     def print(self, *parts: RenderableType) -> None:
         """Print tables."""
@@ -134,12 +138,35 @@ def header(command: str, **asked: Any) -> dict[str, Any]:
     return {"tl_jets": version("tl-jets"), "command": command, **asked}
 
 
+class Records(list[Any]):
+    """Records of a file that are made one after another while they are written: memory never holds them all.
+
+    To the encoder of JSON it is a list.
+
+    Args:
+        count: How many there are.
+        make: Begins to make them.
+    """
+
+    def __init__(self, count: int, make: Callable[[], Iterator[Any]]):
+        super().__init__()
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(plain, self.make())
+
+
 def plain(value: Any) -> Any:
     """Plain lists, numbers and texts; what JSON has no number for (NaN, infinity) is None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Tensor):
         return plain(value.tolist())
+    if isinstance(value, Records):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Sequence) and not isinstance(value, str):

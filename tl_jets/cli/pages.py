@@ -14,10 +14,10 @@ from tl_jets.core.notebook import View, dataframe_html, page
 MAX_ROWS = 1000
 
 
-def section(title: str, frame: pd.DataFrame, notes: Sequence[str] = ()) -> View:
-    """A table, and remarks below it."""
+def section(title: str, frame: pd.DataFrame, notes: Sequence[str] = (), *, total: int | None = None) -> View:
+    """A table, or the beginning of one of `total` rows, and remarks below it."""
     below = "".join(f"<p>{text(note)}</p>" for note in notes)
-    shown = dataframe_html(frame, rows=MAX_ROWS, columns=frame.shape[1], whole="--json has them")
+    shown = dataframe_html(frame, rows=MAX_ROWS, total=total, columns=frame.shape[1], whole="--json has them")
     return View(title, shown + below)
 
 

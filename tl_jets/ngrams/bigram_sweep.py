@@ -107,7 +107,7 @@ class BigramSweep:
         self.screens = self._screens()
 
     def _check_memory(self) -> None:
-        """Refuse tables that do not fit, before the sweep. How many bytes they take was measured (tests/test_memory.py)."""
+        """Refuse tables that do not fit, before the sweep. How many bytes they take was measured (tests/core/test_memory.py)."""
         options, n_rows = self.options, len(self.rows)
         n_columns = self.decoder.d_vocab if self.columns is None else len(self.columns)
         n_pairs = n_rows * min(options.top_k, n_columns)

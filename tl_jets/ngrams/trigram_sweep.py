@@ -30,7 +30,7 @@ from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 # Numbers of queries, keys and values that are held at once.
 HELD = 2**27
 # What a triple takes while it is searched for, and in a table.
-TRIPLE_BYTES, TABLE_BYTES = 400, 48
+TRIPLE_BYTES, TABLE_BYTES = 600, 48
 
 
 def planned(

@@ -14,8 +14,8 @@ from tl_jets.core.numerals import number
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams.tables import NgramTable, side_by_side
 
-# Rows shown of a table that has a row for every token of the vocabulary.
-SHOWN = 20
+# Rows shown of a table that has a row for every token of the vocabulary, and of any other.
+SHOWN, MOST_SHOWN = 20, 1000
 RANK_WIDTH, GAP = 6, 2
 
 
@@ -78,7 +78,7 @@ def _alone(label: str, table: NgramTable, of: str) -> RenderableType:
     if is_log and table.n == 2:
         drawn.add_column("probability", justify="right")
     names = {token: visible(text) for token, text in table.names.items()}
-    shown = table[:SHOWN] if len(table) > SHOWN and table.settings.get("per") == "row" and not of else table
+    shown = table[: _how_many(table, of)]
     for i, ids in enumerate(shown.ids.tolist()):
         score = float(shown.scores[i])
         cells = [number(score), *(number(shown.parts[name][i]) for name in parts)]
@@ -92,8 +92,7 @@ def _alone(label: str, table: NgramTable, of: str) -> RenderableType:
 def _beside(found: Mapping[str, NgramTable], of: str, scores: bool, width: int) -> Iterator[RenderableType]:
     """Several tables, a column each; as many columns at once as there is room for."""
     n_rows = max(len(table) for table in found.values())
-    is_long = next(iter(found.values())).settings.get("per") == "row" and not of
-    k = min(n_rows, SHOWN) if is_long else n_rows
+    k = min(n_rows, _how_many(next(iter(found.values())), of))
     frame = side_by_side(found, k, scores=scores)
     columns = {name: [_cell(value) for value in frame[name]] for name in frame.columns}
     widths = {name: max(len(name), *(len(cell) for cell in cells)) + GAP for name, cells in columns.items()}
@@ -106,6 +105,11 @@ def _beside(found: Mapping[str, NgramTable], of: str, scores: bool, width: int) 
             drawn.add_row(str(i + 1), *(Text(columns[name][i]) for name in names))
         notes = [f"{n_rows - k:,} more rows: --json, --save"] if k < n_rows else []
         yield titled(f"Bi-grams by path{of}: {', '.join(name for name in names if name in found)}", drawn, *notes)
+
+
+def _how_many(table: NgramTable, of: str) -> int:
+    """Rows that are shown of a table, of a token or of all."""
+    return SHOWN if table.settings.get("per") == "row" and not of else MOST_SHOWN
 
 
 def _cell(value: Any) -> str:
