@@ -110,3 +110,35 @@ def test_no_file_takes_the_name_of_a_table(capsys, monkeypatch, tmp_path, end):
     saved = {f"z.{path}{suffix}" for path in ("direct", "1_mlp-3_mlp")}
     assert {file.name for file in tmp_path.iterdir()} == {"y.json", f"y.direct{suffix}", *saved}
     assert {tl_jets.NgramTable.load(tmp_path / name).path for name in saved} == {"direct", "1_mlp > 3_mlp"}
+
+
+@pytest.mark.parametrize("start", [("-m", "tl_jets"), ("tl-jets",)], ids=" ".join)
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["", "ignored"])
+def test_an_interrupt_during_imports_is_one_line(tmp_path, start, is_ignored):
+    """The first library that is imported interrupts the process; it stands before the real one on the path."""
+    interrupts = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\nraise SystemExit(7)\n"
+    for name in ("torch", "jaxtyping", "numpy", "transformer_lens"):
+        (tmp_path / f"{name}.py").write_text(interrupts)
+    script = tmp_path / "tl-jets"
+    script.write_text("import sys\nfrom tl_jets.cli import main\nsys.exit(main())\n")
+    command = [sys.executable, *(str(script) if part == "tl-jets" else part for part in start), "--version"]
+    ignore = "trap '' INT; " if is_ignored else ""
+    trap = ["sh", "-c", f'{ignore}exec "$@"', "sh"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    done = subprocess.run([*trap, *command], capture_output=True, timeout=60, env=environment, cwd=root)
+    expected = (7, b"") if is_ignored else (130, b"tl-jets: interrupted\n")
+    assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [("lens", "--order"), ("lens", "--joint-order"), ("paths", "--order")], ids=" ".join
+)
+def test_an_order_has_a_limit(capsys, options):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*options, "1000000"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert f"argument {options[1]}: must be 1,000 or less; got '1000000'" in error
+    with pytest.raises(ValueError, match="order must be an integer >= 0, and at most 1,000; got 1000000"):
+        tl_jets.iterative_jet_lens(commands.tinydocs(), "The file", order=10**6)

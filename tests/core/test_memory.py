@@ -1,4 +1,4 @@
-"""Tables that do not fit are refused before the sweep, by an estimate that holds; nothing is made of all rows that nobody asked for."""
+"""Tables that do not fit are refused before the sweep, by an estimate that holds; nobody makes records that were not asked for."""
 
 from __future__ import annotations
 

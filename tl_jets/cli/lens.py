@@ -20,7 +20,8 @@ from tl_jets.cli.arguments import (
 from tl_jets.cli.output import Output, header, plain
 from tl_jets.cli.session import load_network, read_position, read_prompt, read_token, refusals, steps, token_record
 from tl_jets.cli.terminal import lenses as terminal
-from tl_jets.jets.expand import OBJECTIVES
+from tl_jets.core.frozen_network import MAX_ORDER
+from tl_jets.jets.expand import CENTER_SCALES, OBJECTIVES
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.views import lens_data, lens_page
 
@@ -61,8 +62,13 @@ def add_to(commands: Any) -> None:
     )
     add_model(parser)
     add = parser.add_argument
-    add("--order", type=at_least(0), metavar="K", help="highest order of the iterative lens (default: 1; detached 0)")
-    add("--joint-order", type=at_least(0), default=0, metavar="K", help="order of the joint lens")
+    add(
+        "--order",
+        type=at_least(0, at_most=MAX_ORDER),
+        metavar="K",
+        help="highest order of the iterative lens (default: 1; detached 0)",
+    )
+    add("--joint-order", type=at_least(0, at_most=MAX_ORDER), default=0, metavar="K", help="order of the joint lens")
     add(
         "--linearize",
         choices=("jet", "detached"),

@@ -39,6 +39,7 @@ from tl_jets.cli.session import (
 )
 from tl_jets.cli.terminal import paths as terminal
 from tl_jets.core.attribution import additive_logits, centered
+from tl_jets.core.frozen_network import MAX_ORDER
 from tl_jets.core.notebook import View
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
@@ -124,7 +125,7 @@ def add_to(commands: Any) -> None:
         default="detached",
         help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
     )
-    add("--order", type=at_least(0), default=1, metavar="K", help="of the jets of --linearize jet")
+    add("--order", type=at_least(0, at_most=MAX_ORDER), default=1, metavar="K", help="of the jets of --linearize jet")
     add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
     add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
     add_seed(parser, "of the random paths")
