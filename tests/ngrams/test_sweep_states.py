@@ -178,3 +178,23 @@ def test_a_bit_of_a_table_that_is_gone_on_from_is_refused(tmp_path):
         assert name in refuses(run, file)
         file.write_bytes(good)
     assert refused > FLIPS
+
+
+def test_what_cannot_be_written_is_refused_before_the_sweep(tmp_path, monkeypatch):
+    def never(*given: Any) -> None:
+        raise AssertionError("the vocabulary was read")
+
+    monkeypatch.setattr(VocabularyStreams, "states", never)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    long, options = "x" * 250, {"top_k": 3, "progress": False}
+    for file in ("nowhere/a.parquet", "file/a.parquet", "folder", f"{long}.parquet"):
+        with pytest.raises(OSError, match=r"(cannot be written|there already).*(Make the directory|Save elsewhere)"):
+            tj.jet_bigrams(model(), **options, save=tmp_path / file)
+    with pytest.raises(OSError, match="cannot be written"):
+        sweep([bigram_job(model(), name=long, **options)], tmp_path)
+    with pytest.raises(OSError, match=r"file"):
+        tj.jet_bigrams_by_path(model(), **options, folder=tmp_path / "file")
+    with pytest.raises(OSError, match=r"file"):
+        tj.jet_trigrams(model(), 0, 0, **options, folder=tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]  # nothing temporary is left

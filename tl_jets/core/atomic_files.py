@@ -45,7 +45,7 @@ def check_writable(file: str | Path) -> None:
         OSError: It cannot; the message says why.
     """
     file = Path(file)
-    if file.exists() and not file.is_file():
+    if os.path.exists(file) and not os.path.isfile(file):  # a Path raises on a name that is too long
         raise OSError(
             f"A result is saved as a regular file; {str(file)!r} is there already, and is none. Save elsewhere."
         )

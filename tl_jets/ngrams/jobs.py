@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -155,7 +156,7 @@ def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> N
         OSError: There is no table, and none can be written.
     """
     remove_leftovers(file)
-    if not file.is_file():
+    if not os.path.isfile(file):
         check_writable(file)
         return None
     table = NgramTable.load(file)
