@@ -306,3 +306,46 @@ def test_it_ends_with_its_block_and_on_errors():
     assert torch.equal(torch.autograd.functional.jacobian(block, X), expected)
     with frozen():
         assert relative_error(torch.autograd.functional.jacobian(block, X), expected) > 0.1
+
+
+def ends(low: float | None, high: float | None) -> tuple[float, float]:
+    return -math.inf if low is None else low, math.inf if high is None else high
+
+
+@pytest.mark.parametrize("bounds", [(0, None), (None, 0), (-0.7, 0.4), (None, 0.4), (-0.4, None), (0, 0.4), (0.0, 3)])
+def test_a_clamp_around_zero_is_its_slope(bounds):
+    (low, high), x = ends(*bounds), X
+    expected = diagonal(torch.where(x < low, low / x, torch.where(x > high, high / x, 1.0)))
+    for act in (lambda x: torch.clamp(x, *bounds), lambda x: x.clip(min=bounds[0], max=bounds[1])):
+        assert relative_error(jacobian(reverse, act, X), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("bounds", [(None, -0.3), (0.3, None), (0.2, 0.5), (-0.5, -0.2), (1e-3, 3), (-3, -1e-3)])
+def test_a_clamp_away_from_zero_is_left_alone(bounds):
+    """Zero is no fixed point of it: as a slope it would be no map through zero. It is differentiated as it is."""
+    (low, high), x = ends(*bounds), X
+    inside = (x > low) & (x < high)
+    for act in (lambda x: torch.clamp(x, *bounds), lambda x: x.clip(min=bounds[0], max=bounds[1])):
+        assert relative_error(jacobian(reverse, act, X), diagonal(inside.double())) < TOLERANCE
+
+
+ROOTS: dict[str, Function] = {
+    "pow 0.5": lambda v: v.pow(0.5),
+    "pow -0.5": lambda v: v ** (-0.5),
+    "pow -1": lambda v: torch.pow(v, -1),
+    "pow by a tensor": lambda v: v ** torch.tensor(0.5, dtype=torch.float64),
+    "pow by name": lambda v: torch.pow(v, exponent=-0.5),
+    "float_power": lambda v: torch.float_power(v, 0.5),
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_every_way_to_write_a_scale_is_frozen(name):
+    """A norm's scale, by which a stream is multiplied: a constant, whatever the root is called."""
+    root = ROOTS[name]
+    scale = root(X.square().mean(-1, keepdim=True) + 0.1)
+    found = jacobian(reverse, lambda x: x * root(x.square().mean(-1, keepdim=True) + 0.1), X)
+    assert relative_error(found, diagonal(scale.expand_as(X))) < TOLERANCE

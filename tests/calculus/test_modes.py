@@ -329,3 +329,21 @@ def test_fused_attention_with_grouped_heads():
     assert relative_error(f(query), expected[0]) < TOLERANCE
     with full_precision():
         assert relative_error(f(Series.line(query, 0.3 * query, 3)).coefficients, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_a_list_is_computed_in_float32_too(dtype):
+    """Functions that take a list of tensors, or a list in a list."""
+    a, b = (torch.randn(5, 5, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    calls = {
+        "multi_dot": lambda a, b: torch.linalg.multi_dot([a, b, a]),
+        "einsum": lambda a, b: torch.einsum("ij,jk->ik", [a, b]),
+        "einsum of a tuple": lambda a, b: torch.einsum("ij,jk->ik", (a, b)),
+        "cat": lambda a, b: torch.cat([a * 1.1, b * 1.1]),
+    }
+    for name, call in calls.items():
+        with full_precision():
+            found = call(a, b)
+        assert found.dtype == torch.float32, name
+        assert torch.allclose(found, call(a.float(), b.float()), rtol=1e-6), name
+        assert not torch.allclose(call(a, b).float(), call(a.float(), b.float()), rtol=1e-6), name

@@ -757,3 +757,39 @@ def test_a_rule_is_entered_once():
     with pytest.raises(ValueError, match="has tanh already"):
         rule(aten.tanh.default)(lift)
     assert RULES[aten.tanh.default].__name__ == "tanh"
+
+
+def shares(result: Tensor, source: Tensor) -> bool:
+    return result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+REDUCTIONS = {
+    **{f.__name__: f for f in (torch.sum, torch.mean, torch.amax, torch.amin, torch.max, torch.min, torch.clone)},
+    **{
+        f"{name} 0": lambda x, name=name: getattr(x, name)(0) for name in ("sum", "mean", "amax", "cumsum", "logsumexp")
+    },
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_reduction_of_one_number_is_made_anew(name):
+    """What is written into it is not written into what it was made of, as with plain tensors."""
+    coefficients = fixed(4)
+    x = Series(coefficients.clone())
+    found = REDUCTIONS[name](x)
+    assert torch.allclose(found.coefficients, coefficients, rtol=1e-14)
+    found.mul_(3)
+    assert torch.equal(x.coefficients, coefficients)
+
+
+@pytest.mark.parametrize("case", ARITHMETIC + NONLINEAR + SHAPES, ids=lambda case: case.name)
+def test_results_share_memory_where_those_of_plain_tensors_do(case):
+    x = Series(curve_for(case, order=2))
+    plain = x.coefficients[0].clone()
+    try:
+        expected = case.f(plain)
+    except (RuntimeError, TypeError):
+        pytest.skip("takes no plain tensor")
+    found = case.f(x)
+    if isinstance(expected, Tensor) and isinstance(found, Series) and not shares(expected, plain):
+        assert not shares(found.coefficients, x.coefficients)

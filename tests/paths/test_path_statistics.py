@@ -13,6 +13,8 @@ from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, ta
 from torch import Tensor
 
 from tl_jets import CallableModel, Norm, ResidualNetwork
+from tl_jets.core.logit_attribution import Yardstick
+from tl_jets.core.selection import Rows
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
 
@@ -297,3 +299,30 @@ def test_errors_say_what_must_hold():
     with pytest.raises(TypeError, match="A model must be"):
         path_lengths(torch.nn.Linear(2, 2), TOKENS)
     assert isinstance(net.view, CallableModel)
+
+
+@pytest.mark.parametrize("rank", ["length", "effect"])
+def test_what_a_beam_is_led_by_is_what_is_measured_and_nothing_at_padding(rank):
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    net = ResidualNetwork(model)
+    tokens, mask = zoo.padded(model, (6, 3))
+    trace = net.trace(tokens, attention_mask=mask)
+    yardstick = Yardstick.of(trace, Rows.of(trace, None), None)
+    functionals = yardstick.functionals(rank)
+    assert (functionals[:, ~mask.bool()] == 0).all()
+    states = torch.randn(4, *trace["final_post"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parts = yardstick.augmented(states, states.new_zeros(4))
+    found = torch.einsum("mbtd,nbtd->nbtm", functionals, states)[:, mask.bool()]
+    logits = states @ net.decoder.W_U
+    logits = (logits - logits.mean(-1, keepdim=True))[:, mask.bool()]
+    own = net.decoder.logits(net.decoder.norm(trace["final_post"]))[mask.bool()]
+    own = own - own.mean(-1, keepdim=True)
+    best = own.argmax(-1)[None, :, None].expand(4, -1, 1)
+    wanted = (
+        logits.gather(-1, best)
+        if rank == "effect"
+        else (logits * own).sum(-1, keepdim=True) / own.norm(dim=-1)[:, None]
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    sizes = logits.norm(dim=(1, 2)) if rank == "length" else logits.gather(-1, best).abs().sum((1, 2))
+    torch.testing.assert_close(yardstick.sizes(parts, rank), sizes, rtol=1e-10, atol=1e-10)

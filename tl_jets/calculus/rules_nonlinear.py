@@ -235,6 +235,8 @@ def _at_least_one_axis(function: Callable[[Tensor, int], Tensor], x: Series, dim
 @rule(aten.logsumexp.default)
 def logsumexp(x: Series, dim: Sequence[int], keepdim: bool = False) -> Series:
     """Log sum exp x over some axes."""
+    if x.ndim == 0:
+        return Series(x.coefficients.clone())
     places = axes(dim, x.ndim)
     # One axis to sum over: the reduced ones, moved last and merged.
     kept = [place for place in range(1, x.ndim + 1) if place not in places]

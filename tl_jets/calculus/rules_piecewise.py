@@ -172,9 +172,10 @@ def min_all(x: Series) -> Series:
 
 
 def _extreme_over(x: Series, dims: Sequence[int] | int, keepdim: bool, find: FindExtreme) -> Series:
-    for place in sorted(axes(dims, x.ndim), reverse=True):
+    places = sorted(axes(dims, x.ndim), reverse=True)
+    for place in places:
         x = _extreme(x, place - 1, keepdim, find)[0]
-    return x
+    return x if places else Series(x.coefficients.clone())
 
 
 @rule(aten.topk.default)
