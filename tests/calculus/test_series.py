@@ -793,3 +793,12 @@ def test_results_share_memory_where_those_of_plain_tensors_do(case):
     found = case.f(x)
     if isinstance(expected, Tensor) and isinstance(found, Series) and not shares(expected, plain):
         assert not shares(found.coefficients, x.coefficients)
+
+
+@pytest.mark.parametrize("name", ["sign_", "floor_", "ceil_", "round_", "trunc_"])
+def test_a_step_function_in_place_is_constant(name):
+    x = Series(curve_for(Case(name, lambda x: x, low=-3, high=3), order=3))
+    coefficients = x.coefficients.clone()
+    assert getattr(x, name)() is x
+    assert torch.equal(x.coefficients[0], getattr(coefficients[0], name)())
+    assert not x.coefficients[1:].any()

@@ -124,3 +124,17 @@ def test_measures_average_over_real_positions():
         assert mean.tolist() == pytest.approx([sum(row) / len(row) for row in flat])
     assert [name for name, _ in measures.items()] == list(MEASURES)
     assert torch.equal(measures.map(torch.neg).kl.nan_to_num(), -values["kl"].nan_to_num())
+
+
+@pytest.mark.parametrize("kind", ["LN", "RMS"])
+def test_a_final_stream_of_nothing_has_a_plane_and_a_control(kind):
+    """Zero (or, centered, a constant) has no direction: nothing lies along it, and a random direction is still one."""
+    variate = normal(ROWS, D, seed=6)
+    variate[2] = 0 if kind == "RMS" else 1
+    norm = Norm(kind)
+    directions = random_directions(norm, variate, (), torch.arange(ROWS), seed=3)
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(ROWS, dtype=torch.float64))
+    centers = normal(LAYERS, ROWS, D, seed=5)
+    plane = split_along(norm, centers, variate)
+    assert plane.along.isfinite().all() and not plane.along[:, 2].any()
+    torch.testing.assert_close(plane.across[:, 2], norm.center(centers)[:, 2].norm(dim=-1))
