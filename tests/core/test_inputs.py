@@ -234,3 +234,50 @@ def test_a_hugging_face_model_is_told_how_to_be_wrapped():
         TypeError, match=r"got builtins.str. Load it first: TransformerBridge.boot_transformers\('gpt2'\)"
     ):
         tj.ResidualNetwork("gpt2")
+
+
+# N-grams, orders, steps, targets
+
+
+@each_spec
+def test_ids_that_no_tokenizer_knows_can_be_left_out_of_ngrams(spec, monkeypatch):
+    model = build(spec)
+    vocabulary = {f"w{i}": i for i in (3, 8, 9, 60, 61)}
+    monkeypatch.setattr(model.tokenizer, "get_vocab", lambda: vocabulary)
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "")
+    net = tj.ResidualNetwork(model)
+    known = net.known_tokens
+    assert known.tolist() == [3, 8, 9, 60]
+    table = tj.jet_bigrams(net, rows=known, columns=known, top_k=16, progress=False)
+    assert sorted(table.ids.tolist()) == [[i, j] for i in known.tolist() for j in known.tolist()]
+    assert table.names[60] == "w60"
+
+
+ASKED: dict[str, Any] = {
+    "lens": lambda net: tj.iterative_jet_lens(net, "w5", order=1001),
+    "joint": lambda net: tj.joint_jet_lens(net, "w5", order=10**30),
+    "expansion": lambda net: tj.jet_expand(net, "1_mlp", centers=["embed"], order=10**6),
+    "paths": lambda net: tj.exponential_expansion(net, 10**6),
+    "jet": lambda net: tj.jet(torch.sin, torch.zeros(2), torch.ones(2), 10**9),
+    "norm": lambda net: tj.norm_jet(tj.Norm("none"), torch.ones(2), torch.ones(2), 10**9),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_huge_orders_are_refused(ask):
+    with pytest.raises(ValueError, match="order must be at most 1000; got 10"):
+        ask(tj.ResidualNetwork(build(SPECS[0])))
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_one_line_each():
+    net = tj.ResidualNetwork(build(SPECS[0]))
+    with pytest.raises(ValueError, match="at least one step or path; got none"):
+        tj.ablation_effect(net, "w5", [])
+    with pytest.raises(ValueError, match="at least one prompt"):
+        tj.ablation_effect(net, [])
+    with pytest.raises(ValueError, match="d_vocab = 61, got 1000"):
+        tj.iterative_jet_lens(net, "w5", top_k=1000)
+    for read in (tj.iterative_jet_lens, tj.joint_jet_lens, tj.interactions, tj.path_sums):
+        with pytest.raises(ValueError, match=r"A target must be text .* got a lone surrogate"):
+            read(net, "w5", targets=["\ud800"])

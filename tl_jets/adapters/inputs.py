@@ -224,7 +224,9 @@ def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Ten
         ValueError: One row is nothing but pad tokens, another is not.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
-    real = torch.ones_like(tokens, dtype=torch.bool) if pad is None else tokens != int(pad)
+    if pad is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    real = tokens != pad
     if bool((real[:, 0] & real[:, -1]).all()) or tokens.shape[1] == 1 or not bool(real.any()):
         return torch.ones_like(real)
     if not bool(real.any(1).all()):
@@ -245,7 +247,7 @@ def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Ten
     left = int(runs.sum()) - int((~valid).sum())
     if roles and (not bool(valid.all()) or int(kept.max()) > 1 or bool((runs[0] < kept[0]).any())):
         warnings.warn(
-            f"Rows of this batch begin or end with the pad token {token_text(tokenizer, int(pad))!r} (id {pad}), which is "
+            f"Rows of this batch begin or end with the pad token {token_text(tokenizer, pad)!r} (id {pad}), which is "
             f"also {' and '.join(name.upper() for name in roles)}: {int(before.sum())} leading and {int(after.sum())} trailing "
             f"ones are taken for padding, {left} for real. Pass attention_mask= (1 for real tokens), or the prompts as a list "
             f"of texts, to decide it.",

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_jets.calculus.modes import refuse_autocast
+from tl_jets.calculus.norms import check_size
 from tl_jets.calculus.series import Series
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -205,6 +206,7 @@ def _check_order(order: int) -> None:
         raise TypeError(f"order is an int; got {order!r}. Give 0 for the value at the center, 1 for the tangent.")
     if order < 0:
         raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
+    check_size(order)
 
 
 def _check_point(point: Tensor, name: str) -> None:

@@ -47,6 +47,8 @@ from torch import Tensor
 NormKind = Literal["LN", "RMS", "none"]
 CenterScale = Literal["none", "match", "orthogonal"]
 CENTER_SCALES: tuple[CenterScale, ...] = get_args(CenterScale)
+# Orders up to which jets are computed.
+MAX_ORDER = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +160,14 @@ class NormJet:
         return f"NormJet(kind={self.norm.kind!r}, order={self.order}, batch={list(self.rho.shape)})"
 
 
+def check_size(order: int) -> None:
+    """Raise ValueError for an order that no memory holds and no series needs."""
+    if order > MAX_ORDER:
+        raise ValueError(
+            f"order must be at most {MAX_ORDER}; got {order}. A series that converges needs a few orders only."
+        )
+
+
 def norm_jet(
     norm: Norm,
     center: Float[Tensor, "*batch d_model"],
@@ -196,6 +206,7 @@ def norm_jet(
         raise TypeError(f"order is an int; got {order!r}. Give 0 for the value at the center.")
     if order < 0:
         raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
+    check_size(order)
     x, y = _centered(norm, center, variate)
     if norm.kind == "none":
         s = x.new_zeros((order + 1, *x.shape[:-1]))

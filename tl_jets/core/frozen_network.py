@@ -37,12 +37,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
+from tl_jets.calculus.norms import check_size
 from tl_jets.core.linear_map import GraphMap, LinearMap
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, frozen_biases
 from tl_jets.core.trace import Trace
 
-# Of a Taylor polynomial: its coefficients take time and memory with every order.
-MAX_ORDER = 1000
 Linearize = Literal["jet", "detached"]
 # Numbers in the stacked streams that run through a stage at once.
 CHUNK_ELEMENTS = 2**20
@@ -213,11 +212,9 @@ def read_order(linearize: Linearize, order: Any, default: int) -> int:
         return 0 if linearize == "detached" else default
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"order must be an integer >= 0; got {order!r}.")
-    if not 0 <= order <= MAX_ORDER:
-        raise ValueError(
-            f"order must be an integer >= 0, and at most {MAX_ORDER:,}; got {order}. A series that has not converged by then does "
-            "not."
-        )
+    if order < 0:
+        raise ValueError(f"order must be an integer >= 0; got {order}.")
+    check_size(order)
     return order
 
 

@@ -166,6 +166,18 @@ class ResidualNetwork:
         """The model's tokenizer, or None."""
         return self.view.tokenizer
 
+    @property
+    def known_tokens(self) -> Int[Tensor, " token"]:
+        """Ids that the tokenizer knows, for `rows` and `columns` of n-grams: embeddings often have more rows than that.
+
+        Raises:
+            ValueError: The model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("Tokens are known to a tokenizer; the model has none. Pass ids.")
+        d_vocab = self.decoder.d_vocab
+        return torch.tensor(sorted({token for token in self.tokenizer.get_vocab().values() if token < d_vocab}))
+
     @classmethod
     def of(cls, model: Any, granularity: Granularity | None = None) -> ResidualNetwork:
         """The network of what a user passed: itself, if it is one, unless another granularity is asked for.

@@ -16,6 +16,7 @@ from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.tokens import check_text
 from tl_jets.core.trace import Trace
 
 # Tokens by text or id, the same everywhere; a list of such lists, one a prompt; or a tensor of ids [batch, pos, target].
@@ -201,6 +202,7 @@ def _token_id(network: ResidualNetwork, target: Any) -> int:
             raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
     if network.tokenizer is None:
         raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
+    check_text("A target", target)
     ids = network.tokenizer(target, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(

@@ -138,6 +138,8 @@ def ablation_effect(
     if steps is None:
         steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
     ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
+    if not ablations:
+        raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
     if reference is not None and not isinstance(reference, Trace):
         reference = network.trace(reference)
 
