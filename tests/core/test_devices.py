@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import zoo
-from two_devices import DEVICES, TwoDevices, spread
+from two_devices import DEVICES, DefaultDevice, TwoDevices, spread
 
 import tl_jets as tj
 from tl_jets.core.network import ResidualNetwork
@@ -67,3 +70,58 @@ def test_mixing_devices_fails_and_moving_does_not():
             x.numpy()
         assert float((x * torch.tensor(2.0)).sum()) == 6
         assert mode.operations[DEVICES[1]] > 0
+
+
+# Another default device
+
+
+@pytest.mark.parametrize("spec", SPECS[:1] + SPECS[-1:], ids=str)
+def test_the_default_device_changes_nothing(spec):
+    tokens = TOKENS[:1]
+
+    def numbers(model):
+        network = ResidualNetwork(model)
+        components = network.at("block").components
+        weights = [1 / len(components)] * len(components)
+        return {
+            "iterative lens": tj.iterative_jet_lens(model, tokens, order=1, top_k=3).kl,
+            "joint lens": tj.joint_jet_lens(model, tokens, granularity="block", weights=weights).measures.kl,
+            "detached map": tj.detached_jacobian(model, tokens).contributions,
+            "expansion": tj.jet_expand(model, "ln_final", centers=["embed", "0_mlp_out"], order=1, weights="optimal")(
+                tokens
+            ).stack(),
+            "interactions": tj.interactions(model, tokens, granularity="block").matrix.nan_to_num(),
+            "ablation": tj.ablation_effect(model, tokens, ["0_mlp", "L0H1"], mode="resample", reference=TOKENS).logit,
+            "zero": tj.ablation_effect(model, tokens, ["0_mlp", "L0H1"], mode="zero").logit,
+            "bi-grams": jet_bigrams(model, "mlps", top_k=30, progress=False).scores,
+            "trigrams": jet_trigrams(model, 0, 1, top_k=20, progress=False).scores,
+            "path sums": tj.path_sums(model, tokens).norm,
+        }
+
+    expected = numbers(zoo.fresh(spec, torch.float64))
+    model, mode = zoo.fresh(spec, torch.float64), DefaultDevice()
+    with mode:
+        mode.put(model, DEVICES[0])
+        if not hasattr(model, "original_model"):
+            model.cfg.device = "cuda:0"
+        with tj.detached(model):
+            pass
+        found = {name: x.cpu() for name, x in numbers(model).items()}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values.cpu(), atol=1e-10, rtol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+MAKERS = "tensor arange zeros ones full empty eye linspace logspace rand randn randint randperm normal triu_indices tril_indices"
+
+
+def test_no_tensor_is_made_without_a_device():
+    """By the whole library: `torch.set_default_device` would put it somewhere else than what it meets."""
+    missing = []
+    for path in Path(tj.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS.split():
+                named = {keyword.arg for keyword in node.keywords}
+                is_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+                if is_torch and not named & {"device", "out", None}:
+                    missing.append(f"{path.name}:{node.lineno}")
+    assert not missing

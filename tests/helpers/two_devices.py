@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -81,6 +83,27 @@ class TwoDevices(TorchFunctionMode):
         if out is not source:
             self.names[out] = device
         return out
+
+
+class DefaultDevice(TwoDevices):
+    """Two devices, of which the second is `torch.set_default_device` of what the library makes without saying where."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors() and kwargs.get("device") is None and _is_called_by_the_library():
+            kwargs["device"] = DEVICES[1]
+        if kwargs.get("generator") is not None and torch.device(kwargs.get("device") or CPU) != CPU:
+            raise RuntimeError("a generator of another device")
+        if func is torch.as_tensor and isinstance(args[0], torch.Tensor) and kwargs.get("device") is not None:
+            return self._move(torch.Tensor.to, (args[0], kwargs.get("dtype")), {"device": kwargs["device"]})
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _is_called_by_the_library() -> bool:
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "/tl_jets/" in frame.f_code.co_filename
 
 
 def spread(mode: TwoDevices, model: Any) -> None:

@@ -122,8 +122,8 @@ class TransformerBridgeView(TransformerLensView):
         W_U = model.W_U.detach()
         b_U = model.b_U.detach().to(W_U.device)
         generator = torch.Generator().manual_seed(0)
-        probe = torch.linspace(-40, 40, W_U.shape[1], dtype=self.dtype)
-        probe = probe[torch.randperm(len(probe), generator=generator)].to(W_U.device)
+        probe = torch.linspace(-40, 40, W_U.shape[1], dtype=self.dtype, device="cpu")
+        probe = probe[torch.randperm(len(probe), generator=generator, device="cpu")].to(W_U.device)
         transform = model.adapter.apply_output_logits_transform
         with torch.no_grad(), self.precision():
             changes = not torch.equal(transform(probe.clone()), probe)

@@ -45,8 +45,10 @@ def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: 
     own = next(module.parameters(), None)
     device = device if own is None else own.device
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, 2, d_model, generator=generator, dtype=torch.float64) + 0.3
-    probe = (probe * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64)[:, None, None]).to(device, dtype)
+    probe = torch.randn(4, 2, d_model, generator=generator, dtype=torch.float64, device="cpu") + 0.3
+    probe = (probe * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64, device="cpu")[:, None, None]).to(
+        device, dtype
+    )
     with torch.no_grad(), full_precision():
         wanted = module(probe)
     best, best_error = Norm("none"), float("inf")

@@ -266,7 +266,7 @@ def _drawn(
     shown = {path for path in largest.labels if path != CONSTANT}
     least = LEAST_OF_CONTROL * min((abs(effects[path]) for path in shown), default=math.inf)
     others = [path for path in effects if path not in (*shown, CONSTANT) and abs(effects[path]) > least]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed), device="cpu").tolist()
     return {others[i]: effects[others[i]] for i in order[: len(shown)]}, "" if others else "no others are comparable"
 
 

@@ -340,7 +340,10 @@ class Decoder:
         with torch.no_grad():
             # By chunks: `mean(dtype=...)` would convert all of W_U at once.
             total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
-            mean = torch.cat([torch.as_tensor(total), self.b_U.double().sum().unsqueeze(0)]) / self.d_vocab
+            mean = (
+                torch.cat([torch.as_tensor(total, device=self.W_U.device), self.b_U.double().sum().unsqueeze(0)])
+                / self.d_vocab
+            )
             gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
             for chunk in self._centered_columns(mean):
                 _add_gram(gram, chunk)

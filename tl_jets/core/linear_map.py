@@ -252,7 +252,7 @@ class LinearMap(ABC):
         across, back = (transpose, J) if wide else (J, transpose)
 
         def gram(vector: Any) -> Any:
-            short = torch.as_tensor(np.ascontiguousarray(vector)).to(self.point)
+            short = torch.from_numpy(np.ascontiguousarray(vector)).to(self.point)
             return back(across(short)).double().cpu().numpy()
 
         operator = scipy.sparse.linalg.LinearOperator((min(shape),) * 2, matvec=gram, dtype=np.float64)  # pyright: ignore[reportCallIssue]

@@ -42,7 +42,7 @@ class Reader:
         # Finite, so that zero times it is zero; small enough to survive a multiplication by log2(e).
         self.lowest = torch.finfo(dtype).min / 4
         # As the kernels round it: what is scaled by it is scaled back by the same number.
-        self.log2_e = torch.tensor(LOG2_E, dtype=dtype).item()
+        self.log2_e = torch.tensor(LOG2_E, dtype=dtype, device="cpu").item()
 
     def buffer(self, rows: int) -> Tensor:
         """Rows of padded logits: uninitialised, with zeros in the padding."""

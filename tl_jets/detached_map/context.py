@@ -76,7 +76,9 @@ def _check_affine(model: Any) -> None:
     refuse_autocast(next(model.parameters()).device)
     generator = torch.Generator().manual_seed(0)
     length = min(4, getattr(model.cfg, "n_ctx", None) or 4)
-    tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator).to(next(model.parameters()).device)
+    tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator, device="cpu").to(
+        next(model.parameters()).device
+    )
     tape: list[tuple[str, Any]] = []
     first: list[Tensor] = []
 
@@ -91,7 +93,7 @@ def _check_affine(model: Any) -> None:
     with lock_of(model), torch.inference_mode(False), _without_hooks(model), full_precision():
         with torch.enable_grad(), frozen(record=tape):
             found = output(leaf)
-        probe = torch.randn(found.shape, generator=generator, dtype=torch.float64).to(found)
+        probe = torch.randn(found.shape, generator=generator, dtype=torch.float64, device="cpu").to(found)
         (gradient,) = torch.autograd.grad(found, first[-1], probe)
         # Last, so that what the model's components keep of it holds no graph.
         with torch.no_grad(), frozen(replay=tape):

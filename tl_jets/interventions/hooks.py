@@ -115,7 +115,9 @@ def ablation_hooks(
         )
     if mode == "zero":
         constants = _head_constants(network, {site.layer for site in sites if site.head is not None})
-        return [_constant(site, torch.zeros(()) if site.head is None else constants[site]) for site in sites]
+        return [
+            _constant(site, torch.zeros((), device="cpu") if site.head is None else constants[site]) for site in sites
+        ]
     values, valid = _writes(network, reference, sites)
     if mode == "mean":
         return [_constant(site, values[site][valid].mean(0)) for site in sites]
@@ -307,7 +309,7 @@ def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, F
         return found
     network = network.at("sublayer")
     with torch.no_grad():
-        trace = network.trace(torch.tensor([[0, network.decoder.d_vocab - 1]]))
+        trace = network.trace(torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu"))
         zero = torch.zeros_like(trace[network.streams[0]])
         for layer in sorted(layers):
             gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"
@@ -412,7 +414,7 @@ def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..
     def new(write: Tensor) -> Tensor:
         _check_shape(write[:1], values[:1], "resample")
         # The same rows at every site: a prompt's writes come from one reference prompt.
-        rows = torch.randint(len(values), (len(write),), generator=torch.Generator().manual_seed(seed))
+        rows = torch.randint(len(values), (len(write),), generator=torch.Generator().manual_seed(seed), device="cpu")
         return values[rows.to(values.device)].to(write)
 
     return _hook(site, new)

@@ -430,7 +430,7 @@ def _read_slice(
             f"write [index] for the int."
         )
     index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
-    left = torch.tensor(range(size) if chosen is None else chosen)[index]
+    left = torch.tensor(range(size) if chosen is None else chosen, device="cpu")[index]
     if left.ndim > 1 or not left.numel():
         raise ValueError(
             f"A slice of the {name} dimension must keep some of its {size if chosen is None else len(chosen)} entries; "

@@ -39,7 +39,7 @@ def read_weights(weights: Any, n: int) -> Tensor:
         ValueError: Not n weights on the simplex.
     """
     if not isinstance(weights, Tensor):
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if weights.ndim == 0:
         raise ValueError(f"weights must have one entry a center on the first axis ({n}); got a single number.")
     return check_weights(weights.movedim(0, -1), n).movedim(-1, 0)

@@ -404,7 +404,7 @@ def _choose(
         return uniform_weights(n, len(truth), device=truth.device), None
     if isinstance(weights, str):
         raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
-    given = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+    given = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if given.ndim == 3 and given.shape[1:] == rows.keep.shape:
         given = given[:, rows.keep.to(given.device)]  # padding may hold NaN, as a lens' own weights do
     elif given.ndim > 1:

@@ -244,9 +244,9 @@ class HeadReader:
     def _random_streams(self, count: int, seed: int = 0) -> Float[Tensor, "token d_model"]:
         """Embedded tokens and noise of their size, in float64."""
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, self.n_tokens, (max(count, 1),), generator=generator)
+        tokens = torch.randint(0, self.n_tokens, (max(count, 1),), generator=generator, device="cpu")
         embed = torch.cat([self.streams.embed(part) for part in tokens.split(self._rows)]).double()
-        noise = torch.randn(embed.shape, generator=generator, dtype=torch.float64).to(embed.device)
+        noise = torch.randn(embed.shape, generator=generator, dtype=torch.float64, device="cpu").to(embed.device)
         return (embed + embed.pow(2).mean().sqrt() * noise)[:count]
 
     def _attend(self, streams: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ class OutputMap:
     def __init__(self, reader: HeadReader, head: int):
         view, decoder = reader.view, reader.network.decoder
         block = view.blocks[reader.layer]
-        dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype))
+        dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype, device="cpu"))
         W_O = block.attn.W_O[head].detach().to(decoder.W_U.device, dtype)
         self._norms: list[tuple[Tensor, float]] = []
         post = view.post_norm(reader.layer)

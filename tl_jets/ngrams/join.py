@@ -68,7 +68,9 @@ class Search:
     def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any], processes: Processes = ALONE):
         self.maps, self.top_k, self.advance, self.processes = maps, top_k, advance, processes
         self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
-        slope = max(1.0, abs(float(maps.outputs.transform(torch.ones(1)) if maps.outputs.transform else 1.0)))
+        slope = max(
+            1.0, abs(float(maps.outputs.transform(torch.ones(1, device="cpu")) if maps.outputs.transform else 1.0))
+        )
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
 
     @full_float32()
@@ -229,8 +231,8 @@ class _Best:
 
     def __init__(self, size: int):
         self.size, self.threshold = size, -math.inf
-        self.ids: Tensor = torch.empty(0, 3, dtype=torch.long)
-        self.scores: Tensor = torch.empty(0, dtype=torch.float64)
+        self.ids: Tensor = torch.empty(0, 3, dtype=torch.long, device="cpu")
+        self.scores: Tensor = torch.empty(0, dtype=torch.float64, device="cpu")
         self._new: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, scores: Tensor) -> None:

@@ -329,7 +329,7 @@ class TopScan:
 
     def state(self) -> dict[str, Tensor]:
         """What is kept so far, to go on from with `restore`."""
-        threshold = torch.tensor([self.threshold], dtype=torch.float64)
+        threshold = torch.tensor([self.threshold], dtype=torch.float64, device="cpu")
         return {name: x.contiguous() for name, x in vars(self.kept).items()} | {"threshold": threshold}
 
     def restore(self, *states: dict[str, Tensor]) -> None:

@@ -86,7 +86,7 @@ class ScoreSample:
         """Least squares for one way to rotate, from three quarters of the pairs. `pairs` is [2, rotated pair]."""
         i, j = pairs
         n_pairs, d_head, n_heads = len(i), self.query.shape[-1], self.query.shape[1]
-        rest = torch.ones(d_head, dtype=torch.bool)
+        rest = torch.ones(d_head, dtype=torch.bool, device="cpu")
         rest[pairs.flatten()] = False
         q, k, own = self.query, self.key, self.own_key
         columns = [
@@ -130,10 +130,10 @@ class ScoreSample:
 
 def rotations(d_head: int, rotary_dim: int | None) -> Iterator[tuple[Tensor, str]]:
     """Ways to pair coordinates, likely ones first: none, then halves and neighbours of the first r coordinates."""
-    yield torch.empty(2, 0, dtype=torch.long), "none"
+    yield torch.empty(2, 0, dtype=torch.long, device="cpu"), "none"
     likely = [rotary_dim or d_head, d_head, d_head // 2, d_head // 4]
     for size in dict.fromkeys([*likely, *range(d_head, 0, -1)]):
         if 2 <= size <= d_head and size % 2 == 0:
-            first = torch.arange(size // 2)
+            first = torch.arange(size // 2, device="cpu")
             yield torch.stack([first, first + size // 2]), f"halves of {size}"
             yield torch.stack([2 * first, 2 * first + 1]), f"neighbours of {size}"

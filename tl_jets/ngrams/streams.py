@@ -108,7 +108,7 @@ class VocabularyStreams:
 
     def _checked_trace(self) -> Trace:
         """A trace of two one-token prompts: it carries the arguments of replays, and checks embedding and MLPs."""
-        first = torch.tensor([[0], [self.n_tokens - 1]])
+        first = torch.tensor([[0], [self.n_tokens - 1]], device="cpu")
         trace = self.network.trace(first)
         if any(trace.recording.edits.values()):
             raise ValueError(
@@ -116,7 +116,7 @@ class VocabularyStreams:
                 f"{some(trace.recording.edits)}. Take the hook on the stream away; hooks inside steps are kept."
             )
         self._trace = trace
-        more = torch.arange(min(self.n_tokens, 5))
+        more = torch.arange(min(self.n_tokens, 5), device="cpu")
         found = torch.cat([self.embed(first[:, 0]), self.embed(more)])
         self._agree("embed", found[:2], trace["embed"][:, 0])
         for step in {step for steps in self.paths.values() for step in (self._mlps if steps is None else steps)}:

@@ -207,7 +207,7 @@ class NgramTable(Shown):
     def __getitem__(self, key: str | int | slice) -> NgramTable:
         """Rows of a slice, or the n-grams that begin with a token; if there are none, an empty table whose `note` says so."""
         if isinstance(key, slice):
-            return self._rows(torch.arange(len(self))[key])
+            return self._rows(torch.arange(len(self), device="cpu")[key])
         if isinstance(key, str):
             return self.where(token_1=key)
         if isinstance(key, int):
@@ -251,7 +251,7 @@ class NgramTable(Shown):
               token_1 token_2  score
             0       a       c   -2.0
         """
-        keep = torch.ones(len(self), dtype=torch.bool)
+        keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
         notes = [self.note] if self.note else []
         if min_score is not None:
             keep &= self.scores >= min_score
@@ -269,7 +269,7 @@ class NgramTable(Shown):
                 named = {text: self._named(text, column) for text in values}
                 absent = [text for text, ids in named.items() if not ids]
                 values = [token for ids in named.values() for token in ids]
-            found = torch.isin(column, torch.tensor(values, dtype=torch.long))
+            found = torch.isin(column, torch.tensor(values, dtype=torch.long, device="cpu"))
             if name.startswith("id") and not bool(found.any()):
                 absent = values
             absent = absent if len(self) else []
@@ -405,10 +405,14 @@ def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -
     """The table of an Arrow table and its metadata, if it is what was written."""
     try:
         n = sum(name.startswith("id_") for name in found.column_names)
-        ids = torch.stack([torch.tensor(found.column(f"id_{i}").to_numpy()) for i in range(1, n + 1)], dim=1)
+        ids = torch.stack(
+            [torch.tensor(found.column(f"id_{i}").to_numpy(), device="cpu") for i in range(1, n + 1)], dim=1
+        )
         texts = [found.column(f"token_{i}").to_pylist() for i in range(1, n + 1)]
         names = {t: text for i in range(n) for t, text in zip(ids[:, i].tolist(), texts[i], strict=True)}
-        numbers = {name: torch.tensor(found.column(name).to_numpy()) for name in found.column_names[2 * n :]}
+        numbers = {
+            name: torch.tensor(found.column(name).to_numpy(), device="cpu") for name in found.column_names[2 * n :]
+        }
         table = cls(ids, numbers.pop("score"), names, about["path"], about["settings"], about["fingerprint"], numbers)
         is_whole = table.digest == about["digest"]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -171,7 +171,7 @@ class Interactions(Result):
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Indices of all unordered pairs, their effects, and those of the control [pair, batch, pos]."""
         n = len(self.labels)
-        first, second = torch.triu_indices(n, n)
+        first, second = torch.triu_indices(n, n, device="cpu")
         twice = torch.where(first == second, 1.0, 2.0)[:, None, None].to(self.matrix)
         return first, second, twice * self.matrix[first, second], twice * self.control[first, second]
 
@@ -312,7 +312,7 @@ def _directions(
     trace: Trace, rows: Rows, targets: TargetInput | None, minus: TargetInput | None
 ) -> tuple[Float[Tensor, "row d_model_and_bias"], Int[Tensor, "batch pos target"], list[str | int]]:
     """What a centered logit, or a difference of logits, is the product with (b_U behind); and the tokens."""
-    total, ids, names = torch.zeros(()), [], []
+    total, ids, names = torch.zeros((), device="cpu"), [], []
     for sign, given in ((1, targets), (-1, minus)):
         if given is None and sign < 0:
             continue

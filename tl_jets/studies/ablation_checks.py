@@ -364,7 +364,7 @@ def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | No
         return prompts
     if bos is None:
         raise ValueError("prepend_bos=True needs a tokenizer with a beginning-of-sequence token; the model has none.")
-    return torch.cat([torch.full((len(prompts), 1), bos), prompts], dim=1)
+    return torch.cat([torch.full((len(prompts), 1), bos, device="cpu"), prompts], dim=1)
 
 
 def _sign(low: float, high: float) -> str:

@@ -247,13 +247,16 @@ def track_by_path(
     for label, mine in scores.items():
         own = tables.get(label, [])
         known = own[-1] if isinstance(reference, str) else reference
-        hits, controlled = torch.full((len(names),), math.nan).double(), torch.empty(len(names), 0).double()
+        hits, controlled = (
+            torch.full((len(names),), math.nan, device="cpu").double(),
+            torch.empty(len(names), 0, device="cpu").double(),
+        )
         if isinstance(known, NgramTable):
             hits, controlled = _hits(own, known, n, controls, seed)
         found[label] = Track(
             checkpoints=names,
             pairs=texts,
-            scores=torch.stack(mine) if mine else torch.empty(len(names), 0, dtype=torch.float64),
+            scores=torch.stack(mine) if mine else torch.empty(len(names), 0, dtype=torch.float64, device="cpu"),
             hit_ratio=hits,
             n=n if own else 0,
             path=label,
@@ -279,7 +282,9 @@ def _hits(
     shuffles = [second[torch.from_numpy(draw.permutation(n))] for _ in range(controls)]
     shuffled = [torch.stack([first, other], dim=1) for other in shuffles]
     controlled = [[share_found(table.ids[:n], pairs) for pairs in shuffled] for table in tables]
-    return torch.tensor(hits, dtype=torch.float64), torch.tensor(controlled, dtype=torch.float64)
+    return torch.tensor(hits, dtype=torch.float64, device="cpu"), torch.tensor(
+        controlled, dtype=torch.float64, device="cpu"
+    )
 
 
 def _one_at_a_time(

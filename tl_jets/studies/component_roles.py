@@ -146,7 +146,7 @@ def roles(
         )
     overlap = [[share_found(x.ids, y.ids) for y in tables.values()] for x in tables.values()]
     found = head_tables(network, n, progress=progress) if heads else {}
-    return Roles(components, list(tables), tables, torch.tensor(overlap, dtype=torch.float64), n, found)
+    return Roles(components, list(tables), tables, torch.tensor(overlap, dtype=torch.float64, device="cpu"), n, found)
 
 
 def head_tables(model: Any, n: int, *, progress: bool = True) -> dict[str, NgramTable]:

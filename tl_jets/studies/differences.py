@@ -125,8 +125,8 @@ def diff(
     Vocabulary.of(before.network).check(Vocabulary.of(after.network))
     first = read_tokens("rows", rows, min(before.n_tokens, after.n_tokens))
     rises, falls = _Movers(top_k), _Movers(top_k)
-    bounds = torch.full((2, len(first)), math.inf, dtype=torch.float64)
-    kl = torch.empty(len(first), dtype=torch.float64)
+    bounds = torch.full((2, len(first)), math.inf, dtype=torch.float64, device="cpu")
+    kl = torch.empty(len(first), dtype=torch.float64, device="cpu")
     screens = all(x.network.decoder.compute_dtype(x.streams.embed(first[:1])) is torch.float32 for x in (before, after))
     with tqdm(total=len(first), unit="token", delay=1, leave=False, disable=None if progress else True) as bar:
         if screens:
@@ -135,8 +135,8 @@ def diff(
                 bounds[0, part], bounds[1, part], kl[part] = screen.read(first[part])
                 bar.update(len(first[part]))
             del screen
-        unread = torch.ones(len(first), dtype=torch.bool)
-        floor = torch.tensor(float(at_least), dtype=torch.float64).log()
+        unread = torch.ones(len(first), dtype=torch.bool, device="cpu")
+        floor = torch.tensor(float(at_least), dtype=torch.float64, device="cpu").log()
         for movers, bound in zip((rises, falls), bounds, strict=True):
             for part in bound.argsort(descending=True, stable=True).split(ROWS):
                 if not float(bound[part[0]]) > movers.least:
@@ -186,8 +186,8 @@ class _Movers:
 
     def __init__(self, top_k: int):
         self.top_k = top_k
-        self.ids = torch.empty(0, 2, dtype=torch.long)
-        self.scores, self.before, self.after = (torch.empty(0, dtype=torch.float64) for _ in range(3))
+        self.ids = torch.empty(0, 2, dtype=torch.long, device="cpu")
+        self.scores, self.before, self.after = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(3))
 
     @property
     def least(self) -> float:

@@ -90,7 +90,7 @@ def bootstrap_intervals(
     unit = np.arange(data.shape[1]) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
     n = int(unit.max(initial=-1)) + 1
     if n < 2 or not resamples:
-        return torch.full((2, len(data)), math.nan, dtype=torch.float64)
+        return torch.full((2, len(data)), math.nan, dtype=torch.float64, device="cpu")
     sums = np.stack([np.bincount(unit, series, minlength=n) for series in data], axis=1)
     sizes = np.bincount(unit, minlength=n)
     draw = np.random.default_rng(seed)

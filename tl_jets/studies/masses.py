@@ -177,7 +177,7 @@ def mass(
     pairs, words_of, skipped = _read_list(reader, words, tokenize)
     # Sorted, so that nothing depends on the order of the list.
     distinct, place = pairs.unique(dim=0, return_inverse=True)
-    prior = torch.ones(len(distinct), dtype=torch.float64)
+    prior = torch.ones(len(distinct), dtype=torch.float64, device="cpu")
     if unigram is not None:
         prior = check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
     draw = np.random.default_rng(seed)
@@ -227,7 +227,7 @@ def _read_list(
         raise ValueError(f"A list of words is wanted; got one text, {words[:40]!r}. Put it in a list.")
     if isinstance(words, (NgramTable, Tensor)):
         pairs = read_pairs(reader, words)
-        return pairs, torch.arange(len(pairs)), 0
+        return pairs, torch.arange(len(pairs), device="cpu"), 0
     tokenize = tokenize or tokenizer_of(reader.network)
     rows, items, skipped = [], [], 0
     for i, item in enumerate(words):
@@ -239,7 +239,7 @@ def _read_list(
         raise ValueError(
             f"A list must have a bi-gram at least; none of its {len(words)} words is more than one token. Give pairs."
         )
-    return read_pairs(reader, rows, tokenize=tokenize), torch.tensor(items), skipped
+    return read_pairs(reader, rows, tokenize=tokenize), torch.tensor(items, device="cpu"), skipped
 
 
 def _units(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:

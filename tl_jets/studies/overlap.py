@@ -66,7 +66,7 @@ def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> Ngram
     known = prior > -math.inf
     ids, conditional = table.ids[known], table.scores[known]
     scores = conditional + prior[known]
-    bound = torch.tensor(_bound_of_the_rest(table, unigram), dtype=torch.float64)
+    bound = torch.tensor(_bound_of_the_rest(table, unigram), dtype=torch.float64, device="cpu")
     settings = dict(table.settings) | {
         "score": "pseudo-joint",
         "unigram_sha256": hashlib.sha256(unigram.numpy().tobytes()).hexdigest(),
@@ -99,11 +99,11 @@ def _bound_of_the_rest(table: NgramTable, unigram: Tensor) -> float:
     first, row, count = table.ids[:, 0].unique(return_inverse=True, return_counts=True)
     if not bool((count == min(top_k, columns)).all()) or (len(first) < rows and settings.get("rows", "all") != "all"):
         return math.inf
-    last = torch.full((len(first),), math.inf, dtype=torch.float64)
+    last = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu")
     last.scatter_reduce_(0, row, table.scores, "amin")
     bound = -math.inf if top_k >= columns else float((last + log_unigram[first]).max())
     # Tokens that the model does not embed, or whose rows were cut away: their log-probabilities may be 0.
-    absent = torch.ones(len(unigram), dtype=torch.bool).scatter(0, first, False)
+    absent = torch.ones(len(unigram), dtype=torch.bool, device="cpu").scatter(0, first, False)
     return bound if len(first) >= rows else max(bound, float(log_unigram[absent].max()))
 
 

@@ -101,7 +101,7 @@ class RowScores:
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
         """Scores of some pairs, and the log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
         first, row = pairs[:, 0].unique(return_inverse=True)
-        scores = torch.empty(len(pairs), dtype=torch.float64)
+        scores = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         log_normalizers = torch.empty_like(scores)
         order = row.argsort(stable=True)
         done = 0
@@ -145,7 +145,7 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
     reader = RowScores(model, path, score=score)
     ids = read_pairs(reader, pairs)
     scores, log_normalizers = reader.of(ids)
-    parts = {"given": torch.arange(len(ids)).double()}
+    parts = {"given": torch.arange(len(ids), device="cpu").double()}
     if score == "logprob":
         parts["log_normalizer"] = log_normalizers
     return NgramTable.ranked(
@@ -172,7 +172,7 @@ def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None
                 )
         tokenize = tokenize or tokenizer_of(reader.network)
         rows = [[_one_token(tokenize, x) if isinstance(x, str) else int(x) for x in pair] for pair in pairs]
-        pairs = torch.tensor(rows, dtype=torch.long).reshape(-1, 2)
+        pairs = torch.tensor(rows, dtype=torch.long, device="cpu").reshape(-1, 2)
     if (
         pairs.ndim != 2
         or pairs.shape[1] != 2
@@ -216,4 +216,7 @@ def _one_token(tokenize: Tokenize, text: str) -> int:
 def list_digest(ids: Int[Tensor, "row n"]) -> dict[str, Any]:
     """A list of n-grams in few words: how many, and the sha256 of its ids in sorted order."""
     rows = sorted(map(tuple, ids.tolist()))
-    return {"count": len(rows), "sha256": hashlib.sha256(torch.tensor(rows).numpy().tobytes()).hexdigest()}
+    return {
+        "count": len(rows),
+        "sha256": hashlib.sha256(torch.tensor(rows, device="cpu").numpy().tobytes()).hexdigest(),
+    }

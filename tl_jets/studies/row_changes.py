@@ -135,7 +135,7 @@ class _Side:
         self.scores, self.decoder = scores, scores.network.decoder
         self.tiles: Tiles | None = None
         self.bias: Tensor | None = None
-        self.logits = self.errors = self.scratch = torch.empty(0)
+        self.logits = self.errors = self.scratch = torch.empty(0, device="cpu")
 
     @property
     def rows(self) -> int:

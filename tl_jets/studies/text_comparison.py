@@ -194,7 +194,7 @@ def compare_with_counts(
         rows.append(_row(table.ids, scores.view(controls + 1, -1), [wanted, *shuffled], real))
     independent = second.log()[torch.cat([wanted, *shuffled])[:, 1]].view(controls + 1, -1)
     rows.append(_row(_best_products(unigram, second, len(order)), independent, [wanted, *shuffled], real))
-    hits, correlations = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
+    hits, correlations = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in zip(*rows, strict=True))
     return TextComparison(
         labels=[*tables, NO_MODEL],
         hit_ratio=hits[:, 0],
@@ -254,7 +254,9 @@ def _rows_with_more(joint: NgramTable, n: int) -> list[int]:
     first, row = joint.ids[:, 0].unique(return_inverse=True)
     if len(joint) < n:
         return first.tolist()
-    last = torch.full((len(first),), math.inf, dtype=torch.float64).scatter_reduce_(0, row, joint.scores, "amin")
+    last = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu").scatter_reduce_(
+        0, row, joint.scores, "amin"
+    )
     threshold = float(joint.scores[n - 1])
     return first[last >= threshold - TIE * (1 + abs(threshold))].tolist()
 
@@ -287,12 +289,16 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _first_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
-    total = torch.zeros(d_vocab, dtype=torch.float64).index_add_(0, counts.ids[:, 0], counts.parts["count"])
+    total = torch.zeros(d_vocab, dtype=torch.float64, device="cpu").index_add_(
+        0, counts.ids[:, 0], counts.parts["count"]
+    )
     return total / total.sum()
 
 
 def _second_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
-    total = torch.zeros(d_vocab, dtype=torch.float64).index_add_(0, counts.ids[:, 1], counts.parts["count"])
+    total = torch.zeros(d_vocab, dtype=torch.float64, device="cpu").index_add_(
+        0, counts.ids[:, 1], counts.parts["count"]
+    )
     return total / total.sum()
 
 
@@ -302,9 +308,9 @@ def _best_products(first: Tensor, second: Tensor, n: int) -> Int[Tensor, "pair 2
     The i-th likeliest z1 and the j-th z2 come after i j - 1 other pairs, so that only those with i j <= n are looked at.
     """
     one, two = (x.argsort(descending=True, stable=True)[:n] for x in (first, second))
-    fitting = (n // torch.arange(1, len(one) + 1)).clamp_max(len(two))
-    i = torch.arange(len(one)).repeat_interleave(fitting)
-    j = torch.arange(len(i)) - (fitting.cumsum(0) - fitting)[i]
+    fitting = (n // torch.arange(1, len(one) + 1, device="cpu")).clamp_max(len(two))
+    i = torch.arange(len(one), device="cpu").repeat_interleave(fitting)
+    j = torch.arange(len(i), device="cpu") - (fitting.cumsum(0) - fitting)[i]
     pairs = torch.stack([one[i], two[j]], dim=1)
     return pairs[rank(pairs, first[pairs[:, 0]] * second[pairs[:, 1]])[:n]]
 

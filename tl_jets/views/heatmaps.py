@@ -89,8 +89,8 @@ def trigram_heatmap(
     row_name, column_name = axes.split("_")
     rows, columns = (_first(trigrams, PLACES[name], size) for name in (row_name, column_name))
     triples = trigrams.ids[0].repeat(len(rows), len(columns), 1)
-    triples[..., PLACES[row_name]] = torch.tensor(rows)[:, None]
-    triples[..., PLACES[column_name]] = torch.tensor(columns)
+    triples[..., PLACES[row_name]] = torch.tensor(rows, device="cpu")[:, None]
+    triples[..., PLACES[column_name]] = torch.tensor(columns, device="cpu")
     settings: Any = {name: trigrams.settings[name] for name in ("distance", "normalize")}
     attention, log_prob = (
         part.reshape(len(rows), len(columns)).tolist()
