@@ -17,13 +17,13 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import views as views
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
     from tl_jets.core.decoder import Decoder, Metric
+    from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.core.linear_map import LinearMap, SingularVectors
     from tl_jets.core.measures import Measures
     from tl_jets.core.network import CallableModel, ResidualNetwork
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.readout import TopTokens
     from tl_jets.core.trace import Trace
-    from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.detached_map import (
         BlockNorms,
         DetachedJacobian,

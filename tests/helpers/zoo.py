@@ -195,7 +195,7 @@ HF_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# --- more families, raw and on the bridge only: `tests/test_families.py` runs every tool once on each ----------------
+# --- more families, raw and on the bridge only: `tests/adapters/test_families.py` runs every tool once on each ----------------
 
 _LN = {"layer_norm_eps": 1e-3}
 _HEAD = {"head_dim": 8}

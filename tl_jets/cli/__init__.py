@@ -20,7 +20,7 @@ from importlib.metadata import version
 from tl_jets.cli import jacobian, lens, ngrams, paths
 from tl_jets.cli.arguments import Help, Parser
 from tl_jets.cli.session import UsageError, one_line
-from tl_jets.divergence import DivergenceWarning
+from tl_jets.core.divergence import DivergenceWarning
 
 REFUSED, UNEXPECTED, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 

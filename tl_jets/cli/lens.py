@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tl_jets.calculus import CENTER_SCALES
+from tl_jets.calculus.norms import MAX_ORDER
 from tl_jets.cli.arguments import (
     FILES_HELP,
     TOKEN_HELP,
@@ -20,8 +21,7 @@ from tl_jets.cli.arguments import (
 from tl_jets.cli.output import Output, header, plain
 from tl_jets.cli.session import load_network, read_position, read_prompt, read_token, refusals, steps, token_record
 from tl_jets.cli.terminal import lenses as terminal
-from tl_jets.calculus.norms import MAX_ORDER
-from tl_jets.jets.expand import CENTER_SCALES, OBJECTIVES
+from tl_jets.jets.expand import OBJECTIVES
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.views import lens_data, lens_page
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from tl_jets.calculus import CENTER_SCALES
+from tl_jets.calculus.norms import MAX_ORDER
 from tl_jets.cli.arguments import (
     FILES_HELP,
     TOKEN_HELP,
@@ -39,7 +40,6 @@ from tl_jets.cli.session import (
 )
 from tl_jets.cli.terminal import paths as terminal
 from tl_jets.core.attribution import additive_logits, centered
-from tl_jets.calculus.norms import MAX_ORDER
 from tl_jets.core.notebook import View
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.calculus.modes import refuse_autocast
-from tl_jets.core.network import CallableModel, ResidualNetwork
-from tl_jets.core.network import unknown_model
+from tl_jets.core.network import CallableModel, ResidualNetwork, unknown_model
 
 
 @contextmanager

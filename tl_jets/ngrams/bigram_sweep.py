@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.free_memory import check_fits
 from tl_jets.core.logit_reader import BLOCK, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import token_names
-from tl_jets.free_memory import check_fits
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import State

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.free_memory import check_fits
 from tl_jets.core.tokens import token_names
-from tl_jets.free_memory import check_fits
 from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.head_maps import HeadReader, OutputMap

@@ -12,8 +12,6 @@ from tl_jets.core.logit_attribution import Rank, Yardstick
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import Rows
-from tl_jets.core.trace import Trace
-from tl_jets.paths.cache import PathCache
 from tl_jets.paths.evaluation import Prefixes, Stages, starts
 from tl_jets.paths.graph import Lattice
 

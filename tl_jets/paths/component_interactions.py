@@ -59,6 +59,7 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.divergence import warn_of
 from tl_jets.core.logit_attribution import ANSWER, Yardstick
 from tl_jets.core.measures import random_directions, split_along, weighted
 from tl_jets.core.network import ResidualNetwork
@@ -68,8 +69,7 @@ from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace, trace_of
-from tl_jets.divergence import warn_of
-from tl_jets.jets.expand import CenterScale, jet_expand
+from tl_jets.jets.expand import jet_expand
 from tl_jets.paths.reorganized import REST
 
 SHOWN = 10

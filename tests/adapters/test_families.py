@@ -2,7 +2,7 @@
 
 Each cell of `docs/pages/supported_models.md` is made here: a tool is called for the first and the last block, and what it gives
 is compared with what hooks on the model give, with overwritten streams, or with nested differentiation. A cell is "no" where
-the library refuses with a sentence of its own. `python tests/test_families.py` writes the page's table anew.
+the library refuses with a sentence of its own. `python tests/adapters/test_families.py` writes the page's table anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tl_jets as tj
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.ngrams.trigrams import trigram_parts
 
-PAGE = Path(__file__).parents[1] / "docs" / "pages" / "supported_models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pages" / "supported_models.md"
 NAMES = {
     "gpt2": "GPT-2",
     "gpt_neo": "GPT-Neo",
@@ -338,7 +338,7 @@ def test_every_tool_is_right_or_refuses_as_the_page_says(name):
     line = row(name)
     if name not in zoo.PARTLY and name not in ("opt", "bloom"):
         assert line.split("|")[2:-3] == [" yes "] * (len(TOOLS) - 1)
-    assert line in PAGE.read_text().splitlines(), f"{PAGE.name} is stale; run python tests/test_families.py"
+    assert line in PAGE.read_text().splitlines(), f"{PAGE.name} is stale; run python tests/adapters/test_families.py"
 
 
 def test_the_page_has_these_families_and_no_others():

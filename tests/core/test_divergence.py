@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tl_jets as tj
 from tl_jets import CallableModel, Decoder, Norm
-from tl_jets.divergence import DivergenceWarning
+from tl_jets.core.divergence import DivergenceWarning
 
 D = 6
 
