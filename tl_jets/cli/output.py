@@ -150,10 +150,10 @@ class Records(list[Any]):
 
     def __init__(self, count: int, make: Callable[[], Iterator[Any]]):
         super().__init__()
-        self.count, self.make = count, make
+        self.size, self.make = count, make
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __iter__(self) -> Iterator[Any]:
         return map(plain, self.make())
