@@ -6,8 +6,18 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+import pytest
 
 import tl_jets
+from tl_jets.calculus import norms
+from tl_jets.cli import arguments
+from tl_jets.core import protocol
+from tl_jets.detached_map import chain
+from tl_jets.jets import expand
+from tl_jets.ngrams import bigrams, join, scan
+from tl_jets.paths import expansion
 
 
 def in_a_fresh_process(code):
@@ -52,3 +62,25 @@ def test_a_lens_is_drawn_as_a_lens_though_nobody_imported_the_views():
         "print('0_pre' in lens._repr_html_(), 'more rows' in lens._repr_html_())"
     )
     assert in_a_fresh_process(code).split()[-2:] == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["lens", "--help"], ["ngrams", "--top-k", "none"], ["lenz"], ["--version"]]
+)
+def test_help_and_mistyped_commands_need_no_torch(words):
+    code = (
+        f"import sys; from tl_jets.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, 'rich' in sys.modules)"
+    )
+    assert in_a_fresh_process(code).split()[-2:] == ["False", "False"]
+
+
+def test_the_commands_choices_are_the_librarys():
+    assert arguments.GRANULARITIES == protocol.GRANULARITIES
+    assert arguments.CENTER_SCALES == norms.CENTER_SCALES
+    assert arguments.OBJECTIVES == expand.OBJECTIVES
+    assert get_args(bigrams.Per) == arguments.PER
+    assert tuple(arguments.SCORES) == tuple(scan.SCORES)
+    assert tuple(arguments.NORMALIZES) == tuple(join.NORMALIZES)
+    assert arguments.LOGITS == chain.LOGITS
+    assert (arguments.MAX_ORDER, arguments.MAX_PATHS) == (norms.MAX_ORDER, expansion.MAX_PATHS)

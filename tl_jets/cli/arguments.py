@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tl_jets.core.protocol import GRANULARITIES
-
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"
+
+# The choices and limits of options, here so that parsing loads no PyTorch; a test compares them with the library's.
+GRANULARITIES = ("block", "sublayer", "head")
+CENTER_SCALES = ("none", "match", "orthogonal")
+OBJECTIVES = ("l2", "centered_l2", "kl")
+PER = ("global", "row")
+SCORES = ("logprob", "logit")
+NORMALIZES = ("vocab", "pair", "none")
+LOGITS = "logits"
+MAX_ORDER = 1000
+MAX_PATHS = 4096
+# N-grams of a table; the functions take more.
+MOST = 1_000_000
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+def one_line(error: Exception, width: int = 500) -> str:
+    """An error's message on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,14 +59,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], *, summary: str, description: str, epilog: str
-) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A command's parser, without options yet."""
     found = commands.add_parser(
         name, help=summary, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False
     )
-    found.set_defaults(run=run)
     return found
 
 

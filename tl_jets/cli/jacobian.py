@@ -7,16 +7,6 @@ from typing import Any
 
 import torch
 
-from tl_jets.cli.arguments import (
-    FILES_HELP,
-    TOKEN_HELP,
-    add_command,
-    add_files,
-    add_model,
-    add_seed,
-    add_target,
-    at_least,
-)
 from tl_jets.cli.output import Output, header
 from tl_jets.cli.pages import command_page, records, section
 from tl_jets.cli.session import (
@@ -37,65 +27,6 @@ from tl_jets.core.notebook import View
 from tl_jets.detached_map import DetachedJacobian, detached_jacobian
 from tl_jets.detached_map.chain import LOGITS
 from tl_jets.views import detached_tokens
-
-DESCRIPTION = """\
-Freeze every norm scale, attention pattern and gate at one prompt, and the
-model is a linear map J of its token embeddings, plus a bias, with the same
-output. This prints what each token gives through J, and the directions that J
-passes on most.
-
-what the numbers mean:
-  reconstruction error   what J e + bias misses of the model's own output,
-                         relative; rounding only. The control beside it is the
-                         ordinary Jacobian, which is no equivalent of the model
-  effect                 what a token gives to the answer's logit beyond the
-                         mean of the vocabulary; effects and bias sum to it
-  share                  of the output: its projection on it; shares sum to 1
-  norm                   length of what the token gives; parts may cancel
-"""
-EPILOG = f"""\
-{FILES_HELP}
-
-examples:
-  tl-jets jacobian
-  tl-jets jacobian --prompt "The file is opened in" --svd 6
-  tl-jets jacobian --output 2_pre                # map to the stream before layer 2
-  tl-jets jacobian --wrt 3_mid --output 3_mlp_out --svd 4      # one MLP
-
-What the model does elsewhere J does not tell: it is exact at this prompt only.
-"""
-
-
-def add_to(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "jacobian",
-        run,
-        summary="the model as an exact linear map at one prompt",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
-    add_model(parser)
-    add = parser.add_argument
-    add_target(parser, f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)")
-    add(
-        "--output",
-        default=LOGITS,
-        metavar="LABEL",
-        help="what is mapped to: logits, ln_final, a stream (final_post, 3_pre) or a write (3_mlp_out, L3H2_out)",
-    )
-    add("--wrt", default="embed", metavar="LABEL", help="what it is a map of: embed, pos_embed, or a stream (3_mid)")
-    add(
-        "--svd",
-        type=at_least(0),
-        default=4,
-        metavar="K",
-        help="how many singular values, with their directions; 0 for none",
-    )
-    add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
-    add_seed(parser, "of the search for singular values")
-    add_files(parser, "one page that opens offline in a browser")
 
 
 def run(options: argparse.Namespace) -> None:

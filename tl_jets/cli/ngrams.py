@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from tl_jets.cli.arguments import FILES_HELP, TOKEN_HELP, add_command, add_files, add_model, at_least
 from tl_jets.cli.output import STDOUT, Output, Records, check_replaceable, header, is_folder
 from tl_jets.cli.pages import MAX_ROWS, command_page, section
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, refusals, steps
@@ -19,104 +18,15 @@ from tl_jets.core.notebook import View
 from tl_jets.core.path import ARROW
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams
-from tl_jets.ngrams.bigrams import Per
 from tl_jets.ngrams.jobs import SUFFIX
-from tl_jets.ngrams.join import NORMALIZES
-from tl_jets.ngrams.scan import SCORES
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.views import trigram_heatmap
 
-DESCRIPTION = """\
-A path that mixes no positions is a function of one token. Evaluated on the
-whole vocabulary it is a table of bi-grams: exact, from the weights alone. A
-head gives skip-trigrams: how much a query token looks at a key token, and what
-the head then writes of the key.
-
-paths (--path):
-  direct            the embedding, decoded at once
-  mlps              all MLPs, without attention
-  3_mlp             one MLP alone, of the embedding
-  1_mlp > 3_mlp     one MLP of another's output
-
-what the numbers mean:
-  score      log-probability, in nats: of the second token after the first;
-             of skip-trigrams log attention + log-probability of the output
-  The controls are in Python: whether a text has these n-grams
-  (tl_jets.studies.compare_with_counts), and whether the model says less of
-  them without the component (tl_jets.studies.ablation_check).
-"""
-EPILOG = f"""\
-{FILES_HELP}
-
-examples:
-  tl-jets ngrams
-  tl-jets ngrams --path mlps --top-k 1000 --save mlps.parquet
-  tl-jets ngrams --token " Victor"
-  tl-jets ngrams --trigrams 1 --head 0 --head 2
-  tl-jets ngrams --trigrams 1 --top-k 1000 --save heads/
-
-cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
-on two cores), a fraction of that a head.
-"""
 BIGRAM_OPTIONS = ("path", "per", "score")
 TRIGRAM_OPTIONS = ("head", "distance", "normalize")
-# N-grams of a table; the functions take more.
-MOST = 1_000_000
 # Records that are made ready for a file at a time.
 AT_ONCE = 4096
-
-
-def add_to(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "ngrams",
-        run,
-        summary="bi-grams and skip-trigrams of the weights, without a corpus",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
-    add_model(parser, prompt=False)
-    add = parser.add_argument
-    add(
-        "--path",
-        action="append",
-        metavar="PATH",
-        help="a path of bi-grams, see above; repeat it for more (default: direct, mlps, and each MLP)",
-    )
-    add("--per", choices=get_args(Per), help="best of all (global), or of each first token (row) (default: global)")
-    add("--score", choices=SCORES, help="of bi-grams: log-probability in nats, or the logit (default: logprob)")
-    add("--trigrams", type=at_least(0), metavar="LAYER", help="skip-trigrams of this layer's heads, not bi-grams")
-    add("--head", action="append", type=at_least(0), metavar="H", help="a head; repeat it for more (default: all)")
-    add("--distance", type=at_least(0), metavar="N", help="places from key to query (default: 1)")
-    add(
-        "--normalize",
-        choices=NORMALIZES,
-        help="of attention: over the vocabulary as keys, over key and query alone, or raw scores (default: vocab)",
-    )
-    add(
-        "--token",
-        action="append",
-        metavar="TOKEN",
-        help=f"only n-grams whose first token (of skip-trigrams: the key) is this, {TOKEN_HELP}; repeat it for more",
-    )
-    add(
-        "--top-k",
-        type=at_least(1, at_most=MOST),
-        default=20,
-        metavar="N",
-        help="how many n-grams a table, or a row of it",
-    )
-    add("--scores", action="store_true", help="show scores beside tables that stand side by side, too")
-    add(
-        "--save",
-        metavar="FILE|DIR/",
-        help="also save the tables as Parquet (NgramTable.load reads them); the names of several tables get their path: "
-        "FILE.parquet becomes FILE.mlps.parquet; DIR/ keeps each as DIR/mlps.parquet when it is finished, and the same command "
-        "goes on from there after it was stopped",
-    )
-    add_files(parser, "one page that opens offline in a browser")
 
 
 def run(options: argparse.Namespace) -> None:

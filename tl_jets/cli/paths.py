@@ -13,19 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tl_jets.calculus import CENTER_SCALES
-from tl_jets.calculus.norms import MAX_ORDER
-from tl_jets.cli.arguments import (
-    FILES_HELP,
-    TOKEN_HELP,
-    add_command,
-    add_files,
-    add_granularity,
-    add_model,
-    add_seed,
-    add_target,
-    at_least,
-)
 from tl_jets.cli.output import Output, header
 from tl_jets.cli.pages import command_page, records, section
 from tl_jets.cli.session import (
@@ -47,89 +34,13 @@ from tl_jets.core.trace import Trace
 from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
 from tl_jets.interventions.path_ablations import path_ablation, verdict
 from tl_jets.paths.cache import PathCache
-from tl_jets.paths.expansion import MAX_PATHS, PathExpansion, exponential_expansion
+from tl_jets.paths.expansion import PathExpansion, exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_sums
 
 # The constant of the decoder itself: a path through nothing, which no ablation can take away.
 CONSTANT = f"{DECODER_STEP}_bias"
 # Random paths for comparison have at least this part of the smallest effect in the table.
 LEAST_OF_CONTROL = 0.1
-
-DESCRIPTION = """\
-A transformer whose norm scales, attention patterns and gates are frozen at
-one prompt is, exactly, the sum of its paths from input to output. This prints
-the largest of them, and the sums of all paths through each component, by what
-they give to the answer's logit.
-
-what the numbers mean:
-  effect      what the path adds to the answer's logit beyond the mean of the
-              vocabulary, while everything else stays frozen; all effects sum
-              to the answer's own
-  ablation    how far that logit falls if what arrives along this path is
-              taken away and the model responds (--ablate)
-  verdict     confirmed: the fall is within a factor of two of the effect;
-              refuted: below a tenth of it, or of the other sign; else partly
-
-The controls: an effect is a fact about the frozen network; whether the model
-would miss the path only an ablation can say, and random paths beside it say
-how often that happens by chance.
-"""
-EPILOG = f"""\
-{FILES_HELP}
-
-examples:
-  tl-jets paths
-  tl-jets paths --prompt "This function is available on Unix and" --ablate
-  tl-jets paths --granularity head --through L1H2 --top 10
-  tl-jets paths --target " raised" --linearize jet --order 0
-
---through and --avoiding take steps (3_mlp, L3H2), sources (embed, 3_mlp_bias)
-or kinds (attn, mlp, head, block, bias), --sources sources or the kind bias;
-repeat them for more.
-More than --max-paths detached paths are searched by a beam (greedy: large
-paths may be missed; the effects shown are exact all the same).
-"""
-
-
-def add_to(commands: Any) -> None:
-    """Add the command to the command line."""
-    parser = add_command(
-        commands,
-        "paths",
-        run,
-        summary="the largest paths of a prediction, and what ablation says of them",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-    )
-    add_model(parser)
-    add = parser.add_argument
-    add_target(parser, f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)")
-    add("--top", type=at_least(1), default=20, metavar="N", help="how many paths, and components")
-    add(
-        "--rank",
-        choices=("effect", "length"),
-        default="effect",
-        help="what is large: the effect on the target, or the length of a path's logits",
-    )
-    add_granularity(parser, "what a step of a path is")
-    add("--ablate", action="store_true", help="also ablate each path alone, and as many random ones")
-    add("--no-components", action="store_true", help="leave out the sums through each component")
-    add("--through", action="append", metavar="LABEL", help="keep paths through this")
-    add("--avoiding", action="append", metavar="LABEL", help="keep paths that do not pass through this")
-    add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
-    add("--max-writes", type=at_least(0), metavar="N", help="keep paths with at most N steps before the final norm")
-    add("--max-paths", type=at_least(1), default=MAX_PATHS, metavar="N", help="evaluate at most so many")
-    add(
-        "--linearize",
-        choices=("detached", "jet"),
-        default="detached",
-        help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
-    )
-    add("--order", type=at_least(0, at_most=MAX_ORDER), default=1, metavar="K", help="of the jets of --linearize jet")
-    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
-    add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
-    add_seed(parser, "of the random paths")
-    add_files(parser, "one page that opens offline in a browser")
 
 
 @dataclass(frozen=True)

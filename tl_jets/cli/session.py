@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import re
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT
+from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT, UsageError, one_line
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.pretrained.loading import load_model
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line."""
 
 
 def read_prompt(model: str, prompt: str | None) -> str:
@@ -155,8 +150,3 @@ def _unescaped(text: str) -> str:
 def token_record(tokenizer: Any, token: int) -> dict[str, Any]:
     """A token for a file: its text, spaces shown, and its id."""
     return {"token": visible(token_text(tokenizer, token)), "id": token}
-
-
-def one_line(error: Exception, width: int = 500) -> str:
-    """An error's message on one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")
