@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import studies as studies
     from tl_jets import views as views
+    from tl_jets.adapters.callables import CallableModel
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
     from tl_jets.core.decoder import Decoder, Metric
     from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.core.linear_map import LinearMap, SingularVectors
     from tl_jets.core.measures import Measures
-    from tl_jets.core.network import CallableModel, ResidualNetwork
+    from tl_jets.core.network import ResidualNetwork
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.readout import TopTokens
     from tl_jets.core.trace import Trace
@@ -92,11 +93,12 @@ __all__ = [
 
 # Where each name is: the front door's, and classes of results, which their rooms export.
 _PLACES = {
+    "tl_jets.adapters.callables": ("CallableModel",),
     "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
     "tl_jets.core.decoder": ("Decoder", "Metric"),
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
     "tl_jets.core.measures": ("Measures",),
-    "tl_jets.core.network": ("CallableModel", "ResidualNetwork"),
+    "tl_jets.core.network": ("ResidualNetwork",),
     "tl_jets.core.protocol": ("Stage", "Step"),
     "tl_jets.core.readout": ("TopTokens",),
     "tl_jets.core.trace": ("Trace",),

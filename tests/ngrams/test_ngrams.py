@@ -21,9 +21,10 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.ngrams import (
     Job,
     VocabularyStreams,

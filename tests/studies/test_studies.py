@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tl_jets
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.tables import NgramTable

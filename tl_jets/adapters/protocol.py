@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -32,6 +33,10 @@ class BlocksView(Protocol):
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
     ) -> tuple[dict[str, Tensor], Any, Any]:
         """Streams and writes by hook name, calls and logits of a forward pass, which may end at hook `until`."""
+        ...
+
+    def hooks(self, hooks: list[tuple[str, Any]]) -> AbstractContextManager[None]:
+        """`model.hooks`, which no other thread's traces and evaluations see."""
         ...
 
     def refuse(self, *steps: Step) -> None:

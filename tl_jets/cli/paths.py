@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         ablated, drawn, why_none = None, {}, ""
         if options.ablate:
             step("path ablation")
-            drawn, why_none = _drawn(options, cache.expansion, trace, position, target, paths)
+            drawn, why_none = _drawn(options, cast(PathExpansion, cache.expansion), trace, position, target, paths)
             tested = [path for path in dict.fromkeys((*paths.labels, *drawn)) if path != CONSTANT]
             ablated = path_ablation(network, trace, tested, targets=[target], positions=position) if tested else None
         components, zeroed = None, None
@@ -183,7 +183,7 @@ def _drawn(
 
 def paths_data(found: Found, answer: int) -> dict[str, Any]:
     """Everything that was found, as plain values: what the tables show, for a program."""
-    tokenizer, expansion = found.trace.network.tokenizer, found.cache.expansion
+    tokenizer, expansion = found.trace.network.tokenizer, cast(PathExpansion, found.cache.expansion)
     falls = {}
     if found.ablated is not None:
         changes = found.ablated.centered[:, 0, 0, 0].tolist()

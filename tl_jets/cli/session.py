@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT, UsageError, one_line
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
+from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.pretrained.loading import load_model
@@ -98,7 +99,7 @@ def _quiet() -> Iterator[None]:
             of_transformers.enable_progress_bar()
 
 
-def read_token(network: ResidualNetwork, given: str, n_tokens: int | None = None) -> int:
+def read_token(network: Structure, given: str, n_tokens: int | None = None) -> int:
     """The id of a single token, given as its text, as the tables write it, or as `id:317`.
 
     A text is looked for as it is, then with `\u00b7` read as a space, then behind a space; each first by the tokenizer,

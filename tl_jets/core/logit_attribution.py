@@ -26,10 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import directions
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.readout import top_tokens
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
+from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 
 Rank = Literal["length", "effect"]
@@ -66,7 +66,7 @@ class Yardstick:
     @classmethod
     @torch.no_grad()
     def at(
-        cls, network: ResidualNetwork, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
+        cls, network: Structure, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
     ) -> Yardstick:
         """The same of what the unembedding reads at these rows."""
         decoder, metric = network.decoder, network.decoder.metric(centered=True)

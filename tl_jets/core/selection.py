@@ -16,6 +16,7 @@ from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import check_text
 from tl_jets.core.trace import Trace
 
@@ -154,7 +155,7 @@ def stream_labels(
 
 
 def read_targets(
-    network: ResidualNetwork, targets: TargetInput | None, rows: Rows
+    network: Structure, targets: TargetInput | None, rows: Rows
 ) -> tuple[Tensor | None, list[str | int] | None]:
     """Target ids [batch, pos, target] at the chosen positions, and how they were asked for; numbers where that differs."""
     if targets is None:
@@ -187,7 +188,7 @@ def read_targets(
     return found[:, None].expand(*shape, -1), lists[0] if len(lists) == 1 else list(range(n))
 
 
-def _single_token(network: ResidualNetwork, target: Any) -> int:
+def _single_token(network: Structure, target: Any) -> int:
     token, d_vocab = _token_id(network, target), network.decoder.d_vocab
     if not 0 <= token < d_vocab:
         raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {target!r}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,9 +14,7 @@ from torch import Tensor
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
-
-if TYPE_CHECKING:
-    from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.structure import Structure
 
 # Tokens at which a trace's logits are compared with the decoder's, once they were over all.
 PART_OF_VOCABULARY = 2**12
@@ -38,7 +36,7 @@ class Trace:
         evaluated: What expansions are on this input, for as long as the expansions live.
     """
 
-    def __init__(self, network: ResidualNetwork, recording: Recording):
+    def __init__(self, network: Structure, recording: Recording):
         self.network = network
         self.recording = recording
         self.tokens = recording.tokens
@@ -129,7 +127,7 @@ class Trace:
             "`with model.hooks(...)` block, or trace again."
         )
 
-    def on(self, network: ResidualNetwork) -> Trace:
+    def on(self, network: Structure) -> Trace:
         """The same run as a trace on another network of the model (of another granularity, say).
 
         Raises:
@@ -174,21 +172,6 @@ class Trace:
             raise ValueError(f"A step is one of {some(labels)} in this stage; got {step!r}.")
         index, function = labels.index(step), self.stage_function(stage)
         return lambda stream: function(stream)[index]
-
-
-def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any = None, cache: Any = None) -> Trace:
-    """The input's trace on a network: made now, or, of a trace that still holds, the same run with nothing evaluated on it.
-
-    Raises:
-        ValueError: A trace of another model, or made under other hooks or weights, or given with what it already holds.
-    """
-    if not isinstance(text_or_tokens, Trace):
-        return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)
-    if attention_mask is not None or cache is not None:
-        raise ValueError("A trace already holds its attention mask and streams; leave attention_mask and cache out.")
-    trace = text_or_tokens.on(network)
-    trace.check_model()
-    return trace
 
 
 def _check_writes(trace: Trace, stage: Stage) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tl_jets.calculus import frozen
 from tl_jets.core.linear_map import CHUNK_SIZE, GraphMap, LinearMap
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
+from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 
 LOGITS = "logits"
@@ -230,7 +230,7 @@ class Chain:
         return normed if output == DECODER_STEP else decoder.logits(normed)
 
 
-def _network_with(own: ResidualNetwork, wrt: str, outputs: Sequence[str]) -> ResidualNetwork:
+def _network_with(own: Structure, wrt: str, outputs: Sequence[str]) -> Structure:
     """The network at the first granularity that has all labels."""
     for network in (own, own.at("sublayer"), own.at("head")):
         starts = (*network.sources, *network.streams)
@@ -242,7 +242,7 @@ def _network_with(own: ResidualNetwork, wrt: str, outputs: Sequence[str]) -> Res
     )
 
 
-def _place(network: ResidualNetwork, output: str) -> int | None:
+def _place(network: Structure, output: str) -> int | None:
     """How many stages lead to a label; None if the network has no such label."""
     if output in (LOGITS, DECODER_STEP):
         return len(network.stages)
@@ -252,7 +252,7 @@ def _place(network: ResidualNetwork, output: str) -> int | None:
     return places[0] if places else None
 
 
-def _writes(network: ResidualNetwork) -> set[str]:
+def _writes(network: Structure) -> set[str]:
     return {step.write for stage in network.stages for step in stage.steps}
 
 
@@ -279,6 +279,6 @@ def _saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_saved_")]
 
 
-def _weight_storages(network: ResidualNetwork) -> set[int]:
+def _weight_storages(network: Structure) -> set[int]:
     model = getattr(network.view, "model", None)
     return set() if model is None else {weight.untyped_storage().data_ptr() for weight in model.parameters()}

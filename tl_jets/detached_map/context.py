@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.calculus.modes import refuse_autocast
-from tl_jets.core.network import CallableModel, ResidualNetwork, unknown_model
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.structure import unknown_model
 
 
 @contextmanager

@@ -53,13 +53,13 @@ from torch import Tensor
 
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.core.markup import text
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.readout import TopTokens
 from tl_jets.core.selection import Rows
 from tl_jets.core.tokens import decode, token_names, visible
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.detached_map.block_norms import BlockNorms, block_norms
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
 from tl_jets.detached_map.context import not_affine, rounding

@@ -50,14 +50,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.linear_map import MAX_BYTES, size_text
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.readout import TopTokens
 from tl_jets.core.selection import Rows
 from tl_jets.core.tokens import decode
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
 from tl_jets.detached_map.decoding import Directions
 

@@ -31,11 +31,12 @@ from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, centered
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, read_targets
 from tl_jets.core.tokens import token_names
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
 
 

@@ -42,12 +42,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.measures import check_seed
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import ARROW, Path
 from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.paths.evaluation import read_path
 
 Mode = Literal["zero", "mean", "resample"]

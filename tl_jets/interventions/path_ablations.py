@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 
 from tl_jets.core.frozen_network import FrozenNetwork
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, FINAL_STREAM
 from tl_jets.core.selection import TargetInput
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.interventions.ablation_effects import AblationEffect, effect_of, real_positions
 from tl_jets.paths.evaluation import read_path
 

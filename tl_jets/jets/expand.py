@@ -41,7 +41,8 @@ Example:
     >>> import torch
     >>> from tl_jets.calculus import Norm
     >>> from tl_jets.core.decoder import Decoder
-    >>> from tl_jets.core.network import CallableModel, ResidualNetwork
+    >>> from tl_jets.adapters.callables import CallableModel
+    >>> from tl_jets.core.network import ResidualNetwork
     >>> _ = torch.manual_seed(0)
     >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
     >>> network = ResidualNetwork(CallableModel(
@@ -80,10 +81,10 @@ from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.jets.cache import Check, JetCache
 from tl_jets.jets.centers import Center, Function, Label, Term
 from tl_jets.jets.checks import check_terms

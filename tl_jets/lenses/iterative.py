@@ -37,11 +37,10 @@ from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, 
 from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
 from tl_jets.core.tokens import decode, token_names
-from tl_jets.core.trace import trace_of
 from tl_jets.lenses.result import LensResult
 
 # What has a layer axis.

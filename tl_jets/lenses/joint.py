@@ -44,12 +44,11 @@ from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached
 from tl_jets.core.lens_logits import Mixture, MixtureScan, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import Measures, geometry, weighted
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM, Granularity
 from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, check_options, model_logits, read_targets
 from tl_jets.core.tokens import decode, token_names
-from tl_jets.core.trace import trace_of
 from tl_jets.jets.expand import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import SimplexSolution
 from tl_jets.jets.weights import read_weights, uniform_weights

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.adapters.callables import CallableModel
+from tl_jets.core.network import ResidualNetwork
 
 SAMPLES = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -39,9 +39,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.adapters.heads import check_heads
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import Stage, Step, relative_error, tolerance
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations

@@ -29,7 +29,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.adapters.callables import CallableModel
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import ARROW
 from tl_jets.core.protocol import Stage, Step, relative_error, some
 from tl_jets.core.trace import Trace

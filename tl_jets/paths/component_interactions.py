@@ -62,13 +62,13 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.logit_attribution import ANSWER, Yardstick
 from tl_jets.core.measures import random_directions, split_along, weighted
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.tokens import token_names
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.jets.expand import jet_expand
 from tl_jets.paths.reorganized import REST
 

@@ -62,12 +62,12 @@ from tl_jets.calculus import CENTER_SCALES, CenterScale
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.logit_attribution import Rank, Yardstick
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.options import check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.collect import Best, Collector
 from tl_jets.paths.evaluation import rows_of, walk, with_edits

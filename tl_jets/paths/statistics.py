@@ -49,14 +49,15 @@ from torch import Tensor
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.logit_attribution import Yardstick
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.protocol import BIAS, DECODER_STEP
 from tl_jets.core.readout import top_tokens
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import decode, token_names
-from tl_jets.core.trace import Trace, trace_of
+from tl_jets.core.trace import Trace
 from tl_jets.paths.evaluation import rows_of, with_edits
 from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
 
@@ -200,7 +201,7 @@ def _mean(values: Tensor) -> list[float]:
 
 @torch.no_grad()
 def statistics_of(
-    network: ResidualNetwork,
+    network: Structure,
     yardstick: Yardstick,
     tokens: Int[Tensor, "batch out_pos"],
     labels: list[str],

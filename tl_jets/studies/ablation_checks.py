@@ -42,8 +42,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.measures import check_seed
-from tl_jets.core.network import CallableModel, ResidualNetwork
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import some
