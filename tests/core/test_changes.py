@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -327,3 +329,42 @@ def test_modules_in_training_mode_are_refused_by_name(spec):
     model.train()
     with pytest.raises(ValueError, match="it is training"):
         net.trace(tokens)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_is_kept_of_a_model_does_not_keep_it_alive(spec):
+    model = zoo.fresh(spec)
+    tokens = zoo.tokens(model)
+    tj.iterative_jet_lens(model, tokens, order=1)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_bare_model_costs_what_a_kept_network_costs(spec, monkeypatch):
+    """The metric of the unembedding, the norms and the comparisons with the model are those of the first call."""
+    model = zoo.fresh(spec)
+    tokens, centers = zoo.tokens(model), ["embed", "0_attn_out"]
+    tj.jet_expand(model, "0_mlp" if spec.name == "gpt2" else "1_mlp", centers=centers[:1], order=1)(tokens)
+    counted: list[str] = []
+    writes = type(tj.ResidualNetwork(model).view).writes
+
+    def count(self: Any, recording: Any, stage: Any, stream: Any) -> Tensor:
+        counted.append(stage.stream)
+        return writes(self, recording, stage, stream)
+
+    monkeypatch.setattr(type(tj.ResidualNetwork(model).view), "writes", count)
+
+    def evaluations(given: Any) -> int:
+        counted.clear()
+        tj.jet_expand(given, "1_mlp", centers=["embed"], order=1)(tokens)
+        return len(counted)
+
+    network = tj.ResidualNetwork(model)
+    evaluations(network)
+    assert evaluations(model) == evaluations(network)
+    if tj.ResidualNetwork(model).decoder.transform is None:
+        metric = tj.ResidualNetwork(model).decoder.metric(centered=True)
+        assert tj.ResidualNetwork(model).decoder.metric(centered=True) is metric

@@ -14,7 +14,6 @@ stream to the device of the block and its writes back.
 from __future__ import annotations
 
 import math
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -23,13 +22,13 @@ from functools import wraps
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tl_jets.adapters.heads import head_writes
 from tl_jets.adapters.inputs import read_input, read_text
+from tl_jets.adapters.kept import kept_of
 from tl_jets.adapters.neurons import neuron_step, neuron_writes
 from tl_jets.adapters.protocol import Sublayer
 from tl_jets.adapters.reading import (
@@ -42,16 +41,9 @@ from tl_jets.adapters.reading import (
 )
 from tl_jets.adapters.ready_cache import read_cache
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.changes import Watch, look
+from tl_jets.core.changes import look
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, State, Step, tolerance
-
-_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-def lock_of(model: Any) -> Any:
-    """The lock that a thread holds while it has hooks on a model or evaluates its modules: others wait."""
-    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +51,7 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def locked(self: TransformerLensView, *args: Any, **kwargs: Any) -> Any:
-        with lock_of(self.model):
+        with self.kept.lock:
             return method(self, *args, **kwargs)
 
     return locked
@@ -75,9 +67,9 @@ class TransformerLensView(ABC):
         self.n_layers = len(model.blocks)
         called = str(getattr(self.cfg, "model_name", None) or "custom")  # a local directory goes by its last part
         self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
-        self.checked: set[Hashable] = set()  # what heads and neurons were compared with the model, see there
-        self._watches = [Watch() for _ in range(1 + self.n_layers)]
-        self._read_state: list[int] = [0] * len(self._watches)
+        self.kept = kept_of(model)
+        self.checked, self.checks = self.kept.checked, self.kept.replays
+        self._read_state: list[int] = [0] * (1 + self.n_layers)
         self._post_norms: dict[tuple[int, str], Norm | None] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
         self.follow()
@@ -185,7 +177,7 @@ class TransformerLensView(ABC):
     @contextmanager
     def hooks(self, hooks: list[tuple[str, Any]]) -> Iterator[None]:
         """`model.hooks`, which no other thread's traces and evaluations see."""
-        with lock_of(self.model), self.model.hooks(hooks):
+        with self.kept.lock, self.model.hooks(hooks):
             yield
 
     @_alone
@@ -214,7 +206,7 @@ class TransformerLensView(ABC):
         found = look(roots, without=() if part else blocks)
         if found.is_training:
             refuse_training(self.model)
-        return found.hooks, self._watches[part].number(found.weights, found.modules)
+        return found.hooks, self.kept.watches[part].number(found.weights, found.modules)
 
     @_alone
     def follow(self, *, everywhere: bool = True) -> State:
@@ -241,12 +233,21 @@ class TransformerLensView(ABC):
             self.hook_dict = dict(model.hook_dict)  # made anew at every access on a bridge
             self.stream_names = self._read_stream_names()
             if 0 in changed:
-                self.decoder = self._decoder()
+                self.decoder = self._read_decoder(*state[0])
         for part in changed:
             for which in get_args(Sublayer):
                 self._post_norms.pop((part - 1, which), None)
             self._read_state[part] = state[part][1]
         return state
+
+    def _read_decoder(self, hooks: tuple[int, ...], number: int) -> Decoder:
+        """The decoder of a state of the weights, with the metrics that are known of it."""
+        if self.kept.decoder is not None and self.kept.decoder[0] == number and not hooks:
+            return self.kept.decoder[1]
+        found = self._decoder()
+        if found.transform is None:  # a softcap may refer to the model
+            self.kept.decoder = number, found
+        return found
 
     def _hooks_on(self, name: str) -> bool:
         point = self.hook_dict.get(name)
@@ -475,7 +476,7 @@ class TransformerLensView(ABC):
     @contextmanager
     def replaying(self, layer: int) -> Iterator[None]:
         """Replay modules of a block in the right precision, and remove what that leaves on them."""
-        with lock_of(self.model):
+        with self.kept.lock:
             try:
                 with self.precision():
                     yield

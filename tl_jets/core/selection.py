@@ -195,7 +195,7 @@ def _single_token(network: Structure, target: Any) -> int:
     return token
 
 
-def _token_id(network: ResidualNetwork, target: Any) -> int:
+def _token_id(network: Structure, target: Any) -> int:
     if not isinstance(target, str):
         try:
             return _index(target)

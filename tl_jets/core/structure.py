@@ -38,7 +38,7 @@ class Structure:
             raise ValueError(f"granularity must be one of {GRANULARITIES}; got {granularity!r}.")
         self.granularity: Granularity = granularity
         self.view: ModelView = model.view if isinstance(model, Structure) else _view(model)
-        self._checked: set[Hashable] = model._checked if isinstance(model, Structure) else set()
+        self.checks: set[Hashable] = getattr(model if isinstance(model, Structure) else self.view, "checks", set())
         if isinstance(model, Structure):
             self.view.follow(everywhere=False)
         self.neurons = tuple(dict.fromkeys([neurons] if isinstance(neurons, str) else neurons))

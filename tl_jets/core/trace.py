@@ -182,7 +182,7 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
         return _check_writes(Trace(whole, record), whole.stage(stage.stream))
     key = (stage, record.hook_state)
     recorded = record.writes
-    checked = record.memo.setdefault("checked", set()) if record.logits is None else network._checked
+    checked = record.memo.setdefault("checked", set()) if record.logits is None else network.checks
     if key in checked:
         return
     with torch.no_grad():
@@ -218,7 +218,7 @@ def check_decoder(trace: Trace) -> None:
         rows = rows[torch.linspace(0, len(rows) - 1, min(4, len(rows)), device=rows.device).long()]
         states, wanted = trace[FINAL_STREAM][rows[:, 0], rows[:, 1]], record.logits[rows[:, 0], rows[:, 1]]
         size = wanted.abs().max()
-        if key in network._checked and decoder.d_vocab > PART_OF_VOCABULARY:
+        if key in network.checks and decoder.d_vocab > PART_OF_VOCABULARY:
             start = int(rows.sum() + wanted.argmax()) % (decoder.d_vocab - PART_OF_VOCABULARY)
             part = slice(start, start + PART_OF_VOCABULARY)
             decoder, wanted = replace(decoder, W_U=decoder.W_U[:, part], b_U=decoder.b_U[part]), wanted[:, part]
@@ -234,4 +234,4 @@ def check_decoder(trace: Trace) -> None:
             f"of an edited decoder are not supported: remove it), or weights were changed since the ResidualNetwork was "
             f"built (build it again), or this architecture's decoder is not understood."
         )
-    network._checked.add(key)
+    network.checks.add(key)

@@ -61,7 +61,7 @@ def detached(model: Any) -> Iterator[None]:
 
 def _check_affine(model: Any) -> None:
     """A random projection v of the output: v'output = (J'v)'x + v'bias, with x the first stream."""
-    from tl_jets.adapters.base import lock_of
+    from tl_jets.adapters.kept import kept_of
     from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
     if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
@@ -91,7 +91,7 @@ def _check_affine(model: Any) -> None:
         first.append(stream.detach().clone().requires_grad_())
         return first[-1]
 
-    with lock_of(model), torch.inference_mode(False), _without_hooks(model), full_precision():
+    with kept_of(model).lock, torch.inference_mode(False), _without_hooks(model), full_precision():
         with torch.enable_grad(), frozen(record=tape):
             found = output(leaf)
         probe = torch.randn(found.shape, generator=generator, dtype=torch.float64, device="cpu").to(found)
