@@ -54,7 +54,10 @@ from torch import Tensor
 
 from tl_jets.jets.interior_point import Evaluation, interior_point
 from tl_jets.jets.pivoting import RIDGE, ROUNDING_RIDGE, Ridged, pivot
-from tl_jets.jets.weights import frank_wolfe_gap, normalize
+from tl_jets.jets.weights import frank_wolfe_gap, normalize, shared
+
+# Squared distance of two centers, relative to their squared length, up to which they are copies; and rounding of float64.
+SAME, EPS = 1e-13, 2e-15
 
 _TENSORS = ("weights", "objective", "gap", "support", "effective_rank", "tied", "iterations", "converged")
 
@@ -197,7 +200,7 @@ def simplex_qp(
         rescued_gap, _ = _quadratic_gap(hessian[failed], rescued)
         weights[failed] = torch.where((rescued_gap < gap[failed])[:, None], rescued, weights[failed])
         iterations[failed] += extra
-    weights = _trim(hessian, weights)
+    weights = _trim(hessian, _share(hessian, weights))
 
     gap, objective = _quadratic_gap(hessian, weights)
     effective_rank, tied = identified(hessian, 2 * (hessian @ weights[..., None])[..., 0], weights, tie=RIDGE)
@@ -232,6 +235,16 @@ def rescue(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     polished = normalize(system.solve(~found.negligible)[0])
     better = _quadratic_gap(hessian, polished)[0] < _quadratic_gap(hessian, found.weights)[0]
     return torch.where(better[:, None], polished, found.weights), found.iterations
+
+
+def _share(hessian: Tensor, weights: Tensor) -> Tensor:
+    """Weights evenly among copies of a center, where the certificate does not mind: rounding tells copies apart."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    distance = diagonal[:, :, None] + diagonal[:, None, :] - 2 * hessian
+    even = shared(weights, distance <= SAME * diagonal[:, :, None])
+    before, objective = _quadratic_gap(hessian, weights)
+    after, _ = _quadratic_gap(hessian, even)
+    return torch.where((after <= before.clamp_min(RIDGE) + EPS * objective)[:, None], even, weights)
 
 
 def _trim(hessian: Tensor, weights: Tensor, negligible: float = 1e-7) -> Tensor:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from tl_jets.jets.interior_point import Evaluation, Interior, interior_point
 from tl_jets.jets.simplex import SimplexSolution, identified, simplex_qp
-from tl_jets.jets.weights import frank_wolfe_gap, normalize
+from tl_jets.jets.weights import frank_wolfe_gap, normalize, shared
 
 COOLING = (1e3, 3e2, 1e2, 3e1, 1e1, 3.0, 1.0)
 """Temperatures, in nats, of the last attempt at a problem."""
@@ -65,7 +65,7 @@ def simplex_kl(
     Logits may be given in the model's precision; the certificate is float64, so the gap is that of the problem that the
     given logits state. A positive constant logit scale is linear: multiply the logits by it. A final softcap is not:
     the objective is then no longer convex in the weights, and the gap no bound. Among several optimal weights it gives
-    interior ones (exact duplicates share evenly, to about 1e-3), not the shortest.
+    interior ones (exact duplicates share evenly), not the shortest.
 
     Args:
         logits: additive logits z_i of the terms, [n, problems, d_vocab], or a callable that maps a slice of problems to
@@ -143,6 +143,14 @@ class _KLProblem:
             z, log_probs, probs = z[rows], log_probs[rows], probs[rows]
         return _evaluate(z.mT, weights, log_probs, probs)
 
+    def copies(self) -> Tensor:
+        """Which centers have the same logits up to a constant [token, n, n], by their products with random signs."""
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        signs = torch.randint(0, 2, (self.coarse.shape[1], 4), generator=generator, device="cpu") * 2.0 - 1
+        seen = torch.einsum("tvn,vk->tnk", self.coarse, signs.to(self.coarse))
+        distance = (seen[:, :, None] - seen[:, None]).abs().amax(-1)
+        return distance <= 4 * torch.finfo(self.coarse.dtype).eps * self.coarse.abs().sum(1)[:, :, None]
+
     def start(self) -> Tensor:
         """Nine tenths the centered l2 optimum, one tenth every center in inverse proportion to its length."""
         target = (self.log_probs - self.log_probs.mean(-1, keepdim=True)).float()
@@ -180,12 +188,12 @@ def _solve(problem: _KLProblem, tolerance: float, max_iterations: int) -> Simple
     weights, value = start.clone(), gap.clone()
     gradient, hessian = start.new_zeros(count, n), start.new_zeros(count, n, n)
 
-    def offer(rows: Tensor, candidates: Tensor) -> None:
-        """Take the candidates whose float64 gap is smaller."""
+    def offer(rows: Tensor, candidates: Tensor, enough: float = 0.0) -> None:
+        """Take the candidates whose float64 gap is smaller, or small enough."""
         if rows.numel():
             found = problem.evaluate(candidates, rows)
             found_gap = frank_wolfe_gap(found[1], candidates)
-            better = found_gap < gap[rows]
+            better = found_gap < gap[rows].clamp_min(enough)
             for whole, part in zip(
                 (weights, gap, value, gradient, hessian), (candidates, found_gap, *found), strict=True
             ):
@@ -210,6 +218,10 @@ def _solve(problem: _KLProblem, tolerance: float, max_iterations: int) -> Simple
             found = attempt(problem, rows, first[rows], tolerance / 2, max_iterations)
             iterations[rows] += found.iterations
             settle(rows, found)
+
+    even = shared(weights, problem.copies())
+    rows = (even != weights).any(-1).nonzero()[:, 0]
+    offer(rows, even[rows], enough=tolerance)
 
     effective_rank, tied = identified(hessian / 2, gradient, weights, tie=tolerance)
     return SimplexSolution(

@@ -101,6 +101,12 @@ def normalize(weights: Tensor) -> Tensor:
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 1 / weights.shape[-1])
 
 
+def shared(weights: Tensor, same: Tensor) -> Tensor:
+    """Weights [problem, n], evenly among centers that are the same: `same` [problem, n, n]."""
+    share = same.to(weights)
+    return normalize((share @ weights[..., None])[..., 0] / share.sum(-1))
+
+
 def frank_wolfe_gap(gradient: Tensor, weights: Tensor) -> Tensor:
     """grad.(w - e_i), largest over i: an upper bound of f(w) - min f for convex f."""
     return ((gradient * weights).sum(-1) - gradient.amin(-1)).clamp_min(0)
