@@ -32,11 +32,6 @@ class PathsExpanded(Protocol):
         """`"jet"` or `"detached"`."""
         ...
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every path of the network is kept."""
-        ...
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathCache(JetCache):
@@ -131,7 +126,7 @@ class PathCache(JetCache):
                 slice of padding alone.
         """
         self._require_real("check")
-        if self.expansion.linearize != "detached" or not self.expansion.is_complete or self.trace.logits is None:
+        if self.expansion.linearize != "detached" or not cast(Any, self.expansion).is_complete or self.trace.logits is None:
             raise ValueError(
                 "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
                 "or of a trace without logits. Look at `remainders`, or at relative_remainder."
