@@ -111,7 +111,7 @@ class BigramSweep:
         n_columns = self.decoder.d_vocab if self.columns is None else len(self.columns)
         n_pairs = n_rows * min(options.top_k, n_columns)
         if options.per == "global":
-            # With fewer than K blocks there is no threshold, and all pairs are kept.
+            # With K blocks or fewer there is no threshold, and all pairs are kept.
             n_blocks = n_rows * -(-n_columns // BLOCK)
             n_pairs = n_rows * n_columns if options.top_k >= n_blocks else options.top_k
         n_paths = len(self.streams.paths)

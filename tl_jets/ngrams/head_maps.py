@@ -57,7 +57,7 @@ FIT_ERROR = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class HeadVectors:
-    """Queries, keys and values of some heads on some tokens; grouped keys and values are repeated for each head."""
+    """Queries, keys and values of some heads on some tokens; grouped keys are repeated for each head."""
 
     query: Float[Tensor, "head token d_head"]
     key: Float[Tensor, "head token d_head"]

@@ -14,7 +14,7 @@ message. Only process 0 reads and writes files, and any number of processes can 
 **Skip-trigrams.** Each process searches one head at a time. For left-over heads the passes are divided: queries in the
 first pass, keys in the second.
 
-Results travel by `Processes.exchange` as pickled objects, through the CPU (with nccl, the current CUDA device too).
+`Processes.exchange` pickles results, which pass through the CPU, with nccl also through the GPU. Tests use gloo only.
 
 Cost: the slowest process's share. Memory: the model in each process; with `per="row"` all rows' best tokens in each.
 

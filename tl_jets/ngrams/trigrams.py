@@ -105,8 +105,8 @@ def jet_trigrams(
     """The best skip-trigrams of heads of one layer, exact over all V^3 triples.
 
     Args:
-        model: A model or a `ResidualNetwork`. Hooks in attention and norms must be functions of the token; none on
-            streams.
+        model: A model or a `ResidualNetwork`. Hooks inside steps must depend on the token alone; those on
+            streams are refused.
         layer: The layer.
         head: A head, for one table; several heads, or None for all, for tables by head.
         top_k: Number of triples a head.
@@ -114,11 +114,11 @@ def jet_trigrams(
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
         rows: Ids of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
         progress: Show a bar in a terminal if the search takes longer than a second.
-        folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if their header differs.
+        folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if they differ.
         distributed: True or a process group, whose processes all make this call and divide the work.
 
     Returns:
-        Triples (key, query, output), best first, ties by ids, with parts `attention` (A) and `log_prob` (log P); in nats.
+        Triples (key, query, output), best first, ties by ids, in nats; parts `attention` (A) and `log_prob` (log P).
 
     Raises:
         ValueError: An argument is invalid or differs between processes; a vector is not finite; too many triples tie;
