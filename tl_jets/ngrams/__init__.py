@@ -1,4 +1,4 @@
-"""Jet n-grams: a model's weights as a table of n-grams over the whole vocabulary, without a corpus.
+"""Jet n-grams: tables of n-grams over the whole vocabulary, computed from a model's weights without a corpus.
 
 Example:
     >>> import tl_jets as tj

@@ -1,8 +1,7 @@
-"""A sweep of bi-gram paths over the vocabulary: options checked, rows divided, its state saved and resumed.
+"""The engine of `tl_jets.ngrams.bigrams`: checks options, divides rows among processes, saves and resumes a sweep.
 
-The engine of `tl_jets.ngrams.bigrams`. Rows are read in chunks of which each process has its own (`tl_jets.ngrams.shards`); the
-scans of all paths share a chunk's embeddings. When the processes meet and it is time to, the first one takes over what all have
-found and saves it: the state of a sweep is the same however many processes made it.
+All paths share the embeddings of a chunk of rows. Before a save, process 0 collects the results of all processes, so a
+saved state does not depend on their number.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 
 Per = Literal["global", "row"]
 
-# Rows of a scan at a time, and of the model's MLPs at a time.
+# Rows per chunk of a scan, and rows per call of the MLPs.
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
 CHUNK_PER_ROW = 320
 STREAM_ROWS = 512
-# What a bi-gram takes while its table is sorted, and of every path before and after.
+# Bytes of a bi-gram while its table is sorted, and in each path's results.
 PAIR_BYTES, FOUND_BYTES = 48, 64
-# Below so many multiply-adds, measuring whether bfloat16 is fast takes longer than it can save.
+# Minimum number of multiply-adds for which measuring the speed of bfloat16 pays off.
 WORTH_PROBING = 10**11
 
 
 @dataclass(frozen=True)
 class Options:
-    """How bi-grams are chosen and computed; see `jet_bigrams`."""
+    """Options of a bi-gram sweep; see `jet_bigrams`."""
 
     top_k: int = 100
     per: Per = "global"
@@ -64,7 +63,7 @@ class Options:
 def planned(
     model: Any, paths: Literal["each_mlp"] | Sequence[PathInput], options: Options, *, saves: bool = False
 ) -> BigramSweep:
-    """A checked sweep, the same in all processes; `saves` says whether its tables go to files."""
+    """A sweep with checked options, equal in all processes; `saves` says whether its tables go to files."""
     processes = Processes.of(options.distributed)
 
     def plan() -> BigramSweep:
@@ -83,7 +82,7 @@ def planned(
 
 
 class BigramSweep:
-    """Paths and options, checked; runs the sweep."""
+    """A sweep over the vocabulary for some paths, with checked options."""
 
     def __init__(self, model: Any, paths: Sequence[PathInput], options: Options, processes: Processes = ALONE):
         self.processes = processes
@@ -107,12 +106,12 @@ class BigramSweep:
         self.screens = self._screens()
 
     def _check_memory(self) -> None:
-        """Refuse tables that do not fit, before the sweep. How many bytes they take was measured (tests/core/test_memory.py)."""
+        """Raise if the tables do not fit; bytes per pair were measured (tests/core/test_memory.py)."""
         options, n_rows = self.options, len(self.rows)
         n_columns = self.decoder.d_vocab if self.columns is None else len(self.columns)
         n_pairs = n_rows * min(options.top_k, n_columns)
         if options.per == "global":
-            # Without a K-th best block nothing can be left out.
+            # With K blocks or fewer there is no threshold, and all pairs are kept.
             n_blocks = n_rows * -(-n_columns // BLOCK)
             n_pairs = n_rows * n_columns if options.top_k >= n_blocks else options.top_k
         n_paths = len(self.streams.paths)
@@ -146,7 +145,7 @@ class BigramSweep:
 
     @cached_property
     def tiles(self) -> Tiles:
-        """Buffers that all paths share."""
+        """Tile buffers, shared by all paths."""
         normalize = self.options.score == "logprob"
         return Tiles(self.decoder, self.dtype, self.device, normalize=normalize, tokens=self.columns)
 
@@ -156,7 +155,7 @@ class BigramSweep:
         return fingerprint(self.network)
 
     def header(self, label: str) -> dict[str, Any]:
-        """What the header of a path's table is."""
+        """The header of a path's table."""
         options = self.options
         settings = {
             "ngram": "bigram",
@@ -170,14 +169,14 @@ class BigramSweep:
         return {"path": label, "settings": settings, "fingerprint": self.fingerprint}
 
     def description(self) -> dict[str, Any]:
-        """What must be the same in all processes."""
+        """Options and model, which must be equal in all processes."""
         options, paths = self.options, list(self.streams.paths)
         header = self.header(" + ".join(paths))
         more = {"model": header["fingerprint"], "chunk_size": self.chunk_size, "screen": options.screen}
         return {"paths": paths, **header["settings"], **more}
 
     def states(self, embed: Tensor, label: str) -> Tensor:
-        """What the unembedding reads, a few rows at a time: MLPs are wide."""
+        """Inputs of the unembedding, computed for a few rows at a time because MLPs are wide."""
         return torch.cat([self.streams.states(embed[part], label) for part in slices(len(embed), STREAM_ROWS)])
 
     def _scans(self, labels: Sequence[str]) -> dict[str, TopScan | ScreenedScan | RowScan]:
@@ -200,7 +199,7 @@ class BigramSweep:
     @torch.no_grad()
     @full_float32()
     def run(self, labels: Sequence[str], state_file: Path | None) -> dict[str, NgramTable]:
-        """Sweep over the vocabulary and return the tables of some of the paths."""
+        """Sweep over the vocabulary and return the tables of the paths `labels`."""
         processes = self.processes
         scans = processes.agree(lambda: self._scans(labels), lambda scans: {"paths": list(scans)})
         state = State(state_file, self.header(" + ".join(self.streams.paths)) if state_file else {})
@@ -211,14 +210,14 @@ class BigramSweep:
                 raise ValueError(
                     f"A state must be of rows that there are, at most {len(self.rows)}; {str(state_file)!r} says {done}. Delete it."
                 )
-            # A state without one of the paths (its table was there when it was saved, and is not now) is of no use.
+            # Start again if the state lacks a path, whose table was deleted after the state was saved.
             if not set(scans) <= {name.rpartition("/")[0] for name in tensors}:
                 done = 0
             _restore(scans, [tensors] if done else [])
             return done
 
         done = processes.first(resume)
-        chunks = 1  # of each process, until all meet
+        chunks = 1  # per process, between two synchronizations
         shown = None if self.options.progress and processes.rank == 0 else True
         with tqdm(total=len(self.rows), initial=done, unit="token", delay=1, leave=False, disable=shown) as bar:
             while done < len(self.rows):
@@ -235,7 +234,7 @@ class BigramSweep:
         return {label: self._table(label, scan.finish(processes)) for label, scan in scans.items()}
 
     def _scan(self, scans: Mapping[str, Any], start: int, stop: int) -> float:
-        """Read this process's chunks of some rows. Returns the seconds that it took."""
+        """Scan this process's chunks of rows start..stop; returns the seconds taken."""
         began = time.monotonic()
         processes, size = self.processes, self.chunk_size
         for own in range(start + processes.rank * size, stop, processes.size * size):
@@ -246,7 +245,7 @@ class BigramSweep:
         return time.monotonic() - began
 
     def _collect(self, scans: Mapping[str, Any], *, everywhere: bool) -> None:
-        """Give what all processes have found to all, or to the first one and nothing to the others."""
+        """Send all results to every process, or to process 0 alone (then the others start empty)."""
         if self.processes.size > 1:
             found = self.processes.exchange(partial(_named, scans))
             _restore(scans, found if everywhere or self.processes.rank == 0 else [])
@@ -263,7 +262,7 @@ def _named(scans: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _restore(scans: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Let scans go on from what `_named` gave, in one or several processes."""
+    """Restore scans from the `_named` tensors of one or several processes."""
     for label, scan in scans.items():
         own = f"{label}/"
         scan.restore(

@@ -1,18 +1,16 @@
-r"""Jet bi-grams: what a path of the network says after every token of the vocabulary, without a corpus.
+r"""Jet bi-grams: next-token scores of a path of the network, for every token of the vocabulary, without a corpus.
 
 .. math::
     \text{score}(z_2 | z_1) = \log \mathrm{softmax}\bigl(\upsilon(x_{\text{path}}(z_1))\bigr)_{z_2}
 
-with the path's stream x of a single token (`tl_jets.ngrams.streams` lists the paths: `direct`, MLPs, nested MLPs, the
-attention-free stream) and the model's own decoder upsilon: final norm, unembedding, bias, softcap or scale. `direct` is the
-order-0 jet of the decoder at the embedding. No position enters. The table is exact: ids, order and scores are those of the
-whole V x V matrix, which is never held (`tl_jets.ngrams.scan`).
+x is the stream of a single token along the path (`tl_jets.ngrams.streams` lists the paths), and upsilon the model's
+decoder: final norm, unembedding, bias, softcap or scale. `direct` is the order-0 jet of the decoder at the embedding.
+Positional embeddings are left out. The table is exact, and no V x V matrix is stored (`tl_jets.ngrams.scan`).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), section on jet n-grams, footnote 4.
 
-Cost: V^2 d_model multiply-adds a path (GPT-2 small: 40 forward passes of 1,024 tokens) and about a tenth of it for everything
-else; the MLPs of the path on V tokens. Memory: about 60 MB for GPT-2 small; with screening `W_U` in bfloat16 besides. Several
-processes divide it (`tl_jets.ngrams.shards`).
+Cost: V^2 d_model multiply-adds a path (GPT-2 small: 40 forward passes of 1,024 tokens) plus about a tenth, and the
+path's MLPs on V tokens. Memory: about 60 MB for GPT-2 small; screening also holds `W_U` in bfloat16.
 
 Example:
     >>> import tl_jets as tj
@@ -65,39 +63,34 @@ def jet_bigrams(
     """The best bi-grams of a path over the whole vocabulary.
 
     Args:
-        model: A model or a `ResidualNetwork`. Hooks inside MLPs and norms are respected; hooks on streams are refused.
-        path: `"direct"`, `"mlps"`, or MLP steps in the order of the network: a list (`["1_mlp", "3_mlp"]`), or a label as the
-            `path` of a table is (`"3_mlp"`, `"1_mlp > 3_mlp"`).
-        top_k: How many bi-grams.
-        per: `"global"`: the best of all; `"row"`: the best of each first token.
-        rows: Ids of the first tokens to look at; None for all.
-        columns: Ids of the second tokens that may be chosen; None for all. Log-probabilities are normalized over the whole
-            vocabulary nevertheless.
-        score: `"logprob"` (nats) or `"logit"` (after the model's own softcap or scale).
-        chunk_size: First tokens scanned at a time; None for what suits the device.
-        screen: `"auto"`: pass over hopeless rows in bfloat16 where that is measured to be fast; `"bf16"`: do it; None: do
-            not. The table is the same.
-        progress: Show a bar in a terminal, if it takes longer than a second.
-        save: A file for the table. If it is there already, it is loaded instead (and refused if it is of other settings or
-            another model); the unfinished state is saved beside it every half a minute, and resumed by the same version of
-            tl-jets. Whether it can be written is found out first.
-        distributed: True, or a process group: all its processes call this with the same model and options, divide the rows,
-            and return the same table. Files are those of process 0. See `tl_jets.ngrams.shards`.
+        model: A model or a `ResidualNetwork`. Hooks inside MLPs and norms are applied; hooks on streams are refused.
+        path: `"direct"`, `"mlps"`, or MLP steps in order: a list (`["1_mlp", "3_mlp"]`) or a label (`"1_mlp > 3_mlp"`).
+        top_k: Number of bi-grams.
+        per: `"global"`: the best overall; `"row"`: the best of each first token.
+        rows: Ids of the first tokens; None for all.
+        columns: Ids of the second tokens; None for all. The softmax is over the whole vocabulary in any case.
+        score: `"logprob"` (nats) or `"logit"` (after the model's softcap or scale).
+        chunk_size: First tokens scanned at a time; None for a default that suits the device.
+        screen: `"bf16"` skips hopeless rows in bfloat16, `"auto"` if that is fast, None never; the table is the same.
+        progress: Show a bar in a terminal if the sweep takes longer than a second.
+        save: File for the table. An existing table with equal settings and model is loaded, another one refused. An
+            unfinished sweep is saved beside it every half a minute and resumed by the same version of tl-jets.
+        distributed: True or a process group: its processes, all called with the same model and options, divide the rows
+            and return the same table. Process 0 reads and writes files.
 
     Returns:
-        Bi-grams, best first, ties by ids; with the part `log_normalizer`, log sum exp of the first token's logits, for
-        log-probabilities.
+        Bi-grams, best first, ties by ids. Log-probabilities have a part `log_normalizer`, log sum exp of logits.
 
     Raises:
-        ValueError: The path mixes positions or does not exist, ids are not of the vocabulary, an option is not one of its
-            values, a logit is not finite, or `save` belongs to something else; or processes were given different things.
+        ValueError: The path mixes positions or does not exist; an id or option is invalid; a logit is not finite;
+            `save` holds another table; or processes got different arguments.
         RuntimeError: Another process failed.
 
     Source:
         Chen et al., arXiv 2410.06024, jet n-grams.
 
     Cost:
-        Of the order of V^2 d_model multiply-adds; 60 MB for GPT-2 small. See the module.
+        About V^2 d_model multiply-adds; 60 MB for GPT-2 small.
 
     Example:
         >>> import tl_jets as tj
@@ -125,21 +118,20 @@ def jet_bigrams_by_path(
     folder: str | Path | None = None,
     distributed: Distributed = False,
 ) -> dict[str, NgramTable]:
-    """The best bi-grams of several paths, in one sweep over the vocabulary: tokens are embedded once, buffers shared.
+    """The best bi-grams of several paths in one sweep, which embeds each token once.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        paths: `"each_mlp"`, every MLP by itself; or paths as `jet_bigrams` takes them.
-        top_k: How many bi-grams a path.
-        per: See `jet_bigrams`, as for all that follows.
+        paths: `"each_mlp"` for each MLP alone, or a list of paths as in `jet_bigrams`.
+        top_k: Number of bi-grams a path.
+        per: See `jet_bigrams`, also for the arguments below.
         rows: Ids of the first tokens.
-        columns: Ids of the second tokens that may be chosen.
+        columns: Ids of the second tokens.
         score: `"logprob"` or `"logit"`.
         chunk_size: First tokens scanned at a time.
         screen: Screening in bfloat16.
         progress: Show a bar.
-        folder: Where each table is saved as `<path>.parquet`. Tables that are there are loaded, an unfinished sweep is
-            resumed.
+        folder: Folder for the tables, `<path>.parquet`. Existing tables are loaded and an unfinished sweep is resumed.
         distributed: Divide the rows among processes.
 
     Returns:
@@ -171,13 +163,13 @@ def jet_bigrams_by_path(
 
 
 def bigram_job(model: Any, path: PathInput = "direct", *, name: str | None = None, **options: Any) -> Job:
-    """`jet_bigrams` as a job of `tl_jets.ngrams.jobs.sweep`.
+    """A job for `tl_jets.ngrams.jobs.sweep` that runs `jet_bigrams`.
 
     Args:
         model: A model or a `ResidualNetwork`.
         path: See `jet_bigrams`.
-        name: Of the file; the path by default.
-        **options: Those of `jet_bigrams`, without `save`.
+        name: File name without suffix; the path by default.
+        **options: Options of `jet_bigrams`, without `save`.
     """
     plan = planned(model, [path], Options(**options), saves=True)
     return _job(plan, name or next(iter(plan.streams.paths)))
@@ -193,7 +185,7 @@ def bigram_log_normalizers(
     chunk_size: int | None = None,
     distributed: Distributed = False,
 ) -> Float[Tensor, " row"]:
-    """Logarithms of the sums of exp the logits after each first token: what its log-probabilities are normalized by.
+    """Log-normalizers (log sum exp of the logits) after each first token.
 
     Args:
         model: A model or a `ResidualNetwork`.
@@ -203,13 +195,10 @@ def bigram_log_normalizers(
         distributed: Divide the rows among processes.
 
     Returns:
-        Nats, in float64; as exact as logits in working precision. Shape [row].
+        Nats, in float64, with the accuracy of the working precision. Shape [row].
 
     Raises:
-        ValueError: See `jet_bigrams`.
-
-    Cost:
-        As `jet_bigrams`.
+        ValueError: See `jet_bigrams`, also for the cost.
     """
     options = Options(rows=rows, chunk_size=chunk_size, screen=None, distributed=distributed)
     plan = planned(model, [path], options)
@@ -229,7 +218,7 @@ def bigram_log_normalizers(
 
 
 def _found(plan: BigramSweep, files: Mapping[str, Path]) -> dict[str, NgramTable]:
-    """The tables that are there already; the folder is made."""
+    """Load the tables that already exist, and create their folder."""
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
     tables = {label: saved(file, plan.header(label)) for label, file in files.items()}

@@ -1,11 +1,10 @@
-r"""Rows of logits that are a product of two thin factors, over the whole vocabulary: normalizers, maxima, log-probabilities.
+r"""Log-normalizers, maxima and log-probabilities of logits that are a product of two thin factors.
 
-A head's query-key scores and its decoded writes are products of inner dimension d_head, [V, d_head] x [d_head, V]. They are read
-tile by tile, in binary logarithms (2^x costs a quarter of e^x), and never held. What a pass subtracts before it sums is no maximum,
-which would be a pass of its own, but what the row's log-normalizer would be for normally distributed logits: their mean and
-variance are a linear and a quadratic form of the row. In trained heads it is off by a tenth of a nat.
+A head's query-key scores and decoded writes are products [V, d_head] x [d_head, V], computed tile by tile in binary
+logarithms (2^x costs a quarter of e^x). Instead of each row's maximum, which would need another pass, sums subtract an
+estimate of the log-normalizer that assumes normally distributed logits; in trained heads it is off by a tenth of a nat.
 
-Cost: a row is d_head V multiply-adds and about as much time again for three or four passes over its tiles. Memory: a tile.
+Cost: d_head V multiply-adds a row, and about as much time again for three or four passes over its tiles.
 
 Example:
     >>> import torch
@@ -32,14 +31,13 @@ from tl_jets.core.logit_reader import LOG2_E
 
 # Rows and columns of a tile, and rows in float64 at a time.
 TILE_ROWS, TILE_COLUMNS, EXACT_ROWS = 1024, 2048, 32
-# Binary logarithms of what is nothing in a sum (powers that float32 holds with fewer digits are slow to compute), and of a sum in
-# which it would count.
+# Binary logarithms of the smallest term (subnormal float32 powers are slow) and of the smallest sum not recomputed.
 SMALLEST, LEAST_SUM = -120.0, -60.0
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Logits of rows over columns as a product: `transform(rows @ columns + constant)`."""
+    """Logits as a product: `transform(rows @ columns + constant)`."""
 
     rows: Float[Tensor, "row inner"]
     columns: Float[Tensor, "inner column"]
@@ -48,14 +46,14 @@ class Factors:
 
     @cached_property
     def _extended(self) -> Tensor:
-        """The columns, the constant and ones below them: what is added to or taken off a row costs no pass over its logits."""
+        """Columns, constant and a row of ones, so that per-row shifts are part of the matrix product."""
         ones = torch.ones_like(self.columns[:1])
         return torch.cat([self.columns, *([] if self.constant is None else [self.constant[None]]), ones])
 
     def tiles(
         self, rows: Float[Tensor, "part inner"], less: Float[Tensor, "part 1"] | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "part tile"]]]:
-        """Logits of some rows in binary logarithms, `less` a number a row; some columns at a time, in one buffer."""
+        """Logits of `rows` minus `less` in binary logarithms, by tiles of columns in a shared buffer."""
         n_rows, n_columns = len(rows), self.columns.shape[1]
         buffer = rows.new_empty(n_rows * min(TILE_COLUMNS, n_columns))
         linear = self.transform is None
@@ -77,14 +75,13 @@ class Factors:
         """Mean and covariance of the columns with their constants, in float64."""
         columns = self._extended[:-1].double()
         mean = columns.mean(1)
-        columns = columns - mean.unsqueeze(1)  # not in place: of a float64 model they are `_extended` itself
+        columns = columns - mean.unsqueeze(1)  # not in place: in float64 this is `_extended` itself
         return mean, columns @ columns.T / columns.shape[1]
 
     def expected(self, rows: Float[Tensor, "part inner"]) -> Float[Tensor, "part 1"]:
-        """What log-normalizers would be if logits were normally distributed in each row, in binary logarithms.
+        """Log-normalizers, in binary logarithms, if logits were normally distributed: log V + mean + variance / 2.
 
-        log V + mean + variance / 2; where the deviation is above the largest of V normal numbers (about), and the largest logits
-        decide, the tangent of that. What a transform does to it is a guess.
+        Standard deviations above about the maximum of V normal variables enter linearly. Transforms are guessed.
         """
         mean, covariance = self._moments
         x = torch.cat([rows.double(), rows.new_ones(len(rows), len(mean) - rows.shape[1], dtype=torch.float64)], dim=1)
@@ -106,24 +103,24 @@ class Factors:
         return self.columns.double()
 
     def exact_buffer(self) -> Float[Tensor, "most column"]:
-        """Room for the float64 logits of `EXACT_ROWS` rows; new memory would cost half as much as the product."""
+        """A buffer for float64 logits of `EXACT_ROWS` rows; allocation costs half as much as the product."""
         return self._precise.new_empty(EXACT_ROWS, self._precise.shape[1])
 
     @cached_property
     def reach(self) -> float:
-        """An upper bound of the size of logits before the transform."""
+        """An upper bound of |logit| before the transform."""
         product = self.rows.norm(dim=1).max() * self.columns.norm(dim=0).max()
         return float(product + (0.0 if self.constant is None else self.constant.abs().max()))
 
     def rounding(self) -> float:
-        """How far a logit in working precision is off at most, in nats: the bound of a dot product, and of a sum of exp."""
-        # What is expected of a row is one more term of its products, no larger than six times the logits and log V.
+        """Bound of the rounding error of a logit and of a sum of exp in working precision, in nats."""
+        # The estimate of a row is one more term of its products, at most six times the logits and log V.
         return torch.finfo(self.rows.dtype).eps * ((self.rows.shape[1] + 32) * 4 * (self.reach + 16) + 64)
 
     def exact(
         self, rows: Int[Tensor, " part"], buffer: Float[Tensor, "most column"] | None = None
     ) -> Float[Tensor, "part column"]:
-        """Logits of some rows in float64, in nats; written into a buffer, if there is one."""
+        """Logits of some rows in float64, in nats; written to `buffer` if given."""
         out = None if buffer is None else buffer[: len(rows)]
         logits = torch.mm(self.rows[rows].double(), self._precise, out=out)
         logits = logits if self.constant is None else logits.add_(self.constant)
@@ -131,12 +128,9 @@ class Factors:
 
 
 def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], None]) -> tuple[Tensor, Tensor]:
-    """What some rows' log-normalizers are expected to be, and what is missing; binary logarithms [part, 1].
+    """Estimated log-normalizers of some rows, and what to add to make them exact; binary logarithms [part, 1].
 
-    Args:
-        factors: Logits.
-        rows: Some of their rows.
-        each: Called with every tile, less what is expected; again, if this was so wrong that it had to be replaced.
+    `each` is called with each tile minus the estimate, and again for all tiles if the estimate is replaced.
     """
     may_underflow = 2 * LOG2_E * factors.reach > -SMALLEST
 
@@ -151,7 +145,7 @@ def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], 
 
     shift = factors.expected(rows)
     short = total(shift)
-    # Where logits are anything but normal: a pass more, for the largest.
+    # The logits are far from normal: subtract the maximum instead, at the cost of another pass.
     if not bool(((short > LEAST_SUM) & (short < math.inf)).all()):
         shift = factors.largest(rows)
         short = total(shift)
@@ -159,7 +153,7 @@ def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], 
 
 
 def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """The largest log-probability of each row, and its log-normalizer; nats."""
+    """The largest log-probability and the log-normalizer of each row, in nats."""
     found: dict[int, Tensor] = {}
 
     def each(columns: slice, tile: Tensor) -> None:
@@ -170,10 +164,7 @@ def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"]
 
 
 def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
-    """Log-probabilities of pairs (row, column) in float64; each row's logits are computed once.
-
-    Those near 0 keep their digits: the sum of the others goes through log1p.
-    """
+    """Log-probabilities of pairs (row, column) in float64; log1p keeps the digits of values near 0."""
     distinct, which = rows.unique(return_inverse=True)
     order = which.argsort(stable=True)
     found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)

@@ -1,13 +1,11 @@
-"""A model's fingerprint: which weights a table was made of.
+"""Fingerprints of models: they identify the weights that a table was computed from.
 
-sha256 over the name, shape, dtype, the exact sum of the bit patterns as integers, and `SAMPLES` evenly spaced entries of every
-parameter, every buffer (rotary frequencies), and what the decoder reads (a folded bias may be neither); over the numbers
-and switches of the configuration (epsilons, rotary base, caps); and over the names of hook points that carry hooks. A change of
-one bit of one weight changes the sum; that two sets of weights share both the sums and the samples of every tensor takes intent.
-Integer sums do not depend on the device or on threads.
+The fingerprint is a sha256 over all parameters, buffers (rotary frequencies) and the decoder's tensors: name, shape,
+dtype, the integer sum of the bit patterns, and `SAMPLES` evenly spaced entries of each. It also covers the
+configuration's numbers and switches (epsilons, rotary base, caps) and which hook points carry hooks. A change of one
+bit of one weight changes the sum, which does not depend on the device or the number of threads.
 
-What it does not see: what a hook does (only where it is), and what plain functions of a `CallableModel` do (only its
-decoder and its embedding modules).
+It does not cover what a hook does, nor plain functions of a `CallableModel` (only its decoder and embedding modules).
 
 Cost: one pass over the weights (GPT-2 small: about 0.1 s).
 """
@@ -27,7 +25,7 @@ from tl_jets.core.network import ResidualNetwork
 
 SAMPLES = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Of a configuration: what says where a model is or was, not what it computes.
+# Configuration entries that do not change what the model computes.
 _NOT_THE_FUNCTION = {
     *("device", "n_devices", "seed", "model_name", "tokenizer_name", "tokenizer_prepends_bos", "default_prepend_bos"),
     *("init_mode", "init_weights", "initializer_range", "load_in_4bit", "from_checkpoint", "checkpoint_index"),
@@ -37,7 +35,7 @@ _NOT_THE_FUNCTION = {
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """Which weights a model has, as 64 hexadecimal digits.
+    """The fingerprint of a model's weights and configuration, as 64 hexadecimal digits.
 
     Args:
         model: A model or a `ResidualNetwork`.

@@ -1,7 +1,7 @@
-"""Float32 products as they are, whatever a program allows elsewhere.
+"""Float32 matrix products in full precision, whatever the global settings of torch allow.
 
-`torch.set_float32_matmul_precision("medium")`, TF32 and the settings of torch's backends round the factors of float32 products to
-10 or 7 bits, for speed. What is exact about n-grams would not be: sweeps compute inside `full_float32()`.
+TF32, `torch.set_float32_matmul_precision("medium")` and backend settings round factors to 10 or 7 bits, which breaks
+the error bounds of n-gram sweeps.
 
 Example:
     >>> import torch
@@ -27,7 +27,7 @@ _SETTING = "fp32_precision"
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """A context, or a decorator, in which no product of float32 tensors rounds its factors. The setting is the process's."""
+    """Context manager or decorator that turns off reduced precision in float32 products, for the whole process."""
     backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if not all(hasattr(backend, _SETTING) for backend in backends):  # before torch 2.9
         overall = torch.get_float32_matmul_precision()
@@ -37,7 +37,7 @@ def full_float32() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(overall)
         return
-    # A program may use these settings or the older one; where it uses these, reading the older one fails.
+    # Reading the older setting fails in programs that use these.
     before = [getattr(backend, _SETTING) for backend in backends]
     try:
         for backend in backends:

@@ -1,15 +1,14 @@
 r"""The query-key and output-value maps of attention heads on the vocabulary, read from the model's own modules.
 
-A head scores a query token z2 against a key token z1 that stands `distance` places before it, and writes of z1:
+The score of query token z2 for key token z1, `distance` places earlier, and the head's write of z1 are
 
 .. math::
     s(z_2, z_1) = \tau\bigl(q(z_2)^\top M_{\text{distance}} \, k(z_1)\bigr), \qquad
     w(z_1) = \bigl(v(z_1) - v(0)\bigr) W_O .
 
-q, k and v are what the layer's own modules (pre-norm, biases, query and key norms, clipping, hooks) give for a token alone at
-position 0, without positional embedding; v(0) is the value of the zero stream, so that a head's write carries no constant
-(`tl_jets.adapters.base`). M holds what position and scale do: the rotary embedding by `distance` and the attention scale; tau
-is the softcap, if there is one.
+q, k and v are outputs of the layer's modules (pre-norm, biases, query and key norms, clipping, hooks) for a single
+token at position 0, without positional embedding. v(0) is the value of the zero stream, so a head's write has no
+constant (`tl_jets.adapters.heads`). M is the rotary embedding times the attention scale; tau is the softcap, if any.
 
 | symbol | variable |
 |---|---|
@@ -19,7 +18,7 @@ is the softcap, if there is one.
 | tau | `ScoreMap.cap` |
 | W_O, then norms, then W_U | `OutputMap` |
 
-Cost: the layer's attention on every token (four d_model^2 a token) and n (distance + 1) tokens of a forward pass, n about 50.
+Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (distance + 1) tokens of forward passes.
 
 Example:
     >>> import tl_jets as tj
@@ -48,17 +47,17 @@ from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
 
-# Where queries and keys are read, what is closest to their product first.
+# Hook points of queries and keys, closest to their product first.
 _POINTS = (("hook_rot_q", "hook_rot_k"), ("hook_q_normed", "hook_k_normed"), ("hook_q", "hook_k"))
-# Logits of the recording that replays take their arguments from, and attention weights of the fit, held at once.
+# Logits of the recorded forward pass, and attention weights of the fit, held at once.
 RECORDED_LOGITS, FITTED_WEIGHTS = 2**24, 2**24
-# What the fit may miss of log-ratios in float64, relative to the largest.
+# Tolerance of the fit: error of log-ratios in float64, relative to the largest.
 FIT_ERROR = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class HeadVectors:
-    """Queries, keys and values of some heads on some tokens; a key head is repeated for the heads that share it."""
+    """Queries, keys and values of some heads on some tokens; grouped keys are repeated for each head."""
 
     query: Float[Tensor, "head token d_head"]
     key: Float[Tensor, "head token d_head"]
@@ -66,20 +65,11 @@ class HeadVectors:
 
 
 class HeadReader:
-    """Queries, keys and values of one attention layer on single tokens, and how it scores them.
-
-    Args:
-        model: A model or a `ResidualNetwork`.
-        layer: The layer.
-
-    Attributes:
-        network: The network at sublayer granularity.
-        n_tokens: How many tokens the model embeds.
-        n_heads: Heads of the layer.
+    """Queries, keys and values of one attention layer on single tokens, and the layer's score map.
 
     Raises:
-        ValueError: There is no such layer; a hook edits a stream; the network's self-check fails.
-        NotImplementedError: Plain functions, which have no heads; positions that are added to queries and keys.
+        ValueError: The layer does not exist, a hook edits a stream, or the network's self-check fails.
+        NotImplementedError: The model consists of plain functions, or adds positions to queries and keys.
     """
 
     @full_float32()
@@ -97,7 +87,7 @@ class HeadReader:
         self.view, self.layer, self.n_heads = view, layer, int(view.cfg.n_heads)
         self.streams = VocabularyStreams(self.network, [DIRECT])
         self.n_tokens = self.streams.n_tokens
-        # Replays need the shape of the recorded forward pass, which holds so many rows of logits.
+        # Batch size of replays, which is that of the recorded forward pass.
         self._rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
         zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self.streams.device)
         view.refuse(Step(f"{layer}_attn", layer, "attn"))
@@ -113,17 +103,12 @@ class HeadReader:
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """Device of the vectors."""
         return self.streams.device
 
     @full_float32()
     def vectors(self, tokens: Int[Tensor, " token"], heads: Sequence[int]) -> HeadVectors:
-        """Queries, keys and values (less those of the zero stream) of some heads, in the network's working precision.
-
-        Args:
-            tokens: Token ids.
-            heads: Head indices.
-        """
+        """Queries, keys and values (minus those of the zero stream) of some heads, in working precision."""
         kept: list[Tensor] = []
         for start in range(0, len(tokens), self._rows):
             part = tokens[start : start + self._rows]
@@ -136,7 +121,7 @@ class HeadReader:
 
     @torch.no_grad()
     def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [token, head, d_head] of streams that stand alone at position 0."""
+        """Query, key and value [token, head, d_head] of streams, each alone at position 0."""
         found: dict[str, Tensor] = {}
         padded = stream.new_zeros(self._rows, 1, stream.shape[1])
         padded[: len(stream), 0] = stream
@@ -147,13 +132,13 @@ class HeadReader:
         return query[: len(stream), 0], key[: len(stream), 0], value[: len(stream), 0]
 
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
-        """Hooks that keep queries, keys and more, by their TransformerLens names."""
+        """Hooks that save queries, keys and the activations `more`, where the model has them."""
         names = [name for pair in _POINTS for name in pair] + list(more)
         savers = [self._saver(found, name) for name in names]
         return [(name, save) for name, save in savers if name in self.view.hook_dict]
 
     def _saver(self, found: dict[str, Tensor], name: str) -> tuple[str, Callable[..., None]]:
-        """A hook that keeps what an activation of the layer's attention is."""
+        """A hook that saves one activation of the layer's attention."""
 
         def save(tensor: Tensor, hook: Any) -> None:
             found[name] = tensor.detach().to(self.device)
@@ -161,7 +146,7 @@ class HeadReader:
         return f"blocks.{self.layer}.attn.{name}", save
 
     def _query_and_key(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """[batch, pos, head, d_head] each; grouped keys repeated."""
+        """Queries and keys [batch, pos, head, d_head], grouped keys repeated."""
         names = next((pair for pair in _POINTS if pair[0] in found and pair[1] in found), None)
         if names is None:
             raise NotImplementedError(
@@ -179,12 +164,7 @@ class HeadReader:
     @torch.no_grad()
     @full_float32()
     def scores(self, distance: int) -> ScoreMap:
-        """How the layer scores a key `distance` places before the query.
-
-        Raises:
-            ValueError: The distance is not in 1..n_ctx - 1, or outside of the layer's attention window.
-            NotImplementedError: No rotation reproduces the model's attention; a hook edits it; attention sinks.
-        """
+        """The score map for a key `distance` places before the query; refuses attention that no rotation reproduces."""
         n_ctx = int(getattr(self.view.cfg, "n_ctx", 0) or 2**31)
         if isinstance(distance, bool) or not isinstance(distance, int) or not 1 <= distance < n_ctx:
             raise ValueError(f"distance must be in 1..{n_ctx - 1}, places between key and query; got {distance!r}.")
@@ -203,14 +183,14 @@ class HeadReader:
         )
 
     def _caps(self) -> list[float]:
-        """Softcaps that the configuration speaks of."""
+        """Attention softcaps in the configuration."""
         own = getattr(self.view.blocks[self.layer].attn, "original_component", None)
         names = ("attn_scores_soft_cap", "attn_logit_softcapping")
         values = (getattr(source, name, None) for source in (self.view.cfg, own) for name in names)
         return sorted({float(value) for value in values if isinstance(value, (int, float)) and value > 0})
 
     def _sample(self, distance: int) -> ScoreSample:
-        """Queries and keys of random streams, and how the model itself weighs them at the distance."""
+        """Queries and keys of random streams, and the model's attention weights between them."""
         streams = self._random_streams(2 * self._samples())
         alone = self._attend(streams[:, None])
         query, key = (x[:, 0].double() for x in self._query_and_key(alone))
@@ -239,11 +219,11 @@ class HeadReader:
         return ScoreSample(query[x], key[y], key[x], weight[..., ends].log(), score[..., ends] if true else None)
 
     def _samples(self) -> int:
-        """Enough streams for four equations an unknown."""
+        """Number of streams that gives four equations an unknown."""
         return max(24, -(-4 * (2 * int(self.view.cfg.d_head) + self.n_heads) // self.n_heads))
 
     def _random_streams(self, count: int, seed: int = 0) -> Float[Tensor, "token d_model"]:
-        """Embedded tokens and noise of their size, in float64."""
+        """Random token embeddings plus noise of the same size, in float64."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, self.n_tokens, (max(count, 1),), generator=generator, device="cpu")
         embed = torch.cat([self.streams.embed(part) for part in tokens.split(self._rows)]).double()
@@ -251,7 +231,7 @@ class HeadReader:
         return (embed + embed.pow(2).mean().sqrt() * noise)[:count]
 
     def _attend(self, streams: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
-        """Activations of the layer's attention in the model's own forward pass on other streams, in float64."""
+        """Attention activations of the layer in the model's forward pass on the streams, in float64."""
         found: dict[str, Tensor] = {}
         tokens = torch.zeros(streams.shape[:2], dtype=torch.long, device=streams.device)
         prefix = f"blocks.{self.layer}."
@@ -261,7 +241,7 @@ class HeadReader:
         hooks += [self._saver(found, "hook_pattern")]
         try:
             with full_precision():
-                # Some attention modules show weights and scores after their output: the pass ends after the block.
+                # Run the whole block: some attention modules call these hooks after their output.
                 self.view.run_until(prefix + "hook_resid_post", tokens, hooks)
         except torch.OutOfMemoryError:
             raise
@@ -276,17 +256,15 @@ class HeadReader:
 
 
 class OutputMap:
-    r"""How a head's write decodes: logits of z1 are `coordinates(v) @ columns + constant`, with inner dimension d_head.
+    r"""The decoded write of a head: logits are `coordinates(v) @ columns + constant`, with inner dimension d_head.
 
-    The decoder's norm divides by the root mean square of the (centered) write, a quadratic form of v:
-    mean((v A)^2) = v (A A' / d_model) v', so that no write is ever made.
-
-    A post-norm (Gemma-2, OLMo-2) is applied to the head's write alone, there being no full write: its weight counts, its scale
-    is undone by the final norm (up to eps), and its bias is a constant, which no head carries.
+    The norms divide by the root mean square of the (centered) write, a quadratic form mean((v A)^2) = v (A A' /
+    d_model) v', so writes are never computed. A post-norm (Gemma-2, OLMo-2) is applied to the head's write alone: its
+    weight counts, the final norm undoes its scale (up to eps), and its bias is a constant, which belongs to no head.
 
     Attributes:
         columns: W_O through the norms' weights and W_U. Shape [d_head, d_vocab].
-        constant: What the final norm's bias and b_U add to every logit vector. Shape [d_vocab].
+        constant: Logits from the final norm's bias and b_U. Shape [d_vocab].
     """
 
     @full_float32()
@@ -307,14 +285,14 @@ class OutputMap:
         self.constant: Float[Tensor, " d_vocab"] = decoder.constant(decoder.norm.bias, dtype)
 
     def _through(self, norm: Norm, W_O: Tensor) -> Tensor:
-        """W_O through a norm; the quadratic form of what it divides by is kept."""
+        """W_O times a norm's weight; keeps the quadratic form of the norm's scale."""
         if norm.kind != "none":
             W_O = norm.center(W_O)
             self._norms.append((W_O.double() @ W_O.double().T / W_O.shape[1], norm.eps))
         return W_O if norm.weight is None else W_O * norm.weight.to(W_O)
 
     def coordinates(self, value: Float[Tensor, "token d_head"]) -> Float[Tensor, "token d_head"]:
-        """Values divided by what the norms divide their writes by. In float64 for float64 values, else as `columns`."""
+        """Values divided by the scales of the norms, in the wider of their dtype and that of `columns`."""
         size = torch.ones(len(value), 1, dtype=torch.float64, device=value.device)
         for gram, eps in self._norms:
             scaled = value.double() * size

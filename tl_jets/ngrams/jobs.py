@@ -1,10 +1,8 @@
-"""Sweeps: many tables, each saved when it is finished, resumed after a kill at any moment without redoing finished work.
+"""Sweeps: many tables, each saved when it is finished; a killed sweep resumes without repeating finished work.
 
-A `Job` says what a table will be (path, settings, fingerprint of the model) before it is computed. `sweep` runs jobs one after the
-other and saves each table as `<folder>/<name>.parquet`, atomically; started again, it loads what is there, after checking that it
-is the table of the job, and computes the rest. A file of other settings or of another model is refused, never overwritten.
-
-Jobs may come from a generator, so that one model at a time is loaded:
+A `Job` describes a table (path, settings, fingerprint) before it is computed. `sweep` saves tables as
+`<folder>/<name>.parquet`, atomically. It loads existing tables that match their job, and refuses other files. Jobs may
+come from a generator, which loads one model at a time:
 
     jobs = (bigram_job(load(step), "mlps", name=f"step-{step}") for step in steps)
     tables = sweep(jobs, "tables")
@@ -46,24 +44,24 @@ from tl_jets.ngrams.tables import NgramTable
 SUFFIX = ".parquet"
 STATE_FORMAT = 2
 FILE_NAME = re.compile(r"\w[\w .,>+-]*")
-# How often the state of an unfinished table is saved.
+# Seconds between two saves of an unfinished table.
 STATE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A table to be made.
+    """A table to compute.
 
     Attributes:
-        name: Of its file, without a suffix: letters, digits, and `_ - . , > +` with spaces between.
-        run: Makes the table. It is given a file for its unfinished state (see `State`), or None.
+        name: File name without suffix: letters, digits, and `_ - . , > +` with spaces between.
+        run: Computes the table; takes a file for its unfinished state (see `State`), or None.
         path: The table's path.
         settings: The table's settings, plain JSON values.
         fingerprint: The model's fingerprint.
-        processes: Those that make the table together, each with its own such job; the first one reads and writes files.
+        processes: Processes that compute the table together, each with its own copy of the job.
 
     Raises:
-        ValueError: The name is no file name.
+        ValueError: The name is not a file name.
     """
 
     name: str
@@ -81,7 +79,7 @@ class Job:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the table's header will be."""
+        """The table's header."""
         return {
             "path": self.path,
             "settings": json.loads(json.dumps(dict(self.settings))),
@@ -90,24 +88,23 @@ class Job:
 
 
 def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> dict[str, NgramTable]:
-    """Make every table that is not there yet, saving each when it is finished.
+    """Compute and save every table that does not exist yet.
 
     Args:
-        jobs: What to make, in this order; of each name one.
-        folder: Where the tables are; made if it does not exist.
+        jobs: Jobs in the order to run, with distinct names.
+        folder: Folder of the tables; created if needed.
         progress: Show a bar in a terminal.
 
     Returns:
         All tables, by the names of their jobs.
 
     Raises:
-        ValueError: A file that is there belongs to other settings, another path, another model or (an unfinished state) another
-            version of tl-jets, or is damaged; or two jobs have one name.
+        ValueError: An existing file is damaged or belongs to another job or (unfinished states) to another version of
+            tl-jets; or two jobs have the same name.
         OSError: A table could not be saved.
 
     Cost:
-        The jobs that are not finished. A killed sweep repeats at most the work since the state was last saved; of
-        skip-trigrams, which have no such state, a head.
+        That of the unfinished jobs. A killed sweep repeats the work since the last save, or one head of skip-trigrams.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +118,7 @@ def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> 
 
 
 def finish(job: Job, file: str | Path) -> NgramTable:
-    """The table of a job: from its file if it is there, else made and saved.
-
-    Raises:
-        ValueError: The file is not of this job.
-        OSError: The file cannot be written.
-    """
+    """The table of a job, loaded from its file or computed and saved; ValueError if the file is of another job."""
     file = Path(file)
     state = file.with_name(f"{file.name}.state")
     table = job.processes.first(lambda: saved(file, job.header, state))
@@ -144,17 +136,7 @@ def finish(job: Job, file: str | Path) -> NgramTable:
 
 
 def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> NgramTable | None:
-    """The table of a file, if there is one; what a killed process left half written is removed.
-
-    Args:
-        file: Where the table is, or will be.
-        header: Of the table.
-        state: The file of its unfinished state, which a finished table has no use for.
-
-    Raises:
-        ValueError: The file has another header.
-        OSError: There is no table, and none can be written.
-    """
+    """The table in a file, or None; removes leftovers of killed processes. ValueError if the header differs."""
     remove_leftovers(file)
     if not os.path.isfile(file):
         check_writable(file)
@@ -168,7 +150,7 @@ def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> N
 
 
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError unless what is in a file is what is wanted."""
+    """Raise ValueError unless the header found in a file is the required one."""
     flat = [{**header, **header["settings"]} for header in (found, wanted)]
     names = sorted({*flat[0], *flat[1]} - {"settings"})
     different = [
@@ -184,15 +166,10 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path
 
 
 class State:
-    """The unfinished state of a table in a file, so that a killed process is resumed within it.
+    """A file with the unfinished state of a table, from which a killed process resumes; no state without a `file`.
 
-    A file is a line with the digest of all that follows, a line of JSON (the header, the versions of tl-jets and of this format,
-    how many rows are done), and tensors as safetensors. A file of other versions is refused: what a state means is
-    known to the code that wrote it.
-
-    Args:
-        file: Where; None keeps no state.
-        header: What the state belongs to.
+    It holds a line with the digest of the rest, a line of JSON (header, versions of tl-jets and of this format, number
+    of finished rows), and tensors as safetensors. Files of other versions are refused.
     """
 
     def __init__(self, file: Path | None, header: Mapping[str, Any]):
@@ -201,11 +178,7 @@ class State:
         self.saved = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
-        """How many rows are done, and the tensors; 0 and none without a file.
-
-        Raises:
-            ValueError: The file was changed, belongs to something else, or is of another version of tl-jets.
-        """
+        """The number of finished rows and the tensors, 0 and none without a file; ValueError for other files."""
         if self.file is None:
             return 0, {}
         remove_leftovers(self.file)
@@ -228,7 +201,7 @@ class State:
         return self.file is not None and time.monotonic() >= self.saved + STATE_SECONDS
 
     def save(self, rows: int, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Save what `tensors` gives, and how many rows it is of."""
+        """Save the tensors that `tensors` returns, and the number of rows they cover."""
         assert self.file is not None, "a state without a file is never due"
         about = json.dumps({"header": self.header, "rows": rows}).encode()
         data = to_bytes({name: x.cpu().contiguous() for name, x in tensors().items()})

@@ -1,4 +1,4 @@
-"""The exact join of a head's skip-trigrams: see `tl_jets.ngrams.trigrams` for what is joined, and why it is enough."""
+"""The exact join of a head's skip-trigrams; `tl_jets.ngrams.trigrams` describes the algorithm."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from tl_jets.ngrams.tables import rank
 Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
 
-# Keys whose outputs are looked at before the first stop, and at most; keys whose bounds are tightened at a time.
+# Keys per round at first and at most; keys whose bounds are tightened at a time.
 FIRST_ROUND, LAST_ROUND, REFINED_ROWS = 512, 1024, 256
-# Triples that are kept at most, where many have nearly the same score.
+# Maximum number of triples kept when many scores nearly tie.
 LARGEST = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class HeadMaps:
-    """What a head does with every token of the vocabulary: query-key scores, writes decoded, and how A follows."""
+    """Query-key scores and decoded writes of a head on the whole vocabulary, and how A follows from scores."""
 
     scores: Factors  # rows are queries, columns keys
     outputs: Factors  # rows are keys, columns output tokens
-    own: Float[Tensor, " token"]  # score of each token with itself, less what ALiBi takes off the other
+    own: Float[Tensor, " token"]  # score of each token with itself, minus the ALiBi bias
     normalize: Normalize
 
     def attention(self, logits: Tensor, normalizer: Tensor) -> Tensor:
-        """A from scores in nats and what they are normalized by."""
+        """A from scores and their normalizers, in nats."""
         if self.normalize == "none":
             return logits
         difference = logits - normalizer
         return -torch.nn.functional.softplus(-difference) if self.normalize == "pair" else difference
 
     def exact(self, ids: Int[Tensor, "triple 3"]) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
-        """A and log P of triples in float64, normalizers included."""
+        """A and log P of triples in float64, with exact normalizers."""
         key, query, output = ids.unbind(1)
         if self.normalize == "vocab":
             attention = log_softmax_at(self.scores, query, key)
@@ -63,7 +63,7 @@ class HeadMaps:
 
 
 class Search:
-    """The exact best triples of a head."""
+    """Search for the exact best triples of a head."""
 
     def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any], processes: Processes = ALONE):
         self.maps, self.top_k, self.advance, self.processes = maps, top_k, advance, processes
@@ -75,15 +75,11 @@ class Search:
 
     @full_float32()
     def run(self, keys: Int[Tensor, " key"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [triple, 3], A and log P of the best triples (and a few more), whose key is one of `keys`.
-
-        Raises:
-            ValueError: More triples tie than rounding can tell apart and than are held at once.
-        """
+        """Ids [triple, 3], A and log P of the best triples (and a few more) of `keys`; ValueError if too many tie."""
         self.normalizer, best_attention = self._bounds()
         bound = best_attention[keys]
         order = bound.argsort(descending=True, stable=True)
-        # Normalizers are rounded until the end: a few more triples are kept until their scores are exact.
+        # Keep a few more triples, since their normalizers are rounded until scored exactly.
         size = self.top_k + max(16, self.top_k // 8)
         while True:
             self._collect(keys[order], bound[order], size)
@@ -101,7 +97,7 @@ class Search:
                 )
 
     def _is_certain(self, exact: Float[Tensor, " triple"]) -> bool:
-        """Whether no triple that was not kept can be among the best, if it is off by at most four times what the kept ones are."""
+        """Whether no discarded triple is among the best, if its error is at most four times the largest seen."""
         kept = self.found.scores
         if len(kept) < self.found.size:
             return True
@@ -109,7 +105,7 @@ class Search:
         return bool(last >= kept[-1] + 4 * (exact - kept).abs().max())
 
     def _collect(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"], size: int) -> None:
-        """Find the best triples of some keys, which come by decreasing bounds of A: each process those of its keys."""
+        """Find the best triples of keys sorted by decreasing bound of A, divided among the processes."""
         own = slice(self.processes.rank, None, self.processes.size)
         parts = self.processes.exchange(partial(self._collect_own, keys[own], bound[own], size))
         self.found = _Best(size)
@@ -134,13 +130,13 @@ class Search:
         return self.found.ids, self.found.scores
 
     def _bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
-        """What each query's scores are normalized by, and an upper bound of each key's best A; nats, float64."""
+        """Normalizer of each query's scores, and an upper bound of each key's best A; nats, float64."""
         maps, parts = self.maps, self.processes.exchange(self._own_bounds)
         normalizer, best = (torch.stack(x).amax(0).to(maps.own.device) for x in zip(*parts, strict=True))
         return normalizer, maps.attention(best, torch.zeros_like(best)) if maps.normalize == "pair" else best
 
     def _own_bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
-        """Normalizers of this process's queries (of others lower bounds), and each key's best score less them."""
+        """This process's normalizers (bounds for other queries), and each key's best score minus them."""
         maps, scores = self.maps, self.maps.scores
         vocab, n_keys = maps.normalize == "vocab", scores.columns.shape[1]
         normalizer = torch.zeros_like(maps.own) if maps.normalize == "none" else maps.own.clone()
@@ -164,7 +160,7 @@ class Search:
         return normalizer, best.double() / LOG2_E
 
     def _best_outputs(self, keys: Int[Tensor, " key"], bound: Float[Tensor, " key"]) -> Float[Tensor, " key"]:
-        """The best log P of each key, in nats; for a key that has no chance, an upper bound that shows it."""
+        """The best log P of each key, in nats; 0, an upper bound, for keys that cannot reach the threshold."""
         outputs, found = self.maps.outputs, []
         for start in range(0, len(keys), TILE_ROWS):
             part = keys[start : start + TILE_ROWS]
@@ -177,7 +173,7 @@ class Search:
         return torch.cat(found)
 
     def _consider(self, keys: Tensor, total: Float[Tensor, " key"], bound: Float[Tensor, " key"]) -> None:
-        """Join the keys whose best A and log P together reach the threshold; bounds of A, which may be loose, are tightened."""
+        """Tighten the bounds of A, then join the keys whose best A plus best log P reaches the threshold."""
         live = total + self.slack >= self.found.threshold
         if not bool(live.any()):
             return
@@ -199,7 +195,7 @@ class Search:
         return self.maps.attention(largest, torch.zeros_like(largest)) if self.maps.normalize == "pair" else largest
 
     def _join(self, keys: Int[Tensor, " key"]) -> None:
-        """Find the triples of some keys that may be among the best."""
+        """Add the triples of some keys that may be among the best."""
         attention = self.maps.attention(self.by_key.exact(keys, self.buffers[0]), self.normalizer)
         log_prob = self.maps.outputs.exact(keys, self.buffers[1]).sub_(self.output_normalizer[keys, None])
         if self.found.threshold == -math.inf:
@@ -209,7 +205,7 @@ class Search:
         self.found.cut()
 
     def _raise_threshold(self, attention: Tensor, log_prob: Tensor) -> None:
-        """A lower bound of the K-th best score, from a square of the best of each row, so that few pairs are left."""
+        """Raise the threshold from each row's few best queries and outputs, so that few pairs remain."""
         side = math.isqrt(self.found.size - 1) + 1
         a = attention.topk(min(side, attention.shape[1])).values
         p = log_prob.topk(min(side, log_prob.shape[1])).values
@@ -236,7 +232,7 @@ class _Best:
         self._new: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, scores: Tensor) -> None:
-        """Consider triples; `cut` afterwards."""
+        """Add triples; call `cut` afterwards."""
         self._new.append((ids, scores))
 
     def cut(self) -> None:
@@ -250,12 +246,12 @@ class _Best:
             self.raise_to(float(self.scores[-1]))
 
     def raise_to(self, score: float) -> None:
-        """That many triples have this score at least; less what makes scores ties."""
+        """Raise the threshold to a score that enough triples reach, minus the tolerance for ties."""
         self.threshold = max(self.threshold, score - 1e-9 * (1 + abs(score)))
 
 
 def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, query, output and score of the pairs that reach the threshold, of ranks i j <= k in their row."""
+    """Row, query, output and score of pairs that reach the threshold, with ranks i j <= k in their row."""
     lowest = threshold - 1e-9
     queries, query, a = _leading(attention, lowest - log_prob.amax(1, keepdim=True), k)
     outputs, output, p = _leading(log_prob, lowest - attention.amax(1, keepdim=True), k)
@@ -268,10 +264,9 @@ def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tup
 
 
 def _leading(values: Tensor, lowest: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row at most k values from `lowest` up, best first, ties (within 2^-36) by position.
+    """Number [row, 1], positions and values [row, most] of at most k values a row from `lowest` up, best first.
 
-    Returns:
-        How many there are [row, 1], and their positions and values [row, most], followed by zeros and -inf.
+    Ties (within 2^-36) are ordered by position; rows are padded with zeros and -inf.
     """
     row, position = (values >= lowest).nonzero().unbind(1)
     order = (values[row, position] * 2**36).round().sort(descending=True, stable=True).indices

@@ -1,11 +1,10 @@
 """The exact best tokens of every row of states, with exact log-normalizers, in bounded memory.
 
-Unlike the best pairs over all rows (`tl_jets.ngrams.scan`), every row must be read for its own best tokens. Logits of a few hundred
-rows are held (`tl_jets.core.logit_reader`), the best k + `SPARE` tokens are found by block maxima, and their logits computed again
-in float64. What cannot be told apart in working precision (the last one kept and the next one after the spares) is read in
-float64 as a whole row. Order: (score, id); ties by the smallest id.
+Logits of a few hundred rows are held (`tl_jets.core.logit_reader`); the best k + `SPARE` tokens are found by block
+maxima and scored again in float64. Rows whose last kept token cannot be told from the next one in working precision are
+computed in float64 as a whole. Order: (score, id).
 
-Cost: a product with `W_U`, and k + 8 columns of it gathered a row: 1.1 times the product for k = 5, 1.5 times for k = 100.
+Cost: a product with `W_U`, and k + 8 gathered columns a row: 1.1 times the product for k = 5, 1.5 times for k = 100.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, check_finit
 from tl_jets.ngrams.shards import ALONE, Processes
 from tl_jets.ngrams.tables import rank, rounded
 
-# Tokens beyond the k best that are scored in float64, too: what float32 may have put in the wrong order.
+# Candidates beyond the k best, since float32 may misorder them.
 SPARE = 8
 # Numbers gathered from W_U in float64 at a time.
 GATHERED = 2**21
 
 
 class RowReader:
-    """Reads the best `k` tokens of each of some rows. Arguments as of `tl_jets.ngrams.scan.TopScan`."""
+    """Computes the best `k` tokens of each row. Arguments as in `tl_jets.ngrams.scan.TopScan`."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class RowReader:
 
     @torch.no_grad()
     def read(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> BestPairs:
-        """The best tokens of each row, row by row; ids and errors as in `TopScan.add`."""
+        """The best tokens of each row, in row order; ids and errors as in `TopScan.add`."""
         if len(self.buffer) < len(states):
             self.buffer = self.reader.buffer(len(states))
         logits = self.buffer[: len(states)]
@@ -64,7 +63,7 @@ class RowReader:
             inside[:, ~self.allowed] = self.reader.lowest
         count = min(self.k + SPARE, self.n_allowed)
         rough, tokens = self.reader.top(self.reader.floor(logits), count)
-        tokens, order = tokens.sort(1)  # by ids, so that stable sorts leave ties in their order
+        tokens, order = tokens.sort(1)  # by ids, so that stable sorts order ties by id
         rough = rough.gather(1, order)
         exact = self._gathered(states, tokens)
         scores, log_normalizer = self._scores(rough, exact, top, total)
@@ -79,7 +78,7 @@ class RowReader:
         return BestPairs(pairs.flatten(0, 1), scores.flatten(), log_normalizer.repeat_interleave(self.k))
 
     def _log_normalizer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logit after the transform and the sum of exp(logit - largest), a row: float64."""
+        """The largest transformed logit, and the sum of exp(logit - largest) in float64, of each row."""
         reader = self.reader
         top = reader.transformed(logits[:, : self.decoder.d_vocab].amax(1))
         total = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
@@ -91,7 +90,7 @@ class RowReader:
         return top, total
 
     def _gathered(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Additive logits of some tokens a row, in float64: products taken one by one, the same wherever they stand."""
+        """Additive logits of some tokens a row in float64, whatever their position."""
         W_U, constant = self.decoder.W_U.T, self.decoder.constant(None, torch.float64)
         exact = torch.empty(tokens.shape, dtype=torch.float64, device=states.device)
         for part in slices(len(tokens), max(1, GATHERED // (tokens.shape[1] * states.shape[1]))):
@@ -100,7 +99,7 @@ class RowReader:
         return self.decoder.scaled(exact) + constant[tokens]
 
     def _scores(self, rough: Tensor, exact: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of candidates and log-normalizers, with the candidates' shares of the sum as float64 has them."""
+        """Scores of candidates and log-normalizers, with the candidates' terms in float64."""
         transform = self.decoder.transform or (lambda x: x)
         mine, largest = transform(exact), top.double()
         if not self.normalize:
@@ -111,7 +110,7 @@ class RowReader:
         weights = (mine - shift).exp()
         others = others.clamp_min(0)
         log_normalizer = shift[:, 0] + (others + weights.sum(1)).log()
-        # Where a candidate is the row's largest, it is left out of the sum: a log-probability near 0 keeps its digits.
+        # If a candidate is the row's largest, leave it out of the sum: log-probabilities near 0 keep their digits.
         best = mine.argmax(1, keepdim=True)
         peak = mine.gather(1, best)
         rest = (others + weights.scatter(1, best, 0.0).sum(1)).unsqueeze(1)
@@ -119,14 +118,14 @@ class RowReader:
         return torch.where(peak >= shift, precise, mine - log_normalizer.unsqueeze(1)), log_normalizer
 
     def _unsure(self, states: Tensor, rough: Tensor, best: Tensor, count: int) -> Tensor:
-        """Rows where a token that is no candidate may be among the best k."""
+        """Rows in which a token outside the candidates may be among the best k."""
         if count == self.n_allowed:
             return torch.empty(0, dtype=torch.long, device=states.device)
         error = self.tiles.errors(states) / abs(self.tiles.scale)
         return (best[:, -1] <= rough.amin(1).double() + error.double()).nonzero()[:, 0]
 
     def _whole_rows(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, scores and log-normalizers of rows that are read in float64 as a whole."""
+        """Tokens, scores and log-normalizers of rows computed in float64 as a whole."""
         logits = exact_logits(self.decoder, states)
         top, rest = log_parts(logits)
         allowed = self.allowed.nonzero()[:, 0]
@@ -138,7 +137,7 @@ class RowReader:
 
 
 class RowScan:
-    """Collects the best tokens of each row that is added; scans of one decoder may share a reader."""
+    """Collects the best tokens of each added row; scans of one decoder may share a reader."""
 
     def __init__(self, reader: RowReader):
         self.reader = reader
@@ -149,21 +148,21 @@ class RowScan:
         self.found.append(self.reader.read(states, ids))
 
     def close(self) -> None:
-        """No more rows come; nothing waits."""
+        """End of rows; nothing is pending."""
 
     def finish(self, processes: Processes = ALONE) -> BestPairs:
-        """All rows' best tokens, the best of all first; there is nothing to divide."""
+        """All rows' best tokens, best first; the work is not divided."""
         del processes
         found = _joined(self.found)
         order = rank(found.ids, found.scores)
         return BestPairs(found.ids[order], found.scores[order], found.log_normalizers[order])
 
     def state(self) -> dict[str, Tensor]:
-        """What has been found, to go on from with `restore`."""
+        """Results so far, for `restore`."""
         return vars(_joined(self.found)) if self.found else {}
 
     def restore(self, *states: dict[str, Tensor]) -> None:
-        """Go on from a `state`, or from those of several scans."""
+        """Continue from the state of one or several scans."""
         device = self.reader.reader.device
         self.found = [BestPairs(**{name: x.to(device) for name, x in state.items()}) for state in states if state]
 
@@ -173,5 +172,5 @@ def _joined(found: list[BestPairs]) -> BestPairs:
 
 
 def _sorted(values: Float[Tensor, "row token"], k: int) -> Int[Tensor, "row best"]:
-    """Positions of the k largest of each row; what differs by rounding only stays in its order."""
+    """Positions of the k largest values of each row; values equal up to rounding keep their order."""
     return rounded(values).sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -1,28 +1,23 @@
-r"""The exact best pairs (row, token) of many logit vectors, streamed: no [row, d_vocab] tensor, let alone V x V.
+r"""The exact best pairs (row, token) of many logit vectors, streamed: no [row, d_vocab] tensor is stored.
 
-Rows are states that the unembedding reads; pairs are scored by log-probability (or logit). What a set of rows costs is
-one product with `W_U`, tile by tile, and three passes over each tile while it is in cache,
+Rows are inputs of the unembedding; pairs are scored by log-probability or logit. For each tile of the product with
+`W_U`, a scan keeps the maxima of blocks of 128 tokens and sums exp2 for the log-normalizer over the whole vocabulary.
+An offset that suits earlier rows prevents overflow; rows that it does not suit are read again, minus their maximum.
 
-1. maxima of blocks of 128 tokens (`reader.BLOCK`), which are kept,
-2. exp2, and 3. sum, which give the row's log-normalizer over the whole vocabulary. A number that suits earlier rows is added to all
-   logits so that nothing overflows; rows that it does not suit are read again, minus their maximum.
-
-After the last tile, `block maximum - log-normalizer` is the best score of a block. **Lemma.** Let t be the K-th largest of
-these over all blocks of all rows. Every one of the K best pairs lies in a block whose best score is at least t: its score is at
-least the K-th best score, which is at least t, for K blocks hold a pair that good. So blocks are all that a scan must keep;
-their threshold only rises, and few rows reach it. No logit is read twice.
+**Lemma.** `block maximum - log-normalizer` is the best score of a block. Let t be the K-th largest of these over all
+blocks of all rows. The K best pairs lie in blocks whose best score is at least t: K blocks hold a pair that good, so
+the K-th best score is at least t. A scan keeps only blocks that reach this threshold, which only rises.
 
 **Exactness.** A logit in working precision (unit roundoff u) is off by at most
 
 .. math:: \varepsilon_r = u \, (d + 32) \, |x_r| \max_v |u_v|
 
-(the bound of a dot product), a log-probability with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is kept if
-its upper bound reaches the K-th largest lower bound. What is kept is scored again, in float64, with the log-normalizer of its
-row in float64: log p = (l - max) - log1p(sum of the others), so that a score near 0 keeps its digits. Order: (score, ids).
+(the bound of a dot product), a log-probability with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is
+kept if its upper bound reaches the K-th largest lower bound. Kept blocks are scored again in float64 with
+log p = (l - max) - log1p(sum of the others), which keeps the digits of scores near 0. Order: (score, ids).
 
-Cost: rows * d_vocab * d_model multiply-adds and 5% of it; the float64 scoring is two float32 products for each row of the
-result, (2 * rows of the result / rows) of a scan. Memory: a tile, block maxima (d_vocab / 128 a row), 128 rows of logits in float64
-at the end, and the states of the rows that are kept.
+Cost: rows * d_vocab * d_model multiply-adds plus 5%; float64 scoring adds (2 * rows of the result / rows) of a scan.
+Memory: a tile, d_vocab / 128 block maxima a row, 128 rows of float64 logits, the states of kept rows.
 
 Example:
     >>> import torch
@@ -60,25 +55,19 @@ from tl_jets.ngrams.tables import rank
 Score = Literal["logprob", "logit"]
 SCORES: tuple[Score, ...] = ("logprob", "logit")
 
-# Tokens of a tile: with 1024 rows, what the caches of two cores hold.
+# Tokens of a tile; with 1024 rows, a tile fits the caches of two cores.
 TILE_CPU, TILE_DEVICE = 2048, 16384
-# Rows whose logits are held in float64 at the end.
+# Rows of float64 logits held in `finish`, and of temporaries.
 EXACT_ROWS, ROWS_OF_TEMPORARIES = 128, 16
-# Between them, no term of a sum of 2^logit has overflowed, and those that were lost to underflow do not count.
+# Range of log2(sum of 2^logit) within which sums neither overflow nor lose terms that matter.
 LEAST_SUM, LARGEST_SUM = -60.0, 100.0
-# Relative error of a sum of 2^exponent in working precision, in units of its roundoff: a generous bound.
+# Bound of the relative error of a sum of 2^exponent, in units of roundoff.
 SUM_ERROR = 64
 
 
 @dataclass(frozen=True, eq=False)
 class BestPairs:
-    """The best pairs of a scan, best first; ties by ids.
-
-    Attributes:
-        ids: Row and token. Shape [pair, 2].
-        scores: Log-probabilities in nats, or logits after the model's transform; float64. Shape [pair].
-        log_normalizers: log sum exp of the row's logits; float64. Shape [pair].
-    """
+    """Best pairs, ties by ids: log-probabilities (nats) or logits, and log sum exp of their rows; float64."""
 
     ids: Int[Tensor, "pair 2"]
     scores: Float[Tensor, " pair"]
@@ -86,12 +75,9 @@ class BestPairs:
 
 
 class RowsRead(NamedTuple):
-    """What `Tiles.read` found out about some rows.
+    """Binary log-normalizers (None if not computed), which include the `offset` added to all logits.
 
-    Attributes:
-        log_normalizers: Binary logarithms, of the logits as they are in `maxima`; None if not asked for. Shape [row].
-        offset: What was added to all logits, here and in `maxima`.
-        next_offset: What suits the next rows; NaN if these differ so much that none does.
+    `next_offset` is for the next rows; NaN if no offset suits all rows.
     """
 
     log_normalizers: Float[Tensor, " row"] | None
@@ -100,15 +86,7 @@ class RowsRead(NamedTuple):
 
 
 class Tiles:
-    """Logits of rows of states, tile by tile, in binary logarithms and in one buffer, with the maxima of their blocks.
-
-    Args:
-        decoder: The model's decoder.
-        dtype: To compute in: float32, or float64.
-        device: Where.
-        normalize: Whether log-normalizers are wanted.
-        tokens: Which tokens may be chosen, sorted; None for all. Log-normalizers are over all tokens nevertheless.
-    """
+    """Logits by tiles, in binary logarithms, with block maxima; `tokens` are the sorted ids to choose from."""
 
     def __init__(
         self,
@@ -120,7 +98,7 @@ class Tiles:
         tokens: Int[Tensor, " token"] | None = None,
     ):
         self.decoder, self.dtype, self.device, self.normalize = decoder, dtype, device, normalize
-        # Without a normalizer, only the tokens that may be chosen are multiplied.
+        # Without normalizers, compute only the logits of `tokens`.
         self.gathered = None if normalize else tokens
         self.size = decoder.d_vocab if self.gathered is None else len(self.gathered)
         self.n_blocks = -(-self.size // BLOCK)
@@ -130,7 +108,7 @@ class Tiles:
         if tokens is not None and normalize:
             self.penalty = torch.full((decoder.d_vocab,), -math.inf, dtype=dtype, device=device)
             self.penalty[tokens] = 0
-        # A factor is applied to states and bias; another transform to every tile.
+        # A logit scale is applied to states and bias; a softcap to every tile.
         self.transform = decoder.transform
         self.scale = decoder.logit_scale * (LOG2_E if self.transform is None else 1.0)
         bias = decoder.b_U.to(dtype) if self.gathered is None else decoder.b_U[self.gathered].to(dtype)
@@ -144,7 +122,7 @@ class Tiles:
         )
 
     def scaled(self, states: Tensor) -> Tensor:
-        """States whose products with `W_U` are binary logarithms (natural ones if there is a softcap to apply first)."""
+        """Scaled states, whose products with `W_U` are binary logarithms (natural ones before a softcap)."""
         return states.to(self.dtype) * self.scale
 
     def product(self, x: Tensor, tokens: slice, bias: Tensor | float | None, out: Tensor) -> None:
@@ -156,7 +134,7 @@ class Tiles:
             torch.addmm(torch.as_tensor(bias, dtype=self.dtype, device=self.device), x, W_U, out=out)
 
     def errors(self, states: Float[Tensor, "row d_model"], offset: float = 0.0) -> Float[Tensor, " row"]:
-        """How far a binary logarithm that was read may be from its exact value, given the offset in it. Shape [row]."""
+        """Bound of the error of each row's binary logarithms, given the offset in them."""
         roundoff = torch.finfo(self.dtype).eps / 2
         length = torch.linalg.vector_norm(states.to(self.dtype), dim=1)
         error = (states.shape[1] + 32) * roundoff * length * self.largest_column
@@ -166,13 +144,7 @@ class Tiles:
     def read(
         self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = 0.0
     ) -> RowsRead:
-        """Read some rows, and fill in the maxima of all blocks.
-
-        Args:
-            states: What the unembedding reads. Shape [row, d_model].
-            maxima: To be filled in: maxima of blocks, in binary logarithms. Shape [row, block].
-            offset: A number to add to all logits, so that no sum overflows: `next_offset` of the rows before.
-        """
+        """Read some rows and fill `maxima`, in binary logarithms; `offset` is the `next_offset` of the rows before."""
         x = self.scaled(states)
         if not self.normalize:
             self._sums(x, maxima, 0.0)
@@ -181,14 +153,14 @@ class Tiles:
             found = self._sums(x, maxima, offset).log2()
             if bool(((found > LEAST_SUM) & (found < LARGEST_SUM)).all()):
                 return RowsRead(found.to(self.dtype), offset, offset)
-        # Once a sweep, or never: read the rows again with their maxima taken off, and see what offset suits them.
+        # Usually at most once a sweep: read the rows again minus their maxima, and choose an offset.
         found = self._careful(x, maxima)
         least, largest = (float(y) for y in found.aminmax())
         suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
         return RowsRead(found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan)
 
     def _sums(self, x: Tensor, maxima: Tensor, offset: float) -> Tensor:
-        """Sums of 2^logit, and block maxima in `maxima`."""
+        """Sums of 2^logit; fills `maxima`."""
         bias = self.bias if offset == 0 else offset + (0 if self.bias is None else self.bias)
         total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
         for tokens, blocks in self._parts():
@@ -200,7 +172,7 @@ class Tiles:
         return total
 
     def _careful(self, x: Tensor, maxima: Tensor) -> Tensor:
-        """Log-normalizers with each row's running maximum taken off first: a pass more."""
+        """Log-normalizers computed with each row's running maximum, which takes another pass."""
         top = torch.full((len(x),), -math.inf, dtype=self.dtype, device=self.device)
         total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
         for tokens, blocks in self._parts():
@@ -220,7 +192,7 @@ class Tiles:
             yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
     def _tile(self, x: Tensor, tokens: slice, bias: Tensor | float | None) -> Tensor:
-        """Binary logarithms [row, whole blocks] of some tokens; the padding is -inf."""
+        """Binary logarithms [row, whole blocks] of some tokens, padded with -inf."""
         size = tokens.stop - tokens.start
         width = -(-size // BLOCK) * BLOCK
         if len(self.scratch) < len(x) * self.width:
@@ -234,7 +206,7 @@ class Tiles:
         return padded
 
     def _allowed(self, logits: Tensor, found: Tensor, tokens: slice) -> Tensor:
-        """Block maxima over the tokens that may be chosen."""
+        """Block maxima over the tokens to choose from."""
         if self.penalty is None:
             return found
         penalty = self.penalty[tokens]
@@ -247,16 +219,9 @@ class Tiles:
 
 
 class TopScan:
-    """The best `k` pairs (row, token) over all rows that are added.
+    """The best `k` pairs (row, token) over all added rows, in float32 or float64.
 
-    Args:
-        decoder: The model's decoder.
-        k: How many pairs.
-        score: `"logprob"` (over the whole vocabulary) or `"logit"`.
-        tokens: Which tokens may be chosen, sorted; None for all.
-        dtype: To scan in: float32, or float64.
-        device: Where the states are.
-        tiles: To share buffers with another scan of the same kind.
+    `tokens` are the sorted ids to choose from, None for all; normalizers are over the whole vocabulary.
     """
 
     def __init__(
@@ -274,7 +239,7 @@ class TopScan:
         self.normalize = score == "logprob"
         self.tiles = tiles or Tiles(decoder, dtype, torch.device(device), normalize=self.normalize, tokens=tokens)
         self.dtype, self.device = self.tiles.dtype, self.tiles.device
-        # What the K-th best lower bound is so far, in binary logarithms.
+        # The K-th best lower bound so far, in binary logarithms.
         self.threshold = -math.inf
         self.offset = 0.0
         self.sum_error = SUM_ERROR * torch.finfo(self.dtype).eps
@@ -283,15 +248,7 @@ class TopScan:
 
     @torch.no_grad()
     def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
-        """Read some rows.
-
-        Args:
-            states: What the unembedding reads. Shape [row, d_model].
-            ids: What the rows are called in the result; no id twice.
-
-        Raises:
-            ValueError: A logit is not finite.
-        """
+        """Read some rows, named by distinct `ids` in the result; ValueError if a logit is not finite."""
         maxima = self.rows_of_maxima(len(states))
         shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
         best = maxima.amax(1) if shift is None else maxima.amax(1) - shift
@@ -307,7 +264,7 @@ class TopScan:
             self._prune()
 
     def rows_of_maxima(self, rows: int) -> Float[Tensor, "row block"]:
-        """Room for block maxima."""
+        """A buffer for block maxima."""
         if len(self.maxima) < rows:
             self.maxima = torch.empty(rows, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
         return self.maxima[:rows]
@@ -325,15 +282,15 @@ class TopScan:
         self.kept = self.kept.where(self.kept.upper >= self.threshold)
 
     def close(self) -> None:
-        """No more rows come; nothing waits."""
+        """End of rows; nothing is pending."""
 
     def state(self) -> dict[str, Tensor]:
-        """What is kept so far, to go on from with `restore`."""
+        """Blocks kept so far, for `restore`."""
         threshold = torch.tensor([self.threshold], dtype=torch.float64, device="cpu")
         return {name: x.contiguous() for name, x in vars(self.kept).items()} | {"threshold": threshold}
 
     def restore(self, *states: dict[str, Tensor]) -> None:
-        """Go on from a `state`, or from those of several scans that read different rows; from nothing without one."""
+        """Continue from the states of scans that read different rows; without a state, start empty."""
         self.kept = _Kept.none(self.decoder.d_model, self.dtype, self.device)
         for state in states:
             state = dict(state)
@@ -343,11 +300,7 @@ class TopScan:
 
     @torch.no_grad()
     def finish(self, processes: Processes = ALONE) -> BestPairs:
-        """Score what was kept in float64 and return the best.
-
-        Args:
-            processes: Divide the work among them, all of which have kept the same.
-        """
+        """The best pairs, scored in float64; `processes`, all with the same blocks, divide the work."""
         kept = self.kept.sorted()
         allowed = torch.ones(self.tiles.n_blocks * BLOCK, dtype=torch.bool, device=self.device)
         allowed[self.tiles.size :] = False
@@ -367,7 +320,7 @@ class TopScan:
     def _exact_pairs(
         self, logits: Tensor, ids: Tensor, row: Tensor, block: Tensor, allowed: Bool[Tensor, " token"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, scores and log-normalizers of all pairs in some blocks that may be among the best."""
+        """Ids, scores and log-normalizers of the pairs in some blocks that may be among the best."""
         top, rest = log_parts(logits)
         position = (block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
         row = row.repeat_interleave(BLOCK)
@@ -376,7 +329,7 @@ class TopScan:
         scores = logits[row, token]
         if self.normalize:
             scores = (scores - top[row]) - rest[row]
-        # Only what may be among the best is sorted; the bound is float32's, and lower than needed.
+        # Sort only pairs that may be among the best; the float32 bound is lower than needed.
         likely = scores * LOG2_E >= self.threshold - 1e-6 * (1 + abs(self.threshold))
         row, token, scores = row[likely], token[likely], scores[likely]
         return torch.stack([ids[row], token], dim=1), scores, (top + rest)[row]
@@ -412,13 +365,13 @@ class _Kept:
         return _Kept(self.ids[rows], self.states[rows], row, self.block[keep], self.lower[keep], self.upper[keep])
 
     def sorted(self) -> _Kept:
-        """Rows in the order of their ids: sums then round alike in whatever order rows were read."""
+        """Rows sorted by id, so that sums round alike whatever the order of reading."""
         order = self.ids.argsort()
         return _Kept(self.ids[order], self.states[order], order.argsort()[self.row], self.block, self.lower, self.upper)
 
 
 def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """The model's logits of some rows in float64, after its transform."""
+    """The model's transformed logits of some rows, in float64."""
     logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
     decoder.project(states.double(), logits)
     logits += decoder.constant(None, torch.float64)
@@ -426,7 +379,7 @@ def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Floa
 
 
 def log_parts(logits: Float[Tensor, "row d_vocab"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """The largest logit, and what the others add to the log-normalizer: log1p(sum of exp(others - largest))."""
+    """The largest logit of each row, and log1p(sum of exp(others - largest)); log-normalizers are their sum."""
     top, position = logits.max(1)
     rest = torch.empty_like(top)
     for part in slices(len(logits), ROWS_OF_TEMPORARIES):

@@ -1,16 +1,14 @@
-r"""How a layer scores queries against keys at a distance: fitted to the model's own attention, not read from its code.
+r"""How a layer scores queries against keys at a distance, fitted to the model's own attention.
 
 .. math:: s(z_2, z_1) = \tau\bigl(q(z_2)^\top M_{\text{distance}} \, k(z_1)\bigr)
 
-TransformerLens' two kinds of model and their dozen attention modules rotate in different places
-and do not all show the rotated vectors. But a rotation turns pairs of coordinates, so that M has two unknowns a pair: random
-streams at positions 0 and `distance` of the model's own forward pass, and the log-ratio of the two attention weights
+TransformerLens' attention modules rotate in different places and do not all show the rotated vectors. Since a rotation
+turns pairs of coordinates, M has two unknowns a pair. The log-ratio of two attention weights, for random streams,
 
 .. math:: \log p(z_1 | z_2) - \log p(z_2 | z_2) = s(z_2, z_1) - s_0(z_2, z_2) + \text{bias}
 
-give them by least squares in float64, far more equations than unknowns, for each way to pair (halves, neighbours, part of the
-head); the way that reproduces the model is kept, and a model that none reproduces is refused. So the fit is the self-check.
-An ALiBi slope is the `bias`, a constant of the distance.
+determines them by least squares in float64, for each way to pair coordinates. The pairing that reproduces the model is
+kept; if none does, the model is refused. `bias` comes from an ALiBi slope.
 
 Example:
     >>> import torch
@@ -32,17 +30,10 @@ from tl_jets.core.protocol import relative_error
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
-    """How scores follow from queries and keys at a distance: `tau(q . keys(k))`, `bias` apart.
+    """Scores from queries and keys at a distance, `tau(q . keys(k))`, without `bias`.
 
-    Attributes:
-        distance: How many positions the key is before the query.
-        scale: Coefficient of each coordinate of the key. Shape [d_head].
-        turn: Coefficient of the coordinate that it is rotated with. Shape [d_head].
-        partner: Which that is. Shape [d_head].
-        own_scale: Coefficients at distance 0. Shape [d_head].
-        bias: What the model adds to scores at the distance less what it adds at 0 (ALiBi). Shape [head].
-        cap: Attention softcap, or None.
-        rotation: Which coordinates are rotated together, in words.
+    `scale` and `turn` multiply each coordinate of the key and its rotation `partner`; `own_scale` is the scale at
+    distance 0. `bias` is what the model adds to scores at the distance minus what it adds at 0 (ALiBi).
     """
 
     distance: int
@@ -55,11 +46,11 @@ class ScoreMap:
     rotation: str
 
     def keys(self, key: Float[Tensor, "*token d_head"]) -> Float[Tensor, "*token d_head"]:
-        """Keys turned by the distance and scaled: a score is their product with the query."""
+        """Rotated and scaled keys; their product with the query is the score before the softcap."""
         return key * self.scale.to(key.dtype) + key[..., self.partner] * self.turn.to(key.dtype)
 
     def own_keys(self, key: Float[Tensor, "*token d_head"]) -> Float[Tensor, "*token d_head"]:
-        """Likewise at distance 0, for the score of a token with itself."""
+        """Keys scaled for distance 0, for the score of a token with itself."""
         return key * self.own_scale.to(key.dtype)
 
     def capped(self, scores: Tensor) -> Tensor:
@@ -69,7 +60,7 @@ class ScoreMap:
 
 @dataclass(frozen=True, eq=False)
 class ScoreSample:
-    """Random pairs: vectors of the query token x and the key token y, and how x weighs y and itself in the model."""
+    """Random pairs: vectors of query token x and key token y, and the log-weights of y and x for query x."""
 
     query: Float[Tensor, "pair head d_head"]
     key: Float[Tensor, "pair head d_head"]
@@ -79,11 +70,11 @@ class ScoreSample:
 
     @property
     def true_scores(self) -> bool:
-        """Whether the model shows the scores before the softmax."""
+        """Whether the model shows scores before the softmax."""
         return self.shown is not None
 
     def fit(self, pairs: Tensor, cap: float | None, rotation: str, distance: int) -> ScoreMap:
-        """Least squares for one way to rotate, from three quarters of the pairs. `pairs` is [2, rotated pair]."""
+        """Least-squares fit on three quarters of the data, for the coordinate pairs `pairs` [2, rotated pair]."""
         i, j = pairs
         n_pairs, d_head, n_heads = len(i), self.query.shape[-1], self.query.shape[1]
         rest = torch.ones(d_head, dtype=torch.bool, device="cpu")
@@ -100,7 +91,7 @@ class ScoreSample:
         values = self.log_weights if cap is None else self.shown
         assert values is not None
         slope = torch.ones_like(values[..., 0])
-        if cap is not None:  # undone; what is near the cap carries little
+        if cap is not None:  # invert the softcap; scores near the cap get little weight
             ratio = (values / cap).clamp(-1 + 1e-12, 1 - 1e-12)
             slope = (1 - ratio.pow(2)).amin(-1)
             values = cap * torch.atanh(ratio)
@@ -109,7 +100,7 @@ class ScoreSample:
         weights = slope[fitted].unsqueeze(-1)
         left, right = design[fitted] * weights, (target[fitted] * weights[:, 0]).unsqueeze(-1)
         norms = left.norm(dim=0).clamp_min(1e-300)
-        # Where all coordinates turn, the design has a column of zeros: the drivers of other devices need full rank.
+        # If all coordinates rotate, one column is zero, and only the CPU has a driver for deficient rank.
         solved = torch.linalg.lstsq((left / norms).cpu(), right.cpu(), driver="gelsd").solution[:, 0]
         solution = solved.to(norms.device) / norms
         cos, sin, own_cos, plain, bias = solution.split([n_pairs, n_pairs, n_pairs, 1, n_heads])
@@ -120,7 +111,7 @@ class ScoreSample:
         return ScoreMap(distance, scale, turn, partner, own_scale, bias, cap, rotation)
 
     def error(self, found: ScoreMap) -> float:
-        """Largest error of the log-ratio of weights, relative to the largest, over all pairs."""
+        """Largest error of the log-ratio of weights over all data, relative to the largest log-ratio."""
         score = found.capped((self.query * found.keys(self.key)).sum(-1))
         own = found.capped((self.query * found.own_keys(self.own_key)).sum(-1))
         wanted = self.log_weights[..., 0] - self.log_weights[..., 1]

@@ -1,22 +1,17 @@
-r"""Screening rows in bfloat16: rows that cannot hold one of the best pairs are passed over, the others scanned in float32.
+r"""Screening in bfloat16: rows that cannot hold one of the best pairs are skipped, the others scanned in float32.
 
 With x^ and u^ the rounded state and (centered) column, a logit is off by at most
 
 .. math::
     |x - \hat x| \max_v |\hat u_v| + |x| \max_v |u_v - \hat u_v| + (2^{-8} + 2 d\, 2^{-24}) |\hat x| \max_v |\hat u_v| :
 
-the residuals as they are, not their worst case, then the rounding of the result (of the row's largest logit, which is known, that
-is 2^-8 of itself). A row is passed over if the upper bound of its best log-probability does not reach the threshold of the scan
-(`tl_jets.ngrams.scan`); so the result is the same as without screening. Columns are centered over the vocabulary first, which no
-log-probability sees, and which takes off what all logits share.
+the residuals, then the rounding of the result (2^-8 of the row's largest logit, which is known). Columns are centered
+over the vocabulary, which changes no log-probability. A row is skipped if the upper bound of its best log-probability
+is below the threshold of the scan (`tl_jets.ngrams.scan`), so the result is the same as without screening. Other rows
+wait; those with the highest bounds are scanned first, since they raise the threshold most.
 
-Rows that are not passed over wait. Lower bounds of what was screened raise the threshold, and when many rows wait, those of the
-highest upper bounds are scanned: they raise it most, and the others can then mostly be passed over after all.
-
-It pays where products in bfloat16 are much faster (`bf16_is_fast` measures it) and few rows come near the threshold; a scan
-whose rows mostly must be scanned stops screening.
-
-Memory: `W_U` in bfloat16, and the states of the rows that wait.
+Screening pays if bfloat16 products are much faster (measured by `bf16_is_fast`) and few rows come near the threshold; a
+scan that has to scan most of its rows stops screening. Memory: `W_U` in bfloat16, and the states of waiting rows.
 """
 
 from __future__ import annotations
@@ -34,16 +29,15 @@ from tl_jets.ngrams.shards import ALONE, Processes
 
 Screen = Literal["auto", "bf16"]
 
-# A product in bfloat16 must take at most this much of the time of one in float32 for screening to pay.
+# Screening pays if a bfloat16 product takes at most this fraction of the time of a float32 one.
 FAST = 0.4
-# A scan of which more than this share of rows must be scanned in float32 is not worth screening; found out after so many
-# chunks, since the threshold is low at first.
+# Stop screening after TRIAL chunks if more than this fraction of rows needs float32; the threshold is low at first.
 MOSTLY, TRIAL = 0.5, 8
 _BF16_ROUNDOFF = 2.0**-8
 
 
 class RoundedTiles(Tiles):
-    """Tiles whose products are in bfloat16, of a model without a softcap: log-probabilities within `errors`."""
+    """Tiles with bfloat16 products, for a model without a softcap; `errors` bounds their error."""
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device):
         super().__init__(decoder, dtype, device)
@@ -63,7 +57,7 @@ class RoundedTiles(Tiles):
         self.largest_column, self.residual = max(largest), max(residual)
 
     def scaled(self, states: Tensor) -> Tensor:
-        """States in bfloat16; the table is scaled already."""
+        """States in bfloat16; the scale is in the table."""
         return states.to(torch.bfloat16)
 
     def product(self, x: Tensor, tokens: slice, bias: Tensor | float | None, out: Tensor) -> None:
@@ -78,13 +72,9 @@ class RoundedTiles(Tiles):
     def errors(
         self, states: Float[Tensor, "row d_model"], offset: float = 0.0, best: Float[Tensor, " row"] | None = None
     ) -> Float[Tensor, " row"]:
-        """How far a binary logarithm may be from its exact value, what its row shares apart. Shape [row].
+        """Bound of the error of each row's binary logarithms, up to a constant that all logits of a row share.
 
-        Args:
-            states: What the unembedding reads. Shape [row, d_model].
-            offset: What was added to all logits.
-            best: A logit that was read, offset included; then the mean of how far this one may be and how far any may be.
-                Shape [row].
+        `offset` was added to all logits. With `best`, a computed logit a row: the mean of its bound and that of any.
         """
         x = states.to(self.dtype)
         rounded = x.to(torch.bfloat16).to(self.dtype)
@@ -100,16 +90,9 @@ class RoundedTiles(Tiles):
 
 
 class ScreenedScan:
-    """A `TopScan` of which most rows are read in bfloat16 only.
+    """A `TopScan` by log-probability that reads most rows in bfloat16 only; no softcap, all tokens.
 
-    Args:
-        scan: The scan: by log-probability over all tokens, of a model without a softcap.
-        tiles: To screen with; shared by scans of the same decoder.
-        chunk_size: Half of how many rows may wait; a quarter are scanned in float32 together.
-
-    Attributes:
-        screened: How many rows were screened.
-        scanned: How many of these had to be scanned in float32.
+    Up to 2 `chunk_size` rows wait. Of the `screened` rows, `scanned` needed float32.
     """
 
     def __init__(self, scan: TopScan, tiles: RoundedTiles, chunk_size: int):
@@ -122,7 +105,7 @@ class ScreenedScan:
 
     @torch.no_grad()
     def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
-        """Read some rows, as `TopScan.add` does; those that must be scanned may wait for others until `flush`."""
+        """Read some rows, as `TopScan.add` does; rows that may matter can wait until `flush`."""
         if self.screened >= TRIAL * self.chunk_size and self.scanned > MOSTLY * self.screened:
             self.scan.add(states, ids)
             return
@@ -138,14 +121,14 @@ class ScreenedScan:
             self._scan_waiting(self.chunk_size)
 
     def _raise_threshold(self, lower: Tensor) -> None:
-        """Take the lower bounds of the best pairs of some rows into account."""
+        """Raise the threshold with lower bounds of rows' best pairs."""
         self._lower = torch.cat([self._lower, lower[lower.isfinite()]])
         if len(self._lower) >= self.scan.k:
             self._lower = self._lower.topk(self.scan.k).values
             self.scan.threshold = max(self.scan.threshold, float(self._lower[-1]))
 
     def _scan_waiting(self, leave: int) -> None:
-        """Scan the waiting rows of the highest bounds, until at most `leave` of them are left that may be needed."""
+        """Scan waiting rows, highest bounds first, until at most `leave` possibly needed ones remain."""
         while len(self._waiting.ids) > leave:
             first, self._waiting = self._waiting.parted(max(1, self.chunk_size // 4))
             self.scan.add(first.states, first.ids)
@@ -153,11 +136,11 @@ class ScreenedScan:
             self._waiting = self._waiting.above(self.scan.threshold)
 
     def flush(self) -> None:
-        """Scan the rows that wait for others."""
+        """Scan all waiting rows."""
         self._scan_waiting(0)
 
     def close(self) -> None:
-        """No more rows come: scan those that wait, and free the table."""
+        """End of rows: scan the waiting ones and free the table."""
         self.flush()
         self.tiles.table = self.tiles.table.new_empty(0, 0)
 
@@ -193,12 +176,12 @@ class _Waiting(NamedTuple):
         return _Waiting(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
 
     def above(self, threshold: float) -> _Waiting:
-        """Those that may reach a threshold; NaN, too, which the scan refuses."""
+        """Rows that may reach a threshold, including NaN, which the scan refuses."""
         keep = ~(self.upper < threshold)
         return self if bool(keep.all()) else _Waiting(*(part[keep] for part in self))
 
     def parted(self, count: int) -> tuple[_Waiting, _Waiting]:
-        """The `count` of the highest bounds (NaN is above all), and the others."""
+        """The `count` rows with the highest bounds (NaN first), and the others."""
         order = self.upper.argsort(descending=True)
         first, rest = order[:count], order[count:]
         return _Waiting(*(part[first] for part in self)), _Waiting(*(part[rest] for part in self))
@@ -206,7 +189,7 @@ class _Waiting(NamedTuple):
 
 @torch.no_grad()
 def bf16_is_fast(device: torch.device, d_model: int) -> bool:
-    """Whether products in bfloat16 are much faster than in float32 on a device: measured, about 0.2 s on a CPU."""
+    """Whether bfloat16 products are much faster than float32 on a device; measured, about 0.2 s on a CPU."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return False
     rows, columns = (512, 2048) if device.type == "cpu" else (4096, 16384)

@@ -1,26 +1,20 @@
-"""A sweep over several processes: each does its share of the work, and all return the same table.
+"""Divides a sweep among processes, which all return the same table.
 
-Any number of devices or machines, one process each, started by `torchrun`; every process loads the model:
+Use one process a device, on any number of machines, started by `torchrun`; every process loads the model:
 
     # torchrun --nproc-per-node 2 sweep.py
     torch.distributed.init_process_group("gloo")  # or "nccl", after torch.cuda.set_device(...)
     table = tj.jet_bigrams(model, "mlps", top_k=100, distributed=True, save="mlps.parquet")
 
-Nothing is divided unless `distributed` says so, whatever process groups there are: a job that is parallel for other
-reasons stays as it is.
+**Bi-grams.** Process i mod n reads chunk i of the rows. At the end all processes exchange their candidates
+(`tl_jets.ngrams.scan`) and divide the float64 scoring, so the table is that of one process, up to the rounding of
+float64 sums. The processes synchronize about every `PERIOD` seconds; a failure in one then stops the others, with its
+message. Only process 0 reads and writes files, and any number of processes can resume an unfinished sweep.
 
-**Bi-grams.** Rows are read in chunks, chunk i by process i mod n. What a process has found so far is a few candidates
-(`tl_jets.ngrams.scan`); at the end all processes get all of them, and the float64 scoring, which sets order and scores, is divided
-again. So ids, order and scores are those of one process, up to the rounding of float64 sums. About every `PERIOD` seconds the
-processes meet: one that failed stops the others then, with its message. Only process 0 reads and writes files; the state of an
-unfinished sweep is that of one process, so that any number of processes resumes it.
+**Skip-trigrams.** Each process searches one head at a time. For left-over heads the passes are divided: queries in the
+first pass, keys in the second.
 
-**Skip-trigrams.** As many heads as there are processes are searched at a time; of a head that is left over the passes are divided,
-queries in the first, keys in the second.
-
-Everything is one primitive, `Processes.exchange`: do something, and learn what it gave in every process, or that one failed.
-It uses torch's object collectives: what is sent passes through the CPU, and with nccl through the current CUDA device. Tests run
-with gloo.
+`Processes.exchange` pickles results, which pass through the CPU, with nccl also through the GPU. Tests use gloo only.
 
 Cost: the slowest process's share. Memory: the model in each process; with `per="row"` all rows' best tokens in each.
 
@@ -45,19 +39,13 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 Distributed = bool | ProcessGroup
-# Seconds between two meetings of the processes of a sweep, about.
+# Approximate seconds between two synchronizations.
 PERIOD = 5.0
 
 
 @dataclass(frozen=True, eq=False)
 class Processes:
-    """The processes that share a sweep, as one of them sees them.
-
-    Attributes:
-        rank: Which one this is, from 0.
-        size: How many there are.
-        group: Torch's process group; None for a process by itself.
-    """
+    """This process (`rank`) and the others that share a sweep; `group` is None for a single process."""
 
     rank: int = 0
     size: int = 1
@@ -65,15 +53,7 @@ class Processes:
 
     @classmethod
     def of(cls, distributed: Distributed) -> Processes:
-        """The processes that an option `distributed` means.
-
-        Args:
-            distributed: False: this process by itself. True: those of the default process group. Or a process group.
-
-        Raises:
-            ValueError: There is no default process group, or this process is not in the group.
-            TypeError: It is neither a truth value nor a process group.
-        """
+        """The processes of an option `distributed`; ValueError or TypeError unless this process is in the group."""
         if distributed is False:
             return cls()
         if distributed is True:
@@ -92,14 +72,11 @@ class Processes:
         return cls(dist.get_rank(distributed), dist.get_world_size(distributed), distributed)
 
     def exchange(self, compute: Callable[[], T]) -> list[T]:
-        """What a computation gives in every process, by rank. All processes must call.
-
-        Args:
-            compute: Gives something that can be pickled; tensors arrive on the CPU (those of a process by itself stay).
+        """The results of `compute` in all processes, by rank; all must call. In a group, tensors move to the CPU.
 
         Raises:
-            RuntimeError: Another process failed; its message is in the message.
-            Exception: This process failed: what `compute` raised, after the others know.
+            RuntimeError: Another process failed; includes its message.
+            Exception: `compute` raised it in this process; the others are informed first.
         """
         if self.group is None:
             return [compute()]
@@ -122,23 +99,19 @@ class Processes:
         return [value for _, value in reports]
 
     def first(self, compute: Callable[[], T]) -> T:
-        """What a computation gives in process 0, which alone does it; for files."""
+        """The result of `compute` in process 0, the only one that runs it; for files."""
         found: list[Any] = self.exchange(lambda: compute() if self.rank == 0 else None)
         return found[0]
 
     def map(self, compute: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-        """What a computation gives for every item: divided among the processes, known to all."""
+        """The results of `compute` for all items, which are divided among the processes."""
         found: list[Any] = [None] * len(items)
         for rank, own in enumerate(self.exchange(lambda: [compute(x) for x in items[self.rank :: self.size]])):
             found[rank :: self.size] = own
         return found
 
     def agree(self, compute: Callable[[], T], about: Callable[[T], Mapping[str, Any]]) -> T:
-        """What a computation gives in this process, if what is said about it is the same in all.
-
-        Raises:
-            ValueError: It is not; the message says in what.
-        """
+        """The result of `compute`; raises ValueError if what `about` says of it differs between processes."""
         if self.group is None:
             return compute()
         found: list[T] = []
@@ -162,14 +135,14 @@ class Processes:
         return found[0]
 
     def chunk_size(self, rows: int, largest: int) -> int:
-        """Rows of a chunk so that all processes have as many chunks: at most `largest`, but for a multiple of 16."""
+        """Rows of a chunk, at most `largest`, such that all processes get equally many chunks."""
         if self.size == 1:
             return largest
         rounds = max(1, -(-rows // (self.size * largest)))
         return max(1, min(largest, -(-rows // (self.size * rounds * 16)) * 16))
 
     def pace(self, chunks: int, seconds: float) -> int:
-        """How many chunks each process reads until all meet again, if the slowest took `seconds` for `chunks`."""
+        """Chunks per process until the next synchronization, if the slowest took `seconds` for `chunks`."""
         return 1 if self.size == 1 else max(1, int(chunks * PERIOD / max(seconds, 1e-3)))
 
 
@@ -177,7 +150,7 @@ ALONE = Processes()
 
 
 def _on_cpu(value: Any) -> Any:
-    """Tensors of nested tuples, lists and dicts as copies on the CPU: a view would be sent with all that it is a view of."""
+    """CPU copies of tensors in nested tuples, lists and dicts; a view would be pickled with its whole storage."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if isinstance(value, dict):

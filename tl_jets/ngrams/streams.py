@@ -1,7 +1,7 @@
-r"""Vocabulary streams: what the network holds for every token of the vocabulary along a path that mixes no positions.
+r"""Vocabulary streams: the residual stream of every token of the vocabulary along a path that does not mix positions.
 
-A bi-gram path is a function of one token, so that it can be evaluated on the whole vocabulary, without a corpus and
-without positional embeddings (Chen et al., footnote 4):
+A bi-gram path is a function of one token, evaluated on the whole vocabulary without a corpus and without positional
+embeddings (Chen et al., footnote 4):
 
 =====================  =============================================================  ====================
 path                   stream of token z, decoded by the model's own decoder          label
@@ -12,12 +12,10 @@ path                   stream of token z, decoded by the model's own decoder    
 `"mlps"`               x := x + gamma_l_mlp(x) from x = W_E[z], over all MLPs         `mlps`
 =====================  =============================================================  ====================
 
-A label is a path, too: `"1_mlp > 3_mlp"` is `["1_mlp", "3_mlp"]`, so that any table's `path` can be asked for again.
+Labels are also accepted as paths. W_E[z] is the model's `embed` source, with any scale or norm before the first block.
+The MLPs are the model's own modules, replayed with their hooks (`tl_jets.adapters`); attention is not evaluated.
 
-W_E[z] is the model's own `embed` source: scaled or normalized before the first block as the model does it. The MLPs are
-the model's own modules, replayed with their hooks (see `tl_jets.adapters`), and nothing of attention is evaluated.
-
-Cost: an embedding and the MLPs of the path, a token; no forward pass but one on two one-token prompts, for the self-check.
+Cost: an embedding and the path's MLPs per token, and one forward pass on two one-token prompts for the self-check.
 """
 
 from __future__ import annotations
@@ -46,15 +44,15 @@ class VocabularyStreams:
 
     Args:
         model: A model or a `ResidualNetwork`.
-        paths: The paths, see above, as lists of steps or by their labels.
+        paths: Paths as in the table above: lists of steps, or labels.
 
     Attributes:
         network: The network at sublayer granularity.
-        paths: What each path stands for, by label: its steps, or None for `mlps`.
-        n_tokens: How many tokens the model embeds.
+        paths: Steps of each path by label; None for `mlps`.
+        n_tokens: Number of tokens that the model embeds.
 
     Raises:
-        ValueError: A path names a step that mixes positions or does not exist, or goes backwards; a hook edits a stream;
+        ValueError: A path has a step that mixes positions, does not exist or is out of order; a hook edits a stream; or
             the network's self-check fails.
     """
 
@@ -67,13 +65,13 @@ class VocabularyStreams:
 
     @property
     def device(self) -> torch.device:
-        """Where the streams are."""
+        """Device of the streams."""
         return self._trace["embed"].device
 
     @torch.no_grad()
     @full_float32()
     def embed(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        """The `embed` source of single tokens, as a trace has it."""
+        """The `embed` source of single tokens, as in a trace."""
         view: Any = self.network.view
         if isinstance(view, CallableModel):
             return view.embeds["embed"](tokens.to(self._trace.tokens.device).unsqueeze(1))[:, 0]
@@ -82,12 +80,7 @@ class VocabularyStreams:
     @torch.no_grad()
     @full_float32()
     def stream(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
-        """What the decoder reads at the end of a path, before the final norm.
-
-        Args:
-            embed: The tokens' embeddings, from `embed`.
-            label: Which path.
-        """
+        """The streams at the end of a path, before the final norm, of tokens with these embeddings."""
         steps = self.paths[label]
         stream = embed
         for step in self._mlps if steps is None else steps:
@@ -96,7 +89,7 @@ class VocabularyStreams:
         return stream
 
     def states(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
-        """What the unembedding reads: `stream` after the final norm, in float32, or float64 for a float64 model."""
+        """Inputs of the unembedding (`stream` after the final norm), in float32, or float64 for float64 models."""
         state = self.network.decoder.norm(self.stream(embed, label))
         return state.to(self.network.decoder.compute_dtype(state))
 
@@ -108,7 +101,7 @@ class VocabularyStreams:
         return self.network.view.writes(self._trace.recording, _alone(self.network, step), stream.unsqueeze(1))[0, :, 0]
 
     def _checked_trace(self) -> Trace:
-        """A trace of two one-token prompts: it carries the arguments of replays, and checks embedding and MLPs."""
+        """A trace of two one-token prompts for the arguments of replays; checks embedding and MLPs."""
         first = torch.tensor([[0], [self.n_tokens - 1]], device="cpu")
         trace = self.network.trace(first)
         if any(trace.recording.edits.values()):
@@ -135,7 +128,7 @@ class VocabularyStreams:
 
 
 def mlp_steps(network: ResidualNetwork) -> list[str]:
-    """Labels of the steps that mix no positions: the MLPs, in order."""
+    """Labels of the MLPs, the steps that do not mix positions, in order."""
     return [step.label for step in network.at("sublayer").steps if _is_mlp(step)]
 
 
@@ -144,7 +137,7 @@ def _is_mlp(step: Step) -> bool:
 
 
 def _alone(network: ResidualNetwork, label: str) -> Stage:
-    """The stage of a step without the other steps that read its stream (attention, in a parallel block)."""
+    """The stage of one step, without other steps that read the same stream (attention, in a parallel block)."""
     stage = network.stage(label)
     return Stage(stage.stream, tuple(step for step in stage.steps if step.label == label))
 
@@ -164,7 +157,7 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
                 f'"{MLPS}" needs a model with MLPs; this one has none. Its only bi-gram path is "{DIRECT}".'
             )
         return MLPS, None
-    if isinstance(path, str):  # a label, which any table's `path` is
+    if isinstance(path, str):  # a label
         steps = [] if path == DIRECT else [step.strip() for step in path.split(ARROW.strip())]
     else:
         steps = list(path)

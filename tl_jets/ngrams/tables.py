@@ -1,12 +1,10 @@
-"""Tables of n-grams: what a path of a model says, best first, in a file that other programs read.
+"""Tables of n-grams, best first, and their Parquet files.
 
-A table has the columns `id_1 .. id_n`, `token_1 .. token_n` and `score`, further numbers of each n-gram after them
-(`parts`), and knows where it comes from: the path, the settings, and the fingerprint of the model. Two tables are
-comparable if their settings are; they are of the same model if their fingerprints are (`tl_jets.ngrams.fingerprints`).
+The columns are `id_1 .. id_n`, `token_1 .. token_n`, `score`, and further numbers (`parts`). A table carries its path,
+settings and the model's fingerprint (`tl_jets.ngrams.fingerprints`). Tables are comparable if their settings are equal.
 
-**Files** are Parquet: pandas, DuckDB, polars and datasets read them as they are. What is not a column is JSON in the
-schema's metadata; nothing is unpickled. Saving is atomic (a temporary file in the same directory, synced, then renamed),
-so that a file is always a whole table or absent; loading refuses a file that is truncated, changed, or not such a table.
+pandas, DuckDB, polars and datasets read the files. Everything but the columns is JSON in the schema's metadata; nothing
+is unpickled. Saving is atomic, and loading refuses a file that is truncated or changed.
 
 Example:
     >>> import torch
@@ -44,15 +42,15 @@ from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import visible, writable
 
-# In the metadata of a Parquet schema.
+# Key in the metadata of the Parquet schema.
 METADATA_KEY = b"tl_jets.ngrams"
 FORMAT_VERSION = 1
 SHOWN_ROWS = 10
-# Rows that are made ready for a file at a time.
+# Rows written at a time.
 SAVED_ROWS = 2**18
-# Tokens of a look-up that are named if they are not there.
+# Maximum number of missing tokens named in a note.
 NOTED = 3
-# Scores that agree in so many bits are ties: what is left differs with the order in which a sum was taken.
+# Scores that agree in so many bits are ties; the others depend on the order of summation.
 SCORE_BITS = 40
 _ORDERS = {1: "uni-grams", 2: "bi-grams", 3: "tri-grams"}
 _UNITS = {"logprob": "log-probability", "logit": "logit"}
@@ -60,25 +58,24 @@ _UNITS = {"logprob": "log-probability", "logit": "logit"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NgramTable(Shown):
-    """n-grams of a model, best first; ties by ids. Everything is on the CPU.
+    """n-grams of a model, best first, ties by ids; on the CPU.
 
-    Index it by the first token, as text or id: `table["at"]`, `table[17]` (texts without a space around them also find the
-    token that begins with one, if no n-gram begins with the text as it is). Slices are rows: `table[:20]`. What is not found
-    gives an empty table that says so, and names tokens that differ in spaces or case only.
+    `table["at"]` and `table[17]` are the n-grams that begin with a token; if none begins with the text, a space is put
+    before it. Slices select rows: `table[:20]`. Without a match the table is empty, and `note` names similar tokens.
 
     Attributes:
         ids: Token ids. Shape [row, n].
-        scores: Their scores, best first: nats (log-probabilities) or logits, see `settings["score"]`. Shape [row].
-        names: The text of each id in the table; what is no character (a lone surrogate) stands as its escape.
+        scores: Nats (log-probabilities) or logits, see `settings["score"]`. Shape [row].
+        names: Text of each id; lone surrogates are escaped.
         path: What was decoded: `direct`, `3_mlp`, `1_mlp > 3_mlp`, `mlps`, `L3H2`, ...
-        settings: How, as plain JSON values.
+        settings: Options of the computation, plain JSON values.
         fingerprint: Of the model's weights; empty if unknown.
-        parts: Further numbers of each n-gram by column name, such as `log_normalizer`. Shape [row] each.
-        note: After a look-up, which of the tokens that were asked for are not there; it is in no file.
+        parts: Further numbers by column name, such as `log_normalizer`. Shape [row] each.
+        note: Which tokens a look-up did not find; not saved.
 
     Raises:
-        ValueError: Shapes disagree, ids are no whole numbers, a score is NaN, an id has no name, a name of a column is taken, or
-            the settings are not JSON.
+        ValueError: Shapes disagree, ids are not integers, a score is NaN, an id has no name, a part has the name of
+            another column, or the settings are not JSON.
     """
 
     ids: Int[Tensor, "row n"]
@@ -142,10 +139,7 @@ class NgramTable(Shown):
         parts: Mapping[str, Float[Tensor, " row"]] | None = None,
         top_k: int | None = None,
     ) -> NgramTable:
-        """A table of n-grams in any order: sorted by (score, ids), and cut to the best `top_k`.
-
-        Arguments are the attributes of the table; scores that differ by rounding only (relative 2^-40) are ties.
-        """
+        """A table of n-grams in any order, sorted by (score, ids) and cut to `top_k`; arguments are the attributes."""
         order = rank(ids, scores)[:top_k]
         return cls(
             ids[order],
@@ -161,7 +155,7 @@ class NgramTable(Shown):
 
     @property
     def n(self) -> int:
-        """How many tokens an n-gram has."""
+        """Number of tokens in an n-gram."""
         return self.ids.shape[1]
 
     @property
@@ -174,7 +168,7 @@ class NgramTable(Shown):
 
     @property
     def header(self) -> dict[str, Any]:
-        """Where the table comes from: path, settings and fingerprint."""
+        """Path, settings and fingerprint."""
         return {"path": self.path, "settings": dict(self.settings), "fingerprint": self.fingerprint}
 
     def _title(self) -> str:
@@ -205,7 +199,7 @@ class NgramTable(Shown):
         return len(self.ids)
 
     def __getitem__(self, key: str | int | slice) -> NgramTable:
-        """Rows of a slice, or the n-grams that begin with a token; if there are none, an empty table whose `note` says so."""
+        """Rows of a slice, or n-grams that begin with a token; without any, an empty table with a `note`."""
         if isinstance(key, slice):
             return self._rows(torch.arange(len(self), device="cpu")[key])
         if isinstance(key, str):
@@ -229,15 +223,12 @@ class NgramTable(Shown):
         max_score: float | int | None = None,
         **columns: str | int | Collection[str] | Collection[int],
     ) -> NgramTable:
-        """The rows that meet all of some conditions.
+        """The rows that meet all conditions, with the same header; `note` names tokens not found in their column.
 
         Args:
-            min_score: Scores of at least this.
-            max_score: Scores of at most this.
-            **columns: `id_2=17`, `token_1=" more"`, or several that are welcome: `token_2=[" than", " of"]`.
-
-        Returns:
-            A table with the same header, possibly empty; its `note` names tokens that no n-gram has in that place.
+            min_score: Smallest score.
+            max_score: Largest score.
+            **columns: `id_2=17`, `token_1=" more"`, or alternatives: `token_2=[" than", " of"]`.
 
         Raises:
             ValueError: There is no such column.
@@ -279,7 +270,7 @@ class NgramTable(Shown):
         return replace(self._rows(keep.nonzero()[:, 0]), note="; ".join(notes))
 
     def _named(self, text: str, column: Int[Tensor, " row"]) -> list[int]:
-        """Ids in a column with a text, else with a space before it; several tokens may have the same (bytes of a character)."""
+        """Ids in a column with a text, else with a space before it; several tokens may share a text."""
         for wanted in (text, f" {text}"):
             ids = [token for token, name in self.names.items() if name == wanted and bool((column == token).any())]
             if ids:
@@ -287,7 +278,7 @@ class NgramTable(Shown):
         return []
 
     def _absence(self, wanted: str | int, name: str) -> str:
-        """In words: that no n-gram has a token in a column, and where one stands that differs in spaces or case only."""
+        """Says that no n-gram has a token in a column, and where one with other spaces or case stands."""
         alike = {}
         if isinstance(wanted, str):
             tokens = [t for t, text in self.names.items() if text.strip().casefold() == wanted.strip().casefold()]
@@ -303,11 +294,7 @@ class NgramTable(Shown):
         return replace(self, ids=self.ids[index], scores=self.scores[index], parts=parts)
 
     def to_dataframe(self, *, escape: bool = False) -> pd.DataFrame:
-        """One row an n-gram, best first: columns id_1.., token_1.., score, then the parts.
-
-        Args:
-            escape: Write tokens with their spaces and line breaks shown.
-        """
+        """Columns id_1.., token_1.., score and parts, best first; `escape` shows spaces and line breaks in tokens."""
         names = {token: visible(text) if escape else text for token, text in self.names.items()}
         columns: dict[str, Any] = {name: ids.numpy() for name, ids in zip(self._id_columns, self.ids.T, strict=True)}
         for name, ids in zip(self._token_columns, self.ids.T.tolist(), strict=True):
@@ -319,7 +306,7 @@ class NgramTable(Shown):
 
     @property
     def digest(self) -> str:
-        """sha256 of everything in the table: equal for equal tables."""
+        """sha256 of the whole table; equal tables have equal digests."""
         total = hashlib.sha256(json.dumps([self.header, sorted(self.names.items())], sort_keys=True).encode())
         for name, values in {"ids": self.ids, "scores": self.scores, **self.parts}.items():
             total.update(f"{name} {tuple(values.shape)}".encode())
@@ -327,16 +314,10 @@ class NgramTable(Shown):
         return total.hexdigest()
 
     def save(self, file: str | Path) -> Path:
-        """Write the table as Parquet, atomically: the file is the old one or the whole new one at every moment.
-
-        Args:
-            file: Where to; an existing file is replaced.
-
-        Returns:
-            The file.
+        """Write the table as Parquet, atomically, replacing an existing file; returns the file.
 
         Raises:
-            OSError: The directory does not exist or cannot be written to.
+            OSError: The directory does not exist or is not writable.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -362,11 +343,11 @@ class NgramTable(Shown):
 
     @classmethod
     def load(cls, file: str | Path) -> NgramTable:
-        """A table that `save` wrote.
+        """A table from a file that `save` wrote.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is truncated, was changed, or is not such a table.
+            ValueError: The file is truncated, changed, or not such a table.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -374,7 +355,7 @@ class NgramTable(Shown):
         if not Path(file).is_file():
             raise FileNotFoundError(f"A table is a file that NgramTable.save wrote; there is none at {str(file)!r}.")
         try:
-            data = Path(file).read_bytes()  # whole, so that nothing is read from a file that is being replaced
+            data = Path(file).read_bytes()  # all at once, in case the file is being replaced
             found = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
             about = json.loads((found.schema.metadata or {}).get(METADATA_KEY, b"null"))
         except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
@@ -402,7 +383,7 @@ class NgramTable(Shown):
 
 
 def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -> NgramTable:
-    """The table of an Arrow table and its metadata, if it is what was written."""
+    """A table from an Arrow table and its metadata; raises ValueError unless both are as written."""
     try:
         n = sum(name.startswith("id_") for name in found.column_names)
         ids = torch.stack(
@@ -438,15 +419,12 @@ def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
 
 
 def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool = False) -> pd.DataFrame:
-    """The best n-grams of several tables, a column each.
+    """The best n-grams of several tables by rank from 1, a column each, as `·more·than`; short columns are padded.
 
     Args:
-        tables: Tables by the name of their column.
-        k: How many rows.
-        scores: Put a column `<name> score` after each.
-
-    Returns:
-        N-grams as `·more·than`, by rank from 1; empty cells where a table has fewer.
+        tables: Tables by column name.
+        k: Number of rows.
+        scores: Add a column `<name> score` after each.
 
     Example:
         >>> table = NgramTable.ranked(torch.tensor([[0, 1]]), torch.tensor([-1.0]), names={0: "a", 1: " b"}, path="direct")

@@ -1,4 +1,4 @@
-"""Token ids that a user chooses, checked, and described in the settings of a table."""
+"""Token ids given by the user: checks, and their description in the settings of a table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ TokenIds = Sequence[int] | Int[Tensor, " token"]
 def read_tokens(
     name: str, ids: TokenIds | None, size: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, " token"]:
-    """Sorted token ids, each once; None stands for all.
-
-    Raises:
-        ValueError: They are no list of ids below `size`; the message calls them `name`.
-    """
+    """Sorted, distinct token ids, None for all; ValueError, with `name`, unless they are ids below `size`."""
     if ids is None:
         return torch.arange(size, device=device)
     if not isinstance(ids, Tensor) and any(isinstance(token, str) for token in ids):
@@ -34,7 +30,7 @@ def read_tokens(
 
 
 def described(ids: Tensor | None, given: Any) -> str | dict[str, Any]:
-    """A subset of tokens in few words: how many, and which by their hash; "all" where none was given."""
+    """A short description of a subset of tokens: their number and hash, or "all"."""
     if given is None or ids is None:
         return "all"
     return {"count": len(ids), "sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()}

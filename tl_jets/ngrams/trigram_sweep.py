@@ -1,7 +1,6 @@
-"""A sweep over the heads of a layer: options checked, heads divided, each head's table as soon as it is finished.
+"""The engine of `tl_jets.ngrams.trigrams`: checks options and divides a layer's heads among processes.
 
-The engine of `tl_jets.ngrams.trigrams`. As many heads as there are processes are searched at a time, each by one of them
-(`tl_jets.ngrams.shards`), so that a table can be saved while the next ones are searched.
+Each process searches one head at a time, so a table can be saved while the next heads are searched.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 
-# Numbers of queries, keys and values that are held at once.
+# Elements of queries, keys and values held at once.
 HELD = 2**27
-# What a triple takes while it is searched for, and in a table.
+# Bytes of a triple during the search, and in a table.
 TRIPLE_BYTES, TABLE_BYTES = 600, 48
 
 
@@ -42,7 +41,7 @@ def planned(
     distributed: Distributed = False,
     **options: Any,
 ) -> TrigramSweep:
-    """Checked options, the same in all processes; `saves` says whether tables go to files."""
+    """A sweep with checked options, equal in all processes; `saves` says whether tables go to files."""
     processes = Processes.of(distributed)
     return processes.agree(
         lambda: TrigramSweep(model, layer, head, processes=processes, **options),
@@ -51,7 +50,7 @@ def planned(
 
 
 class TrigramSweep:
-    """One layer's heads on the vocabulary, and the options that all of them share, checked; runs the sweep."""
+    """A sweep over heads of one layer, with checked options."""
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class TrigramSweep:
         self.chosen = _read_heads(head, reader.n_heads)
         self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
         self.top_k, self.progress, self.processes = top_k, progress, processes
-        # There are no more.
+        # At most the number of all triples.
         self.held = min(top_k, len(self.keys) * reader.n_tokens * reader.network.decoder.d_vocab)
         check_fits(
             self.held * (TRIPLE_BYTES + TABLE_BYTES * len(self.chosen)),
@@ -99,19 +98,19 @@ class TrigramSweep:
         return fingerprint(self.reader.network)
 
     def description(self) -> dict[str, Any]:
-        """What must be the same in all processes."""
+        """Options and model, which must be equal in all processes."""
         return {"layer": self.reader.layer, "heads": self.chosen, **self.settings, "model": self.fingerprint}
 
     def path(self, head: int) -> str:
-        """What a head's table is of."""
+        """The path of a head's table."""
         return f"L{self.reader.layer}H{head}"
 
     def header(self, head: int) -> dict[str, Any]:
-        """What the header of a head's table is."""
+        """The header of a head's table."""
         return {"path": self.path(head), "settings": self.settings, "fingerprint": self.fingerprint}
 
     def saved(self, files: Mapping[int, Path]) -> dict[int, NgramTable]:
-        """The heads' tables that are there already; their folder is made."""
+        """Load the tables of heads that already exist, and create their folder."""
         for file in files.values():
             file.parent.mkdir(parents=True, exist_ok=True)
         tables = {head: saved(file, self.header(head)) for head, file in files.items()}
@@ -119,11 +118,11 @@ class TrigramSweep:
 
     @torch.no_grad()
     def tables(self, heads: Sequence[int]) -> Iterator[tuple[int, NgramTable]]:
-        """The tables of heads, each when it is finished: of as many heads at a time as there are processes."""
+        """Tables of heads as they are finished; as many heads at a time as there are processes."""
         processes, n_tokens = self.processes, self.reader.n_tokens
-        # The work of each head that is left over is divided.
+        # The processes divide the work of each left-over head.
         whole = len(heads) - len(heads) % processes.size
-        # A bar counts queries of the first pass and keys of the second.
+        # The bar counts queries of the first pass and keys of the second.
         total = len(heads) * (n_tokens + len(self.keys)) // processes.size
         shown = None if self.progress and processes.rank == 0 else True
         with tqdm(total=total, unit="token", delay=1, leave=False, disable=shown) as bar:
@@ -154,7 +153,7 @@ class TrigramSweep:
         )
 
     def maps(self, heads: Sequence[int]) -> Iterator[tuple[int, HeadMaps]]:
-        """The maps of heads, one after another; as many are read at once as `HELD` allows."""
+        """The maps of heads, one after another; `HELD` limits how many are read at once."""
         reader = self.reader
         size = max(1, HELD // (3 * reader.n_tokens * int(reader.view.cfg.d_head)))
         tokens = torch.arange(reader.n_tokens, device=reader.device)
@@ -177,7 +176,7 @@ class TrigramSweep:
 
 
 def _read_heads(head: int | Sequence[int] | None, n_heads: int) -> list[int]:
-    """Head indices, each once."""
+    """Distinct head indices."""
     given = list(range(n_heads)) if head is None else [head] if isinstance(head, int) else list(head)
     if not given or any(isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < n_heads for h in given):
         raise ValueError(f"head must be one of 0..{n_heads - 1}, several of them, or None for all; got {head!r}.")

@@ -1,4 +1,4 @@
-r"""Jet skip-trigrams: which token a head attends to, from which token, and what it then writes, over the whole vocabulary.
+r"""Jet skip-trigrams: the tokens a head attends to, from which tokens, and what it writes, over the vocabulary.
 
 Head (l, h), key token z1, query token z2 that stands `distance` places later, output token z3:
 
@@ -6,38 +6,33 @@ Head (l, h), key token z1, query token z2 that stands `distance` places later, o
     \text{score}(z_1, z_2, z_3) = A(z_1 | z_2) + \log P(z_3 | z_1), \qquad
     \log P(z_3 | z_1) = \log \mathrm{softmax}\bigl(\upsilon(OV_h(z_1))\bigr)_{z_3}
 
-with the head's scores s(z2, z1) and writes OV_h(z1) of single tokens, without positional embedding (`tl_jets.ngrams.head_maps`),
-and the model's own decoder upsilon. How much z2 looks at z1 is, by `normalize`,
+with scores s(z2, z1) and writes OV_h(z1) of single tokens, without positional embedding (`tl_jets.ngrams.head_maps`),
+and the model's own decoder upsilon. `normalize` chooses A:
 
-- `"vocab"`: A = log softmax of s(z2, .) over *all* tokens of the vocabulary as keys. What adds the same to all scores of a query
-  (a key bias b_K, an ALiBi slope) drops out, as it does in the model;
-- `"pair"`: A = log of z2's attention to z1 in a context of these two, itself being the other: s(z2, z1) against s_0(z2, z2);
-- `"none"`: A = s(z2, z1), without ALiBi. *Not* a function of the model: a shift of b_K that changes no output changes it.
+- `"vocab"`: log softmax of s(z2, .) over *all* tokens as keys. Terms common to all scores of a query (a key bias b_K,
+  an ALiBi slope) cancel, as in the model.
+- `"pair"`: log of z2's attention to z1 in a context of these two tokens: s(z2, z1) against s_0(z2, z2).
+- `"none"`: s(z2, z1), without ALiBi. *Not* a function of the model: a shift of b_K that changes no output changes it.
 
-**The join.** Given z1 the score is a sum of a function of z2 and one of z3. Sort both, best first. **Lemma**: of the K best triples
-none pairs the i-th best z2 with the j-th best z3 of its z1 where i j > K. For the i j pairs of the first i with the first j are
-all as good or better (ties by ids), and it is one of them, so that at least K others come before it. So a z1 has K (1 + ln K)
-candidates, not V^2, and most z1 have none, because their best triple is below the K-th best found so far:
+**The join.** Given z1, the score is a function of z2 plus one of z3. Sort both, best first. **Lemma**: none of the K
+best triples pairs the i-th best z2 with the j-th best z3 of its z1 where i j > K: the pairs of the first i with the
+first j are all at least as good (ties by ids). So a z1 has at most K (1 + ln K) candidates, and most have none:
 
-1. *Keys.* One pass over all query-key scores, tile by tile, gives each query's log-normalizer and each key's best A. The pass
-   knows a query's normalizer only at its end; it subtracts what it would be for normally distributed scores, and takes off from a
-   block of queries what is missing at least: an upper bound of A, in trained heads by a tenth of a nat too large.
-2. *Outputs.* Keys by decreasing bound: their best log P, one product of inner dimension d_head. Stop at the first key whose bound
-   is below the K-th best triple: log P <= 0.
-3. *Join.* Keys whose bounds together reach the K-th best: all their A and log P, from float64 logits and the normalizers of both
-   passes, pairs i j <= K above the threshold.
+1. *Keys.* One pass over all query-key scores gives each query's log-normalizer and an upper bound of each key's best A,
+   in trained heads a tenth of a nat too large (`tl_jets.ngrams.factors`).
+2. *Outputs.* The best log P of keys by decreasing bound, until the bound is below the K-th best triple (log P <= 0).
+3. *Join.* For keys whose bounds together reach the K-th best: pairs i j <= K above it, from float64 logits.
 
-**Exactness.** Passes 1 and 2 run in working precision and only bound, with the rounding of their products added. What is joined
-still has their rounded normalizers: more than K triples are kept, and all of them scored again in float64. If the K-th does not
-stand above the last one that was kept by four times the largest rounding seen among them, the keys are searched once more for
-twice as many; so triples that tie up to rounding are told apart. Ids, order and scores are then those of all V^3 triples for
-float64 models; for float32 ones up to the rounding of queries, keys and values themselves (scores to about 1e-6).
+**Exactness.** Passes 1 and 2 only give bounds, which include the rounding of their products. Joined triples have
+rounded normalizers, so more than K are kept and scored again in float64. If the K-th score does not exceed the last
+kept one by four times the largest rounding error seen, the search is repeated with twice as many. The table is then
+exact for float64 models, and for float32 ones up to the rounding of queries, keys and values (scores to about 1e-6).
 
-Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK and OV
-circuits). The normalized A, the distance and the exact join are ours.
+Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK
+and OV circuits). The normalized A, the distance and the exact join are ours.
 
-Cost: 2 V^2 d_head multiply-adds a head at most (a bi-gram sweep has V^2 d_model), and the layer's attention on V tokens. Memory:
-queries, keys and values of the heads read at once (512 MB at most), and 24 V d_head numbers of the head at work.
+Cost: at most 2 V^2 d_head multiply-adds a head (a bi-gram sweep has V^2 d_model), and the layer's attention on V
+tokens. Memory: queries, keys and values of the heads read at once (at most 512 MB), and 24 V d_head numbers a head.
 
 Example:
     >>> import tl_jets as tj
@@ -107,42 +102,35 @@ def jet_trigrams(
     folder: str | Path | None = None,
     distributed: Distributed = False,
 ) -> NgramTable | dict[int, NgramTable]:
-    """The best skip-trigrams of heads of one layer: exactly those of all V^3 triples.
+    """The best skip-trigrams of heads of one layer, exact over all V^3 triples.
 
     Args:
-        model: A model or a `ResidualNetwork`. Hooks inside attention and norms are respected if what they do is a function of the
-            token; hooks on streams are refused.
+        model: A model or a `ResidualNetwork`. Hooks inside steps must depend on the token alone; those on
+            streams are refused.
         layer: The layer.
-        head: A head, several, or None for all of the layer, which share the evaluation of the layer on the vocabulary.
-        top_k: How many triples a head.
-        distance: How many places the key token is before the query token: what rotary embeddings see. Learned positions are
-            left out, and an ALiBi slope counts with `"pair"` only.
+        head: A head, for one table; several heads, or None for all, for tables by head.
+        top_k: Number of triples a head.
+        distance: Places from key to query, for rotary embeddings; ALiBi counts with `"pair"`, learned positions never.
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
-        rows: Ids of the key tokens to look at; None for all. Attention is normalized over the whole vocabulary nevertheless.
-        progress: Show a bar in a terminal, if it takes longer than a second.
-        folder: Where each head's table is saved as `L<layer>H<head>.parquet` as soon as it is finished. Tables that are there are
-            loaded instead (and refused if they are of other settings or another model).
-        distributed: True, or a process group: all its processes call this with the same model and options, divide the work
-            (heads; queries and keys of heads that are left over), and return the same tables. Files are those of process 0. See
-            `tl_jets.ngrams.shards`.
+        rows: Ids of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
+        progress: Show a bar in a terminal if the search takes longer than a second.
+        folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if they differ.
+        distributed: True or a process group, whose processes all make this call and divide the work.
 
     Returns:
-        A table of (key, query, output), best first, ties by ids, in nats; its parts are `attention`, A, and `log_prob`, log P.
-        For several heads, tables by head.
+        Triples (key, query, output), best first, ties by ids, in nats; parts `attention` (A) and `log_prob` (log P).
 
     Raises:
-        ValueError: There is no such layer, head or token; the distance is outside of the context or of the layer's attention
-            window; an option is not one of its values; a vector is not finite; more triples tie up to rounding than are
-            held at once; a file in `folder` belongs to something else; or processes were given different things.
+        ValueError: An argument is invalid or differs between processes; a vector is not finite; too many triples tie;
+            or a file in `folder` holds another table.
         RuntimeError: Another process failed.
-        NotImplementedError: The model's attention is not understood (the message says what), or the model is of plain
-            functions.
+        NotImplementedError: The model's attention is not supported, or the model consists of plain functions.
 
     Source:
-        Chen et al., arXiv 2410.06024, skip-trigrams; see the module for what is ours.
+        Chen et al., arXiv 2410.06024, skip-trigrams.
 
     Cost:
-        At most 2 V^2 d_head multiply-adds a head. See the module.
+        At most 2 V^2 d_head multiply-adds a head.
 
     Example:
         >>> import tl_jets as tj
@@ -165,21 +153,21 @@ def jet_trigrams(
 
 @torch.no_grad()
 def trigram_job(model: Any, layer: int, head: int, *, name: str | None = None, **options: Any) -> Job:
-    """`jet_trigrams` of one head as a job of `tl_jets.ngrams.jobs.sweep`: for heads of many models.
+    """A job for `tl_jets.ngrams.jobs.sweep` that runs `jet_trigrams` on one head; for heads of many models.
 
     Heads of one model are cheaper with `jet_trigrams(..., folder=...)`, which evaluates their layer once.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        layer: See `jet_trigrams`.
+        layer: The layer.
         head: One head.
-        name: Of the file; the path by default, such as `L1H3`.
-        **options: Those of `jet_trigrams`, without `folder`.
+        name: File name without suffix; by default the path, such as `L1H3`.
+        **options: Options of `jet_trigrams`, without `folder`.
     """
     plan = planned(model, layer, [head], saves=True, **options)
     (index,) = plan.chosen
 
-    def run(state: Path | None) -> NgramTable:  # a head is quick: it has no unfinished state
+    def run(state: Path | None) -> NgramTable:  # no unfinished state: a head is quick
         ((_, table),) = plan.tables([index])
         return table
 
@@ -196,7 +184,7 @@ def trigram_scores(
     distance: int = 1,
     normalize: Normalize = "vocab",
 ) -> Float[Tensor, " triple"]:
-    """Scores of given skip-trigrams, as `jet_trigrams` has them.
+    """Scores of given skip-trigrams, as in `jet_trigrams`.
 
     Args:
         model: A model or a `ResidualNetwork`.
@@ -207,13 +195,13 @@ def trigram_scores(
         normalize: See `jet_trigrams`.
 
     Returns:
-        Nats, float64, in the order of `triples`. Shape [triple].
+        Nats, float64. Shape [triple].
 
     Raises:
         ValueError: See `jet_trigrams`; or `triples` are not ids [triple, 3].
 
     Cost:
-        The layer's attention on V tokens, and V d_head multiply-adds in float64 for each query and each key among the triples.
+        The layer's attention on V tokens, and V d_head float64 multiply-adds for each distinct query and key.
 
     Example:
         >>> import tl_jets as tj
@@ -236,18 +224,10 @@ def trigram_parts(
     distance: int = 1,
     normalize: Normalize = "vocab",
 ) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
-    """The two summands of `trigram_scores`.
-
-    Args:
-        model: See `trigram_scores`, also for the other arguments, errors and cost.
-        layer: The layer.
-        head: The head.
-        triples: Ids of key, query and output. Shape [triple, 3].
-        distance: See `jet_trigrams`.
-        normalize: See `jet_trigrams`.
+    """A(key | query) and log P(output | key) of given skip-trigrams, the summands of `trigram_scores`, which see.
 
     Returns:
-        A(key | query) and log P(output | key) in nats, float64, in the order of `triples`. Shape [triple] each.
+        Nats, float64. Shape [triple] each.
     """
     plan = TrigramSweep(model, layer, head, distance=distance, normalize=normalize)
     reader = plan.reader
