@@ -7,13 +7,12 @@ The component is ablated, and the change of the last token's logit is compared w
 Other components that may cost these n-grams as much are `AblationCheck.rivals`: no evidence against the table, because
 an early ablation changes what every later component reads.
 
-Logits are centered over the vocabulary unless `logit="raw"`. Prompts begin as the model's own do (`<s> more` for the
-bi-gram ` more than`), so the component does not read exactly the stream that its table was computed from.
+Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so the component does not read exactly
+the stream that its table was computed from.
 
-**Intervals** are 95% percentile bootstraps over n-grams, for this model and these components; differences are paired.
-N-grams that share a token are resampled together (`units`). Fewer than six units are not judged; below twenty the
-intervals are somewhat too narrow. There is no correction for the number of comparisons: among many components that cost
-exactly as much, one in forty is reported to cost more.
+**Intervals** are 95% percentile bootstraps over n-grams; differences are paired. N-grams that share a token are
+resampled together (`units`). Fewer than six units are not judged; below twenty the intervals are somewhat too narrow.
+Among many components that cost exactly as much, one in forty is reported to cost more.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ OTHERS = "others"
 BELOW, ABOVE, UNCLEAR, NO_INTERVAL = "below 0", "above 0", "not told from 0", "no interval"
 # With fewer units no sign is significant at 95%: five fair coins all agree in one case of 16.
 LEAST_UNITS = 6
-# Number of rivals named in a verdict.
 NAMED = 3
 
 
@@ -61,11 +59,9 @@ class AblationCheck(Shown):
     Attributes:
         step: The component that the n-grams belong to.
         components: The ablated components, one at a time: `step`, then others of its kind.
-        table: The n-grams.
         prompts: Token ids of the prompts. Shape [ngram, pos].
         own: Change of the logit of each n-gram's last token. Shape [component, ngram].
         shuffled: The same for last tokens of other n-grams. Shape [component, ngram, draw].
-        mode, logit, resamples, seed: The options of `ablation_check`.
     """
 
     step: str

@@ -55,8 +55,6 @@ class Track(Shown):
         scores: Their log-probabilities in nats. Shape [checkpoint, pair].
         hit_ratio: Share of the reference's n best bi-grams among the checkpoint's; NaN without one. Shape [checkpoint].
         n: Number of bi-grams of the hit ratio; 0 without a reference.
-        path: The path.
-        fingerprints: Fingerprint of each checkpoint's weights.
         hit_control: Hit ratios with the reference's second tokens shuffled. Shape [checkpoint, control].
         tables: The n best bi-grams of each checkpoint; empty without a reference.
     """
@@ -119,9 +117,8 @@ def track(
         folder: Save the sweeps here, one subfolder per checkpoint; an interrupted study resumes.
 
     Raises:
-        ValueError: Neither pairs nor a reference; no checkpoint; checkpoints of different vocabularies; a reference
-            with fewer than n bi-grams; or a `folder` without a reference, for a checkpoint whose name is not a valid
-            file name, or with tables of another sweep.
+        ValueError: Neither pairs nor a reference; no checkpoint; different vocabularies; a reference with fewer than
+            n bi-grams; or a `folder` without a reference, with unsuitable file names, or with other tables.
 
     Source: Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours. Cost: per checkpoint, a
     sweep over the vocabulary if there is a reference, and the first tokens of `pairs`.

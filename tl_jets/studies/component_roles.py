@@ -39,7 +39,6 @@ class Roles(Shown):
         labels: Paths: `direct`, every MLP, `mlps`; then `text`, if counts were given.
         tables: The n best bi-grams of each path, by label.
         overlap: Share of bi-grams that two tables have in common. Shape [label, label].
-        n: Number of n-grams per table.
         heads: The n best skip-trigrams of every head; empty unless requested.
     """
 

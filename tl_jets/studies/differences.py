@@ -52,10 +52,8 @@ class ModelDiff(Shown):
         rises: Bi-grams whose probability rose, largest first; parts `before` and `after` are log-probabilities (nats).
         falls: Bi-grams whose probability fell; scores are the size of the fall, largest first.
         first: First tokens that were compared. Shape [row].
-        kl: KL(before || after) of what follows each first token, in nats; relative error 1e-4 for float32 models, a
-            few percent for nearly equal ones. Shape [row].
-        path: The path.
-        fingerprints: Fingerprints of the weights before and after.
+        kl: KL(before || after) after each first token, in nats; relative error 1e-4 in float32, a few percent for
+            nearly equal models. Shape [row].
     """
 
     rises: NgramTable

@@ -57,18 +57,15 @@ class Mass(Shown):
     """Probability mass that a path gives to a list of bi-grams.
 
     Attributes:
-        value: The mean or sum over the list, of probabilities.
-        reduce: `"mean"` or `"sum"`.
-        mean, sum: Both of them.
+        value: The `mean` or `sum` over the list, of probabilities.
         interval: 95% percentile bootstrap interval of `value`; NaN for one bi-gram or word.
         controls: `value` of shuffled lists. Shape [control].
         rank: 1 + the number of controls that are at least as large.
         size: Number of distinct bi-grams.
-        sha256: Hash of the list's ids in sorted order.
+        sha256: Of the list's ids in sorted order.
         skipped: Number of one-token words, which have no bi-gram.
         repeated: Number of duplicate bi-grams.
         weight: `"P(z2|z1)"` or `"P(z2|z1) unigram(z1)"`.
-        path, fingerprint: The path, and the fingerprint of the model's weights.
         table: The bi-grams with their log-probabilities, and the part `mass`.
     """
 

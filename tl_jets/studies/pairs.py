@@ -52,8 +52,8 @@ class RowScores:
 
     Attributes:
         network: The network at sublayer granularity.
-        path, score: The path's label, and the score.
-        d_vocab, n_tokens: Number of second and of first tokens.
+        d_vocab: Number of second tokens.
+        n_tokens: Number of first tokens.
 
     Raises:
         ValueError: The path mixes positions or does not exist, or `score` is unknown.

@@ -49,13 +49,7 @@ FAR = 1
 
 
 class RowsMoved(NamedTuple):
-    """Bounds and KL of some rows, in float64 on the CPU.
-
-    Attributes:
-        rise: Upper bound of the rise of every pair. Shape [row].
-        fall: Upper bound of the fall of every pair. Shape [row].
-        kl: KL(before || after), in nats. Shape [row].
-    """
+    """Bounds on `rise` and `fall` of every pair of a row, and KL(before || after) in nats: float64, shape [row], CPU."""
 
     rise: Float[Tensor, " row"]
     fall: Float[Tensor, " row"]

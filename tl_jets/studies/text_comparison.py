@@ -59,11 +59,10 @@ class TextComparison(Shown):
         labels: Paths, then `unigram (no model)`.
         hit_ratio: Share of the text's n most frequent bi-grams among each path's n best. Shape [path].
         correlation: Rank correlation of conditional log-probabilities over these bi-grams. Shape [path].
-        hit_control, correlation_control: The same with second tokens shuffled. Shape [path, control].
-        n: Number of bi-grams.
+        hit_control: Hit ratios with second tokens shuffled. Shape [path, control].
+        correlation_control: Rank correlations with second tokens shuffled. Shape [path, control].
         tables: The n best bi-grams of each path by pseudo-joint.
         text: Settings of the table of counts.
-        fingerprint: Fingerprint of the model's weights.
     """
 
     labels: list[str]
