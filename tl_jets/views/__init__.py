@@ -2,11 +2,9 @@
 
 Views are returned, never shown: a notebook displays a `View` on the last line of a cell, `view.save("a.html")` writes a
 self-contained page, and `page(title, *parts)` joins several. Pages make no network requests, and tokens are escaped.
-Colors adapt to light and dark themes, suit color-blind readers, and always come with the number, in the cell or on
-hover.
-
-circuitsvis is not used: it writes tokens as markup (`<img onerror=...>` in a vocabulary would run), scales positive and
-negative values differently, and adds 1.3 MB of script to every view.
+Colors suit color-blind readers, and every number is in the cell or on hover. circuitsvis is not used: it writes tokens
+as markup (`<img onerror=...>` in a vocabulary would run), scales positive and negative values differently, and adds
+1.3 MB of script to every view.
 
 Example:
     >>> import tl_jets as tj

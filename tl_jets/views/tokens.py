@@ -40,7 +40,7 @@ def lens_tokens(
     prompt: int = 0,
     positions: Sequence[int] | None = None,
 ) -> View:
-    """The prompt's tokens, one strip per layer, colored by how close the layer is to the model.
+    """The prompt's tokens, one strip per layer, colored by a measure of closeness, with its control in brackets.
 
     Args:
         lens: A lens run with measures.
@@ -48,9 +48,6 @@ def lens_tokens(
         order: Order; None for the lens' highest.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
-
-    Returns:
-        A `View`: the measure under each token, with that of the random center in round brackets.
 
     Raises:
         TypeError: It is not an iterative lens.
@@ -101,9 +98,6 @@ def path_tokens(
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the result; None for all real ones.
 
-    Returns:
-        A `View`; colors diverge at zero, orange above and blue below, on one scale.
-
     Raises:
         ValueError: Unknown measure, prompt or position, or top is below 1.
 
@@ -145,7 +139,7 @@ def path_tokens(
 
 
 def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", prompt: int = 0, k: int = 3) -> View:
-    """The prompt's tokens, one strip per output position, colored by their contribution in the detached map.
+    """The prompt's tokens, one strip per output position, colored by contribution in the detached map; the bias is last.
 
     Args:
         jacobian: A detached map.
@@ -153,9 +147,6 @@ def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", p
             length (with the bias, shares sum to 1).
         prompt: Index of the prompt.
         k: Number of tokens that a contribution raises most, shown on hover.
-
-    Returns:
-        A `View`; the last chip of a strip is the bias.
 
     Raises:
         ValueError: Unknown kind of contribution, or prompt.

@@ -1,10 +1,7 @@
 """Figures for papers, with matplotlib: lens tables, measures with their controls, path shares, learning curves, spectra.
 
-Every function returns a matplotlib `Figure` and shows nothing. Single-panel functions take `ax=`. Colors suit
-color-blind readers: Okabe and Ito's palette, a blue-orange map around zero, cividis for depth. Printed in gray, lines
-differ by markers, but the two sides of zero do not. Controls are dashed, in the color of what they control. Tokens are
-plain text: a dollar sign starts no formula.
-
+Every function returns a matplotlib `Figure` and shows nothing. Colors suit color-blind readers: Okabe and Ito's
+palette, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of what they control.
 matplotlib is an extra, `pip install "tl-jets[plots]"`, imported when a figure is drawn.
 
 Example:

@@ -55,9 +55,6 @@ def lens_table(
         top: Show only the components of a joint lens with the largest weights; None for all.
         ax: Axes to draw on; None for a new figure.
 
-    Returns:
-        The figure; its last row holds the model's own answers.
-
     Raises:
         ValueError: Unknown order, prompt or position.
         ImportError: matplotlib is not installed.

@@ -30,16 +30,13 @@ if TYPE_CHECKING:
 def path_shares(
     paths: PathStatistics | PathCache, *, measure: str = "share", top: int | None = 20, ax: Axes | None = None
 ) -> Figure:
-    """Bars of how much paths (or sums of them) contribute, averaged over all real positions, largest first.
+    """Bars of mean contributions of paths over all real positions, with standard deviations, largest first.
 
     Args:
         paths: Statistics by path, component, source, or length (bars stay in order), or a whole `PathCache`.
         measure: `"share"` (of the model's logits), `"effect"` (on the first target's logit), `"norm"` or `"cosine"`.
         top: Number of bars; None for all.
         ax: Axes to draw on; None for a new figure.
-
-    Returns:
-        The figure: means (orange above zero, blue below) with the standard deviation over several positions.
 
     Raises:
         ValueError: Unknown measure, or top is below 1.
