@@ -50,7 +50,7 @@ def lens_table(
         measure: Measure of an iterative lens, written under the token with its control; it colors the cell.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
-        top: Show only the components of a joint lens with the largest weights here; None for all.
+        top: Number of components of a joint lens to show, those with the largest weights; None for all.
 
     Raises:
         ValueError: Unknown order, measure, prompt or position.

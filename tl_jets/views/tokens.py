@@ -94,7 +94,7 @@ def path_tokens(
     Args:
         paths: `PathStatistics`, or a whole `PathCache` (cost: a product with the unembedding).
         measure: `"effect"` (on the centered logit of the first target), `"share"`, `"norm"` or `"cosine"`.
-        top: Show the parts with the largest mean absolute measure; None for all in their order.
+        top: Number of parts to show, those with the largest mean absolute measure; None for all in order.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the result; None for all real ones.
 

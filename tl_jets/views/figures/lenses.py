@@ -52,7 +52,7 @@ def lens_table(
         order: Order of an iterative lens; None for its highest.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
-        top: Show only the components of a joint lens with the largest weights; None for all.
+        top: Number of components of a joint lens to show, those with the largest weights; None for all.
         ax: Axes to draw on; None for a new figure.
 
     Raises:
