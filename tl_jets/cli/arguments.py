@@ -1,4 +1,4 @@
-"""The options that commands share, and how they are parsed and explained."""
+"""Options shared by the commands, and their parser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"
 
-# The choices and limits of options, here so that parsing loads no PyTorch; a test compares them with the library's.
+# Copies of the library's choices and limits, so that parsing loads no PyTorch; a test compares them.
 GRANULARITIES = ("block", "sublayer", "head")
 CENTER_SCALES = ("none", "match", "orthogonal")
 OBJECTIVES = ("l2", "centered_l2", "kl")
@@ -20,12 +20,12 @@ NORMALIZES = ("vocab", "pair", "none")
 LOGITS = "logits"
 MAX_ORDER = 1000
 MAX_PATHS = 4096
-# N-grams of a table; the functions take more.
+# Maximum number of n-grams per table; the functions allow more.
 MOST = 1_000_000
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line."""
+    """A request that cannot be fulfilled, with a one-line message."""
 
 
 def one_line(error: Exception, width: int = 500) -> str:
@@ -34,23 +34,23 @@ def one_line(error: Exception, width: int = 500) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser with one-line errors."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what is left over here, where the command is known."""
+        """Reject leftover arguments here, where the command is known."""
         found, left = super().parse_known_args(args, namespace)
         if left:
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return found, left
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and where to find the options, then exit with status 2."""
+        """Print the error and how to see the options, then exit with status 2."""
         text = " ".join(message.split())
         self.exit(2, f"tl-jets: {text} (see {self.prog} --help)\n")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Paragraphs as they were written, and the default of every option that has one."""
+    """Keeps paragraphs as written, and shows defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -60,7 +60,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A command's parser, without options yet."""
+    """Add a command's parser, without options."""
     found = commands.add_parser(
         name, help=summary, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False
     )
@@ -68,7 +68,7 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, epi
 
 
 def add_model(parser: Any, *, prompt: bool = True) -> None:
-    """What is read."""
+    """Add the options of the model and its prompt."""
     parser.add_argument(
         "--model",
         default=EMBEDDED,
@@ -88,23 +88,23 @@ def add_model(parser: Any, *, prompt: bool = True) -> None:
 
 
 def add_granularity(parser: Any, what: str) -> None:
-    """What a component is; the default is the library's own."""
+    """Add the option for what a component is; its default is the library's."""
     parser.add_argument("--granularity", choices=GRANULARITIES, default="sublayer", help=what)
 
 
 def add_target(parser: Any, help: str, **options: Any) -> None:
-    """A token, as text or id."""
+    """Add the option for a target token."""
     parser.add_argument("--target", metavar="TOKEN", help=help, **options)
 
 
 def add_seed(parser: Any, of: str) -> None:
-    """What random numbers are drawn from."""
-    most = 2**64 - 1  # torch has no larger
+    """Add the option for the random seed."""
+    most = 2**64 - 1  # the largest seed of torch
     parser.add_argument("--seed", type=at_least(0, at_most=most), default=0, metavar="N", help=of)
 
 
 def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
-    """Where results are written to, and what happens to errors."""
+    """Add the options for output files and tracebacks."""
     parser.add_argument("--html", metavar="FILE", help=f"also write {html}")
     parser.add_argument(
         "--json",
@@ -117,7 +117,7 @@ def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
 
 
 def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
-    """The type of a whole number that is not too small, nor too large."""
+    """An argparse type: an integer within limits."""
 
     def read(text: str) -> int:
         try:
@@ -133,7 +133,7 @@ def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-# Sentences that more than one --help has.
+# Sentences shared by several --help texts.
 TOKEN_HELP = "as text (' is', or \u00b7is as the tables write it) or as id:317"
 FILES_HELP = """\
 A FILE of - is standard output; the tables are then left out."""

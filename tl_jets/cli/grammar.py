@@ -1,4 +1,4 @@
-"""The grammar of the command line: every option of the four commands. Nothing here loads PyTorch."""
+"""The parser of the command line: all options of the four commands, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ examples:
 
 
 def _add_lens(commands: Any) -> None:
-    """The options of `tl-jets lens`."""
+    """Add `tl-jets lens`."""
     parser = add_command(
         commands,
         "lens",
@@ -163,7 +163,7 @@ paths may be missed; the effects shown are exact all the same).
 
 
 def _add_paths(commands: Any) -> None:
-    """The options of `tl-jets paths`."""
+    """Add `tl-jets paths`."""
     parser = add_command(
         commands,
         "paths",
@@ -238,7 +238,7 @@ on two cores), a fraction of that a head.
 
 
 def _add_ngrams(commands: Any) -> None:
-    """The options of `tl-jets ngrams`."""
+    """Add `tl-jets ngrams`."""
     parser = add_command(
         commands,
         "ngrams",
@@ -318,7 +318,7 @@ What the model does elsewhere J does not tell: it is exact at this prompt only.
 
 
 def _add_jacobian(commands: Any) -> None:
-    """The options of `tl-jets jacobian`."""
+    """Add `tl-jets jacobian`."""
     parser = add_command(
         commands,
         "jacobian",
@@ -349,7 +349,7 @@ def _add_jacobian(commands: Any) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+    """The parser of the whole command line."""
     top = Parser(prog="tl-jets", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"tl-jets {version('tl-jets')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""`tl-jets jacobian`: the model as an exact linear map at one prompt, and what each token gives to the answer."""
+"""`tl-jets jacobian`: the model as an exact linear map at one prompt, and each token's contribution to the answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tl_jets.views import detached_tokens
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what the map of one prompt does."""
+    """Print the linear map of one prompt."""
     prompt, output = read_prompt(options.model, options.prompt), Output.of(options)
     if options.target is not None and options.output != LOGITS:
         raise UsageError(f"--target is a logit; it needs --output {LOGITS}, got --output {options.output}")
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sections(data: dict[str, Any]) -> list[View]:
-    """The tables of a page."""
+    """Tables of the HTML page."""
     columns = {
         "pos": "pos",
         "token": "read",
@@ -83,7 +83,7 @@ def _sections(data: dict[str, Any]) -> list[View]:
 
 @torch.no_grad()
 def jacobian_data(J: DetachedJacobian, answer: int, target: int | None, top_k: int) -> dict[str, Any]:
-    """What every token gives, as plain values; `effect` is on the target's logit, None where there is none."""
+    """Each token's contribution as plain values; `effect` is on the target's logit (None without a target)."""
     tokenizer = J.trace.network.tokenizer
     value, bias = J.value[0, 0].double(), J.bias[0, 0].double()
     parts = J.contributions[0, :, 0].double()
@@ -122,10 +122,10 @@ def jacobian_data(J: DetachedJacobian, answer: int, target: int | None, top_k: i
 
 @torch.no_grad()
 def singular_data(J: DetachedJacobian, vectors: SingularVectors, top_k: int) -> list[dict[str, Any]]:
-    """Singular values, what their output directions raise, and which embeddings their input directions are nearest to.
+    """Singular values, tokens raised by output directions, and embeddings nearest to input directions.
 
-    An input direction has a part at every position; the one where it is longest is read. `reads` is None where directions
-    of the input are not embeddings: of a later stream, or in a model that normalizes its embeddings.
+    Input directions are read at the position where they are longest. `reads` is None if they are not embeddings: those
+    of a later stream, or of a model that normalizes its embeddings.
     """
     tokenizer = J.trace.network.tokenizer
     raised = J.decode_left(vectors, top_k).indices[:, 0].tolist()

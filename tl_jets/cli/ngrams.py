@@ -1,4 +1,4 @@
-"""`tl-jets ngrams`: what the weights say after every token of the vocabulary, without a corpus."""
+"""`tl-jets ngrams`: bi-grams and skip-trigrams of the weights, without a corpus."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tl_jets.views import trigram_heatmap
 
 BIGRAM_OPTIONS = ("path", "per", "score")
 TRIGRAM_OPTIONS = ("head", "distance", "normalize")
-# Records that are made ready for a file at a time.
+# Number of records converted at a time.
 AT_ONCE = 4096
 
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         if options.token:
             n_tokens = int(network.view.model.cfg.d_vocab)  # type: ignore[attr-defined]
             rows = [read_token(network, token, n_tokens) for token in options.token]
-    # The sweeps draw bars of their own.
+    # Outside `steps`: the sweeps draw their own bars.
     folder = Path(options.save) if options.save and is_folder(options.save) else None
     with refusals():
         tables = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
@@ -103,7 +103,7 @@ def _table_file(file: Path, label: str) -> Path:
 
 
 def _check_apart(output: Output) -> None:
-    """Refuse to write what would replace one of several tables: hours later nobody would see it."""
+    """Reject an output file that could replace one of several saved tables."""
     if "save" not in output:
         return
     save = Path(output.files["save"])
@@ -120,7 +120,7 @@ def _check_apart(output: Output) -> None:
 
 
 def _save(tables: dict[str, NgramTable], file: Path) -> list[str]:
-    """Save every table, atomically; returns the files."""
+    """Save every table atomically, and return the files."""
     names = [file]
     if len(tables) > 1:
         names = [_table_file(file, label) for label in tables]
@@ -135,7 +135,7 @@ def _save(tables: dict[str, NgramTable], file: Path) -> list[str]:
 
 
 def _sections(network: ResidualNetwork, tables: dict[str, NgramTable]) -> list[View]:
-    """The tables of a page, and of every head how its best keys and queries meet."""
+    """Tables of the HTML page, and a heatmap for every head."""
     found = []
     if len(tables) > 1 and all(table.n == 2 for table in tables.values()):
         longest = max(map(len, tables.values()))
@@ -151,7 +151,7 @@ def _sections(network: ResidualNetwork, tables: dict[str, NgramTable]) -> list[V
 
 
 def table_data(table: NgramTable) -> dict[str, Any]:
-    """A table as plain values: where it comes from, and a record an n-gram, made when it is asked for."""
+    """A table as plain values: its header, and one record per n-gram, made on demand."""
     return {**table.header, "rows": Records(len(table), partial(_records, table))}
 
 

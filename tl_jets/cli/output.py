@@ -1,4 +1,4 @@
-"""Where results go: tables to standard output, numbers and pages to files; what cannot be written is refused at once."""
+"""Outputs: tables to standard output, numbers and pages to files, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,13 @@ KINDS = ("html", "json", "svg", "save")
 
 @dataclass(frozen=True)
 class Output:
-    """The files asked for, by kind; `-` is standard output, which then holds nothing else.
-
-    Raises:
-        UsageError: A file cannot be written, two are the same, or more than one is standard output.
-    """
+    """Output files by kind; `-` is standard output, which then holds nothing else."""
 
     files: Mapping[str, str]
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Output:
-        """Those of a command line, checked before anything is computed."""
+        """The files of a command line; UsageError if one cannot be written, or two are the same."""
         given = {kind: getattr(options, kind, None) for kind in KINDS}
         files = {kind: file for kind, file in given.items() if file is not None}
         places = [STDOUT if file == STDOUT else str(Path(file).resolve()) for file in files.values()]
@@ -59,18 +55,18 @@ class Output:
 
     @property
     def console(self) -> Terminal:
-        """Where tables go: nowhere if standard output holds a file."""
+        """Console for tables; silent if standard output holds a file."""
         return Terminal(quiet=STDOUT in self.files.values())
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.files
 
     def write(self, kind: str, text: str | Iterable[str]) -> None:
-        """Write a text, or its parts, to the file of its kind."""
+        """Write a text, or its parts, to the file of this kind."""
         parts = [text] if isinstance(text, str) else text
         if self.files[kind] == STDOUT:
             if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(encoding="utf-8")  # files are, whatever the terminal is
+                sys.stdout.reconfigure(encoding="utf-8")  # as in files, whatever the terminal's encoding
             sys.stdout.writelines(parts)
             sys.stdout.write("\n")
             return
@@ -81,7 +77,7 @@ class Output:
             raise UsageError(f"cannot write {self.files[kind]!r}: {one_line(error)}") from error
 
     def write_json(self, data: Any) -> None:
-        """Write data as JSON, if that was asked for."""
+        """Write data as JSON, if requested."""
         if "json" in self:
             encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, indent=1)
             self.write("json", encoder.iterencode(plain(data)))
@@ -94,11 +90,7 @@ class Output:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before hours of work are lost.
-
-    Raises:
-        UsageError: It is a directory, in none, or not to be written.
-    """
+    """Raise UsageError if a file cannot be written."""
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
     if path.is_dir():
@@ -108,45 +100,30 @@ def check_writable(path: Path) -> None:
 
 
 def is_folder(file: str) -> bool:
-    """Whether a name is that of a folder: one that is there, or that ends in a slash."""
+    """Whether a name is an existing folder, or ends in a slash."""
     return file.endswith(("/", os.sep)) or Path(file).is_dir()
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder in which nothing can be written, or that cannot be made.
-
-    Raises:
-        UsageError: It is a file, in no directory, or not to be written in.
-    """
+    """Raise UsageError if a folder cannot be created or written to."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"cannot write into {str(path)!r}: it is no directory")
     check_writable(path / "table" if path.is_dir() else path)
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to replace what is no file (a device, say) by a file of the same name.
-
-    Raises:
-        UsageError: It is there, and no regular file.
-    """
+    """Raise UsageError if the path exists and is not a regular file (a device, say)."""
     if path.exists() and not path.is_file():
         raise UsageError(f"cannot write {str(path)!r}: it is there already, and no regular file")
 
 
 def header(command: str, **asked: Any) -> dict[str, Any]:
-    """The first entries of every file of numbers: the version, the command, and what was asked."""
+    """The first entries of every JSON file: version, command, and request."""
     return {"tl_jets": version("tl-jets"), "command": command, **asked}
 
 
 class Records(list[Any]):
-    """Records of a file that are made one after another while they are written: memory never holds them all.
-
-    To the encoder of JSON it is a list.
-
-    Args:
-        count: How many there are.
-        make: Begins to make them.
-    """
+    """`count` records from the iterator `make()`, a list to the JSON encoder, but never all in memory."""
 
     def __init__(self, count: int, make: Callable[[], Iterator[Any]]):
         super().__init__()
@@ -160,7 +137,7 @@ class Records(list[Any]):
 
 
 def plain(value: Any) -> Any:
-    """Plain lists, numbers and texts; what JSON has no number for (NaN, infinity) is None."""
+    """Plain lists, numbers and texts; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Tensor):

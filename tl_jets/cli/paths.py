@@ -1,4 +1,4 @@
-"""`tl-jets paths`: the largest paths of a prediction, sums over paths, and what ablation says of both."""
+"""`tl-jets paths`: the largest paths of a prediction, sums over paths, and their ablations."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from tl_jets.paths.cache import PathCache
 from tl_jets.paths.expansion import PathExpansion, exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_sums
 
-# The constant of the decoder itself: a path through nothing, which no ablation can take away.
+# The decoder's own constant: a path through no step, which cannot be ablated.
 CONSTANT = f"{DECODER_STEP}_bias"
-# Random paths for comparison have at least this part of the smallest effect in the table.
+# Random paths have at least this fraction of the smallest effect in the table.
 LEAST_OF_CONTROL = 0.1
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was computed for one prompt, position and target.
+    """Results for one prompt, position and target.
 
     Attributes:
-        trace: The prompt.
+        trace: The forward pass on the prompt.
         position: Where the answer is read.
         target: The token whose logit is explained.
-        logit: Its additive logit, beyond the mean of the vocabulary.
+        logit: Its additive logit, centered over the vocabulary.
         cache: The largest paths.
-        paths: How large they are.
-        ablated: Path ablations of these and of the random ones, None without `--ablate`.
-        drawn: The random paths by label, with their effects.
+        paths: Their statistics.
+        ablated: Path ablations of these and of the random ones; None without `--ablate`.
+        drawn: Effects of the random paths by label.
         why_none: Why there are no random paths; empty if there are.
         components: Sums over all paths through each component; None if left out.
-        zeroed: Zero ablations of the components that can be.
+        zeroed: Zero ablations of the components.
     """
 
     trace: Trace
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sections(data: dict[str, Any]) -> list[View]:
-    """The tables of a page."""
+    """Tables of the HTML page."""
     columns = {"effect": "effect", "path_ablation": "path ablation", "verdict": "verdict"}
     columns |= {"norm": "norm", "share": "share", "top": "its own best", "path": "path"}
     rest = {"effect": data["effect_of_rest"], "path": terminal.rest(data)}
@@ -137,7 +137,7 @@ def _target(trace: Trace, position: int, given: str | None) -> tuple[int, int, f
 
 
 def _expansion(options: argparse.Namespace, network: Any, sources: list[str] | None, **largest: Any) -> PathExpansion:
-    """The paths asked for; the largest, or all of them."""
+    """The requested paths: the largest, or all of them."""
     is_jet = options.linearize == "jet"
     if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
         raise UsageError(
@@ -166,10 +166,10 @@ def _drawn(
     target: int,
     largest: PathStatistics,
 ) -> tuple[dict[str, float], str]:
-    """As many random paths as there are largest ones, of comparable effect; or why there are none."""
+    """As many random paths of comparable effect as there are largest ones, or why there are none."""
     if expansion.count > options.max_paths:
         return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
-    # By name, since constants that are zero here count against --max-paths otherwise.
+    # By name: otherwise constants that are zero here count against --max-paths.
     sources = [source.label for source in expansion.lattice.sources]
     every = _expansion(options, trace.network, sources)(trace, positions=position)
     every = every.statistics(targets=[target])
@@ -182,7 +182,7 @@ def _drawn(
 
 
 def paths_data(found: Found, answer: int) -> dict[str, Any]:
-    """Everything that was found, as plain values: what the tables show, for a program."""
+    """All results as plain values."""
     tokenizer, expansion = found.trace.network.tokenizer, cast(PathExpansion, found.cache.expansion)
     falls = {}
     if found.ablated is not None:
@@ -238,7 +238,7 @@ def _top(statistics: PathStatistics, index: int) -> dict[str, Any]:
 
 
 def _components(found: Found) -> dict[str, Any] | None:
-    """Sums over paths beside zero ablation, largest effect first."""
+    """Sums over paths, with zero ablations, largest effect first."""
     sums, zeroed = found.components, found.zeroed
     if sums is None or zeroed is None:
         return None
@@ -255,7 +255,7 @@ def _components(found: Found) -> dict[str, Any] | None:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many of some paths are confirmed, and how well their effects rank the falls."""
+    """Number of paths by verdict, and the rank correlation of their effects and ablations."""
     counts = Counter(record["verdict"] for record in records)
     kinds = {kind: counts[kind] for kind in ("confirmed", "partly", "refuted")}
     pairs = [(record["effect"], record["path_ablation"]) for record in records]
@@ -263,7 +263,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's, or None where it is undefined: fewer than three pairs, or all alike."""
+    """Spearman correlation; None for fewer than three pairs, or constant values."""
     if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
     effects, falls = (pd.Series(side).rank() for side in zip(*pairs, strict=True))

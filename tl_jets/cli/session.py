@@ -1,4 +1,4 @@
-"""What every command does first: load the model, read the prompt, find the token asked for; errors become one line."""
+"""First steps of every command: load the model, read the prompt, find the requested token; errors become one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tl_jets.pretrained.loading import load_model
 
 
 def read_prompt(model: str, prompt: str | None) -> str:
-    """The prompt asked for, or the embedded model's own."""
+    """The requested prompt, or the embedded model's own."""
     if prompt is None:
         if model != EMBEDDED:
             raise UsageError("a --model of your own needs a --prompt")
@@ -38,7 +38,7 @@ def read_prompt(model: str, prompt: str | None) -> str:
 
 
 def read_position(position: int, length: int) -> int:
-    """The position from the start of the prompt."""
+    """The position, counted from the start of the prompt."""
     if not -length <= position < length:
         raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {position}")
     return position % length
@@ -46,7 +46,7 @@ def read_position(position: int, length: int) -> int:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What the library refuses is what the user asked for: one line."""
+    """Turn library errors into one-line usage errors."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
@@ -55,18 +55,18 @@ def refusals() -> Iterator[None]:
 
 @contextmanager
 def steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error while the work lasts, in a terminal only; call what it gives when a step begins."""
+    """A progress bar on standard error, in a terminal only; call the yielded function when a step begins."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     quiet = not console.is_terminal
-    # Downloads draw bars of their own: standard error is left to them.
+    # Downloads draw their own bars on standard error.
     with Progress(*columns, console=console, transient=True, disable=quiet, redirect_stderr=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, description=name, advance=1)
 
 
 def load_network(name: str, granularity: Any) -> ResidualNetwork:
-    """The model as a residual network, loaded without a word."""
+    """Load the model silently, as a residual network."""
     try:
         with _quiet():
             model = load_tinydocs() if name == EMBEDDED else load_model(name)
@@ -77,13 +77,13 @@ def load_network(name: str, granularity: Any) -> ResidualNetwork:
         raise UsageError(
             f"cannot load model {name!r}: it is no local directory, and the hub did not give it ({one_line(error, 120)})"
         ) from error
-    except Exception as error:  # a loader has many ways to fail, and every one of them is the model's
+    except Exception as error:  # any failure of a loader is one of the model
         raise UsageError(f"cannot load model {name!r}: {one_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loader's log, warnings and bar of loaded weights; the bar of a download stays."""
+    """Silence the loader's log, warnings and weight-loading bar; the bar of a download stays."""
     from transformers.utils import logging as of_transformers
 
     bar, disabled = of_transformers.is_progress_bar_enabled(), logging.root.manager.disable
@@ -100,10 +100,10 @@ def _quiet() -> Iterator[None]:
 
 
 def read_token(network: Structure, given: str, n_tokens: int | None = None) -> int:
-    """The id of a single token, given as its text, as the tables write it, or as `id:317`.
+    """The id of a single token, given as its text, as in the tables, or as `id:317`.
 
-    A text is looked for as it is, then with `\u00b7` read as a space, then behind a space; each first by the tokenizer,
-    then among the texts of the whole vocabulary (not every tokenizer gives a text back that was decoded).
+    A text is tried as it is, then with `\u00b7` read as a space, then after a space; each with the tokenizer, then
+    among the texts of the whole vocabulary (not every tokenizer re-encodes a decoded text).
     """
     if not given:
         raise UsageError("a token must not be empty; give its text, or its id, as id:317")
@@ -140,7 +140,7 @@ def read_token(network: Structure, given: str, n_tokens: int | None = None) -> i
 
 
 def _unescaped(text: str) -> str:
-    """What `tl_jets.core.tokens.visible` made a text from."""
+    """Undo `tl_jets.core.tokens.visible`."""
     text = text.replace("\u00b7", " ")
     try:
         return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text
@@ -149,5 +149,5 @@ def _unescaped(text: str) -> str:
 
 
 def token_record(tokenizer: Any, token: int) -> dict[str, Any]:
-    """A token for a file: its text, spaces shown, and its id."""
+    """A token for a file: its visible text and its id."""
     return {"token": visible(token_text(tokenizer, token)), "id": token}

@@ -1,9 +1,9 @@
-"""tinydocs and tinycode: small language models that come with tl-jets, so that examples and first steps need no download.
+"""tinydocs and tinycode: small language models that come with tl-jets, for examples without a download.
 
-Llama-style decoders of 2 million parameters (4 layers, 4 heads, `d_model` 128, 4096 byte-level tokens, 256 positions). tinydocs
-was trained on the prose of the documentation of Python 3.11 and of PostgreSQL 15; tinycode is tinydocs, trained on with Python
-source: two checkpoints with one vocabulary, before and after. `tinydocs/MODEL_CARD.md` and `tinycode/MODEL_CARD.md` say how, on
-what, under which licences, and how good they are; `demos/tinydocs/train.py` trains them again.
+Llama-style decoders of 2 million parameters (4 layers, 4 heads, `d_model` 128, 4096 byte-level tokens, 256 positions).
+tinydocs was trained on the documentation of Python 3.11 and PostgreSQL 15; tinycode is tinydocs fine-tuned on Python
+source, with the same vocabulary. `tinydocs/MODEL_CARD.md` and `tinycode/MODEL_CARD.md` give training, data, licenses
+and quality; `demos/tinydocs/train.py` reproduces the models.
 
 Example:
     >>> import tl_jets.pretrained
@@ -35,22 +35,17 @@ ModelClass = Literal["bridge", "hooked"]
 def load_tinydocs(
     *, model_class: ModelClass = "bridge", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The model that comes with tl-jets, in evaluation mode, with its tokenizer; nothing is downloaded.
-
-    It knows the prose of Python's and PostgreSQL's documentation, and nothing else. Its weights are stored in float16.
+    """The model tinydocs in evaluation mode, with its tokenizer; its weights are stored in float16.
 
     Args:
-        model_class: `"bridge"` for a `TransformerBridge`, `"hooked"` for a `HookedTransformer` (TransformerLens 3 only).
-            Both have the weights as trained, without processing, and the same logits.
-        device: Where to put it.
-        dtype: Its precision.
-
-    Returns:
-        A `TransformerBridge` or `HookedTransformer`.
+        model_class: `"bridge"` for a `TransformerBridge`, `"hooked"` for a `HookedTransformer` (TransformerLens
+            3 only). Both have unprocessed weights and the same logits.
+        device: Device of the model.
+        dtype: Precision of the model.
 
     Raises:
         ValueError: `model_class` is neither of the two.
-        ImportError: `"hooked"` was asked of a TransformerLens that has no `HookedTransformer`.
+        ImportError: `"hooked"` with a TransformerLens that has no `HookedTransformer`.
 
     Example:
         >>> model = load_tinydocs()
@@ -63,19 +58,7 @@ def load_tinydocs(
 def load_tinycode(
     *, model_class: ModelClass = "bridge", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Tinydocs after fine-tuning on the source of Python's standard library: same vocabulary, same shape, other weights.
-
-    Args:
-        model_class: See `load_tinydocs`.
-        device: Where to put it.
-        dtype: Its precision.
-
-    Returns:
-        A `TransformerBridge` or `HookedTransformer`.
-
-    Raises:
-        ValueError: See `load_tinydocs`.
-        ImportError: See `load_tinydocs`.
+    """The model tinycode, tinydocs fine-tuned on Python's standard library. Options as in `load_tinydocs`.
 
     Example:
         >>> model = load_tinycode()
@@ -95,10 +78,10 @@ def _load(folder: Path, model_class: str, device: str, dtype: torch.dtype) -> An
 
 
 def _hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    lens: Any = importlib.import_module("transformer_lens")  # what it has depends on its version
+    lens: Any = importlib.import_module("transformer_lens")  # its contents depend on the version
     try:
         build, configure = lens.HookedTransformer, lens.HookedTransformerConfig
-    except ImportError as error:  # which is what the attribute raises in TransformerLens 4
+    except ImportError as error:  # raised by the attribute in TransformerLens 4
         raise ImportError(
             'model_class="hooked" needs a TransformerLens that has HookedTransformer (3.x); installed is '
             f'{version("transformer_lens")}; use model_class="bridge", or install "transformer_lens>=3.9,<4"'
@@ -109,7 +92,7 @@ def _hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
     original = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     given: Any = original.config
     d_head = given.hidden_size // given.num_attention_heads
-    cfg = configure(  # HookedTransformer.from_pretrained loads the names that it knows, and no directory
+    cfg = configure(  # HookedTransformer.from_pretrained loads known names only, not directories
         model_name=folder.name,
         original_architecture="LlamaForCausalLM",
         n_layers=given.num_hidden_layers,
@@ -131,7 +114,7 @@ def _hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
         device=device,
         dtype=dtype,
     )
-    with warnings.catch_warnings():  # that TransformerLens 4 has no such class: who asks for it by name knows
+    with warnings.catch_warnings():  # the user asked for the deprecated class by name
         warnings.simplefilter("ignore", DeprecationWarning)
         model = build(cfg, transformers.AutoTokenizer.from_pretrained(folder), move_to_device=False)
     model.load_and_process_state_dict(
@@ -147,7 +130,7 @@ def _hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Two megabytes need no progress bar; the user's own setting comes back."""
+    """Hide the progress bar of two megabytes, and restore the user's setting."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

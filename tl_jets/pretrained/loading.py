@@ -13,12 +13,12 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     Args:
         name: A local Hugging Face directory (works offline) or a model's name on the hub.
-        device: Where to put it.
-        dtype: Its precision.
+        device: Device of the model.
+        dtype: Precision of the model.
 
     Raises:
         OSError: There is no such directory or model.
-        ValueError: The architecture is not one that TransformerLens has.
+        ValueError: TransformerLens does not support the architecture.
     """
     from transformer_lens.model_bridge import TransformerBridge
 

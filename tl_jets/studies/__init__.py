@@ -1,7 +1,4 @@
-"""Studies with jet n-grams: what a model's bi-grams say of its knowledge, its training, its parts and its fine-tuning.
-
-Measures stand beside their controls; the module of each says what its control holds, what its intervals are of, and what it leaves
-open.
+"""Studies built on jet n-grams: knowledge, training, roles of components, and fine-tuning, each with its control.
 
 Example:
     >>> import tl_jets as tj

@@ -1,30 +1,18 @@
-r"""Whether the model uses what the table of a component says: its own n-grams' logits when it is ablated.
+r"""Check by ablation: do the logits of a component's own n-grams fall when the component is ablated?
 
-The best n-grams of the path through an MLP (or skip-trigrams of a head) are put before the model as prompts, all but their last
-token, and the component is ablated. If it does what its table says, the logit of the last token falls; by how much is read beside
+The best n-grams of the path through an MLP (or the skip-trigrams of a head) become prompts: all tokens but the last.
+The component is ablated, and the change of the last token's logit is compared with two controls: the same n-grams when
+**another component** of the same kind is ablated, and **last tokens shuffled** among the n-grams. The table is
+*confirmed* if the logits fall, and fall further than the mean of the other components and than shuffled last tokens.
+Other components that may cost these n-grams as much are `AblationCheck.rivals`: no evidence against the table, because
+an early ablation changes what every later component reads.
 
-- the same n-grams when **another component** of the same kind is ablated,
-- the same prompts with **last tokens shuffled** among the n-grams, when the component is ablated.
+Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so the component does not read exactly
+the stream that its table was computed from.
 
-The table is *confirmed* if the logits fall, beyond the mean of the other components and beyond shuffled last tokens. That is the
-comparison of the paper's tables, with random components. It leaves open whether one of the others costs these n-grams as much,
-which the component with the table's name then shares; `AblationCheck.rivals` names these. An ablation early in the model changes
-what every later component reads, so that a rival is no evidence against a table.
-
-Logits are taken beyond their mean over the vocabulary, unless `logit="raw"`. Prompts begin as the model's own do (`<s> more` for
-the bi-gram ` more than`), so that the component reads a stream that its table knows nothing of: a fall is not given by
-construction. A shuffle that leaves an n-gram the last token it had, or gives it the same one again, counts against the component.
-
-**Intervals** are 95% percentile bootstraps, those of differences paired: how far the mean would vary with the n-grams, the model
-and the other components being what they are. N-grams that share a token do not fall independently (of the 50 best skip-trigrams of
-a head all may end in three tokens), so that they are drawn again together: `units` are the different last tokens, or first ones if
-these are fewer. Fewer than six units are not judged; with fewer than twenty, intervals are somewhat too narrow. Each interval is
-of one comparison: of many other components that cost exactly as much, one in forty is said to cost more. *Confirmed* needs all of
-its intervals, and is no likelier by chance than one of them.
-
-Source: Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2 (logit change under intervention); the controls are ours.
-
-Cost: two forward passes on the prompts for every component that is ablated.
+**Intervals** are 95% percentile bootstraps over n-grams; differences are paired. N-grams that share a token are
+resampled together (`units`). Fewer than six units are not judged; below twenty the intervals are somewhat too narrow.
+Among many components that cost exactly as much, one in forty is reported to cost more.
 """
 
 from __future__ import annotations
@@ -56,30 +44,24 @@ from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.studies.vocabularies import check_table
 
 OWN, SHUFFLED = "own", "shuffled"
-# The others' ablations, averaged.
+# Mean over the other components' ablations.
 OTHERS = "others"
 BELOW, ABOVE, UNCLEAR, NO_INTERVAL = "below 0", "above 0", "not told from 0", "no interval"
-# Below so many units no sign is shown at 95%: all five of five fair coins agree in one case of 16.
+# With fewer units no sign is significant at 95%: five fair coins all agree in one case of 16.
 LEAST_UNITS = 6
-# Rivals that a verdict names.
 NAMED = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblationCheck(Shown):
-    """What ablating components does to the logits of one component's n-grams. Changes are ablated - clean.
+    """Change of the logits of one component's n-grams under ablation (ablated - clean).
 
     Attributes:
-        step: The component whose n-grams they are.
-        components: What was ablated, one at a time: `step`, then others of its kind.
-        table: The n-grams.
-        prompts: What the model was given. Shape [ngram, pos].
+        step: The component that the n-grams belong to.
+        components: The ablated components, one at a time: `step`, then others of its kind.
+        prompts: Token ids of the prompts. Shape [ngram, pos].
         own: Change of the logit of each n-gram's last token. Shape [component, ngram].
         shuffled: The same for last tokens of other n-grams. Shape [component, ngram, draw].
-        mode: What the ablated write became.
-        logit: `"centered"` or `"raw"`.
-        resamples: Of the bootstrap.
-        seed: Of the draws.
     """
 
     step: str
@@ -95,33 +77,22 @@ class AblationCheck(Shown):
 
     @property
     def confirmed(self) -> bool:
-        """Whether the n-grams fall, by more than under the mean of the others' ablations and by more than shuffled ones.
-
-        All three intervals must be below zero; without others, two. Whether one of the others costs as much is another question:
-        `rivals`.
-        """
+        """Whether the logits fall, and further than under the mean of the other ablations and than shuffled ones."""
         return all(row["verdict"] == BELOW for row in self._required().values())
 
     @property
     def strongest_other(self) -> str | None:
-        """The other component whose ablation costs the n-grams most on average; None if no other one was ablated.
-
-        The most of many is large by chance, too: read its cost with its interval, and with how many there were.
-        """
+        """The other component with the largest mean cost (of many, large by chance, too); None without others."""
         return self._others_by_cost()[0] if len(self.components) > 1 else None
 
     @property
     def rivals(self) -> list[str]:
-        """Others, costliest first, whose ablation is not shown to cost the n-grams less than the component's own.
-
-        The interval of the paired difference, own - other, is not below zero. If there are others and none is a rival, the
-        component's ablation costs its n-grams most.
-        """
+        """Other components, costliest first, not shown to cost less: the interval of own - other is not below zero."""
         return [label for label in self._others_by_cost() if self._beyond[label, OWN]["verdict"] != BELOW]
 
     @property
     def verdict(self) -> str:
-        """In words: whether the table is confirmed, what is not shown if it is not, and which others cost as much."""
+        """The result in words: confirmed or not, what is missing, and which other components cost as much."""
         if self._rows[self.step, OWN]["verdict"] == NO_INTERVAL:
             return (
                 f"not judged: no intervals with bootstrap={self.resamples} and {self.n_units} different first or last tokens "
@@ -137,7 +108,7 @@ class AblationCheck(Shown):
         return f"{found}; {others}"
 
     def _told_apart(self, strongest: str) -> str:
-        """Which others cost as much, in words."""
+        """Describe which other components cost as much."""
         more = [label for label in self.rivals if self._beyond[label, OWN]["verdict"] == ABOVE]
         unclear = [label for label in self.rivals if label not in more]
         parts = [f"{_listed(more)} cost{'s' if len(more) == 1 else ''} more"] if more else []
@@ -146,11 +117,7 @@ class AblationCheck(Shown):
         return f"{', '.join(parts) or 'each of them costs less'} (strongest other: {strongest} {most:+.2f}; own {own:+.2f})"
 
     def summary(self) -> pd.DataFrame:
-        """The component's own n-grams under its own ablation, the controls, and the paired differences from them.
-
-        A difference below zero says that the own n-grams fall further; `verdict` says on which side of zero the interval is. The
-        strongest other is chosen by these numbers (see `strongest_other`).
-        """
+        """Own n-grams under their own ablation, the controls, and paired differences (negative: own ones fall further)."""
         strongest = self.strongest_other
         controls = {f"shuffled n-grams, {self.step} ablated": (self.step, SHUFFLED)}
         differences = {"own - shuffled n-grams": (self.step, SHUFFLED)}
@@ -169,10 +136,9 @@ class AblationCheck(Shown):
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row for each ablated component and kind of n-gram: mean change, its 95% interval, the share that fell.
+        """One row per ablated component and kind of n-gram: mean change, 95% interval, share of n-grams that fell.
 
-        `difference` is the paired one, own n-grams under the component's own ablation less this row, with its interval; `verdict`
-        says on which side of zero that is. Both are missing in the first row.
+        `difference` is paired, own n-grams under their own ablation minus this row; `verdict` is its side of zero.
         """
         rows = []
         for component in self.components:
@@ -186,16 +152,16 @@ class AblationCheck(Shown):
 
     @cached_property
     def units(self) -> Int[Tensor, " ngram"]:
-        """Which n-grams the bootstrap draws together: those of one last token, or of one first token if these are fewer."""
+        """Bootstrap unit of each n-gram: its last token, or its first if there are fewer first tokens."""
         return min((self.table.ids[:, column] for column in (-1, 0)), key=lambda ids: len(ids.unique()))
 
     @property
     def n_units(self) -> int:
-        """How many units there are."""
+        """Number of bootstrap units."""
         return len(self.units.unique())
 
     def _required(self) -> dict[str, dict[str, Any]]:
-        """What must be below zero on average for the table to be confirmed, by name."""
+        """Results whose intervals must lie below zero for the table to be confirmed, by name."""
         others = {"fall beyond the mean of the others": self._beyond[OTHERS, OWN]} if len(self.components) > 1 else {}
         return {
             "fall": self._rows[self.step, OWN],
@@ -208,23 +174,23 @@ class AblationCheck(Shown):
 
     @cached_property
     def _changes(self) -> dict[tuple[str, str], Float[Tensor, " ngram"]]:
-        """Changes of n-grams, by (what was ablated, kind of n-gram)."""
+        """Changes of n-grams by (ablated component, kind of n-gram)."""
         found = {(label, OWN): self.own[i] for i, label in enumerate(self.components)}
         found |= {(label, SHUFFLED): self.shuffled[i].mean(1) for i, label in enumerate(self.components)}
         return found | ({(OTHERS, OWN): self.own[1:].mean(0)} if len(self.components) > 1 else {})
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Their means with intervals."""
+        """Means and intervals of `_changes`."""
         return self._judged(self._changes)
 
     @cached_property
     def _beyond(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """The same of own n-grams under the own ablation less each of them."""
+        """Means and intervals of own n-grams under their own ablation minus `_changes`."""
         return self._judged({key: self.own[0] - values for key, values in self._changes.items()})
 
     def _judged(self, changes: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], dict[str, Any]]:
-        """Mean, interval, share that fell, and on which side of zero the interval is."""
+        """Mean, interval, share that fell, and side of zero of each series."""
         values = torch.stack(list(changes.values()))
         resamples = self.resamples if self.n_units >= LEAST_UNITS else 0
         ends = bootstrap_intervals(values, units=self.units, resamples=resamples, seed=self.seed)
@@ -260,32 +226,28 @@ def ablation_check(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> AblationCheck:
-    """Ablate a component and see whether the n-grams of its own table suffer.
+    """Ablate a component and test whether the logits of its own n-grams fall.
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         step: An MLP (`3_mlp`), a head (`L3H2`), or, with a table, an attention sublayer.
-        table: N-grams of the component; None for the `top_k` best bi-grams of an MLP's own path, or skip-trigrams of a head. Of
-            a longer one, the first `top_k`. Skip-trigrams must be of distance 1, so that key and query stand side by side.
-        top_k: How many n-grams.
-        mode: What the ablated write becomes: `"zero"`, or `"mean"` over a reference (see `ablation_hooks`).
+        table: N-grams of the component (the first `top_k` are used; skip-trigrams of distance 1); None computes them.
+        top_k: Number of n-grams.
+        mode: Replacement of the ablated write: `"zero"`, or `"mean"` over a reference (see `ablation_hooks`).
         reference: For `"mean"`: a prompt, prompts, token ids [batch, pos], or a `Trace`.
-        others: Components to compare with: labels, or how many of the same kind to draw; None for all of them.
-        n_random: How often last tokens are shuffled.
-        logit: Change of the logit beyond its mean over the vocabulary (`"centered"`), or of the logit itself (`"raw"`).
-        prepend_bos: Whether prompts begin with the beginning-of-sequence token; None for what the model does.
-        bootstrap: Resamples of the intervals.
-        seed: Of shuffling, drawing and bootstrap.
-
-    Returns:
-        An `AblationCheck`.
+        others: Components to compare with: labels, or the number to draw of the same kind; None for all of them.
+        n_random: Number of shuffles of the last tokens.
+        logit: `"centered"` over the vocabulary, or `"raw"`.
+        prepend_bos: Whether prompts begin with the beginning-of-sequence token; None for the model's default.
+        bootstrap: Number of bootstrap resamples.
+        seed: Random seed of shuffles, draws and bootstrap.
 
     Raises:
-        ValueError: The step does not exist, an attention sublayer comes without a table, or an option is not one of its values.
-        NotImplementedError: A network of plain callables, which has no hooks; skip-trigrams of another distance.
+        ValueError: Unknown step, an attention sublayer without a table, or an invalid option.
+        NotImplementedError: A network of plain callables, or skip-trigrams of another distance.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2.
+    Source: Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2 (logit change under intervention); controls are
+    ours. Cost: two forward passes on the prompts for each ablated component.
 
     Example:
         >>> import tl_jets as tj
@@ -355,7 +317,7 @@ def _own_ngrams(network: ResidualNetwork, step: str, kind: str, table: NgramTabl
 
 
 def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | None) -> Int[Tensor, "ngram pos"]:
-    """All but the last token of each n-gram, as the model's own prompts begin."""
+    """All tokens but the last of each n-gram, with the model's default beginning of a prompt."""
     view: Any = network.view
     bos = getattr(network.tokenizer, "bos_token_id", None)
     if prepend_bos is None:
@@ -369,7 +331,7 @@ def _prompts(network: ResidualNetwork, table: NgramTable, prepend_bos: bool | No
 
 
 def _sign(low: float, high: float) -> str:
-    """On which side of zero an interval is."""
+    """On which side of zero an interval lies."""
     return NO_INTERVAL if math.isnan(low) else BELOW if high < 0 else ABOVE if low > 0 else UNCLEAR
 
 

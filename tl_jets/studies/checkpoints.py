@@ -1,7 +1,7 @@
-"""N-grams over checkpoints: when a path of the model learns them, one model in memory at a time.
+"""N-grams over checkpoints: when a path of the model learns them. One model is in memory at a time.
 
-Checkpoints may be files, or a training run that is under way: a generator that yields (step, copy of the model) is asked for the
-next one when the last has been read. The hit ratio stands beside the same with the reference's second tokens shuffled.
+A generator of (step, copy of the model) may follow a training run: it is advanced after each evaluation. The control of
+the hit ratio shuffles the reference's second tokens.
 
 Example:
     >>> import tl_jets as tj
@@ -50,13 +50,11 @@ class Track(Shown):
     """Scores of given bi-grams and hit ratios over checkpoints, along one path.
 
     Attributes:
-        checkpoints: What the checkpoints are called.
+        checkpoints: Names of the checkpoints.
         pairs: The given bi-grams as texts; empty if none were given.
         scores: Their log-probabilities in nats. Shape [checkpoint, pair].
-        hit_ratio: Share of the reference's n best bi-grams among each checkpoint's; NaN without a reference. Shape [checkpoint].
-        n: How many bi-grams the hit ratio is of; 0 without a reference.
-        path: The path.
-        fingerprints: Of each checkpoint's weights.
+        hit_ratio: Share of the reference's n best bi-grams among the checkpoint's; NaN without one. Shape [checkpoint].
+        n: Number of bi-grams of the hit ratio; 0 without a reference.
         hit_control: Hit ratios with the reference's second tokens shuffled. Shape [checkpoint, control].
         tables: The n best bi-grams of each checkpoint; empty without a reference.
     """
@@ -76,7 +74,7 @@ class Track(Shown):
         return f"{title}\n{self.to_dataframe().to_string(index=False, max_cols=8)}"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a checkpoint: hit ratio and the mean of its control (if there is a reference), mean score, each bi-gram's score."""
+        """One row per checkpoint: hit ratio and mean control (with a reference), mean score, score of each bi-gram."""
         columns: dict[str, Any] = {"checkpoint": self.checkpoints}
         if self.n:
             columns["hit_ratio"] = self.hit_ratio.tolist()
@@ -105,35 +103,25 @@ def track(
     """Scores of given bi-grams, and hit ratios against a reference, over checkpoints of a model.
 
     Args:
-        models: A function from a checkpoint to its model, or (checkpoint, model) from a generator: they are asked for one at a
-            time, and let go of before the next. Or models by checkpoint, which are in memory anyway.
-        checkpoints: What the function is called with, in order; None otherwise.
-        pairs: Bi-grams to be scored, as `pair_scores` takes them.
-        reference: A table whose n best bi-grams are looked for among those of each checkpoint (counts of a text: give its
-            unigram, too); `"last"` for that of the last one, whose own hit ratio is 1 by construction.
-        n: How many.
-        path: As `jet_bigrams` takes it.
-        unigram: A probability for every token: tables are then by pseudo-joint, exactly, and by log-probability otherwise.
-            Shape [d_vocab].
-        controls: How often the second tokens of the reference are shuffled.
-        seed: Of shuffling.
-        progress: Show bars.
-        folder: Where each checkpoint's sweep is kept, in a folder of its name: what was finished when a process was killed is
-            loaded, an unfinished sweep is resumed.
-
-    Returns:
-        A `Track`.
+        models: A function from a checkpoint to its model, an iterable of (checkpoint, model), or a mapping.
+        checkpoints: Arguments of the function, in order; None otherwise.
+        pairs: Bi-grams to score, as in `pair_scores`.
+        reference: A table whose n best bi-grams are looked for among those of each checkpoint (for counts of a text,
+            also give its unigram), or `"last"` for the table of the last checkpoint, whose own hit ratio is 1.
+        n: Number of bi-grams of the hit ratio.
+        path: A path, as in `jet_bigrams`.
+        unigram: Probability of every token, to rank by exact pseudo-joint; None for log-probability. Shape [d_vocab].
+        controls: Number of shuffles of the reference's second tokens.
+        seed: Random seed of the shuffles.
+        progress: Show progress bars.
+        folder: Save the sweeps here, one subfolder per checkpoint; an interrupted study resumes.
 
     Raises:
-        ValueError: Neither pairs nor a reference, no checkpoint, checkpoints of different vocabularies, a reference with fewer
-            than n bi-grams, or a `folder` without a reference, for a checkpoint whose name is no file name, or that has tables of
-            something else.
+        ValueError: Neither pairs nor a reference; no checkpoint; different vocabularies; a reference with fewer than
+            n bi-grams; or a `folder` without a reference, with unsuitable file names, or with other tables.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours.
-
-    Cost:
-        For each checkpoint a sweep over the vocabulary if there is a reference, and the pairs' first tokens.
+    Source: Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours. Cost: per checkpoint, a
+    sweep over the vocabulary if there is a reference, and the first tokens of `pairs`.
     """
     (found,) = track_by_path(
         models,
@@ -165,26 +153,10 @@ def track_by_path(
     progress: bool = True,
     folder: str | Path | None = None,
 ) -> dict[str, Track]:
-    """`track` along several paths: each checkpoint is loaded once, and its tables come from one sweep.
+    """`Track` by path: each checkpoint is loaded once, and one sweep makes the tables of all its paths.
 
-    Args:
-        models: See `track`, as for all that follows.
-        checkpoints: What the function is called with.
-        paths: Paths; None for `direct`, every MLP, and `mlps`.
-        pairs: Bi-grams to be scored.
-        reference: A table, of one path for all paths; `"last"` for that of the last checkpoint, of each path its own.
-        n: How many bi-grams of the reference.
-        unigram: A probability for every token. Shape [d_vocab].
-        controls: How often second tokens are shuffled.
-        seed: Of shuffling.
-        progress: Show bars.
-        folder: Where sweeps are kept.
-
-    Returns:
-        Tracks by path.
-
-    Raises:
-        ValueError: See `track`.
+    `paths` is a list of paths, None for `direct`, every MLP, and `mlps`. All other arguments and errors are those of
+    `track`; a reference table serves every path, and `"last"` is the last checkpoint's table of the same path.
 
     Example:
         >>> import tl_jets as tj
@@ -290,7 +262,7 @@ def _hits(
 def _one_at_a_time(
     models: Any, checkpoints: Sequence[Checkpoint] | None
 ) -> Iterator[tuple[Checkpoint, ResidualNetwork]]:
-    """(checkpoint, network), holding no model while the next is made."""
+    """(checkpoint, network) pairs, holding no model while the next one is loaded."""
     if callable(models):
         if checkpoints is None:
             raise ValueError("A function that loads checkpoints must be told which: track(load, [1000, 2000], ...).")

@@ -1,13 +1,8 @@
-"""What each MLP and head adds: its own best n-grams, and how they overlap with those of other paths and of a text.
+"""Roles of MLPs and heads: their own best n-grams, and the overlap with those of other paths and of a text.
 
-A component's role is read off the table of the path that passes through it alone (`embed > 3_mlp > ln_final`). Whether the
-model uses what the table says is another question: `ablation_check`. Overlaps are counts, without a control: two paths may share
-bi-grams because both know common tokens (`compare_with_counts` shuffles those), and no share of the 100 best is a share of what
-two components do. Attention heads have skip-trigrams (`heads=True`), which overlap with those of other heads only.
-
-Source: Chen et al., arXiv 2410.06024, section 5.1 (roles of components; table 1).
-
-Cost: one sweep over the vocabulary for every path, less for every head.
+The role of an MLP is read from the table of the path through it alone (`embed > 3_mlp > ln_final`); heads have
+skip-trigrams, compared with those of other heads. `ablation_check` tests whether the model uses what a table says.
+Overlaps have no control: two paths may share bi-grams because both know common tokens (`compare_with_counts`).
 """
 
 from __future__ import annotations
@@ -42,10 +37,9 @@ class Roles(Shown):
     Attributes:
         components: The MLPs, in the order of the network.
         labels: Paths: `direct`, every MLP, `mlps`; then `text`, if counts were given.
-        tables: The n best bi-grams of each, by label.
+        tables: The n best bi-grams of each path, by label.
         overlap: Share of bi-grams that two tables have in common. Shape [label, label].
-        n: How many n-grams a table has.
-        heads: The n best skip-trigrams of every head; empty if they were not asked for.
+        heads: The n best skip-trigrams of every head; empty unless requested.
     """
 
     components: list[str]
@@ -56,7 +50,7 @@ class Roles(Shown):
     heads: dict[str, NgramTable] = field(default_factory=dict, repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a path: overlap with `direct`, `mlps`, `text`, the mean over the (other) MLPs or heads, its best n-grams."""
+        """One row per path: overlap with `direct`, `mlps`, `text`, mean overlap with other MLPs or heads, best n-grams."""
         place = {label: i for i, label in enumerate(self.labels)}
         rows = []
         for label in self.labels:
@@ -74,7 +68,7 @@ class Roles(Shown):
         return pd.DataFrame(rows)
 
     def side_by_side(self, k: int = 20) -> pd.DataFrame:
-        """The k best bi-grams of every path, a column each."""
+        """The k best bi-grams of every path, one column each."""
         return side_by_side(self.tables, k)
 
     def __repr__(self) -> str:
@@ -98,25 +92,21 @@ def roles(
     heads: bool = False,
     progress: bool = True,
 ) -> Roles:
-    """What each MLP (and head) adds, read off the n-grams of the path through it alone.
+    """The n best n-grams of the path through each MLP (and of each head), and their overlaps.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        counts: Bi-grams of a text (`ngram_counts`), to compare the n most frequent ones with.
-        unigram: A probability for every token: tables are then by pseudo-joint, exactly, and by log-probability otherwise.
-            Shape [d_vocab].
-        n: How many n-grams of each path.
-        heads: Look at the skip-trigrams of every head, too (`jet_trigrams`, at distance 1).
-        progress: Show bars.
-
-    Returns:
-        `Roles`.
+        counts: Bi-grams of a text (`ngram_counts`); the n most frequent ones are compared.
+        unigram: Probability of every token, to rank by exact pseudo-joint; None for log-probability. Shape [d_vocab].
+        n: Number of n-grams per path.
+        heads: Also compute the skip-trigrams of every head (`jet_trigrams`, distance 1).
+        progress: Show progress bars.
 
     Raises:
-        ValueError: The model has no MLP, `counts` are of another vocabulary or fewer than n; see `jet_bigrams`.
+        ValueError: No MLP, or `counts` of another vocabulary or with fewer than n bi-grams; see `jet_bigrams`.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.1.
+    Source: Chen et al., arXiv 2410.06024, section 5.1 (roles of components; table 1). Cost: one sweep over the
+    vocabulary per path; less per head.
 
     Example:
         >>> import tl_jets as tj

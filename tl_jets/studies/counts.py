@@ -1,4 +1,4 @@
-"""Real counts of a text as tables of n-grams, to compare what each path of a model says with.
+"""N-gram counts of a text, to compare with the n-grams of a model's paths. Cost: sorting the n-grams.
 
 Example:
     >>> import torch
@@ -36,24 +36,17 @@ def ngram_counts(
     min_count: int = 1,
     tokenizer: Any = None,
 ) -> NgramTable:
-    """The n-grams of a text, with how often they occur.
+    """The n-grams of a text, a table with the parts `count` and `context_count` (of the first n - 1 tokens).
 
     Args:
-        tokens: Token ids of a text, or of several; no n-gram goes from one text to the next.
-        n: How many tokens an n-gram has.
-        score: `"logcount"`, log of the count, or `"logprob"`, log P(z_n | what comes before) = log(count / context_count), in nats.
-        min_count: N-grams that occur less often are left out. Of those that occur once, `"logprob"` says little.
-        tokenizer: The model's, to name tokens by; without it they are called by their ids.
-
-    Returns:
-        A table of path `text`, with the parts `count` and `context_count` (how often the first n - 1 tokens are followed by
-        anything; for n = 1 the number of tokens). `settings` hold the number of n-grams and the sha256 of the tokens.
+        tokens: Token ids of one or several texts; no n-gram spans two texts.
+        n: Length of the n-grams.
+        score: `"logcount"`, or `"logprob"`: log P(z_n | z_1 .. z_{n-1}) = log(count / context_count), in nats.
+        min_count: Minimum count; `"logprob"` is unreliable for n-grams that occur once.
+        tokenizer: The model's tokenizer, to name tokens; None names them by id.
 
     Raises:
-        ValueError: There is no n-gram, or an option is not one of its values.
-
-    Cost:
-        Sorting the n-grams of the text.
+        ValueError: There is no n-gram, or an option is invalid.
     """
     check_choice("score", score, ("logcount", "logprob"))
     check_integers(1, n=n, min_count=min_count)
@@ -97,18 +90,15 @@ def ngram_counts(
 
 
 def unigram_probabilities(tokens: TokenInput, d_vocab: int, *, add: float | int = 0) -> Float[Tensor, " d_vocab"]:
-    """How often each token of the vocabulary occurs in a text, as probabilities.
+    """Relative frequency of each token of the vocabulary in a text, in float64. Shape [d_vocab].
 
     Args:
-        tokens: Token ids of a text, or of several.
-        d_vocab: How many tokens the vocabulary has.
-        add: Added to every count (Laplace's smoothing), so that no token has none.
-
-    Returns:
-        Float64. Shape [d_vocab].
+        tokens: Token ids of one or several texts.
+        d_vocab: Size of the vocabulary.
+        add: Added to every count (Laplace smoothing).
 
     Raises:
-        ValueError: There is no token, or one is not of the vocabulary.
+        ValueError: There is no token, a token is not in the vocabulary, or `add` is negative.
 
     Example:
         >>> unigram_probabilities([0, 2, 2, 2], 4).tolist()
@@ -126,7 +116,7 @@ def unigram_probabilities(tokens: TokenInput, d_vocab: int, *, add: float | int 
 
 
 def _texts(tokens: TokenInput) -> list[np.ndarray]:
-    """Ids of each text as int64 arrays."""
+    """Token ids of each text as int64 arrays."""
     if isinstance(tokens, Tensor):
         nested = [tokens] if tokens.ndim == 1 else list(tokens)
     else:
@@ -139,7 +129,7 @@ def _texts(tokens: TokenInput) -> list[np.ndarray]:
 
 
 def _unique(grams: Int[np.ndarray, "gram n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Different rows in order, and how often each occurs: as numbers of one base, much faster than as rows."""
+    """Distinct rows in order with their counts, encoded as integers: much faster than `np.unique` over rows."""
     base = int(grams.max()) + 1
     if base ** grams.shape[1] >= 2**63:
         return np.unique(grams, axis=0, return_counts=True)

@@ -1,18 +1,15 @@
-r"""What changed between two models of one vocabulary: the bi-grams whose probability rose or fell most, exactly.
+r"""The bi-grams whose probability rose or fell most between two models of one vocabulary, exactly.
 
 .. math::
     \Delta(z_1, z_2) = P_b(z_2 | z_1) - P_a(z_2 | z_1) \qquad \text{or} \qquad \log P_b(z_2 | z_1) - \log P_a(z_2 | z_1)
 
-along one path, over all V x V pairs. Rows of both models are read in float32 first, which bounds how far any pair of a row can
-have moved (`tl_jets.studies.row_changes`); those that may hold one of the most moved pairs are read again in float64, the most
-promising first, until none can. Models in float64 are read in it throughout. The change of the logarithm is largest where both
-probabilities are next to nothing; `at_least` says what one of the two must reach.
+along one path, over all V x V pairs. A first pass in float32 bounds the change of every pair of a row
+(`tl_jets.studies.row_changes`). Rows that may hold one of the largest changes are then computed in float64, largest
+bound first, until no remaining row can. Models in float64 skip the first pass.
 
-Source: Chen et al., arXiv 2410.06024, section 5.3 (effects of fine-tuning).
-
-Cost: V^2 d_model multiply-adds a model and a quarter of that, about two and a half bi-gram sweeps; a few times top_k rows in
-float64. Between models that are almost the same float32 cannot tell what moved, and all rows are read in float64: four times as
-long. Memory: 0.3 GB for GPT-2 small.
+Cost: V^2 d_model multiply-adds per model and a quarter of that, about two and a half bi-gram sweeps; a few times top_k
+rows in float64. For nearly equal models float32 cannot separate the rows, and all are computed in float64: four times
+as long. Memory: 0.3 GB for GPT-2 small.
 
 Example:
     >>> import tl_jets as tj
@@ -52,13 +49,11 @@ class ModelDiff(Shown):
     """The bi-grams that changed most from one model to another.
 
     Attributes:
-        rises: Those whose probability rose, largest rise first; parts `before` and `after` are log-probabilities (nats).
-        falls: Those whose probability fell; scores are how far it fell, largest first.
-        first: First tokens that were looked at. Shape [row].
-        kl: KL(before || after) of what follows each first token, in nats; of float32 models to 1e-4 of it, or to a few percent
-            where the models are almost the same. Shape [row].
-        path: The path.
-        fingerprints: Of the weights before and after.
+        rises: Bi-grams whose probability rose, largest first; parts `before` and `after` are log-probabilities (nats).
+        falls: Bi-grams whose probability fell; scores are the size of the fall, largest first.
+        first: First tokens that were compared. Shape [row].
+        kl: KL(before || after) after each first token, in nats; relative error 1e-4 in float32, a few percent for
+            nearly equal models. Shape [row].
     """
 
     rises: NgramTable
@@ -75,7 +70,7 @@ class ModelDiff(Shown):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Rises, then falls (with a negative `change`): the bi-gram, change, and both log-probabilities."""
+        """Rises, then falls (with negative `change`): bi-gram, change, and both log-probabilities."""
         frames = []
         for table, sign in ((self.rises, 1), (self.falls, -1)):
             frame = table.to_dataframe().rename(columns={"score": "change"})
@@ -95,26 +90,22 @@ def diff(
     rows: Sequence[int] | Int[Tensor, " row"] | None = None,
     progress: bool = True,
 ) -> ModelDiff:
-    """The bi-grams that changed most from model a to model b.
+    """The bi-grams that changed most from model a to model b; unchanged pairs are left out.
 
     Args:
         a: The model before, or its `ResidualNetwork`.
-        b: The model after, of the same vocabulary.
-        path: As `jet_bigrams` takes it; of both.
-        top_k: How many rises, and how many falls.
-        change: Of the `"probability"` or of the `"logprob"`.
-        at_least: Only pairs whose probability is at least this in one of the models.
-        rows: Ids of the first tokens to look at; None for all.
-        progress: Show a bar in a terminal.
-
-    Returns:
-        A `ModelDiff`. Pairs that did not change are in neither table.
+        b: The model after, with the same vocabulary.
+        path: A path of both models, as in `jet_bigrams`.
+        top_k: Maximum number of rises, and of falls.
+        change: Change of the `"probability"` or of the `"logprob"` (nats; largest where both probabilities are tiny).
+        at_least: Minimum probability of a pair in at least one of the models.
+        rows: Ids of the first tokens to compare; None for all.
+        progress: Show a progress bar in a terminal.
 
     Raises:
-        ValueError: The vocabularies differ, or an option is not one of its values; see `jet_bigrams`.
+        ValueError: The vocabularies differ, or an option is invalid; see `jet_bigrams`.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.3.
+    Source: Chen et al., arXiv 2410.06024, section 5.3 (effects of fine-tuning).
     """
     check_integers(1, top_k=top_k)
     if change not in ("probability", "logprob") or not 0 <= at_least <= 1:
@@ -182,7 +173,7 @@ def diff(
 
 
 class _Movers:
-    """The pairs with the largest positive changes so far; ties by ids."""
+    """The top_k pairs with the largest positive changes so far; ties by ids."""
 
     def __init__(self, top_k: int):
         self.top_k = top_k
@@ -191,11 +182,11 @@ class _Movers:
 
     @property
     def least(self) -> float:
-        """What a change must reach to be taken in; a hair lower, for what ties with the last one after rounding."""
+        """Threshold for a new pair, lowered slightly to keep ties after rounding."""
         return float(self.scores[-1]) * (1 - 1e-9) if len(self.scores) == self.top_k else 0.0
 
     def add(self, first: Tensor, change: Tensor, before: Tensor, after: Tensor) -> None:
-        """Take in the changes [row, d_vocab] after some first tokens."""
+        """Add the changes [row, d_vocab] of some first tokens."""
         least = self.least
         flat = change.flatten()
         if int((flat > least).sum()) > self.top_k:

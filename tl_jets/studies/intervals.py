@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of means and sums (Efron 1979), by units where values go together, seeded.
+"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit.
 
 Example:
     >>> import torch
@@ -24,7 +24,7 @@ Reduce = Literal["mean", "sum"]
 
 CONFIDENCE = 95
 TAILS = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
-# Numbers resampled at a time.
+# Size of a batch of resampled values.
 RESAMPLED = 2**22
 
 
@@ -36,20 +36,17 @@ def bootstrap_interval(
     seed: int = 0,
     reduce: Reduce = "mean",
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the mean or sum of values that were drawn independently, or unit by unit.
-
-    It is too narrow for few units: of ten it covers about 90%.
+    """The 95% percentile bootstrap interval of a mean or sum; too narrow for few units (with ten it covers about 90%).
 
     Args:
         values: Shape [value].
-        units: Which unit each value is of, as any number; None if each is one. Units are drawn again whole, so that values that
-            go together do not count as independent ones (a cluster bootstrap). Shape [value].
-        resamples: How often units are drawn again, with replacement.
-        seed: Of the draws.
+        units: Unit of each value; units are resampled whole (cluster bootstrap). None: independent. Shape [value].
+        resamples: Number of resamples, with replacement.
+        seed: Random seed.
         reduce: `"mean"` or `"sum"`.
 
     Returns:
-        Lower and upper end; NaN for fewer than two units, which say nothing of their spread, and for no resamples.
+        Lower and upper end; NaN for fewer than two units or no resamples.
 
     Example:
         >>> import torch
@@ -71,18 +68,7 @@ def bootstrap_intervals(
     seed: int = 0,
     reduce: Reduce = "mean",
 ) -> Float[Tensor, "2 series"]:
-    """`bootstrap_interval` of several series of values of the same units, all from the same draws.
-
-    Args:
-        values: Shape [series, value].
-        units: See `bootstrap_interval`, as for all that follows. Shape [value].
-        resamples: How often units are drawn again.
-        seed: Of the draws.
-        reduce: `"mean"` or `"sum"`.
-
-    Returns:
-        Lower and upper ends. Shape [2, series].
-    """
+    """`bootstrap_interval` of each row of `values` [series, value], from the same resamples: ends [2, series]."""
     check_integers(0, resamples=resamples)
     check_seed(seed)
     check_choice("reduce", reduce, get_args(Reduce))
@@ -105,10 +91,11 @@ def bootstrap_intervals(
 
 
 def central(values: np.ndarray) -> tuple[float, float]:
-    """Ends of the interval that another draw of the same kind is in with 95%, as far as these tell; NaN for none.
+    """Interval that contains another draw from the same distribution with 95% probability; NaN without draws.
 
-    The k-th smallest of m draws is at k / (m + 1), since another one is as likely to fall into any of the m + 1 gaps. So it takes
-    39 to know a tail of 2.5%; of fewer the ends are the smallest and the largest, and another one is outside with 2 / (m + 1).
+    The k-th smallest of m draws is the k / (m + 1) quantile, as a new draw falls into each of the m + 1 gaps with equal
+    probability. A 2.5% tail needs 39 draws; with fewer, the ends are the minimum and maximum, and a new draw lies
+    outside with probability 2 / (m + 1).
     """
     m = len(values)
     if not m or np.isnan(values).any():

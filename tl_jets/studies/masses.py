@@ -1,22 +1,17 @@
-r"""How much of a list of bi-grams a path of the model holds: a knowledge or toxicity index, beside its control.
+r"""Probability mass of a list of bi-grams along a path of the model: a knowledge or toxicity index, with its control.
 
 .. math::
     \text{mass} = \frac{1}{n} \sum_{(z_1, z_2)} P(z_2 | z_1)
     \qquad \text{or} \qquad
     \frac{1}{n} \sum_{(z_1, z_2)} P(z_2 | z_1)\,\text{unigram}(z_1)
 
-over the user's own list (or its sum). A number without a scale: it stands beside **shuffled lists**, the same first tokens with
-the second tokens permuted. What a path gives to these, it gives to common tokens, not to the list.
+over the user's list (or the sum instead of the mean). The controls are **shuffled lists**: the same first tokens, second
+tokens permuted. Their mass comes from common tokens, not from the list. If the list were a random shuffle, it would
+reach rank r or better among m controls with probability r / (m + 1). Use lists of ten or more bi-grams: of a list of
+three, every sixth shuffle is the list itself.
 
-The 95% interval is a percentile bootstrap over the list's words, or bi-grams where these were given: how much the index depends on
-which of them are in the list. The bi-grams of a word (and words that share one) are drawn again together. Lists are sets: a bi-gram
-that occurs twice counts once, and the order does not matter. Of a list of three, every sixth shuffle is the list itself: the rank
-among controls says something for lists of ten and more. If the list were a shuffle like the others, its rank r among m of them
-would be that or better with a probability of r / (m + 1).
-
-Source: Chen et al., arXiv 2410.06024, section 5.3 (toxicity index; jet n-gram mass). Intervals and controls are ours.
-
-Cost: distinct first tokens * d_vocab * d_model multiply-adds; controls cost nothing more.
+The 95% interval is a percentile bootstrap over the list's words, or bi-grams where these were given; words that share a
+bi-gram are resampled together. Duplicates count once, and order does not matter.
 
 Example:
     >>> import tl_jets as tj
@@ -53,29 +48,24 @@ from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, 
 
 WordInput = NgramTable | Tensor | Sequence[str | Sequence[str | int]]
 
-# Sums of the same numbers in another order are ties.
+# Sums of the same numbers in another order count as ties.
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mass(Shown):
-    """How much of a list of bi-grams a path holds.
+    """Probability mass that a path gives to a list of bi-grams.
 
     Attributes:
-        value: The mean or sum over the list: a probability.
-        reduce: Which of the two.
-        mean: The mean over the list.
-        sum: The sum over the list.
+        value: The `mean` or `sum` over the list, of probabilities.
         interval: 95% percentile bootstrap interval of `value`; NaN for one bi-gram or word.
-        controls: The same number for shuffled lists. Shape [control].
-        rank: 1 if no control is as large, 1 + how many are otherwise.
-        size: How many different bi-grams the list has.
+        controls: `value` of shuffled lists. Shape [control].
+        rank: 1 + the number of controls that are at least as large.
+        size: Number of distinct bi-grams.
         sha256: Of the list's ids in sorted order.
-        skipped: Words of the list that are one token, hence no bi-gram.
-        repeated: Bi-grams that came again, and count once.
+        skipped: Number of one-token words, which have no bi-gram.
+        repeated: Number of duplicate bi-grams.
         weight: `"P(z2|z1)"` or `"P(z2|z1) unigram(z1)"`.
-        path: The path.
-        fingerprint: Of the model's weights.
         table: The bi-grams with their log-probabilities, and the part `mass`.
     """
 
@@ -97,12 +87,12 @@ class Mass(Shown):
 
     @property
     def control_mean(self) -> float:
-        """The mean over shuffled lists; NaN without controls."""
+        """Mean over shuffled lists; NaN without controls."""
         return float(self.controls.mean()) if len(self.controls) else math.nan
 
     @property
     def control_interval(self) -> tuple[float, float]:
-        """Where 95% of shuffled lists are; of fewer than 39, the smallest and the largest."""
+        """Central 95% interval of shuffled lists; minimum and maximum of fewer than 39."""
         return central(self.controls.numpy())
 
     def __repr__(self) -> str:
@@ -119,7 +109,7 @@ class Mass(Shown):
         return text + ")"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row: every number of the result, to be put under others."""
+        """All numbers of the result as one row."""
         row = {name: getattr(self, name) for name in ("path", "weight", "reduce", "value", "mean", "sum")}
         row |= {"low": self.interval[0], "high": self.interval[1], "control_mean": self.control_mean}
         row |= dict(zip(("control_low", "control_high"), self.control_interval, strict=True))
@@ -140,28 +130,25 @@ def mass(
     seed: int = 0,
     bootstrap: int = 1000,
 ) -> Mass:
-    """How much of a list of bi-grams a path of the model holds.
+    """Probability mass that a path of the model gives to a list of bi-grams.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        words: Bi-grams as `pair_scores` takes them; or words (texts as they stand in a sentence, with their leading space), of
-            which all pairs of neighboring tokens are taken; or some of each. Words of one token are skipped, and counted.
-        path: As `jet_bigrams` takes it.
-        tokenize: From a text to ids, in place of the model's tokenizer.
+        words: Bi-grams as in `pair_scores`; or words (texts with their leading space), which give all pairs of
+            neighboring tokens; or a mix. One-token words are skipped and counted.
+        path: A path, as in `jet_bigrams`.
+        tokenize: Function from a text to ids that replaces the model's tokenizer.
         reduce: Whether `value` is the `"mean"` or the `"sum"` over the list.
-        unigram: A probability for every token, for the pseudo-joint P(z2|z1) unigram(z1). Shape [d_vocab].
-        controls: How many shuffled lists.
-        seed: Of shuffling and bootstrap.
-        bootstrap: How many resamples the interval is of.
-
-    Returns:
-        A `Mass`.
+        unigram: Probability of every token, for the pseudo-joint P(z2|z1) unigram(z1). Shape [d_vocab].
+        controls: Number of shuffled lists.
+        seed: Random seed of shuffles and bootstrap.
+        bootstrap: Number of bootstrap resamples.
 
     Raises:
-        ValueError: No bi-gram is left, or an option is not one of its values; see `pair_scores`.
+        ValueError: No bi-gram is left, or an option is invalid; see `pair_scores`.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.3.
+    Source: Chen et al., arXiv 2410.06024, section 5.3 (toxicity index; jet n-gram mass); intervals and controls are
+    ours. Cost: distinct first tokens * d_vocab * d_model multiply-adds; controls are free.
 
     Example:
         >>> import tl_jets as tj
@@ -175,7 +162,7 @@ def mass(
     check_seed(seed)
     reader = RowScores(model, path)
     pairs, words_of, skipped = _read_list(reader, words, tokenize)
-    # Sorted, so that nothing depends on the order of the list.
+    # Sorted: results do not depend on the order of the list.
     distinct, place = pairs.unique(dim=0, return_inverse=True)
     prior = torch.ones(len(distinct), dtype=torch.float64, device="cpu")
     if unigram is not None:
@@ -222,7 +209,7 @@ def mass(
 def _read_list(
     reader: RowScores, words: WordInput, tokenize: Tokenize | None
 ) -> tuple[Int[Tensor, "pair 2"], Int[Tensor, " pair"], int]:
-    """Ids of all bi-grams of a list, which item of the list each is of, and how many of its words have none."""
+    """Ids of all bi-grams of a list, the list item of each, and the number of items without a bi-gram."""
     if isinstance(words, str):
         raise ValueError(f"A list of words is wanted; got one text, {words[:40]!r}. Put it in a list.")
     if isinstance(words, (NgramTable, Tensor)):
@@ -243,7 +230,7 @@ def _read_list(
 
 
 def _units(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:
-    """The first bi-gram of each one's unit: those are a unit that are of one item of the list, or of items that share a bi-gram."""
+    """Bootstrap unit of each bi-gram: those of one item, or of items that share a bi-gram, are one unit."""
     n, n_items = int(place.max()) + 1, int(items.max()) + 1
     edges = (np.ones(len(place)), (place.numpy(), n + items.numpy()))
     labels = connected_components(coo_array(edges, shape=(n + n_items, n + n_items)), directed=False)[1][:n]

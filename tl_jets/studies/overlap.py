@@ -1,17 +1,13 @@
-r"""Tables against each other: pseudo-joint scores, and the share of a reference's best n-grams that a table has, too.
+r"""Compare tables: pseudo-joint scores, and the share of a reference's best n-grams that a table also has.
 
 .. math::
     \text{pseudo-joint}(z_1, z_2) = \log P(z_2 | z_1) + \log \text{unigram}(z_1)
 
-The conditional scores of a path rank what is certain after tokens that may never occur; the pseudo-joint ranks what would occur in
-a text whose first tokens are those of the unigram, which the caller gives.
-
-**How far a re-ranked table is that of the whole.** A table holds the best pairs of a score; what it left out may come first under
-another. No pair that was left out has a conditional score above the last one kept (of its own row, for `per="row"`), so its
-pseudo-joint is at most that plus log unigram. Rows of the new table above the largest of these bounds are the whole's best:
-`settings["exact_top"]` counts them.
-
-Source: Chen et al., arXiv 2410.06024, section 5.2 (hit ratio, pseudo-joint).
+ranks bi-grams by their probability in a text whose first tokens follow the given unigram. A table keeps the best pairs
+of one score, and a pair it left out may rank first under another. Its conditional score is at most the last one kept
+(of its own row, for `per="row"`), so its pseudo-joint is at most that plus log unigram. Rows of the new table above the
+largest of these bounds are the best of all pairs; `settings["exact_top"]` counts them. Source: Chen et al., arXiv
+2410.06024, section 5.2 (hit ratio, pseudo-joint).
 """
 
 from __future__ import annotations
@@ -27,26 +23,26 @@ from torch import Tensor
 from tl_jets.core.options import check_integers
 from tl_jets.ngrams.tables import NgramTable, rounded
 
-# How far the sum of float32 probabilities may be from one.
+# Tolerance for the sum of float32 probabilities.
 NORMALIZED = 1e-4
 
 
 def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> NgramTable:
-    """Re-rank a table of bi-grams by log P(z2|z1) + log unigram(z1).
+    """Re-rank a table of bi-grams by log P(z2|z1) + log unigram(z1), in nats.
 
-    The table that comes out ranks what was in the table; `settings["exact_top"]` says how many of its first rows are the best of
-    all pairs (of the table's rows and columns). `jet_bigrams(per="row")` over the tokens that the unigram knows gives many of them.
+    The first `settings["exact_top"]` rows are the best of all pairs (of the table's rows and columns), the others of
+    the table's pairs. Tables with `per="row"` over the tokens of the unigram give the most exact rows.
 
     Args:
         table: Bi-grams by log-probability.
-        unigram: A probability for every token of the vocabulary. Shape [d_vocab].
+        unigram: Probability of every token of the vocabulary. Shape [d_vocab].
 
     Returns:
-        A table with the parts `logprob` (the conditional score) and those of `table`. Bi-grams whose first token has no
-        probability are left out, and counted in `settings["left_out"]`.
+        A table with the parts `logprob` (the conditional score) and those of `table`. Bi-grams whose first token has
+        probability zero are dropped and counted in `settings["left_out"]`.
 
     Raises:
-        ValueError: The table is not of bi-grams by log-probability, or the unigram is no distribution over its vocabulary.
+        ValueError: The table is not of bi-grams by log-probability, or the unigram is not a distribution.
 
     Example:
         >>> import torch, tl_jets as tj
@@ -86,7 +82,7 @@ def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> Ngram
 
 
 def _bound_of_the_rest(table: NgramTable, unigram: Tensor) -> float:
-    """No pair that a table left out has a pseudo-joint above this; infinity if it is not what `jet_bigrams` made."""
+    """Upper bound of the pseudo-joint of all pairs that a table left out; infinity if `jet_bigrams` did not make it."""
     settings, log_unigram = table.settings, unigram.log()
     top_k, per = settings.get("top_k"), settings.get("per")
     rows, columns = (_how_many(settings.get(name, "all"), len(unigram)) for name in ("rows", "columns"))
@@ -102,7 +98,7 @@ def _bound_of_the_rest(table: NgramTable, unigram: Tensor) -> float:
     last = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu")
     last.scatter_reduce_(0, row, table.scores, "amin")
     bound = -math.inf if top_k >= columns else float((last + log_unigram[first]).max())
-    # Tokens that the model does not embed, or whose rows were cut away: their log-probabilities may be 0.
+    # Tokens that are not embedded, or whose rows were removed: their log-probabilities may be 0.
     absent = torch.ones(len(unigram), dtype=torch.bool, device="cpu").scatter(0, first, False)
     return bound if len(first) >= rows else max(bound, float(log_unigram[absent].max()))
 
@@ -112,21 +108,15 @@ def _how_many(described: Any, size: int) -> int:
 
 
 def hit_ratio(table: NgramTable, reference: NgramTable, n: int) -> float:
-    """The share of a reference's best n n-grams that are among a table's best n.
+    """Share of a reference's best n n-grams that are among a table's best n: 0 to 1, symmetric in both tables.
 
     Args:
         table: A table, best first.
-        reference: Another: of the last checkpoint, of real counts (`ngram_counts`), of another path.
-        n: How many n-grams of each.
-
-    Returns:
-        Between 0 and 1; the same with table and reference exchanged.
+        reference: The reference: of the last checkpoint, of counts (`ngram_counts`), or of another path.
+        n: Number of n-grams of each.
 
     Raises:
-        ValueError: One has fewer than n rows, the n-grams are of different lengths, or an id has two names.
-
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.2.
+        ValueError: A table has fewer than n rows, the n-grams differ in length, or an id has two names.
 
     Example:
         >>> import tl_jets as tj
@@ -146,13 +136,13 @@ def hit_ratio(table: NgramTable, reference: NgramTable, n: int) -> float:
 
 
 def share_found(ids: Int[Tensor, "row n"], wanted: Int[Tensor, "wanted_row n"]) -> float:
-    """The share of wanted n-grams that are among some."""
+    """Share of the wanted n-grams that are among `ids`."""
     found = set(map(tuple, ids.tolist()))
     return sum(tuple(row) in found for row in wanted.tolist()) / len(wanted)
 
 
 def check_same_vocabulary(table: NgramTable, reference: NgramTable) -> None:
-    """Raise ValueError unless n-grams of both tables are the same n-grams when their ids are."""
+    """Raise ValueError unless equal ids mean equal n-grams in both tables."""
     if table.n != reference.n:
         raise ValueError(f"Tables must be of n-grams of one length; got {table.n} and {reference.n}.")
     shared = table.names.keys() & reference.names.keys()
@@ -168,7 +158,7 @@ def check_same_vocabulary(table: NgramTable, reference: NgramTable) -> None:
 def check_unigram(
     unigram: Float[Tensor, " token"], *, size: int | None = None, at_least: int = 1
 ) -> Float[Tensor, " token"]:
-    """A unigram in float64 on the CPU, if it is a distribution over a vocabulary of `size` (or `at_least` so many)."""
+    """The unigram in float64 on the CPU; ValueError unless it is a distribution over `size` (or `at_least`) tokens."""
     found = unigram.detach().cpu().double()
     total = float(found.sum())
     fits = found.ndim == 1 and (len(found) == size if size is not None else len(found) >= at_least)

@@ -1,10 +1,10 @@
-r"""Exact scores of given bi-grams, the base of the other studies.
+r"""Exact scores of given bi-grams, the basis of the other studies.
 
 .. math::
     \text{score}(z_2 | z_1) = \log \mathrm{softmax}\bigl(\upsilon(x_{\text{path}}(z_1))\bigr)_{z_2}
 
-as in `tl_jets.ngrams.bigrams`, of the pairs that a user asks for: each distinct first token is read once, in float64, `ROWS` of
-them at a time, so that no V x V matrix is held. Tables and these scores are the same numbers.
+as in `tl_jets.ngrams.bigrams`, with equal results. Each distinct first token is evaluated once in float64, `ROWS` at a
+time, so that no V x V matrix is stored.
 
 Cost: distinct first tokens * d_vocab * d_model multiply-adds in float64; memory about 3 * `ROWS` rows of logits.
 
@@ -38,24 +38,22 @@ from tl_jets.studies.vocabularies import check_table
 PairInput = NgramTable | Tensor | Sequence[Sequence[str | int]]
 Tokenize = Callable[[str], Sequence[int]]
 
-# First tokens whose logits are held in float64 at a time: 26 MB of them for GPT-2.
+# First tokens whose logits are held in float64 at a time: 26 MB for GPT-2.
 ROWS = 64
 
 
 class RowScores:
-    """Scores of every second token after some first tokens, along one path, in float64.
+    """Scores of all second tokens after given first tokens, along one path, in float64.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        path: As `jet_bigrams` takes it.
+        path: A path, as in `jet_bigrams`.
         score: `"logprob"` (nats) or `"logit"`.
 
     Attributes:
         network: The network at sublayer granularity.
-        path: The path's label.
-        score: As given.
-        d_vocab: How many second tokens there are.
-        n_tokens: How many first tokens there are.
+        d_vocab: Number of second tokens.
+        n_tokens: Number of first tokens.
 
     Raises:
         ValueError: The path mixes positions or does not exist, or `score` is unknown.
@@ -71,16 +69,12 @@ class RowScores:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The model's fingerprint."""
+        """Fingerprint of the model's weights."""
         return fingerprint(self.network)
 
     @torch.no_grad()
     def read(self, first: Int[Tensor, " row"]) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, " row"]]:
-        """Scores of all second tokens after a few first tokens, and log-normalizers of the rows.
-
-        Raises:
-            ValueError: A logit is not finite.
-        """
+        """Scores of all second tokens after some first tokens, and log-normalizers; ValueError if not finite."""
         logits = exact_logits(self.network.decoder, self.streams.states(self.streams.embed(first), self.path))
         top, rest = log_parts(logits)
         if not bool(logits.isfinite().all()):
@@ -99,7 +93,7 @@ class RowScores:
             yield first[part], *self.read(first[part])
 
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-        """Scores of some pairs, and the log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
+        """Scores of pairs, and log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
         first, row = pairs[:, 0].unique(return_inverse=True)
         scores = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         log_normalizers = torch.empty_like(scores)
@@ -120,22 +114,17 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
 
     Args:
         model: A model or a `ResidualNetwork`.
-        pairs: Ids [pair, 2], a list of pairs of ids or of texts that are one token each, or a table of bi-grams.
-        path: As `jet_bigrams` takes it: `"direct"`, MLP steps, or `"mlps"`.
+        pairs: Ids [pair, 2], a list of pairs of ids or of one-token texts, or a table of bi-grams.
+        path: A path, as in `jet_bigrams`: `"direct"`, MLP steps, or `"mlps"`.
         score: `"logprob"` (nats) or `"logit"`.
 
     Returns:
-        The pairs, best first, with the parts `given` (the place of a pair in the list) and, for log-probabilities,
-        `log_normalizer`.
+        The pairs, best first, with the parts `given` (index in the list) and, for log-probabilities, `log_normalizer`.
 
     Raises:
-        ValueError: Pairs are not pairs, a text is not one token, an id is not of the vocabulary, or the path mixes positions.
+        ValueError: Malformed pairs, a text that is not one token, an unknown id, or a path that mixes positions.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.2 (scores of given n-grams).
-
-    Cost:
-        Distinct first tokens * d_vocab * d_model multiply-adds in float64.
+    Source: Chen et al., arXiv 2410.06024, section 5.2 (scores of given n-grams).
 
     Example:
         >>> import tl_jets as tj
@@ -160,7 +149,7 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
 
 
 def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None = None) -> Int[Tensor, "pair 2"]:
-    """Ids of given pairs, checked."""
+    """Check given pairs and convert them to ids."""
     if isinstance(pairs, NgramTable):
         check_table(pairs, reader.network)
         pairs = pairs.ids
@@ -214,7 +203,7 @@ def _one_token(tokenize: Tokenize, text: str) -> int:
 
 
 def list_digest(ids: Int[Tensor, "row n"]) -> dict[str, Any]:
-    """A list of n-grams in few words: how many, and the sha256 of its ids in sorted order."""
+    """The length of a list of n-grams, and the sha256 of its ids in sorted order."""
     rows = sorted(map(tuple, ids.tolist()))
     return {
         "count": len(rows),

@@ -1,19 +1,17 @@
-r"""How far the log-probabilities after each first token moved from one model to another, in working precision, with bounds.
+r"""Bounds on how far the log-probabilities after each first token moved between two models, in working precision.
 
-Of whole rows, not of pairs: KL(before || after), and the largest rise and fall that *any* pair of the row can have in exact
-arithmetic. So only the rows whose bound is among the best need be read in float64 (`tl_jets.studies.differences`).
-
-With p, q the probabilities before and after, d = log q - log p, and e an error bound of each logarithm
-(`tl_jets.ngrams.scan.Tiles.errors`, twice, and that of a sum):
+With p, q the probabilities before and after, d = log q - log p, and e an error bound of each logarithm (twice
+`tl_jets.ngrams.scan.Tiles.errors`, plus that of a sum):
 
 .. math::
     \text{rise} \le \max\, q\,e^{e_q} - p\,e^{-e_p}, \qquad
     \mathrm{KL} = \sum\, q - p - p\,d = \sum p\,(e^d - 1 - d) ,
 
-sums of nonnegative terms. Where a row has moved little, q - p cancels and the last form is taken (`CLOSE`). What is left is the
-error of d relative to d: float32 logits of size 10 have an error of 1e-6 or so.
+sums of nonnegative terms. Where a row moved little, q - p cancels, and the last form is used (`CLOSE`). The remaining
+error is that of d relative to d: float32 logits of size 10 have an error of about 1e-6. Only rows with the largest
+bounds need float64 (`tl_jets.studies.differences`).
 
-Cost: one product with `W_U` a model and a quarter of that for everything else. Memory: two times `CHUNK` rows of logits.
+Cost: one product with `W_U` per model and a quarter of that for the rest. Memory: two times `CHUNK` rows of logits.
 
 Example:
     >>> import torch, tl_jets as tj
@@ -40,24 +38,18 @@ from tl_jets.studies.pairs import RowScores
 
 Change = Literal["probability", "logprob"]
 
-# First tokens whose logits are held at a time, of either model: products of fewer rows are slower.
+# First tokens whose logits are held at a time, per model: products of fewer rows are slower.
 CHUNK = 320
-# Numbers worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
+# Numbers processed at a time: they fit the caches of two cores, or fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**17, 2**25
-# Below this KL (nats), q - p is not exact enough.
+# Below this KL (nats), q - p is too inexact.
 CLOSE = 0.01
-# The most that a logarithm moves (nats) before its exp is no factor to multiply p with, which may have underflowed.
+# Largest d (nats) for which exp(d) may multiply p, which may have underflowed.
 FAR = 1
 
 
 class RowsMoved(NamedTuple):
-    """What `RowChanges.read` found out about some rows; on the CPU, in float64.
-
-    Attributes:
-        rise: No pair of the row rose by more. Shape [row].
-        fall: No pair of the row fell by more. Shape [row].
-        kl: KL(before || after), in nats. Shape [row].
-    """
+    """Bounds on `rise` and `fall` of every pair of a row, and KL(before || after) in nats: float64, shape [row], CPU."""
 
     rise: Float[Tensor, " row"]
     fall: Float[Tensor, " row"]
@@ -65,13 +57,13 @@ class RowsMoved(NamedTuple):
 
 
 class RowChanges:
-    """Reads rows of two models of one vocabulary.
+    """Compares rows of two models of one vocabulary.
 
     Args:
-        before: A path of one.
-        after: A path of the other.
-        change: Whether bounds are of changes of the `"probability"` or of the `"logprob"`.
-        at_least: Bounds are over the pairs whose probability is at least this in one of the models.
+        before: A path of the first model.
+        after: A path of the second model.
+        change: Bound changes of the `"probability"` or of the `"logprob"`.
+        at_least: Minimum probability of a pair in at least one of the models.
     """
 
     def __init__(
@@ -82,11 +74,7 @@ class RowChanges:
 
     @torch.no_grad()
     def read(self, first: Int[Tensor, " row"]) -> RowsMoved:
-        """Read the rows of a few first tokens.
-
-        Raises:
-            ValueError: A logit is not finite.
-        """
+        """Bounds and KL of the rows of some first tokens; ValueError if a logit is not finite."""
         for side in self.sides:
             side.read(first)
         found = [self._moved(part) for part in slices(len(first), self.sides[0].rows)]
@@ -100,7 +88,7 @@ class RowChanges:
         return moved
 
     def _moved(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds and KL of some of the rows that were read. Nothing here leaves the caches."""
+        """Bounds and KL of a slice of the rows, small enough for the CPU caches."""
         (before, p, before_total), (after, q, after_total) = (side.probabilities(part) for side in self.sides)
         before_error, after_error = (side.errors[part, None] for side in self.sides)
         error = before_error + after_error
@@ -129,7 +117,7 @@ class RowChanges:
 
 
 class _Side:
-    """Probabilities of one model, and how far off their logarithms may be."""
+    """Probabilities of one model, and error bounds of their logarithms."""
 
     def __init__(self, scores: RowScores):
         self.scores, self.decoder = scores, scores.network.decoder
@@ -139,13 +127,13 @@ class _Side:
 
     @property
     def rows(self) -> int:
-        """How many rows are worked on at a time."""
+        """Number of rows processed at a time."""
         numbers = SCRATCH_CPU if self.logits.device.type == "cpu" else SCRATCH_DEVICE
         return max(1, numbers // self.decoder.d_vocab)
 
     @full_float32()
     def read(self, first: Tensor) -> None:
-        """Fill in `logits` [row, d_vocab], without bias and transform, and the bounds of the errors of log-probabilities [row]."""
+        """Set `logits` [row, d_vocab], without bias and transform, and `errors` of the log-probabilities [row]."""
         streams = self.scores.streams
         states = streams.states(streams.embed(first), self.scores.path)
         if self.tiles is None:
@@ -158,7 +146,7 @@ class _Side:
         self.errors = 2 * self.tiles.errors(states) / LOG2_E + SUM_ERROR * torch.finfo(states.dtype).eps
 
     def probabilities(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows: logits less their maximum, probabilities, and the sums [row, 1] of exp of the former."""
+        """For some rows: logits minus their maximum, probabilities, and sums of exp of the former [row, 1]."""
         logits = self.logits[part]
         if self.bias is not None:
             logits += self.bias

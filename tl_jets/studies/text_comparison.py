@@ -1,24 +1,17 @@
-r"""Which path carries what: the bi-grams of each path against those of a real text, beside two controls.
+r"""Compare the bi-grams of each path with those of a text, beside two controls.
 
-For every path,
+- **Hit ratio**: share of the text's n most frequent bi-grams (ties by ids) among the path's n best by pseudo-joint,
+  log P(z2|z1) + log unigram(z1), with the unigram of the text.
+- **Rank correlation** (Spearman) of log P(z2|z1) of the path and of the text, over the n most frequent bi-grams.
 
-- **hit ratio**: which share of the n most frequent bi-grams of the text (of equally frequent ones, those with the smallest ids) are
-  among the path's n best by pseudo-joint, log P(z2|z1) + log unigram(z1), with the unigram of the text;
-- **rank correlation** (Spearman) of log P(z2|z1) of the path and of the text, over the n most frequent bi-grams.
+Two controls: the same with the *second tokens shuffled* among the n bi-grams (the effect of common tokens, or of
+chance), and a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens.
 
-Controls: the same with the *second tokens shuffled* among the n bi-grams (what comes of knowing common tokens, or of chance), and
-a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens.
-
-A path knows which token follows which only if *both* measures are above *both* controls, the end that 2.5% of shuffled lists
-exceed (of fewer than 39 the largest, which one in m + 1 exceeds) and the row without a model: its verdict is then `hits and order`.
-Else it is `hits only`, `order only` or `neither`. A verdict compares the numbers of this text. In another of its kind they would
-differ: a hit ratio p by about sqrt(p (1 - p) / n), a correlation r by about (1 - r^2) / sqrt(n), and by more than that as far as
-bi-grams of one first token go together.
-
-Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours.
-
-Cost: for each path a sweep over the first tokens of the text, and those first tokens once more that may have more than `PER_ROW`
-of the n bi-grams.
+A measure is above its controls if it exceeds the row without a model and the 97.5% quantile of the shuffled lists (of
+fewer than 39 their maximum, which one more shuffle exceeds with probability 1 / (m + 1)). Only the verdict `hits and
+order`, both measures above, shows that a path knows which token follows which. On another text of its kind, a hit ratio
+p varies by about sqrt(p (1 - p) / n) and a correlation r by about (1 - r^2) / sqrt(n), or more where bi-grams share
+first tokens.
 """
 
 from __future__ import annotations
@@ -52,15 +45,15 @@ VERDICTS = {
     (False, True): "order only",
     (False, False): "neither",
 }
-# Bi-grams of each first token that are looked at before more are.
+# Bi-grams per first token in the first sweep.
 PER_ROW = 32
-# Scores that are closer than this, relatively, may be ties.
+# Relative tolerance of ties between scores.
 TIE = 1e-9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextComparison(Shown):
-    """Paths against the bi-grams of a text.
+    """Comparison of paths with the bi-grams of a text.
 
     Attributes:
         labels: Paths, then `unigram (no model)`.
@@ -68,10 +61,8 @@ class TextComparison(Shown):
         correlation: Rank correlation of conditional log-probabilities over these bi-grams. Shape [path].
         hit_control: Hit ratios with second tokens shuffled. Shape [path, control].
         correlation_control: Rank correlations with second tokens shuffled. Shape [path, control].
-        n: How many bi-grams.
         tables: The n best bi-grams of each path by pseudo-joint.
-        text: Where the counts come from: the settings of their table.
-        fingerprint: Of the model's weights.
+        text: Settings of the table of counts.
     """
 
     labels: list[str]
@@ -86,10 +77,7 @@ class TextComparison(Shown):
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Which measures of each path are above both controls: `hits and order`, `hits only`, `order only` or `neither`.
-
-        Empty without shuffled lists, and for a path whose correlation is not defined: there is nothing to judge by.
-        """
+        """`hits and order`, `hits only`, `order only` or `neither` by path, of those that can be judged."""
         above = []
         for values, controls in ((self.hit_ratio, self.hit_control), (self.correlation, self.correlation_control)):
             ends = [central(row)[1] for row in controls.numpy()]
@@ -100,7 +88,7 @@ class TextComparison(Shown):
         return {label: VERDICTS[hits, order] for label, judged, hits, order in rows if judged}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a path: both measures, each with the mean of its control and where 95% of it are; the verdict."""
+        """One row per path: both measures, mean and 95% interval of their controls, and the verdict."""
         rows = []
         verdicts = self.verdicts
         for i, label in enumerate(self.labels):
@@ -116,7 +104,7 @@ class TextComparison(Shown):
         return pd.DataFrame(rows)
 
     def summary(self) -> pd.DataFrame:
-        """`to_dataframe` to be read, as texts: a row a path, a control and its 95% in one column."""
+        """`to_dataframe` as text, with each control and its interval in one column."""
         rows = []
         for line in self.to_dataframe().to_dict("records"):
             row = {"path": line["path"]}
@@ -145,26 +133,22 @@ def compare_with_counts(
     seed: int = 0,
     progress: bool = True,
 ) -> TextComparison:
-    """The bi-grams of each path against those of a text.
+    """Compare the bi-grams of each path with those of a text.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        counts: Bi-grams of the text in the model's vocabulary, all of them: `ngram_counts(tokens)`.
+        counts: All bi-grams of the text in the model's vocabulary: `ngram_counts(tokens)`.
         paths: Paths; None for `direct`, every MLP, and `mlps`.
-        n: How many bi-grams are compared; fewer if the text has fewer.
-        controls: How often second tokens are shuffled; 39 or more tell where 95% of such lists are.
-        seed: Of shuffling.
-        progress: Show bars.
-
-    Returns:
-        A `TextComparison`.
+        n: Number of bi-grams to compare; fewer if the text has fewer.
+        controls: Number of shuffled lists; a 95% interval of them needs 39 or more.
+        seed: Random seed of the shuffles.
+        progress: Show progress bars.
 
     Raises:
-        ValueError: `counts` is no table of `ngram_counts` with n = 2 and min_count = 1, or of another vocabulary; see
-            `jet_bigrams`.
+        ValueError: `counts` are not all bi-grams of a text, or have another vocabulary; see `jet_bigrams`.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.2.
+    Source: Chen et al., arXiv 2410.06024, sections 5.2 (hit ratio) and 5.3; the controls are ours. Cost: per path, a
+    sweep over the first tokens of the text, and again over those that may have more than `PER_ROW` of the n bi-grams.
 
     Example:
         >>> import tl_jets as tj
@@ -217,18 +201,15 @@ def best_joint(
     progress: bool = True,
     folder: str | Path | None = None,
 ) -> dict[str, NgramTable]:
-    """The n best bi-grams of some paths by pseudo-joint, exactly: over all pairs whose first token the unigram knows.
+    """The exact n best bi-grams of each path by pseudo-joint, over all pairs whose first token the unigram knows.
 
     Args:
         model: A model or a `ResidualNetwork`.
-        paths: As `jet_bigrams_by_path` takes them.
-        unigram: A probability for every token. Shape [d_vocab].
-        n: How many; fewer if there are fewer pairs.
-        progress: Show bars.
-        folder: Where the sweep that they are chosen from is kept and resumed, see `jet_bigrams_by_path`.
-
-    Returns:
-        Tables by path.
+        paths: Paths, as in `jet_bigrams_by_path`.
+        unigram: Probability of every token. Shape [d_vocab].
+        n: Number of bi-grams; fewer if there are fewer pairs.
+        progress: Show progress bars.
+        folder: Where the underlying sweep is saved and resumed, see `jet_bigrams_by_path`.
     """
     d_vocab = len(unigram)
     rows = unigram.nonzero()[:, 0].tolist()
@@ -250,7 +231,7 @@ def best_joint(
 
 
 def _rows_with_more(joint: NgramTable, n: int) -> list[int]:
-    """First tokens of which the n best pairs may hold one that the table left out: its last one of them is that good."""
+    """First tokens that may have one of the n best pairs among those left out: their last kept pair ranks that high."""
     first, row = joint.ids[:, 0].unique(return_inverse=True)
     if len(joint) < n:
         return first.tolist()
@@ -262,7 +243,7 @@ def _rows_with_more(joint: NgramTable, n: int) -> list[int]:
 
 
 def _with_rows(joint: NgramTable, other: NgramTable, rows: list[int]) -> NgramTable:
-    """A table with the rows of some first tokens from another one."""
+    """Replace the rows of some first tokens by those of another table."""
     kept = joint.where(id_1=sorted(set(joint.ids[:, 0].tolist()) - set(rows)))
     return NgramTable.ranked(
         torch.cat([kept.ids, other.ids]),
@@ -303,10 +284,7 @@ def _second_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"
 
 
 def _best_products(first: Tensor, second: Tensor, n: int) -> Int[Tensor, "pair 2"]:
-    """The n pairs with the largest first(z1) second(z2), ties by ids.
-
-    The i-th likeliest z1 and the j-th z2 come after i j - 1 other pairs, so that only those with i j <= n are looked at.
-    """
+    """The n pairs with the largest first(z1) second(z2), ties by ids; their ranks i, j have i j <= n."""
     one, two = (x.argsort(descending=True, stable=True)[:n] for x in (first, second))
     fitting = (n // torch.arange(1, len(one) + 1, device="cpu")).clamp_max(len(two))
     i = torch.arange(len(one), device="cpu").repeat_interleave(fitting)

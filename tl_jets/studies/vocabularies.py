@@ -1,4 +1,4 @@
-"""Whether two models, or a table and a model, have one vocabulary, so that an id means the same token in both."""
+"""Check that two models, or a table and a model, share one vocabulary: that an id means the same token in both."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.tables import NgramTable
 
-# Ids of a table that are compared, evenly spaced.
+# Number of a table's ids that are compared, evenly spaced.
 SAMPLE = 1000
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What ids mean to a model.
-
-    Attributes:
-        d_vocab: How many tokens it can answer with.
-        ids: Ids of the tokenizer's entries; None without a tokenizer.
-    """
+    """Size `d_vocab` of the output vocabulary, and ids of the tokenizer's entries; None without a tokenizer."""
 
     d_vocab: int
     ids: dict[str, int] | None = field(repr=False)
 
     @classmethod
     def of(cls, model: Any) -> Vocabulary:
-        """A model's vocabulary."""
+        """The vocabulary of a model."""
         network = ResidualNetwork(model)
         tokenizer = network.tokenizer
         return cls(network.decoder.d_vocab, None if tokenizer is None else dict(tokenizer.get_vocab()))
@@ -53,12 +48,12 @@ class Vocabulary:
 
 
 def check_table(table: NgramTable, network: ResidualNetwork) -> None:
-    """Raise ValueError if ids of a table have other texts in a model's vocabulary; those that have none are not compared."""
+    """Raise ValueError if ids of a table mean other texts in the model's vocabulary (not without a tokenizer)."""
     if network.tokenizer is None:
         return
     ids = table.ids.unique()
     own = token_names(network.tokenizer, [ids[:: -(-len(ids) // SAMPLE)]])
-    # Without their spaces, which texts may have been given without.
+    # Spaces are stripped: texts may have been given without them.
     different = [token for token, text in own.items() if table.names[token].strip() not in (text.strip(), str(token))]
     if different:
         token = different[0]

@@ -1,12 +1,10 @@
-"""Results as things to look at: HTML views for notebooks and pages, the lens page, and matplotlib figures.
+"""Views of results: HTML for notebooks and pages, the lens page, and matplotlib figures.
 
-Every view is returned and nothing is shown: a notebook shows a `View` that is the last line of a cell, `view.save("a.html")`
-writes one self-contained page, and `page(title, *parts)` puts several on one. Pages ask the network for nothing, and no token
-becomes markup. Colors adapt to light and dark themes, are told apart by color-blind readers, and never stand alone: the number is
-in the cell, or a pointer brings it up.
-
-The views are drawn here and not with circuitsvis: that writes tokens as markup (`<img onerror=...>` in a vocabulary would run),
-scales positive and negative values differently, and brings 1.3 MB of script with every view.
+Views are returned, never shown: a notebook displays a `View` on the last line of a cell, `view.save("a.html")` writes a
+self-contained page, and `page(title, *parts)` joins several. Pages make no network requests, and tokens are escaped.
+Colors suit color-blind readers, and every number is in the cell or on hover. circuitsvis is not used: it writes tokens
+as markup (`<img onerror=...>` in a vocabulary would run), scales positive and negative values differently, and adds
+1.3 MB of script to every view.
 
 Example:
     >>> import tl_jets as tj

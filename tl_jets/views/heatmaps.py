@@ -1,15 +1,15 @@
-"""A head's skip-trigrams as a heatmap: two of key, query and output token against each other, around the tokens of a table.
+"""A head's skip-trigrams as a heatmap over two of key, query and output token.
 
 ======================  ==========================================================================
 `axes`                  a cell is
 ======================  ==========================================================================
-`"key_query"`           A(key | query): how much the query (a column) looks at the key (a row)
-`"key_output"`          log P(output | key): what the head writes of the key
+`"key_query"`           A(key | query): how much the query (a column) attends to the key (a row)
+`"key_output"`          log P(output | key): what the head writes for the key
 `"query_output"`        A(key | query) + log P(output | key) at one key: the score of the trigram
 ======================  ==========================================================================
 
-All cells are evaluated, exactly as `jet_trigrams` does, those too whose trigrams are not in the table; which tokens stand on the
-axes the table says, and so a selection of it chooses them: `table.where(token_1=" not")`.
+All cells are computed exactly as in `jet_trigrams`, also those whose trigrams are not in the table. The table's tokens
+are the axes, so a selection of it chooses them: `table.where(token_1=" not")`.
 
 Example:
     >>> import tl_jets as tj
@@ -47,24 +47,19 @@ def trigram_heatmap(
 
     Args:
         model: The model (or `ResidualNetwork`) that the table is of.
-        trigrams: A table of one head, as `jet_trigrams` gives it, or a selection of its rows. The first tokens in it, best first,
-            stand on the axes; `jet_trigrams(..., rows=[token])` gives more of one key.
+        trigrams: A table of one head from `jet_trigrams`, or a selection of it; its first tokens are the axes.
         axes: Rows and columns, see the module.
-        key: For `"query_output"`: the key token, its text or id, among those of the table; None for the table's best.
-        size: How many tokens an axis has at most.
+        key: The fixed key token of `"query_output"`, as text or id, from the table; None for the best one.
+        size: Maximum number of tokens per axis.
 
     Returns:
-        A `View`. Numbers are nats; the color of a log-probability is its probability (bluer is larger), that of scores without
-        normalization is around zero.
+        A `View` in nats. Log-probabilities are colored by probability (bluer is larger), raw scores around zero.
 
     Raises:
-        ValueError: The table is no table of one head of this model, is empty, or has no such key.
+        ValueError: The table is not of one head of this model, is empty, or has no such key.
 
-    Source:
-        Chen et al., arXiv 2410.06024, skip-trigrams.
-
-    Cost:
-        The layer's attention on V tokens, V d_head multiply-adds a token of the axes, and a fingerprint of the weights.
+    Source: Chen et al., arXiv 2410.06024, skip-trigrams. Cost: the layer's attention on V tokens, V d_head multiply-adds
+    per token of the axes, and a fingerprint of the weights.
 
     Example:
         >>> import tl_jets as tj
@@ -132,7 +127,7 @@ def trigram_heatmap(
 
 
 def _head_of(network: ResidualNetwork, trigrams: NgramTable) -> tuple[int, int]:
-    """Layer and head of a table of skip-trigrams, which must be of this model."""
+    """Layer and head of a table of skip-trigrams; ValueError unless it is of this model."""
     found = re.fullmatch(r"L(\d+)H(\d+)", trigrams.path)
     if trigrams.settings.get("ngram") != "skip-trigram" or found is None or not len(trigrams):
         raise ValueError(
@@ -149,5 +144,5 @@ def _head_of(network: ResidualNetwork, trigrams: NgramTable) -> tuple[int, int]:
 
 
 def _first(trigrams: NgramTable, place: int, size: int) -> list[int]:
-    """The first different tokens at a place of the n-grams, best first."""
+    """The first distinct tokens at a place of the n-grams, best first."""
     return list(dict.fromkeys(trigrams.ids[:, place].tolist()))[:size]

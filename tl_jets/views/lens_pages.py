@@ -1,7 +1,7 @@
-"""Lenses as data and as a page: what the tables of the terminal show, for a program and for a browser.
+"""Lenses as data and as an HTML page, with the contents of the terminal's tables.
 
-`lens_data` gives plain lists and numbers (JSON); `lens_page` puts them into one self-contained HTML page that opens
-offline: it asks the network for nothing, and writes every token as text, never as markup.
+`lens_data` gives JSON-ready lists and numbers; `lens_page` puts them into one self-contained page that works offline,
+with all tokens escaped.
 
 Example:
     >>> page_of = lambda token: lens_page({"model": "m", "tokens": [[token]]})
@@ -25,28 +25,27 @@ from tl_jets.core.notebook import filled
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 
-# Digits of every number on a page and in a file.
+# Significant digits of numbers in pages and files.
 DIGITS = 6
 
 
 def lens_data(
     iterative: IterativeJetLens, joint: JointJetLens, *, model: str = "", prompt: str | None = None
 ) -> dict[str, Any]:
-    """Both lenses of the same input as nested lists, JSON-able: what cannot be a number there (NaN, infinity) is None.
+    """Both lenses of the same input as nested JSON-ready lists; NaN and infinity become None.
 
     Args:
-        iterative: Its axes are [layer, order, batch, pos] (tokens: and k).
-        joint: Its axes are [center, batch, pos].
-        model: What to call the model.
-        prompt: The text that was read, if it was one.
+        iterative: Axes [layer, order, batch, pos]; tokens also k.
+        joint: Axes [center, batch, pos].
+        model: Name of the model.
+        prompt: Text of the input, if it was one.
 
     Returns:
-        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's own best token), `unit` (of logits and
-        effects), `iterative` and `joint`, with the names that the lenses give their parts. Tokens are written with their
-        spaces shown (`·`).
+        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's best token), `unit` (of logits and
+        effects), `iterative` and `joint`, with the lenses' own names. Spaces in tokens are written as `·`.
 
     Raises:
-        ValueError: The lenses are of different tokens, or the iterative lens was run without measures or control.
+        ValueError: The lenses are of different tokens, or the iterative lens has no measures or control.
     """
     if iterative.tokens.shape != joint.tokens.shape or bool((iterative.tokens != joint.tokens).any()):
         raise ValueError(
@@ -115,12 +114,8 @@ def lens_data(
 
 
 def lens_page(data: dict[str, Any]) -> str:
-    """One HTML page for what `lens_data` gave: choose a token, see its two lenses.
-
-    It needs no network and no other file. It reads the data as text and writes it as text, so that no token can become
-    markup.
-    """
-    # Inside a script element only "<" can end it; "&" and the line separators are for older readers.
+    """A self-contained HTML page of the result of `lens_data`: choose a token to see its two lenses."""
+    # Only "<" can end a script element; "&" and the line separators are escaped for older browsers.
     safe = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
     text = json.dumps(data, allow_nan=False, ensure_ascii=True).translate(safe)
     title = f"tl-jets lens: {data.get('prompt') or data.get('model') or ''}"
@@ -128,7 +123,7 @@ def lens_page(data: dict[str, Any]) -> str:
 
 
 class _Texts:
-    """Ids as nested lists of visible texts."""
+    """Convert ids to nested lists of visible texts."""
 
     def __init__(self, tokenizer: Any, tensors: Iterable[Tensor]):
         self.tokenizer = tokenizer

@@ -1,12 +1,11 @@
 """Lenses as tables: the best token of every layer or component at every position, and the k best at one.
 
-A cell of the iterative lens is the blue the closer its layer is to the model; one of the joint lens is colored by what its
-component adds to the logit of its own best token, orange above zero and blue below. Answers that are borrowed from the model's own
-final stream stand in square brackets, controls in round ones. A lens that was run without measures or without a control has a table
-without them, and its caption says so.
+Cells of the iterative lens are bluer the closer the layer is to the model. Cells of the joint lens show what a
+component adds to the logit of its own best token, orange above zero and blue below. Answers borrowed from the model's
+own final stream stand in square brackets, controls in round ones. Captions say if measures or controls are missing.
 
-Source: Chen et al., *Jet Expansions of Residual Computation*, figure 3. Cost: nothing for the iterative lens; the joint lens reads
-its components' jets at the positions that are shown through the unembedding.
+Source: Chen et al., arXiv 2410.06024, figure 3. Cost: none for the iterative lens; the joint lens reads its components'
+jets at the shown positions through the unembedding.
 
 Example:
     >>> import tl_jets as tj
@@ -28,9 +27,9 @@ from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
 
-# Of a lens in a notebook.
+# Limits of a lens shown in a notebook.
 SHOWN_POSITIONS, SHOWN_COMPONENTS = 8, 16
-# From where on a KL has no color, in nats.
+# Larger KLs (nats) have no color.
 FAR = 10.0
 
 
@@ -43,30 +42,18 @@ def lens_table(
     positions: Sequence[int] | None = None,
     top: int | None = None,
 ) -> View:
-    """The best token of every layer or component (rows) at every position (columns).
+    """The best token of every layer or component (rows) at every position (columns); hover shows a cell's numbers.
 
     Args:
         lens: An iterative or a joint lens.
-        order: Of an iterative lens; None for its highest.
-        measure: Of an iterative lens: what is written under the token, beside its control, and colors the cell.
+        order: Order of an iterative lens; None for its highest.
+        measure: Measure of an iterative lens, written under the token with its control; it colors the cell.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
-        top: Of a joint lens: the components with the largest weights at these positions; None for all.
-
-    Returns:
-        A `View`. A pointer brings up the numbers of a cell.
+        top: Number of components of a joint lens to show, those with the largest weights; None for all.
 
     Raises:
-        ValueError: There is no such order, measure, prompt or position.
-
-    Source:
-        Chen et al., arXiv 2410.06024, figure 3.
-
-    Cost:
-        See the module.
-
-    Example:
-        See the module.
+        ValueError: Unknown order, measure, prompt or position.
     """
     places = places_of(lens, prompt, positions)
     if isinstance(lens, JointJetLens):
@@ -80,20 +67,16 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
 
     Args:
         lens: An iterative or a joint lens.
-        position: Position in the padded row, among those of the lens; negative ones count from the prompt's last real token
-            back.
+        position: Position in the padded row, among those of the lens; negative: from the prompt's last real token.
         prompt: Index of the prompt.
-        k: How many tokens; an iterative lens has as many as it was run with (`top_k`) at most.
+        k: Number of tokens; for an iterative lens at most its `top_k`.
 
     Returns:
-        A `View`: additive logits of an iterative lens, with their own parts where the answer is a mix; of a joint lens the
-        weighted contributions beyond the mean of the vocabulary.
+        A `View`: additive logits of an iterative lens, with own parts where the answer is a mix; for a joint lens, the
+        weighted, centered contributions.
 
     Raises:
-        ValueError: There is no such position or prompt, or the lens kept fewer than k tokens.
-
-    Cost:
-        See the module.
+        ValueError: Unknown position or prompt, or the lens kept fewer than k tokens.
 
     Example:
         >>> import tl_jets as tj
@@ -118,7 +101,7 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
 @view_of.register(IterativeJetLens)
 @view_of.register(JointJetLens)
 def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
-    """What a notebook shows of a lens: the first prompt's last positions, orders 0 and highest, the largest components."""
+    """The notebook view: the first prompt's last positions, lowest and highest order, the largest components."""
     prompt = int(lens.valid.any(1).nonzero()[0, 0])
     places = places_of(lens, prompt, None, most=SHOWN_POSITIONS)
     if isinstance(lens, JointJetLens):
@@ -131,14 +114,14 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
 
 
 def closeness(measure: str, value: float) -> float:
-    """How close to the model a measure says a cell is, in 0..1: the strength of its color."""
+    """How close a cell is to the model by a measure, in 0..1: the strength of its color."""
     if measure == "kl":
         return 1 - math.sqrt(min(max(value, 0.0), FAR) / FAR)
     return 1 - min(value, 1.0) if measure == "remainder_norm" else max(value, 0.0)
 
 
 def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place: int, names: dict[int, str]) -> str:
-    """All numbers of one cell, a line each."""
+    """All numbers of one cell, one per line."""
     at = (layer, order, prompt, place)
     lines = [f"{lens.labels[layer]}, order {lens.orders[order]}, position {lens.positions[place]}"]
     for token_id, full, own in zip(
@@ -159,7 +142,7 @@ def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place:
 
 
 def order_index(lens: IterativeJetLens, order: int | None) -> int:
-    """Index of an order along the order axis; None is the highest."""
+    """Index along the order axis; None is the highest order."""
     wanted = lens.orders[-1] if order is None else order
     if wanted not in lens.orders:
         raise ValueError(
@@ -169,7 +152,7 @@ def order_index(lens: IterativeJetLens, order: int | None) -> int:
 
 
 def answer(shown: str, borrowed: bool) -> str:
-    """A best token: bold, or in square brackets where it is borrowed."""
+    """A best token as HTML: bold, or in square brackets if borrowed."""
     return f'<span class="borrowed">[{token(shown)}]</span>' if borrowed else f"<b>{token(shown)}</b>"
 
 
@@ -230,7 +213,7 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
     if top is not None and top < 1:
         raise ValueError(f"top must be 1 or more, or None for all components; got {top}.")
     weights = lens.weights[:, prompt, places]
-    # In the order of the network, whichever are the largest.
+    # The largest weights, in the order of the network.
     chosen = sorted(weights.mean(1).argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
     names = token_names(lens.tokenizer, [found.indices, lens.tokens, lens.top_ids[..., 0], lens.model_top_ids])
@@ -308,7 +291,7 @@ def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
         cells = [row_head(text(label)), cell(number(float(lens.weights[i, prompt, place])))]
         for best, value in zip(ids[i].tolist(), values[i].tolist(), strict=True):
             hover = f"contribution {precise(value)}"
-            shown = f"{token(names[best])} {number(value)}" if abs(value) > 1e-6 else "\u2013"  # all tokens are alike
+            shown = f"{token(names[best])} {number(value)}" if abs(value) > 1e-6 else "\u2013"  # all tokens are equal
             cells.append(cell(shown, diverging(value, scale), hover=hover))
         rows.append(cells)
     best = [

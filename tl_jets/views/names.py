@@ -1,4 +1,4 @@
-"""What views call things, and which positions and tokens of a result they show."""
+"""Names of measures in views, and the selection of positions and prompts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,19 @@ MEASURE_NAMES = {
 
 
 def check_measure(measure: str, known: Sequence[str] = MEASURES) -> None:
-    """Raise ValueError unless there is such a measure."""
+    """Raise ValueError if a measure is unknown."""
     if measure not in known:
         raise ValueError(f"measure must be one of {tuple(known)}; got {measure!r}.")
 
 
 def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: int | None = None) -> list[int]:
-    """Indices along a result's pos axis, real tokens only: those of `positions` (as the result names them), or all.
+    """Indices of real tokens along a result's pos axis; ValueError if there are none.
 
     Args:
-        result: With `positions`, `tokens` and `valid`.
+        result: Has `positions`, `tokens` and `valid`.
         prompt: Index of the prompt.
         positions: Positions in the padded row; None for all.
-        most: The last so many.
-
-    Raises:
-        ValueError: There is no such prompt or position, or all of them are padding.
+        most: Keep only the last `most`.
     """
     n_prompts = len(result.tokens)
     if not 0 <= prompt < n_prompts:
@@ -49,5 +46,5 @@ def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: i
 
 
 def of_prompts(result: Any, prompt: int) -> str:
-    """`, prompt 2 of 3`, where there are several."""
+    """`, prompt 2 of 3`, if there are several."""
     return f", prompt {prompt + 1} of {len(result.tokens)}" if len(result.tokens) > 1 else ""

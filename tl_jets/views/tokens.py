@@ -1,8 +1,7 @@
-"""The prompt's tokens, colored: by layer what a lens says there, by path what it gives, by position what it contributes.
+"""The prompt's tokens, colored: by layer for a lens, by path for path statistics, by position for a detached map.
 
-A strip of tokens a row; under each token its number, and as color the same around zero (orange above, blue below) or as
-closeness to the model (bluer is closer). A pointer brings up the rest. Nothing runs the model but `detached_tokens`, which
-makes the map's contributions if they were not asked for yet.
+One strip of tokens per row. Under each token stands its number; colors diverge at zero (orange above, blue below) or
+show closeness to the model (bluer is closer). Hover shows the rest.
 
 Example:
     >>> import tl_jets as tj
@@ -41,27 +40,18 @@ def lens_tokens(
     prompt: int = 0,
     positions: Sequence[int] | None = None,
 ) -> View:
-    """The prompt's tokens, a strip a layer, colored by how close the layer is to the model there.
+    """The prompt's tokens, one strip per layer, colored by a measure of closeness, with its control in brackets.
 
     Args:
         lens: A lens run with measures.
-        measure: Which one: `"kl"` (nats), `"cosine"`, `"centered_cosine"`, `"remainder_norm"` or `"top1_agreement"`.
-        order: None for the lens' highest.
+        measure: `"kl"` (nats), `"cosine"`, `"centered_cosine"`, `"remainder_norm"` or `"top1_agreement"`.
+        order: Order; None for the lens' highest.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
 
-    Returns:
-        A `View`; under each token the measure, in (round) brackets that of the random center, if the lens has one.
-
     Raises:
-        TypeError: It is no iterative lens.
-        ValueError: The lens has no measures, or there is no such measure, order, prompt or position.
-
-    Cost:
-        None.
-
-    Example:
-        See the module.
+        TypeError: It is not an iterative lens.
+        ValueError: The lens has no measures, or measure, order, prompt or position are unknown.
     """
     if not isinstance(lens, IterativeJetLens):
         raise TypeError(
@@ -99,25 +89,17 @@ def path_tokens(
     prompt: int = 0,
     positions: Sequence[int] | None = None,
 ) -> View:
-    """The prompt's tokens, a strip a path (or a part by length, component or source), colored by what it gives there.
+    """The prompt's tokens, one strip per path (or length, component or source), colored by its contribution.
 
     Args:
-        paths: `PathStatistics` of any kind, or a whole `PathCache`, whose statistics by path are taken (a product with the
-            unembedding).
-        measure: `"effect"` (on the logit of the first target, beyond the mean of the vocabulary), `"share"`, `"norm"` or
-            `"cosine"`.
-        top: The parts with the largest sizes of the measure, averaged over what is shown; None for all in their order.
+        paths: `PathStatistics`, or a whole `PathCache` (cost: a product with the unembedding).
+        measure: `"effect"` (on the centered logit of the first target), `"share"`, `"norm"` or `"cosine"`.
+        top: Number of parts to show, those with the largest mean absolute measure; None for all in order.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the result; None for all real ones.
 
-    Returns:
-        A `View`; colors are around zero, orange above and blue below, on one scale.
-
     Raises:
-        ValueError: There is no such measure, prompt or position, or top is below 1.
-
-    Cost:
-        None for statistics.
+        ValueError: Unknown measure, prompt or position, or top is below 1.
 
     Example:
         >>> import tl_jets as tj
@@ -157,23 +139,19 @@ def path_tokens(
 
 
 def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", prompt: int = 0, k: int = 3) -> View:
-    """The prompt's tokens, a strip an output position, colored by what each contributes to it in the detached map.
+    """The prompt's tokens, one strip per output position, colored by contribution in the detached map; the bias is last.
 
     Args:
         jacobian: A detached map.
-        by: `"share"`, the projection of J_t e_t on the output over the output's squared length (with the bias the shares sum to
-            1), or `"norm"`, its length.
+        by: `"norm"` of the contribution, or `"share"`: the projection of J_t e_t on the output over the output's squared
+            length (with the bias, shares sum to 1).
         prompt: Index of the prompt.
-        k: How many tokens that a contribution raises most a pointer brings up.
-
-    Returns:
-        A `View`; the last chip of a strip is the bias.
+        k: Number of tokens that a contribution raises most, shown on hover.
 
     Raises:
-        ValueError: There is no such kind of contribution, or no such prompt.
+        ValueError: Unknown kind of contribution, or prompt.
 
-    Cost:
-        Two backward passes a position, once (`DetachedJacobian.contributions`).
+    Cost: two backward passes per position, once (`DetachedJacobian.contributions`).
 
     Example:
         >>> import tl_jets as tj
@@ -222,7 +200,7 @@ def _strip(chips: list[str]) -> str:
 
 
 def _shown(measure: str, value: float) -> str:
-    """A number with its sign, unless it is a length."""
+    """A number with its sign; norms have none."""
     shown = number(value)
     return f"+{shown}" if measure != "norm" and value > 1e-6 else shown
 

@@ -1,4 +1,4 @@
-"""The detached map as rich tables, from what `tl-jets jacobian --json` writes."""
+"""Tables of the detached map, from the data of `tl-jets jacobian --json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_jets.cli.terminal.parts import answer_line, heading, legend, new_table, 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
 
-# Tokens of a longer prompt are shown if they are among the largest.
+# Of a longer prompt, only this many largest tokens are shown.
 SHOWN = 40
 
 
@@ -25,7 +25,7 @@ def tables(data: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def asked(data: Mapping[str, Any]) -> dict[str, str | Text]:
-    """What was asked of which model, its own answer, and how exact the map is."""
+    """The request, the model's answer, and the error of the map."""
     answer, target = data["answer"], data["target"]
     rows: dict[str, str | Text] = {"model": data["model"], "prompt": data["prompt"]}
     rows["answer"] = answer_line(answer["token"], data["read"]["token"], data["position"])
@@ -41,7 +41,7 @@ def asked(data: Mapping[str, Any]) -> dict[str, str | Text]:
 
 
 def _tokens(data: Mapping[str, Any]) -> RenderableType:
-    """A token a row; bias and sum at the bottom."""
+    """One token per row; bias and sum at the bottom."""
     has_effect = data["target"] is not None
     table = new_table()
     table.add_column("pos", justify="right")
@@ -75,13 +75,13 @@ def _tokens(data: Mapping[str, Any]) -> RenderableType:
 
 
 def title(data: Mapping[str, Any]) -> str:
-    """What the table of tokens is of."""
+    """Title of the table of tokens."""
     of = data["output"] if data["target"] is None else f"the logit of {data['target']['token']}{in_unit(data['unit'])}"
     return f"What each token gives to {of}"
 
 
 def _singular(data: Mapping[str, Any]) -> RenderableType:
-    """A singular value a row: what comes out, and what goes in where."""
+    """One singular value per row: output direction, input direction and its position."""
     has_input = any(row["reads"] is not None for row in data["svd"])
     table = new_table()
     table.add_column("value", justify="right")
@@ -100,7 +100,7 @@ def _singular(data: Mapping[str, Any]) -> RenderableType:
 
 
 def explained(data: Mapping[str, Any]) -> dict[str, str]:
-    """What a newcomer must know to read the tables."""
+    """The legend of the tables."""
     rows = {
         "error": "J e + bias is the model's own output up to rounding; the bias is computed by itself. The ordinary Jacobian "
         "(of the model as it responds) is the control: it does not add up to the output.",

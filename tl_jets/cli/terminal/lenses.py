@@ -1,4 +1,4 @@
-"""Both lenses as rich tables."""
+"""Tables of both lenses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BAR = "\u2588"
 BAR_WIDTH = 20
 PICTURE_WIDTH = 84
 LABEL_WIDTH, ORDER_WIDTH = 11, 22
-# Components below this weight share a row where there are more than MAX_ROWS.
+# Components below this weight share one row if there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 CONSTANT = f"{DECODER_STEP}_bias"
 TITLES = {
@@ -55,17 +55,14 @@ DETACHED = {
 
 
 def heading(lens: IterativeJetLens, position: int, model: str, prompt: str) -> Text:
-    """What was asked of which model, and its own answer."""
+    """The request, and the model's answer."""
     read, answer = _token(lens, lens.tokens[0, position]), _token(lens, lens.model_top_ids[0, position])
     rows = {"model": model, "prompt": prompt, "answer": answer_line(answer, read, lens.positions[position])}
     return lines_of("lens", rows)
 
 
 def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0, width: int = PICTURE_WIDTH) -> Group:
-    """A layer a row, an order a column: best tokens, KL beside its control, and the borrowed share.
-
-    The first orders are shown that `width` columns have room for.
-    """
+    """Layers by orders (as many as fit into `width`): best tokens, KL with its control, borrowed share."""
     table = new_table()
     table.add_column("layer\nrho", no_wrap=True)
     shown = lens.orders[: max(1, (width - LABEL_WIDTH) // ORDER_WIDTH)]
@@ -97,9 +94,9 @@ def iterative_table(lens: IterativeJetLens, position: int, batch: int = 0, width
 
 
 def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Group:
-    """A component a row: weight, its own best tokens; the sum at the bottom, its KL beside control and uniform weights.
+    """One component per row: weight and best tokens; the sum with its KL, control and uniform weights at the bottom.
 
-    Detached terms all weigh 1: instead of that their `effects`, what they give to the answer or to targets, are shown.
+    Detached terms all have weight 1, so their `effects` on the answer or targets are shown instead.
     """
     table = new_table()
     table.add_column("component")
@@ -139,7 +136,7 @@ def joint_table(lens: JointJetLens, position: int, batch: int = 0) -> Group:
 
 
 def target_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Group:
-    """A layer a row, a target and order a column: its rank, and its logit."""
+    """One layer per row, one target and order per column: rank and logit."""
     assert lens.target_ids is not None
     assert lens.target_logits is not None
     assert lens.target_ranks is not None
@@ -158,7 +155,7 @@ def target_table(lens: IterativeJetLens, position: int, batch: int = 0) -> Group
 
 
 def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Group:
-    """Measures over all positions of the prompt, each beside its control."""
+    """Measures averaged over the prompt's positions, with their controls."""
     table = new_table()
     table.add_column("layer")
     table.add_column("k", justify="right")
@@ -178,7 +175,7 @@ def average_table(iterative: IterativeJetLens, joint: JointJetLens) -> Group:
 
 
 def legend(lens: IterativeJetLens) -> Group:
-    """What a newcomer must know to read the tables."""
+    """The legend of the tables."""
     softcap = {"softcap": "Logits and effects are before the model's final softcap; KL and ranks are its own."}
     softcap = {} if lens.unit == LOGITS_UNIT else softcap
     if lens.linearize == "detached":
@@ -205,7 +202,7 @@ def legend(lens: IterativeJetLens) -> Group:
 
 
 def picture(*parts: RenderableType) -> str:
-    """The parts as an SVG that refers to no font or other file elsewhere."""
+    """The parts as a self-contained SVG, without external fonts."""
     console = Terminal(record=True, file=io.StringIO(), width=PICTURE_WIDTH)
     console.print(*parts)
     text = console.export_svg(title="tl-jets lens")
@@ -223,7 +220,7 @@ def _token(lens: IterativeJetLens | JointJetLens, token: Tensor) -> str:
 
 
 def _answers(lens: IterativeJetLens | JointJetLens, ids: Tensor, borrowed: bool) -> Text:
-    """Best tokens, the first one marked if it is borrowed."""
+    """Best tokens; the first one is marked if borrowed."""
     first, *others = (_token(lens, token) for token in ids)
     answer = (f"[{first}]", BORROWED_STYLE) if borrowed else (first, OWN_STYLE)
     return Text.assemble(answer, *((f" {other}", "dim") for other in others))

@@ -1,4 +1,4 @@
-"""Tables of n-grams as rich tables: one by itself, several side by side as far as the terminal is wide."""
+"""Tables of n-grams: one by itself, or several side by side as far as the width allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_jets.core.numerals import number
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams.tables import NgramTable, side_by_side
 
-# Rows shown of a table that has a row for every token of the vocabulary, and of any other.
+# Maximum rows of a table with `per="row"`, and of any other.
 SHOWN, MOST_SHOWN = 20, 1000
 RANK_WIDTH, GAP = 6, 2
 
@@ -45,7 +45,7 @@ def tables(
 def asked(
     found: Mapping[str, NgramTable], *, model: str, top_k: int, saved: Sequence[str] = ()
 ) -> dict[str, str | Text]:
-    """What was asked of which model."""
+    """The request."""
     rows: dict[str, str | Text] = {"model": model, "n-grams": _what(next(iter(found.values())), top_k)}
     return rows | ({"saved": ", ".join(saved)} if saved else {})
 
@@ -65,7 +65,7 @@ def _name(found: Mapping[str, NgramTable], token: int) -> str:
 
 
 def _alone(label: str, table: NgramTable, of: str) -> RenderableType:
-    """One table: a row an n-gram, with its score, and what the score is made of."""
+    """One table: a row per n-gram, with its score and parts."""
     drawn = new_table()
     drawn.add_column("rank", justify="right")
     for name in ("key", "query", "output") if table.n == 3 else ("first", "then"):
@@ -90,7 +90,7 @@ def _alone(label: str, table: NgramTable, of: str) -> RenderableType:
 
 
 def _beside(found: Mapping[str, NgramTable], of: str, scores: bool, width: int) -> Iterator[RenderableType]:
-    """Several tables, a column each; as many columns at once as there is room for."""
+    """Several tables as columns, split to fit the width."""
     n_rows = max(len(table) for table in found.values())
     k = min(n_rows, _how_many(next(iter(found.values())), of))
     frame = side_by_side(found, k, scores=scores)
@@ -108,7 +108,7 @@ def _beside(found: Mapping[str, NgramTable], of: str, scores: bool, width: int) 
 
 
 def _how_many(table: NgramTable, of: str) -> int:
-    """Rows that are shown of a table, of a token or of all."""
+    """Number of rows to show, for one token (`of`) or for all."""
     return SHOWN if table.settings.get("per") == "row" and not of else MOST_SHOWN
 
 
@@ -117,7 +117,7 @@ def _cell(value: Any) -> str:
 
 
 def _fitting(widths: Mapping[str, int], room: int) -> Iterator[list[str]]:
-    """Columns in order, as many together as fit; a table's scores stay beside it."""
+    """Groups of consecutive columns that fit; scores stay beside their table."""
     group: list[str] = []
     used = 0
     for name, width in widths.items():
@@ -131,7 +131,7 @@ def _fitting(widths: Mapping[str, int], room: int) -> Iterator[list[str]]:
 
 
 def explained(found: Mapping[str, NgramTable]) -> dict[str, str]:
-    """What a newcomer must know to read the tables."""
+    """The legend of the tables."""
     first = next(iter(found.values()))
     score, normalize = first.settings.get("score"), str(first.settings.get("normalize"))
     if first.n == 3:

@@ -1,4 +1,4 @@
-"""What the tables of all commands share: headings, cells, legends, and how numbers and texts are written."""
+"""Headings, cells and legends shared by the tables of all commands."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 OWN_STYLE = "bold"
-# Narrower, tables are no tables. COLUMNS=0 is said by what does not know the width.
+# Minimum width of tables, and the width if COLUMNS=0 (unknown).
 LEAST_WIDTH, USUAL_WIDTH = 40, 80
 
 
 class Terminal(Console):
-    """A console that reads no markup or emoji codes, and leaves a closed pipe to its caller."""
+    """A console without markup or emoji codes that raises BrokenPipeError."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
         self.width = max(self.width or USUAL_WIDTH, LEAST_WIDTH)
 
     def on_broken_pipe(self) -> None:
-        """Newer versions of rich end the process here."""
+        """Raise BrokenPipeError, where newer versions of rich exit."""
         raise BrokenPipeError
 
 
 def heading(command: str, rows: Mapping[str, str | Text]) -> Text:
-    """The first words of an output: the command, and what was asked of which model."""
+    """The command and its request."""
     width = max(8, *(len(name) + 1 for name in rows))
     found = Text.assemble((f"tl-jets {command}", "bold"))
     for name, value in rows.items():
@@ -39,12 +39,12 @@ def heading(command: str, rows: Mapping[str, str | Text]) -> Text:
 
 
 def answer_line(answer: str, read: str, position: int) -> Text:
-    """What the model itself says, after which token."""
+    """The model's answer, and the token it follows."""
     return Text.assemble((answer, "bold"), f", what the model says after {read} (position {position})")
 
 
 def new_table() -> Table:
-    """A table with a line below its head, and no other."""
+    """An empty table, with a rule only below its head."""
     return Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -55,12 +55,12 @@ def new_table() -> Table:
 
 
 def titled(title: str, table: Table, *notes: str) -> Group:
-    """A table below its title, with remarks below it."""
+    """A table below its title, with notes."""
     return Group(Text(title, style="bold"), table, *(Text(note, style="dim") for note in notes), "")
 
 
 def legend(rows: Mapping[str, str]) -> Group:
-    """What a newcomer must know to read the tables."""
+    """Names and explanations under the title `How to read this`."""
     found = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     found.add_column(style="bold", no_wrap=True)
     found.add_column()
@@ -70,10 +70,10 @@ def legend(rows: Mapping[str, str]) -> Group:
 
 
 def words(tokens: Sequence[str]) -> Text:
-    """Tokens, best first, the first one bold."""
+    """Tokens, best first; the first in bold."""
     return Text(" ").join(Text(token, style="dim" if i else OWN_STYLE) for i, token in enumerate(tokens))
 
 
 def printable(text: str) -> str:
-    """A text on one line, without what moves a cursor or turns the direction of reading."""
+    """A text on one line, without control or bidirectional characters."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

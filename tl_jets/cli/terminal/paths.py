@@ -1,4 +1,4 @@
-"""Paths and components as rich tables, from what `tl-jets paths --json` writes."""
+"""Tables of paths and components, from the data of `tl-jets paths --json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tables(data: Mapping[str, Any], *, top: int) -> list[RenderableType]:
 
 
 def asked(data: Mapping[str, Any]) -> dict[str, str | Text]:
-    """What was asked of which model, and its own answer."""
+    """The request, and the model's answer."""
     answer, target = data["answer"], data["target"]
     rows: dict[str, str | Text] = {"model": data["model"], "prompt": data["prompt"]}
     rows["answer"] = answer_line(answer["token"], data["read"]["token"], data["position"])
@@ -35,7 +35,7 @@ def asked(data: Mapping[str, Any]) -> dict[str, str | Text]:
 
 
 def _paths(data: Mapping[str, Any]) -> RenderableType:
-    """A path a row, with its ablation if there is one; sums at the bottom."""
+    """One path per row, with its ablation if there is one; sums at the bottom."""
     is_ablated = data["ablation"] is not None
     table = new_table()
     table.add_column("effect", justify="right", no_wrap=True)
@@ -65,7 +65,7 @@ def _paths(data: Mapping[str, Any]) -> RenderableType:
 
 
 def rest(data: Mapping[str, Any]) -> str:
-    """What the model's logit has besides the paths that are shown."""
+    """Describe the part of the logit that the shown paths leave."""
     parts = [f"{count_text(data['n_paths'] - len(data['paths']))} other paths"]
     parts += ["what the filters left out"] if data["filters"] else []
     parts += ["the remainder"] if data["linearize"] == "jet" else []
@@ -73,7 +73,7 @@ def rest(data: Mapping[str, Any]) -> str:
 
 
 def title(data: Mapping[str, Any]) -> str:
-    """What the table of paths is of."""
+    """Title of the table of paths."""
     kind = "detached" if data["linearize"] == "detached" else f"order-{data['order']} jet"
     how = "" if data["is_exhaustive"] else " (beam search)"
     asked_for = " that the filters keep" if data["filters"] else ""
@@ -82,7 +82,7 @@ def title(data: Mapping[str, Any]) -> str:
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
-    """What stands below the table of paths."""
+    """Notes below the table of paths."""
     found = []
     if data["linearize"] == "jet":
         copies = sum(row["is_answer"] for row in data["paths"])
@@ -101,7 +101,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
 
 
 def _components(components: Mapping[str, Any], top: int, unit: str) -> RenderableType:
-    """A component a row: the sum of all paths through it, beside what its ablation does."""
+    """One component per row: the sum of all paths through it, with its zero ablation."""
     table = new_table()
     table.add_column("component")
     table.add_column("paths", justify="right")
@@ -119,7 +119,7 @@ def _components(components: Mapping[str, Any], top: int, unit: str) -> Renderabl
 
 
 def explained(data: Mapping[str, Any]) -> dict[str, str]:
-    """What a newcomer must know to read the tables."""
+    """The legend of the tables."""
     rows = {
         "effect": "What a path adds to the token's logit beyond the mean of the vocabulary (all effects sum to the model's), "
         "with norm scales, attention patterns and gates frozen at this prompt.",

@@ -1,10 +1,7 @@
 """Figures for papers, with matplotlib: lens tables, measures with their controls, path shares, learning curves, spectra.
 
-Every function returns a matplotlib `Figure` and shows nothing: a notebook shows what is the last line of a cell,
-`figure.savefig("a.pdf")` writes it. Where one axes suffices, `ax=` takes yours. Colors are told apart by color-blind readers: Okabe
-and Ito's, a blue-orange map around zero, cividis for depth. In gray lines are still told apart by their markers, but not the two
-sides of zero. Controls are dashed, in the color of what they control. Tokens are plain text: a dollar sign starts no formula.
-
+Every function returns a matplotlib `Figure` and shows nothing. Colors suit color-blind readers: Okabe and Ito's
+palette, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of what they control.
 matplotlib is an extra, `pip install "tl-jets[plots]"`, imported when a figure is drawn.
 
 Example:

@@ -1,8 +1,4 @@
-"""Axes of matplotlib as all figures here have them: imported when drawn, plain, with text cells and slanted names.
-
-Example:
-    See `tl_jets.views.figures`.
-"""
+"""Shared matplotlib code: axes, colors, legends, and tables of text cells; matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -15,21 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), without black and yellow, and a marker for each.
+# Okabe and Ito (2008), without black and yellow; one marker for each.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 BELOW_TO_ABOVE = ("#1c66a8", "#6fb0e0", "#ffffff", "#f5a34a", "#9c4f00")
 NEAR_TO_FAR = ("#3182c4", "#6fb0e0", "#ffffff")
 SMALL = 8  # points
-FAR = 10.0  # from where on what counts from 0 has no color: nats
+FAR = 10.0  # nats; values counted from 0 have no color beyond this
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, imported now.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """matplotlib.pyplot, imported on first use; ImportError with a remedy if it is not installed."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -38,37 +30,33 @@ def pyplot() -> Any:
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The axes given, or those of a new figure of this size in inches."""
+    """The given axes, or those of a new figure of this size in inches."""
     figure, (ax,) = new_panels(ax, 1, size)
     return figure, ax
 
 
 def new_panels(ax: Axes | None, n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """N axes side by side, each of this size in inches; or the one given.
-
-    Raises:
-        ValueError: One is given for several, or none is asked for.
-    """
+    """N axes side by side, each of this size in inches, or the given one; ValueError if it is to hold several."""
     plt = pyplot()
     if n < 1 or (ax is not None and n > 1):
         raise ValueError(f"A figure has a panel at least, and ax= is for a single one; {n} panels are asked for.")
     if ax is not None:
         return ax.figure, [ax]  # type: ignore[return-value]
     figure, axes = plt.subplots(1, n, figsize=(n * size[0], size[1]), layout="constrained", squeeze=False)
-    # pyplot shows what it holds at the end of a cell; what is returned would be shown twice.
+    # Closed, because pyplot shows its open figures at the end of a cell: the returned one would appear twice.
     plt.close(figure)
     return figure, list(axes[0])
 
 
 def depth_color(index: int, n: int) -> Any:
-    """The color of one of n layers, dark to bright."""
+    """The color of one of n layers, from dark to bright."""
     import matplotlib
 
     return matplotlib.colormaps["cividis"](0.92 * index / max(n - 1, 1))
 
 
 def plain(ax: Axes) -> None:
-    """No frame but the axes, small numbers."""
+    """Remove the top and right spines, and shrink the tick labels."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=SMALL)
 
@@ -76,7 +64,7 @@ def plain(ax: Axes) -> None:
 def short_legend(
     ax: Axes, lines: Sequence[Any], extra: Sequence[Any] = (), *, most: int = 6, outside: bool = False
 ) -> None:
-    """A legend of lines by their labels: of many the first, the middle and the last, then what is drawn beside them."""
+    """A legend of lines: of more than `most`, only the first, middle and last; then the `extra` ones."""
     lines = list(lines) if len(lines) <= most else [lines[0], lines[len(lines) // 2], lines[-1]]
     place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if outside else {}
     for entry in ax.legend(handles=[*lines, *extra], fontsize=SMALL - 1, frameon=False, **place).get_texts():
@@ -84,7 +72,7 @@ def short_legend(
 
 
 def name_ticks(ax: Axes, names: Sequence[str], most: int = 16) -> None:
-    """Names along the horizontal axis, slanted; every n-th where there are too many."""
+    """Slanted names along the horizontal axis; every n-th if there are too many."""
     step = -(-len(names) // most)
     places = range(0, len(names), step)
     shown = [names[i] for i in places]
@@ -94,14 +82,14 @@ def name_ticks(ax: Axes, names: Sequence[str], most: int = 16) -> None:
 def draw_cells(
     ax: Axes, texts: list[list[str]], values: list[list[float]] | None, *, diverging: bool, bar: str
 ) -> None:
-    """A table of texts on colored cells, and a color bar.
+    """Draw a table of texts on colored cells, with a color bar.
 
     Args:
-        ax: Where to.
-        texts: A row a list; rows after those of `values` have no color.
-        values: What the colors stand for: around zero, or from 0 (blue) up; None for no colors.
-        diverging: Which of the two.
-        bar: What the values are.
+        ax: Axes to draw on.
+        texts: One list per row; rows beyond those of `values` have no color.
+        values: Values of the colors; None for no colors.
+        diverging: Whether colors diverge at zero, or start at 0 (blue).
+        bar: Label of the color bar.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 
@@ -130,7 +118,7 @@ def draw_cells(
 
 
 def _ink(color: Sequence[float]) -> str:
-    """Black or white, whichever has the larger contrast on a color (WCAG's relative luminance)."""
+    """Black or white, whichever has the higher contrast on a color (WCAG relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"

@@ -1,8 +1,4 @@
-"""Figures of lenses: the table of the paper's figure 3, and measures beside their controls.
-
-Example:
-    See `tl_jets.views.figures`.
-"""
+"""Figures of lenses: the table of the paper's figure 3, and measures with their controls."""
 
 from __future__ import annotations
 
@@ -50,27 +46,21 @@ def lens_table(
     """The best token of every component or layer (rows) at every position (columns), as in the paper's figure 3.
 
     Args:
-        lens: A joint lens: rows are components with their mean weights, the color is what the component adds to the logit of its
-            own best token, beyond the mean of the vocabulary, diverging at zero. Or an iterative lens: rows are layers, the
-            color is the KL, answers in square brackets are borrowed (no colors or brackets if it has no measures).
-        order: Of an iterative lens; None for its highest.
+        lens: A joint lens: rows are components with mean weights, colored by what they add to the centered logit of
+            their best token. Or an iterative lens: rows are layers, colored by KL; borrowed answers stand in square
+            brackets (no colors or brackets without measures).
+        order: Order of an iterative lens; None for its highest.
         prompt: Index of the prompt.
         positions: Positions in the padded row, among those of the lens; None for all real ones.
-        top: Of a joint lens: the components with the largest weights; None for all.
+        top: Number of components of a joint lens to show, those with the largest weights; None for all.
         ax: Axes to draw on; None for a new figure.
 
-    Returns:
-        The figure; below the rows of the lens that of the model's own answers.
-
     Raises:
-        ValueError: There is no such order, prompt or position.
+        ValueError: Unknown order, prompt or position.
         ImportError: matplotlib is not installed.
 
-    Source:
-        Chen et al., arXiv 2410.06024, figure 3.
-
-    Cost:
-        A joint lens: its components' jets at these positions through the unembedding.
+    Source: Chen et al., arXiv 2410.06024, figure 3. Cost: for a joint lens, its components' jets at these positions
+    through the unembedding.
 
     Example:
         >>> import tl_jets as tj
@@ -112,35 +102,27 @@ def measures(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """How close a lens is to the model, averaged over all real positions, each measure beside its control.
+    """Distance of a lens from the model, averaged over all real positions, each measure with its control.
 
     Args:
-        lens: A lens with measures. Of a joint lens a bar each for its weights and for uniform ones (blue), and for random
-            centers with either (gray).
-        names: Which measure, or measures: a panel each.
-        against: Of an iterative lens: the horizontal axis. `"layer"` has a line an order, `"order"` a line a layer. Controls
-            (random centers of equal length and angle) are dashed, if the lens has them.
-        log: Of an iterative lens: whether KL and remainder are on a logarithmic axis, as several panels that are to be
-            compared need it; None where they span two decades, or `ax` has one. Other measures are on a linear one.
-        legend: Whether to name the lines; False if the figure that `ax` belongs to does it.
+        lens: A lens with measures. A joint lens gives bars: its weights and uniform ones (blue), and random centers with
+            either (gray).
+        names: One measure or several, one panel each.
+        against: Horizontal axis for an iterative lens: `"layer"` (a line per order) or `"order"` (a line per layer).
+            Controls (random centers of equal length and angle) are dashed.
+        log: Logarithmic axis for KL and remainder of an iterative lens; None where they span two decades, or `ax` is
+            logarithmic.
+        legend: Whether to add a legend.
         ax: Axes to draw on, for a single measure; None for a new figure.
 
     Returns:
-        The figure. A logarithmic axis shows nothing below 1e-6, which is rounding: a line that is below it everywhere, such
-        as that of the final stream, is left out.
+        The figure. Logarithmic axes omit values below 1e-6 (rounding), such as the line of the final stream.
 
     Raises:
-        ValueError: The lens has no measures, or there is no such measure, or one axes is given for several.
+        ValueError: The lens has no measures, a measure is unknown, or one axes is given for several.
         ImportError: matplotlib is not installed.
 
-    Source:
-        Chen et al., arXiv 2410.06024, figure 3, bottom; the controls are ours.
-
-    Cost:
-        None.
-
-    Example:
-        See the module.
+    Source: Chen et al., arXiv 2410.06024, figure 3, bottom; the controls are ours.
     """
     names = (names,) if isinstance(names, str) else names
     for name in names:
@@ -157,7 +139,7 @@ def measures(
             _lines_of(panel, lens, name, against, log)
         panel.set_title(MEASURE_NAMES[name], fontsize=SMALL + 1, loc="left")
     if legend and isinstance(lens, IterativeJetLens):
-        drawn = max((panel.lines for panel in panels), key=len)  # a logarithmic axis may lack some
+        drawn = max((panel.lines for panel in panels), key=len)  # a logarithmic axis may omit some
         controls = [line for line in drawn if line.get_label() == "control"]
         lines = [line for line in drawn if line not in controls]
         short_legend(panels[-1], lines, controls[:1], outside=ax is None)
@@ -167,7 +149,7 @@ def measures(
 def _joint_cells(
     lens: JointJetLens, prompt: int, places: list[int], top: int | None
 ) -> tuple[list[str], list[list[str]], list[list[float]]]:
-    """Row labels with weights, tokens, and what is added to their logits."""
+    """Row labels with weights, best tokens, and what is added to their logits."""
     weights = lens.weights[:, prompt, places].mean(1)
     chosen = sorted(weights.argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
@@ -180,7 +162,7 @@ def _joint_cells(
 def _iterative_cells(
     lens: IterativeJetLens, k: int, prompt: int, places: list[int]
 ) -> tuple[list[str], list[list[str]], list[list[float]] | None]:
-    """Layers, tokens (borrowed ones in square brackets), and KL."""
+    """Layers, best tokens (borrowed ones in square brackets), and KL."""
     best = lens.top_ids[:, k, prompt, places, 0]
     names = token_names(lens.tokenizer, [best])
     texts = [[visible(names[token]) for token in row] for row in best.tolist()]
@@ -195,7 +177,7 @@ def _iterative_cells(
 
 
 def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log: bool | None) -> None:
-    """One measure of an iterative lens, and its control."""
+    """Draw one measure of an iterative lens, and its control."""
     table = lens.average()
     by_order = against == "layer"
     lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
@@ -230,13 +212,13 @@ def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log:
 
 
 def _spans_decades(values: np.ndarray) -> bool:
-    """Whether what is not rounding spans two decades."""
+    """Whether values above rounding span two decades."""
     values = values[values > ROUNDING]
     return len(values) > 0 and bool(values.max() > 100 * values.min())
 
 
 def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
-    """One measure of a joint lens and of uniform weights (light); of the components, and of random centers (gray)."""
+    """Draw one measure of a joint lens, of uniform weights (light), and of random centers with either (gray)."""
     table = lens.average()
     panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.55", "0.8"], width=0.6)
     panel.set_xticks(range(len(table)), [kind.replace("_", "\n") for kind in table["weights"]])

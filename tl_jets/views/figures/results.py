@@ -1,8 +1,4 @@
-"""Figures of paths, of n-grams over checkpoints, and of detached maps.
-
-Example:
-    See `tl_jets.views.figures`.
-"""
+"""Figures of paths, of n-grams over checkpoints, and of detached maps."""
 
 from __future__ import annotations
 
@@ -34,24 +30,17 @@ if TYPE_CHECKING:
 def path_shares(
     paths: PathStatistics | PathCache, *, measure: str = "share", top: int | None = 20, ax: Axes | None = None
 ) -> Figure:
-    """How much paths (or sums of them) give, averaged over all real positions: bars, the largest first.
+    """Bars of mean contributions of paths over all real positions, with standard deviations, largest first.
 
     Args:
-        paths: Statistics by path, length, component or source, or a whole `PathCache`, whose statistics by path are taken. By
-            length bars stay in the order of lengths.
+        paths: Statistics by path, component, source, or length (bars stay in order), or a whole `PathCache`.
         measure: `"share"` (of the model's logits), `"effect"` (on the first target's logit), `"norm"` or `"cosine"`.
-        top: How many; None for all.
+        top: Number of bars; None for all.
         ax: Axes to draw on; None for a new figure.
 
-    Returns:
-        The figure: means, orange above zero and blue below, with the standard deviation over positions where there are several.
-
     Raises:
-        ValueError: There is no such measure, or top is below 1.
+        ValueError: Unknown measure, or top is below 1.
         ImportError: matplotlib is not installed.
-
-    Cost:
-        None for statistics.
 
     Example:
         >>> import tl_jets as tj
@@ -98,28 +87,23 @@ def learning_curves(
     pairs: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     log: bool = False,
 ) -> Figure:
-    """Bi-grams over checkpoints: hit ratios beside their controls, and scores of given bi-grams, which were tracked.
+    """Hit ratios with their controls, and log-probabilities of the tracked bi-grams, over checkpoints.
 
     Args:
-        track: What `tl_jets.studies.track` found, along one path; or `track_by_path`, along several.
-        pairs: Of one path: which of its bi-grams (as it names them) have lines of their own; None for the first six. Their mean
-            over all is drawn, too. Of several paths: of which bi-grams each path's mean is drawn; None for all. Groups of them
-            by name have a panel each.
-        log: Whether checkpoints are on a logarithmic scale, on which zero has a place: for steps that double.
+        track: Result of `tl_jets.studies.track` (one path) or `track_by_path` (several).
+        pairs: One path: bi-grams with lines of their own beside the mean of all; None for the first six. Several paths:
+            bi-grams that each path's mean is taken over; None for all. A mapping of groups gives a panel each.
+        log: Logarithmic scale of checkpoints that includes zero, for steps that double.
 
     Returns:
-        The figure: a panel for the hit ratio if there is a reference (dashed: its second tokens shuffled), one for the
-        log-probabilities if there are bi-grams. Checkpoints that are numbers are on a scale of numbers.
+        The figure: a panel of hit ratios if there is a reference (dashed: shuffled), and panels of log-probabilities
+        (nats). Numeric checkpoints are on a numeric scale.
 
     Raises:
-        ValueError: There is no such bi-gram, or no path, or checkpoints on a logarithmic scale are no numbers from 0 up.
+        ValueError: Unknown bi-gram, no path, or a logarithmic scale for checkpoints that are not numbers from 0 up.
         ImportError: matplotlib is not installed.
 
-    Source:
-        Chen et al., arXiv 2410.06024, section 5.2.
-
-    Cost:
-        None.
+    Source: Chen et al., arXiv 2410.06024, section 5.2.
 
     Example:
         >>> import tl_jets as tj
@@ -182,7 +166,7 @@ def learning_curves(
 
 
 def _curve(panel: Axes, x: list[Any], values: Any, index: int, label: str) -> None:
-    """A line over checkpoints; six colors and markers make 36 lines that differ."""
+    """Draw a line over checkpoints; six colors and six markers give 36 distinct lines."""
     marker = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
     panel.plot(x, values.tolist(), lw=1.2, ms=4, color=COLORS[index % len(COLORS)], marker=marker, label=label)
 
@@ -191,21 +175,17 @@ def spectra(spectra: DetachedSpectra) -> Figure:
     """Detached maps layer by layer: singular values, stable ranks, and what their directions explain.
 
     Args:
-        spectra: What `tl_jets.detached_spectra` found.
+        spectra: Result of `tl_jets.detached_spectra`.
 
     Returns:
-        The figure, of three panels: the largest singular values of every map, from the first (dark) to the last (bright); stable
-        ranks; the shares of the final stream and of the map's own write inside its left directions, with that of as many
-        random directions (dashed).
+        The figure, of three panels: largest singular values of every map, from the first (dark) to the last (bright);
+        stable ranks; shares of the final stream and of the map's own write inside its left directions, with the share
+        inside as many random directions (dashed).
 
     Raises:
         ImportError: matplotlib is not installed.
 
-    Source:
-        Golden, arXiv 2505.24293, figures 3 and 4; explained shares are ours.
-
-    Cost:
-        None.
+    Source: Golden, arXiv 2505.24293, figures 3 and 4; explained shares are ours.
 
     Example:
         >>> import tl_jets as tj
@@ -225,7 +205,7 @@ def spectra(spectra: DetachedSpectra) -> Figure:
     short_legend(left, left.lines)
     left.set_xlabel("singular value", fontsize=SMALL + 1)
     left.set_title("size", fontsize=SMALL + 1, loc="left")
-    # Maps are streams and writes in turn: a line through both would zigzag.
+    # Maps alternate between streams and writes: a line would zigzag.
     middle.plot(range(n_maps), spectra.stable_rank.tolist(), color=COLORS[0], marker="o", ms=5, ls="none")
     middle.set_title("stable rank", fontsize=SMALL + 1, loc="left")
     middle.set_ylim(bottom=0)
