@@ -1,11 +1,8 @@
 """The detached map: a language model as an exact linear map of its input embeddings, at one input.
 
-- `detached(model)`: the model's own forward pass with norm scales, patterns and gates as constants (`context`);
-- `detached_jacobian(model, text)`: the map and its bias, applied, decomposed and decoded (`jacobian`, `chain`,
-  `block_norms`, `decoding`);
-- `detached_spectra(model, text)`: singular values, stable ranks and leading subspaces by layer (`spectra`).
-
-`tl_jets.steering_hooks` applies the map of one prompt to another (`tl_jets.interventions.steering`).
+- `detached(model)`: context in which norm scales, patterns and gates are constants for derivatives;
+- `detached_jacobian(model, text)`: the map and its bias, applied, decomposed and decoded;
+- `detached_spectra(model, text)`: singular values, stable ranks and leading subspaces by layer.
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293).
 """

@@ -1,4 +1,4 @@
-r"""How strongly a map reads and writes: norms of rows and columns of one block J_t, by coordinate and by token.
+r"""Norms of the rows and columns of one block J_t, by coordinate and by token.
 
 J_t is the part of J from the input at position t to one output position.
 
@@ -11,14 +11,12 @@ norm                                          what it says
 `read`: \|J_t e_v\|                           how much an occurrence of token v at t puts into the output
 ============================================  =====================================================================
 
-The first two are those of the paper: the largest rows are decoded as input directions, the largest columns as output
-directions. They depend on the basis of the stream, which a rotation of the weights changes without changing the model. The
-last two do not, and are asked for by token. w_v is the unembedding of v, less the mean over the vocabulary unless
-`centered=False` (the softmax ignores what raises all logits alike), through the final norm at its own scale. e_v is the
-embedding of v as the stream holds it.
+The first two are the paper's: the largest rows are decoded as input directions, the largest columns as output directions. They
+depend on the basis of the stream; the last two do not. w_v is the unembedding of v, less the mean over the vocabulary unless
+`centered=False`, through the final norm at its own scale. e_v is the embedding of v in the stream.
 
-Source: Golden (arXiv 2505.24293, v3), section 3.2 and figure 2A; the norms by token are ours. Cost: a backward pass for each
-of d_model rows, and two products of the vocabulary with J_t, in chunks: d_vocab x d_model^2 multiply-adds each.
+Source: Golden (arXiv 2505.24293, v3), section 3.2 and figure 2A; the norms by token are ours. Cost: a backward pass for
+each of d_model rows, and two products of the vocabulary with J_t, in chunks: d_vocab x d_model^2 multiply-adds each.
 """
 
 from __future__ import annotations
@@ -40,27 +38,20 @@ from tl_jets.core.tokens import decode, token_names
 from tl_jets.detached_map.chain import LOGITS
 from tl_jets.detached_map.decoding import Directions
 
-# Tokens whose images are held at once.
+# Chunk size over the vocabulary.
 TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockNorms(Shown):
-    """Norms of rows and columns of one block J_t, by coordinate and by token.
+    """Norms of the rows and columns of one block J_t, by coordinate and by token.
 
     Attributes:
-        wrt: What is read.
-        output: What is written.
-        pos: Position that is read.
-        out_pos: Position that is written.
-        centered: Whether logits are taken less their mean over the vocabulary.
-        matrix: J_t, before the unembedding [rows, d_model].
-        row_norms: By output coordinate [rows].
-        column_norms: By input coordinate [d_model].
-        written: |w_v' J_t| by token, in logits per unit of the input [d_vocab].
-        read: |J_t e_v| by token, in units of the output (logits: their length) [d_vocab]; None without an embedding.
-        own: The input itself at this position [d_model].
-        directions: How rows and columns are read as tokens.
+        centered: Whether the mean over the vocabulary is subtracted from logits.
+        matrix: J_t, before the unembedding.
+        written: |w_v' J_t| by token, in logits per unit of the input.
+        read: |J_t e_v| by token, in units of the output (logits: their length); None without an embedding.
+        own: The input itself at this position.
     """
 
     wrt: str
@@ -81,31 +72,25 @@ class BlockNorms(Shown):
         return f"BlockNorms({self.wrt} at {self.pos} -> {self.output} at {self.out_pos}, {size} before the readout)"
 
     def top_tokens(self, k: int = 10) -> dict[str, TopTokens]:
-        """The k tokens with the largest norms: `written`, and `read` if the model has an embedding; values are norms."""
+        """The k tokens with the largest norms: `written`, and `read` if the model has an embedding."""
         check_k(k, len(self.written))
         sides = {"written": self.written} | ({} if self.read is None else {"read": self.read})
         found = {side: norms.topk(k) for side, norms in sides.items()}
         return {side: TopTokens(best.values, best.indices) for side, best in found.items()}
 
     def top_rows(self, n: int = 8, k: int = 5) -> tuple[Tensor, TopTokens]:
-        """The n largest rows [n], and the k tokens whose embeddings are nearest to each [n, k] (cosines).
-
-        Each row in the sign in which the prompt's own input has it.
-        """
+        """The n largest rows [n], in the sign of the prompt's own input, and the k nearest embeddings [n, k] (cosines)."""
         units = self.row_norms.topk(n).indices
         rows = self.matrix[units]
         return units, self.directions.nearest(_signed(rows, rows @ self.own), k)
 
     def top_columns(self, n: int = 8, k: int = 5) -> tuple[Tensor, TopTokens]:
-        """The n largest columns [n], and the k tokens that each raises most [n, k].
-
-        Each column in the sign in which the prompt's own input writes it.
-        """
+        """The n largest columns [n], in the sign of the prompt's input, and the k tokens that each raises most [n, k]."""
         units = self.column_norms.topk(n).indices
         return units, self.directions.raised(_signed(self.matrix[:, units].T, self.own[units]), k)
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 10) -> pd.DataFrame:
-        """One row a side and token. Columns: side, rank, token_index, token_string, norm, relative (to the median token)."""
+        """One row per side and token: side, rank, token_index, token_string, norm, relative (to the median token)."""
         tokenizer = tokenizer or self.directions.trace.network.tokenizer
         rows = []
         for side, best in self.top_tokens(k).items():
@@ -117,7 +102,7 @@ class BlockNorms(Shown):
         return pd.DataFrame(rows)
 
     def coordinates(self, tokenizer: Any = None, n: int = 8, k: int = 5) -> pd.DataFrame:
-        """The largest rows and columns, decoded. Columns: side (row, column), rank, coordinate, norm, top_tokens."""
+        """The largest rows and columns, decoded: side (row, column), rank, coordinate, norm, top_tokens."""
         tokenizer = tokenizer or self.directions.trace.network.tokenizer
         rows = []
         for side, norms, (units, best) in (
@@ -143,7 +128,7 @@ def block_norms(
     index: int,
     centered: bool,
 ) -> BlockNorms:
-    """The norms of the block from `pos` to `out_pos`, the output position of that index in the map."""
+    """The norms of the block from `pos` to `out_pos`, which has the given index among the map's output positions."""
     matrix = linear.block(out_pos=index, pos=pos, prompt=prompt)[:, 0]
     scale = directions.scale([out_pos])[prompt, 0]
     return BlockNorms(

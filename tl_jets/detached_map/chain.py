@@ -1,14 +1,13 @@
-r"""The way from one label of a network to others, as a composition of maps: one for each stage.
+r"""The Jacobian from one label of a network to others, as a composition of stage maps.
 
 .. math::
     J = S_n \cdots S_2 S_1, \qquad S_l = 1 + D\gamma_l \text{ at the true stream of stage } l,
 
-with every gamma frozen (the detached map) or not (the ordinary Jacobian). The map of a stage is a graph of its own. Graphs
-are kept while they are small; if they would take more than `GRAPH_BYTES` and more than a hundredth of the matrix, each is
-made anew whenever it is used: the memory is then that of one stage, whatever the depth, at the price of a forward pass a
-product. `ComposedMap` is a `LinearMap` either way.
+with every gamma frozen (the detached map) or not (the ordinary Jacobian). Each stage map has a graph of its own. If the
+graphs would take more than `GRAPH_BYTES` and more than a hundredth of the matrix, they are not kept but made at each
+use: memory is then that of one stage, at the price of a forward pass per product.
 
-The bias takes the same way, one stage after the other: what a frozen stage makes of the bias that arrives.
+The bias goes through the same frozen stages.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 
 LOGITS = "logits"
-# Graphs of this size are kept, whatever the matrix.
+# Graphs up to this size are always kept.
 GRAPH_BYTES = 2**26
 
 Function = Callable[[Tensor], Tensor]
@@ -38,13 +37,12 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class Part:
-    """One function on the way, at its true input.
+    """One function of the composition, at its true input.
 
     Attributes:
-        point: Its true input [batch, pos, d_model].
-        function: Gives the function; asked each time, because the hooks must still be those of the trace.
-        is_frozen: Whether its norm scales, patterns and gates are constants.
-        kept: Its graph, if that is kept.
+        function: Returns the function; called at each use, because the hooks must still be those of the trace.
+        is_frozen: Whether norm scales, patterns and gates are constants.
+        kept: The graph, if it is kept.
     """
 
     point: Tensor
@@ -53,7 +51,7 @@ class Part:
     kept: GraphMap | None = None
 
     def graph(self, tape: list[tuple[str, Any]] | None = None) -> GraphMap:
-        """Its derivative at the point; a tape records what is frozen."""
+        """The derivative at the point; a tape records what is frozen."""
         if self.kept is not None:
             return self.kept
         function = self.function()
@@ -63,7 +61,7 @@ class Part:
                 return GraphMap(point, function(point))
 
     def graph_and_bias(self, bias: Tensor) -> tuple[GraphMap, Tensor]:
-        """Its derivative, and the same frozen function of another input."""
+        """The derivative, and the same frozen function of another input."""
         tape: list[tuple[str, Any]] = []
         graph, function = self.graph(tape), self.function()
         with torch.inference_mode(False), torch.no_grad(), frozen(replay=tape):
@@ -76,18 +74,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComposedMap(LinearMap):
-    """A composition of derivatives.
-
-    Attributes:
-        parts: The functions, in the order in which they are applied.
-    """
+    """A composition of derivatives; `parts` are in the order in which they are applied."""
 
     parts: Sequence[Part] = field(default=(), kw_only=True)
 
     def apply_rows(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch out_pos rows"]:
-        """J u before the readout: through one part after the other."""
+        """J u before the readout."""
         for part in self.parts:
             vectors = part.graph().apply_rows(vectors, chunk_size=chunk_size)
         return vectors
@@ -95,7 +89,7 @@ class ComposedMap(LinearMap):
     def apply_transpose_rows(
         self, vectors: Float[Tensor, "*many batch out_pos rows"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch pos d_model"]:
-        """J' v for v before the readout: through the parts backwards."""
+        """J' v for v before the readout."""
         for part in reversed(self.parts):
             vectors = part.graph().apply_transpose_rows(vectors, chunk_size=chunk_size)
         return vectors
@@ -107,7 +101,7 @@ class ComposedMap(LinearMap):
 
 
 def sweep(maps: Sequence[ComposedMap], vectors: Tensor) -> Iterator[Tensor]:
-    """J u of maps that begin alike, before their readouts, in the order of their lengths: one pass for all."""
+    """J u of maps with common first stages, before their readouts, by length, in one pass."""
     done = 0
     for linear in sorted(maps, key=lambda each: len(each.parts)):
         *stages, tail = linear.parts
@@ -118,16 +112,7 @@ def sweep(maps: Sequence[ComposedMap], vectors: Tensor) -> Iterator[Tensor]:
 
 
 class Chain:
-    """The stages of a network between a label and others, which see the same positions.
-
-    Attributes:
-        trace: The input, at a granularity that has all labels.
-        point: The value of the first label [batch, pos, d_model].
-        positions: Output positions.
-
-    Raises:
-        ValueError: A label that there is not, or an output that does not come after `wrt`.
-    """
+    """The stages from the label `wrt` to outputs after it, which see the same output positions."""
 
     def __init__(self, trace: Trace, wrt: str, outputs: Sequence[str], positions: list[int]):
         network = _network_with(trace.network, wrt, outputs)
@@ -145,7 +130,7 @@ class Chain:
                 raise ValueError(f"output must come after wrt in the network; {output!r} does not follow {wrt!r}.")
             self._counts[output] = stop - start - is_write
             for stage in network.stages[start:stop]:
-                # What a view computes once per input (heads at zero) must not be computed under `frozen`.
+                # Values that a view computes once per input (heads at zero) must not be computed under `frozen`.
                 if any(step.kind == "head" for step in stage.steps):
                     with torch.no_grad():
                         trace.stage_function(stage)(trace[stage.stream])
@@ -163,7 +148,7 @@ class Chain:
                 biases[count] = bias
             if keep_graph is None and room >= 0:
                 room -= _graph_bytes(graph.value, weights)
-                # All of them at the average of those so far, once there is one of each kind.
+                # Estimate the total from the average so far, once there is one of each kind.
                 expected = (self._room(None) - room) / count * len(parts)
                 room = -1.0 if count > 1 and expected > self._room(None) else room
             part.kept = graph if room >= 0 else None
@@ -182,7 +167,7 @@ class Chain:
         return found
 
     def _room(self, keep_graph: bool | None) -> float:
-        """What the graphs may take."""
+        """Bytes that the graphs may take."""
         if keep_graph is not None:
             return 0.0 if keep_graph else -1.0
         width = len(self.positions) * self.point.shape[-1]
@@ -200,7 +185,7 @@ class Chain:
         return Part(trace[stage.stream], function)
 
     def _tail(self, output: str) -> Part:
-        """What gives an output at the output positions, after the stages before it."""
+        """The function from the last stage's stream to an output at the output positions."""
         trace, network, positions = self.trace, self.trace.network, self.positions
         if output in _writes(network):
             stage = next(stage for stage in network.stages if output in [step.write for step in stage.steps])
@@ -243,7 +228,7 @@ def _network_with(own: Structure, wrt: str, outputs: Sequence[str]) -> Structure
 
 
 def _place(network: Structure, output: str) -> int | None:
-    """How many stages lead to a label; None if the network has no such label."""
+    """Number of stages before a label; None if the network has no such label."""
     if output in (LOGITS, DECODER_STEP):
         return len(network.stages)
     if output in network.streams:
@@ -257,7 +242,7 @@ def _writes(network: Structure) -> set[str]:
 
 
 def _graph_bytes(value: Tensor, ignored: set[int]) -> int:
-    """The memory that a graph holds, apart from storages ignored (the model's weights)."""
+    """Bytes held by a graph, apart from ignored storages (the model's weights)."""
     seen, total, nodes, stack = set(ignored), 0, set(), [value.grad_fn]
     while stack:
         node = stack.pop()

@@ -1,4 +1,4 @@
-"""A model whose norm scales, attention patterns and gates are constants for every derivative, checked to be affine.
+"""A context in which norm scales, attention patterns and gates are constants for derivatives, checked to be affine.
 
 Example:
     >>> import torch
@@ -31,26 +31,22 @@ from tl_jets.core.structure import unknown_model
 
 @contextmanager
 def detached(model: Any) -> Iterator[None]:
-    """Freeze norm scales, attention patterns and gates of the model's own forward pass, for derivatives taken of it.
+    """Freeze norm scales, attention patterns and gates of the model's forward pass, for derivatives taken of it.
 
-    Outputs are bit-equal with and without. Gradients, `torch.func` transforms and hooks see an affine function of the
-    residual stream, up to the model's output, whose softcap is frozen as a factor, too. The user's hooks stay in force.
-    Every PyTorch computation of the block is frozen, that of the hooks included; derivatives may be taken after it.
-
-    On entry a forward pass on four tokens, without the user's hooks, checks that the model comes out affine: the
-    derivative times the first stream, plus the frozen map at zero, must be the output.
+    Outputs stay bit-equal. Gradients, `torch.func` transforms and hooks see an affine function of the residual stream;
+    a softcap is frozen as a factor, too. The user's hooks stay active. Every PyTorch computation in the block is
+    frozen; derivatives may be taken after it. On entry a forward pass on four tokens, without the user's hooks, checks
+    that the model is affine: the derivative times the first stream, plus the frozen map at zero, must be the output.
 
     Args:
-        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one; a network of plain callables is
-            frozen without the check.
+        model: A TransformerLens model, or a `ResidualNetwork`; plain callables are frozen without the check.
 
     Raises:
-        NotImplementedError: The model does not come out affine (or is of a kind that is not supported).
-        TypeError: The model is of no known kind.
+        NotImplementedError: The model is not affine when frozen, or not supported.
+        TypeError: The model is of an unknown kind.
         ValueError: The model is in training mode.
 
-    Source:
-        Golden, arXiv 2505.24293 (v3), sections 2.2 and 2.3.
+    Source: Golden, arXiv 2505.24293 (v3), sections 2.2 and 2.3.
     """
     inner = model.view if isinstance(model, ResidualNetwork) else model
     if not isinstance(inner, CallableModel):
@@ -60,7 +56,7 @@ def detached(model: Any) -> Iterator[None]:
 
 
 def _check_affine(model: Any) -> None:
-    """A random projection v of the output: v'output = (J'v)'x + v'bias, with x the first stream."""
+    """Check v'output = (J'v)'x + v'bias for a random v, with x the first stream."""
     from tl_jets.adapters.kept import kept_of
     from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
@@ -96,7 +92,7 @@ def _check_affine(model: Any) -> None:
             found = output(leaf)
         probe = torch.randn(found.shape, generator=generator, dtype=torch.float64, device="cpu").to(found)
         (gradient,) = torch.autograd.grad(found, first[-1], probe)
-        # Last, so that what the model's components keep of it holds no graph.
+        # Last, so that tensors kept by the model's components hold no graph.
         with torch.no_grad(), frozen(replay=tape):
             bias = output(torch.zeros_like)
     parts = [gradient * first[-1].detach(), probe * bias, -probe * found.detach()]
@@ -107,12 +103,12 @@ def _check_affine(model: Any) -> None:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative error that rounding explains."""
+    """Largest relative error due to rounding."""
     return 1e-10 if dtype is torch.float64 else 1e-4
 
 
 def not_affine(model: Any, error: float) -> str:
-    """Why a model is refused: what must hold, and how far it is from it."""
+    """The error message for a model that is not affine."""
     cfg = getattr(model, "cfg", None)
     names = [getattr(cfg, name, None) for name in ("model_name", "original_architecture", "architecture")]
     called = ", ".join(str(name) for name in names if name) or getattr(model, "name", "a custom model")

@@ -1,8 +1,8 @@
-"""Directions of streams as tokens: those that a direction raises, and those whose embeddings point along it.
+"""Directions of streams as tokens.
 
-An output direction is read as the model reads its last stream: through the linear part of the final norm (centering, gain)
-and the unembedding, without their biases. An input direction is compared with the embeddings: the cosine, so that long
-embeddings are not preferred (Golden, section 3.2).
+An output direction is decoded like the last stream: through the linear part of the final norm (centering, gain) and the
+unembedding, without biases. An input direction is compared with the embeddings by cosine, so that long embeddings are
+not preferred (Golden, section 3.2).
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ from tl_jets.detached_map.chain import LOGITS
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """How directions of one output of one input are read.
-
-    Attributes:
-        trace: The input.
-        output: What the directions are of: a stream, a write, `ln_final` or `logits`.
-    """
+    """Decodes directions at one input; `output` is their label: a stream, a write, `ln_final` or `logits`."""
 
     trace: Trace
     output: str
@@ -46,7 +41,7 @@ class Directions:
         return self.output in (LOGITS, DECODER_STEP)
 
     def normalized(self, rows: Float[Tensor, "*many d_model"]) -> Float[Tensor, "*many d_model"]:
-        """What the unembedding reads of stream directions: the linear part of the final norm, its scale apart."""
+        """Directions after the linear part of the final norm, without its scale."""
         return rows if self.is_normalized else self.decoder.norm.scale(self.decoder.norm.center(rows))
 
     def scale(self, positions: Sequence[int]) -> Float[Tensor, "batch out_pos 1"]:
@@ -65,7 +60,7 @@ class Directions:
         return top_tokens(self.decoder, self.normalized(rows), bias_weight=0.0, k=k)
 
     def nearest(self, rows: Float[Tensor, "*many d_model"], k: int) -> TopTokens:
-        """The k tokens whose embeddings have the largest cosine with input directions; the values are the cosines."""
+        """The k tokens whose embeddings have the largest cosine with input directions; values are cosines."""
         embedding = self.embedding().to(rows)
         check_k(k, len(embedding))
         cosines = torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(embedding, dim=-1).T
@@ -78,11 +73,10 @@ class Directions:
         return hasattr(getattr(self.trace.network.view, "model", None), "W_E")
 
     def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
-        """What every token puts into the first stream, positions apart: W_E times the model's own factor.
+        """Each token's contribution to the first stream, without positions: W_E times the model's own factor.
 
         Raises:
-            ValueError: The model has no embedding matrix (plain callables), or does not put multiples of its rows into the
-                stream.
+            ValueError: The model has no embedding matrix, or does not put multiples of its rows into the stream.
         """
         if not self.has_embedding:
             raise ValueError("Input directions are read through W_E; a network of plain callables has none.")

@@ -1,14 +1,13 @@
 r"""The detached map: a language model as an exact linear map of its input embeddings, at one input.
 
-Freeze every norm scale, attention pattern and gate at the running forward pass (see `tl_jets.calculus.frozen` for which
-those are). The network is then affine in the embeddings e_1 .. e_T and still has the same output:
+With all norm scales, attention patterns and gates frozen at the running forward pass (see `tl_jets.calculus.frozen`),
+the network is affine in the embeddings e_1 .. e_T and still has the same output:
 
 .. math::
     \text{output} = \sum_t J_t e_t + \text{bias}.
 
-The bias is the frozen map at zero: biases, learned positions and edits of streams by hooks, carried to the output. It is
-computed by a second pass through the frozen network, never as output - J e, so that `reconstruction_error` measures
-something. The ordinary Jacobian of the same model, which reconstructs nothing, stands beside it.
+The bias is the frozen map at zero: biases, learned positions and hook edits of streams, carried to the output. It is
+computed by a second pass, never as output - J e, so `reconstruction_error` is a measurement.
 
 ======================  ==========================================================
 symbol                  name here
@@ -19,10 +18,9 @@ J u, J' v               `apply`, `apply_transpose`
 J_t e_t                 `contributions` [batch, pos, out_pos, width]
 ======================  ==========================================================
 
-Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293, v3), sections 2.2 and 3. Cost: a
-trace, a forward pass under autograd and one for the bias. J' v costs a backward pass, J u two; many vectors run as one
-batch. J itself costs a backward pass for each of its d_model rows (for logits, too: the unembedding is a product with the
-rest). Memory: the graphs of the stages while they are small, that of one stage otherwise (`tl_jets.detached_map.chain`).
+Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293, v3), sections 2.2 and 3. Cost:
+a trace, a forward pass under autograd and one for the bias. J' v costs a backward pass, J u two; many vectors run as
+one batch. The matrix costs a backward pass for each of its d_model rows, for logits, too.
 
 Example:
     >>> import torch
@@ -71,17 +69,12 @@ class DetachedJacobian(Shown):
     """A model as an exact linear map at one input: value = sum_t J_t e_t + bias.
 
     Attributes:
-        output: What was mapped to: `final_post`, `logits`, or another label.
-        wrt: What it is a map of: `embed`, or another source or stream.
         positions: Output positions in the prompt, aligned to the out_pos axis.
-        tokens: The prompts [batch, pos].
-        value: The model's own output there, before a final softcap [batch, out_pos, width].
-        bias: The frozen map at zero, by a pass of its own [batch, out_pos, width].
+        value: The model's own output there, before a final softcap.
+        bias: The frozen map at zero, computed by a pass of its own.
         map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
         ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
-        reconstruction_error: |J e + bias - value| / |value|.
-        ordinary_error: The same for the ordinary Jacobian; None if it was left out.
-        trace: The input that it was taken at.
+        reconstruction_error: |J e + bias - value| / |value|; `ordinary_error` is that of the ordinary Jacobian.
     """
 
     output: str
@@ -119,19 +112,19 @@ class DetachedJacobian(Shown):
     def apply(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch out_pos width"]:
-        """J u, `LinearMap.apply`."""
+        """J u, see `LinearMap.apply`."""
         return self.map.apply(vectors, chunk_size=chunk_size)
 
     def apply_transpose(
         self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch pos d_model"]:
-        """J' v, `LinearMap.apply_transpose`."""
+        """J' v, see `LinearMap.apply_transpose`."""
         return self.map.apply_transpose(vectors, chunk_size=chunk_size)
 
     def materialize(
         self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "batch out_pos width pos d_model"]:
-        """J as a matrix, `LinearMap.materialize`."""
+        """J as a matrix, see `LinearMap.materialize`."""
         return self.map.materialize(max_bytes=max_bytes, chunk_size=chunk_size)
 
     @cached_property
@@ -149,35 +142,28 @@ class DetachedJacobian(Shown):
 
     @property
     def contributions(self) -> Float[Tensor, "batch pos out_pos width"]:
-        """J_t e_t: what every input position gives to the output; with `bias` they sum to it.
-
-        Computed on first use, at two backward passes a position (in chunks).
-        """
+        """J_t e_t; with `bias` they sum to the output. Costs two backward passes per position, once."""
         return self.map.read(self._contributions).transpose(0, 1)
 
     def top_tokens(self, k: int = 5) -> TopTokens:
         """The k tokens that every input position raises most [batch, pos, out_pos, k]: additive logits and ids.
 
-        A contribution to a stream is read through the frozen final norm and the unembedding, without their biases: with
-        the bias they sum to the logits if the stream is `final_post`.
+        Streams are decoded through the frozen final norm and the unembedding, without biases.
         """
         scale = self.directions.scale(self.positions)[:, None]
         return self.directions.raised(self._contributions.transpose(0, 1) * scale, k)
 
     @property
     def directions(self) -> Directions:
-        """How directions of the output and of the input are read as tokens."""
+        """Decodes directions of the output and of the input as tokens."""
         return Directions(self.trace, self.output)
 
     def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
-        """The k largest singular values and vectors of one prompt's matrix, or of one input position's, `LinearMap.svd`."""
+        """The k largest singular values and vectors of a prompt's matrix or an input position's, see `LinearMap.svd`."""
         return self.map.svd(k, prompt=prompt, pos=pos, seed=seed)
 
     def decode_left(self, vectors: SingularVectors, k: int = 5) -> TopTokens:
-        """The k tokens that every left singular vector raises most [vector, out_pos, k].
-
-        Directions of a stream go through the linear part of the final norm (centering, gain) and the unembedding.
-        """
+        """The k tokens that every left singular vector raises most [vector, out_pos, k]."""
         return self.directions.raised(vectors.left, k)
 
     def decode_right(self, vectors: SingularVectors, k: int = 5) -> TopTokens:
@@ -189,22 +175,18 @@ class DetachedJacobian(Shown):
         return self.directions.nearest(vectors.right, k)
 
     def block_norms(self, *, pos: int = -1, out_pos: int = -1, prompt: int = 0, centered: bool = True) -> BlockNorms:
-        """How strongly the map from one position to another reads and writes, by coordinate and by token.
+        """Norms of the rows and columns of the map from one position to another, by coordinate and by token.
 
         Args:
             pos: Input position in the padded row.
             out_pos: Output position in the padded row, one of `positions`.
             prompt: Index of the prompt.
-            centered: Take logits less their mean over the vocabulary, which the softmax ignores.
-
-        Returns:
-            `BlockNorms`.
+            centered: Subtract the mean over the vocabulary from logits.
 
         Raises:
             ValueError: There is no such position.
 
-        Source:
-            Golden, arXiv 2505.24293, section 3.2; see `tl_jets.detached_map.block_norms`.
+        Source: Golden, arXiv 2505.24293, section 3.2.
         """
         length = self.tokens.shape[1]
         if not -length <= pos < length or out_pos % length not in self.positions or not 0 <= prompt < len(self.tokens):
@@ -219,10 +201,10 @@ class DetachedJacobian(Shown):
         )
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 3) -> pd.DataFrame:
-        """One row a prompt, output position and input position, and one for the bias (its `pos` is None).
+        """One row per prompt, output position and input position, and one for the bias (its `pos` is None).
 
-        Columns: batch, out_pos, pos, token, norm (length of the contribution), share (of the output: its projection on it
-        over the squared length; the shares sum to 1), top_tokens (what it raises most, decoded; ids without a tokenizer).
+        Columns: batch, out_pos, pos, token, norm (length of the contribution), share (its projection on the output,
+        over the squared length; shares sum to 1), top_tokens (what it raises most).
         """
         tokenizer = tokenizer or self.trace.network.tokenizer
         names = token_names(tokenizer, [self.tokens])
@@ -264,30 +246,26 @@ def detached_jacobian(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
-        output: `"final_post"`, `"logits"` (additive: before a final softcap), `"ln_final"` (what the
-            unembedding reads), another stream (`"3_pre"`) or a write (`"3_attn_out"`, `"L3H2_out"`).
-        positions: Output positions; None for all. Negative ones count from the end of the padded row. All must be real
-            tokens in every prompt.
+        output: `"final_post"`, `"logits"` (before a final softcap), `"ln_final"` (input of the unembedding), another
+            stream (`"3_pre"`) or a write (`"3_attn_out"`, `"L3H2_out"`).
+        positions: Output positions in the padded row, real tokens in every prompt; None for all.
         wrt: `"embed"`, `"pos_embed"`, or a stream: with `output="3_mlp_out"`, `wrt="3_mid"` the map of one MLP.
-        ordinary: Also measure the model's ordinary Jacobian, and give it as a map.
-        keep_graph: Keep the graph of the forward pass (True), or only one stage's at a time and pay a forward pass a
-            product (False). None keeps what takes at most 64 MiB or a hundredth of the matrix.
+        ordinary: Also compute the model's ordinary Jacobian.
+        keep_graph: Keep the graph (True), or one stage's at a time and pay a forward pass per product (False). None
+            keeps graphs of at most 64 MiB or a hundredth of the matrix.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
     Returns:
-        A `DetachedJacobian`. Hooks that were active are part of it. They must still be there when `ordinary` is applied,
-        or the map itself where its graph was not kept; the error says so.
+        A `DetachedJacobian`. Hooks are part of it: they must still be active when `ordinary`, or a map without a kept
+        graph, is applied.
 
     Raises:
-        ValueError: Bad labels, positions or input; the message says what must hold.
+        ValueError: Bad labels, positions or input.
         NotImplementedError: The model does not come out affine.
 
-    Source:
-        Golden, arXiv 2505.24293 (v3), sections 2.2, 3.1 and 3.3.
-
-    Cost:
-        Four forward passes (trace, graph, bias, ordinary graph) and a product with each Jacobian.
+    Source: Golden, arXiv 2505.24293 (v3), sections 2.2, 3.1 and 3.3. Cost: four forward passes (trace, graph, bias,
+    ordinary graph) and a product with each Jacobian.
     """
     network = ResidualNetwork.of(model)
     with torch.inference_mode(False):

@@ -1,6 +1,6 @@
 r"""Singular values, stable ranks and leading directions of detached maps, layer by layer, for one prompt.
 
-With J = U S V' the map from what is read to one position of what is written:
+With J = U S V' the map from the input to one output position:
 
 =================================  ====================================================================
 symbol                             name here
@@ -13,13 +13,12 @@ u_1, u_2, ...                      `left` [map, vector, d_model], each in the si
 \|U_l' y\|^2 / \|y\|^2             `explained`: the share of the final stream y inside the layer's k directions
 =================================  ====================================================================
 
-A subspace of k random directions has an overlap and an explained share of k / d_model on average: `chance` stands beside
-both. `explained` says that the layer's map *writes* where the final stream points, not that it has computed the answer.
+A subspace of k random directions has an overlap and an explained share of k / d_model on average (`chance`).
+`explained` says that the layer's map *writes* where the final stream points, not that it has computed the answer.
 
-Source: Golden (arXiv 2505.24293, v3), section 3.5 and figure 4; `overlap`, `explained` and `chance` are ours.
-
-Cost: for each input position asked for, d_model vectors through all stages once (each two backward passes, in chunks), for
-all maps that begin alike together; the matrices are never held, only their Gram matrices [d_model, d_model] in float64.
+Source: Golden (arXiv 2505.24293, v3), section 3.5 and figure 4; `overlap`, `explained` and `chance` are ours. Cost: for
+each input position, d_model vectors through all stages once (two backward passes each, in chunks). Matrices are never
+held, only their Gram matrices [d_model, d_model] in float64.
 
 Example:
     >>> import torch
@@ -69,18 +68,12 @@ class DetachedSpectra(Shown):
     """The leading singular values and left directions of several detached maps of one prompt.
 
     Attributes:
-        wrt: What each map reads.
-        outputs: What each map writes; in the order of the network if `maps` was a name.
-        position: The position that is written.
-        pos: The position that is read; None for all of them, side by side.
-        tokens: The prompt [1, pos].
-        values: Largest singular values, largest first [map, vector].
-        frobenius: Root of the sum of the squares of all of them [map].
-        stable_rank: frobenius^2 / values[0]^2 [map]; 0 for a map that is zero (an MLP alone, between two positions).
-        left: Left singular vectors, in the sign in which the prompt's own input has them [map, vector, d_model].
-        written: What the model itself has at each output [map, d_model].
-        final: The final stream at the position [d_model].
-        trace: The input.
+        wrt: Labels of the maps' inputs, at `pos` (None: all positions, side by side).
+        outputs: Labels of the maps' outputs, at `position`.
+        values: Largest singular values, in descending order.
+        stable_rank: frobenius^2 / values[0]^2; 0 for a map that is zero (an MLP alone, between two positions).
+        left: Left singular vectors, in the sign of the prompt's own input.
+        written: The model's own value at each output; `final` is the final stream at the position.
     """
 
     wrt: list[str]
@@ -116,37 +109,29 @@ class DetachedSpectra(Shown):
 
     @property
     def chance(self) -> float:
-        """Overlap and explained share of as many random directions, on average."""
+        """Mean overlap and explained share of as many random directions."""
         return self.left.shape[1] / self.left.shape[2]
 
     def projections(self, onto: int | str = -1) -> Float[Tensor, "map vector onto_vector"]:
-        """Cosines of every map's left directions with those of one map: the coordinates of the paper's figure 4B.
-
-        Args:
-            onto: Index or label of the map that is projected on; the last by default.
-        """
+        """Cosines of every map's left directions with those of the map `onto` (index or label); figure 4B."""
         return self.left @ self.left[self._index(onto)].T
 
     def projection_path(self, onto: int | str = -1, n: int = 2, tokenizer: Any = None) -> pd.DataFrame:
-        """The way of the leading directions, map after map, in the coordinates of one map's leading directions.
-
-        Each map's first n left directions are projected on the first n of one map (the paper: n = 2, on the last layer's).
+        """First n left directions of each map, projected on the first n of one map (the paper: n = 2, the last).
 
         Args:
             onto: Index or label of the map that is projected on; the last by default.
-            n: How many directions.
-            tokenizer: To decode what each direction raises most; None for the model's own.
+            n: Number of directions.
+            tokenizer: Decodes the token that each direction raises most; None for the model's own.
 
         Returns:
-            One row a map and vector. Columns: wrt, output, vector, onto_0, ..., onto_{n-1} (cosines), inside (the share of
-            the direction's squared length in these coordinates), chance (that of a random direction), top_token (its id
-            without a tokenizer).
+            One row per map and vector: wrt, output, vector, onto_0, ..., onto_{n-1} (cosines), inside (sum of their
+            squares), chance (that of a random direction), top_token (its id without a tokenizer).
 
         Raises:
             ValueError: No such map, or n is not in 1..k.
 
-        Source:
-            Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4B; `inside` and `chance` are ours.
+        Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4B; `inside` and `chance` are ours.
         """
         if not 1 <= n <= self.left.shape[1]:
             raise ValueError(f"n must lie in 1..{self.left.shape[1]}, the directions kept; got {n}.")
@@ -174,7 +159,7 @@ class DetachedSpectra(Shown):
 
     @property
     def explained_own(self) -> Float[Tensor, " map"]:
-        """Share of the squared length of what the model itself writes there inside the map's k directions."""
+        """Share of the squared length of the model's own output inside the map's k directions."""
         inside = torch.einsum("mvd,md->mv", self.left, self.written).square().sum(1)
         return inside / self.written.square().sum(1)
 
@@ -183,10 +168,10 @@ class DetachedSpectra(Shown):
         return Directions(self.trace, FINAL_STREAM).raised(self.left, k)
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 5) -> pd.DataFrame:
-        """One row a map and vector.
+        """One row per map and vector.
 
-        Columns: wrt, output, vector, value, relative (to the largest of the map), stable_rank, overlap (with the last map),
-        explained, explained_own, chance, top_tokens (ids without a tokenizer).
+        Columns: wrt, output, vector, value, relative (to the map's largest), stable_rank, overlap (with the last map),
+        explained, explained_own, chance, top_tokens.
         """
         tokenizer = tokenizer or self.trace.network.tokenizer
         best = self.top_tokens(k).indices
@@ -223,31 +208,25 @@ def detached_spectra(
     attention_mask: Tensor | None = None,
     cache: Any = None,
 ) -> DetachedSpectra:
-    """Singular values, stable ranks and leading output directions of detached maps, layer by layer.
+    """A `DetachedSpectra`: singular values, stable ranks and leading output directions, layer by layer.
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: One prompt, its token ids [1, pos], or a `Trace` of the network.
         maps: `"cumulative"`: from the embeddings to every layer's stream, attention write and MLP write. `"layers"`: of
             every layer alone, from its own input (the MLP's is the stream between). Or pairs of labels (wrt, output).
-        k: How many singular values and vectors.
-        position: The position that is written. Negative ones count from the end.
-        pos: The position that is read: the matrix J_t of this token alone. None: all of them side by side.
+        k: Number of singular values and vectors.
+        position: Output position. Negative ones count from the end.
+        pos: Input position: the matrix J_t of this token alone. None: all of them side by side.
         max_bytes: Refuse to hold more at once (d_model^2 x pos numbers); None for no limit.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
-    Returns:
-        A `DetachedSpectra`.
-
     Raises:
         ValueError: More than one prompt, bad labels, positions or k, or too large a prompt.
 
-    Source:
-        Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4.
-
-    Cost:
-        For each position that is read, d_model vectors through all stages of the network, in chunks.
+    Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4. Cost: for each input position, d_model vectors
+    through all stages, in chunks.
     """
     check_integers(1, k=k)
     network = ResidualNetwork.of(model)
@@ -314,7 +293,7 @@ def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
 def _check(
     trace: Trace, pairs: Sequence[tuple[str, str]], k: int, pos: int | None, d_model: int, max_bytes: int | None
 ) -> list[int]:
-    """The input positions to go through."""
+    """Check the options; return the input positions to evaluate."""
     batch, length = trace.tokens.shape
     if batch != 1:
         raise ValueError(f"Spectra are of one prompt; got {batch}. Pass them one at a time.")
@@ -334,7 +313,7 @@ def _check(
 def _add(
     linear: dict[tuple[str, str], ComposedMap], source: int, grams: dict[Any, Tensor], images: dict[Any, Tensor]
 ) -> None:
-    """Add what one input position gives to every map's J J' and to its J e."""
+    """Add the contributions of one input position to every map's J J' and J e."""
     point = next(iter(linear.values())).point
     d_model = point.shape[-1]
     units = point.new_zeros(d_model, *point.shape)

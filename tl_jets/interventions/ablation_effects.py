@@ -1,7 +1,7 @@
-"""What ablations do to a model's answers: its targets' logits and its predictions, ablated - clean.
+"""Effects of ablations on a model's answers: logits of targets and predictions, ablated - clean.
 
-The hooks of `tl_jets.interventions.hooks` run through `ResidualNetwork.trace`, which refuses a model whose streams do not
-follow the edit. `tl_jets.interventions.path_ablations` gives the same kind of result for single paths.
+The hooks of `tl_jets.interventions.hooks` run through `ResidualNetwork.trace`, which refuses a model whose streams do
+not follow the edit.
 
 Example:
     >>> from tl_jets.pretrained import load_tinydocs
@@ -42,21 +42,17 @@ from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hook
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AblationEffect(Result):
-    """What ablations change at some positions of some prompts, ablated - clean. Axes: [ablation, batch, pos].
+    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos].
 
     Attributes:
         labels: The ablated steps, aligned to the ablation axis.
-        mode: What their writes became; `"path"` where single paths were ablated (`tl_jets.interventions.path_ablations`).
+        mode: The mode of `ablation_hooks`; `"path"` for ablations of single paths.
         positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
-        tokens: The tokens at those positions [batch, pos].
-        target_ids: Token ids [batch, pos, target].
-        target_names: How they were asked for; `<answer>` is the model's own best token.
-        logit: Change of the targets' additive logits (the model's own, before a softcap: what effects are in, too)
-            [ablation, batch, pos, target].
-        centered: The same beyond the change of the mean over the vocabulary [ablation, batch, pos, target].
-        kl: KL(clean || ablated) of the model's own predictions, in nats [ablation, batch, pos].
-        unit: What `logit` and `centered` are measured in: `"logits"`, or `"logits before the softcap"`.
-        tokenizer: The model's tokenizer, or None.
+        target_names: The targets as requested; `<answer>` is the model's own best token.
+        logit: Change of the targets' additive logits (before a softcap).
+        centered: The same, less the change of the mean over the vocabulary.
+        kl: KL(clean || ablated) of the model's own predictions, in nats.
+        unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
     """
 
     labels: list[str]
@@ -78,12 +74,12 @@ class AblationEffect(Result):
         )
 
     def average(self) -> pd.DataFrame:
-        """A row an ablation, averaged over prompts, positions and targets: logit, centered, kl."""
+        """One row per ablation, averaged over prompts, positions and targets: step, logit, centered, kl."""
         columns = {name: getattr(self, name).flatten(1).mean(1).tolist() for name in ("logit", "centered", "kl")}
         return pd.DataFrame({"step": self.labels, **columns})
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """A row an ablation, prompt, position and target: step, batch, pos, token, target, logit, centered, kl."""
+        """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
         names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
         logit, centered, kl = self.logit.tolist(), self.centered.tolist(), self.kl.tolist()
         rows = []
@@ -107,30 +103,26 @@ def ablation_effect(
     seed: int = 0,
     attention_mask: Tensor | None = None,
 ) -> AblationEffect:
-    """What each of some ablations does to the model's answers.
+    """An `AblationEffect` of some ablations, one at a time.
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        steps: Ablations, one at a time, each a step (as in `ablation_hooks`) or a `Path`, whose steps are ablated
-            together. None for all steps of the network's granularity (attention and MLP sublayers for a model).
+        steps: Ablations: each a step (as in `ablation_hooks`), or a `Path`, whose steps are ablated together. None for
+            all steps of the network's granularity (attention and MLP sublayers for a model).
         mode: `"zero"`, `"mean"` or `"resample"`.
-        targets: Tokens whose logits are reported: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
-            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token at each position.
+        targets: Tokens whose logits are reported: strings or ids (the same everywhere), one list of them a prompt
+            (`[[" Paris"], [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best.
         reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
-        positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
-        seed: Of `"resample"`.
+        positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
+        seed: Seed of `"resample"`.
         attention_mask: Passed to the model (left padding needs it).
-
-    Returns:
-        An `AblationEffect`.
 
     Raises:
         ValueError: Bad steps, mode, reference, positions, targets or input; or the streams do not follow the edit.
         NotImplementedError: A network of plain callables, which has no hooks.
 
-    Cost:
-        A forward pass an ablation, one for the clean answers, and the reference's.
+    Cost: a forward pass per ablation, one for the clean answers, and the reference's.
     """
     network = hookable(model)
     trace = trace_of(network, prompts, attention_mask)
@@ -164,7 +156,7 @@ def effect_of(
     positions: int | Sequence[int],
     targets: TargetInput | None,
 ) -> AblationEffect:
-    """What ablations change: `clean` and `ablated` are its additive logits at `places` of the trace, in float64."""
+    """The effects of ablations from additive logits, `clean` and `ablated`, at `places` of the trace, in float64."""
     rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
@@ -193,7 +185,7 @@ def effect_of(
 
 
 def real_positions(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
-    """Where in the padded rows the wanted ones of each prompt's real tokens are."""
+    """Indices in the padded rows of the requested positions of each prompt's real tokens."""
     wanted = [positions] if isinstance(positions, int) else list(positions)
     shortest = int(valid.sum(1).min())
     if not wanted or not all(-shortest <= position < shortest for position in wanted):

@@ -1,26 +1,20 @@
-r"""Interventions: hooks that ablate or patch what steps write.
+"""Interventions: hooks that ablate or patch the writes of steps.
 
-A step's write is what it adds to the stream (`tl_jets.core.network`). An ablation replaces it in a forward pass, and everything
-after it reads the changed stream:
+The write of a step is what it adds to the stream (`tl_jets.core.network`). An ablation replaces it in a forward pass,
+and all later steps read the changed stream:
 
 ==============  ===========================================================================================
 mode            the write becomes
 ==============  ===========================================================================================
 ``"zero"``      zero
 ``"mean"``      its mean over the real positions of all prompts of a reference
-``"resample"``  what it is, at the same position, in a prompt of the reference that is drawn at random
+``"resample"``  the write at the same position in a randomly drawn prompt of the reference
 ==============  ===========================================================================================
 
-Attention and MLP are edited at `hook_attn_out` and `hook_mlp_out`, which TransformerLens adds to the stream: after any
-post-norm, with all biases. A block (`3_block`) is both. **Heads** are edited at `attn.hook_z`. A head's write excludes
-constants (`tl_jets.adapters.base`): zero puts z at its value for a zero normalized input, so that value biases, which
-every head would else lose, stay where they are, and folding them changes no ablation; z = 0 would remove b_V W_O, too.
-Zeroing all heads of a layer therefore leaves its constant `3_attn_bias`, zeroing `3_attn` does not. **Neurons** (`L3N17`) are
-edited at `mlp.hook_post`, where zero is zero. Under a post-norm (Gemma-2, OLMo-2) heads and neurons are edited before it, and the
-norm is taken of what is left.
-
-Hooks are `[(hook_name, function)]` for `model.hooks` and `model.run_with_hooks`; nothing is changed until they are used.
-What they do to the model's answers is in `tl_jets.interventions.ablation_effects`.
+Attention and MLP are edited at `hook_attn_out` and `hook_mlp_out`: after any post-norm, with all biases. A block (`3_block`)
+is both. **Heads** are edited at `attn.hook_z`. Zero sets z to its value for a zero normalized input, so value biases stay, and
+folding them changes no ablation. Zeroing all heads of a layer leaves `3_attn_bias`; zeroing `3_attn` does not. **Neurons**
+(`L3N17`) are edited at `mlp.hook_post`, where zero is zero. Heads and neurons are edited before a post-norm.
 
 Example:
     >>> from tl_jets.pretrained import load_tinydocs
@@ -58,7 +52,7 @@ Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a write is edited: a hook point, and the head or neuron of its third axis if it is one's."""
+    """Where a write is edited: a hook point, and the head or neuron on its third axis."""
 
     write: str
     layer: int
@@ -68,7 +62,7 @@ class _Site:
 
     @property
     def part(self) -> int | slice | None:
-        """The index of the third axis that leaves [batch, pos, size]; None for all of it."""
+        """The index on the third axis that leaves [batch, pos, size]; None for all of it."""
         return self.head if self.neuron is None else slice(self.neuron, self.neuron + 1)
 
 
@@ -79,24 +73,19 @@ def ablation_hooks(
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
-        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes (`3_mlp_out`), or a `Path`,
-            whose steps are meant.
-        mode: What the writes become: `"zero"`, `"mean"` or `"resample"` (see the module).
-        reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`
-            (whose padding is left out).
-        seed: Which reference prompt every prompt gets under `"resample"`: the same one for all steps.
+        steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes, or a `Path`.
+        mode: `"zero"`, `"mean"` or `"resample"` (see the module).
+        reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        seed: Chooses the reference prompt of each prompt under `"resample"`: the same one for all steps.
 
     Returns:
         `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
 
     Raises:
-        ValueError: Unknown steps or mode; a reference where there must be none, or none where there must be one; a
-            reference with padding, or (when the hooks run) of another length than the input, to resample from.
-        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`), or the rest of an MLP
-            without some neurons.
+        ValueError: Unknown steps or mode, a missing or superfluous reference, or one of another length to resample from.
+        NotImplementedError: A network of plain callables; a constant (`3_attn_bias`), or the rest of an MLP.
 
-    Cost:
-        Heads at zero: a forward pass on one token and one attention layer each. References: a forward pass.
+    Cost: heads at zero, a forward pass on two tokens and one attention layer each; references, a forward pass.
 
     Example:
         >>> from tl_jets.pretrained import load_tinydocs
@@ -138,24 +127,15 @@ def patch_hooks(
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         steps: One step or several, as in `ablation_hooks`.
-        source: Where the writes come from: a `Trace`, or an input as any function takes it; or the write
-            itself, [batch, pos, d_model], if there is one step; or such tensors by step (terms of a `JetCache`, say).
-            Prompt b of the input gets the write of prompt b; a source of one prompt serves all. A head or neuron takes its
-            write from a prompt or a trace only.
-        positions: Where to patch, counted in the padded row, negative ones from its end; None for all. Where the source
-            is padding, the input keeps its own write.
-
-    Returns:
-        `[(hook_name, function)]`, for `model.hooks(fwd_hooks=...)` and `model.run_with_hooks(..., fwd_hooks=...)`.
+        source: A `Trace` or an input; or, for sublayers, the write [batch, pos, d_model], or tensors by step. A source
+            of one prompt serves all prompts.
+        positions: Positions to patch, in the padded row; None for all. Padding of the source is not patched.
 
     Raises:
-        ValueError: Unknown steps or positions; tensors of another shape; a source of another length or batch than the
-            input (when the hooks run); heads from a trace made under other hooks.
-        NotImplementedError: A network of plain callables, which has no hooks; a constant (`3_attn_bias`); a tensor for
-            a head, neuron or block.
+        ValueError: Unknown steps or positions, a source of another shape, or heads from a trace under other hooks.
+        NotImplementedError: A network of plain callables; a constant (`3_attn_bias`); a tensor for a part or block.
 
-    Cost:
-        A forward pass, unless the source is tensors, or a trace and no step a head or neuron.
+    Cost: a forward pass, unless the source is tensors, or a trace and no step is a head or neuron.
 
     Example:
         >>> from tl_jets.pretrained import load_tinydocs
@@ -184,32 +164,23 @@ def patch_hooks(
 
 
 def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks that take the vector of one detached path off the last stream of one input.
+    """`[(hook_name, function)]` that subtracts one detached path from the last stream of one input.
 
-    The path is a source carried through the frozen linear parts of its steps (`tl_jets.core.frozen_network`). It is
-    removed where it arrives: what other paths carry is kept as it was, and only the final norm, whose scale is that of
-    what is left, answers to it. That is a direct, first-order removal, no rerun of the model without a circuit.
+    The vector is a source carried through the frozen linear parts of the path's steps (`tl_jets.core.frozen_network`).
+    Other paths stay as they were; only the final norm responds.
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one, whose granularity says what
-            steps are; a model's is `"sublayer"`, or `"head"` if the path passes through heads, with
-            the path's neurons as steps.
-        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`: the input that the hooks are for.
-        path: `embed > 0_attn > 3_mlp`; its steps in the order of the network.
-
-    Returns:
-        `[(hook_name, function)]`; the function refuses a stream of another shape.
+            steps are; for a model, those that the path names.
+        text_or_tokens: The input of the hooks: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        path: `embed > 0_attn > 3_mlp`, its steps in the order of the network.
 
     Raises:
-        ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
-            stream.
+        ValueError: Unknown source or step, steps out of order, or `ln_final_bias`; when run, a stream of another shape.
         NotImplementedError: A network of plain callables; a model that cannot be frozen.
 
-    Source:
-        Golden, arXiv 2505.24293, section 3 (the frozen map); Elhage et al. 2021 (paths).
-
-    Cost:
-        Freezing (two evaluations of every stage, once a trace) and one linear application a step.
+    Source: Golden, arXiv 2505.24293, section 3 (the frozen map); Elhage et al. 2021 (paths). Cost: freezing, once a
+    trace, and one linear application per step.
     """
     network = hookable(model)
     if not isinstance(model, ResidualNetwork):
@@ -235,9 +206,6 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tupl
     return [(f"blocks.{last}.hook_resid_post", remove)]
 
 
-# Where
-
-
 def hookable(model: Any) -> ResidualNetwork:
     """The network of a model that has hooks."""
     network = ResidualNetwork.of(model)
@@ -250,7 +218,7 @@ def hookable(model: Any) -> ResidualNetwork:
 
 
 def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
-    """Where the writes of some steps are edited, each once."""
+    """Where the writes of some steps are edited, without duplicates."""
     known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}
     known |= {step.label: step for step in network.steps}
     by_write = {step.write: step for step in known.values()}
@@ -289,7 +257,7 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
 
 
 def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
-    """Compare heads and neurons of the sites' layers with the model, once: another layout would be edited silently."""
+    """Check heads and neurons of the sites' layers against the model, once."""
     view: Any = network.view
     state = view.hook_state()
     keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
@@ -300,11 +268,8 @@ def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
                 trace[write]
 
 
-# What is written
-
-
 def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, Float[Tensor, " d_head"]]:
-    """Every head's z for a zero normalized input: where patterns sum to one, it is the same on any input."""
+    """Every head's z for a zero normalized input; independent of the input if patterns sum to one."""
     found: dict[_Site, Tensor] = {}
     if not layers:
         return found
@@ -328,7 +293,7 @@ def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, F
 def _writes(
     network: ResidualNetwork, source: Any, sites: list[_Site]
 ) -> tuple[dict[_Site, Float[Tensor, "batch pos size"]], Bool[Tensor, "batch pos"]]:
-    """What an input writes at some sites, and which of its positions are real."""
+    """The writes of an input at some sites, and which of its positions are real."""
     points = list(dict.fromkeys(site.point for site in sites if site.part is not None))
     mask = None
     if isinstance(source, Trace):
@@ -349,7 +314,7 @@ def _writes(
 
 
 def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """What passes some hook points while `run` runs."""
+    """Activations at some hook points during `run`."""
     found: dict[str, Tensor] = {}
 
     def grab(tensor: Tensor, hook: Any, name: str) -> None:
@@ -362,7 +327,7 @@ def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any
 
 
 def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_Site]) -> dict[_Site, Tensor]:
-    """Tensors that the caller gives, by site."""
+    """Tensors given by the caller, by site."""
     found: dict[_Site, Tensor] = {}
     for label, value in source.items():
         own = _sites(network, label)
@@ -392,9 +357,6 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
             f"pass {{step: tensor}} for several."
         )
     return found
-
-
-# Hooks
 
 
 def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:

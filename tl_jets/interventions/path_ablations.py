@@ -1,19 +1,17 @@
-r"""Ablating one path: what the model answers if what arrives along a path is taken away, and everything may respond.
+r"""Ablation of one path: the model's answer without what arrives along the path, while later computation responds.
 
-A detached path is exact while norm scales, attention patterns and gates stay as they are (`exponential_expansion`). Whether
-the model would miss it is another question. Here every step of the path is evaluated again, by the model itself, without
-what the step before sent:
+The model evaluates every step of the path again, without what the previous step sent:
 
 .. math::
     \delta_0 = \text{source}, \qquad
     \delta_i = \gamma_{s_i}(h_{s_i}) - \gamma_{s_i}(h_{s_i} - \delta_{i-1}), \qquad
     \text{answer} = \upsilon(h_L - \delta_n) ,
 
-with h the true streams. All that reaches a step along other ways stays, as in path patching. For an affine network this is the
-path itself; elsewhere the two differ by how far patterns, gates and norms respond.
+with h the true streams. Inputs of a step along other paths stay, as in path patching. In an affine network delta_n is
+the path itself; elsewhere the difference measures how far patterns, gates and norms respond.
 
-Source: Wang et al. 2022, *Interpretability in the Wild* (path patching; here the other input is zero); Goldowsky-Dill et al.
-2023, *Localizing Model Behavior with Path Patching*.
+Source: Wang et al. 2022, *Interpretability in the Wild* (path patching; here the other input is zero); Goldowsky-Dill
+et al. 2023, *Localizing Model Behavior with Path Patching*.
 
 Example:
     >>> import tl_jets as tj
@@ -55,27 +53,22 @@ def path_ablation(
     positions: int | Sequence[int] = -1,
     attention_mask: Tensor | None = None,
 ) -> AblationEffect:
-    """What the model's answers lose with each of some paths (path patching with zero).
+    """An `AblationEffect` of each of some paths, in mode `"path"` (path patching with zero).
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
         prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several, as detached paths are named: a source (an embedding, an
-            edit, or the constant of a frozen step such as `3_mlp_bias`), and steps in the order of the network.
-        targets: Tokens whose logits are reported, as in `ablation_effect`; None for the model's own best token at each position.
-        positions: Where answers are read, counted among each prompt's real tokens; -1 is the last.
+        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several, named as detached paths: a source (an embedding, an
+            edit, or a bias such as `3_mlp_bias`), and steps in the order of the network.
+        targets: Tokens whose logits are reported, as in `ablation_effect`; None for the model's own best token.
+        positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
         attention_mask: Passed to the model (left padding needs it).
 
-    Returns:
-        An `AblationEffect` with a row a path and mode `"path"`, in the unit that the effects of paths are in.
-
     Raises:
-        ValueError: No such source or step, steps out of order or before the source, or `ln_final_bias`, which is in no
-            stream; bad positions, targets or input.
+        ValueError: Unknown source or step, steps out of order, or `ln_final_bias`; bad positions, targets or input.
         NotImplementedError: A path from a bias in a model that cannot be frozen (see `exponential_expansion`).
 
-    Cost:
-        An evaluation of a stage for every prefix of the paths, each once, and the unembedding for every path.
+    Cost: a stage evaluation for every prefix of the paths, each once, and the unembedding for every path.
     """
     network = ResidualNetwork.of(model)
     trace = trace_of(network, prompts, attention_mask)
@@ -105,7 +98,7 @@ def path_ablation(
 
 
 def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:
-    """What arrives along a path at its end [batch, pos, d_model]; prefixes are evaluated once."""
+    """What arrives at the end of a path [batch, pos, d_model]; prefixes are evaluated once."""
     if path not in sent:
         if not path.steps:
             sent[path] = _source(trace, path.source)
@@ -125,18 +118,16 @@ def _source(trace: Trace, label: str) -> Tensor:
 
 
 def verdict(effect: float, fall: float) -> str:
-    """What the fall of a logit under a path's ablation says of the path's effect on it.
+    """Compare a path's effect on a logit with the fall of the logit when the path is ablated.
 
     Args:
-        effect: What the path adds to the target's centered logit in the frozen network.
-        fall: By how much this logit falls when the path is ablated, in the same unit.
+        effect: Contribution of the path to the target's centered logit in the frozen network.
+        fall: Decrease of this logit when the path is ablated, in the same unit.
 
     Returns:
-        `"confirmed"` if the fall is within a factor of two of the effect, `"refuted"` if it is less than a tenth of it or of the
-        other sign, `"partly"` otherwise.
+        `"confirmed"` if fall / effect lies in [0.5, 2], `"refuted"` if it is below 0.1 or effect is 0, else `"partly"`.
 
-    Source:
-        Ours; the bounds are a convention. Read a count of verdicts beside that with the falls shuffled (`demos/top_paths.py`).
+    Source: ours; the bounds are a convention. `demos/top_paths.py` compares with shuffled falls.
 
     Example:
         >>> verdict(1.0, 0.6), verdict(1.0, 0.2), verdict(1.0, -0.6)

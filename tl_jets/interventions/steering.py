@@ -1,7 +1,7 @@
 r"""Steering with a detached map: one prompt's frozen network, applied to another prompt.
 
-At a label (a layer's stream, or one write) the model's own value f(x) is mixed with what the network, frozen at the last
-token of the steering prompt, would make of the running prompt's first stream x:
+At a label (a layer's stream, or one write) the model's own value f(x) is mixed with s(x), the value that the network,
+frozen at the last token of the steering prompt, gives for the running prompt's first stream x:
 
 .. math::
     f'_p = \lambda f_p(x) + (1 - \lambda)\, s_p(x), \qquad
@@ -16,14 +16,14 @@ x             the first stream of the running prompt (`wrt`)
 p             the steered position: the last one of each forward pass, or all from `start` on
 ============  ======================================================================================
 
-The paper leaves open how prompts of different lengths meet. Here the first position stands for the first (usually a
-beginning-of-sequence token, whose map is unlike the others), the others are aligned at the end, and maps without a token in
-the running prompt are left out. On stories260K, three steering prompts on three others, this brought s_p nearer to f_p and
-to the steering prompt's own value (mean cosines at layer 4: 0.33 and 0.30) than aligning all at the end (0.18 and 0.05).
-Position 0 is never steered. On its own prompt the mixture changes nothing, whatever the strength.
+The paper does not say how to align prompts of different lengths. Here first positions correspond (often a
+beginning-of-sequence token), the others are aligned at the end, and maps without a token are left out. On stories260K,
+three steering prompts on three others, this brought s_p nearer to f_p and to the steering prompt's own value (mean
+cosines at layer 4: 0.33 and 0.30) than aligning all at the end (0.18 and 0.05). Position 0 is never steered. On its own
+prompt the mixture changes nothing.
 
-Source: Golden (arXiv 2505.24293, v3), equation 16. Cost: a backward pass for each of d_model rows when the hooks are made;
-one product with [d_model, n d_model] a steered position afterwards.
+Source: Golden (arXiv 2505.24293, v3), equation 16. Cost: a backward pass for each of d_model rows when the hooks are
+made; then one product with [d_model, n d_model] per steered position.
 """
 
 from __future__ import annotations
@@ -53,32 +53,25 @@ def steering_hooks(
     wrt: str = "0_pre",
     start: int | None = None,
 ) -> list[Hook]:
-    """Hooks that mix a layer of the running prompt with another prompt's detached map of it.
+    """`[(hook_name, function)]` that mix a layer of the running prompt with another prompt's detached map of it.
 
-    Use them as any others: `model.run_with_hooks(tokens, fwd_hooks=hooks)`, or `with model.hooks(fwd_hooks=hooks):
-    model.generate(...)`, with a key-value cache or without. Prompts run one after the other must not be padded.
+    With or without a key-value cache (`model.run_with_hooks`, `model.generate`); prompts must not be padded.
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         steer_text: The steering prompt: text, token ids [1, pos], or a `Trace`, of at least two tokens.
-        output: Where to steer: a layer (l is the stream `l_pre`, -1 `final_post`), a stream, or a write (`"3_mlp_out"`).
-        strength: 1 - lambda: 0 leaves the model alone, 1 puts the map's value in the place of the model's.
+        output: Where to steer: a layer (l is `l_pre`, -1 `final_post`), a stream, or a write (`"3_mlp_out"`).
+        strength: 1 - lambda: 0 leaves the model unchanged, 1 replaces its value by the map's.
         wrt: The stream that the map reads.
-        start: Steer all positions from this one on. None: the last position of each forward pass; with a key-value cache
-            these are the prompt's last token and all generated ones.
-
-    Returns:
-        `[(hook_name, function)]`. They hold the matrix of the map and the running prompt, no graph and no model.
+        start: Steer all positions from this one on. None: the last position of each forward pass.
 
     Raises:
-        ValueError: Bad labels, strength or start, or a steering prompt of one token or several prompts. When run: a
-            key-value cache that was made without the hooks; or a pass of one token where the model does not fill the
-            cache it is given, so that its cached generation forgets the prompt (TransformerLens 3.9 and 4.3 with
-            transformers 5.24, for Llama, GPT-2 and many other families; with transformers 5.23 they do not).
-        NotImplementedError: A network of plain callables, which has no hooks; or the model does not come out affine.
+        ValueError: Bad labels, strength, start or steering prompt. When run: a key-value cache that was made without
+            the hooks; or a pass of one token where the model does not fill its cache (TransformerLens 3.9 and 4.3 with
+            transformers 5.24, for Llama, GPT-2 and many other families).
+        NotImplementedError: A network of plain callables; or the model does not come out affine.
 
-    Source:
-        Golden, arXiv 2505.24293 (v3), equation 16.
+    Source: Golden, arXiv 2505.24293 (v3), equation 16.
     """
     network = hookable(model)
     if not math.isfinite(strength):
@@ -97,11 +90,10 @@ def steering_hooks(
 
 
 class _Steering:
-    """What the hooks share: the map, and the part of the running prompt that has been seen.
+    """State of the hooks: the map, and the part of the running prompt seen so far.
 
-    A key-value cache hides earlier positions from the hooks, so they are remembered. The attention pattern tells whether a
-    pass continues a cache: it then has more keys than queries. Where the model does not fill its cache, every pass looks like
-    a new prompt; those of one token, of which nothing would be steered, are then refused.
+    A pass that continues a key-value cache has more keys than queries in its attention pattern. Where the model does
+    not fill its cache, each pass looks like a new prompt; passes of one token are then refused.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor, strength: float, start: int | None, fills_cache: bool):
@@ -112,12 +104,12 @@ class _Steering:
         self.is_placed = False
 
     def read(self, stream: Tensor, hook: Any) -> None:
-        """Take note of the stream that the map reads."""
+        """Record the stream that the map reads."""
         del hook
         self.arriving, self.is_placed = stream.clone(), False  # a hook that comes later may write to it
 
     def place(self, pattern: Tensor, hook: Any) -> None:
-        """Put it after what a cache holds, or begin anew."""
+        """Append the stream to the cached positions, or start a new prompt."""
         del hook
         assert self.arriving is not None
         keys, queries = pattern.shape[-1], pattern.shape[-2]
@@ -141,7 +133,7 @@ class _Steering:
         self.seen = torch.cat([self.seen.detach(), self.arriving], dim=1)
 
     def mix(self, value: Tensor, hook: Any) -> Tensor:
-        """The model's own value, mixed with the map's at the steered positions."""
+        """Mix the model's own value with the map's at the steered positions."""
         del hook
         if self.seen is None or not self.is_placed:
             raise ValueError("Steering needs the attention pattern's hook to tell a cache, and it did not fire.")

@@ -20,7 +20,7 @@ from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
 @runtime_checkable
 class PathsExpanded(Protocol):
-    """What a cache of paths reads of the expansion that it is of."""
+    """What a `PathCache` reads of its expansion."""
 
     @property
     def kind(self) -> str:
@@ -35,20 +35,15 @@ class PathsExpanded(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathCache(JetCache):
-    """The paths of an expansion on one input, a `JetCache` by path.
-
-    A path's term is what the unembedding reads of it [batch, out_pos, d_model]; `logits(path)` are its additive logits.
-    Paths and `remainder` sum to the model.
+    """The evaluated paths of one input: a `JetCache` by path. Paths and `remainder` sum to the model.
 
     Attributes:
-        expansion: What was evaluated: its paths are `labels`, unless it holds the largest of them only.
-        weights: The multiple of b_U that each path carries [path, batch, out_pos]: 1 / N for jets; for frozen maps 1 for
-            `ln_final_bias` and 0 for all others.
+        expansion: The evaluated expansion. It lists the paths of `labels`, or more if only the largest were kept.
+        weights: Multiple of b_U in each path: 1 / N for jets; detached, 1 for `ln_final_bias` and 0 for all others.
         positions: Positions in the prompt, aligned to the out_pos axis.
-        remainders: By stream, |stream - sum of the prefixes of all evaluated paths| / |stream|, at all real tokens of the
-            prompts: what every stage has left over so far, and what was filtered out. For `ln_final`, that of the kept paths
-            at `positions`. A beam search gives the latter alone, and so does a slice of the prompts.
-        is_exhaustive: Whether all paths of the expansion were evaluated; if not, a beam search chose them.
+        remainders: By stream, |stream - sum of all evaluated prefixes| / |stream| over all real tokens. `ln_final` is
+            that of the kept paths at `positions`; a beam search and a slice of the prompts give `ln_final` only.
+        is_exhaustive: Whether all paths of the expansion were evaluated; False after a beam search.
     """
 
     expansion: PathsExpanded  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
@@ -69,7 +64,7 @@ class PathCache(JetCache):
 
     @property
     def remainder(self) -> Float[Tensor, "*batch out_pos d_model"]:
-        """What the paths leave of what the unembedding reads; it carries what is left of b_U, too."""
+        """What the unembedding reads, less all paths; it also carries the rest of b_U."""
         return self.truth - sum(self.terms.values(), torch.zeros_like(self.truth))
 
     def remainder_logits(self) -> Float[Tensor, "*batch out_pos d_vocab"]:
@@ -77,25 +72,25 @@ class PathCache(JetCache):
         return self.trace.decoder.logits(self.remainder, 1 - self.weights.sum(0))
 
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch out_pos d_vocab"]:
-        """Additive logits (before a final softcap) of one path, or of all of them together."""
+        """Additive logits (before a final softcap) of one path, or of the sum of all."""
         if path is None:
             return self.trace.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
         return super().logits(path)
 
     def statistics(self, *, by: By = "path", targets: TargetInput | None = None) -> PathStatistics:
-        """How much of the model's logits every path is, or sums of paths.
+        """Norm, cosine, share and effect of each path, or of sums of paths, relative to the model's logits.
 
         Args:
-            by: `"path"`; `"length"`, sums by number of writes; `"component"`, for every step the sum of the paths through
-                it; `"source"`, sums by where paths start.
-            targets: Tokens to report the effect on, as ids or strings of one token, one list of them a prompt, or ids [batch,
-                out_pos, target]; None for the model's own best token.
+            by: `"path"`; `"length"`, sums by number of writes; `"component"`, for each step the sum of the paths
+                through it; `"source"`, sums by where paths start.
+            targets: Ids or strings of one token, one list of them a prompt, or ids [batch, out_pos, target]; None for
+                the model's own best token.
 
         Returns:
             A `PathStatistics`. Sums by length or source add up to all paths; those by component overlap.
 
         Raises:
-            ValueError: A slice dropped the batch or position dimension, or left nothing but padding.
+            ValueError: A slice dropped the batch or position dimension, or left only padding.
         """
         rows = self.rows("Statistics")
         groups = _groups(self.paths, by)
@@ -112,18 +107,14 @@ class PathCache(JetCache):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a path and real position, in the order of `labels`: see `PathStatistics.to_dataframe`."""
+        """One row per path and real position, in the order of `labels`: see `PathStatistics.to_dataframe`."""
         return self.statistics().to_dataframe()
 
     def check(self) -> Check:
-        """Compare the logits of all paths together, remainder left out, with the model's own; not one path by one.
-
-        Returns:
-            A `Check` with the largest difference; no slopes.
+        """A `Check` with the largest relative difference between the logits of all paths and the model's.
 
         Raises:
-            ValueError: Only some of the paths are here, or they are jets, whose sum is not the model: see `remainders`; a
-                slice of padding alone.
+            ValueError: Paths are missing, are jets (whose sum is not the model), or a slice left only padding.
         """
         self._require_real("check")
         if self.expansion.linearize != "detached" or not cast(Any, self.expansion).is_complete or self.trace.logits is None:
@@ -143,7 +134,7 @@ class PathCache(JetCache):
 
 
 def _groups(paths: list[Path], by: By) -> dict[str, list[int]]:
-    """Indices of the paths that are summed, by the label of the sum."""
+    """Indices of the paths in each sum, by label."""
     found: dict[str, list[int]] = {}
     if by == "length":
         found = {str(n): [] for n in range(max(path.n_writes for path in paths) + 1)}

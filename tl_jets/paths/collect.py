@@ -1,4 +1,4 @@
-"""Collecting finished paths: all of them, or the largest."""
+"""Collect finished paths: all of them, or the largest."""
 
 from __future__ import annotations
 
@@ -18,17 +18,7 @@ from tl_jets.paths.graph import Lattice
 
 @dataclass
 class Best:
-    """The largest paths seen so far.
-
-    Attributes:
-        yardstick: What sizes are.
-        rank: `"length"` or `"effect"`.
-        limit: How many to keep.
-        paths: Their names, largest first.
-        states: What the unembedding reads of them [path, batch, out_pos, d_model].
-        bias_weights: Their multiples of b_U [path].
-        sizes: Theirs [path].
-    """
+    """The largest paths by `rank`, largest first, with their states [path, batch, out_pos, d_model] and sizes."""
 
     yardstick: Yardstick
     rank: Rank
@@ -40,12 +30,12 @@ class Best:
 
     @classmethod
     def none(cls, yardstick: Yardstick, rank: Rank, limit: int, like: Tensor) -> Best:
-        """No path yet; `like` is a state [batch, out_pos, d_model]."""
+        """An empty collection; `like` is a state [batch, out_pos, d_model]."""
         empty = like.new_zeros(0)
         return cls(yardstick, rank, limit, [], like.new_zeros(0, *like.shape), empty, empty.double())
 
     def add(self, paths: list[Path], states: Tensor, bias_weights: Tensor) -> None:
-        """Keep those of some paths that are among the largest; of equals, those that came first."""
+        """Add paths and keep the largest; ties keep the earlier path."""
         sizes = self.yardstick.sizes(self.yardstick.augmented(states, bias_weights), self.rank)
         every, sizes = [*self.paths, *paths], torch.cat([self.sizes, sizes])
         order = sizes.argsort(descending=True, stable=True)[: self.limit]
@@ -56,12 +46,7 @@ class Best:
 
 
 class Collector:
-    """Takes finished paths, all of them or the largest.
-
-    Attributes:
-        found: Every path taken, its state [batch, out_pos, d_model] and its multiple of b_U, if all are kept.
-        best: The largest so far, if only some are kept.
-    """
+    """Collects finished paths, all (`found`: state [batch, out_pos, d_model], multiple of b_U) or the `best`."""
 
     def __init__(
         self, lattice: Lattice, split: Callable[[Path], list[Path]], rows: Rows, stages: Stages, best: Best | None
@@ -70,13 +55,13 @@ class Collector:
         self.found: dict[str, tuple[Tensor, float]] = {}
 
     def add(self, prefixes: Prefixes, values: Tensor) -> None:
-        """Decode finished paths and take them."""
+        """Decode and collect finished paths."""
         for degree, (states, weight) in enumerate(self.stages.terms(values, self.rows.positions)):
             paths = [self.split(prefix.path.then(DECODER_STEP))[degree] for prefix in prefixes]
             self._take(paths, states, weight)
 
     def add_constant(self) -> None:
-        """Take what the decoder itself adds, where it is a path."""
+        """Collect the decoder's own constant, if it is one of the paths."""
         prefixes, values = starts(self.lattice, self.stages, len(self.lattice.stages) + 1)
         if prefixes:
             self._take([prefix.path for prefix in prefixes], torch.stack(values)[:, :, self.rows.positions], 1.0)
@@ -88,7 +73,7 @@ class Collector:
             self.found |= {str(path): (state, weight) for path, state in zip(paths, states, strict=True)}
 
     def terms(self, paths: Iterable[Path]) -> tuple[dict[str, Tensor], list[float] | Tensor]:
-        """What was taken and the multiples of b_U, in the order of `paths`, or of size."""
+        """The collected states and multiples of b_U, in the order of `paths`, or by size if a `best` was kept."""
         if self.best is not None:
             named = zip(self.best.paths, self.best.states, strict=True)
             return {str(path): state for path, state in named}, self.best.bias_weights

@@ -1,26 +1,24 @@
-r"""Interactions: how pairs of components act together on a logit, at second degree of the final norm's jets.
+r"""Interactions: the joint effect of pairs of components on a logit, from the final norm's second-degree jet terms.
 
-The order-2 jets of the final norm gamma at centers x_i, with weights w_i, have second-degree terms c_2 =
-D^2 gamma(x_i)[v_i, v_i] / 2, v_i = h_L - x_i. The stream h_L is the sum of all components and of `rest`, so that v_i is the sum
-of all but x_i, and the terms are sums over pairs:
+With centers x_i, weights w_i and v_i = h_L - x_i, the second-degree terms of the final norm gamma are c_2 = D^2
+gamma(x_i)[v_i, v_i] / 2. The stream h_L is the sum of all components and of `rest`, v_i the sum of all but x_i, and
 
 .. math::
     \sum_i w_i c_2(x_i) = \sum_{j, m} I_{jm}, \qquad
     I_{jm} = \tfrac12 \sum_i w_i a_{ij} a_{im} \, D^2 \gamma(x_i)[x_j, x_m], \qquad a_{ij} = 1 - \delta_{ij} .
 
-Read along a direction g of what the unembedding reads (a token's column of W_U less the mean column, or the difference of two),
-I is a symmetric matrix of logits. With x centered if the norm centers, w the norm's weight, <u, v> = mean(u v) over d_model, and
-s = (<x, x> + eps)^(-1/2),
+Read along a direction g (a token's column of W_U less the mean column, or the difference of two), I is a symmetric
+matrix of logits. With x centered if the norm centers, w the norm's weight, <u, v> = mean(u v) over d_model, and s =
+(<x, x> + eps)^(-1/2),
 
 .. math::
     D^2 (g \cdot \gamma)(x)[u, v] = -s^3 \bigl( (g w \cdot u) \langle x, v \rangle + (g w \cdot v) \langle x, u \rangle \bigr)
-    + (g w \cdot x) \bigl( 3 s^5 \langle x, u \rangle \langle x, v \rangle - s^3 \langle u, v \rangle \bigr) :
+    + (g w \cdot x) \bigl( 3 s^5 \langle x, u \rangle \langle x, v \rangle - s^3 \langle u, v \rangle \bigr) .
 
-no derivative is taken by a machine, and no tensor of the vocabulary's size is made. A center that is rescaled to c_i x_i
-(`center_scale`) has a_ii = 1 - c_i.
+For a center that is rescaled to c_i x_i (`center_scale`), a_ii = 1 - c_i.
 
-The **control** replaces every component by a random vector of equal length and equal angle to the final stream, as the norm sees
-them, and keeps a and w: interactions that it has, too, come from lengths and angles, not from what components say.
+The **control** replaces each component by a random vector of equal length and equal angle to the final stream, as the
+norm sees them, and keeps a and w. Interactions that it also shows come from lengths and angles alone.
 
 ============  ==========================
 symbol        name here
@@ -30,8 +28,8 @@ sum of I      `Interactions.term`
 w_i           `Interactions.weights`
 ============  ==========================
 
-Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 6-7 and Lemma 1, at order 2; the split into pairs is ours.
-Cost: a forward pass, and N^3 multiply-adds a position for N components.
+Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 6-7 and Lemma 1, at order 2; the split into pairs is
+ours. Cost: a forward pass, and N^3 multiply-adds per position for N components.
 
 Example:
     >>> from tl_jets.pretrained import load_tinydocs
@@ -77,26 +75,23 @@ SHOWN = 10
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Interactions(Result):
-    """Second-degree effects of pairs of components on a logit. Axes: [component, component, batch, pos]; NaN at padding.
+    """Second-degree effects of pairs of components on a logit; NaN at padding.
 
-    Logits are additive (before a final softcap) and centered over the vocabulary: beyond the mean of all tokens.
+    Logits are additive (before a final softcap) and centered over the vocabulary.
 
     Attributes:
-        labels: Components, aligned to both component axes; `rest`, what they leave of the final stream, is last.
-        matrix: I, symmetric, in logits. A pair's effect is both of its entries together.
-        control: The same for random vectors of equal length and angle to the final stream.
-        degrees: What degrees 0, 1 and 2 of the weighted jets give to the target [degree, batch, pos].
-        logit: The model's own centered logit of the target, or difference [batch, pos].
-        weights: w [center, batch, pos]; centers are all labels but `rest`.
-        rho: Radius ratio of each center's series, which converges below 1 [center, batch, pos].
-        center_scale: How centers were rescaled.
+        labels: Components, aligned to both component axes; the last is `rest`, the final stream less all components.
+        matrix: I, symmetric, in logits. The effect of a pair is the sum of its two entries.
+        control: I for random vectors of equal length and angle to the final stream.
+        degrees: Contribution of degrees 0, 1 and 2 of the weighted jets to the target.
+        logit: The model's own centered logit of the target, or difference.
+        weights: w; centers are all labels but `rest`.
+        rho: Radius ratio of each center's series, which converges below 1.
         positions: Positions in the prompt, aligned to the pos axis.
-        tokens: The tokens at those positions [batch, pos].
-        valid: Which of them are real [batch, pos].
-        target_ids: The target [batch, pos], or the target and what it is compared with [batch, pos, 2].
-        target_names: How they were asked for; `<answer>` is the model's own best token.
-        unit: What all numbers are measured in: `"logits"`, or `"logits before the softcap"`.
-        tokenizer: The model's tokenizer, or None.
+        valid: Which `tokens` are real.
+        target_ids: The target, or the target and the token that it is compared with.
+        target_names: The targets as requested; `<answer>` is the model's own best token.
+        unit: Unit of all numbers: `"logits"`, or `"logits before the softcap"`.
     """
 
     labels: list[str]
@@ -117,7 +112,7 @@ class Interactions(Result):
 
     @property
     def term(self) -> Float[Tensor, "batch pos"]:
-        """The second-degree term, which the matrix sums to."""
+        """The second-degree term: the sum of the matrix."""
         return self.degrees[2]
 
     def __repr__(self) -> str:
@@ -136,10 +131,7 @@ class Interactions(Result):
         return dataframe_html(self.average(), whole="average()")
 
     def average(self) -> pd.DataFrame:
-        """One row a pair, averaged over real positions, the largest mean size first.
-
-        Columns: first, second, effect (mean), size (mean of absolute values), control (the same of the control).
-        """
+        """One row per pair, averaged over real positions, largest first: first, second, effect, size, control."""
         effect, control = (values[:, self.valid].double() for values in self._pairs()[2:])
         columns = {"effect": effect.mean(1), "size": effect.abs().mean(1), "control": control.abs().mean(1)}
         first, second, *_ = self._pairs()
@@ -149,10 +141,9 @@ class Interactions(Result):
         return table.sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """One row a pair, prompt and real position, the largest effect first.
+        """One row per pair, prompt and real position, the largest effect first.
 
-        Columns: first, second, batch, pos, token (read at that position), target, effect (both entries of the matrix for
-        two different components), control.
+        Columns: first, second, batch, pos, token, target, effect (both entries of the matrix), control.
         """
         names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
         first, second, effect, control = self._pairs()
@@ -197,25 +188,22 @@ def interactions(
 ) -> Interactions:
     """Second-degree effects of pairs of components on a logit, or on a difference of two.
 
-    *Read before use*: where `rho` is above 1 (early, short centers) the series diverges, and second-degree terms are large
-    numbers that higher degrees cancel; `degrees` beside `logit` shows it. The default of `center_scale` is for this reason not
-    the paper's: on SmolLM2-135M the degrees sum to within 0.2 and 2.6 of logits of 17.5 and 19.0 (`"match"` to 17 and 19, `"none"`
-    to 8,000 and 12,000).
+    *Read before use*: where `rho` is above 1 (early, short centers) the series diverges: compare `degrees` with
+    `logit`. The default of `center_scale` is therefore not the paper's: on SmolLM2-135M the degrees sum to within 0.2
+    and 2.6 of logits of 17.5 and 19.0 (`"match"` to 17 and 19, `"none"` to 8,000 and 12,000).
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         targets: The token whose logit is read: a string of one token, an id, one list a prompt (`[[" Paris"], [" Rome"]]`), or
             ids [batch, pos] aligned with `positions`; None for the model's own best token at each position.
-        minus: A token whose logit is taken off, for a difference; as `targets`. None for the logit itself.
-        centers: Components: labels of the trace, terms, expansions or functions, as in `jet_expand`. None for everything that
-            the final stream is the sum of: embeddings, writes, edits by hooks.
-        granularity: What writes are, for a model or for `centers=None`: `"block"`, `"sublayer"` or `"head"`. None is
-            `"sublayer"` for a model, and a network's own for a `ResidualNetwork`.
+        minus: A token whose logit is subtracted, as `targets`; None for the logit itself.
+        centers: Components, as in `jet_expand`; None for all summands of the final stream: embeddings, writes, edits.
+        granularity: `"block"`, `"sublayer"` or `"head"`. None is `"sublayer"` for a model, and a network's own.
         positions: Positions to read in the padded row; None for all.
         weights: `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos] of the whole input.
         center_scale: Rescale centers: `"orthogonal"`, `"match"` or `"none"` (the paper's), as in `jet_expand`.
-        seed: Of the random control.
+        seed: Seed of the random control.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
@@ -223,11 +211,9 @@ def interactions(
         An `Interactions`, computed in float64.
 
     Raises:
-        ValueError: Bad labels, positions, weights or input, more than one target a position, or a center that is zero under a
-            norm with eps = 0.
+        ValueError: Bad labels, positions, weights or input, several targets per position, or a zero center.
 
-    Source:
-        Chen et al., eq. 6-7, Lemma 1, at order 2.
+    Source: Chen et al., eq. 6-7, Lemma 1, at order 2.
     """
     network = ResidualNetwork.of(model, granularity)
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
@@ -276,7 +262,7 @@ def _matrix(
     weights: Float[Tensor, "center row"],
     scale: Float[Tensor, "center row"],
 ) -> Float[Tensor, "source source row"]:
-    """I of the module: the second derivatives of the norm along a direction, at all sources but the last, at all pairs."""
+    """The matrix I of all pairs of sources, expanded at all sources but the last."""
     n, x = len(weights), norm.center(sources).movedim(0, 1)  # rows first, for products of matrices
     if norm.kind == "none":
         return x.new_zeros(len(sources), len(sources), len(x))
@@ -296,7 +282,7 @@ def _matrix(
 
 
 def _weights(weights: str | Tensor, rows: Rows, n: int) -> Float[Tensor, "center row"]:
-    """Weights of the centers at the chosen positions, float64."""
+    """Weights of the centers at the selected positions, float64."""
     shape = (n, len(rows.places))
     if isinstance(weights, str):
         if weights != "uniform":
@@ -311,7 +297,7 @@ def _weights(weights: str | Tensor, rows: Rows, n: int) -> Float[Tensor, "center
 def _directions(
     trace: Trace, rows: Rows, targets: TargetInput | None, minus: TargetInput | None
 ) -> tuple[Float[Tensor, "row d_model_and_bias"], Int[Tensor, "batch pos target"], list[str | int]]:
-    """What a centered logit, or a difference of logits, is the product with (b_U behind); and the tokens."""
+    """Directions (b_U appended) whose inner product is the centered logit or difference; the target ids and names."""
     total, ids, names = torch.zeros((), device="cpu"), [], []
     for sign, given in ((1, targets), (-1, minus)):
         if given is None and sign < 0:

@@ -1,9 +1,8 @@
-"""Evaluating the paths of a lattice: every prefix once, in chunks, depth first.
+"""Evaluate the paths of a path graph: each prefix once, in chunks, depth first.
 
-All paths of a set that share a prefix share its value: stage after stage, the prefixes that take a step are carried
-through it together. A set larger than `chunk_size` is split and its parts are finished one after the other, so that no
-more than about stages x chunk_size streams are held, however many paths there are. Prefixes that no path of the lattice
-completes are never made.
+Paths with a common prefix share its value. Stage by stage, all prefixes that take a step go through it in one batch. A
+batch larger than `chunk_size` is split and its parts are finished one after the other, so at most about stages x
+chunk_size streams are held. Prefixes that no path completes are not evaluated.
 """
 
 from __future__ import annotations
@@ -22,18 +21,13 @@ from tl_jets.core.trace import Trace
 from tl_jets.paths.graph import Lattice, Source, State, lattice_of
 from tl_jets.paths.jet_stages import JetStages
 
-# What a stage makes of prefixes.
+# Evaluators of stages.
 Stages = FrozenNetwork | JetStages
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a path.
-
-    Attributes:
-        path: Its source and its steps so far.
-        state: What its completions depend on.
-    """
+    """The beginning of a path: its source and steps so far, and the state that its completions depend on."""
 
     path: Path
     state: State
@@ -43,7 +37,7 @@ Prefixes = list[Prefix]
 
 
 def starts(lattice: Lattice, stages: Stages, stage: int) -> tuple[Prefixes, list[Tensor]]:
-    """The sources that start at a stage and lead somewhere, with their values."""
+    """The sources that start at a stage and can be completed, with their values."""
     values = stages.sources
     found = [
         Prefix(Path(source.label), (lattice.start(source), 0))
@@ -56,15 +50,10 @@ def starts(lattice: Lattice, stages: Stages, stage: int) -> tuple[Prefixes, list
 def through_stage(
     lattice: Lattice, stages: Stages, rows: Sequence[Sequence[int]], prefixes: Prefixes, values: Tensor, stage: int
 ) -> tuple[Prefixes, Tensor]:
-    """The prefixes after a stage, and their values: those that pass it by, then those that take its steps.
+    """The prefixes after a stage, with their values: first those that skip it, then those that take one of its steps.
 
-    Args:
-        lattice: Which prefixes lead on.
-        stages: What the steps do.
-        rows: For every stage, the row of its writes that each step of the lattice is.
-        prefixes: Before the stage.
-        values: Theirs [path, batch, pos, d_model].
-        stage: Its index.
+    `rows` holds, by stage, the index of each step of the path graph among the stage's writes; `values` are
+    [path, batch, pos, d_model].
     """
     onward = [dict(lattice.onward(stage, prefix.state)) for prefix in prefixes]
     stay = [i for i, prefix in enumerate(prefixes) if lattice.is_alive(stage + 1, prefix.state)]
@@ -86,17 +75,9 @@ def walk(
     chunk_size: int,
     finish: Callable[[Prefixes, Tensor], None],
 ) -> dict[int, Tensor]:
-    """Evaluate every path of a lattice, chunk by chunk.
+    """Evaluate all paths in chunks of prefixes; return the sum of all prefixes before each stage, by index.
 
-    Args:
-        lattice: The paths.
-        stages: What the steps do.
-        rows: For every stage, the row of its writes that each step of the lattice is.
-        chunk_size: Prefixes that go on together.
-        finish: Called with finished paths (before the decoder) and their values, each path once.
-
-    Returns:
-        The sum of all prefixes before every stage but the first, by index; the last is the sum of all paths.
+    `rows` is as in `through_stage`; `finish` receives each finished path once, before the decoder.
     """
     sums: dict[int, Tensor] = {}
 
@@ -126,12 +107,12 @@ def walk(
 
 
 def rows_of(lattice: Lattice, steps: Sequence[Sequence[str]]) -> list[list[int]]:
-    """For every stage of a lattice, the places of its steps among all steps of the stage."""
+    """By stage, the indices of the path graph's steps among all steps of the stage."""
     return [[every.index(step) for step in kept] for kept, every in zip(lattice.stages, steps, strict=True)]
 
 
 def with_edits(lattice: Lattice, trace: Trace) -> Lattice:
-    """The lattice with a source for everything that the user's hooks added to a stream of the trace."""
+    """The path graph with an additional source for every hook edit of a stream of the trace."""
     found = [
         Source(label, place) for place, stream in enumerate(trace.network.streams) for label in trace.edits(stream)
     ]
@@ -140,11 +121,10 @@ def with_edits(lattice: Lattice, trace: Trace) -> Lattice:
 
 
 def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int]]]:
-    """A path from a source of the frozen network, without its decoder, and the stage and row of each of its steps.
+    """A path of the frozen network without its decoder, and the (stage, row) of each step.
 
     Raises:
-        ValueError: No such source or step; steps out of order, or before the source; or the decoder's own constant, which is
-            in no stream.
+        ValueError: Unknown source or step, steps out of order, or `ln_final_bias`, which is in no stream.
     """
     path = Path.parse(path) if isinstance(path, str) else path
     network = trace.network

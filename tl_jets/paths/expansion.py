@@ -1,14 +1,13 @@
-r"""Algorithm 2 and its exact sibling: a model as a sum over all paths from input to output.
+"""Algorithm 2 and its exact variant: a model as a sum over all paths from input to output.
 
-A network of stages with one write each has 2^L paths from every source, each named by the writes that it passes through.
-Two forms of them:
+A network of L stages with one write each has 2^L paths from every source, each named by the writes that it passes
+through. There are two forms:
 
-- ``linearize="jet"``, the paper's: every stage is expanded at all prefixes with uniform weights, what is not covered is a
-  remainder after each stage. *Read before use*: a jet of order k >= 1 carries the model's own stream into every path, so
-  most paths decode to the model's own answer whatever they pass through.
-- ``linearize="detached"``, exact: norm scales, attention patterns and gates are frozen at this input, every stage is
-  affine, and eq. 5 of the paper holds for a real transformer: paths from the embeddings and from the biases sum to the
-  model's logits, without a remainder.
+- ``linearize="jet"``, the paper's: each stage is expanded at all prefixes with uniform weights, and leaves a remainder.
+  *Read before use*: a jet of order k >= 1 carries the model's own stream into every path, so most paths decode to the
+  model's own answer, whatever they pass through.
+- ``linearize="detached"``, exact: norm scales, attention patterns and gates are frozen at this input. Each stage is
+  affine, and by eq. 5 paths from the embeddings and the biases sum to the model's logits.
 
 On stories260K (10 sublayers, 1,024 paths, float64; 99 positions of four prompts, `demos/jet_or_detached_paths.py`):
 
@@ -20,9 +19,6 @@ jets, order 1                        38          92%
 jets, order 1, norm-matched centers  0.14        53%
 detached                             1.5e-15     1%
 ===================================  ==========  ===========================================
-
-Building is symbolic: counts are exact integers, paths are listed lazily, at any depth. Evaluating more than `max_paths` is
-refused with the count and the ways to narrow it.
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 2, eq. 5; Golden, arXiv 2505.24293.
 
@@ -96,7 +92,7 @@ def exponential_expansion(
     split_degrees: bool = False,
     max_paths: int = MAX_PATHS,
 ) -> PathExpansion:
-    """All paths of a model from input to output (Algorithm 2, or exact detached paths). Symbolic and instant.
+    """All paths of a model from input to output (Algorithm 2, or exact detached paths), not yet evaluated.
 
     Filters take labels of steps and sources (`"3_mlp"`, `"L3H2"`, `"embed"`, `"3_mlp_bias"`), kinds (`"attn"`, `"mlp"`,
     `"head"`, `"block"`, `"bias"`), or sequences of them. They select from the full expansion and change no path.
@@ -105,31 +101,28 @@ def exponential_expansion(
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what a write is).
         order: k >= 0 of the jets, None is 1; detached paths have none.
         linearize: `"jet"`, the paper's, or `"detached"`, exact.
-        through: Keep paths that pass through every one of these (through any step of a kind).
+        through: Keep paths that pass through each of these (for a kind: through any step of it).
         avoiding: Keep paths that pass through none of these: `"attn"` gives the n-gram paths.
-        sources: Keep paths that start here; None for embeddings, edits by hooks and, detached, biases.
-        max_writes: Keep paths with at most so many writes.
-        top: Keep the largest paths only, largest first; the others are the remainder. If at most `max_paths` are left by
-            the filters all are evaluated, and the choice is exact; more (detached only) are searched by a beam of
-            `max_paths` / stages prefixes, greedily (see `tl_jets.paths.top_paths`).
-        rank: What `top` compares: the `"length"` of a path's logits centered over the vocabulary, or its `"effect"` on
-            the targets, over all evaluated positions together. Without `top` there is no rank, nor targets.
+        sources: Keep paths that start here; None for embeddings, hook edits and, detached, biases.
+        max_writes: Keep paths with at most this many writes.
+        top: Keep only the largest paths, largest first; the others are the remainder. Exact if the filters leave at
+            most `max_paths`; otherwise (detached only) a greedy beam search, see `tl_jets.paths.top_paths`.
+        rank: Size for `top`: `"length"` of the logits centered over the vocabulary, or `"effect"` on the targets.
         targets: Tokens for `rank="effect"`; None for the model's own best token.
-        center_scale: Of the centers of jets at every stage: `"none"` (the paper's), `"match"` or `"orthogonal"`.
+        center_scale: Rescale the centers of jets: `"none"` (the paper's), `"match"` or `"orthogonal"`.
         renormalize: Spread the weights of jets over the paths that are kept.
-        split_degrees: Split every path's last jet, that of the final norm, by degree: `... > ln_final[0]`, the path's own
-            reading, `ln_final[1]`, what the model's stream adds to it, ... They sum to the path.
+        split_degrees: Split each path's jet of the final norm by degree: `... > ln_final[0]` is the path's own reading,
+            `ln_final[1]` what the model's stream adds, and so on.
         max_paths: Refuse to evaluate more.
 
     Returns:
-        A `PathExpansion`: iterate over it for the paths, call it on a prompt, tokens or a trace to get a `PathCache`.
+        A `PathExpansion`: iterate over it for the paths; call it on a prompt, tokens or a trace to get a `PathCache`.
 
     Raises:
-        ValueError: A bad option or one that would do nothing, a filter that names nothing, or filters that leave no path.
+        ValueError: A bad option or one without effect, an unknown name in a filter, or filters that leave no path.
         TypeError: A bad order.
 
-    Source:
-        Chen et al., Algorithm 2.
+    Source: Chen et al., Algorithm 2.
     """
     network = ResidualNetwork.of(model)
     order = read_order(linearize, order, 1)
@@ -182,25 +175,9 @@ def exponential_expansion(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathExpansion:
-    """All paths of a model that some filters keep, not yet evaluated.
+    """The paths of a model that the filters keep, not yet evaluated: iterable, short ones first, lazily.
 
-    Iterate over it for the paths, short ones first, lazily; `path in expansion` asks for one; call it on a prompt, tokens
-    or a `Trace` to get a `PathCache`.
-
-    Attributes:
-        network: The residual network.
-        linearize: `"jet"` or `"detached"`.
-        order: k of the jets; 0 for detached paths.
-        whole: All paths, before the filters; without degrees.
-        lattice: The paths that the filters keep; without degrees.
-        filters: `through`, `avoiding`, `sources`, `max_writes`.
-        top: How many of the largest are kept; None for all.
-        rank: What is large.
-        targets: Of `rank="effect"`.
-        center_scale: Of the jets' centers.
-        renormalize: Whether weights are spread over what is kept.
-        split_degrees: Whether the last jets are split.
-        max_paths: How many are evaluated at most.
+    Fields are the options of `exponential_expansion`, `whole` (all paths) and `lattice` (those kept).
     """
 
     network: ResidualNetwork
@@ -217,27 +194,23 @@ class PathExpansion:
     split_degrees: bool = False
     max_paths: int = MAX_PATHS
 
-    # What a JetCache reads of an expansion of the decoder
+    # Read by JetCache for an expansion of the decoder
     stage = None
     steps = (DECODER_STEP,)
 
     @property
     def degrees(self) -> int:
-        """Into how many terms a path is split."""
+        """Number of terms of each path."""
         return self.order + 1 if self.split_degrees else 1
 
     @property
     def count(self) -> int:
-        """How many paths there are, before `top`: an exact integer of any size.
-
-        Detached, that is with a source for every bias that the model might have; paths from those that turn out to be zero
-        are left out when evaluated.
-        """
+        """Number of paths before `top`, an exact integer; includes paths from biases that may be zero."""
         return self.degrees * self.lattice.count
 
     @property
     def count_by_length(self) -> tuple[int, ...]:
-        """How many paths pass through 0, 1, 2, ... writes."""
+        """Number of paths with 0, 1, 2, ... writes."""
         return tuple(self.degrees * n for n in self.lattice.count_by_length)
 
     @property
@@ -262,7 +235,7 @@ class PathExpansion:
         return whole in self.lattice and wanted in self.split(whole)
 
     def split(self, path: Path) -> list[Path]:
-        """A path as its terms: itself, or one term a degree."""
+        """The terms of a path: the path itself, or one term per degree."""
         if not self.split_degrees:
             return [path]
         steps = path.steps[:-1]
@@ -288,8 +261,6 @@ class PathExpansion:
         lines = [head, *(f"  {path}" for path in islice(self, SHOWN))]
         return "\n".join(lines + ([f"  ... {count_text(self.count - SHOWN)} more"] if self.count > SHOWN else []))
 
-    # Evaluation
-
     def __call__(
         self,
         text_or_tokens: Any,
@@ -301,21 +272,19 @@ class PathExpansion:
         """Evaluate on one input.
 
         Args:
-            text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` (which then keeps the frozen
-                network, and the result).
-            positions: Positions to read; None for all. The results take memory in proportion.
+            text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` (which keeps the result).
+            positions: Positions to read; None for all. Memory is proportional to their number.
             attention_mask: Passed to the model (left padding needs it).
             cache: A ready `ActivationCache` of the same input.
 
         Returns:
-            A `PathCache`. Detached, paths from constants that are zero are left out (its `expansion` says which are in).
+            A `PathCache`. Detached paths from constants that are zero are omitted.
 
         Raises:
             ValueError: More than `max_paths` paths; bad positions or input.
             NotImplementedError: Detached paths of a model that cannot be frozen.
 
-        Cost:
-            Every prefix once: for 2^L paths, 2^L applications of a frozen stage, in batches, or 2^L jets.
+        Cost: each prefix once: for 2^L paths, 2^L applications of a frozen stage, in batches, or 2^L jets.
         """
         self._check_count()
         with torch.inference_mode(False):
@@ -326,7 +295,7 @@ class PathExpansion:
             return replace(self._remembered(trace, positions), trace=Trace(self.network, trace.recording))
 
     def _remembered(self, trace: Trace, positions: int | Sequence[int] | None) -> PathCache:
-        """Evaluate on a trace of the same network; what it has already evaluated is not evaluated again."""
+        """Evaluate on a trace of the same network, or return the trace's earlier result."""
         rows = Rows.of(trace, positions)
         known, key = trace.evaluated.setdefault(self, {}), tuple(rows.positions)
         if key not in known:
@@ -389,7 +358,7 @@ class PathExpansion:
         return JetStages(trace, self.order, self.center_scale, weights, self.split_degrees)
 
     def _check_count(self) -> bool:
-        """Whether the paths are too many to evaluate, but can be searched; refuse those that cannot."""
+        """Whether there are too many paths, but a beam search can be used; raises if it cannot."""
         if self.count <= self.max_paths:
             return False
         if self.top is not None and self.linearize == "detached":

@@ -1,20 +1,19 @@
-r"""All paths of a residual network as one small object: counted, listed lazily and filtered without being made.
+r"""The path graph: all paths of a residual network, counted, listed lazily and filtered without enumeration.
 
-A path starts at a source, passes at each later stage through one of its steps or none, and ends in the decoder. So the
-paths of a source that starts before stage s number
+A path starts at a source, takes one step or none at each later stage, and ends in the decoder. The number of paths of a
+source that starts before stage s is
 
 .. math::
     \prod_{t \ge s} (1 + \text{writes of stage } t) .
 
-Counts are exact integers at any depth. They are sums over what a path still needs: for the paths that complete a prefix
-before stage t which must still meet the set n of conditions, by their number of writes,
+With n the set of conditions (`through`) still to meet before stage t, the completions by number of writes are
 
 .. math::
     C_t(n) = C_{t+1}(n) + z \sum_{\text{steps } a \text{ of } t} C_{t+1}(n \setminus \text{conditions that } a \text{ meets}),
 
-a polynomial in z whose coefficients are kept in a tuple. What cannot be completed is never listed and never evaluated.
+a polynomial in z, stored as a tuple of exact integer coefficients. Prefixes without a completion are never listed.
 
-Cost: a count takes stages^2 integer additions a set of conditions; a listed path, one look-up a stage.
+Cost: a count takes stages^2 integer additions per set of conditions; a listed path, one look-up per stage.
 
 Example:
     >>> lattice = Lattice(stages=(("0_attn",), ("0_mlp",), ("1_attn",)), sources=(Source("embed", 0),))
@@ -38,19 +37,16 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, Stage, Step, frozen_biases, some
 
 KINDS = ("attn", "mlp", "head", "neuron", "block", "bias")
-# A prefix of a path, as far as its completions depend on it: conditions still to meet (as bits) and writes so far.
+# The state of a prefix that its completions depend on: conditions still to meet (as bits) and writes so far.
 State = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where paths start.
+    """A start of paths: an embedding, an edit, or a bias (a constant of the frozen network).
 
-    Attributes:
-        label: `embed`, `pos_embed`, an edit, or a bias such as `3_mlp_bias`.
-        start: Index of the first stage that reads it; the number of stages where only the decoder does, one more for
-            what the decoder itself adds.
-        is_bias: Whether it is a constant of the frozen network.
+    `start` is the index of the first stage that reads it: the number of stages if only the decoder reads it, one more
+    for the decoder's own constant.
     """
 
     label: str
@@ -60,15 +56,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Lattice:
-    """The paths through some stages, from some sources, under some conditions.
-
-    Iterate over it for the paths, the short ones first; `path in lattice` asks whether it is one of them.
+    """The path graph of some stages and sources. Iterate over it for the paths, short ones first.
 
     Attributes:
-        stages: Labels of the steps that a path may take, by stage.
-        sources: Where paths start.
-        through: Conditions: a path passes through at least one label of every set.
-        max_writes: The most writes that a path passes through; None for any number.
+        stages: Labels of the allowed steps, by stage.
+        through: Conditions: a path passes through at least one label of each set.
+        max_writes: Largest number of writes in a path; None for any number.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -78,19 +71,19 @@ class Lattice:
 
     @property
     def count(self) -> int:
-        """How many paths there are: an exact integer."""
+        """Number of paths: an exact integer."""
         return sum(self.count_by_length)
 
     @cached_property
     def count_by_length(self) -> tuple[int, ...]:
-        """How many paths pass through 0, 1, 2, ... writes."""
+        """Number of paths with 0, 1, 2, ... writes."""
         total: tuple[int, ...] = ()
         for source in self.sources:
             total = _add(total, self.completions(source.start, self.start(source)))
         return total if self.max_writes is None else total[: self.max_writes + 1]
 
     def count_from(self, sources: Iterable[str]) -> int:
-        """How many of them start at the given labels."""
+        """Number of paths that start at the given labels."""
         return self.starting_at(sources).count
 
     def starting_at(self, sources: Iterable[str]) -> Lattice:
@@ -125,18 +118,16 @@ class Lattice:
             needs, place = self.after(needs, step), stage + 1
         return needs == 0 and (self.max_writes is None or len(steps) - 1 <= self.max_writes)
 
-    # What a prefix still needs
-
     def start(self, source: Source) -> int:
         """The conditions that a path from a source has yet to meet, as bits."""
         return self.after(2 ** len(self.through) - 1, source.label)
 
     def after(self, needs: int, label: str) -> int:
-        """What is left of some conditions once a path has passed through a label."""
+        """The remaining conditions after a path has passed through a label."""
         return needs & ~self._meets.get(label, 0)
 
     def completions(self, stage: int, needs: int) -> tuple[int, ...]:
-        """How many ways there are to go on from a stage and meet the conditions, by their number of writes."""
+        """Number of completions from a stage that meet the conditions, by number of writes."""
         if stage >= len(self.stages):
             return () if needs else (1,)
         key = (stage, needs)
@@ -161,7 +152,7 @@ class Lattice:
         return [(index, after) for index, after in found if self.is_alive(stage + 1, after)]
 
     def prefixes(self) -> list[tuple[int, int]]:
-        """Before every stage and the decoder: how many prefixes there are, and how many take a step of the stage."""
+        """By stage, and for the decoder: the number of prefixes, and how many of them take a step of the stage."""
         found: list[tuple[int, int]] = []
         states: Counter[State] = Counter()
         for stage in range(len(self.stages) + 1):
@@ -184,11 +175,11 @@ class Lattice:
         return found
 
     def _counted(self, state: State) -> State:
-        """A state without the writes so far, where nothing depends on them."""
+        """The state, without its number of writes where there is no limit."""
         return state if self.max_writes is not None else (state[0], 0)
 
     def _exactly(self, stage: int, needs: int, n_writes: int) -> Iterator[tuple[str, ...]]:
-        """The ways on from a stage with a number of writes."""
+        """The completions from a stage with exactly n_writes writes."""
         ways = self.completions(stage, needs)
         if n_writes >= len(ways) or not ways[n_writes]:
             return
@@ -219,11 +210,7 @@ class Lattice:
 
 
 def lattice_of(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> Lattice:
-    """All paths of a network: of its jets, or of its frozen maps with a source for every bias.
-
-    Raises:
-        ValueError: A bias would have the label of something else.
-    """
+    """The path graph of a network; for detached paths, with a source for every bias."""
     starts = [Source(label, 0) for label in sources]
     if not detached:
         return Lattice(tuple(tuple(step.label for step in stage.steps) for stage in stages), tuple(starts))
@@ -250,11 +237,7 @@ def narrowed(
     sources: str | Iterable[str] | None = None,
     max_writes: int | None = None,
 ) -> Lattice:
-    """The paths that pass through all of `through`, none of `avoiding`, from one of `sources`, with few writes.
-
-    Raises:
-        ValueError: A name that is no label or kind, or max_writes < 0.
-    """
+    """The paths through all of `through`, none of `avoiding`, from `sources`, with at most `max_writes` writes."""
     if max_writes is not None and (isinstance(max_writes, bool) or not isinstance(max_writes, int) or max_writes < 0):
         raise ValueError(f"max_writes must be None or an integer >= 0; got {max_writes!r}.")
     taken = {step for labels in lattice.stages for step in labels}
@@ -273,7 +256,7 @@ def _names(names: str | Iterable[str] | None) -> list[str]:
 
 
 def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source]) -> frozenset[str]:
-    """The labels that a name stands for: its own, those of a kind, or the heads of an attention layer."""
+    """The labels that a name stands for: itself, those of a kind, or the heads of an attention layer."""
     found = {step.label for step in steps if step.label == name or _is_of(step, name)}
     found |= {label for label, source in sources.items() if label == name or (name == "bias" and source.is_bias)}
     if not found and not name.startswith("edit:"):  # edits by hooks are not known before a trace is
@@ -306,6 +289,6 @@ def _add(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def count_text(count: int) -> str:
-    """A count for people: 1,024, or 3.40e38."""
+    """A count as text: 1,024, or 3.40e38."""
     digits = str(count)
     return f"{count:,}" if len(digits) <= 12 else f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"

@@ -6,9 +6,9 @@ With N_s prefixes before stage s, a prefix x goes on as
     x \text{ past the stage} \;(k \ge 1), \quad \tfrac{1}{N_s} x \;(k = 0), \qquad
     \tfrac{1}{N_s} J^k \gamma_s(x)(h_s) \text{ through a step,}
 
-with h_s the true stream; so a path depends on its own prefix and h_s alone. N_s counts all prefixes of the full expansion:
-filters keep its weights. `renormalize=True` counts those that are kept and carry the weight: all of them at order 0, those
-that take a step of the stage at higher orders.
+with h_s the true stream: a path depends only on its own prefix and h_s. N_s counts all prefixes of the full expansion,
+so filters keep its weights. `renormalize=True` counts the kept prefixes that carry weight: all of them at order 0,
+those that take a step of the stage at higher orders.
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 2. Cost: a jet of the stage, about k + 1
 evaluations, for each prefix that takes one of its steps.
@@ -32,15 +32,7 @@ from tl_jets.paths.graph import Lattice
 
 @dataclass(frozen=True, eq=False)
 class JetStages:
-    """Algorithm 2's stages at one input.
-
-    Attributes:
-        trace: The input.
-        order: k.
-        center_scale: How prefixes are rescaled inside gamma.
-        weights: 1 / N_s by stage, that of the decoder last.
-        split_degrees: Whether the decoder's jets come as their coefficients.
-    """
+    """Algorithm 2's stages at one input: jets of order k, `weights` 1 / N_s by stage and for the decoder."""
 
     trace: Trace
     order: int
@@ -50,7 +42,7 @@ class JetStages:
 
     @cached_property
     def sources(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """Every source by label: embeddings and edits."""
+        """Embeddings and edits, by label."""
         trace = self.trace
         found = {label: trace[label] for label in trace.network.sources}
         for stream in trace.network.streams:
@@ -58,7 +50,7 @@ class JetStages:
         return found
 
     def kept(self, index: int, values: Tensor) -> Tensor:
-        """What the identity carries of prefixes past a stage."""
+        """The identity terms of prefixes that skip a stage."""
         return values if self.order else self.weights[index] * values
 
     def writes(self, index: int, values: Float[Tensor, "path batch pos d_model"]) -> Tensor:
@@ -71,10 +63,7 @@ class JetStages:
     def terms(
         self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
     ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
-        """The weighted jets of the final norm at every path, with their multiple of b_U: whole, or by degree.
-
-        The constant b_U is part of the coefficient of degree 0.
-        """
+        """Weighted jets of the final norm at every path, whole or by degree, with their multiples of b_U."""
         values, variate = values[..., positions, :], self.trace[FINAL_STREAM][:, positions]
         norm, weight = self.trace.network.decoder.norm, self.weights[-1]
         series = norm_jet(norm, self._scaled(values, variate), variate.expand_as(values), self.order)
@@ -90,6 +79,6 @@ class JetStages:
 
 
 def stage_weights(lattice: Lattice, *, order: int, renormalize: bool) -> tuple[float, ...]:
-    """1 / N_s by stage and for the decoder: of all paths, or of those kept (see the module)."""
+    """1 / N_s by stage and for the decoder: of all paths, or of the kept ones."""
     counts = [moving if renormalize and order else n for n, moving in lattice.prefixes()]
     return tuple(1 / max(1, n) for n in counts)

@@ -1,7 +1,7 @@
-r"""Order-1 jets with every source's share collected: the reorganized form.
+r"""Order-1 jets regrouped by source: the reorganized form.
 
-The jets of a stage at centers x_i, with weights w_i that sum to one, are evaluated at the true stream h. With h written as
-a sum of sources, h = sum_j x_j + sum_m r_m (the centers; then biases, edits and `rest`, which are carried along only),
+The jets of a stage at centers x_i, with weights w_i that sum to one, are evaluated at the true stream h. With h written
+as a sum of sources, h = sum_j x_j + sum_m r_m (centers x_j; biases, edits and `rest` are carried),
 
 .. math::
     \sum_i w_i J^1 \gamma(x_i)(h) = \gamma(0) + \sum_j p_j + \sum_m M r_m, \qquad M = \sum_i w_i D\gamma(x_i),
@@ -9,12 +9,11 @@ a sum of sources, h = sum_j x_j + sum_m r_m (the centers; then biases, edits and
 .. math::
     p_j = w_j \bigl(\gamma(x_j) - \gamma(0) - D\gamma(x_j)\, x_j\bigr) + M x_j .
 
-The plain terms w_i J^1 gamma(x_i)(h) each carry the whole stream; a path p_j carries what is of x_j: its own write, and what
-the other centers' tangents make of it. On a linear network p_j = A x_j whatever the weights: the recursion over stages gives
-eq. 5 of the paper path by path. The sum is that of the plain jets, and so is what it misses.
+Each plain term w_i J^1 gamma(x_i)(h) carries the whole stream; a path p_j carries only x_j. The sum and the remainder
+are those of the plain jets. On a linear network p_j = A x_j for any weights: the recursion gives eq. 5.
 
-On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64; the remainder and the rest are lengths relative
-to what the unembedding reads and to the last stream):
+On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64; the remainder and the rest are lengths
+relative to what the unembedding reads and to the last stream):
 
 ==========================================  =========  ====  =============================================
 form                                        remainder  rest  paths that decode to the model's own answer
@@ -25,15 +24,15 @@ plain jets, order 1, norm-matched centers   0.23             29%
 reorganized, norm-matched centers           0.098      0.52  1 of 257, `rest > ln_final`
 ==========================================  =========  ====  =============================================
 
-So the model's answer leaves the paths for `rest`, whose size says how much of the model no path explains.
+The size of `rest`, which holds the model's answer, shows how much of the model no path explains.
 
 ============================  =====================================================================================
 source                        what it is
 ============================  =====================================================================================
 `embed`, `embed > 0_attn`     a center x_j, named by its path
-`0_mlp_bias`                  gamma(0), what the step writes for a stream of zero; carried by later stages
-`edit:<hook>`                 what a user's hook added to the stream; carried
-`rest`                        h less all others: what earlier jets missed, or centers that were not given; carried
+`0_mlp_bias`                  gamma(0), the step's write for a stream of zero; carried by later stages
+`edit:<hook>`                 a user's hook edit of the stream; carried
+`rest`                        h less all others: remainders of earlier jets, or omitted centers; carried
 ============================  =====================================================================================
 
 ==============  =================================================
@@ -44,9 +43,8 @@ D gamma(x) u    `tl_jets.paths.tangents`
 x_i, w_i        `centers`, `weights`
 ==============  =================================================
 
-Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 5, Lemma 1; the regrouping is ours. Cost: for N centers
-and M sources, N evaluations of the stage and N M directional derivatives, as batched backward passes; the decoder, closed
-forms.
+Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 5, Lemma 1; the regrouping is ours. Cost: for N
+centers and M sources, N evaluations of the stage and N M directional derivatives, as batched backward passes.
 
 Example:
     A linear network, whose paths are products of matrices:
@@ -107,30 +105,25 @@ def reorganized_expansion(
     center_scale: CenterScale = "none",
     max_centers: int = MAX_CENTERS,
 ) -> ReorganizedExpansion:
-    """Expand a stage at order 1, with what is of each source collected in one path. Symbolic; composable as `jet_expand`.
-
-    Without `centers` every stage up to `step` is expanded in this form at all paths so far: 2^L paths of a network of L
-    sublayers, and those from biases, edits and `rest`.
+    """Expand a stage at order 1, with one path per source. Symbolic; composable as `jet_expand`.
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
         step: A step (`3_mlp`, `L3H2`), its stream (`3_mid`), or `ln_final` for the decoder.
-        centers: What to expand at, as in `jet_expand`; a `ReorganizedExpansion` of the stage before brings its biases,
-            edits and rest along. None for all paths from the embeddings.
-        carried: Further sources that the stream is the sum of, which are no centers: labels, terms or functions.
-        weights: `"uniform"`, `"optimal"` (the smallest remainder), or numbers on the simplex, [center] or
-            [center, batch, pos], for one stage.
+        centers: Centers, as in `jet_expand`; a `ReorganizedExpansion` of the previous stage adds its biases, edits and
+            rest as sources. None expands every stage up to `step` at all paths so far: 2^L paths from the embeddings.
+        carried: Further summands of the stream that are not centers: labels, terms or functions.
+        weights: `"uniform"`, `"optimal"` (the smallest remainder), or [center] or [center, batch, pos] on the simplex.
         center_scale: Rescale centers inside gamma: `"none"`, `"match"` or `"orthogonal"`, as in `jet_expand`.
         max_centers: Refuse more: a stage of N centers costs N^2 derivatives.
 
     Returns:
-        A `ReorganizedExpansion`: call it on a prompt, tokens or a trace to get a `PathCache` (the decoder) or `JetCache`.
+        A `ReorganizedExpansion`: call it on an input to get a `PathCache` (for the decoder) or `JetCache`.
 
     Raises:
-        ValueError: More than `max_centers` centers, numbers as weights without centers, or what `jet_expand` refuses.
+        ValueError: More than `max_centers` centers, numeric weights without centers, or what `jet_expand` refuses.
 
-    Source:
-        Chen et al., eq. 5, Lemma 1; the regrouping is ours.
+    Source: Chen et al., eq. 5, Lemma 1; the regrouping is ours.
     """
     check_integers(1, max_centers=max_centers)
     network = ResidualNetwork.of(model)
@@ -184,11 +177,9 @@ def _check_count(count: int, max_centers: int) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ReorganizedExpansion(Expansion):
-    """A stage expanded at centers at order 1, a path for each source. Its `terms` are those of the centers.
+    """A stage expanded at order 1, with one path per source; `terms` are those of the centers.
 
-    Attributes:
-        carried: Further sources that are no centers.
-        previous: The expansion of the stage before, whose biases, edits and rest are sources here.
+    Sources are also `carried` and the biases, edits and rest of the expansion of the `previous` stage.
     """
 
     carried: tuple[Center, ...] = ()
@@ -196,7 +187,7 @@ class ReorganizedExpansion(Expansion):
 
     @property
     def kind(self) -> str:
-        """What the paths are."""
+        """Name of the kind of paths."""
         return "reorganized order-1 jet"
 
     def __repr__(self) -> str:
@@ -220,16 +211,16 @@ class ReorganizedExpansion(Expansion):
         attention_mask: Tensor | None = None,
         cache: Any = None,
     ) -> JetCache:
-        """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`).
+        """Evaluate on one input.
 
         Args:
-            text_or_tokens: The input.
-            positions: Positions to read, of paths of the decoder; None for all.
+            text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+            positions: Positions to read, for paths of the decoder; None for all.
             attention_mask: Passed to the model (left padding needs it).
             cache: A ready `ActivationCache` of the same input.
 
         Returns:
-            For the decoder a `PathCache`: `remainders` say what the jets of every stage missed. Else a `JetCache`.
+            For the decoder a `PathCache`, with the `remainders` of all stages; else a `JetCache`.
 
         Raises:
             ValueError: Positions of an inner stage.
@@ -245,7 +236,7 @@ class ReorganizedExpansion(Expansion):
         return found.at(positions)
 
     def sources(self, trace: Trace) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """Everything that the stream is the sum of, by name: the centers, then what is carried, then `rest`."""
+        """All summands of the stream by name: the centers, the carried sources, then `rest`."""
         found = {str(center.path): center.evaluate(trace) for center in self.centers}
         carried = {str(center.path): center.evaluate(trace) for center in self.carried}
         if self.previous is not None:
@@ -260,7 +251,7 @@ class ReorganizedExpansion(Expansion):
             sources, h = self.sources(trace), trace[self.stream]
             n, values = len(self.centers), torch.stack([value.detach().clone() for value in sources.values()])
             truth = self.network.decoder.norm(h) if self.stage is None else h + trace.writes(self.stage).sum(0)
-            # The jets' sum is that of the plain form, so that the best weights are the same.
+            # The sum of the jets is that of the plain form, so the optimal weights are the same.
             jets = self._jets(trace, values[:n]).sum(0) if self.weights == "optimal" else values[:n]
             weights, solution = self._weights(trace, jets, values[:n], truth)
             scaled = values[:n]
@@ -297,7 +288,7 @@ class ReorganizedExpansion(Expansion):
     def _named(
         self, trace: Trace, labels: list[str], values: Tensor, paths: Tensor, constants: Tensor
     ) -> dict[str, Tensor]:
-        """Terms by name: first those of `self.terms`, then sources that are carried, biases last."""
+        """Terms by name: first those of `self.terms`, then carried sources, biases last."""
         assert self.stage is not None
         n, rows = len(self.centers), [i for i, s in enumerate(self.stage.steps) if s.kind != "attn_bias"]
         terms = {}
@@ -337,10 +328,10 @@ class ReorganizedExpansion(Expansion):
 
 
 class ReorganizedCache(JetCache):
-    """The paths of an inner stage, by name; the next expansion's centers."""
+    """The paths of an inner stage, by name; centers of the next expansion."""
 
     def check(self) -> Check:
-        """Compare the sum of all paths with that of the plain jets, in Taylor arithmetic; see `JetCache.check`."""
+        """Compare the sum of all paths with that of the plain jets, by Taylor arithmetic; see `JetCache.check`."""
         return _check(self)
 
 
@@ -354,12 +345,12 @@ class ReorganizedPaths(PathCache):
         return replace(sliced, positions=rows.positions)
 
     def check(self) -> Check:
-        """Compare the sum of all paths with that of the plain jets, in Taylor arithmetic; see `JetCache.check`."""
+        """Compare the sum of all paths with that of the plain jets, by Taylor arithmetic; see `JetCache.check`."""
         return _check(self)
 
 
 def _check(cache: JetCache) -> Check:
-    """The paths must sum to the plain jets, which another way to differentiate gives."""
+    """Compare the sum of the paths with the plain jets, which are differentiated another way."""
     expansion, trace = cache.expansion, cache.trace
     assert isinstance(expansion, ReorganizedExpansion)
     network, keep = expansion.network, trace.valid
@@ -376,7 +367,7 @@ def _check(cache: JetCache) -> Check:
         weights=cast(Any, expansion.weights),
         center_scale=expansion.center_scale,
     )(trace)
-    # What is no center passes the identity, too; plain jets leave it out.
+    # Sources that are not centers also pass through the identity; plain jets omit them.
     identity = torch.zeros_like(cache.truth)
     if expansion.stage is not None:
         values = expansion.sources(trace)

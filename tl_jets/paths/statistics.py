@@ -1,21 +1,19 @@
-r"""How much of the logits every path is, every path length, and all paths through a component: without listing them.
+"""Shares of the logits of paths, path lengths, components and sources, without listing the paths.
 
-In a frozen network (`tl_jets.core.frozen_network`) every stage is affine, and sums over exponentially many paths are
-a few vectors carried through it:
+In a frozen network (`tl_jets.core.frozen_network`) every stage is affine, so sums over exponentially many paths are a
+few vectors that go through the stages:
 
-- **lengths**: multiply every write by z; the coefficient of z^n at the end is the sum of all paths with n writes. Stage by
-  stage v_n := v_n + A_s v_{n-1}: at most L + 1 vectors, O(L^2) stage applications.
-- **components**: the prefixes before a stage sum to the stream h_s itself, so that all paths through a step a are
-  A_a h_s, carried through the later stages: the linear part of the write, completed in every way.
-- **sources**: all paths from an embedding, an edit or a bias: the source, carried through all later stages.
+- **lengths**: multiply every write by z; the coefficient of z^n at the end is the sum of all paths with n writes. Stage
+  by stage v_n := v_n + A_s v_{n-1}: at most L + 1 vectors, O(L^2) stage applications.
+- **components**: the prefixes before a stage sum to the stream h_s, so all paths through a step a are A_a h_s (the
+  linear part of its write), carried through the later stages.
+- **sources**: an embedding, an edit or a bias, carried through all later stages.
 
-Shares of lengths sum to 1, and so do those of sources. Components overlap (a path passes through several of them): their
-shares sum to the mean number of writes, sum_n n share_n.
+Shares of lengths sum to 1, and so do those of sources. Components overlap: their shares sum to the mean number of
+writes, sum_n n share_n. The constant of a write is a source (`3_mlp_bias`): a path from it has not passed through
+`3_mlp`. The measures are defined in `tl_jets.core.logit_attribution`.
 
-A path's writes are linear parts A_s; the constant of a write is a source (`3_mlp_bias`), so that a path from it has not
-passed through `3_mlp`. What is reported of every part is in `tl_jets.core.logit_attribution`.
-
-Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits* (path expansion); Golden, arXiv 2505.24293.
+Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*; Golden (arXiv 2505.24293).
 
 Example:
     >>> import torch
@@ -67,26 +65,21 @@ MEASURES = ("norm", "cosine", "share", "effect")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PathStatistics(Result):
-    """How much of the model's logits parts of them are. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
+    """Measures of parts of the model's logits. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
-        labels: Paths, path lengths, components or sources, aligned to the part axis.
-        by: Which of these the parts are.
-        counts: How many paths each part is the sum of.
-        n_writes: By path, how many writes it passes through; None for sums.
+        labels: Paths, path lengths, components or sources (see `by`), aligned to the part axis.
+        counts: Number of paths in each part.
+        n_writes: By path, its number of writes; None for sums.
         positions: Positions in the prompt, aligned to the pos axis.
-        tokens: The tokens at those positions [batch, pos].
-        valid: Which of them are real [batch, pos].
+        valid: Which `tokens` are real.
         norm: Length of the part's logits over that of the model's, both centered over the vocabulary.
         cosine: Cosine of the angle between them.
         share: The part's projection on the model's logits over their squared length.
-        effects: Logits that the part adds to each target, beyond the mean of the vocabulary [part, batch, pos, target].
-        target_ids: Token ids [batch, pos, target].
-        target_names: How they were asked for; `<answer>` is the model's own best token.
-        top_ids: The part's best token.
-        model_top_ids: The model's best token [batch, pos].
-        unit: What effects are measured in: `"logits"`, or `"logits before the softcap"`.
-        tokenizer: The model's tokenizer, or None.
+        effects: Logits that the part adds to each target, beyond the mean of the vocabulary.
+        target_names: The targets as requested; `<answer>` is the model's own best token.
+        top_ids: The part's best token; `model_top_ids` holds the model's.
+        unit: Unit of effects: `"logits"`, or `"logits before the softcap"`.
     """
 
     labels: list[str]
@@ -123,14 +116,14 @@ class PathStatistics(Result):
 
     @property
     def copies(self) -> Bool[Tensor, "part batch pos"]:
-        """Parts whose best token is the model's own answer."""
+        """Whether the part's best token is the model's own answer."""
         return (self.top_ids == self.model_top_ids) & self.valid
 
     def average(self) -> pd.DataFrame:
-        """A row a part, averaged over all real positions of all prompts.
+        """One row per part, averaged over all real positions of all prompts.
 
-        Columns: the part (`path`, `length`, ...), count, norm, cosine, share, effect (of the first target; further ones as
-        `effect:<name>`), size (the mean of the absolute effect), copies (how often its best token is the model's own).
+        Columns: the part (`path`, `length`, ...), count, n_writes (of paths), norm, cosine, share, effect (on the first
+        target; others as `effect:<name>`), size (mean absolute effect), copies (share of best tokens that are the model's).
         """
         table: dict[str, Any] = {self.by: self.labels, "count": self.counts}
         if self.n_writes is not None:
@@ -150,14 +143,11 @@ class PathStatistics(Result):
         return table.loc[order].reset_index(drop=True)
 
     def histogram(self, measure: str = "norm", bins: int | Sequence[float] = 20) -> pd.DataFrame:
-        """How many cells (part, prompt, real position) have which value of a measure.
+        """Histogram of a measure over all cells (part, prompt, real position). Columns: left, right, count.
 
         Args:
             measure: `"norm"`, `"cosine"`, `"share"` or `"effect"`.
-            bins: How many, or their edges. Norms are counted in decades: edges are powers of ten between the extremes.
-
-        Returns:
-            Columns left, right, count.
+            bins: Number of bins, or their edges. For norms a number gives logarithmic bins between the extremes.
         """
         if measure not in MEASURES:
             raise ValueError(f"measure must be one of {MEASURES}; got {measure!r}.")
@@ -171,10 +161,10 @@ class PathStatistics(Result):
         return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """One row a part, prompt, real position and target.
+        """One row per part, prompt, real position and target.
 
-        Columns: the part (`path`, `length`, ...), batch, pos, token (read at that position), norm, cosine, share, target,
-        effect, top_token (the part's best; ids without a tokenizer), is_answer (whether that is the model's own).
+        Columns: the part (`path`, `length`, ...), batch, pos, token (read at that position), norm, cosine, share,
+        target, effect, top_token (the part's best), is_answer (whether that is the model's own).
         """
         tokenizer = tokenizer or self.tokenizer
         names = token_names(tokenizer, [self.top_ids, self.tokens, self.target_ids])
@@ -212,7 +202,7 @@ def statistics_of(
     counts: list[int],
     n_writes: list[int] | None = None,
 ) -> PathStatistics:
-    """Measure parts, given as what the unembedding reads of them and their multiples of b_U."""
+    """Measure parts, given by what the unembedding reads of them and their multiples of b_U."""
     if by not in get_args(By):
         raise ValueError(f"by must be one of {get_args(By)}; got {by!r}.")
     rows = yardstick.rows
@@ -251,7 +241,7 @@ def path_lengths(
     attention_mask: Tensor | None = None,
     cache: Any = None,
 ) -> PathStatistics:
-    """How much of the logits all detached paths with 0, 1, 2, ... writes are, at any depth.
+    """Share of the logits of all detached paths with 0, 1, 2, ... writes, at any depth.
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what a write is).
@@ -259,27 +249,20 @@ def path_lengths(
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         sources: Where paths start; None for all.
         positions: Positions to read; None for all.
-        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
-            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
+        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt
+            (`[[" Paris"], [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
     Returns:
-        A `PathStatistics` by length: the shares of all lengths sum to 1 unless paths were left out. `counts` are exact
-        numbers of paths, without those of constants that are zero.
+        A `PathStatistics` by length. Shares sum to 1 unless paths were left out. `counts` omit constants that are zero.
 
     Raises:
         ValueError: Bad labels, positions or input.
         NotImplementedError: The model cannot be frozen.
 
-    Source:
-        Elhage et al. 2021, path expansion; the frozen maps of Golden, arXiv 2505.24293.
-
-    Cost:
-        Freezing (two evaluations of every stage), then stages^2 / 2 applications of a frozen stage.
-
-    Example:
-        See the module.
+    Source: Elhage et al. 2021, path expansion; the frozen maps of Golden, arXiv 2505.24293. Cost: freezing (two
+    evaluations of every stage), then stages^2 / 2 applications of a frozen stage.
     """
     trace, rows, lattice, frozen = _frozen(model, text_or_tokens, positions, attention_mask, cache, avoiding, sources)
     values = frozen.sources
@@ -316,17 +299,16 @@ def path_sums(
     attention_mask: Tensor | None = None,
     cache: Any = None,
 ) -> PathStatistics:
-    """How much of the logits all detached paths through each component are, or from each source, at any depth.
+    """Share of the logits of all detached paths through each component, or from each source, at any depth.
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (`"head"` granularity for single heads).
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        by: `"component"`: every step, all paths through it ("all paths through L3H2"), without those that start at its own bias,
-            which are no paths through it though its write contains it; `"source"`: all paths from every embedding, edit and bias.
+        by: `"component"`: for each step, all paths through it, without those from its own bias; `"source"`: all paths
+            from each embedding, edit and bias.
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         positions: Positions to read; None for all.
-        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt (`[[" Paris"],
-            [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
+        targets: Tokens to report the effect on, as in `path_lengths`; None for the model's own best token.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
@@ -337,11 +319,7 @@ def path_sums(
         ValueError: Bad labels, positions or input.
         NotImplementedError: The model cannot be frozen.
 
-    Source:
-        Elhage et al. 2021; Golden, arXiv 2505.24293.
-
-    Cost:
-        Freezing, then (number of components) x (number of stages) / 2 applications of a frozen stage.
+    Source: Elhage et al. 2021; Golden, arXiv 2505.24293. Cost: freezing, then components x stages / 2 frozen stages.
 
     Example:
         >>> from tl_jets import CallableModel, Decoder, Norm
@@ -386,7 +364,7 @@ def path_sums(
 
 
 def _counts(lattice: Lattice, labels: list[str], by: str) -> list[int]:
-    """How many paths each sum is of."""
+    """Number of paths in each sum."""
     if by == "source":
         return [lattice.count_from([label]) for label in labels]
     before = [n for n, _ in lattice.prefixes()]
@@ -402,7 +380,7 @@ def _rows(lattice: Lattice, frozen: FrozenNetwork) -> list[list[int]]:
 def _frozen(
     model: Any, text_or_tokens: Any, positions: Any, attention_mask: Any, cache: Any, avoiding: Any, sources: Any
 ) -> tuple[Trace, Rows, Lattice, FrozenNetwork]:
-    """The input's trace, frozen, and the paths asked for."""
+    """The input's trace, its frozen network, and the selected paths."""
     network = ResidualNetwork.of(model)
     whole = lattice_of(network.stages, network.sources, detached=True)
     with torch.inference_mode(False):

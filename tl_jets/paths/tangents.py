@@ -1,12 +1,12 @@
 r"""Directional derivatives of a stage at many centers, along many directions.
 
-D gamma(x) u of a stage is read off the graph of one evaluation (`tl_jets.core.linear_map.GraphMap`), in batches of directions. With
-x and u centered if the norm centers, and s = (mean(x^2) + eps)^(-1/2), the final norm's is a closed form (times its weight),
+D gamma(x) u of a stage comes from the graph of one evaluation (`tl_jets.core.linear_map.GraphMap`), in batches of
+directions. For the final norm, with x and u centered if it centers, s = (mean(x^2) + eps)^(-1/2), and its weight apart,
 
 .. math::
     D\gamma(x) u = s u - s^3 x \, \mathrm{mean}(x u), \qquad \gamma(x) - D\gamma(x) x = s^3 \, \mathrm{mean}(x^2) \, x .
 
-Cost: an evaluation with its graph a center, and a batched backward pass a direction.
+Cost: an evaluation with its graph per center, and a batched backward pass per direction.
 
 Example:
     >>> x, u = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[1.0, 0.0]]], [[[0.0, 3.0]]]])
@@ -30,11 +30,9 @@ from tl_jets.core.protocol import relative_error
 
 
 class Tangents:
-    """Values and directional derivatives of a stage at one point after another.
+    """Values and directional derivatives of a stage at one point after another, from the graph of one evaluation.
 
-    Read off the graph of one evaluation, whose batched backward passes carry many directions at once. At the first point one
-    direction is compared with Taylor arithmetic; where they differ, or the graph cannot be transposed, Taylor arithmetic
-    takes over, a direction at a time.
+    At the first point one direction is compared with Taylor arithmetic, which replaces the graph if they differ.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -42,7 +40,7 @@ class Tangents:
         self.by_graph: bool | None = None
 
     def __call__(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """F(x) [step, ...] and D f(x) u [step, direction, ...]."""
+        """f(x) [step, ...] and D f(x) u [step, direction, ...]."""
         if self.by_graph is None:
             self.by_graph = self._agrees(x, directions[-1])
         return self._graph(x, directions) if self.by_graph else self._series(x, directions)
@@ -81,14 +79,7 @@ def norm_paths(
     values: Float[Tensor, "source *row d_model"],
     weights: Float[Tensor, "center *row 1"],
 ) -> Float[Tensor, "source *row d_model"]:
-    """The paths of all sources through the final norm, without its bias: own parts of the centers, and tangents of all.
-
-    Args:
-        norm: The norm.
-        centers: Where it is expanded, in the order of the first sources.
-        values: The sources, centers first.
-        weights: w_i of the centers.
-    """
+    """Paths of all sources (centers first) through the final norm, without its bias; `weights` are the centers'."""
     x, u, w = norm.center(centers.double()), norm.center(values.double()), weights.double()
     if norm.kind == "none":
         return norm.scale(u.to(values))

@@ -1,17 +1,16 @@
-r"""The largest detached paths of an input, without evaluating all of them.
+"""The largest detached paths of an input, by a beam search over prefixes.
 
-A beam search over prefixes. After each stage a prefix x is scored by the larger of two sizes:
+After each stage the score of a prefix x is the larger of two sizes:
 
-- that of the path that ends here: x through the frozen final norm and the unembedding;
-- that of *all its completions together*: <g, x>, where the functional g is the size's own (the effect on a target; the
-  product with the model's logits for lengths) pulled back through every later stage, g_s = g_{s+1} + sum A_s' g_{s+1}. One
-  backward sweep gives all g_s exactly.
+- the size of the path that ends here: x through the frozen final norm and the unembedding;
+- the size of *all its completions together*: <g, x>, where the functional g (the effect on a target; for lengths, the
+  product with the model's logits) is pulled back exactly through every later stage, g_s = g_{s+1} + sum A_s' g_{s+1}.
 
-The search is greedy and guarantees nothing: a prefix whose completions are large and cancel may be lost. The sizes of the
-paths it returns are exact, and so is the remainder. Of the 20 largest of 1,024 paths of stories260K (four prompts, both
-ranks, the last position or all) a beam of 40 prefixes found all in 16 of 16 cases, one of 20 at least 17.
+The search is greedy: a prefix with large completions that cancel may be lost. The sizes of the returned paths and the
+remainder are exact. Of the 20 largest of 1,024 paths of stories260K (four prompts, both ranks, the last position or
+all) a beam of 40 prefixes found all in 16 of 16 cases, one of 20 at least 17.
 
-Cost: a backward sweep for every position and target, then `width` prefixes a stage.
+Cost: a backward sweep for every position and target, then `width` prefixes per stage.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tl_jets.paths.graph import Lattice
 def search(
     frozen: FrozenNetwork, lattice: Lattice, best: Best, width: int, finish: Callable[[Prefixes, Tensor], None]
 ) -> None:
-    """Find large paths of a lattice by a beam of `width` prefixes; `finish` takes them before they are decoded."""
+    """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded."""
     rows = rows_of(lattice, [[step.label for step in stage.stage.steps] for stage in frozen.stages])
     functionals = _pulled_back(frozen, lattice, best)
     prefixes: Prefixes = []
