@@ -263,7 +263,7 @@ def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
     keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
     if not view.checked.issuperset(keys):
         with torch.no_grad():
-            trace = network.at("head").trace(torch.tensor([[0, network.decoder.d_vocab - 1]]))
+            trace = network.at("head").trace(torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu"))
             for write in keys.values():
                 trace[write]
 
