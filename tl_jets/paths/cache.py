@@ -117,7 +117,11 @@ class PathCache(JetCache):
             ValueError: Paths are missing, are jets (whose sum is not the model), or a slice left only padding.
         """
         self._require_real("check")
-        if self.expansion.linearize != "detached" or not cast(Any, self.expansion).is_complete or self.trace.logits is None:
+        if (
+            self.expansion.linearize != "detached"
+            or not cast(Any, self.expansion).is_complete
+            or self.trace.logits is None
+        ):
             raise ValueError(
                 "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
                 "or of a trace without logits. Look at `remainders`, or at relative_remainder."
