@@ -316,7 +316,7 @@ def test_uniform_weights_without_embeddings(capsys, monkeypatch, stories):
     lines = run(capsys, monkeypatch, "--weights", "uniform", "--no-embeddings", "--seed", "3")
     joint = joint_jet_lens(stories, PROMPT, weights="uniform", embeddings=False, seed=3)
     assert not any(line.startswith("embed") for line in lines)
-    assert {row(lines, label, "Joint")[0].split()[1] for label in joint.labels} == {"0.200"}
+    assert {row(lines, label, "Joint")[0].split()[1] for label in joint.labels} == {"0.100"}
     kl, control = float(joint.kl[0, -1]), float(joint.control.kl[0, -1])
     assert f"KL {number(kl)} ({number(control)})" in row(lines, "sum", "Joint")[1]
 
@@ -379,8 +379,8 @@ def test_the_process_dies_quietly_of_a_closed_pipe_and_of_an_interrupt():
     assert (closed.wait(timeout=300), closed.stderr.read()) == (141, b"")
     lasting = (
         # A suite that a shell has put in the background ignores interrupts, and so do its children.
-        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); from tl_jets import cli; "
-        "cli.lens.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(cli.main([]))"
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); from tl_jets.cli import lens, main; "
+        "lens.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(main([]))"
     )
     begun = subprocess.Popen([sys.executable, "-c", lasting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert begun.stdout.readline() == "begun\n"
