@@ -1,4 +1,4 @@
-"""TransformerLens models as residual networks: one view a class of model. `tl_jets.core.network` asks `view`."""
+"""TransformerLens models as residual networks; `view` returns the view of a model's class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TransformerBridgeView", "view"]
 
 def view(model: Any) -> ModelView | None:
     """The view of a TransformerLens model, or None if `model` is something else."""
-    if "transformer_lens" not in sys.modules:  # it takes seconds to import, and nobody has made a model of it
+    if "transformer_lens" not in sys.modules:  # importing takes seconds, and no model can exist without it
         return None
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -21,7 +21,7 @@ def view(model: Any) -> ModelView | None:
         return TransformerBridgeView(model)
     try:
         from transformer_lens import HookedTransformer
-    except ImportError:  # TransformerLens 4 has no HookedTransformer, and raises when asked
+    except ImportError:  # TransformerLens 4 raises for HookedTransformer
         return None
     if isinstance(model, HookedTransformer):
         from tl_jets.adapters.hooked import HookedTransformerView

@@ -1,14 +1,10 @@
-"""What the views of HookedTransformer and TransformerBridge share: recording, connecting, replaying.
+"""Common base of the HookedTransformer and TransformerBridge views: recording, connecting, replaying.
 
-A gamma is evaluated by *replay*: the model's own submodules are called again on another stream with the arguments
-(masks, rotary tables) of the recorded forward pass, so that every hook inside them fires. Hooks on the streams
-themselves (`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`) belong to no gamma: what they change is recorded as
-an edit of the stream, `edit:<hook>`.
-
-What single heads write is in `tl_jets.adapters.heads`, what neurons write in `tl_jets.adapters.neurons`.
-
-A model may be spread over several devices: what is recorded and what is made of it is where `W_U` is, and a replay takes its
-stream to the device of the block and its writes back.
+A gamma is evaluated by *replay*: the model's own submodules are called on another stream with the arguments (masks,
+rotary tables) of the recorded forward pass, so all hooks inside them fire. Changes by hooks on the streams themselves
+(`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`) are recorded as edits, `edit:<hook>`, and belong to no gamma. If
+a model is spread over several devices, all results are on the device of `W_U`; a replay runs on the device of its
+block.
 """
 
 from __future__ import annotations
@@ -47,7 +43,7 @@ from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, S
 
 
 def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a view, under the lock of its model."""
+    """Run a view's method under the lock of its model."""
 
     @wraps(method)
     def locked(self: TransformerLensView, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +54,7 @@ def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TransformerLensView(ABC):
-    """A TransformerLens model as a residual network (see `tl_jets.core.network.ModelView`)."""
+    """A TransformerLens model as a residual network (implements `tl_jets.core.protocol.ModelView`)."""
 
     def __init__(self, model: Any):
         refuse_unsupported(model)
@@ -74,7 +70,7 @@ class TransformerLensView(ABC):
         self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
         self.follow()
         for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
-            # Where a hook is inside one now, or none is understood: refused where it is needed.
+            # An unreadable norm, or a hook inside one, is refused when needed.
             with suppress(ValueError, NotImplementedError):
                 self.post_norm(layer, which)
 
@@ -83,7 +79,7 @@ class TransformerLensView(ABC):
         """The model's tokenizer, or None."""
         return self.model.tokenizer
 
-    # What differs between the two worlds
+    # Provided by the subclasses
 
     @abstractmethod
     def _decoder(self) -> Decoder:
@@ -95,15 +91,15 @@ class TransformerLensView(ABC):
 
     @abstractmethod
     def finish_attn(self, layer: int, out: Tensor) -> Tensor:
-        """From the attention module's output to what is added to the stream."""
+        """Map the attention module's output to its write."""
 
     @abstractmethod
     def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """What the MLP adds to the stream."""
+        """The MLP's write."""
 
     @abstractmethod
     def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
-        """What is between a sublayer and the stream, if anything."""
+        """The module between a sublayer and the stream, or None."""
 
     @abstractmethod
     def is_parallel(self, layer: int) -> bool:
@@ -111,7 +107,7 @@ class TransformerLensView(ABC):
 
     @abstractmethod
     def has_mlp(self, layer: int) -> bool:
-        """Whether the block has an MLP at all."""
+        """Whether the block has an MLP."""
 
     @abstractmethod
     def _edits_mid(self) -> bool:
@@ -122,7 +118,7 @@ class TransformerLensView(ABC):
         """Modules whose call arguments a replay needs, by key."""
 
     def forget_replay(self, layer: int) -> None:
-        """Remove what a replay leaves on the model's modules."""
+        """Clean up the model's modules after a replay."""
         del layer
 
     # Stages
@@ -147,14 +143,11 @@ class TransformerLensView(ABC):
         return tuple(stages)
 
     def fine_step(self, label: str) -> Step | None:
-        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
+        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label or write label names, or None."""
         return neuron_step(self, label)
 
     def cannot(self, step: Step) -> str | None:
-        """Why a step cannot be evaluated on a stream that is not the model's own, frozen or read by parts; None if it can.
-
-        Streams, and what lenses and direct attribution make of them, need none of this.
-        """
+        """Why a step cannot be replayed on another stream, frozen or split into parts; None if it can."""
         which = {"block": ("attn", "mlp"), "attn": ("attn",), "head": ("attn",), "attn_bias": ("attn",)}.get(
             step.kind, ("mlp",)
         )
@@ -163,7 +156,7 @@ class TransformerLensView(ABC):
         return self._reasons[step.layer, which]
 
     def refuse(self, *steps: Step) -> None:
-        """Raise NotImplementedError for the first of some steps that cannot be evaluated elsewhere."""
+        """Raise NotImplementedError if any of the steps cannot be replayed."""
         for step in steps:
             reason = self.cannot(step)
             if reason is not None:
@@ -176,19 +169,15 @@ class TransformerLensView(ABC):
 
     @contextmanager
     def hooks(self, hooks: list[tuple[str, Any]]) -> Iterator[None]:
-        """`model.hooks`, which no other thread's traces and evaluations see."""
+        """`model.hooks`, invisible to the traces and evaluations of other threads."""
         with self.kept.lock, self.model.hooks(hooks):
             yield
 
     @_alone
     def hook_state(self, layer: int | None = None) -> State:
-        """Forward hooks (TransformerLens' and PyTorch's) and the state of the weights: outside of the blocks, then by block.
+        """Ids of forward hooks and number of the weights' state: outside the blocks, then by block.
 
-        Args:
-            layer: Of this block alone; -1 for what is outside of the blocks.
-
-        Raises:
-            ValueError: A module is in training mode.
+        `layer` restricts it to one block, or to outside the blocks (-1). Raises ValueError in training mode.
         """
         if len(self.model.blocks) != self.n_layers:
             raise ValueError(
@@ -210,19 +199,15 @@ class TransformerLensView(ABC):
 
     @_alone
     def follow(self, *, everywhere: bool = True) -> State:
-        """Read anew what is kept of the model, where its modules or weights are no longer those that it was read from.
+        """Reread cached parts of the model if its modules or weights have changed; `everywhere` includes the blocks.
 
-        Args:
-            everywhere: Look at the blocks, too, not only at what is outside of them: embedding, final norm and unembedding.
-
-        Returns:
-            `hook_state` of what was looked at.
+        Returns the `hook_state` of what was checked.
         """
         state = self.hook_state(None if everywhere else -1)
         changed = [part for part, (_, number) in enumerate(state) if number != self._read_state[part]]
         if changed:
             model = self.model
-            # Those of quantized models hold other numbers.
+            # Not a quantized weight, which is stored in another dtype.
             parameter = next(p for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
             self.blocks = list(model.blocks)
             self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
@@ -230,7 +215,7 @@ class TransformerLensView(ABC):
             self.input_device, self.device = parameter.device, model.W_U.device
             self.native_dtype = parameter.dtype
             self.dtype = working_dtype(parameter.dtype)
-            self.hook_dict = dict(model.hook_dict)  # made anew at every access on a bridge
+            self.hook_dict = dict(model.hook_dict)  # rebuilt at every access on a bridge
             self.stream_names = self._read_stream_names()
             if 0 in changed:
                 self.decoder = self._read_decoder(*state[0])
@@ -241,7 +226,7 @@ class TransformerLensView(ABC):
         return state
 
     def _read_decoder(self, hooks: tuple[int, ...], number: int) -> Decoder:
-        """The decoder of a state of the weights, with the metrics that are known of it."""
+        """The decoder at a state of the weights, with metrics already known for that state."""
         if self.kept.decoder is not None and self.kept.decoder[0] == number and not hooks:
             return self.kept.decoder[1]
         found = self._decoder()
@@ -254,21 +239,21 @@ class TransformerLensView(ABC):
         return point is not None and bool(point.fwd_hooks)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Keeps float64 models in float64 and computes half-precision models in float32; free for float32."""
+        """Context that keeps float64 models in float64 and computes half-precision models in float32."""
         return nullcontext() if self.native_dtype is torch.float32 else full_precision()
 
     def fills_cache(self, tokens: Tensor) -> bool:
-        """Whether attention fills the key-value cache that it is given."""
+        """Whether attention fills a key-value cache passed to it."""
         del tokens
         return True
 
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
-        """Token ids of text, padded on the right, and which of them are real [batch, pos]."""
+        """Token ids of text, padded on the right, and a mask of real tokens [batch, pos]."""
         return read_text(self.model, text, prepend_bos)
 
     @_alone
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
-        """One forward pass (or a ready cache), as streams, writes, edits and sources that add up."""
+        """One forward pass (or a ready cache) as streams, writes, edits and sources that add up."""
         state = self.follow()
         tokens, valid, attention_mask = read_input(self.model, text_or_tokens, attention_mask)
         hooked = {name for name in self.stream_names if self._hooks_on(name)}
@@ -303,10 +288,10 @@ class TransformerLensView(ABC):
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
     ) -> tuple[dict[str, Tensor], Any, Any]:
-        """Streams and writes by hook name, calls and logits of a forward pass; None for logits if it is left at hook `until`."""
+        """Activations by hook name, calls and logits of a forward pass; logits are None if it stops at hook `until`."""
         saved: dict[str, Tensor] = {}
         calls: dict[Hashable, tuple[tuple, dict]] = {}
-        # One layer's last stream is the next one's first, the same tensor: a user's hook may write to it.
+        # Layers share a tensor as last and first stream, and a user's hook may write to it.
         shared = any(point.fwd_hooks for point in self.hook_dict.values())
 
         def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
@@ -331,7 +316,7 @@ class TransformerLensView(ABC):
     def run_until(
         self, until: str | None, tokens: Tensor, hooks: list[tuple[str, Any]], attention_mask: Tensor | None = None
     ) -> Tensor | None:
-        """Logits of a forward pass under some hooks; None where it stops at the hook `until`, once the others there have run."""
+        """Logits of a forward pass under some hooks; None if it stops at hook `until`, after the other hooks there."""
         stops = [] if until is None else [(until, _stop)]
         try:
             with self.hooks([*hooks, *stops]):
@@ -344,7 +329,7 @@ class TransformerLensView(ABC):
         return self.model(tokens.to(self.input_device), return_type="logits", **extra)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The `embed` source of single tokens, as a trace has it: [token] -> [token, d_model]."""
+        """The `embed` source of single tokens: [token] -> [token, d_model]."""
         saved: dict[str, Tensor] = {}
         first = "blocks.0.hook_resid_pre"
         names = [name for name in ("hook_embed", "hook_pos_embed", first) if name in self.hook_dict]
@@ -354,7 +339,7 @@ class TransformerLensView(ABC):
         return self._sources(saved, saved[first], False)["embed"][:, 0]
 
     def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
-        """Fill in sources, streams, writes and edits, and refuse streams that are not the sum of their writes."""
+        """Fill in sources, streams, writes and edits; refuse streams that are not the sum of their writes."""
         missing = [name for name in self._block_names() if name not in saved]
         if missing:
             raise NotImplementedError(
@@ -427,16 +412,12 @@ class TransformerLensView(ABC):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """`embed`, and `pos_embed` where learned positions are added to the stream."""
+        """`embed`, and `pos_embed` if learned positions are added to the stream."""
         learned = getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
         return ("embed", "pos_embed") if learned and "hook_pos_embed" in self.hook_dict else ("embed",)
 
     def _sources(self, saved: dict[str, Tensor], first: Tensor, edited: bool) -> dict[str, Tensor]:
-        """The sources' values; they sum to the first stream unless a hook edits it.
-
-        `embed` is what the stream holds without positions: an embedding that the model scales or normalizes before
-        the first block (Gemma, Bloom) is taken after that.
-        """
+        """Values of the sources; `embed` is taken after any scale or norm of embeddings (Gemma, Bloom)."""
         positions = saved["hook_pos_embed"].expand_as(first) if "pos_embed" in self.sources else None
         embed = saved.get("hook_embed")
         if embed is None or embed.shape != first.shape:
@@ -449,11 +430,7 @@ class TransformerLensView(ABC):
     # Replaying
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
-        """The stage's writes at any stream, stacked in the order of its steps.
-
-        Raises:
-            NotImplementedError: A step cannot be evaluated on another stream (`cannot`).
-        """
+        """The stage's writes at any stream, in the order of its steps; refuses steps that cannot be replayed."""
         self.refuse(*stage.steps)
         calls = self.calls_of(recording)
         layer = stage.steps[0].layer
@@ -475,7 +452,7 @@ class TransformerLensView(ABC):
 
     @contextmanager
     def replaying(self, layer: int) -> Iterator[None]:
-        """Replay modules of a block in the right precision, and remove what that leaves on them."""
+        """Context for replays of a block: sets the precision, and cleans up the modules afterwards."""
         with self.kept.lock:
             try:
                 with self.precision():
@@ -484,7 +461,7 @@ class TransformerLensView(ABC):
                 self.forget_replay(layer)
 
     def calls_of(self, recording: Recording) -> Any:
-        """Call arguments of the recorded forward pass; a trace made from a cache gets them on first use."""
+        """Call arguments of the recorded forward pass; recorded on first use if the trace came from a cache."""
         if recording.calls is None:
             _, recording.calls, _ = self.forward(recording.tokens, recording.memo["attention_mask"])
         return recording.calls
@@ -501,14 +478,14 @@ class TransformerLensView(ABC):
         return write
 
     def post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
-        """The norm between a sublayer and the stream, if any; read when the view is made, and after changes of the block."""
+        """The norm between a sublayer and the stream, or None; reread after changes of the block."""
         if (layer, which) not in self._post_norms:
             module = self._post_norm_module(layer, which)
             self._post_norms[layer, which] = None if module is None else self._read_norm(module)
         return self._post_norms[layer, which]
 
     def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
-        """What parts of a sublayer's output `out` are of its write: at the post-norm's own scale, without its bias."""
+        """Contributions of parts of a sublayer's output `out` to its write, at the post-norm's scale, without bias."""
         post = self.post_norm(layer, which)
         if post is not None and post.kind != "none":
             centered = post.center(out)
@@ -517,7 +494,7 @@ class TransformerLensView(ABC):
         return parts * self._scale(layer)
 
     def post_bias(self, layer: int) -> Tensor | None:
-        """What the bias of a norm after the MLP adds to its write [d_model]."""
+        """The bias of a norm after the MLP, as added to the write [d_model]."""
         post = self.post_norm(layer, "mlp")
         return None if post is None or post.bias is None else post.bias * self._scale(layer)
 
@@ -525,7 +502,7 @@ class TransformerLensView(ABC):
         return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a block is."""
+        """The device of a block."""
         return next(self.blocks[layer].parameters()).device
 
     def _read_norm(self, module: Any) -> Norm:
@@ -546,7 +523,7 @@ def _stop(tensor: Tensor, hook: Any) -> None:
 
 
 def _saver(saved: dict[str, Tensor], name: str, *, copies: bool) -> tuple[str, Any]:
-    """A hook that keeps an activation, or a copy of it."""
+    """A hook that stores an activation, or a copy of it."""
 
     def save(tensor: Tensor, hook: Any) -> None:
         saved[name] = tensor.detach().clone() if copies else tensor.detach()
@@ -555,5 +532,5 @@ def _saver(saved: dict[str, Tensor], name: str, *, copies: bool) -> tuple[str, A
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; untouched where it is there already, so that Taylor tensors and wrappers stay what they are."""
+    """A tensor on a device; returned as is if already there, to preserve Taylor tensors and wrappers."""
     return tensor if tensor.device == device else tensor.to(device)

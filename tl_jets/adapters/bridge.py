@@ -1,7 +1,6 @@
 """`TransformerBridge` (TransformerLens 3.x and 4.x) as a residual network.
 
-The submodules of a block keep TransformerLens' names (`ln1`, `attn`, `ln2`, `mlp`, post-norms); which norm comes
-before or after a sublayer is read off the block's own hook aliases, because it differs between versions.
+The norms before and after a sublayer differ between versions, and are read from the block's hook aliases.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from tl_jets.adapters.base import Sublayer, TransformerLensView
 from tl_jets.core.decoder import Decoder
 
-# Arguments that would make a replay read or grow the key-value cache of the recorded forward pass.
+# Arguments by which a replay would read or extend the key-value cache.
 _KV_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value", "cache_params", "cache")
 
 
@@ -29,11 +28,11 @@ class TransformerBridgeView(TransformerLensView):
         return self.has_mlp(layer) and "hook_resid_mid" not in self.blocks[layer].hook_aliases
 
     def has_mlp(self, layer: int) -> bool:
-        """Whether the block has an MLP at all."""
+        """Whether the block has an MLP."""
         return "mlp" in self.blocks[layer]._modules
 
     def _edits_mid(self) -> bool:
-        # hook_resid_mid is the input of the MLP branch here: the skip keeps the old value and replays fire the hook.
+        # hook_resid_mid is only the MLP branch's input here: replays fire it, and the skip keeps the old value.
         return False
 
     def _call_modules(self) -> list[tuple[Hashable, torch.nn.Module]]:
@@ -49,7 +48,7 @@ class TransformerBridgeView(TransformerLensView):
         return self.model(tokens.to(self.input_device), return_type="logits", use_cache=False, **extra)
 
     def fills_cache(self, tokens: Tensor) -> bool:
-        """Whether attention fills the key-value cache that it is given, seen in a forward pass; a model without one passes."""
+        """Whether attention fills its key-value cache in a forward pass; True without such a cache."""
         with torch.no_grad():
             _, cache = self.model(tokens.to(self.input_device), return_type="logits_and_cache", use_cache=True)
         return cache is None or cache.get_seq_length() > 0
@@ -98,11 +97,11 @@ class TransformerBridgeView(TransformerLensView):
         return self._call(calls, layer, "attn", stream)
 
     def finish_attn(self, layer: int, out: Tensor) -> Tensor:
-        """From the attention module's output to what is added to the stream."""
+        """Map the attention module's output to its write."""
         return self._finish(layer, "attn", out)
 
     def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """What the MLP adds to the stream."""
+        """The MLP's write."""
         return self._finish(layer, "mlp", self._call(calls, layer, "mlp", stream))
 
     def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
@@ -110,8 +109,8 @@ class TransformerBridgeView(TransformerLensView):
         return None if post is None else self.blocks[layer]._modules[post]
 
     def forget_replay(self, layer: int) -> None:
-        """Remove what a replay leaves on the model's modules."""
-        # The components keep what they last saw; a Taylor tensor left there breaks copy.deepcopy(model).
+        """Clean up the model's modules after a replay."""
+        # Components keep their last input; a Taylor tensor there breaks copy.deepcopy(model).
         attn = self.blocks[layer].attn
         for name in ("_captured_pre_ln_residual", "_pattern"):
             if getattr(attn, name, None) is not None:
@@ -139,7 +138,7 @@ class TransformerBridgeView(TransformerLensView):
 
 
 def _without_residual(module: torch.nn.Module, stream: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Zero the residual of a module that adds it itself (Bloom), so that what is left is its write."""
+    """Zero the residual of a module that adds it itself (Bloom), which leaves its write."""
     forward = getattr(getattr(module, "original_component", None), "forward", None)
     names = list(inspect.signature(forward).parameters) if forward is not None else []
     if "residual" not in names:

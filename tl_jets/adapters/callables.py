@@ -1,4 +1,4 @@
-"""Plain functions as a residual network, without TransformerLens."""
+"""Plain functions as a residual network."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ class CallableModel:
 
     Args:
         embed: Input -> first stream [batch, pos, d_model]; or a mapping of source labels to such functions.
-        stages: One mapping a stage: step label -> function of the stream. Functions of one mapping read the same
-            stream.
+        stages: One mapping per stage: step label -> function of the stage's stream.
         decoder: Final norm and unembedding.
-        name: What `repr` calls the model.
+        name: Name in `repr`.
 
     Raises:
-        ValueError: Two steps of the same label.
+        ValueError: Two steps have the same label.
     """
 
     tokenizer = None
@@ -45,7 +44,7 @@ class CallableModel:
             raise ValueError(f"Step labels must be unique; got {labels}. Rename one.")
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
-        """The given stages; plain functions have one granularity only."""
+        """The given stages, the same at every granularity."""
         del granularity
         return tuple(
             Stage(f"{layer}_pre", tuple(Step(label, layer, "callable") for label in stage))

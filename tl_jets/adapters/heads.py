@@ -1,19 +1,17 @@
-r"""What single heads of an attention write.
+r"""Writes of single attention heads.
 
-With z_h(x) what reaches W_O of head h, and z_h(0) the same at the zero stream,
+With z_h(x) the input of W_O from head h, and z_h(0) its value at the zero stream,
 
 .. math::
     \text{write}_h(x) = (z_h(x) - z_h(0))\, W_O^h, \qquad \text{attn\_bias} = \text{write}(x) - \sum_h \text{write}_h(x) .
 
-z_h(0) is what the value path gives for a zero normalized input, and depends on no pattern whose rows sum to one: constants sit in
-`<l>_attn_bias`, and folding value biases or norms changes no head. (Where rows sum to less, as beside an attention sink, a head
-keeps a part of its value bias.) Under a post-norm the same shares are taken at the post-norm's own scale.
+z_h(0) is the value path's output for a zero normalized input, for any pattern whose rows sum to one. Constants thus
+belong to `<l>_attn_bias`, and folding value biases or norms changes no head. (With an attention sink, rows sum to less
+and a head keeps part of its value bias.) Under a post-norm, shares are taken at its own scale.
 
-A bias that is what heads leave of the write makes any heads add up to it. So before a layer's heads are used for the first time,
-what they leave must not read the stream: it is compared at the model's own stream with what it is at zero, once before the
-post-norm (heads in the wrong order, an edit of their sum) and once after it (an edit of the write), whatever the patterns are.
-
-Cost: an evaluation of the attention at zero once an input, and three more once a layer and set of hooks.
+With the bias defined as a difference, any heads would add up. So before first use, the difference at the model's stream
+must equal that at zero, before the post-norm (detects a wrong order of heads, or an edit of their sum) and after it (an
+edit of the write). Cost: an evaluation of the attention at zero per input, and three more per layer and set of hooks.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ def head_writes(view: BlocksView, recording: Recording, calls: Any, layer: int, 
 
 
 def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
-    """What reaches W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
+    """Input of W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
     grabbed: list[Tensor] = []
     name = f"blocks.{layer}.attn.hook_z"
     with view.hooks([(name, lambda z, hook: grabbed.append(z))]):
@@ -58,15 +56,14 @@ def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tupl
 
 
 def _through_output(view: BlocksView, layer: int, z: Tensor) -> Tensor:
-    """What every head sends into the output [head, batch, pos, d_model]."""
+    """Output of W_O per head [head, batch, pos, d_model]."""
     return torch.einsum("bphe,hem->hbpm", z, view.blocks[layer].attn.W_O.to(view.dtype))
 
 
 def check_heads(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
-    """Compare a layer's heads with its attention, once per layer and set of hooks: what they leave must not read the stream.
+    """Check, once per layer and hooks, that attention minus heads is the same at every stream.
 
-    Raises:
-        NotImplementedError: It does: a hook edits their sum, or this attention is not its heads through W_O.
+    Raises NotImplementedError if a hook edits the heads' sum, or the attention is not its heads through W_O.
     """
     key = ("heads", layer, recording.hook_state)
     if key in view.checked:
@@ -75,7 +72,7 @@ def check_heads(view: BlocksView, recording: Recording, calls: Any, layer: int) 
     valid = recording.valid.to(stream.device)
 
     def left(stream: Tensor) -> tuple[Tensor, Tensor]:
-        """What heads leave at a stream, before and after the post-norm [2, real token, d_model], and the sizes of both."""
+        """Attention minus heads, before and after the post-norm [2, real token, d_model], and the sizes of both."""
         z, out = _z_and_out(view, calls, layer, stream)
         heads, write = _through_output(view, layer, z), view.finish_attn(layer, out)
         remains = torch.stack([out - heads.sum(0), write - view.shares(layer, "attn", out, out)])

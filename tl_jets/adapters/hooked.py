@@ -21,7 +21,7 @@ class HookedTransformerView(TransformerLensView):
         return bool(self.cfg.parallel_attn_mlp) and self.has_mlp(layer)
 
     def has_mlp(self, layer: int) -> bool:
-        """Whether the block has an MLP at all."""
+        """Whether the block has an MLP."""
         return not self.cfg.attn_only
 
     def _edits_mid(self) -> bool:
@@ -70,7 +70,7 @@ class HookedTransformerView(TransformerLensView):
         )
 
     def finish_attn(self, layer: int, out: Tensor) -> Tensor:
-        """From the attention module's output to what is added to the stream."""
+        """Map the attention module's output to its write."""
         block = self.blocks[layer]
         if self.cfg.use_normalization_before_and_after:
             out = block.ln1_post(out)
@@ -79,7 +79,7 @@ class HookedTransformerView(TransformerLensView):
         return block.hook_attn_out(out)
 
     def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """What the MLP adds to the stream."""
+        """The MLP's write."""
         block = self.blocks[layer]
         if self.cfg.use_hook_mlp_in:
             stream = block.hook_mlp_in(stream.clone())

@@ -1,12 +1,11 @@
-"""What a user passes as input, as token ids and which of them are real: the one place where it is read.
+"""Converts all accepted inputs to token ids and a mask of real tokens, both [batch, pos].
 
-Text, ids, what a Hugging Face tokenizer returns, arrays and series all become ids [batch, pos] and a mask [batch, pos].
-Padding is what the mask says; without one it is inferred from the tokenizer's pad token:
+Padding is given by the mask; without one, it is inferred from the tokenizer's pad token:
 
-- A pad token that is nothing else (neither BOS, EOS nor unknown) is padding wherever a row begins or ends with it.
-- Shared with EOS or BOS, as TransformerLens sets it where a tokenizer has none, a row's padding is what its run is longer
-  than the shortest of the batch: a batch padded to its longest prompt has a row without padding, so that an EOS at the end
-  of every prompt and a BOS at the start of every prompt are real. A warning says what was taken for padding.
+- A pad token that is not also BOS, EOS or unknown is padding wherever a row begins or ends with it.
+- If the pad token is also EOS or BOS, as TransformerLens sets it for tokenizers without one, padding is the excess of a
+  row's run over the shortest run of the batch, so that an EOS at the end (or BOS at the start) of every prompt is real.
+  A warning says what counts as padding.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ _CHAT = (
 def read_input(
     model: Any, given: Any, attention_mask: Any = None
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-    """Token ids, which of them are real, and the mask that the model must be given, or None if it needs none.
-
-    Prompts are tokenized one by one with the model's own `to_tokens` and padded on the right, as are lists of ids of unequal
-    lengths: causal attention cannot see what comes later.
+    """Token ids, mask of real tokens, and the mask to pass to the model, or None if it needs none.
 
     Raises:
         ValueError: No prompt or an empty one, too long a prompt, ids outside the vocabulary, a wrong shape, two masks.
@@ -62,7 +58,7 @@ def read_input(
     tokens = _in_vocabulary(model, tokens, valid, is_text)
     device = next(model.parameters()).device
     tokens, valid = tokens.to(device), valid.to(device)
-    # Without a mask TransformerLens takes leading pad tokens for padding if the tokenizer pads on the left.
+    # Without a mask, TransformerLens treats leading pad tokens as padding if the tokenizer pads left.
     is_left = getattr(tokenizer, "padding_side", "right") == "left"
     needs_mask = is_left or attention_mask is not None or not bool(valid.all())
     return tokens, valid, valid.long() if needs_mask else None
@@ -71,7 +67,7 @@ def read_input(
 def read_text(
     model: Any, prompts: Any, prepend_bos: bool | None = None
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Ids of prompts, padded on the right, and which of them are real. `prepend_bos=None` is the model's own default.
+    """Ids of prompts, padded on the right, and mask of real tokens. `prepend_bos=None` is the model's default.
 
     Raises:
         ValueError: No prompt or an empty one, text that is no UTF-8, or a model without a tokenizer.
@@ -100,7 +96,7 @@ def read_text(
 
 
 def _warn_of_two_bos(tokenizer: Any, prompts: list[str], rows: list[Tensor]) -> None:
-    """Text that a chat template wrote begins with the BOS that the model prepends, too."""
+    """Warn if text from a chat template starts with the BOS that the model also prepends."""
     text, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     if not text or bos is None:
         return
@@ -116,7 +112,7 @@ def _warn_of_two_bos(tokenizer: Any, prompts: list[str], rows: list[Tensor]) -> 
 
 
 def _plain(given: Any) -> Any:
-    """A tensor, or a list of what was passed: prompts, ids, or rows of ids."""
+    """The input as a tensor, or a list of prompts, ids, or rows of ids."""
     if isinstance(given, Tensor):
         return given
     if not isinstance(given, (str, bytes)) and callable(getattr(given, "tolist", None)):  # NumPy, pandas
@@ -141,7 +137,7 @@ def _plain(given: Any) -> Any:
 
 
 def _encoded(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
-    """Ids and mask of what a tokenizer returns."""
+    """Ids and mask of a tokenizer's output."""
     if "input_ids" not in given:
         raise TypeError(
             _CHAT
@@ -155,7 +151,7 @@ def _encoded(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
 
 
 def _read_ids(given: Any) -> tuple[Tensor, Tensor]:
-    """Ids [batch, pos], and which are not filled in behind shorter rows; both where the ids are."""
+    """Ids [batch, pos], and mask of those not filled in behind shorter rows, on the device of the ids."""
     if isinstance(given, list) and not given:
         raise ValueError("Input must hold at least one prompt; got an empty list.")
     if isinstance(given, list) and (isinstance(given[0], Sequence) or getattr(given[0], "ndim", 0)):
@@ -193,7 +189,7 @@ def _tensor(ids: Any) -> Tensor:
 
 
 def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
-    """Rows [pos], padded on the right to [batch, pos], and which are not filled in."""
+    """Rows [pos], padded on the right to [batch, pos], and mask of those not filled in."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     tokens = torch.full(valid.shape, fill, dtype=torch.long, device=lengths.device)
@@ -202,7 +198,7 @@ def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
 
 
 def _read_mask(attention_mask: Any, tokens: Tensor, filled: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """A 0/1 attention mask as booleans, checked against the tokens; in rows, if the tokens came in rows."""
+    """A 0/1 attention mask as booleans, checked against the tokens; given in rows if the tokens are."""
     if isinstance(attention_mask, (list, tuple)) and not bool(filled.all()):
         mask, found = _padded([torch.as_tensor(row).flatten() for row in attention_mask], 0)
         mask = mask if torch.equal(found, filled.to(found.device)) else mask[:0]
@@ -216,13 +212,7 @@ def _read_mask(attention_mask: Any, tokens: Tensor, filled: Bool[Tensor, "batch 
 
 
 def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Which tokens are real, by the tokenizer's pad token at both ends of the rows; see the module.
-
-    A row of nothing but pad tokens is real in a batch of such rows, and where prompts are single tokens.
-
-    Raises:
-        ValueError: One row is nothing but pad tokens, another is not.
-    """
+    """Mask of real tokens, from pad tokens at the ends of rows; batches of only pad or of single tokens are real."""
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None:
         return torch.ones_like(tokens, dtype=torch.bool)
@@ -257,7 +247,7 @@ def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Ten
 
 
 def _in_vocabulary(model: Any, tokens: Tensor, valid: Tensor, is_text: bool) -> Tensor:
-    """The tokens, if the real ones have an embedding; padding that has none becomes id 0."""
+    """Tokens after a check that real ones have an embedding; padding without one becomes id 0."""
     d_vocab = min(int(model.cfg.d_vocab), len(model.W_E))
     outside = (tokens < 0) | (tokens >= d_vocab)
     wrong = tokens[outside & valid].unique().tolist()
@@ -282,7 +272,7 @@ def _check_length(model: Any, length: int) -> None:
 
 
 def _described(given: Any) -> str:
-    """What something is, in a few words."""
+    """A short description of an input."""
     if given is None or isinstance(given, (int, float)):
         return repr(given)
     kind = type(given)

@@ -1,7 +1,4 @@
-"""What belongs to a model and is kept with it while it lives: a bare model then costs what a kept network costs.
-
-Nothing here refers to the model itself, so that keeping it does not keep the model alive.
-"""
+"""Values kept with a model while it lives, so that bare models cost as much as kept networks."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from tl_jets.core.decoder import Decoder
 
 @dataclass(eq=False)
 class Kept:
-    """What was found out about a model, by the state of its weights and hooks.
+    """Values computed from a model, by the state of its weights and hooks; must not reference the model.
 
     Attributes:
         lock: Held by a thread while it has hooks on the model or evaluates its modules.
-        watches: Numbers of the states of its weights: outside of the blocks, then by block.
+        watches: Watches of its weights: outside the blocks, then by block.
         checked: Heads and neurons that were compared with the model.
         replays: Stages, and the decoder, that were compared with the model.
-        decoder: The state of the weights outside of the blocks, and the decoder read then, with its metrics.
+        decoder: State of the weights outside the blocks, and the decoder read then, with its metrics.
     """
 
     lock: Any = field(default_factory=threading.RLock)
@@ -38,7 +35,7 @@ _KEPT: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
 
 
 def kept_of(model: Any) -> Kept:
-    """What is kept of a TransformerLens model."""
+    """The kept values of a TransformerLens model."""
     kept = _KEPT.setdefault(model, Kept())
     kept.watches += [Watch() for _ in range(1 + len(model.blocks) - len(kept.watches))]
     return kept

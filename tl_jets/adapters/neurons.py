@@ -1,4 +1,4 @@
-r"""What single neurons of an MLP write.
+r"""Writes of single MLP neurons.
 
 With m(x) the activations that reach the output matrix W_out (after the gate, and after SoLU's norm),
 
@@ -6,13 +6,10 @@ With m(x) the activations that reach the output matrix W_out (after the gate, an
     \text{write}(x) = \text{mlp\_bias} + \sum_n \text{write}_n(x), \qquad
     \text{write}_n(x) = m_n(x)\, W_{\text{out}}[n], \quad \text{mlp\_bias} = b_{\text{out}} .
 
-Under a post-norm (Gemma-2, OLMo-2) the shares of neurons and of b_out are taken at the post-norm's own scale, and its bias belongs
-to `<l>_mlp_bias`; Granite's multiplier multiplies all. A neuron at zero activation writes zero: unlike a head, it has no
-constant of its own. (A path that starts at `<l>_mlp_bias` is another matter: it carries what the whole frozen MLP writes for a
-stream of zero, b_in included.)
-
-A layer has thousands of neurons: only those that are asked for are evaluated. Before a layer's neurons are used for the first
-time, all of them and b_out are compared with what the MLP itself wrote.
+Under a post-norm (Gemma-2, OLMo-2) shares are taken at its own scale, and its bias belongs to `<l>_mlp_bias`; Granite's
+multiplier applies to all. Unlike a head, a neuron has no constant. (A path from `<l>_mlp_bias` carries the frozen MLP's
+write at a zero stream, which includes b_in.) Only requested neurons are evaluated; before a layer's first use, all its
+neurons and b_out are compared with the MLP's own write.
 
 Example:
     >>> from tl_jets import ResidualNetwork, load_tinydocs
@@ -37,11 +34,7 @@ _BIAS = re.compile(r"(\d+)_mlp_bias")
 
 
 def neuron_step(view: BlocksView, label: str) -> Step | None:
-    """The neuron or MLP bias that a label, or that of a write, names; None if it names neither.
-
-    Raises:
-        ValueError: The layer has no neuron of that number.
-    """
+    """The neuron or MLP bias that a label or write label names, or None; ValueError if the layer has no such neuron."""
     bias, neuron = _BIAS.fullmatch(label), _NEURON.fullmatch(label)
     found = bias or neuron
     if (
@@ -61,7 +54,7 @@ def neuron_step(view: BlocksView, label: str) -> Step | None:
 
 
 def neuron_writes(view: BlocksView, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
-    """The writes of a stage's neurons and MLP bias at any stream, in the order of its steps, then of the rest if it is one."""
+    """Writes of a stage's neurons and MLP bias at any stream, in the order of its steps, including any rest."""
     layer = stage.steps[0].layer
     _check(view, recording, calls, layer)
     post, write = _activations(view, calls, layer, stream)
@@ -89,7 +82,7 @@ def _output_weights(view: BlocksView, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
-    """What reaches W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
+    """Input of W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
     grabbed: list[Tensor] = []
     with view.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
         write = view.call_mlp(calls, layer, stream)
@@ -99,7 +92,7 @@ def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tu
 
 
 def _check(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
-    """Once per layer and set of hooks: all neurons, and b_out, must be what the MLP wrote."""
+    """Compare all neurons and b_out with the MLP's write, once per layer and set of hooks."""
     key = ("neurons", layer, recording.hook_state)
     if key in view.checked:
         return

@@ -1,4 +1,4 @@
-"""What heads, neurons and ready caches need of the view of a TransformerLens model."""
+"""Interface of TransformerLens views for heads, neurons and ready caches."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class BlocksView(Protocol):
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
     ) -> tuple[dict[str, Tensor], Any, Any]:
-        """Streams and writes by hook name, calls and logits of a forward pass, which may end at hook `until`."""
+        """Activations by hook name, calls and logits of a forward pass, which may stop at hook `until`."""
         ...
 
     def hooks(self, hooks: list[tuple[str, Any]]) -> AbstractContextManager[None]:
-        """`model.hooks`, which no other thread's traces and evaluations see."""
+        """`model.hooks`, invisible to the traces and evaluations of other threads."""
         ...
 
     def refuse(self, *steps: Step) -> None:
-        """Raise NotImplementedError for the first of some steps that cannot be evaluated elsewhere."""
+        """Raise NotImplementedError if any of the steps cannot be replayed."""
         ...
 
     def has_mlp(self, layer: int) -> bool:
-        """Whether the block has an MLP at all."""
+        """Whether the block has an MLP."""
         ...
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a block is."""
+        """The device of a block."""
         ...
 
     def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ class BlocksView(Protocol):
         ...
 
     def finish_attn(self, layer: int, out: Tensor) -> Tensor:
-        """From the attention module's output to what is added to the stream."""
+        """Map the attention module's output to its write."""
         ...
 
     def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """What the MLP adds to the stream."""
+        """The MLP's write."""
         ...
 
     def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
-        """What parts of a sublayer's output `out` are of its write."""
+        """Contributions of parts of a sublayer's output `out` to its write."""
         ...
 
     def post_bias(self, layer: int) -> Tensor | None:
-        """What the bias of a norm after the MLP adds to its write [d_model]."""
+        """The bias of a norm after the MLP, as added to the write [d_model]."""
         ...

@@ -1,8 +1,7 @@
-"""Reading a TransformerLens model: its norms, its hooks, and whether jets can serve it.
+"""Reads the norms and hooks of a TransformerLens model, and whether jets support it.
 
-Attribute names differ between versions, architectures and processing steps (`w` or `weight`, offset by one or not,
-`eps` or `variance_epsilon`), so a norm is read by proposing every candidate and keeping the one that reproduces the
-module on random input; a norm that none reproduces is refused.
+Names and forms of norms' parameters differ between versions and architectures. So every candidate is tried, and the one
+that reproduces the module on random input is kept.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ _BLOCK_PARTS = {"_original_component", "attn", "ln1", "ln1_post", "ln2", "ln2_po
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that jets of a model are computed in: float32 for half-precision models, else the model's own."""
+    """The dtype of a model's jets: float32 for half-precision models, else the model's own."""
     return torch.float32 if dtype in _HALF else dtype
 
 
 def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: torch.dtype) -> Norm:
-    """The norm that a module computes, as a `Norm` where the module is; on `device` if it has no parameters.
+    """The norm that a module computes, on the module's device (`device` if it has no parameters).
 
     Raises:
-        ValueError: A user's hook is active inside the module, so that it is not a norm now.
+        ValueError: A user's hook is active inside the module.
         NotImplementedError: No LayerNorm or RMSNorm with the module's parameters reproduces it.
     """
     if module is None:
@@ -91,11 +90,9 @@ def _norm_candidates(module: Any, cfg: Any, dtype: torch.dtype) -> list[Norm]:
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Refuse, by name, what has no residual stream or no decoder to read it with.
+    """Raise NotImplementedError for encoders, models without blocks or with a quantized unembedding.
 
-    Raises:
-        NotImplementedError: Encoder-decoders, bidirectional encoders, models without blocks, a quantized unembedding.
-        ValueError: A model in training mode.
+    Raises ValueError for a model in training mode.
     """
     name = type(model).__name__
     modules: Any = getattr(model, "_modules", {})
@@ -114,14 +111,14 @@ def refuse_unsupported(model: Any) -> None:
 
 
 def strange_parts(block: Any) -> list[str]:
-    """Names of what a block holds beside attention, an MLP and their norms; `["no attention"]` if it has none of them."""
+    """Names of a block's parts beyond attention, an MLP and their norms; `["no attention"]` if it has none of them."""
     parts = set(block._modules)
     strange = sorted(name for name in parts - _BLOCK_PARTS if not name.startswith("hook_"))
     return strange or ([] if "attn" in parts else ["no attention"])
 
 
 def unreplayable(model: Any, layer: int, *which: str) -> str | None:
-    """Why a block, or its `"attn"` or `"mlp"`, cannot be evaluated on another stream, frozen or read by parts; None if it can."""
+    """Why a block, or its `"attn"` or `"mlp"`, cannot be replayed, frozen or split; None if it can."""
     block = model.blocks[layer]
     strange = strange_parts(block)
     if strange:
@@ -150,7 +147,7 @@ def _quantization(module: torch.nn.Module) -> str | None:
 
 
 def refuse_training(model: Any) -> None:
-    """Raise ValueError for a model with modules in training mode, whose dropout makes every number random."""
+    """Raise ValueError if modules are in training mode, whose dropout makes results random."""
     if model.training:
         raise ValueError("The model must be in evaluation mode (dropout off); it is training. Call model.eval().")
     roots = [(f"blocks.{layer}", block) for layer, block in enumerate(getattr(model, "blocks", []))]
@@ -169,7 +166,7 @@ def refuse_training(model: Any) -> None:
 
 
 def _option(model: Any, *names: str) -> Any:
-    """The first configuration option of these names that is set, in TransformerLens' or Hugging Face's configuration."""
+    """The first of some configuration options that is set, in TransformerLens' or Hugging Face's configuration."""
     sources = (model.cfg, getattr(getattr(model, "original_model", None), "config", None))
     found = (getattr(source, name, None) for source in sources for name in names)
     return next((value for value in found if value), None)

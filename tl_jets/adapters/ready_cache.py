@@ -1,12 +1,8 @@
-"""A ready cache in place of a forward pass: that it holds every stream, and that it is of this input.
+"""Reads a ready cache in place of a forward pass, after a check that it belongs to the input.
 
-Streams add up whatever input they are of: a cache of other tokens would be read without complaint, under the wrong labels. So the
-model is run up to what its first attention writes, on these tokens, with this attention mask and under the hooks that are active
-now. The first stream (tokens and positions) and the first write (the mask) must be the cache's, at real tokens: padding is
-not compared. Later layers follow from these unless a hook edits them, and each step that is evaluated elsewhere is first
-compared with what the cache holds of it (`tl_jets.core.trace`).
-
-Cost: an embedding and the first attention.
+Streams of another input would also add up. So the model runs up to its first attention's write; the first stream
+(tokens and positions) and this write (mask) must equal the cache's at real tokens. A step of a later layer is compared
+with the cache when it is evaluated elsewhere (`tl_jets.core.trace`). Cost: an embedding and the first attention.
 """
 
 from __future__ import annotations
@@ -25,14 +21,10 @@ FIRST_STREAM = "blocks.0.hook_resid_pre"
 def read_cache(
     view: BlocksView, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
 ) -> tuple[dict[str, Tensor], float]:
-    """A cache's streams and writes by hook name, and the relative error that they may have.
+    """A cache's activations by hook name, and their allowed relative error.
 
-    Args:
-        view: The model.
-        cache: A TransformerLens `ActivationCache`, or any mapping of hook names to tensors, of any precision, on any device.
-        tokens: The input that it must be of [batch, pos].
-        attention_mask: What the model is given of padding [batch, pos], or None.
-        valid: Real tokens, True, and padding, False [batch, pos].
+    `cache` maps hook names to tensors, of any precision and on any device. The input is `tokens` with `attention_mask`;
+    `valid` is True at real tokens.
 
     Raises:
         ValueError: A stream or a write is missing, or the cache is of another input.
@@ -54,7 +46,7 @@ def read_cache(
     accuracy = 1e-2 if is_half else 1e-5
     first_write = next(name for name in view.stream_names if name.startswith("blocks.0") and name != FIRST_STREAM)
     own, _, _ = view.forward(tokens, attention_mask, until=first_write)
-    # Within a half-precision model attention rounds scores, not only what it writes.
+    # In half-precision models attention also rounds scores.
     for name, allowed in ((FIRST_STREAM, accuracy), (first_write, 16 * accuracy)):
         wanted, found = (values[name].to(view.device, view.dtype) for values in (own, saved))
         size = wanted.abs().amax(-1)

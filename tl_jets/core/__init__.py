@@ -1,1 +1,1 @@
-"""What every room builds on: the residual network of a model, its decoder, its trace, the frozen network, results."""
+"""Shared foundations: the residual network of a model, decoders, traces, the frozen network, result classes."""

@@ -1,4 +1,4 @@
-"""Files that are the old one or the whole new one at every moment."""
+"""Atomic file writes: a reader sees the old file or the complete new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Let `write` fill a temporary file beside `file`, sync it to disk, and put it in the place of `file`.
+    """Write to a temporary file beside `file`, sync it to disk, and rename it to `file`. Returns the path.
 
-    A process that is killed leaves the old file, and perhaps a hidden `.<name>.*.tmp` (see `remove_leftovers`).
+    If the process is killed, the old file stays, possibly with a hidden `.<name>.*.tmp` (see `remove_leftovers`).
     """
     file = Path(file)
     handle, temporary = _temporary(file)
@@ -29,7 +29,7 @@ def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the new name must be on disk, too
+    if hasattr(os, "O_DIRECTORY"):  # the rename must reach the disk, too
         directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)
@@ -39,13 +39,9 @@ def write_atomically(file: str | Path, write: Callable[[BinaryIO], Any]) -> Path
 
 
 def check_writable(file: str | Path) -> None:
-    """Find out whether `write_atomically` can write a file, before hours of work are lost: by a temporary file beside it.
-
-    Raises:
-        OSError: It cannot; the message says why.
-    """
+    """Raise OSError unless `write_atomically` can write a file, by creating a temporary file beside it."""
     file = Path(file)
-    if os.path.exists(file) and not os.path.isfile(file):  # a Path raises on a name that is too long
+    if os.path.exists(file) and not os.path.isfile(file):  # Path methods raise if the name is too long
         raise OSError(
             f"A result is saved as a regular file; {str(file)!r} is there already, and is none. Save elsewhere."
         )
@@ -61,7 +57,7 @@ def check_writable(file: str | Path) -> None:
 
 
 def remove_leftovers(file: str | Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote a file."""
+    """Remove temporary files left by processes that were killed while writing a file."""
     file = Path(file)
     for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)

@@ -1,18 +1,14 @@
-r"""Effects on logits, and the one unit of all of them: what everything that explains or ablates a logit is measured in.
+r"""Effects on logits, in the one unit that all attributions and ablations use.
 
-An **effect** on a token t is what a part of the final stream, or of what the unembedding reads, adds to t's logit beyond the
-mean of the vocabulary. With :math:`\tilde x = (x, s)` a state and its multiple of :math:`b_U`,
+The **effect** on a token t of a part of the final stream is what it adds to the logit of t, minus the mean over the
+vocabulary. With :math:`\tilde x = (x, s)` a state and its multiple of :math:`b_U`,
 
 .. math::
     \text{effect} = \tilde x \cdot g_t, \qquad g_t = a \, (\tilde u_t - \bar u),
 
-with :math:`\tilde u_t` a column of [W_U; b_U], :math:`\bar u` the mean column and a the model's own logit scale. Effects of parts
-sum to the effect of the whole, and those of all parts to the model's own centered logit.
-
-The unit is that of **additive logits**: after a logit scale (Granite, Cohere), which is linear, and before a softcap (Gemma
-2), which is not, so that nothing behind it is a sum of parts. For a model without a softcap these are its own logits. What
-ablations change is taken in the same unit, and what it is called in results is `Decoder.unit`. Dividing all logits of a model
-by a number divides effects and ablations alike.
+with :math:`\tilde u_t` a column of [W_U; b_U], :math:`\bar u` the mean column and a the logit scale. The effects of all
+parts sum to the model's centered logit. The unit is **additive logits**: after the linear logit scale (Granite, Cohere)
+and before the softcap (Gemma 2); without a softcap, the model's own logits. `Decoder.unit` is its name in results.
 
 Example:
     >>> import torch
@@ -37,15 +33,7 @@ from tl_jets.core.trace import Trace
 
 
 def directions(decoder: Decoder, ids: Int[Tensor, "*cells"]) -> Float[Tensor, "*cells d_model_and_bias"]:
-    """What the effects on tokens are the products with: g of the module, for states with their multiple of b_U behind.
-
-    Args:
-        decoder: The model's decoder.
-        ids: Token ids. Shape [*cells].
-
-    Returns:
-        In additive logits, float64. Shape [*cells, d_model + 1].
-    """
+    """The vectors g_t of the module for tokens `ids`, whose products with states (x, s) are effects; float64."""
     columns = torch.cat([decoder.W_U[:, ids].double(), decoder.b_U[ids].double()[None]]).movedim(0, -1)
     return decoder.scaled(columns) - decoder.metric(centered=True).mean / decoder.d_vocab**0.5
 
@@ -53,7 +41,7 @@ def directions(decoder: Decoder, ids: Int[Tensor, "*cells"]) -> Float[Tensor, "*
 def mean_logits(
     decoder: Decoder, states: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"]
 ) -> Float[Tensor, "*rows"]:
-    """The mean of the additive logits of states over the vocabulary, float64. Shape [*rows]."""
+    """Mean over the vocabulary of the additive logits of states [*rows], float64."""
     metric = decoder.metric(centered=True)
     return metric.augment(states, bias_weight) @ metric.mean / decoder.d_vocab**0.5
 
@@ -61,21 +49,13 @@ def mean_logits(
 def centered(
     logits: Float[Tensor, "*cells d_vocab"], ids: Int[Tensor, "*cells target"]
 ) -> Float[Tensor, "*cells target"]:
-    """Additive logits of targets beyond the mean of the vocabulary. Shape [*cells, target]."""
+    """Additive logits of targets minus the mean over the vocabulary [*cells, target]."""
     return logits.gather(-1, ids) - logits.mean(-1, keepdim=True)
 
 
 @torch.no_grad()
 def additive_logits(trace: Trace, places: Int[Tensor, "batch out_pos"]) -> Float[Tensor, "batch out_pos d_vocab"]:
-    """The model's own additive logits at some places of each row: as it gave them, unless a softcap bent them.
-
-    Args:
-        trace: The input.
-        places: Which positions of each padded row. Shape [batch, out_pos].
-
-    Returns:
-        Float64. Shape [batch, out_pos, d_vocab].
-    """
+    """The model's own additive logits at positions `places` of each padded row, float64."""
     decoder = trace.network.decoder
 
     def at(values: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""What does not fit in memory is refused before it is computed: a machine that swaps may not come back.
-
-What is left is what the system says it can give without swapping (Linux), or all there is, and no more than the control group of a
-container has left. Where nobody says (Windows), nothing is refused.
-"""
+"""Refuses computations that do not fit in memory: within a container's limit, and without swapping on Linux."""
 
 from __future__ import annotations
 
@@ -16,16 +12,7 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def check_fits(n_bytes: int, what: str, remedy: str) -> None:
-    """Refuse what takes more memory than is left.
-
-    Args:
-        n_bytes: About what it takes.
-        what: What it is, for the message.
-        remedy: What to do, for the message.
-
-    Raises:
-        ValueError: It does not fit.
-    """
+    """Raise ValueError if `n_bytes` are more than is free; the message contains `what` and `remedy`."""
     left = free_bytes()
     if left is not None and n_bytes > left:
         raise ValueError(
@@ -34,7 +21,7 @@ def check_fits(n_bytes: int, what: str, remedy: str) -> None:
 
 
 def free_bytes() -> int | None:
-    """What this process may still take; None where nobody says."""
+    """Memory that this process may still allocate, in bytes; None if unknown."""
     found = [left for left in (_of_system(), _of_group()) if left is not None]
     return min(found, default=None)
 
@@ -52,10 +39,10 @@ def _of_system() -> int | None:
 
 
 def _of_group() -> int | None:
-    """Of version 2: the limit less what is taken, but for what was read from files and can be given back."""
+    """Free memory of a version 2 control group: limit minus usage, not counting reclaimable file cache."""
     try:
         limit, taken = ((GROUP / f"memory.{name}").read_text() for name in ("max", "current"))
         cached = re.search(r"^inactive_file (\d+)", (GROUP / "memory.stat").read_text(), re.MULTILINE)
         return int(limit) - int(taken) + int(cached[1] if cached else 0)
-    except (OSError, ValueError):  # there is none, or its limit is "max"
+    except (OSError, ValueError):  # no such group, or no limit ("max")
         return None

@@ -1,16 +1,16 @@
-r"""A residual network frozen at one input: every stage an affine map of the stream that it reads.
+r"""A residual network frozen at one input: every stage is an affine map of its stream.
 
 With norm scales, attention patterns and gates held at the true streams (`tl_jets.calculus.frozen`), each step writes
 
 .. math::
     \gamma_s(x) = A_s x + b_s, \qquad A_s h + b_s = \gamma_s(h) \text{ at the true stream } h ,
 
-and the final norm is x -> D x + bias with its scale at the last stream. So the logits are a sum over all paths: a source
-(embeddings, edits by hooks, the biases b_s) carried by products of A's and by D.
+and the final norm is x -> D x + bias with its scale at the last stream. So the logits are a sum over all paths: a
+source (embeddings, edits by hooks, the biases b_s) carried by products of A's and by D.
 
-A_s x is read off the graph of one evaluation of the stage (`tl_jets.core.linear_map`), whose batched backward passes carry many
-vectors at once and run nothing of the model or of its hooks; b_s is the frozen stage at zero, by a pass of its own. Before
-anything is used, A_s h + b_s is compared with what the model wrote: a family that cannot be frozen is refused by name.
+A_s x comes from the graph of one evaluation of the stage (`tl_jets.core.linear_map`), whose batched backward passes
+take many vectors at once and run no module or hook; b_s comes from a pass of the frozen stage at zero. A_s h + b_s is
+compared with the model's own write first: a model that cannot be frozen is refused.
 
 ==========  =================================================
 symbol      name here
@@ -22,8 +22,8 @@ D           `FrozenNetwork.decode`, `frozen_norm`
 ==========  =================================================
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3; Elhage et al. 2021.
-Cost: two evaluations of every stage, whose graphs are kept while the object lives. A_s x of many vectors together costs a
-fraction of an evaluation each (stories260K, 21 tokens: 0.06 ms against 1.7 to 3.5 ms).
+Cost: two evaluations of every stage, whose graphs are kept while the object lives. A_s x of many vectors together costs
+a fraction of an evaluation each (stories260K, 21 tokens: 0.06 ms against 1.7 to 3.5 ms).
 """
 
 from __future__ import annotations
@@ -43,20 +43,14 @@ from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, froze
 from tl_jets.core.trace import Trace
 
 Linearize = Literal["jet", "detached"]
-# Numbers in the stacked streams that run through a stage at once.
+# Number of elements in a batch of streams.
 CHUNK_ELEMENTS = 2**20
 MAX_CHUNK = 128
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenStage:
-    """One stage as an affine map, with a row for every step.
-
-    Attributes:
-        stage: The stage.
-        linear: Stream [batch, pos, d_model] -> writes side by side [batch, pos, write * d_model].
-        constants: The writes of the frozen stage at zero [write, batch, pos, d_model].
-    """
+    """One stage as an affine map: `linear` gives all steps' writes, concatenated; `constants` are those at zero."""
 
     stage: Stage
     linear: LinearMap
@@ -67,7 +61,7 @@ class FrozenStage:
         """Freeze one stage at its true stream.
 
         Raises:
-            NotImplementedError: It does not come out affine; the message names it and the model.
+            NotImplementedError: The stage is not affine when frozen; the message names it and the model.
             ValueError: The hooks on the model are not those of the trace.
         """
         with torch.inference_mode(False):
@@ -81,20 +75,14 @@ class FrozenStage:
     def pulled_back(
         self, functionals: Float[Tensor, "many batch pos d_model"], taken: list[bool]
     ) -> Float[Tensor, "many batch pos d_model"]:
-        """What functionals g of the writes are of the stream: the sum of A_s' g over the steps that are `taken`."""
+        """Pull functionals g of the writes back to the stream: the sum of A_s' g over the steps that are `taken`."""
         rows = torch.cat([functionals if take else torch.zeros_like(functionals) for take in taken], -1)
         return self.linear.apply_transpose(rows, chunk_size=chunk_size(functionals[:1]))
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenNetwork:
-    """A network frozen at one input.
-
-    Attributes:
-        trace: The input.
-        stages: Its stages as affine maps.
-        final_scale: The final norm's frozen scale [batch, pos, 1].
-    """
+    """A network frozen at one input: its stages as affine maps, and the final norm's frozen scale."""
 
     trace: Trace
     stages: tuple[FrozenStage, ...]
@@ -102,12 +90,7 @@ class FrozenNetwork:
 
     @classmethod
     def of(cls, trace: Trace) -> FrozenNetwork:
-        """Freeze every stage of a trace's network at its true stream; kept with the trace.
-
-        Raises:
-            NotImplementedError: A stage does not come out affine; the message names it and the model.
-            ValueError: The hooks on the model are not those of the trace.
-        """
+        """Freeze every stage of a trace's network; kept with the trace. Raises what `FrozenStage.of` raises."""
         key = ("frozen network", trace.network.stages)
         if key not in trace.memo:
             stages = tuple(FrozenStage.of(trace, stage) for stage in trace.network.stages)
@@ -118,7 +101,7 @@ class FrozenNetwork:
 
     @cached_property
     def sources(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """Every source by label: embeddings, edits, biases. Constants that are zero at all real tokens are left out."""
+        """All sources by label: embeddings, edits, biases. Constants that are zero at all real tokens are omitted."""
         trace, network = self.trace, self.trace.network
         found = {label: trace[label] for label in network.sources}
         for stream in network.streams:
@@ -133,7 +116,7 @@ class FrozenNetwork:
         return found | {label: value for label, value in constants.items() if bool(value[trace.valid].any())}
 
     def kept(self, index: int, values: Tensor) -> Tensor:
-        """What the identity carries past a stage: everything."""
+        """The part of the values that bypasses a stage unchanged: all of it."""
         del index
         return values
 
@@ -144,20 +127,20 @@ class FrozenNetwork:
     def decode(
         self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
     ) -> Float[Tensor, "path batch out_pos d_model"]:
-        """D x at some positions: what the unembedding reads of parts of the last stream, without biases."""
+        """D x at selected positions: the input of the unembedding from parts of the last stream, without biases."""
         norm = self.trace.decoder.norm
         return norm.scale(norm.center(values[..., positions, :])) * self.final_scale[:, positions]
 
     def terms(
         self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
     ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
-        """D x of every path, with its multiple 0 of b_U, which is a path of its own."""
+        """D x of every path, with bias weight 0: b_U is a path of its own."""
         return [(self.decode(values, positions), 0.0)]
 
     def decode_transpose(
         self, functionals: Float[Tensor, "many batch out_pos d_model"], positions: list[int]
     ) -> Float[Tensor, "many out_pos batch pos d_model"]:
-        """D' u, for functionals of what the unembedding reads, each at one of the positions."""
+        """D' u for functionals u of the unembedding's input, each at one of the positions."""
         norm, final = self.trace.decoder.norm, self.trace[FINAL_STREAM]
         rows = norm.center(norm.scale(functionals)) * self.final_scale[:, positions]
         found = final.new_zeros(len(rows), len(positions), *final.shape)
@@ -167,10 +150,7 @@ class FrozenNetwork:
 
 
 def frozen_norm(norm: Norm, center: Float[Tensor, "*rows d_model"], variate: Float[Tensor, "*rows d_model"]) -> NormJet:
-    """The norm with its scale frozen at the variate, in the form of its jets: a multiple of the center, nothing borrowed.
-
-    `alpha` is the norm's own factor at the variate, `beta` is 0; `rho` and `tail_bound` are NaN, for there is no series.
-    """
+    """The norm with its scale frozen at the variate, as a `NormJet`: `beta` is 0, `rho` and `tail_bound` are NaN."""
     scale = norm_jet(norm, variate, variate, 0)
     nothing = torch.full_like(scale.alpha, float("nan"))
     return replace(scale, center=norm.center(center.double()).to(center), rho=nothing[0], tail_bound=nothing)
@@ -179,11 +159,7 @@ def frozen_norm(norm: Norm, center: Float[Tensor, "*rows d_model"], variate: Flo
 def affine_terms(
     trace: Trace, stage: Stage | None, values: Float[Tensor, "center batch pos d_model"]
 ) -> tuple[Float[Tensor, "step center batch pos d_model"], Float[Tensor, "constant batch pos d_model"]]:
-    """What a frozen stage (None: the final norm) makes of many streams, and what it makes of nothing.
-
-    Returns:
-        A_s x_i of every step that reads the stream, and the constants in the order of `affine_labels`.
-    """
+    """A_s x_i of every step of a frozen stage (None: the final norm), and its constants as in `affine_labels`."""
     if stage is None:
         norm, final = trace.decoder.norm, trace[FINAL_STREAM]
         linear = frozen_norm(replace(norm, bias=None), values, final.expand_as(values)).value()
@@ -197,7 +173,7 @@ def affine_terms(
 
 
 def affine_labels(stage: Stage | None) -> tuple[list[str], list[str]]:
-    """Labels of the steps that read the stream of a frozen stage (None: the final norm), and of its constants."""
+    """Labels of the steps of a frozen stage (None: the final norm), and of its constants."""
     if stage is None:
         return [DECODER_STEP], [DECODER_STEP + BIAS]
     reading = [step.label for step in stage.steps if step.kind != "attn_bias"]
@@ -205,7 +181,7 @@ def affine_labels(stage: Stage | None) -> tuple[list[str], list[str]]:
 
 
 def read_order(linearize: Linearize, order: Any, default: int) -> int:
-    """The order asked for, or the default; 0 for detached terms, which have none."""
+    """The requested order, or the default; 0 for detached terms, which have no order."""
     if linearize not in get_args(Linearize):
         raise ValueError(f"linearize must be one of {get_args(Linearize)}; got {linearize!r}.")
     if order is None:
@@ -219,11 +195,7 @@ def read_order(linearize: Linearize, order: Any, default: int) -> int:
 
 
 def check_detached(*, order: int, center_scale: str, weights: Any = None, objective: str = "centered_l2") -> None:
-    """Refuse what is a choice about jets, where norm scales, patterns and gates are frozen.
-
-    Raises:
-        ValueError: An order above 0, weights, an objective or a center_scale was given.
-    """
+    """Raise ValueError for options without a meaning in the detached form."""
     given = {
         f"order={order}": (order > 0, "they are linear in the centers, so that there is no higher order"),
         "weights": (weights is not None, "they all carry 1: together they are the model as they are"),
@@ -239,7 +211,7 @@ def check_detached(*, order: int, center_scale: str, weights: Any = None, object
 
 
 def chunk_size(like: Tensor) -> int:
-    """How many streams like one run at once: about a million numbers, and at least one."""
+    """How many streams of this size are evaluated at once: about a million numbers, and at least one stream."""
     return max(1, min(MAX_CHUNK, CHUNK_ELEMENTS // max(1, like.numel())))
 
 
@@ -248,7 +220,7 @@ def _freeze(trace: Trace, stage: Stage) -> FrozenStage:
     truth = trace.writes(stage)
     if any(step.kind == "head" for step in stage.steps):
         with torch.no_grad():
-            gammas(stream)  # what a view computes once per input (heads at zero) must not be computed frozen
+            gammas(stream)  # a view's memo (heads at zero) must not be filled while frozen
     tape: list[tuple[str, Any]] = []
     with torch.enable_grad():
         point = stream.detach().clone().requires_grad_()
@@ -262,7 +234,7 @@ def _freeze(trace: Trace, stage: Stage) -> FrozenStage:
 
 
 def _check_affine(trace: Trace, found: FrozenStage, truth: Tensor) -> None:
-    """A_s h + b_s must be what the model wrote."""
+    """Compare A_s h + b_s with the model's own write."""
     stage, valid = found.stage, trace.valid
     stream = trace[stage.stream]
     linear = found.writes(stream.detach()[None])[:, 0]

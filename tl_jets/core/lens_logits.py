@@ -1,13 +1,13 @@
-r"""Vocabulary-sized work in bounded memory: the tokens, measures and controls of many logit vectors, never all at once.
+r"""Tokens, measures and controls of many logit vectors, without holding all logits in memory.
 
-The jet of a final norm is a mix of two vectors (Legendre polynomials, see `tl_jets.calculus.norms`): whatever the order
-:math:`k`, the additive logits of layer :math:`l` at row :math:`r` (a row is one position of one prompt) are
+The jet of a final norm mixes two vectors (`tl_jets.calculus.norms`): at every order :math:`k`, the additive logits of
+layer :math:`l` at row :math:`r` (one position of one prompt) are
 
 .. math::
     L_{lkr} = \alpha_{lkr} U^\top o_{lr} + \beta_{lkr} U^\top s_r + c, \qquad c = U^\top b + b_U,
 
-and the model's own are :math:`T_r = \gamma_r U^\top s_r + c`. So every order costs one product with :math:`U` a layer;
-the rest is elementwise, on a scratch that stays in cache. With :math:`p = \mathrm{softmax}(\tau(T))` and
+and the model's own are :math:`T_r = \gamma_r U^\top s_r + c`. So all orders share one product with :math:`U` per layer;
+the rest is elementwise, in a buffer that fits the cache. With :math:`p = \mathrm{softmax}(\tau(T))` and
 :math:`m = \max \tau(L)`,
 
 .. math::
@@ -15,8 +15,8 @@ the rest is elementwise, on a scratch that stays in cache. With :math:`p = \math
     + \log \sum \exp(\tau(L) - m) .
 
 The **control** of a layer replaces :math:`o_{lr}` by :math:`a_{lr} s_r + q_{lr} n_r` with one random direction
-:math:`n_r` a row, of the same length and angle: again a mix of two vectors, :math:`(\alpha a + \beta) U^\top s_r
-+ \alpha q\, U^\top n_r + c`.
+:math:`n_r` per row, of the same length and angle: a mix
+:math:`(\alpha a + \beta) U^\top s_r + \alpha q\, U^\top n_r + c`.
 
 ===================================  ==========================================
 symbol                               name here
@@ -28,10 +28,8 @@ symbol                               name here
 :math:`\tau`                         `Decoder.transform`
 ===================================  ==========================================
 
-Ties go to the smallest token id, everywhere: top-k, top-1, ranks.
-
-Accuracy: `max` is taken off before anything is summed and the three parts of the KL come from the same rounded logits, so
-errors enter as :math:`(q - p) \cdot \delta` and vanish with the KL itself. Float32: 1e-4 relative, 1e-6 nats absolute;
+Ties in top-k, top-1 and ranks go to the smallest token id. Accuracy: all parts of the KL use the same rounded logits,
+so errors enter as :math:`(q - p) \cdot \delta` and vanish with the KL. Float32: 1e-4 relative, 1e-6 nats absolute;
 float64: 1e-10. A KL below zero by rounding is returned as zero.
 
 Cost: one product of `layer * row` states with `W_U`, plus about ten passes over `layer * order * row` logits in cache.
@@ -67,7 +65,7 @@ from tl_jets.core.decoder import Decoder
 from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, check_rows, check_sizes, slices
 from tl_jets.core.readout import TopTokens
 
-# What is read of a logit vector beside its best tokens.
+# Readings of a logit vector other than its best tokens.
 READINGS = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
 
 
@@ -76,15 +74,11 @@ class Mixture:
     """Logit vectors that are mixes of two: `alpha * own @ W_U + beta * shared @ W_U + constant`.
 
     Attributes:
-        own: What belongs to the layer (the center, times the norm's weight). Shape [layer, row, d_model].
-        shared: The model's own final state, times the norm's weight. Shape [row, d_model].
-        alpha: Coefficient of `own`. Shape [layer, order, row].
-        beta: Coefficient of `shared`. Shape [layer, order, row].
-        gamma: Coefficient of `shared` in the model's own logits. Shape [row].
-        bias: The final norm's bias, None without one. Shape [d_model].
-
-    Raises:
-        ValueError: If the shapes disagree or a value is not finite.
+        own: The layer's vector (the center, times the norm's weight).
+        shared: The model's final state, times the norm's weight.
+        alpha: Coefficient of `own`.
+        beta: Coefficient of `shared`.
+        gamma: Coefficient of `shared` in the model's own logits.
     """
 
     own: Float[Tensor, "layer row d_model"]
@@ -113,16 +107,7 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A random center for every layer and row: `along * shared + across * random` in place of `own`.
-
-    Attributes:
-        random: One direction a row. Shape [row, d_model].
-        along: Coefficient of `shared`. Shape [layer, row].
-        across: Coefficient of `random`. Shape [layer, row].
-
-    Raises:
-        ValueError: If the shapes disagree or a value is not finite.
-    """
+    """A random center for every layer and row: `along * shared + across * random` in place of `own`."""
 
     random: Float[Tensor, "row d_model"]
     along: Float[Tensor, "layer row"]
@@ -142,15 +127,15 @@ class Control:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What was read off a batch of logit vectors. The leading axes are [layer, order, row], or [row] for the model.
+    """Readings of logit vectors, None where not measured; `cells` are [layer, order, row], or [row] for the model.
 
     Attributes:
-        top: The best tokens by additive logit. Shape [*cells, k].
-        log_normalizer: log sum exp of the logits, after the model's transform. Shape [*cells]; None if not measured.
-        kl: KL(model || these logits) in nats, after the transform. Shape [*cells]; None if not measured.
-        top1_agreement: Whether the best token is the model's. Shape [*cells].
-        target_logits: Additive logits of the targets. Shape [*cells, target]; None without targets.
-        target_ranks: Their ranks, 0 for the best token. Shape [*cells, target]; None without targets.
+        top: The best tokens by additive logit [*cells, k].
+        log_normalizer: log sum exp of the transformed logits [*cells].
+        kl: KL(model || these logits) in nats, after the transform [*cells].
+        top1_agreement: Whether the best token is the model's [*cells].
+        target_logits: Additive logits of the targets [*cells, target].
+        target_ranks: Ranks of the targets, 0 for the best token [*cells, target].
     """
 
     top: TopTokens
@@ -163,13 +148,11 @@ class Readings:
 
 @dataclass(frozen=True, eq=False)
 class MixtureScan(Readings):
-    """Readings of every layer, order and row of a `Mixture`, of the model, and of the control.
+    """Readings of every layer, order and row of a `Mixture`, of the model, and of the control (one top token).
 
     Attributes:
-        own_values: What the own part, `alpha * own @ W_U + constant`, gives the tokens in `top`. Shape [layer, order, row, k].
-        own_top1: Best token of the own part. Shape [layer, order, row]; None if not measured.
-        model: The same readings of the model's own logits, with [row] as leading axis.
-        control: The same readings of the control; None without one. Its `top` holds one token.
+        own_values: Logits of the tokens in `top` from the own part, `alpha * own @ W_U + constant`.
+        own_top1: Best token of the own part; None if not measured.
     """
 
     own_values: Float[Tensor, "layer order row k"]
@@ -190,25 +173,21 @@ def scan_mixture(
     model_logits: Callable[[slice], Float[Tensor, "row d_vocab"]] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> MixtureScan:
-    """Read every layer, order and row of a mixture in one pass over the layers.
+    """Read every layer, order and row of a mixture, in float32, or float64 if the states or the weights are.
 
     Args:
         decoder: The model's decoder.
         mixture: The logit vectors.
-        top_k: How many of the best tokens to keep.
-        targets: Token ids whose logits and ranks to return, one or several a row. Shape [row] or [row, target].
-        measures: Compute log-normalisers, KL and the best token of the own part; else only top tokens and targets.
-        control: The random center to measure beside; None for none. Needs `measures`.
-        model_logits: The model's own additive logits of a slice of rows [row, d_vocab], if they are at hand: `shared`
-            need not be multiplied with `W_U` then.
+        top_k: Number of best tokens to keep.
+        targets: Token ids whose logits and ranks to return [row] or [row, target].
+        measures: Whether to compute log-normalizers, KL and the best token of the own part.
+        control: The random center, or None. Needs `measures`.
+        model_logits: The model's additive logits as a function of a slice of rows, if available.
         chunk_size: Rows of d_vocab logits held at once.
 
-    Returns:
-        The readings, in float32, or float64 if the states or the weights are.
-
     Raises:
-        ValueError: If `own` does not have the decoder's d_model, shapes disagree, a target is not a token, top_k is not
-            in 1..d_vocab, chunk_size is not positive, or a control is asked for without measures.
+        ValueError: Shapes disagree, a target is not a token, top_k or chunk_size is out of range, or there is a control
+            without measures.
     """
     decoder.check_states(mixture.own)
     check_sizes(top_k, decoder.d_vocab, chunk_size)
@@ -244,13 +223,13 @@ def scan_mixture(
     store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
     store["own_values"] = torch.empty_like(store["values"])
     model_store = reader.allocate((1, 1, cells[2]), top_k, n_targets, measures)
-    # All layers of a row mix the same vectors: to the reader they are so many orders of one layer.
+    # All layers of a row mix the same vectors, so the reader treats them as orders of one layer.
     merged = (1, cells[0] * cells[1], cells[2])
     control_store = None if control is None else reader.allocate(merged, 1, 0, measures)
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
     gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
-    # Order 0 of a jet borrows nothing: the leading orders without `shared` are their own part.
+    # Leading orders without a `shared` part equal their own part.
     borrows = (beta != 0).transpose(0, 1).flatten(1).any(1).tolist()
     plain = borrows.index(True) if any(borrows) else len(borrows)
     for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
@@ -277,7 +256,7 @@ def scan_mixture(
 
 
 def _final_layers(mixture: Mixture, control: Control | None) -> list[int]:
-    """Layers that are the model's own final state, whose jets are the model's own logits at every order."""
+    """Layers that equal the model's final state, whose jets are the model's own logits at every order."""
     if len(mixture.own) == 1:
         return []
     found = []
@@ -298,7 +277,7 @@ def _of_layers(mixture: Mixture, layers: list[int]) -> Mixture:
 def _with_final_layers(
     decoder: Decoder, mixture: Mixture, part: MixtureScan, rest: list[int], final: list[int]
 ) -> MixtureScan:
-    """A scan of the other layers, with the model's own readings as those of the final ones."""
+    """Fill the final layers of a scan with the model's own readings."""
     cells = mixture.alpha.shape
 
     def joined(found: Tensor, of_model: Tensor) -> Tensor:
@@ -315,7 +294,7 @@ def _with_final_layers(
         read = {name: None if one is None else joined(one, other) for name, (one, other) in both.items()}
         return {"top": TopTokens(*tops)} | read
 
-    # Of the model's own state either all is the layer's own, or all is borrowed and the constant is left.
+    # For the final state, either all is the own part, or all is borrowed and the own part is the constant.
     alone, top = mixture.alpha[final] != 0, part.model.top
     constant = decoder.constant(mixture.bias, part.own_values.dtype)
     own_top1 = part.own_top1
@@ -338,10 +317,7 @@ def _projections(
     model_logits: Callable[[slice], Tensor] | None,
     chunk_size: int,
 ) -> Iterator[tuple[slice, Tensor, list[Tensor], Iterator[tuple[int, Tensor]]]]:
-    """Yield (rows, constant, [shared, random], layers), states times W_U in one buffer: consume layers before the next.
-
-    A product costs about as much as 100 rows more for reading W_U: the norm's bias and what layers share ride along.
-    """
+    """Yield (rows, constant, [shared, random], layers) in one shared buffer: consume layers before the next item."""
     layers, n_rows, _ = mixture.own.shape
     decoder, d_vocab = reader.decoder, reader.decoder.d_vocab
     fixed = [mixture.shared] if control is None else [mixture.shared, control.random]
@@ -370,7 +346,7 @@ def _projections(
         count = rows.stop - rows.start
         given = 0 if model_logits is None else count
         if rows.start == 0:
-            # The row before what is projected: the constant's place is taken by `shared` if that is given.
+            # The row before the projections: `shared` replaces the constant there if it is given.
             project(given, bias, *states[given // count :])
             constant.copy_(buffer[given])
             constant[:d_vocab] += decoder.constant(None, constant.dtype)
@@ -386,12 +362,12 @@ def _projections(
 
 
 def _view(store: dict[str, Tensor], layer: int, rows: slice) -> dict[str, Tensor]:
-    """Results of some rows of a layer, as views [order, row, ...]."""
+    """Views [order, row, ...] of the results of some rows of a layer."""
     return {name: x[layer, :, rows] for name, x in store.items()}
 
 
 def _readings(reader: Reader, store: dict[str, Tensor], model: dict[str, Tensor]) -> Readings:
-    """Measures from what was summed over the vocabulary, in binary logarithms. `model` broadcasts over [layer, order]."""
+    """Measures from the sums over the vocabulary, in binary logarithms. `model` broadcasts over [layer, order]."""
     log_normalizer = kl = None
     if "total" in store:
         log_total = store["total"].log2()

@@ -1,4 +1,4 @@
-r"""A derivative at one input as a linear map: applied without its matrix, decomposed, made only on request.
+r"""A derivative at one input as a linear map: applied without its matrix, decomposed, or materialized on request.
 
 ======  ==========================================
 symbol  name here
@@ -8,8 +8,8 @@ J' v    `LinearMap.apply_transpose`
 J       `LinearMap.materialize`
 ======  ==========================================
 
-`GraphMap` holds the graph of a forward pass, in which the same backward pass serves many vectors; J u is that pass
-transposed. `tl_jets.detached_map.chain` composes the maps of a network's stages.
+`GraphMap` holds the graph of a forward pass; J u transposes its backward pass, J' v. `tl_jets.detached_map.chain`
+composes the maps of stages.
 
 Example:
     >>> x = torch.ones(1, 2, 3, requires_grad=True)
@@ -40,7 +40,7 @@ from tl_jets.core.measures import check_seed
 from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
 
-# Vectors that run through the graph at once, unless the caller says otherwise.
+# Default number of vectors in one backward pass.
 CHUNK_SIZE = 32
 MAX_BYTES = 2**30
 
@@ -50,9 +50,9 @@ class LinearMap(ABC):
     """A derivative at one input, applied without its matrix.
 
     Attributes:
-        point: Where it was taken [batch, pos, d_model].
-        value: What the function gives there [batch, out_pos, rows], before `readout`.
-        readout: A matrix [rows, width] that the output is multiplied with (the unembedding), or None.
+        point: The input [batch, pos, d_model].
+        value: The function's output there [batch, out_pos, rows], before `readout`.
+        readout: A matrix [rows, width] that multiplies the output (the unembedding), or None.
     """
 
     point: Float[Tensor, "batch pos d_model"]
@@ -88,46 +88,32 @@ class LinearMap(ABC):
 
     @property
     def n_bytes(self) -> int:
-        """Size of the matrix, [batch, out_pos, width, pos, d_model]: prompts do not see each other."""
+        """Size of the matrix [batch, out_pos, width, pos, d_model]; there are no entries between prompts."""
         batch, pos, d_model = self.in_shape
         return batch * self.out_shape[1] * self.out_shape[2] * pos * d_model * self.value.element_size()
 
     def apply(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch out_pos width"]:
-        """J u: what a change of the input does to the output.
-
-        Args:
-            vectors: u [*many, batch, pos, d_model].
-            chunk_size: How many run at once.
-
-        Returns:
-            [*many, batch, out_pos, width].
+        """J u: the change of the output for a change u of the input, `chunk_size` vectors at once.
 
         Raises:
-            ValueError: The vectors are not of the input's shape.
+            ValueError: The vectors do not have the input's shape.
         """
         check_integers(1, chunk_size=chunk_size)
         return self.read(self.apply_rows(vectors, chunk_size=chunk_size))
 
     def read(self, rows: Float[Tensor, "*many rows"]) -> Float[Tensor, "*many width"]:
-        """Rows through the readout."""
+        """Multiply rows by the readout."""
         return rows if self.readout is None else rows @ self.readout
 
     def apply_transpose(
         self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch pos d_model"]:
-        """J' v: the direction of the input that a direction of the output reads.
-
-        Args:
-            vectors: v [*many, batch, out_pos, width].
-            chunk_size: How many run at once.
-
-        Returns:
-            [*many, batch, pos, d_model].
+        """J' v: the input direction that an output direction v reads, `chunk_size` vectors at once.
 
         Raises:
-            ValueError: The vectors are not of the output's shape.
+            ValueError: The vectors do not have the output's shape.
         """
         check_integers(1, chunk_size=chunk_size)
         _check_shape(vectors, self.out_shape)
@@ -138,20 +124,13 @@ class LinearMap(ABC):
     def materialize(
         self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "batch out_pos width pos d_model"]:
-        """J as a matrix.
+        """J as a matrix [batch, out_pos, width, pos, d_model].
 
         Args:
-            max_bytes: Refuse to make a larger one; None for no limit.
+            max_bytes: Largest size allowed, else ValueError; None for no limit.
             chunk_size: Rows computed at once.
 
-        Returns:
-            [batch, out_pos, width, pos, d_model].
-
-        Raises:
-            ValueError: It is larger than `max_bytes`.
-
-        Cost:
-            A backward pass for each output position and row before the readout (d_model of them for logits).
+        Cost: A backward pass per output position and row before the readout (d_model of them for logits).
         """
         check_integers(1, chunk_size=chunk_size)
         if max_bytes is not None and self.n_bytes > max_bytes:
@@ -173,19 +152,13 @@ class LinearMap(ABC):
     def block(
         self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "rows in_pos d_model"]:
-        """The part of J from one input position (None for all) to one output position of one prompt, before the readout.
+        """One block of J from one or all input positions to one output position, before the readout.
 
         Args:
             out_pos: Index into the output positions.
             pos: Input position in the padded row, or None for all.
             prompt: Index of the prompt.
-            chunk_size: Rows computed at once.
-
-        Returns:
-            [rows, 1 or pos, d_model].
-
-        Cost:
-            A backward pass a row; only this part is held.
+            chunk_size: Rows computed at once, each by a backward pass.
         """
         check_integers(1, chunk_size=chunk_size)
         rows = self.value.shape[-1]
@@ -199,24 +172,13 @@ class LinearMap(ABC):
         return found
 
     def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
-        """The k largest singular values of one prompt's matrix and their vectors, without the matrix (ARPACK).
+        """The k largest singular values and vectors of one prompt's J, without the matrix (ARPACK).
 
-        Args:
-            k: How many.
-            prompt: Index of the prompt.
-            pos: Of the matrix of this input position alone (J_t); None for all of them side by side.
-            seed: Of the start vector.
-
-        Returns:
-            `SingularVectors`, largest first.
+        With `pos`, of the matrix J_t of this position alone; with None, of all side by side. `seed` is that of the
+        start vector. Cost: a few dozen products with J and J'.
 
         Raises:
-            ValueError: k is not in 1..rank bound - 1, or there is no such prompt or position.
-
-        Cost:
-            A few dozen products with J and with its transpose. The iteration runs in float64, on the shorter side of J
-            (J J' or J'J); the products in the map's dtype, whose rounding bounds the accuracy: a value s is off by about
-            eps s_1^2 / s, so that values below sqrt(eps) s_1 are noise.
+            ValueError: k is not in 1..rank bound - 1, or the prompt or position does not exist.
         """
         (batch, *in_shape), (_, *out_shape) = self.in_shape, self.out_shape
         check_integers(1, k=k)
@@ -247,7 +209,7 @@ class LinearMap(ABC):
         of_input, of_output = (prompt, keep), (prompt,)
         J = product(self.apply, self.in_shape, of_input, of_output)
         transpose = product(self.apply_transpose, self.out_shape, of_output, of_input)
-        # Vectors of the shorter side are iterated; those of the longer one, which may be a prompt long, are made at the end.
+        # Iterate on the shorter side; compute the vectors of the longer side at the end.
         wide = shape[0] <= shape[1]
         across, back = (transpose, J) if wide else (J, transpose)
 
@@ -265,7 +227,7 @@ class LinearMap(ABC):
         values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
         long /= values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
         left, right = (short, long) if wide else (long, short)
-        # The sign in which this prompt's own input has it.
+        # Choose signs by the prompt's own input.
         sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
         return SingularVectors(values, left.mul_(sign).view(k, *out_shape), right.mul_(sign).view(k, *in_shape))
 
@@ -274,7 +236,7 @@ class LinearMap(ABC):
 class GraphMap(LinearMap):
     """A derivative held as the graph of a forward pass: `value` requires gradients of `point`.
 
-    Cost: J' v a backward pass, J u two (the first is kept); many vectors run as one batch.
+    Cost: one backward pass for J' v, two for J u (the first is kept); many vectors run as one batch.
     """
 
     @cached_property
@@ -300,14 +262,16 @@ class GraphMap(LinearMap):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SingularVectors(Result):
-    """The largest singular values of a map of one prompt: J is close to sum_i values_i left_i right_i'.
+    """The largest singular values and vectors of one prompt's map: J is close to sum_i values_i left_i right_i'.
 
-    Signs are such that every right vector has a positive product with the prompt's own input.
+    The sign of each right vector makes its product with the prompt's own input positive. The iteration runs in float64
+    on the shorter side of J, but the products have the map's rounding: a value s is off by about eps s_1^2 / s, so
+    values below sqrt(eps) s_1 are noise.
 
     Attributes:
-        values: Largest first [k].
-        left: Directions of the output [k, out_pos, width].
-        right: Directions of the input [k, pos, d_model]; pos is 1 if one position was asked for.
+        values: Singular values, largest first [k].
+        left: Output directions [k, out_pos, width].
+        right: Input directions [k, pos, d_model]; pos is 1 if one position was requested.
     """
 
     values: Float[Tensor, " k"]
@@ -319,14 +283,14 @@ class SingularVectors(Result):
         return f"SingularVectors({shown}{', ...' if len(self.values) > 6 else ''})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a vector. Columns: vector, value, relative (to the largest)."""
+        """One row per vector. Columns: vector, value, relative (to the largest)."""
         values = self.values.tolist()
         rows = [{"vector": i, "value": value, "relative": value / values[0]} for i, value in enumerate(values)]
         return pd.DataFrame(rows)
 
 
 def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, chunk_size: int) -> Tensor:
-    """The backward pass from `outputs` to `inputs` for vectors [*many, *outputs.shape]: [*many, *inputs.shape]."""
+    """Backward pass from `outputs` to `inputs` for vectors [*many, *outputs.shape]: [*many, *inputs.shape]."""
     shape = tuple(outputs.shape)
     _check_shape(vectors, shape)
     many = vectors.shape[: -len(shape)]
@@ -352,7 +316,7 @@ def _check_shape(vectors: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def size_text(n_bytes: int) -> str:
-    """A size in memory, for people."""
+    """A size in memory as text with a unit."""
     size, unit = float(n_bytes), 0
     while size >= 1024 and unit < 5:
         size, unit = size / 1024, unit + 1

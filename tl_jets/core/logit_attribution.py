@@ -1,7 +1,7 @@
-r"""How much of the model's logits a part of them is: length, angle, share, and effect on a target.
+r"""Attribution of the model's logits to parts: length, angle, share, and effect on a target.
 
-With T the model's additive logits at one position and P a part of them (a path, or a sum of paths), both centered over the
-vocabulary,
+With T the model's additive logits at one position and P a part of them (a path, or a sum of paths), both centered over
+the vocabulary,
 
 ==========  =====================================  ==========================================================
 measure     definition                             what it says
@@ -12,8 +12,8 @@ share       P.T / \|T\|^2                          the part's projection on T: s
 effect      P[target]                              logits it adds to a target, beyond the mean of the vocabulary
 ==========  =====================================  ==========================================================
 
-Effects of all parts sum to the model's own centered logit of the target (their unit: `tl_jets.core.attribution`). Lengths and
-angles come from the metric of the unembedding; no tensor of the vocabulary's size is made.
+Effects of all parts sum to the model's own centered logit of the target (unit: `tl_jets.core.attribution`). Lengths and
+angles come from the metric of the unembedding, without vocabulary-sized tensors.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ Rank = Literal["length", "effect"]
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """The model's own logits at some positions, which parts of them are measured against. Real positions only.
+    """The model's own logits at selected real positions, against which parts are measured.
 
     Attributes:
-        rows: The positions, and the way back to [batch, pos].
-        truth: What the unembedding reads, and the multiple 1 of b_U, [row, d_model + 1], float64.
+        truth: Input of the unembedding, with multiple 1 of b_U, float64.
         gram: The centered metric of logits.
-        directions: What a target's centered logit is the product with [row, target, d_model + 1], float64.
+        directions: Vectors whose products with states are centered target logits, float64.
         target_ids: Token ids [batch, pos, target].
-        target_names: How they were asked for; `<answer>` is the model's own best token.
+        target_names: Targets as the user gave them; `<answer>` is the model's own best token.
         answers: The model's best tokens [row].
     """
 
@@ -60,7 +59,7 @@ class Yardstick:
     @classmethod
     @torch.no_grad()
     def of(cls, trace: Trace, rows: Rows, targets: TargetInput | None) -> Yardstick:
-        """Measure a trace's logits at some positions, and at targets; None for the model's best token."""
+        """From a trace's logits at selected positions and targets; None for the model's best token."""
         return cls.at(trace.network, rows, trace.decoder.norm(rows.take(trace[FINAL_STREAM])), targets)
 
     @classmethod
@@ -68,7 +67,7 @@ class Yardstick:
     def at(
         cls, network: Structure, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
     ) -> Yardstick:
-        """The same of what the unembedding reads at these rows."""
+        """From the inputs of the unembedding at these rows."""
         decoder, metric = network.decoder, network.decoder.metric(centered=True)
         answers = top_tokens(decoder, states, k=1).indices[:, 0]
         ids, asked = read_targets(network, targets, rows)
@@ -78,7 +77,7 @@ class Yardstick:
         return cls(rows, metric.augment(states, 1.0), metric.gram, columns, ids, names, answers)
 
     def augmented(self, states: Tensor, bias_weights: Tensor) -> Tensor:
-        """Parts [part, batch, pos, d_model] with their multiples of b_U [part], as rows [part, row, d_model + 1]."""
+        """Parts [part, batch, pos, d_model] with multiples of b_U [part], as rows [part, row, d_model + 1]."""
         parts = states[:, self.rows.keep].double()
         return torch.cat([parts, bias_weights.to(parts)[:, None, None].expand(*parts.shape[:2], 1)], -1)
 
@@ -95,11 +94,11 @@ class Yardstick:
         return torch.einsum("prd,rtd->prt", parts, self.directions)
 
     def sizes(self, parts: Tensor, rank: Rank) -> Tensor:
-        """One number a part, over all positions: the length of its logits, or the sum of its absolute effects."""
+        """One number per part, over all positions: the length of its logits, or the sum of its absolute effects."""
         return self.lengths(parts).norm(dim=-1) if rank == "length" else self.effects(parts).abs().sum((-1, -2))
 
     def functionals(self, rank: Rank) -> Float[Tensor, "many batch pos d_model"]:
-        """Linear functionals of what the unembedding reads: the products with the model's logits, or the effects."""
+        """Linear functionals of the unembedding's input: products with the model's logits, or effects."""
         if rank == "length":
             unit = self.truth @ self.gram / self.lengths(self.truth[None])[0, :, None]
             found = unit[:, None]
@@ -108,7 +107,7 @@ class Yardstick:
         return self.rows.spread(found[..., :-1].movedim(1, 0), 1, fill=0.0)
 
     def measure(self, parts: Tensor) -> dict[str, Any]:
-        """Every measure of parts [part, row, d_model + 1], spread to [part, batch, pos]; NaN at padding."""
+        """All measures of parts [part, row, d_model + 1], as [part, batch, pos]; NaN at padding."""
         lengths, own = self.lengths(parts), self.lengths(self.truth[None])[0]
         products, spread = self.products(parts), self.rows.spread
         return {

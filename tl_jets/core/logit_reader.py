@@ -1,8 +1,4 @@
-"""Reading rows of logits that share a padded buffer: best tokens, normalizers, expectations, ranks, in bounded memory.
-
-The vocabulary axis is padded to whole blocks, so that every pass is a plain reduction; the padding never wins and weighs
-nothing. See `tl_jets.core.readout` and `tl_jets.core.lens_logits` for what is read and why.
-"""
+"""Reads best tokens, normalizers, expectations and ranks from rows of logits, padded to whole blocks."""
 
 from __future__ import annotations
 
@@ -15,21 +11,21 @@ from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
 
-# Vocabulary-sized rows held at once. Products of fewer rows with W_U are dominated by reading W_U.
+# Vocabulary-sized rows held at once; for fewer rows, reading W_U dominates the product.
 CHUNK_SIZE = 448
-# Width of the blocks whose maxima are compared before any token is: a multiple of every vector width.
+# Width of the blocks whose maxima are compared first: a multiple of every vector width.
 BLOCK = 128
-# Logits worked on at a time: what the caches of two cores hold, or enough to fill an accelerator.
+# Logits processed at a time: as many as fit the caches of two cores, or fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
-# Logits whose products with log2(e) are rounded by less than a thousandth of a bit in float32.
+# Below this, float32 rounds products with log2(e) by less than a thousandth of a bit.
 LARGE = 2.0**13
-# Layers (and other sets of rows) that share a product with W_U.
+# Number of layers (or other sets of rows) that share a product with W_U.
 MAX_SETS = 14
 
 
 class Reader:
-    """Reads logit vectors whose last axis is padded to a multiple of BLOCK; the padding never wins and weighs nothing."""
+    """Reads logit vectors padded to a multiple of BLOCK; padding never ranks among the best and has no weight."""
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None) -> None:
         self.decoder, self.dtype, self.device = decoder, dtype, device
@@ -37,21 +33,21 @@ class Reader:
         limit = SCRATCH_CPU if device.type == "cpu" else SCRATCH_DEVICE
         self.scratch_rows = max(1, limit // self.width)
         self.scratch = self.mask = self.buffer(0)
-        # Whether every logit vector has a part that does not depend on the state: the norm's bias or b_U.
+        # Whether logits have a constant part: the norm's bias or b_U.
         self.has_constant = bool(decoder.b_U.any()) or (bias is not None and bool(bias.any()))
-        # Finite, so that zero times it is zero; small enough to survive a multiplication by log2(e).
+        # Finite, so that 0 times it is 0, and finite after multiplication by log2(e).
         self.lowest = torch.finfo(dtype).min / 4
-        # As the kernels round it: what is scaled by it is scaled back by the same number.
+        # Rounded as the kernels round it, so that scaling back uses the same number.
         self.log2_e = torch.tensor(LOG2_E, dtype=dtype, device="cpu").item()
 
     def buffer(self, rows: int) -> Tensor:
-        """Rows of padded logits: uninitialised, with zeros in the padding."""
+        """Uninitialized rows of padded logits, with zeros in the padding."""
         buffer = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
         buffer[:, self.decoder.d_vocab :] = 0
         return buffer
 
     def floor(self, logits: Tensor) -> Tensor:
-        """Put the padding below every token, in place."""
+        """Set the padding below every token, in place."""
         if self.width > self.decoder.d_vocab:
             logits[..., self.decoder.d_vocab :] = self.lowest
         return logits
@@ -63,7 +59,7 @@ class Reader:
     def allocate(
         self, cells: tuple[int, ...], k: int, n_targets: int, measures: bool, own_top1: bool = False
     ) -> dict[str, Tensor]:
-        """Empty results; what `_readings` makes of them needs no vocabulary-sized tensor."""
+        """Allocate the results from which `_readings` computes its measures."""
 
         def empty(dtype: torch.dtype, *last: int) -> Tensor:
             return torch.empty(*cells, *last, dtype=dtype, device=self.device)
@@ -104,15 +100,12 @@ class Reader:
         store: dict[str, Tensor],
         plain: int,
     ) -> None:
-        """Read `constant + alpha * own + beta * shared`; results are views [order, row, ...] of the caller's tensors.
-
-        The first `plain` orders are without `shared`.
-        """
+        """Read `constant + alpha * own + beta * shared` into `store`; the first `plain` orders lack `shared`."""
         constant, alpha, own, beta, shared = mix
         for part in slices(len(own), max(1, self.scratch_rows // len(alpha))):
             logits = self.mix(constant, alpha[:, part], own[part])
             view = {name: x[:, part] for name, x in store.items()}
-            # Without a constant, a positive multiple of the own part has the best token of order 0.
+            # Without a constant, positive multiples of the own part share the best token of order 0.
             alike = plain > 0 and not self.has_constant and bool((alpha[:, part] > 0).all())
             if plain < len(alpha):
                 if "own_top1" in store and not alike:
@@ -129,10 +122,7 @@ class Reader:
     def read_control(
         self, coefficients: Tensor, vectors: tuple[Tensor, ...], probabilities: Tensor, store: dict[str, Tensor]
     ) -> None:
-        """Read mixes [cell, row, vector] of the constant [width] and other vectors [row, width].
-
-        Many mixes of few vectors are a matrix product: half the time of elementwise operations.
-        """
+        """Read mixes [cell, row, vector] of several vectors by a matrix product, twice as fast as elementwise."""
         basis = self.buffer(len(vectors))
         basis[0] = vectors[0]
         for row in range(coefficients.shape[1]):
@@ -144,7 +134,7 @@ class Reader:
                 self.finish(logits.unsqueeze(1), None, probabilities[row : row + 1], view)
 
     def finish(self, logits: Tensor, targets: Tensor | None, probabilities: Tensor, store: dict[str, Tensor]) -> None:
-        """Read [order, row, width] logits, overwriting them; `store` holds views [order, row, ...]."""
+        """Read [order, row, width] logits and overwrite them; `store` holds views [order, row, ...]."""
         top = self.read_top(logits, targets, store)
         if "total" in store:
             store["shift"].copy_(self.shift(logits, top))
@@ -152,19 +142,19 @@ class Reader:
             store["total"].copy_(total_of(logits.exp2_()))
 
     def rows(self, count: int) -> Tensor:
-        """Rows of the scratch."""
+        """Rows of the scratch buffer."""
         if len(self.scratch) < count:
             self.scratch = self.buffer(count)
         return self.scratch[:count]
 
     def mix(self, constant: Tensor, coefficient: Tensor, logits: Tensor) -> Tensor:
-        """`constant + coefficient * logits`, [order, row, 1] times [row, width], in the scratch."""
+        """`constant + coefficient * logits`, [order, row, 1] times [row, width], in the scratch buffer."""
         orders, rows, _ = coefficient.shape
         scratch = self.rows(orders * rows).view(orders, rows, self.width)
         return torch.addcmul(constant, coefficient, logits, out=scratch)
 
     def read_top(self, logits: Tensor, targets: Tensor | None, store: dict[str, Tensor]) -> Tensor:
-        """Store the best tokens, and the targets' logits and ranks. Returns the largest transformed logit of each."""
+        """Store the best tokens, and the targets' logits and ranks. Returns the largest transformed logits."""
         values, indices = self.top(logits, store["indices"].shape[-1])
         store["values"].copy_(values)
         store["indices"].copy_(indices)
@@ -176,29 +166,29 @@ class Reader:
         return self.transformed(values[..., 0])
 
     def top1(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest logit and its smallest id: `max` returns the first of equals."""
+        """The largest logit and its smallest id (`max` returns the first of equals)."""
         blocks = logits.unflatten(-1, (-1, BLOCK))
         value, block = blocks.amax(-1).max(-1)
         position = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK)).squeeze(-2).max(-1).indices
         return value, position.add_(block, alpha=BLOCK)
 
     def top(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits, by (value, smallest id): first the k best blocks, then their tokens."""
+        """The k largest logits, ties by smallest id: first the k best blocks, then their tokens."""
         if k == 1:
             value, token = self.top1(logits)
             return value.unsqueeze(-1), token.unsqueeze(-1)
         blocks = logits.unflatten(-1, (-1, BLOCK))
         if k * 2 > blocks.shape[-2]:
             return first_of(logits, k)
-        # Blocks are in the order of ids: k better blocks hold k better tokens, ties included.
+        # Blocks are in order of ids: the k best blocks contain the k best tokens, ties included.
         block = first_of(blocks.amax(-1), k)[1].sort(-1).values
         tokens = blocks.gather(-2, block.unsqueeze(-1).expand(*block.shape, BLOCK)).flatten(-2)
         values, position = first_of(tokens, k)
         return values, block.gather(-1, position // BLOCK) * BLOCK + position % BLOCK
 
     def rank(self, logits: Tensor, value: Tensor, target: Tensor) -> Tensor:
-        """How many tokens come before `target` [row], whose logits are `value`: larger, or equal with a smaller id."""
-        # Comparisons into floating point: on a CPU, sums of booleans take five times as long. Exact up to 2^24.
+        """Rank of `target`: the number of tokens with a larger logit, or an equal one and a smaller id."""
+        # Compare into floats: on a CPU, sums of booleans take five times as long. Exact up to 2^24.
         if self.mask.shape != self.scratch.shape:
             self.mask = self.buffer(len(self.scratch))
         mask = self.mask[: logits.shape[0] * logits.shape[1]].view(logits.shape)
@@ -209,16 +199,12 @@ class Reader:
         return larger
 
     def shift(self, logits: Tensor, top: Tensor) -> Tensor:
-        """Make of additive logits their binary logarithms, (transform(logits) - top) * log2(e), in place.
-
-        Returns:
-            top * log2(e) as it was rounded, in float64.
-        """
+        """Convert logits to (transform(logits) - top) * log2(e) in place; return the rounded top * log2(e)."""
         if self.decoder.transform is not None:
             logits.copy_(self.transformed(logits))
             self.floor(logits)
         if float(top.abs().max()) > LARGE:
-            # Rounding top * log2(e) would move the sum of powers by many bits: a pass more.
+            # Rounding of top * log2(e) would shift the sum of powers by many bits, so use one more pass.
             logits.sub_(top.unsqueeze(-1)).mul_(self.log2_e)
             return top.double() * self.log2_e
         shift = top * self.log2_e
@@ -226,17 +212,14 @@ class Reader:
         return shift.double()
 
     def expectation(self, logits: Tensor, probabilities: Tensor) -> Tensor:
-        """Expectation of [order, row, width] logits under [row, width] probabilities: [order, row], float64.
-
-        In BLOCK pieces that are added in float64: one long dot product in float32 is off by 1e-5.
-        """
+        """Expectation under [row, width] probabilities, float64; one float32 dot product would be off by 1e-5."""
         orders, rows, _ = logits.shape
         pieces = logits.view(orders, rows * BLOCK, -1).permute(1, 2, 0)
         return torch.bmm(probabilities.view(rows * BLOCK, 1, -1), pieces).view(rows, BLOCK, orders).double().sum(1).T
 
 
 def first_of(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and positions of the k largest by (value, smallest position): `topk`, whose ties are in no order, mended."""
+    """Values and positions of the k largest by (value, smallest position); `topk` orders ties arbitrarily."""
     top, position = values.topk(min(k + 1, values.shape[-1]))
     tied = (top[..., 1:] == top[..., :-1]).any(-1)
     top, position = top[..., :k].contiguous(), position[..., :k].contiguous()
@@ -247,19 +230,19 @@ def first_of(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def total_of(values: Tensor) -> Tensor:
-    """Sum over the padded vocabulary: in BLOCK pieces that are added in float64."""
+    """Sum over the padded vocabulary, with BLOCK pieces added in float64."""
     return values.unflatten(-1, (BLOCK, -1)).sum(-1).double().sum(-1)
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size`, as equal as can be, that cover `total`."""
+    """Consecutive slices of nearly equal size, at most `size`, that cover `total`."""
     count = max(1, -(-total // size))
     for i in range(count):
         yield slice(total * i // count, total * (i + 1) // count)
 
 
 def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    """Raise ValueError unless a tensor of rows has the shape, and is finite."""
+    """Raise ValueError unless a tensor of rows has the given shape and is finite."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{name} must be [{axes}] = {tuple(shape)} here, got shape {tuple(tensor.shape)}. "
@@ -275,7 +258,7 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> 
 
 
 def check_k(k: Any, d_vocab: int) -> None:
-    """Refuse what is no number of tokens: a tokenizer, above all, which the `top_tokens` of other results take."""
+    """Raise unless k is a number of tokens; catches a tokenizer, which other results' `top_tokens` take."""
     if not hasattr(k, "__index__"):
         raise TypeError(
             f"k must be the number of tokens; got {type(k).__name__}. For their texts: top_tokens(k).texts(tokenizer)."
@@ -285,7 +268,7 @@ def check_k(k: Any, d_vocab: int) -> None:
 
 
 def check_sizes(k: int, d_vocab: int, chunk_size: int) -> None:
-    """Raise ValueError unless k and chunk_size are possible."""
+    """Raise ValueError unless k and chunk_size are in range."""
     check_k(k, d_vocab)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. It counts rows of d_vocab logits.")

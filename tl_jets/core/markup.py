@@ -1,10 +1,8 @@
-"""HTML of our own, small and safe: tokens and numbers as text, cells colored around zero, what a pointer brings up.
+"""Small safe HTML. All text goes through `text` or `token`, so that no name can become markup.
 
-Every text goes through `text` or `token`: nothing that a model, a tokenizer or a user calls something can become markup.
-
-**Colors.** A cell carries its strength only, a number in -1..1; the style sheet (`templates/view.css`) makes a color of it, orange
-above zero and blue below (told apart by every common kind of color blindness), on a light or a dark ground, with a contrast of
-the text of at least 4.5 to 1 at every strength. What only rises from zero is blue.
+A cell carries only the strength of its color, a number in -1..1; style sheet (`views/templates/view.css`) maps it to
+orange above zero and blue below (distinguishable with all common kinds of color blindness), on light and dark grounds,
+with a text contrast of at least 4.5 to 1. Values that only rise from zero are blue.
 
 Example:
     >>> token("</script>")
@@ -24,55 +22,42 @@ from tl_jets.core.tokens import visible
 
 
 def text(value: Any) -> str:
-    """Anything as text of an element or of a quoted attribute."""
+    """Any value as escaped text of an element or quoted attribute."""
     return html.escape(str(value), quote=True)
 
 
 def token(value: Any) -> str:
-    """A token with its spaces and line breaks shown, in its own direction; None is padding."""
+    """A token with visible spaces and line breaks, isolated in its own text direction; None is padding."""
     return f"<bdi>{text(visible(None if value is None else str(value)))}</bdi>"
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest finite size, for the scale of colors; 1 if there is none above 0."""
+    """The largest finite absolute value, as the scale of colors; 1 if none is above 0."""
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0
 
 
 def diverging(value: float | None, scale: float) -> str:
-    """The color of `value / scale` around zero, as attributes; none for a number that is missing."""
+    """Attributes that color `value / scale` around zero; empty for a missing number."""
     if value is None or math.isnan(value):
         return ""
     return f' style="--v:{min(abs(value) / scale, 1.0):.3g}" class="{"below" if value < 0 else "above"}"'
 
 
 def rising(share: float | None) -> str:
-    """The color of a share in 0..1, as attributes: one hue, none at 0."""
+    """Attributes that color a share in 0..1 with one hue, none at 0."""
     if share is None or math.isnan(share):
         return ""
     return f' style="--v:{min(max(share, 0.0), 1.0):.3g}" class="rising"'
 
 
 def cell(inner: str, color: str = "", *, hover: str = "", tag: str = "td") -> str:
-    """A cell that holds markup.
-
-    Args:
-        inner: Markup, already safe.
-        color: What `diverging` or `rising` gave.
-        hover: Plain text that a pointer brings up; lines are kept.
-        tag: The element.
-    """
+    """A table cell around safe markup `inner`, with a color from `diverging` or `rising` and a plain hover text."""
     title = f' title="{text(hover)}"' if hover else ""
     return f"<{tag}{color}{title}>{inner}</{tag}>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
-    """A table in a box that scrolls.
-
-    Args:
-        head: Markup of the column heads.
-        rows: Cells as `cell` makes them, a row each; the first one is the head of its row.
-        caption: Markup above it.
-    """
+    """A table in a scrolling box, from markup of column heads and rows of `cell`s; the first cell heads its row."""
     heads = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     above = f"<p>{caption}</p>" if caption else ""
@@ -80,6 +65,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = 
 
 
 def row_head(inner: str, hover: str = "") -> str:
-    """The head of a row, or of a column."""
+    """The head cell of a row or column."""
     title = f' title="{text(hover)}"' if hover else ""
     return f'<th scope="row"{title}>{inner}</th>'

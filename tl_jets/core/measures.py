@@ -1,4 +1,4 @@
-r"""How close an expansion's logits are to the model's, and the random center that every measure stands beside.
+r"""Measures of how close an expansion's logits are to the model's, and the random-center control of each measure.
 
 For the model's additive logits T and the expansion's L, at one position:
 
@@ -12,18 +12,18 @@ measure                 definition
 `top1_agreement`        whether both have the same best token
 ======================  ===========================================================================
 
-**The plane of a jet.** The jet of the final norm at a center x lies in the plane of the layer's stream and the final
-stream y. With x = a y + q, q orthogonal to y (both as the norm sees them: centered for LayerNorm),
+**The plane of a jet.** The jet of the final norm at a center x lies in the plane of x and the final stream y. With x =
+a y + q, q orthogonal to y (both as the norm sees them: centered for LayerNorm),
 
 .. math::
     L = (\alpha a + \beta) s + \alpha p + c, \qquad T = \gamma s + c, \qquad s = U(w * y),\; p = U(w * q),
 
-so every order's lengths and angles follow from six inner products, and the difference T - L = (gamma - beta - alpha a) s
-- alpha p cancels nothing in the vectors.
+so the lengths and angles of every order follow from six inner products, and T - L = (gamma - beta - alpha a) s - alpha
+p is computed without cancellation.
 
-**The control** replaces q by a random vector of the same length, orthogonal to y: a center of equal norm and equal angle
-to the final stream, that knows nothing of the layer. Its alpha, beta and rho are those of the layer. What the control
-achieves, too, is not evidence about the layer.
+**The control** replaces q by a random vector of the same length, orthogonal to y: a center with the layer's norm,
+angle, alpha, beta and rho, but no information about the layer. A score that the control also reaches is not evidence
+about the layer.
 """
 
 from __future__ import annotations
@@ -50,14 +50,9 @@ MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement
 
 @dataclass(frozen=True, eq=False)
 class Measures(Result):
-    """How close logits are to the model's. All of one shape [*axes, batch, pos]; NaN at padding.
+    """How close logits are to the model's, by the measures in the module's table; NaN at padding.
 
-    Attributes:
-        remainder_norm: |T - L| / |T| of additive logits, not centered.
-        cosine: cos(T, L).
-        centered_cosine: cos(T, L) up to a constant a token.
-        kl: KL(model || expansion) in nats.
-        top1_agreement: 1 where both have the same best token, else 0.
+    All tensors have one shape [*axes, batch, pos].
     """
 
     remainder_norm: Float[Tensor, "*cells"]
@@ -70,7 +65,7 @@ class Measures(Result):
     def of(
         cls, spread: Callable[[Tensor], Tensor], geometry: dict[str, Tensor], read: Readings, cells: Any = ...
     ) -> Measures:
-        """The measures of some of the cells that were read, with `spread` bringing rows back to [batch, pos]."""
+        """Measures of selected cells; `spread` maps rows back to [batch, pos]."""
         if read.kl is None:
             raise ValueError("Measures need a scan with measures=True; this one was run without.")
         kl = read.kl[cells]
@@ -82,7 +77,7 @@ class Measures(Result):
         return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     def mean(self) -> dict[str, Tensor]:
-        """Averages over batch and position, padding excluded, by name: tensors of shape [*axes]."""
+        """Averages over real positions of all prompts, by name: tensors [*axes]."""
         return {name: getattr(self, name).flatten(-2).nanmean(-1) for name in MEASURES}
 
     def _headline(self) -> str:
@@ -105,13 +100,9 @@ class Measures(Result):
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """A center split along the final stream: x = along * y + across * direction, as the final norm sees them.
+    """Centers split along the final stream y (`variate`), as the final norm sees them: x = along * y + orthogonal.
 
-    Attributes:
-        variate: y, centered if the norm centers, [batch, pos, d_model], float64.
-        along: a, [layer, batch, pos].
-        across: |q|, [layer, batch, pos].
-        orthogonal: q = x - a y, [layer, batch, pos, d_model].
+    `across` is the length of `orthogonal`.
     """
 
     variate: Float[Tensor, "*row d_model"]
@@ -129,11 +120,7 @@ def split_along(norm: Norm, centers: Tensor, variate: Tensor) -> Plane:
 
 
 def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], places: Tensor, seed: int) -> Tensor:
-    """Unit vectors orthogonal to the variate [row, d_model] (and centered with it), [*shape, row, d_model], float64.
-
-    A row's draw depends on the seed and its place in the prompt [row] alone, so that a prompt's control is the same by
-    itself, in a batch, padded or sliced, and on every device.
-    """
+    """Float64 unit vectors orthogonal to the variate and centered with it; each depends on seed and position alone."""
     check_seed(seed)
     y = norm.center(variate.double())
     drawn = {
@@ -148,12 +135,7 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what draws nothing, or nothing twice the same.
-
-    Raises:
-        TypeError: The seed is no integer.
-        ValueError: It is negative.
-    """
+    """Raise TypeError or ValueError unless the seed is a nonnegative integer."""
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(
             f"seed must be an integer >= 0, which everything random is drawn from; got {seed!r}. Another integer is another "
@@ -164,25 +146,17 @@ def check_seed(seed: Any) -> None:
 
 
 def weighted(norm: Norm, states: Tensor) -> Tensor:
-    """The norm's weight times states: what the norm's gain makes of centered states."""
+    """The norm's weight times states."""
     return states if norm.weight is None else states * norm.weight
 
 
 def geometry_in_plane(
     decoder: Decoder, plane: Plane, control: Tensor | None, alpha: Tensor, beta: Tensor, gamma: Tensor
 ) -> dict[str, Tensor]:
-    """Remainder norm, both cosines and the borrowed share of jets in the plane of y and q.
+    """Remainder norm, both cosines and the borrowed share of jets in the plane of y and q: each [layer, order, *row].
 
-    Args:
-        decoder: Its metrics and its norm's weight and bias.
-        plane: The centers' split along y.
-        control: Unit vectors [*row, d_model] to take in place of the direction of q; None for q itself.
-        alpha: [layer, order, *row]; L = alpha U(w * x) + beta U(w * y) + c.
-        beta: [layer, order, *row].
-        gamma: The model's own: T = gamma U(w * y) + c, [*row].
-
-    Returns:
-        `remainder_norm`, `cosine`, `centered_cosine`, `borrowed_share`, each [layer, order, *row].
+    Jets are L = alpha U(w * x) + beta U(w * y) + c, the model is T = gamma U(w * y) + c. The unit vectors `control`, if
+    given, replace the direction of q.
     """
     norm = decoder.norm
     along = plane.along[:, None]
@@ -210,10 +184,7 @@ def geometry_in_plane(
 
 
 def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Remainder norm and both cosines of the logits of `states` [*axes, d_model] against `truth` [*row, d_model].
-
-    Both are what the unembedding reads, biases of the norm included; both carry b_U once.
-    """
+    """Remainder norm and both cosines of logits of `states` against `truth`, inputs of the unembedding."""
     found = {}
     metric = decoder.metric(centered=True)
     x, y = metric.augment(states, 1.0), metric.augment(truth, 1.0)
@@ -231,7 +202,7 @@ def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tenso
 
 
 def _inner_products(decoder: Decoder, s: Tensor, q: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c>, with c the norm's bias and b_U: of logits, and of centered logits."""
+    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c> of plain and of centered logits; c is the norm's bias with b_U."""
     metric = decoder.metric(centered=True)
     gram, mean = metric.gram, metric.mean
     bias = s.new_zeros(s.shape[-1]) if decoder.norm.bias is None else decoder.norm.bias.to(s)

@@ -1,4 +1,4 @@
-r"""A transformer as a residual network of plain callables: stages, writes, streams, labels, traces.
+r"""A transformer as a residual network of callables: stages, writes, streams, labels, traces.
 
 A residual network (Chen et al., eq. 1-4) is
 
@@ -6,9 +6,9 @@ A residual network (Chen et al., eq. 1-4) is
     h_0 = \eta(z), \qquad h_l = h_{l-1} + \gamma_l(h_{l-1}), \qquad
     \text{logits} = U \gamma_{L+1}(h_L) + b_U .
 
-Here it is a sequence of **stages**. A stage is the set of **writes** that read the same **stream**: a sequential
-block is two stages of one write, a parallel block (Pythia, GPT-J) is one stage of two, and at head granularity every
-head of an attention layer is a write of its own. A write is what a step *adds*; it never contains the identity.
+Here it is a sequence of **stages**. A stage is the set of **writes** that read the same **stream**: a sequential block
+is two stages of one write, a parallel block (Pythia, GPT-J) one stage of two; at head granularity every head is a
+write. A write is what a step *adds*, without the identity.
 
 ===============  ==============================  =====================================================
 symbol           name here                       label
@@ -21,8 +21,8 @@ eta(z)           sources                         ``embed``, ``pos_embed``
                  edit of a stream by a hook      ``edit:blocks.3.hook_resid_pre``
 ===============  ==============================  =====================================================
 
-This module knows no TransformerLens: a *view* (see `ModelView`) tells it what it must know about a model.
-`tl_jets.adapters` holds the views of TransformerLens models; `CallableModel` is the view of plain functions.
+A *view* (`ModelView`) supplies everything that depends on the kind of model: `tl_jets.adapters` holds the views of
+TransformerLens models, and `CallableModel`, the view of plain functions.
 
 Example:
     >>> import torch
@@ -55,61 +55,49 @@ from tl_jets.core.trace import Trace, check_decoder
 
 
 class ResidualNetwork(Structure):
-    """A model as a sequence of stages, with a decoder; it owns what is computed once per model.
+    """A model as a sequence of stages, with a decoder. The model is never changed.
 
-    The model is never changed. Keep the object and pass it instead of the model where a function is called often:
-    the self-check and the metric of the unembedding are then computed once, and again where weights were changed, in whatever
-    way, or others took their place (`tl_jets.core.changes` says how that is noticed).
+    Pass it instead of the model to share the self-check and the metric of the unembedding between calls. They are
+    recomputed when weights change (`tl_jets.core.changes`).
 
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, a `CallableModel`, or a network (returned at another
             granularity, sharing the view).
-        granularity: `"block"` (one write a block), `"sublayer"` (attention and MLP) or `"head"` (every head, the
+        granularity: `"block"` (one write per block), `"sublayer"` (attention and MLP) or `"head"` (every head, the
             attention bias, and the MLP).
-        neurons: Neurons (`"L3N17"`) that are steps of their own, beside `3_mlp_rest`, the other neurons of the layer and its
-            bias. Traces know every neuron's write without this.
+        neurons: Neurons (`"L3N17"`) that become steps of their own, beside `3_mlp_rest` (the other neurons and the
+            bias). Traces can be indexed with any neuron's write without this.
 
     Raises:
-        TypeError: The model is of no known kind.
-        NotImplementedError: The model is known and has no residual stream of a decoder (encoder-decoders), or a quantized
-            unembedding. State-space blocks, routed experts and quantized weights are refused where a step of theirs is needed on
-            another stream than its own; streams, and what lenses make of them, are there.
+        TypeError: Unknown kind of model.
+        NotImplementedError: An encoder-decoder or a quantized unembedding. State-space blocks, routed experts and
+            quantized weights are refused only when one of their steps is evaluated on another stream.
         ValueError: Unknown granularity or neurons, neurons of blocks, or a model in training mode.
 
-    Source:
-        Chen et al., *Jet Expansions of Residual Computation*, eq. 1-4.
+    Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 1-4.
     """
 
     @classmethod
     def of(cls, model: Any, granularity: Granularity | None = None) -> ResidualNetwork:
-        """The network of what a user passed: itself, if it is one, unless another granularity is asked for.
+        """The network of a model, or a network itself, at `granularity` (None: its own, or the default).
 
-        Args:
-            model: A model or a network.
-            granularity: Of the network; None for its own, and the constructor's default for a model.
-
-        Returns:
-            The network passed, or a new one, which shares the view of a network.
-
-        Raises:
-            TypeError: As the constructor, which says more: no known kind of model.
-            NotImplementedError: As the constructor: a known kind that is not supported.
-            ValueError: As the constructor: an unknown granularity, or a model in training mode.
+        Raises what the constructor raises.
         """
         network = model if isinstance(model, cls) else cls(model)
         network.view.follow(everywhere=False)
         return network if granularity is None else network.at(granularity)
 
     def tokenize(self, text: str | Sequence[str], *, prepend_bos: bool | None = None) -> dict[str, Tensor]:
-        """Token ids and attention mask of text, which every function takes in the place of the text.
+        """Token ids and attention mask of text; every function accepts the result in place of the text.
 
         Args:
             text: A prompt or a list of prompts.
-            prepend_bos: Whether the model's BOS is put before each; None for the model's default. False for text that begins
-                with it, as a chat template writes it.
+            prepend_bos: Whether to prepend the model's BOS; None for the model's default. Use False for text that
+                starts with BOS, as chat templates write it.
 
         Returns:
-            `input_ids` [batch, pos], padded on the right, and `attention_mask` [batch, pos], 1 for tokens and 0 for padding.
+            `input_ids` [batch, pos], padded on the right, and `attention_mask` [batch, pos], 1 for tokens and 0 for
+            padding.
 
         Raises:
             ValueError: No prompt, an empty one, or a model without a tokenizer.
@@ -131,28 +119,23 @@ class ResidualNetwork(Structure):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         cache: Any = None,
     ) -> Trace:
-        """Run the model once on one input and return its streams and writes.
+        """Run the model once and return its streams and writes as a `Trace`, valid while the same hooks are active.
 
         Args:
-            text_or_tokens: A prompt, a list of prompts (padded on the right, where a causal model cannot see it), token
-                ids [batch, pos] or [pos], a list of ids of each prompt, or what a tokenizer or `tokenize` returns
-                (`input_ids` and `attention_mask`).
-            attention_mask: 1 for tokens, 0 for padding, passed to the model. Without one, pad tokens at the ends of rows of ids
-                are taken for padding, with a warning where the tokenizer pads with its EOS or BOS.
-            cache: A ready TransformerLens `ActivationCache` of the same input, made under the hooks that are active now: its
-                streams are used, and the model runs only when a step is evaluated elsewhere. Tokens, mask and hooks are
-                compared up to what the first attention writes, hooks on later layers when their steps are evaluated.
-
-        Returns:
-            A `Trace`. Evaluate it while the hooks that were active are still active.
+            text_or_tokens: A prompt, a list of prompts (padded on the right), token ids [batch, pos] or [pos], a list
+                of ids per prompt, or the output of a tokenizer or of `tokenize` (`input_ids` and `attention_mask`).
+            attention_mask: 1 for tokens, 0 for padding, passed to the model. Without one, pad tokens at the ends of
+                rows of ids count as padding, with a warning if the pad token is EOS or BOS.
+            cache: A TransformerLens `ActivationCache` of the same input under the active hooks; the model then runs
+                only to evaluate steps on other streams. Tokens, mask and hooks are checked up to the first attention's
+                write, hooks on later layers when their steps are evaluated.
 
         Raises:
-            ValueError: Empty or too long input, tokens outside the vocabulary, a cache that lacks streams or is of another
-                input, a model in training mode; or the streams do not add up to the model, or the decoder does not reproduce the
-                logits (the message says where).
+            ValueError: Empty or too long input, tokens outside the vocabulary, a cache that lacks streams or is of
+                another input, a model in training mode, streams that do not add up, or logits that the decoder does not
+                reproduce.
 
-        Cost:
-            One forward pass; with a cache an embedding and the first attention.
+        Cost: One forward pass; with a cache an embedding and the first attention.
         """
         refuse_autocast(self.decoder.W_U.device)
         trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache))
@@ -161,10 +144,10 @@ class ResidualNetwork(Structure):
 
 
 def trace_of(network: ResidualNetwork, text_or_tokens: Any, attention_mask: Any = None, cache: Any = None) -> Trace:
-    """The input's trace on a network: made now, or, of a trace that still holds, the same run with nothing evaluated on it.
+    """Trace an input on a network; a `Trace` of unchanged hooks and weights is taken over, without its expansions.
 
     Raises:
-        ValueError: A trace of another model, or made under other hooks or weights, or given with what it already holds.
+        ValueError: A trace of another model, hooks or weights, or a trace combined with a mask or cache.
     """
     if not isinstance(text_or_tokens, Trace):
         return network.trace(text_or_tokens, attention_mask=attention_mask, cache=cache)

@@ -1,8 +1,8 @@
-"""What a notebook shows: views, pages of several, and results as views.
+"""Notebook display of results, as views and pages of several views.
 
-A `View` is a title and a fragment of HTML that needs nothing else: a notebook shows it where it is the last line of a cell,
-`page()` and `save(path)` make one self-contained document that opens offline. `page(title, *parts)` puts several views, results
-and tables on one. A result that inherits from `Shown` renders in a notebook as its headline and the head of its table.
+A `View` is a titled, self-contained HTML fragment; `page()` and `save(path)` make it a document that opens offline, and
+`page(title, *parts)` combines views, results and tables. A result that inherits from `Shown` renders as its headline
+and the head of its table.
 
 Example:
     >>> import pandas as pd
@@ -31,9 +31,9 @@ import pandas as pd
 from tl_jets.core.markup import cell, table, text, token
 from tl_jets.core.numerals import number
 
-# Of a table in a notebook.
+# Size of a table in a notebook.
 SHOWN_ROWS, SHOWN_COLUMNS = 12, 20
-# Modules that register views of results (`view_of.register`); loaded when a result is first shown.
+# Modules that register views of results; loaded when a result is first shown.
 VIEWS = ["tl_jets.views.lens_tables"]
 WHOLE = "to_dataframe()"
 FIGURE_DPI = 144
@@ -43,12 +43,7 @@ _TOKENS = re.compile(r"(^|_)(token|tokens|target)(_|$)|^token_string$")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A self-contained fragment of HTML with a title.
-
-    Attributes:
-        title: Plain text.
-        html: The fragment, without its style sheet.
-    """
+    """A self-contained HTML fragment, stored without its style sheet, with a plain-text title."""
 
     title: str
     html: str = field(repr=False)
@@ -57,7 +52,7 @@ class View:
         return f"View({self.title!r}, {len(self.html.encode()) / 1000:.1f} kB)"
 
     def _repr_html_(self) -> str:
-        # A style sheet and a script with every output: a notebook may drop or move any of the others.
+        # Style sheet and script go with every output, since a notebook may drop or move the others.
         style, script = _template("view.css"), _template("view.js")
         return f'<style>{style}</style><div class="tl-jets">{self._section()}</div><script>{script}</script>'
 
@@ -65,27 +60,23 @@ class View:
         return f"<section><h2>{text(self.title)}</h2>{self.html}</section>"
 
     def page(self) -> str:
-        """The view as a whole document that needs no other file and no network."""
+        """The view as a complete HTML document that loads no other file."""
         return page(self.title, self)
 
     def save(self, path: str | Path) -> Path:
-        """Write `page()` to a file, and return its path.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Write `page()` to a file and return its path; raises OSError if it cannot be written."""
         path = Path(path)
         path.write_text(self.page(), encoding="utf-8")
         return path
 
     @classmethod
     def joined(cls, title: str, *parts: Any) -> View:
-        """Several views, results or tables as one; `page` says which."""
+        """Combine several parts (as in `page`) into one view."""
         return cls(title, "".join(_part(part) for part in parts))
 
 
 class Shown:
-    """A result that a notebook shows as its headline and the head of its table, without running the model."""
+    """Base of results that notebooks show as a headline and the head of a table, without running the model."""
 
     def _repr_html_(self) -> str:
         return shown_as(self)._repr_html_()
@@ -94,12 +85,12 @@ class Shown:
         return repr(self).split("\n")[0]
 
     def _body(self) -> str:
-        """What stands under the headline."""
+        """The HTML under the headline."""
         return dataframe_html(self.to_dataframe())  # type: ignore[attr-defined]
 
 
 def shown_as(result: Shown) -> View:
-    """The view of a result, by the rooms that draw results."""
+    """The view of a result, after loading the modules that register views."""
     for module in VIEWS:
         import_module(module)
     return view_of(result)
@@ -107,26 +98,15 @@ def shown_as(result: Shown) -> View:
 
 @singledispatch
 def view_of(result: Any) -> View:
-    """What a notebook shows of a result: its headline and the head of its table, unless a view is registered for its class.
-
-    `tl_jets.views` registers what it draws of lenses: `@view_of.register`.
-    """
+    """The view of a result: headline and head of its table, unless its class has one (`@view_of.register`)."""
     return View(result._headline(), result._body())
 
 
 def page(title: str, *parts: Any) -> str:
-    """Several parts as one HTML document that needs no other file and no network.
+    """Several parts as one HTML document that loads nothing; write it in UTF-8.
 
-    Args:
-        title: Plain text, above all parts.
-        *parts: Views, results, pandas tables, matplotlib figures, or any object with `_repr_html_` (whose HTML is taken as it
-            is; the page lets nothing of it load from elsewhere).
-
-    Returns:
-        The document; write it with encoding UTF-8.
-
-    Raises:
-        TypeError: A part is none of these.
+    Parts are views, results, pandas tables, matplotlib figures, or objects with `_repr_html_` (whose HTML is not
+    escaped, but cannot load anything from elsewhere). Raises TypeError for other objects.
 
     Example:
         >>> document = page("<Tokens>", View("a", "<p>1</p>"), pd.DataFrame({"token": ["</script>"]}))
@@ -142,7 +122,7 @@ def page(title: str, *parts: Any) -> str:
 
 
 def filled(template: str, **values: str) -> str:
-    """A template of this package with values in the place of their names, in one pass: no value is read for names."""
+    """Substitute values for names in a template of `tl_jets.views` in one pass; values are not searched again."""
     return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], _template(template))
 
 
@@ -154,14 +134,10 @@ def dataframe_html(
     total: int | None = None,
     whole: str = WHOLE,
 ) -> str:
-    """The first rows and columns of a table, every cell as text; tokens with their spaces shown.
+    """The first `rows` and `columns` of a table, with escaped cells and visible spaces in tokens.
 
-    Args:
-        frame: The table, or the head of one.
-        rows: How many rows are shown.
-        columns: How many columns.
-        total: How many rows there are, if `frame` has not all of them.
-        whole: What gives all of it, named in a note if something was cut off.
+    If cells are cut off, a note names `whole` as the way to get them. `total` is the number of rows if `frame` is a
+    head.
     """
     head = frame.iloc[:rows, :columns]
     cells = [_column(head.iloc[:, i].tolist(), bool(_TOKENS.search(str(name)))) for i, name in enumerate(head.columns)]
@@ -173,14 +149,14 @@ def dataframe_html(
 
 
 def _column(values: list[Any], tokens: bool) -> list[str]:
-    """Cells of a column; numbers to the right, whole ones without decimals if all of them are."""
+    """Cells of a column; numbers are right-aligned, without decimals if all are whole."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     whole = all(isinstance(x, int) or math.isnan(x) or (x.is_integer() and abs(x) < 1e15) for x in numbers)
 
     def shown(value: Any) -> str:
         missing = value is None or (
             len(numbers) < len(values) and value != value
-        )  # among texts pandas writes None as NaN
+        )  # pandas turns None among texts into NaN
         if missing:
             return "<td></td>"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -198,7 +174,7 @@ def _part(part: Any) -> str:
         return part._section()
     if isinstance(part, pd.DataFrame):
         return f"<section>{dataframe_html(part, rows=len(part), columns=part.shape[1])}</section>"
-    if callable(getattr(part, "savefig", None)):  # before _repr_html_, which a figure has and which gives nothing
+    if callable(getattr(part, "savefig", None)):  # before _repr_html_, which returns nothing for figures
         image = io.BytesIO()
         part.savefig(image, format="png", dpi=FIGURE_DPI)
         data = base64.b64encode(image.getvalue()).decode()

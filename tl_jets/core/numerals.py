@@ -1,4 +1,4 @@
-"""How numbers are written in tables, on pages and in terminals.
+"""Number formats of tables, pages and terminals.
 
 Example:
     >>> number(3.14159), number(271.8), number(0.00031), number(1e-9), number(float("nan")), signed(2.5)
@@ -12,7 +12,7 @@ from typing import SupportsFloat
 
 
 def number(value: SupportsFloat | None) -> str:
-    """Two decimals, or three digits; `n/a` where there is none (None, NaN). What is below 1e-6 is rounding, and 0."""
+    """Two decimals, or three digits; `n/a` for None and NaN. Values below 1e-6 are rounding errors, shown as 0."""
     if value is None or math.isnan(value := float(value)):
         return "n/a"
     size = abs(value)
@@ -26,7 +26,7 @@ def number(value: SupportsFloat | None) -> str:
 
 
 def precise(value: float) -> str:
-    """Four digits, for what a pointer brings up."""
+    """Four digits, for hover texts."""
     return number(value) if not math.isfinite(value) or abs(value) <= 1e-6 else f"{value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""Options that are whole numbers or one of a few words: what is none of them is refused by its name.
+"""Validates options that are integers or one of a few words.
 
 Example:
     >>> check_integers(1, top_k=3)
@@ -18,12 +18,7 @@ from typing import Any
 
 
 def check_integers(least: int, /, **given: Any) -> None:
-    """Refuse options that are not whole numbers from `least` up.
-
-    Raises:
-        TypeError: One is no integer (True and 2.0 are none).
-        ValueError: One is smaller.
-    """
+    """Raise TypeError for an option that is not an integer (True and 2.0 are not), ValueError for one below `least`."""
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer >= {least}; got {value!r}.")
@@ -32,10 +27,6 @@ def check_integers(least: int, /, **given: Any) -> None:
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Refuse an option that is not one of its values.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise ValueError for an option that is not one of its values."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in known):
         raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r}.")

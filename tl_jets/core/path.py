@@ -1,4 +1,4 @@
-"""A path names an input-to-output function: a source and the steps that it passes through, in order.
+"""A path names an input-to-output function by its source and the steps it passes through, in order.
 
 Example:
     >>> path = Path("embed").then("0_attn").then("3_mlp")
@@ -22,8 +22,8 @@ class Path:
     """A source and the steps that a path passes through.
 
     Attributes:
-        source: Where the path starts: `embed`, a write, a stream, or the name of a function.
-        steps: The steps that it passes through, in order; `ln_final` where it has been decoded.
+        source: Start of the path: `embed`, a write, a stream, or the name of a function.
+        steps: The steps in order; ends with `ln_final` once decoded.
     """
 
     source: str
@@ -38,7 +38,7 @@ class Path:
 
     @property
     def n_writes(self) -> int:
-        """How many writes the path passes through: its steps, the decoder apart."""
+        """Number of writes on the path: its steps without the decoder."""
         return sum(not step.startswith(DECODER_STEP) for step in self.steps)
 
     @classmethod

@@ -1,7 +1,4 @@
-"""The words of a residual network: steps, stages, what one forward pass recorded, and what a view of a model provides.
-
-See `tl_jets.core.network` for the mathematics and the labels.
-"""
+"""Definitions of steps, stages, recordings and model views; `tl_jets.core.network` explains the labels."""
 
 from __future__ import annotations
 
@@ -17,27 +14,26 @@ from tl_jets.core.decoder import Decoder
 
 Granularity = Literal["block", "sublayer", "head"]
 StepKind = Literal["block", "attn", "mlp", "head", "attn_bias", "neuron", "mlp_rest", "mlp_bias", "callable"]
-# Outside of the blocks, then by block: the numbers of the hooks now on it, and of the state of its weights.
+# Outside the blocks, then by block: the ids of its hooks, and the number of its weights' state.
 State = tuple[tuple[tuple[int, ...], int], ...]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "sublayer", "head")
 
 FINAL_STREAM = "final_post"
 DECODER_STEP = "ln_final"
-# A step + this: the constant that its frozen form writes.
+# Suffix of a step's label for the constant of its frozen form.
 BIAS = "_bias"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One gamma of the network: a function of a stream that writes to the stream.
+    """One gamma of the network: a function of a stream whose write is added to the stream.
 
     Attributes:
-        label: `3_attn`, `3_mlp`, `3_block`, `L3H2`, `3_attn_bias`, `L3N17`, `3_mlp_bias`, or the caller's own for plain
-            callables.
+        label: `3_attn`, `3_mlp`, `3_block`, `L3H2`, `3_attn_bias`, `L3N17`, `3_mlp_bias`, or any label of a plain
+            callable.
         layer: The block that it belongs to.
-        kind: What it is.
-        head: The head index of a `head` step, else None.
-        neuron: The index of a `neuron` step in its layer, else None.
+        head: Index of the head, for `head` steps.
+        neuron: Index of the neuron in its layer, for `neuron` steps.
     """
 
     label: str
@@ -54,40 +50,30 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """The steps that read one stream; their writes and the stream itself sum to the next stream.
-
-    Attributes:
-        stream: Label of the stream that the steps read.
-        steps: The steps, in the order in which the stacked writes carry them.
-    """
+    """The steps that read one stream, in the order of the stacked writes; stream and writes sum to the next stream."""
 
     stream: str
     steps: tuple[Step, ...]
 
     @property
     def is_part(self) -> bool:
-        """Whether it is some neurons of an MLP, or its bias, so that the writes do not sum to the next stream."""
+        """Whether it is only neurons or the bias of an MLP, so that its writes do not sum to the next stream."""
         kinds = {step.kind for step in self.steps}
         return not kinds.isdisjoint({"neuron", "mlp_bias"}) and "mlp_rest" not in kinds
 
 
 @dataclass
 class Recording:
-    """What one forward pass on one input gave, at the finest level that the view records.
+    """Activations of one forward pass on one input, at the finest granularity that the view records.
 
     Attributes:
-        tokens: The model's input.
-        valid: Which positions are real tokens (not padding).
-        sources: `embed`, `pos_embed`, ...: they sum to the first stream, edits apart.
-        streams: Stream label -> tensor [batch, pos, d_model].
-        writes: Write label -> tensor [batch, pos, d_model].
+        sources: `embed`, `pos_embed`, ...; they sum to the first stream, apart from edits.
         edits: Stream label -> {`edit:<hook>`: what a user's hook added to that stream}.
-        logits: The model's own output, softcap and scale included; None if only a cache was given.
-        hook_state: The user's hooks that were active, and the state of the weights; replaying under others would be another
-            model.
-        calls: What the view needs to call the model's modules again, in its own form.
-        accuracy: Relative error that replays and sums may have: rounding, or that of a cache made elsewhere.
-        memo: The view's own cache of constants of this input.
+        logits: The model's own output, with softcap and scale; None if only a cache was given.
+        hook_state: The active user hooks and the state of the weights; replays under others are refused.
+        calls: Recorded call arguments for replays, in the view's own form.
+        accuracy: Allowed relative error of replays and sums: rounding, or the accuracy of a given cache.
+        memo: The view's cache of constants of this input.
     """
 
     tokens: Tensor
@@ -105,7 +91,7 @@ class Recording:
 
 @runtime_checkable
 class ModelView(Protocol):
-    """What a residual network must know about a model; `tl_jets.adapters` and `CallableModel` provide it."""
+    """Interface between a residual network and a model; implemented in `tl_jets.adapters`."""
 
     decoder: Decoder
     tokenizer: Any
@@ -113,19 +99,19 @@ class ModelView(Protocol):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Labels of what the first stream is the sum of."""
+        """Labels of the terms of the first stream."""
         ...
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
-        """The stages at a granularity; their last output is `final_post`."""
+        """The stages at a granularity; the last one produces `final_post`."""
         ...
 
     def fine_step(self, label: str) -> Step | None:
-        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label, or that of a write, names; None if it names neither."""
+        """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label or write label names, or None."""
         ...
 
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
-        """Token ids of text, and which of them are real [batch, pos]."""
+        """Token ids of text, and a mask of real tokens [batch, pos]."""
         ...
 
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
@@ -137,19 +123,16 @@ class ModelView(Protocol):
         ...
 
     def hook_state(self, layer: int | None = None) -> State:
-        """What identifies the hooks now in force, and the state of the weights; of one block, or of what is outside (-1)."""
+        """State of the active hooks and the weights: overall, of one block, or outside the blocks (-1)."""
         ...
 
     def follow(self, *, everywhere: bool = True) -> State:
-        """Read anew what is kept of the model (its decoder), where its weights are no longer those that it was read from."""
+        """Reread cached parts of the model (its decoder) if its weights have changed."""
         ...
 
 
 def frozen_biases(stages: Sequence[Stage]) -> list[list[tuple[str, list[int]]]]:
-    """By stage, the labels of the constants that it adds once frozen, and the steps whose constants each gathers.
-
-    The constants of heads are part of `<l>_attn_bias`, as everywhere; another step's are its label + `_bias`.
-    """
+    """By stage: labels of its constants when frozen, and the steps that each collects. Heads share `<l>_attn_bias`."""
     found: list[list[tuple[str, list[int]]]] = []
     for stage in stages:
         labels: dict[str, list[int]] = {}
@@ -163,12 +146,12 @@ def frozen_biases(stages: Sequence[Stage]) -> list[list[tuple[str, list[int]]]]:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative error that a replay or a sum of a few terms may have: 256 units in the last place."""
+    """Allowed relative error of a replay or a short sum: 256 units in the last place."""
     return 256 * torch.finfo(dtype).eps
 
 
 def relative_error(found: Tensor, true: Tensor) -> float:
-    """Largest absolute difference relative to the largest absolute true value; inf where it is not a number."""
+    """Largest absolute difference divided by the largest absolute true value; inf where NaN."""
     if true.numel() == 0:
         return 0.0
     error = ((found - true).abs().max() / true.abs().max().clamp_min(torch.finfo(true.dtype).tiny)).item()
@@ -176,6 +159,6 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 
 def some(labels: Iterable[str], count: int = 12) -> str:
-    """The first labels, for an error message."""
+    """The first labels as text for an error message."""
     labels = list(labels)
     return ", ".join(map(repr, labels[:count])) + (f", ... ({len(labels)} in all)" if len(labels) > count else "")

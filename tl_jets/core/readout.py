@@ -1,7 +1,4 @@
-"""The best tokens of many states, in chunks: [rows, d_vocab] is never held.
-
-Ties go to the smallest token id.
-"""
+"""The best tokens of many states, in chunks of rows. Ties go to the smallest token id."""
 
 from __future__ import annotations
 
@@ -19,22 +16,18 @@ from tl_jets.core.tokens import decode
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """The best tokens of each logit vector, best first; ties by the smallest id. What `top_tokens(k)` gives.
+    """The best tokens of each logit vector, best first, ties by smallest id; returned by `top_tokens(k)`.
 
     Attributes:
-        values: What they are the best by: additive logits unless it is said otherwise. Shape [*rows, k].
-        indices: Token ids. Shape [*rows, k].
+        values: Additive logits unless stated otherwise [*rows, k].
+        indices: Token ids [*rows, k].
     """
 
     values: Float[Tensor, "*rows k"]
     indices: Int[Tensor, "*rows k"]
 
     def texts(self, tokenizer: Any) -> Any:
-        """The tokens as texts, nested lists of the shape [*rows, k]; None at padding.
-
-        Args:
-            tokenizer: A Hugging Face tokenizer, such as `model.tokenizer`.
-        """
+        """The tokens as texts, nested lists of shape [*rows, k], by a Hugging Face tokenizer; None at padding."""
         return decode(tokenizer, self.indices)
 
 
@@ -48,22 +41,18 @@ def top_tokens(
     log_probs: bool = False,
     chunk_size: int = CHUNK_SIZE,
 ) -> TopTokens:
-    """The k best tokens of each state, in chunks.
+    """The k best tokens of each state (an input of the unembedding) [*rows, k], `chunk_size` rows at once.
 
     Args:
         decoder: The model's decoder.
-        states: What the unembedding reads (after the final norm). Shape [*rows, d_model].
-        bias_weight: The multiple of `b_U` that each carries: a number, or one per row. Shape [*rows].
-        k: How many tokens.
-        log_probs: Return log-probabilities (after the model's transform) in place of additive logits.
+        states: Inputs of the unembedding [*rows, d_model].
+        bias_weight: Multiple of `b_U`: a number, or one per row [*rows].
+        k: Number of tokens.
+        log_probs: Return log-probabilities (after the model's transform) instead of additive logits.
         chunk_size: Rows of d_vocab logits held at once.
 
-    Returns:
-        The best tokens. Shapes [*rows, k].
-
     Raises:
-        ValueError: If `states` does not have the decoder's d_model, k is not in 1..d_vocab, chunk_size is not
-            positive, or a state is not finite.
+        ValueError: The width of `states` is not d_model, k or chunk_size is out of range, or a state is not finite.
     """
     decoder.check_states(states)
     check_sizes(k, decoder.d_vocab, chunk_size)

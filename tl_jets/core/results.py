@@ -1,4 +1,4 @@
-"""Results that are tensors, with labels and options: they move to another device as one.
+"""Base class of results: tensors with labels and options that move to another device together.
 
 Example:
     >>> import tl_jets as tj
@@ -23,14 +23,10 @@ Kind = TypeVar("Kind", bound="Result")
 
 
 class Result(Shown):
-    """A frozen dataclass of tensors, labels and options, or of such results."""
+    """Base of frozen dataclasses of tensors, labels, options, or other results."""
 
     def to(self: Kind, device: torch.device | str | int) -> Kind:
-        """The same on another device; this one is unchanged.
-
-        Raises:
-            TypeError: A dtype was given: numbers, token ids and masks have not the same.
-        """
+        """A copy on another device; raises TypeError for a dtype."""
         if isinstance(device, torch.dtype):
             raise TypeError(
                 f"A result moves to a device; got {device}, which is none. Convert the tensor that you need, .kl.double()."
@@ -38,7 +34,7 @@ class Result(Shown):
         return self._mapped(lambda values: values.to(device))
 
     def _mapped(self: Kind, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> Kind:
-        """With `change` applied to every tensor, or to those of the named fields alone."""
+        """A copy with `change` applied to every tensor, or to the named fields."""
         found: dict[str, Any] = {}
         for name in (field.name for field in fields(self)) if names is None else names:  # type: ignore[arg-type]
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Which layers, positions and tokens a lens reads, and how its results name them."""
+"""Selects layers, positions and target tokens."""
 
 from __future__ import annotations
 
@@ -20,20 +20,17 @@ from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import check_text
 from tl_jets.core.trace import Trace
 
-# Tokens by text or id, the same everywhere; a list of such lists, one a prompt; or a tensor of ids [batch, pos, target].
+# Texts or ids for all prompts; a list of such lists, one per prompt; or ids [batch, pos, target].
 TargetInput = str | int | Sequence[str | int] | Sequence[Sequence[str | int]] | Tensor
-# How a result names the model's own best token, its target where none was asked for.
+# Name of the default target in results: the model's own best token.
 ANSWER = "<answer>"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Real positions among the chosen ones, flattened, and the way back to [batch, pos].
+    """Flat index of the selected non-padding tokens, with scatter back to [batch, pos].
 
-    Attributes:
-        positions: The chosen positions, from the start of the padded row.
-        keep: Which of them are real [batch, pos].
-        places: How many real tokens come before each [row]: its position in the prompt without padding.
+    `positions` count from the start of the padded row, `places` in the prompt without padding; `keep` masks real ones.
     """
 
     positions: list[int]
@@ -42,7 +39,7 @@ class Rows:
 
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
-        """The real ones among `positions`; None for all."""
+        """The real tokens among `positions`; None for all."""
         length = trace.valid.shape[1]
         wanted = _read_positions(positions, length)
         chosen = [position % length for position in wanted]
@@ -63,13 +60,13 @@ class Rows:
         return values[:, self.positions][self.keep]
 
     def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
-        """[batch, pos, ...] as a function of a slice of rows, which copies no more than these."""
+        """[batch, pos, ...] as a function of a slice of rows, which copies only those rows."""
         batch, place = self.keep.nonzero(as_tuple=True)
         positions = torch.tensor(self.positions, device=place.device)[place]
         return lambda rows: values[batch[rows], positions[rows]]
 
     def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:
-        """[..., row, ...] -> [..., batch, pos, ...], with `fill` where a position is padding."""
+        """[..., row, ...] -> [..., batch, pos, ...], with `fill` at padding."""
         moved = values.movedim(axis, 0)
         out = moved.new_full((*self.keep.shape, *moved.shape[1:]), fill)
         out[self.keep] = moved
@@ -78,10 +75,7 @@ class Rows:
 
 
 def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
-    """The model's own additive logits of a slice of rows, where the forward pass left them as the decoder gives them.
-
-    Float64 models may have cast to float32 inside, and a transform (a softcap) cannot be undone exactly.
-    """
+    """Function from a slice of rows to the model's additive logits; None unless all is float32 without a softcap."""
     if trace.logits is None or trace.decoder.transform is not None or trace.logits.dtype != torch.float32:
         return None
     same = trace[FINAL_STREAM].dtype == trace.decoder.W_U.dtype == torch.float32
@@ -89,14 +83,14 @@ def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
 
 
 def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
-    """Refuse what no lens can do; the messages name the option."""
+    """Raise for invalid lens options; the message names the option."""
     check_integers(1, top_k=top_k, chunk_size=chunk_size)
     if center_scale not in CENTER_SCALES:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
 
 
 def _read_positions(positions: Any, length: int) -> list[int]:
-    """The positions as they were asked for, as integers."""
+    """The requested positions as integers."""
     if positions is None:
         return list(range(length))
     try:
@@ -120,7 +114,7 @@ def _read_positions(positions: Any, length: int) -> list[int]:
 
 
 def _index(value: Any) -> int:
-    """An integer of any library; a boolean (a mask, perhaps) is none."""
+    """An integer of any library; booleans (perhaps a mask) are refused."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         raise TypeError(f"got {value!r}")
     return operator.index(value)
@@ -157,7 +151,7 @@ def stream_labels(
 def read_targets(
     network: Structure, targets: TargetInput | None, rows: Rows
 ) -> tuple[Tensor | None, list[str | int] | None]:
-    """Target ids [batch, pos, target] at the chosen positions, and how they were asked for; numbers where that differs."""
+    """Target ids [batch, pos, target] at the selected positions, and their names; numbers where these differ."""
     if targets is None:
         return None, None
     shape, device = rows.keep.shape, rows.keep.device

@@ -1,4 +1,4 @@
-"""The structure of a residual network: its stages, steps and labels, at a granularity. Nothing here runs the model."""
+"""The structure of a residual network at a granularity: stages, steps and labels. Nothing here runs the model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tl_jets.core.protocol import (
     some,
 )
 
-# Modules whose `view(model)` returns the view of a model of their kind, or None; loaded when a model is first given.
+# Modules whose `view(model)` returns the view of a model, or None; loaded with the first model.
 ADAPTERS = ["tl_jets.adapters"]
 
 Network = TypeVar("Network", bound="Structure")
 
 
 class Structure:
-    """A model as a sequence of stages that read and write one stream, with a decoder: `ResidualNetwork` without its traces."""
+    """A model as a sequence of stages on one stream, with a decoder: `ResidualNetwork` without traces."""
 
     def __init__(self, model: Any, granularity: Granularity = "sublayer", neurons: str | Sequence[str] = ()):
         if granularity not in GRANULARITIES:
@@ -53,15 +53,11 @@ class Structure:
 
     @property
     def decoder(self) -> Decoder:
-        """Final norm and unembedding, as the model last had them: at a trace, or when it was passed as a network."""
+        """Final norm and unembedding, as last read: at a trace, or when the network was passed to a function."""
         return self.view.decoder
 
     def decoder_at(self, state: State) -> Decoder:
-        """The decoder, for what was made with the weights of a state of the model, as `hook_state` says it.
-
-        Raises:
-            ValueError: Weights outside of the model's blocks were changed since, or `torch.autocast` is active.
-        """
+        """The decoder; raises ValueError if weights outside the blocks changed since `state`, or under autocast."""
         refuse_autocast(self.decoder.W_U.device)
         now, then = self.view.hook_state(-1), state[:1]
         if [weights for _, weights in now] != [weights for _, weights in then]:
@@ -73,7 +69,7 @@ class Structure:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All steps, in the order of the network; the decoder's `ln_final` is not one of them."""
+        """All steps in the order of the network, without the decoder's `ln_final`."""
         return tuple(self._step_of.values())
 
     @property
@@ -83,17 +79,17 @@ class Structure:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Labels of what the first stream is the sum of: `embed`, and `pos_embed` where positions are added to it."""
+        """Labels of the terms of the first stream: `embed`, and `pos_embed` if positions are added to it."""
         return self.view.sources
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Labels of everything that the last stream is the sum of, edits by hooks apart: sources, then writes."""
+        """Labels of the terms of the last stream, without edits by hooks: sources, then writes."""
         return (*self.sources, *(step.write for step in self.steps))
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Every label that a trace can be indexed with, edits by hooks apart."""
+        """Every label that a trace can be indexed with, without edits by hooks."""
         own = [*self.components, *self.streams]
         finer = [label for stage in self.view.stages("sublayer") for label in (stage.stream, *_writes(stage))]
         return tuple(dict.fromkeys(own + finer))
@@ -105,41 +101,37 @@ class Structure:
 
     @property
     def known_tokens(self) -> Int[Tensor, " token"]:
-        """Ids that the tokenizer knows, for `rows` and `columns` of n-grams: embeddings often have more rows than that.
-
-        Raises:
-            ValueError: The model has no tokenizer.
-        """
+        """Ids that the tokenizer knows (embeddings often have more rows); raises ValueError without a tokenizer."""
         if self.tokenizer is None:
             raise ValueError("Tokens are known to a tokenizer; the model has none. Pass ids.")
         d_vocab = self.decoder.d_vocab
         return torch.tensor(sorted({token for token in self.tokenizer.get_vocab().values() if token < d_vocab}))
 
     def at(self: Network, granularity: Granularity) -> Network:
-        """The same model at another granularity; the view, what it has computed and, below blocks, neurons are shared."""
+        """The same model at another granularity; shares the view, its values and, below blocks, the neurons."""
         if granularity == self.granularity:
             return self
         return type(self)(self, granularity, () if granularity == "block" else self.neurons)
 
     def __contains__(self, label: object) -> bool:
-        """Whether a trace can be indexed with a label, edits by hooks apart: one of `labels`, or the write of a neuron."""
+        """Whether a trace can be indexed with a label: one of `labels`, or the write of a neuron."""
         if label in self.labels:
             return True
         try:
             step = self.view.fine_step(str(label))
-        except (ValueError, NotImplementedError):  # a layer has fewer neurons, or none that can be read
+        except (ValueError, NotImplementedError):  # no such neuron in a layer, or none that can be read
             return False
         return step is not None and step.write == label
 
     def part(self, step: Step) -> Stage:
-        """The stage that holds nothing but a neuron or the bias of an MLP, of the stream that the MLP reads."""
+        """A stage with only a neuron or the bias of an MLP, on the MLP's stream."""
         for stage in self.view.stages("sublayer"):
             if any(candidate.label == f"{step.layer}_mlp" for candidate in stage.steps):
                 return Stage(stage.stream, (step,))
         raise ValueError(f"A neuron is of a layer that has an MLP; got {step.label!r}.")
 
     def _with_neurons(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        """Stages whose MLPs are split into the chosen neurons and the rest."""
+        """Stages whose MLPs are split into the selected neurons and the rest."""
         chosen: dict[str, list[Step]] = {}
         for label in self.neurons:
             step = self.view.fine_step(label)
@@ -157,11 +149,11 @@ class Structure:
         return tuple(Stage(stage.stream, tuple(s for step in stage.steps for s in split(step))) for stage in stages)
 
     def shares_model(self, other: Structure) -> bool:
-        """Whether two networks are of the same model object, so that a trace of one serves the other."""
+        """Whether two networks share the model object, so that traces of one serve the other."""
         return getattr(self.view, "model", self.view) is getattr(other.view, "model", other.view)
 
     def stage(self, label: str) -> Stage:
-        """The stage that a step (`3_mlp`), its write (`3_mlp_out`) or its stream (`3_mid`) names."""
+        """The stage named by a step (`3_mlp`), its write (`3_mlp_out`) or its stream (`3_mid`)."""
         for stage in self.stages:
             if label == stage.stream or any(label in (step.label, step.write) for step in stage.steps):
                 return stage
@@ -186,7 +178,7 @@ def _view(model: Any) -> ModelView:
 
 
 def unknown_model(model: Any) -> str:
-    """Why a model is refused that is of no known kind, and what to make of it."""
+    """Error message for an unknown kind of model, with a remedy."""
     kind = type(model)
     roots = {base.__module__.split(".")[0] for base in kind.__mro__}
     remedy = ""

@@ -1,4 +1,4 @@
-"""How token ids are written: with their spaces, whatever the tokenizer does to a lone token."""
+"""Text of token ids, with spaces, whatever the tokenizer does to single tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from torch import Tensor
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text that a token adds after another: a lone token loses its leading space in many tokenizers.
+    """The text that a token adds after another; many tokenizers drop the leading space of a single token.
 
-    A token that decodes to nothing or to the replacement character (some bytes of a character) is written as the
-    tokenizer's entry, such as `<0xE2>`; an id that the tokenizer does not know as `id:4096`.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer; None gives the id itself.
-        token: A token id.
+    Tokens that decode to nothing or to the replacement character are shown as the tokenizer's entry, such as `<0xE2>`,
+    unknown ids as `id:4096`. Without a tokenizer, the id itself.
     """
     if tokenizer is None:
         return str(token)
@@ -32,12 +28,12 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def writable(text: str) -> str:
-    """A text that files can hold: lone surrogates, which are no characters, as their escapes."""
+    """Text with lone surrogates escaped, so that files can hold it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_text(what: str, text: str) -> None:
-    """Raise ValueError for text that is no Unicode: with a lone surrogate, which no tokenizer takes."""
+    """Raise ValueError for text with a lone surrogate, which is not Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -48,11 +44,7 @@ def check_text(what: str, text: str) -> None:
 
 
 def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
-    """Texts of all ids in some tensors, each decoded once; padding (-1) is left out.
-
-    Raises:
-        TypeError: The tokenizer is none: a number of tokens, perhaps, which the `top_tokens` of other results take.
-    """
+    """Texts of all ids in some tensors without padding (-1), each decoded once; TypeError if not a tokenizer."""
     if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
         raise TypeError(
             f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. How many tokens a result has was said "
@@ -63,11 +55,7 @@ def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
 
 
 def decode(tokenizer: Any, ids: Tensor) -> Any:
-    """Texts of ids as nested lists of the ids' shape; padding (-1) is None.
-
-    Raises:
-        ValueError: There is no tokenizer.
-    """
+    """Texts of ids as nested lists; None at padding (-1). Raises ValueError without a tokenizer."""
     if tokenizer is None:
         raise ValueError("Tokens are decoded with a tokenizer; the model has none. Pass tokenizer=...")
     names = token_names(tokenizer, [ids])
@@ -79,5 +67,5 @@ def decode(tokenizer: Any, ids: Tensor) -> Any:
 
 
 def visible(text: str | None) -> str:
-    """A token's text with spaces and line breaks shown; padding is `?`, an empty token the empty set."""
+    """A token's text with visible spaces and line breaks; padding is `?`, an empty token the empty set."""
     return "?" if text is None else repr(text)[1:-1].replace(" ", "\u00b7") or "\u2205"

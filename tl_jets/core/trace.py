@@ -1,4 +1,4 @@
-"""A trace: what one forward pass on one input gave, and the gammas as functions of any stream, checked on first use."""
+"""Activations of one forward pass, and each component as a function of the residual stream, checked on first use."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
 from tl_jets.core.structure import Structure
 
-# Tokens at which a trace's logits are compared with the decoder's, once they were over all.
+# Number of tokens at which logits are compared, after a first comparison of all.
 PART_OF_VOCABULARY = 2**12
 
 
 class Trace:
-    """What one forward pass on one input gave, and the gammas as functions of any stream.
+    """Activations of one forward pass, and each component as a function of the residual stream.
 
     Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
-    (`trace["embed"]`) and edits; every value has shape [batch, pos, d_model]. Neurons (`trace["L3N17_out"]`) and what an MLP
-    writes without any (`trace["3_mlp_bias"]`) are not listed, and evaluated when asked for.
+    (`trace["embed"]`) and edits; values have shape [batch, pos, d_model]. Writes of neurons (`trace["L3N17_out"]`) and
+    of MLP biases (`trace["3_mlp_bias"]`) are not in `labels`, and evaluated on request.
 
     Attributes:
         network: The residual network.
         tokens: The input [batch, pos].
         valid: Real tokens, True, and padding, False [batch, pos].
         logits: The model's own output [batch, pos, d_vocab], or None if only a cache was given.
-        memo: What was computed on this input: writes, jets, the frozen network.
-        evaluated: What expansions are on this input, for as long as the expansions live.
+        memo: Values computed on this input: writes, jets, the frozen network.
+        evaluated: Values of expansions on this input, kept while the expansions live.
     """
 
     def __init__(self, network: Structure, recording: Recording):
@@ -75,7 +75,7 @@ class Trace:
         raise ValueError(f"A label must be one of {some(self.labels)}, or a neuron's write; got {label!r}.")
 
     def _fine_stage(self, label: str) -> Stage | None:
-        """The stage that holds nothing but the neuron or MLP bias whose write a label is."""
+        """The stage of the single neuron or MLP bias whose write has this label, or None."""
         step = self.network.view.fine_step(label)
         return None if step is None or step.write != label else self.network.part(step)
 
@@ -94,28 +94,24 @@ class Trace:
         return self.memo[key]
 
     def _total_write(self, stage: Stage) -> Tensor:
-        """What all steps of a stage add to the stream together."""
+        """The sum of a stage's writes."""
         following = self.network.next_stream(stage)
         return self[following] - self[stage.stream] - sum(self.edits(following).values())
 
     def edits(self, stream: str) -> dict[str, Float[Tensor, "batch pos d_model"]]:
-        """What the user's hooks added to a stream, by `edit:<hook>`; empty if nothing."""
+        """What the user's hooks added to a stream, by `edit:<hook>`."""
         return self.recording.edits.get(stream, {})
 
     @property
     def decoder(self) -> Decoder:
-        """Final norm and unembedding of the model that was traced; refused once their weights have changed (ValueError)."""
+        """Final norm and unembedding of the traced model; raises ValueError once their weights have changed."""
         return self.network.decoder_at(self.recording.hook_state)
 
     def check_model(self, layer: int | None = None) -> None:
-        """Refuse to run or evaluate the model on this input if it is no longer the one that was traced.
-
-        Args:
-            layer: Look at this block alone.
+        """Check that the model, or one layer of it, is still the one that was traced.
 
         Raises:
-            ValueError: Hooks were put on the model or taken off it since, its weights were changed, modules are in training
-                mode, or `torch.autocast` is active.
+            ValueError: Hooks or weights have changed, modules are in training mode, or `torch.autocast` is active.
         """
         refuse_autocast(self.network.decoder.W_U.device)
         now, then = self.network.view.hook_state(layer), self.recording.hook_state
@@ -128,11 +124,7 @@ class Trace:
         )
 
     def on(self, network: Structure) -> Trace:
-        """The same run as a trace on another network of the model (of another granularity, say).
-
-        Raises:
-            ValueError: The network is of another model.
-        """
+        """The same run as a trace on another network (e.g. granularity) of the model; ValueError for another model."""
         if not self.network.shares_model(network):
             raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
         return Trace(network, self.recording)
@@ -140,11 +132,9 @@ class Trace:
     def stage_function(self, stage: Stage) -> Callable[[Tensor], Tensor]:
         """The stage's gammas as one function: [batch, pos, d_model] -> [write, batch, pos, d_model].
 
-        On first use the writes at the true stream are compared with what the model itself wrote.
-
         Raises:
-            ValueError: The model is no longer that of the trace (`check_model`); a stream of another shape; or the
-                replayed writes are not the model's.
+            ValueError: The model has changed since the trace (`check_model`), a stream has another shape, or, at first
+                use, the writes at the true stream are not the model's.
         """
         record, network = self.recording, self.network
         self.check_model(stage.steps[0].layer)
@@ -175,9 +165,9 @@ class Trace:
 
 
 def _check_writes(trace: Trace, stage: Stage) -> None:
-    """Once per network, weights, stage, set of hooks and ready cache: the replayed writes must be the model's own."""
+    """Compare replayed writes with the model's, once per network, weights, stage, hooks and cache."""
     network, record = trace.network, trace.recording
-    if stage.is_part:  # the view compares its neurons with the MLP's write
+    if stage.is_part:  # the view has its own check of neurons
         whole = network.at("sublayer")
         return _check_writes(Trace(whole, record), whole.stage(stage.stream))
     key = (stage, record.hook_state)
@@ -205,9 +195,9 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
 
 
 def check_decoder(trace: Trace) -> None:
-    """Final norm, unembedding and transform must give the model's own logits, at some positions of every trace.
+    """Check that the decoder reproduces the model's logits, at some positions of every trace.
 
-    Once per network, weights and set of hooks over the whole vocabulary, later over a part of it, which changes with the input.
+    The first check per network, weights and hooks takes the whole vocabulary, later ones a part that varies.
     """
     network, record = trace.network, trace.recording
     if record.logits is None:

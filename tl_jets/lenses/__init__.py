@@ -1,8 +1,7 @@
-"""Jet lenses: what a layer's stream, or all components together, say about the next token.
+"""Jet lenses: `iterative_jet_lens` reads each layer's stream, `joint_jet_lens` all components together.
 
-`iterative_jet_lens` reads layer by layer, `joint_jet_lens` all components together. Whatever the order, the jet of a final
-norm is a mix of the layer's own reading and the model's own answer, so every result says how much of it is borrowed, and
-every measure stands beside a random center that knows nothing of the layer.
+The jet of a final norm mixes the layer's own reading and the model's own answer. So every result contains the borrowed
+share, and every measure has a control with a random center.
 """
 
 from tl_jets.lenses.iterative import IterativeJetLens, iterative_jet_lens

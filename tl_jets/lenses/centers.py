@@ -1,9 +1,9 @@
-r"""The jets of the final norm at many centers, all at once: components of the joint lens, or random ones like them.
+r"""Jets of the final norm at many centers: components of the joint lens, or random centers like them.
 
 .. math::
     e_i = J^k \gamma_{L+1}(x_i)(h_L) = \alpha_i \, (w * x_i) + \beta_i \, (w * h_L) + c_i \cdot \text{bias} .
 
-Detached, the norm keeps its scale at h_L: alpha is that of h_L, beta is 0, and its bias (c = 1) is a center of its own.
+Detached, all alpha are that of h_L, beta is 0, and the norm's bias is a center of its own.
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4; norms as in `tl_jets.calculus.norms`.
 """
@@ -29,17 +29,15 @@ from tl_jets.core.selection import Rows
 
 @dataclass(frozen=True, eq=False)
 class Centers:
-    """The jets of the final norm at many centers, real positions only.
+    """Jets of the final norm at many centers, at real positions only.
 
     Attributes:
-        network: The network whose final norm is expanded.
-        rows: The way back to [batch, pos].
-        jets: e_i = J^k norm(x_i)(h_L) [center, row, d_model], float64.
-        alpha: Coefficients of w * x_i [center, row].
-        beta: Coefficients of w * h_L [center, row].
-        rho: Radius ratios [center, row].
-        constants: The multiple of the norm's bias and of b_U that each center carries [center].
-        state: Of the weights that the jets are of.
+        jets: e_i = J^k norm(x_i)(h_L), float64.
+        alpha: Coefficients of w * x_i.
+        beta: Coefficients of w * h_L.
+        rho: Radius ratios.
+        constants: Multiple of the norm's bias and of b_U in each jet.
+        state: State of the weights that the jets were computed with.
     """
 
     network: ResidualNetwork
@@ -53,14 +51,14 @@ class Centers:
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder that the jets are of, for what is read later; refused once its weights have changed."""
+        """The decoder of the jets; raises ValueError once its weights have changed."""
         return self.network.decoder_at(self.state)
 
     @classmethod
     def of(
         cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale
     ) -> Centers:
-        """The final norm's jets of an order at many centers [center, row, d_model], rescaled as asked for."""
+        """Jets of an order at centers [center, row, d_model], rescaled by `scale`."""
         norm, values = network.decoder.norm, values.double()
         variate = variate.double().expand_as(values)
         factors = center_scale_factors(norm, values, variate, scale)
@@ -71,7 +69,7 @@ class Centers:
 
     @classmethod
     def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
-        """The frozen final norm at many centers, of which the last one, zero, stands for its constant."""
+        """The frozen final norm at many centers; the last one, zero, stands for its constant."""
         norm, values = network.decoder.norm, values.double()
         linear = frozen_norm(norm, values, variate.double().expand_as(values))
         constants = values.new_zeros(len(values))
@@ -81,15 +79,12 @@ class Centers:
         return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
 
     def _with_constants(self, linear: Tensor) -> Tensor:
-        """What every center makes of the final norm, from its part without the norm's bias."""
+        """Add each center's multiple of the norm's bias to the linear part of its jet."""
         bias = self.network.decoder.norm.bias
         return linear if bias is None else linear + self.constants[:, None, None] * bias
 
     def randomized(self, values: Tensor, variate: Tensor, seed: int) -> Centers:
-        """Jets at random centers of the same norms, and the same angles to the final stream, as the final norm sees them.
-
-        They have the same alpha, beta and rho, which depend on nothing else.
-        """
+        """Jets at random centers of the same norms and angles to the final stream, thus the same alpha, beta, rho."""
         norm = self.network.decoder.norm
         plane = split_along(norm, values, variate)
         jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
@@ -98,7 +93,7 @@ class Centers:
         return replace(self, jets=self._with_constants(norm.scale(jets)))
 
     def effects(self, ids: Int[Tensor, "row target"]) -> Float[Tensor, "center row target"]:
-        """Additive logits of targets beyond the mean of the vocabulary, of every center's jet."""
+        """Additive logits of targets minus the mean over the vocabulary, for every center's jet."""
         columns = directions(self.network.decoder, ids)
         products = torch.einsum("crd,rtd->crt", self.jets, columns[..., :-1])
         return products + self.constants[:, None, None] * columns[..., -1]

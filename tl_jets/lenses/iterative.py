@@ -1,20 +1,18 @@
 r"""The iterative jet lens: what every layer's stream says about the next token, at every order.
 
-Layer by layer, the jet of the final norm at the layer's stream x = h_l, evaluated at the final stream
-y = h_L, through the unembedding. Order 0 is the logit lens. Because norms are what they are, every order is a mix of two
-logit vectors,
+It reads the jet of the final norm at the layer's stream x = h_l, evaluated at the final stream y = h_L, through the
+unembedding. Order 0 is the logit lens. Every order is a mix of two logit vectors,
 
 .. math::
     \text{lens}_k = \alpha_k \, U(w * x) + \beta_k \, U(w * y) + \text{const}, \qquad \beta_0 = 0,
 
-the layer's own reading and *the model's own answer*. So for k >= 1 a good score may be borrowed: every cell carries its
-`alpha`, `beta` and `borrowed_share`, `borrowed` marks the cells whose answer is not the own part's, and every measure
-stands beside a random center of equal norm and angle (`control`), which knows nothing of the layer.
+the layer's own reading and *the model's own answer*. For k >= 1 a good score may thus be borrowed: cells have `alpha`,
+`beta` and `borrowed_share`, `borrowed` marks those whose answer is not the own part's, and every measure has a
+`control`, a random center of equal norm and angle.
 
-Detached (``linearize="detached"``), the final norm keeps the scale that it has at h_L: alpha = 1 / scale(h_L) at every layer,
-beta = 0. The lens is then what the stream so far gives to the model's logits, cumulative direct logit attribution: logits of
-the order-0 jet, the logit lens, times scale(h_l) / scale(h_L), biases apart. Its order of tokens is the logit lens' where
-there are no biases; its sizes are the model's, so that differences of layers are what their writes give.
+Detached (``linearize="detached"``), the final norm keeps its scale at h_L: alpha = 1 / scale(h_L), beta = 0. This is
+cumulative direct logit attribution: the logit lens times scale(h_l) / scale(h_L), biases apart. Without biases, tokens
+rank as in the logit lens, and differences between layers are the contributions of their writes.
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (iterative jet lens).
 """
@@ -43,7 +41,7 @@ from tl_jets.core.selection import Rows, TargetInput, check_options, model_logit
 from tl_jets.core.tokens import decode, token_names
 from tl_jets.lenses.result import LensResult
 
-# What has a layer axis.
+# Fields with a layer axis.
 _LAYERED = {
     *("rho", "tail_bound", "alpha", "beta", "borrowed_share", "top_ids", "full_values", "own_values", "own_top_ids"),
     *("measures", "control", "target_logits", "target_ranks"),
@@ -52,35 +50,32 @@ _LAYERED = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IterativeJetLens(LensResult):
-    """What every layer's stream says at every order. Axes: [layer, order, batch, pos]; NaN (ids: -1) at padding.
+    """Readings of every layer at every order. Axes: [layer, order, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
-        labels: Streams, aligned to the layer axis: `0_pre`, ..., `final_post` (TransformerLens' names).
-        orders: 0..order, aligned to the order axis.
-        positions: Positions in the prompt, aligned to the pos axis.
+        labels: Streams: `0_pre`, ..., `final_post` (TransformerLens' names).
+        orders: 0..order.
+        positions: Positions in the prompt.
         tokens: The tokens at those positions [batch, pos].
         valid: Which of them are real [batch, pos].
-        center_scale: How centers were rescaled.
         linearize: `"jet"`, or `"detached"`, whose only order is 0.
-        rho: Radius ratio |v| / |x| of each series; it converges at the final stream where rho < 1 [layer, batch, pos]. NaN
-            for detached lenses, which are no series; so is `tail_bound`.
-        tail_bound: Bound on what all higher orders add, RMS before the norm's gain; inf where rho >= 1.
+        rho: Radius ratio |v| / |x| of each series, which converges if rho < 1 [layer, batch, pos]; NaN if detached.
+        tail_bound: Bound on the sum of all higher orders, RMS before the norm's gain; inf if rho >= 1, NaN if detached.
         alpha: Coefficient of the layer's own reading.
-        beta: Coefficient of the model's own answer; 0 for `final_post`, whose own reading that is.
-        borrowed_share: Length of the beta part over the sum of the lengths of both, logits centered over the vocabulary.
+        beta: Coefficient of the model's own answer; 0 for `final_post`, where the two are the same.
+        borrowed_share: Length of the beta part over the sum of both lengths, logits centered over the vocabulary.
         top_ids: Best tokens, best first [layer, order, batch, pos, k].
         full_values: Their additive logits [layer, order, batch, pos, k].
-        own_values: What the own part alone (without beta) gives them [layer, order, batch, pos, k].
-        own_top_ids: Best token of the own part alone; None if not measured.
+        own_values: Their additive logits from the own part (without beta) [layer, order, batch, pos, k].
+        own_top_ids: Best token of the own part; None if not measured.
         model_top_ids: The model's best token [batch, pos].
-        measures: How close to the model each cell is; None if not measured.
-        control: The same for the random center; None without one.
-        target_ids: Token ids asked for [batch, pos, target].
-        target_names: How they were asked for.
+        measures: Measures of each cell against the model; None if not measured.
+        control: Measures of the random center; None without one.
+        target_ids: Token ids of the targets [batch, pos, target].
+        target_names: The targets as given.
         target_logits: Their additive logits [layer, order, batch, pos, target].
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
-        unit: What logits are measured in: `"logits"`, or `"logits before the softcap"`.
-        tokenizer: The model's tokenizer, or None.
+        unit: Unit of logits: `"logits"`, or `"logits before the softcap"`.
     """
 
     labels: list[str]
@@ -129,7 +124,7 @@ class IterativeJetLens(LensResult):
 
     @property
     def borrowed(self) -> Bool[Tensor, "layer order batch pos"]:
-        """Cells whose best token is not the own part's: the answer comes from the model's own final stream."""
+        """Cells whose best token is not the own part's, but comes from the model's final stream."""
         if self.own_top_ids is None:
             raise AttributeError  # `__getattr__` says why
         return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
@@ -139,11 +134,11 @@ class IterativeJetLens(LensResult):
         return {label: decode(tokenizer or self.tokenizer, self.top_ids[i]) for i, label in enumerate(self.labels)}
 
     def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "layer order batch pos"]:
-        """Rank of one target (0 is the best token) at every layer and order; None takes the only one."""
+        """Ranks of one target (0 is the best token); None takes the only one."""
         return self._of_target(self.target_ranks, target)
 
     def logit_difference(self, target: str | int, other: str | int) -> Float[Tensor, "layer order batch pos"]:
-        """Additive logit of `target` minus that of `other`, both among the `targets` asked for."""
+        """Additive logit of `target` minus that of `other`, both among the lens' targets."""
         return self._of_target(self.target_logits, target) - self._of_target(self.target_logits, other)
 
     def _of_target(self, values: Tensor | None, target: str | int | None) -> Tensor:
@@ -156,10 +151,7 @@ class IterativeJetLens(LensResult):
         return values[..., self.target_names.index(target)]
 
     def average(self) -> pd.DataFrame:
-        """Every measure and its control averaged over all real positions of all prompts, a row a layer and order.
-
-        Source: Chen et al., figure 3, bottom.
-        """
+        """Measures and controls averaged over real positions, per layer and order (Chen et al., figure 3, bottom)."""
         columns = {
             "rho": self.rho[:, None].expand_as(self.alpha),
             "borrowed_share": self.borrowed_share,
@@ -174,7 +166,7 @@ class IterativeJetLens(LensResult):
         )
 
     def _scores(self) -> dict[str, Tensor]:
-        """What was measured [layer, order, batch, pos], each measure followed by its control."""
+        """The measures [layer, order, batch, pos], each followed by its control."""
         scores = {}
         for name, values in [] if self.measures is None else self.measures.items():
             scores[name] = values
@@ -183,9 +175,9 @@ class IterativeJetLens(LensResult):
         return scores
 
     def to_dataframe(self, tokenizer: Any = None, top_k: int | None = None) -> pd.DataFrame:
-        """One row a layer, order, batch, real position and best token.
+        """One row per layer, order, batch, real position and best token.
 
-        Columns: layer, order, batch, pos, token (read at that position), rank, token_index, token_string (the id without a
+        Columns: layer, order, batch, pos, token (at that position), rank, token_index, token_string (the id without a
         tokenizer), logit, own_logit, borrowed_share, and the measures with their controls.
         """
         if top_k is not None and not 1 <= top_k <= self.top_ids.shape[-1]:
@@ -236,42 +228,32 @@ def iterative_jet_lens(
     cache: Any = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> IterativeJetLens:
-    """Every layer's jet of the final norm at all orders up to `order`, through the unembedding. Order 0: the logit lens.
+    """The jet of the final norm at every layer's stream, at orders 0..`order`, as an `IterativeJetLens`.
 
     Args:
-        model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
-        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
-        order: Highest order k >= 0; all orders 0..k are returned and cost about as much as one. None is 1.
-        layers: Layers (an int l is `l_pre`, n_layers or -1 is `final_post`) or stream labels; None for all.
-        positions: Positions to read; None for all. Negative ones count from the end of the padded row.
-        incl_mid: With `layers=None`, also read the streams between attention and MLP (parallel blocks have none).
-        center_scale: Length of the center: `"none"` (the layer's own, the paper's), `"match"` or `"orthogonal"`, which
-            make the series converge; see `borrowed_share` and `control` for what that is worth.
-        linearize: `"jet"`, or `"detached"`: the final norm with its scale at the final stream, direct logit attribution of
-            every layer's stream; takes neither an order above 0 nor a center_scale.
-        targets: Tokens whose logits and ranks to follow: strings or ids (the same everywhere), one list of them a
-            prompt (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] aligned with `positions` (one a position).
-        top_k: How many best tokens a cell keeps.
-        measures: Compute the measures, their controls and the own part's best token.
-        seed: Of the random control, whose directions depend on it and on the position in the prompt alone: all layers and prompts
-            share them, and for the spread of a control several seeds are needed. None for no control, a fifth faster (then
-            nothing tells what a measure is worth).
+        model: A TransformerLens model, or a `ResidualNetwork`, which shares computations between calls.
+        text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        order: Highest order k >= 0; None is 1.
+        layers: Layers (l is `l_pre`; n_layers or -1 is `final_post`) or stream labels; None for all.
+        positions: Positions to read, negative ones from the end of the padded row; None for all.
+        incl_mid: With `layers=None`, also read streams between attention and MLP.
+        center_scale: Length of centers: `"none"` (the paper's), or `"match"` or `"orthogonal"`, whose series converge.
+        linearize: `"jet"`, or `"detached"` (direct logit attribution), without order or center_scale.
+        targets: Tokens to follow: strings or ids, a list of them per prompt, or ids [batch, pos] aligned with
+            `positions`.
+        top_k: Number of best tokens per cell.
+        measures: Whether to compute measures, their controls and the own part's best token.
+        seed: Seed of the control, whose directions all layers and prompts share; None for no control, a fifth faster.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
         chunk_size: Rows of d_vocab logits held at once.
-
-    Returns:
-        An `IterativeJetLens` with axes [layer, order, batch, pos].
 
     Raises:
         ValueError: Bad order, layer, position, option or input; the message says what must hold.
         TypeError: Order or targets of the wrong type.
 
-    Source:
-        Chen et al., section 4; nostalgebraist 2020 for order 0.
-
-    Cost:
-        A forward pass and one product of all layers' streams with the unembedding, whatever the order.
+    Source: Chen et al., section 4; nostalgebraist 2020 for order 0. Cost: A forward pass and one product of all layers'
+    streams with the unembedding, whatever the order.
     """
     check_options(center_scale, top_k, chunk_size)
     order = read_order(linearize, order, 1)
@@ -297,7 +279,7 @@ def iterative_jet_lens(
         alpha, beta = (series.alpha * scale).transpose(0, 1), series.beta.transpose(0, 1)
         gamma = norm_jet(norm, variate, variate, 0).alpha[0]
         for own in (i for i, label in enumerate(labels) if label == FINAL_STREAM):
-            # Two ways to say the same: the model's answer is the last stream's own reading, at every order.
+            # At the last stream, the model's answer is the own reading, at every order.
             alpha, beta = alpha.clone(), beta.clone()
             alpha[own], beta[own] = gamma, 0
         plane = split_along(norm, centers, variate)

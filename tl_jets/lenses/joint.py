@@ -3,16 +3,12 @@ r"""The joint jet lens: the model's logits as one weighted sum over components.
 .. math::
     \text{logits} \approx \sum_i w_i \, U J^k \gamma_{L+1}(x_i)(h_L) + b_U ,
 
-with the embeddings and the writes of blocks, sublayers or heads as x_i, and weights on the simplex that are optimal for a
-stated objective, certified by `gap`. Uniform weights stand beside, and random centers of equal norm and angle (the control)
-with weights of either kind: what the weights achieve is told apart from what the components hold.
-
-Detached (``linearize="detached"``), the final norm keeps the scale that it has at h_L, and the logits are the sum as it is, of
-every component's direct logit attribution (embeddings included) and of the final norm's bias and b_U (`ln_final_bias`): all
-weights are 1, nothing remains and nothing is optimized or borrowed.
-
-Either way logits are additive, so that a component's share in the logit of a target is exact: `effects`, which sum to the
-centered logit that the weighted sum gives to it (detached, that is the model's own).
+The x_i are the embeddings and the writes of blocks, sublayers or heads; the weights on the simplex minimize a stated
+objective, with `gap` as certificate. Results also contain uniform weights and a control, random centers of equal norm
+and angle. Detached (``linearize="detached"``), the final norm keeps its scale at h_L, and the logits are exactly the
+sum of all components' direct logit attributions and of `ln_final_bias` (the final norm's bias and b_U). `effects` are
+exact shares of components in a target's logit, and sum to the centered logit of the weighted sum. Source: Chen et al.,
+*Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
 
 Example:
     >>> import tl_jets as tj
@@ -21,8 +17,6 @@ Example:
     >>> is_, windows = attribution.effects[:, 0, -1].T
     >>> max(zip((is_ - windows).tolist(), attribution.labels))[1]  # favors " is" most
     '3_mlp_out'
-
-Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (joint jet lens), Lemma 1.
 """
 
 from __future__ import annotations
@@ -61,38 +55,22 @@ class JointJetLens(LensResult):
     """The model's logits as a weighted sum over components. Axes: [center, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
-        labels: Components, aligned to the center axis: `embed`, `0_attn_out`, ..., `edit:<hook>`; detached, `ln_final_bias`.
-        order: k.
-        objective: What the weights minimize; `"uniform"` or `"given"` if they were not optimized, `"detached"` if there
-            is nothing to weigh.
-        center_scale: How centers were rescaled.
-        linearize: `"jet"`, or `"detached"`, whose weights are all 1.
-        positions: Positions in the prompt, aligned to the pos axis.
-        tokens: The tokens at those positions [batch, pos].
-        valid: Which of them are real [batch, pos].
-        weights: w on the simplex [center, batch, pos]; detached, 1.
-        gap: Certificate: the objective is at most this above its minimum [batch, pos], relative to the squared length
-            of the model's logits, or in nats for "kl"; None for given or uniform weights.
-        effective_rank: How many of the centers' weights the data identify [batch, pos]; None with `gap`.
-        rho: Radius ratio of each center's series [center, batch, pos]; NaN if detached, which is no series.
-        alpha: Coefficient of each center's own reading; 0 for `ln_final_bias`, a constant.
+        labels: Components: `embed`, `0_attn_out`, ..., `edit:<hook>`; detached, `ln_final_bias`.
+        objective: Objective of the weights; `"uniform"`, `"given"` or `"detached"` if they were not optimized.
+        weights: w on the simplex; detached, 1.
+        gap: Bound on the objective's excess over its minimum, relative to |logits|^2, or in nats for "kl" [batch, pos].
+        effective_rank: Number of weights that the data identify [batch, pos]; None, like `gap`, if not optimized.
+        rho: Radius ratio of each center's series; NaN if detached.
+        alpha: Coefficient of each center's own reading; 0 for `ln_final_bias`.
         beta: Coefficient of the model's own answer in each center's jet.
-        effects: Logits that each center's weighted jet adds to each target, beyond the mean of the vocabulary
-            [center, batch, pos, target]. They sum to the lens' own centered logits.
-        target_ids: Token ids [batch, pos, target].
-        target_names: How they were asked for; `<answer>` is the model's own best token.
+        effects: Logits that each center's weighted jet adds to each target, less the vocabulary's mean [..., target].
+        target_names: The targets as given; `<answer>` is the model's own best token.
         borrowed_share: Share of the model's own answer in the weighted sum [batch, pos].
-        top_ids: Best tokens of the weighted sum [batch, pos, k].
-        full_values: Their additive logits [batch, pos, k].
-        own_values: The same without the model's own answer [batch, pos, k].
-        own_top_ids: Best token without the model's own answer [batch, pos].
-        model_top_ids: The model's best token [batch, pos].
-        measures: How close to the model the sum is; each measure [batch, pos].
-        uniform: The same for uniform weights; detached, that of `measures`.
-        control: The same for random centers of equal norm and angle, with weights optimized for them in the same way; with
-            the lens' own weights where these were not optimized (uniform, given, or 1).
-        unit: What effects and logits are measured in: `"logits"`, or `"logits before the softcap"`.
-        tokenizer: The model's tokenizer, or None.
+        top_ids: Best tokens of the weighted sum, with additive logits `full_values` [batch, pos, k].
+        own_values: Their logits without the model's own answer [batch, pos, k]; the best token then is `own_top_ids`.
+        measures: Measures of the sum against the model [batch, pos].
+        uniform: The same for uniform weights; detached, equal to `measures`.
+        control: The same for random centers, with their own optimal weights if the lens' weights are optimized.
     """
 
     labels: list[str]
@@ -135,7 +113,7 @@ class JointJetLens(LensResult):
 
     @property
     def borrowed(self) -> Bool[Tensor, "batch pos"]:
-        """Positions whose best token is not that of the sum without the model's own answer."""
+        """Positions whose best token differs from that of the sum without the model's own answer."""
         return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
 
     def top_tokens(self, tokenizer: Any = None) -> Any:
@@ -143,10 +121,7 @@ class JointJetLens(LensResult):
         return decode(tokenizer or self.tokenizer, self.top_ids)
 
     def center_top_tokens(self, k: int = 1) -> TopTokens:
-        """Best tokens of each center's own jet J^order(x_i) alone [center, batch, pos, k]; read when asked for.
-
-        A jet carries the final norm's bias and b_U; a detached term does not, `ln_final_bias` does.
-        """
+        """Best tokens of each center's own jet, with its biases [center, batch, pos, k]; computed on request."""
         centers = self._centers
         bias_weight = centers.constants[:, None].expand(centers.jets.shape[:-1])
         found = top_tokens(centers.decoder, centers.jets, bias_weight=bias_weight, k=k)
@@ -161,16 +136,10 @@ class JointJetLens(LensResult):
         places: Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
     ) -> TopTokens:
-        """What every center's weighted jet adds to the logits of its own best tokens; to given ones, `effects`.
+        """Additive logits that each center's weighted jet adds to its own k best tokens, less the vocabulary's mean.
 
-        Args:
-            k: How many best tokens.
-            prompt: Index of the prompt.
-            places: Indices along the pos axis; None for all.
-            labels: Centers; None for all.
-
-        Returns:
-            Additive logits beyond the mean of the vocabulary, best first, and ids [center, place, k]; NaN and -1 at padding.
+        For one `prompt`, at `places` of the pos axis, and for some `labels` (None for all). Returns values and ids
+        [center, place, k], best first; NaN and -1 at padding.
         """
         centers, decoder = self._centers, self._centers.decoder
         wanted = list(range(len(self.positions))) if places is None else [p % len(self.positions) for p in places]
@@ -191,11 +160,7 @@ class JointJetLens(LensResult):
 
     @cached_property
     def control_uniform(self) -> Measures:
-        """The measures of the control's random centers with uniform weights (detached, those of `control`). Each [batch, pos].
-
-        So what solving for weights gains is told apart from what the components hold: `uniform` against `measures` for components,
-        `control_uniform` against `control` for random centers. Read when first asked for: two rows of the product with W_U.
-        """
+        """Measures of the control's random centers with uniform weights; `control` shows what optimal weights gain."""
         centers, (total, variate) = self._centers, self._random
         decoder, rows = centers.decoder, centers.rows
         with torch.no_grad():
@@ -205,7 +170,7 @@ class JointJetLens(LensResult):
         return measures.map(lambda values: values.to(self.weights.device))
 
     def average(self) -> pd.DataFrame:
-        """The measures of the sum, of uniform weights and of both controls, averaged over real positions."""
+        """Measures of the sum, of uniform weights and of both controls, averaged over real positions."""
         kinds = {"weighted": self.measures, "uniform": self.uniform}
         kinds |= {"control": self.control, "control_uniform": self.control_uniform}
         means = {kind: measures.mean() for kind, measures in kinds.items()}
@@ -213,10 +178,10 @@ class JointJetLens(LensResult):
         return pd.DataFrame(rows)
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """One row a center, batch, real position and target.
+        """One row per center, batch, real position and target.
 
-        Columns: center, batch, pos, token (read at that position), weights, rho, alpha, beta (no such columns if detached:
-        there is nothing to weigh), token_index and token_string (the center's own best token), target, effect.
+        Columns: center, batch, pos, token, weights, rho, alpha, beta (if jets), token_index, token_string, target,
+        effect.
         """
         tokenizer = tokenizer or self.tokenizer
         top = self.center_top_tokens(1)
@@ -255,47 +220,33 @@ def joint_jet_lens(
     cache: Any = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> JointJetLens:
-    """The model's logits as a weighted sum over components, with optimal weights, a token at a time.
+    """The model's logits as a weighted sum over components with weights per token, as a `JointJetLens`.
 
     Args:
-        model: A TransformerLens model, or a `ResidualNetwork` (keep one to share the metric and the self-check).
+        model: A TransformerLens model, or a `ResidualNetwork`, which shares computations between calls.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        order: k >= 0 of each component's jet of the final norm.
-        granularity: What the components are: `"block"`, `"sublayer"` or `"head"`. None is the network's own, which is
-            `"sublayer"` (attention and MLP) for a model, and for a `ResidualNetwork` that was made without another.
-        embeddings: Whether the embeddings are components, too.
-        weights: `"optimal"` (None), `"uniform"`, or numbers on the simplex, [center] or
-            [center, batch, pos] aligned with `positions`.
-        objective: What optimal weights minimize: the distance to the model's logits up to a constant a token
-            (`"centered_l2"`), as they are (`"l2"`, the paper's), or KL(model || sum) (`"kl"`, nats).
-        positions: Positions to read; None for all.
+        order: Order k >= 0 of each component's jet.
+        granularity: `"block"`, `"sublayer"` or `"head"`; None is the network's own, `"sublayer"` for a model.
+        embeddings: Whether the embeddings are components.
+        weights: `"optimal"` (None), `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos].
+        objective: Distance to logits up to a constant (`"centered_l2"`), as they are (`"l2"`, the paper's), or `"kl"`.
+        positions: Positions to read, with which `weights` and ids by position are aligned; None for all.
         center_scale: Length of the centers: `"none"`, `"match"` or `"orthogonal"`.
-        linearize: `"jet"`, or `"detached"`: direct logit attribution to every component, with the final norm's scale at
-            the final stream; takes no order above 0, weights, objective or center_scale.
-        targets: Tokens to report the effects on: strings or ids (the same everywhere), one list of them a prompt
-            (`[[" Paris"], [" Rome"]]`), or a tensor of ids [batch, pos] or [batch, pos, target] aligned with `positions`; None
-            for the model's own best token.
-        top_k: How many best tokens a position keeps.
-        seed: Of the random control, whose directions depend on it, the center and the position in the prompt alone: all prompts
-            share them, and for the spread of a control several seeds are needed.
+        linearize: `"jet"`, or `"detached"` (direct logit attribution), without order, weights, objective, center_scale.
+        targets: Strings or ids, a list per prompt, or ids [batch, pos(, target)]; None for the model's best token.
+        top_k: Number of best tokens per position.
+        seed: Seed of the control, whose directions all prompts share.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
         chunk_size: Positions whose weights are solved at once.
-
-    Returns:
-        A `JointJetLens`. Edits by the user's hooks on the stream are components of their own (`edit:<hook>`).
 
     Raises:
         ValueError: Bad order, position, option, weights, target or input; the message says what must hold.
         TypeError: Targets of the wrong type.
         NotImplementedError: `objective="kl"` on a model with a final softcap.
 
-    Source:
-        Chen et al., section 4, Lemma 1.
-
-    Cost:
-        A forward pass and, a position, a quadratic program with as many variables as components, solved twice (the
-        control); "kl" needs all components' logits.
+    Source: Chen et al., section 4, Lemma 1. Cost: A forward pass and two quadratic programs per position (one for the
+    control); "kl" needs all components' logits.
     """
     check_options(center_scale, top_k, chunk_size)
     order = read_order(linearize, order, 0)
@@ -390,7 +341,7 @@ def _choose(
     rows: Rows,
     chunk_size: int,
 ) -> tuple[Tensor, SimplexSolution | None]:
-    """Weights [row, center], and the solution if they were solved."""
+    """Weights [row, center], and the solution if they were optimized."""
     n = len(jets)
     if isinstance(weights, str) and weights == "optimal":
         parts = [
@@ -423,7 +374,7 @@ def _scan_sums(
     chunk_size: int,
     given: Callable[[slice], Tensor] | None,
 ) -> MixtureScan:
-    """Read the weighted sums [sum, row, d_model]; the first is split into its own part and what it borrows."""
+    """Read weighted sums [sum, row, d_model]; the first is split into its own and its borrowed part."""
     norm, (n, n_rows) = network.decoder.norm, sums.shape[:2]
     shared = weighted(norm, norm.center(variate.double()))
     beta = sums.new_zeros(n, 1, n_rows)
@@ -439,7 +390,7 @@ def _scan_sums(
 
 
 def _borrowed_share(network: ResidualNetwork, total: Tensor, borrowed: Tensor, variate: Tensor) -> Tensor:
-    """Length of the beta part over the sum of the lengths of both parts, logits centered over the vocabulary."""
+    """Length of the beta part over the sum of both lengths, logits centered over the vocabulary."""
     if not borrowed.any():
         return torch.zeros_like(borrowed)
     norm, metric = network.decoder.norm, network.decoder.metric(centered=True)

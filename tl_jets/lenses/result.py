@@ -1,4 +1,4 @@
-"""What the results of both lenses share: measures by name."""
+"""Common base of both lenses' results: measures by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tl_jets.core.results import Result
 
 
 class LensResult(Result):
-    """A frozen dataclass of tensors, one of which is `measures`."""
+    """Base of frozen dataclasses of tensors, one of which is `measures`."""
 
     measures: Measures | None
 
     def __getattr__(self, name: str) -> Tensor:
-        """`lens.kl`, `lens.cosine`, ...: the measures by name."""
+        """A measure by name: `lens.kl`, `lens.cosine`, ..."""
         if name not in (*MEASURES, "borrowed"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
         if self.measures is None:  # no ValueError, so that hasattr says no
