@@ -85,11 +85,11 @@ class Reference:
     def stream(self, layer: int, kind: str = "pre") -> Tensor:
         return self.values[f"blocks.{layer}.hook_resid_{kind}"]
 
-    def decode(self, stream: Tensor, transform: bool = True) -> Tensor:
+    def decode(self, stream: Tensor) -> Tensor:
         """Final norm, unembedding and the model's own softcap or scale."""
         with torch.no_grad(), full_precision():
             logits = self.model.unembed(self.model.ln_final(stream))
-            return self.model.adapter.apply_output_logits_transform(logits) if transform else logits
+            return self.model.adapter.apply_output_logits_transform(logits)
 
     def agree(self, found: Tensor, wanted: Tensor) -> None:
         assert oracles.relative_error(found, wanted) < self.tolerance
@@ -144,8 +144,8 @@ def lenses(reference: Reference, layer: int) -> None:
     joint = tj.joint_jet_lens(reference.model, reference.tokens, granularity="sublayer", weights="uniform", top_k=3)
     terms = parts(reference)
     assert joint.labels == list(terms)
-    logits = torch.stack([reference.decode(term, transform=False) for term in terms.values()]).mean(0)
-    if reference.network.decoder.transform is None:  # a scale that is no part of W_U is the unembedding's business
+    logits = torch.stack([reference.decode(term) for term in terms.values()]).mean(0)
+    if reference.network.decoder.transform is None:  # a softcap is no part of additive logits, a scale is
         reference.agree(joint.full_values, logits.gather(-1, joint.top_ids))
 
 

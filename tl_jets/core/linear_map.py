@@ -225,7 +225,9 @@ class LinearMap(ABC):
         for row, vector in zip(long, short, strict=True):
             row.copy_(across(vector))
         values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
-        long /= values.clamp_min(torch.finfo(values.dtype).tiny)[:, None]
+        # Orthonormal to rounding: what they are multiplied by is not, in float32.
+        basis, scales = torch.linalg.qr(long.double().mT)
+        long = (basis * scales.diagonal().sign()).mT.to(long)
         left, right = (short, long) if wide else (long, short)
         # Choose signs by the prompt's own input.
         sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]

@@ -326,7 +326,7 @@ class NgramTable(Shown):
         types = dict.fromkeys(self._id_columns, pa.int64()) | dict.fromkeys(self._token_columns, pa.string())
         types |= dict.fromkeys(("score", *self.parts), pa.float64())
         schema = pa.schema(list(types.items()), {METADATA_KEY: json.dumps(about)})
-        known = torch.tensor(sorted(self.names), dtype=torch.long)
+        known = torch.tensor(sorted(self.names), dtype=torch.long, device="cpu")
         texts = pa.array([self.names[token] for token in known.tolist()], pa.string())
 
         def write(stream: BinaryIO) -> None:
