@@ -507,7 +507,7 @@ def test_lenses_follow_the_modified_model(spec, kind):
     with model.hooks(fwd_hooks=[(name, edit)]):
         hand = Hand(model, tokens)
         lens = iterative_jet_lens(model, tokens, order=2)
-        joint = joint_jet_lens(model, tokens, order=1, weights="uniform")
+        joint = joint_jet_lens(model, tokens, order=1, weights="uniform", granularity="block")
     with full_precision():
         logits = model.run_with_hooks(tokens, fwd_hooks=[(name, edit)])
     assert float((logits - plain.logits).abs().max()) > 1e-2
