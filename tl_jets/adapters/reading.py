@@ -50,6 +50,11 @@ def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: 
     )
     with torch.no_grad(), full_precision():
         wanted = module(probe)
+    if not bool(wanted.isfinite().all()):
+        raise ValueError(
+            f"A norm must give finite numbers; {type(module).__name__} gives NaN or infinity. Look at its weights, which were "
+            f"changed or not loaded."
+        )
     best, best_error = Norm("none"), float("inf")
     for candidate in _norm_candidates(module, cfg, dtype):
         with torch.no_grad():
