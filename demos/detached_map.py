@@ -112,7 +112,9 @@ def steered(network: ResidualNetwork, model: Any) -> tuple[Table, list[str]]:
         hooks = steering_hooks(network, STEER, output=-1, strength=strength)
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1]
         with model.hooks(fwd_hooks=hooks):
-            text = model.generate(tokens, max_new_tokens=10, do_sample=False, stop_at_eos=False, verbose=False)
+            # Without a cache: TransformerLens ignores its own with transformers 5.24.
+            options = {"use_past_kv_cache": False, "stop_at_eos": False, "verbose": False}
+            text = model.generate(tokens, max_new_tokens=10, do_sample=False, **options)
         goes_on = visible(model.tokenizer.decode(text[0, tokens.shape[1] :]))
         table.add_row(f"{strength:.1f}", says(network, logits, 4), goes_on)
         answers.append(says(network, logits))

@@ -523,8 +523,8 @@ def test_what_mixes_tokens_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, "1 or more"),
-        ({"chunk_size": 0}, "1 or more"),
+        ({"top_k": 0}, "top_k must be an integer >= 1; got 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer >= 1; got 0"),
         ({"per": "column"}, "per must be one of"),
         ({"score": "p"}, "score must be one of"),
         ({"screen": "fp8"}, "screen must be"),
