@@ -41,7 +41,12 @@ def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 def run(notebook: nbformat.NotebookNode, monkeypatch) -> nbformat.NotebookNode:
     """A copy, executed by the running Python; an error in a cell is raised."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(
+            [str(ROOT / "tests" / "package"), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+        ),
+    )
     found = copy.deepcopy(notebook)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as sockets:
         warnings.simplefilter("ignore")  # of jupyter itself
