@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tl_jets import ResidualNetwork
 from tl_jets.calculus import full_precision
-from tl_jets.detached_map import steering_hooks
 from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
+from tl_jets.interventions.steering import steering_hooks
 
 SPECS = [spec for spec in zoo.available(["gpt2", "llama"]) if spec.processing == "raw"]
 STEPS = ["0_mlp", "1_attn", "L0H2", "L1N5"]

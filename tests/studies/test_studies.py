@@ -913,7 +913,9 @@ def test_ablation_is_that_of_hooks(spec, mode):
             if mode == "mean":
                 model.run_with_hooks(reference, fwd_hooks=[(name, lambda x, hook: stored.update(mean=x.mean((0, 1))))])
             hooks = [(name, lambda x, hook: x * 0 + stored.get("mean", 0))]
-        return model.run_with_hooks(prompts, fwd_hooks=hooks)[:, -1].double()
+        found = model.run_with_hooks(prompts, fwd_hooks=hooks)[:, -1].double()
+        cap = zoo.hf_model(spec.name).config.final_logit_softcapping if spec.name == "gemma2" else None
+        return found if cap is None else cap * torch.atanh(found / cap)  # effects are in logits before a softcap
 
     with torch.no_grad(), ResidualNetwork(model).view.precision():
         clean = logits()

@@ -28,6 +28,7 @@ Example:
     >>> import torch
     >>> from tl_jets.calculus import Norm
     >>> from tl_jets.core.decoder import Decoder
+    >>> from tl_jets.adapters.callables import CallableModel
     >>> _ = torch.manual_seed(0)
     >>> W = torch.randn(2, 4, 4)
     >>> model = CallableModel(

@@ -105,7 +105,9 @@ class Structure:
         if self.tokenizer is None:
             raise ValueError("Tokens are known to a tokenizer; the model has none. Pass ids.")
         d_vocab = self.decoder.d_vocab
-        return torch.tensor(sorted({token for token in self.tokenizer.get_vocab().values() if token < d_vocab}), device="cpu")
+        return torch.tensor(
+            sorted({token for token in self.tokenizer.get_vocab().values() if token < d_vocab}), device="cpu"
+        )
 
     def at(self: Network, granularity: Granularity) -> Network:
         """The same model at another granularity; shares the view, its values and, below blocks, the neurons."""

@@ -263,7 +263,8 @@ def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
     keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
     if not view.checked.issuperset(keys):
         with torch.no_grad():
-            trace = network.at("head").trace(torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu"))
+            ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
+            trace = network.at("head").trace(ends, attention_mask=torch.ones_like(ends))
             for write in keys.values():
                 trace[write]
 
@@ -275,7 +276,8 @@ def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, F
         return found
     network = network.at("sublayer")
     with torch.no_grad():
-        trace = network.trace(torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu"))
+        ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
+        trace = network.trace(ends, attention_mask=torch.ones_like(ends))
         zero = torch.zeros_like(trace[network.streams[0]])
         for layer in sorted(layers):
             gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"

@@ -92,7 +92,7 @@ class HeadReader:
         zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self.streams.device)
         view.refuse(Step(f"{layer}_attn", layer, "attn"))
         with torch.no_grad():
-            trace = self.network.trace(zeros)
+            trace = self.network.trace(zeros, attention_mask=torch.ones_like(zeros))
             trace.gamma(f"{layer}_attn")  # compares the replay with what the model wrote
         self._recording = trace.recording
         step = next(step for step in self.network.steps if step.label == f"{layer}_attn")

@@ -103,7 +103,9 @@ class VocabularyStreams:
     def _checked_trace(self) -> Trace:
         """A trace of two one-token prompts for the arguments of replays; checks embedding and MLPs."""
         first = torch.tensor([[0], [self.n_tokens - 1]], device="cpu")
-        trace = self.network.trace(first)
+        # Every id is a token here, those of padding too.
+        mask = None if isinstance(self.network.view, CallableModel) else torch.ones_like(first)
+        trace = self.network.trace(first, attention_mask=mask)
         if any(trace.recording.edits.values()):
             raise ValueError(
                 "A path's streams are those of the model without edits; a hook edits "

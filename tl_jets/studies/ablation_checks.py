@@ -278,7 +278,14 @@ def ablation_check(
     last = table.ids[:, -1]
     shuffles = torch.from_numpy(np.stack([draw.permutation(len(last)) for _ in range(n_random)], axis=1))
     targets = torch.cat([last[:, None], last[shuffles]], dim=1).unsqueeze(1)
-    effect = ablation_effect(network, prompts, components, mode=mode, reference=reference, targets=targets, seed=seed)
+    # Every id is a token here, those of padding too.
+    options: dict[str, Any] = {
+        "mode": mode,
+        "reference": reference,
+        "seed": seed,
+        "attention_mask": torch.ones_like(prompts),
+    }
+    effect = ablation_effect(network, prompts, components, targets=targets, **options)
     change = (effect.centered if logit == "centered" else effect.logit)[:, :, 0].cpu()
     return AblationCheck(
         step=step,
