@@ -326,3 +326,16 @@ def test_what_a_beam_is_led_by_is_what_is_measured_and_nothing_at_padding(rank):
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     sizes = logits.norm(dim=(1, 2)) if rank == "length" else logits.gather(-1, best).abs().sum((1, 2))
     torch.testing.assert_close(yardstick.sizes(parts, rank), sizes, rtol=1e-10, atol=1e-10)
+
+
+def test_best_tokens_of_parts_are_texts_of_their_largest_logits():
+    net = ResidualNetwork(zoo.build(FAMILIES[0]))
+    paths = detached(net)(net.trace(zoo.tokens(net.view.model, batch=2, pos=5)), positions=[1, 4])
+    found = paths.statistics()
+    for texts in (found.top_tokens(), found.top_tokens(net.tokenizer)):
+        assert list(texts) == paths.labels
+        for label in (paths.labels[0], paths.labels[-1]):
+            best = paths.logits(label).argmax(-1).tolist()
+            assert [[text.strip() for text in row] for row in texts[label]] == [
+                [net.tokenizer.decode([token]).strip() for token in row] for row in best
+            ]
