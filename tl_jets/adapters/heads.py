@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from tl_jets.adapters.protocol import BlocksView
@@ -57,7 +58,8 @@ def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tupl
 
 def _through_output(view: BlocksView, layer: int, z: Tensor) -> Tensor:
     """Output of W_O per head [head, batch, pos, d_model]."""
-    return torch.einsum("bphe,hem->hbpm", z, view.blocks[layer].attn.W_O.to(view.dtype))
+    W_O = view.blocks[layer].attn.W_O.to(view.dtype)
+    return einsum(z, W_O, "batch pos head d_head, head d_head d_model -> head batch pos d_model")
 
 
 def check_heads(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:

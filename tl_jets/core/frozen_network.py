@@ -33,6 +33,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class FrozenStage:
     def writes(self, values: Float[Tensor, "path batch pos d_model"]) -> Float[Tensor, "write path batch pos d_model"]:
         """A_s x of every step, for many x."""
         found = self.linear.apply(values, chunk_size=chunk_size(values[:1]))
-        return found.unflatten(-1, (len(self.stage.steps), -1)).movedim(-2, 0)
+        return rearrange(found, "... (write d_model) -> write ... d_model", write=len(self.stage.steps))
 
     def pulled_back(
         self, functionals: Float[Tensor, "many batch pos d_model"], taken: list[bool]
@@ -225,7 +226,7 @@ def _freeze(trace: Trace, stage: Stage) -> FrozenStage:
     with torch.enable_grad():
         point = stream.detach().clone().requires_grad_()
         with frozen(record=tape):
-            linear = GraphMap(point, gammas(point).movedim(0, -2).flatten(-2))
+            linear = GraphMap(point, rearrange(gammas(point), "write ... d_model -> ... (write d_model)"))
     with torch.no_grad(), frozen(replay=tape):
         constants = gammas(torch.zeros_like(point)).detach()
     found = FrozenStage(stage, linear, constants)

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -128,7 +129,9 @@ class HeadReader:
         with self.view.hooks(self._savers(found, "hook_z")):
             self.network.view.writes(self._recording, self._attention, padded)
         query, key = self._query_and_key(found)
-        value = found["hook_z"].unflatten(-1, (self.n_heads, -1)) if found["hook_z"].ndim == 3 else found["hook_z"]
+        value = found["hook_z"]
+        if value.ndim == 3:
+            value = rearrange(value, "batch pos (head d_head) -> batch pos head d_head", head=self.n_heads)
         return query[: len(stream), 0], key[: len(stream), 0], value[: len(stream), 0]
 
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
@@ -155,9 +158,11 @@ class HeadReader:
             )
         query, key = found[names[0]], found[names[1]]
         if query.ndim == 3:
-            query = query.unflatten(-1, (self.n_heads, -1))
-            key = key.unflatten(-1, (-1, query.shape[-1]))
-        return query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+            query = rearrange(query, "batch pos (head d_head) -> batch pos head d_head", head=self.n_heads)
+            key = rearrange(key, "batch pos (head d_head) -> batch pos head d_head", d_head=query.shape[-1])
+        return query, repeat(
+            key, "batch pos head d_head -> batch pos (head copy) d_head", copy=query.shape[2] // key.shape[2]
+        )
 
     # The score map
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,9 +58,9 @@ class Tangents:
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
             value = self.function(point)
-            linear = GraphMap(point, value.movedim(0, -2).flatten(-2))
+            linear = GraphMap(point, rearrange(value, "write ... d_model -> ... (write d_model)"))
         found = linear.apply_rows(directions, chunk_size=chunk_size(x))
-        return value.detach(), found.unflatten(-1, (len(value), -1)).movedim(-2, 0)
+        return value.detach(), rearrange(found, "... (write d_model) -> write ... d_model", write=len(value))
 
     def _series(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         found = [self.function(Series.line(x, direction, 1)) for direction in directions]
