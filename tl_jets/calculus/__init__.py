@@ -1,6 +1,6 @@
-"""Truncated Taylor arithmetic: series that run through PyTorch code, jets of functions and of norms, modes.
+"""Truncated Taylor arithmetic: series through PyTorch code, jets of functions and norms, computation modes.
 
-This package knows nothing of models. Source: Chen et al., arXiv 2410.06024, eq. 6-7; Griewank & Walther 2008,
+This package does not depend on any model. Source: Chen et al., arXiv 2410.06024, eq. 6-7; Griewank & Walther 2008,
 *Evaluating Derivatives*, ch. 13.
 
 Example:
@@ -10,7 +10,7 @@ Example:
     tensor([ 0.0000,  1.0000,  0.0000, -0.1667])
 """
 
-# The rule modules fill the table on import; nothing else needs them by name.
+# Importing the rule modules fills the table.
 import tl_jets.calculus.rules_arithmetic
 import tl_jets.calculus.rules_elementary
 import tl_jets.calculus.rules_inplace

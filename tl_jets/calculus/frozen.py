@@ -1,34 +1,30 @@
-r"""Freeze norm scales, attention patterns and gates inside a running computation, without changing what it gives.
+r"""Freeze norm scales, attention patterns and gates inside a running computation, without changing its values.
 
-Inside `frozen()` every nonlinearity of a transformer is a linear map of its input with coefficients held at the running
-point, so that its derivative J and its value agree: f(x) = J x + bias.
+Inside `frozen()` every nonlinearity of a transformer is a linear map of its input, with coefficients fixed at the
+current point, so that its value and its derivative J agree: f(x) = J x + bias.
 
 ===========================  =============================  ==============================================
-what the model computes      written as                     what is frozen
+operation                    written as                     frozen part
 ===========================  =============================  ==============================================
 norm                         x * s(x)                       the scale s
 attention                    softmax(q k') v                the pattern softmax(q k')
 activation act(x)            x * (act(x) / x)               the slope act(x) / x; act'(0) at x = 0
-gated activation act(g) * u  act(g) * u                     act(g) as a whole
+gated activation act(g) * u  act(g) * u                     act(g)
 ===========================  =============================  ==============================================
 
-The mechanism is a look at each PyTorch call:
+A `TorchFunctionMode` intercepts each PyTorch call:
 
-- what only ever is a scale, a pattern or a factor is detached: softmax, rsqrt, sqrt, norm, exp, sigmoid, reciprocals,
-  every denominator;
-- fused norms and activations keep their value y and get the derivative of the frozen map: y + (lin - lin.detach()),
-  where lin - lin.detach() is an exact zero;
-- what comes out of an activation is remembered as such. When it is multiplied elementwise with another tensor of its
-  shape that is differentiated, it is a gate, and is detached. So is a factor (tanh, erf, sigmoid) that is multiplied
-  with what it was made from: `0.5 * x * (1 + tanh(...))` comes out as the frozen slope times x.
+- softmax, rsqrt, sqrt, norm, exp, sigmoid, reciprocals and all denominators are detached;
+- fused norms and activations keep their value y and get the derivative of the frozen map, y + (lin - lin.detach());
+- the output of an activation is a gate, and is detached, where it multiplies a differentiated tensor of its shape. So
+  is a factor (tanh, erf, sigmoid) of its own argument: `0.5 * x * (1 + tanh(...))` is the frozen slope times x.
 
-Nothing here knows a model: whoever freezes one checks that it came out affine (`tl_jets.detached_map` does, and refuses).
-
-The same calls can be made again at another point with the coefficients of the first: `frozen(record=tape)`, then
-`frozen(replay=tape)`. The second computation *is* the frozen map, and its value at zero is the bias.
+`frozen(record=tape)` stores the coefficients; `frozen(replay=tape)` applies them at another point. The replayed
+computation *is* the frozen map, and its value at zero is the bias. Callers must check that a model came out affine
+(`tl_jets.detached_map` does).
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3. Cost: a table
-look-up a call, and a few elementwise operations for each fused norm or activation.
+look-up per call, and a few elementwise operations per fused norm or activation.
 
 Example:
     >>> x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
@@ -56,7 +52,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tl_jets.calculus.series import Series
 
-# What a tensor is known to be: a number that multiplies something, or the output of an activation.
+# The role of a tensor: a multiplicative factor, or the output of an activation.
 _Role = Literal["factor", "activation"]
 _Tape = list[tuple[str, Any]]
 _Rule = Callable[["_Frozen", Callable[..., Any], Any, dict[str, Any]], Any]
@@ -86,7 +82,7 @@ class _Frozen(TorchFunctionMode):
         return rule(self, func, args, kwargs)
 
     def kept(self, name: str, value: Callable[[], Any], like: Tensor | None = None) -> Any:
-        """A frozen coefficient: computed here, or that of the recorded computation."""
+        """A frozen coefficient, computed now or read from the recorded computation."""
         if self.replay is None:
             found = value()
             if self.record is not None:
@@ -112,21 +108,17 @@ class _Frozen(TorchFunctionMode):
 def frozen(*, record: _Tape | None = None, replay: _Tape | None = None) -> TorchFunctionMode:
     """A context in which norm scales, attention patterns and gates are constants for every derivative.
 
-    Values are bit-equal to those outside. Works under reverse and forward differentiation and within `torch.func`;
-    composes with `full_precision`, in either order; leaves Taylor series alone.
+    Values are bit-equal to those outside. Supports reverse and forward differentiation and `torch.func`, composes with
+    `full_precision` in either order, and ignores Taylor series.
 
     Args:
-        record: A list that the frozen coefficients are appended to, in the order of the calls. Which products are gates
-            is seen only where the tensors are differentiated: record under autograd.
-        replay: A recorded list: the same calls on other tensors of the same shapes then use its coefficients, so that
-            the computation is the recorded one's affine map.
-
-    Returns:
-        A context manager.
+        record: A list to which the frozen coefficients are appended, in call order. Record under autograd: gates are
+            detected only where tensors are differentiated.
+        replay: A recorded list. The same calls on other tensors of the same shapes use its coefficients.
 
     Raises:
         ValueError: Both are given.
-        RuntimeError: The replayed calls are not the recorded ones.
+        RuntimeError: The replayed calls differ from the recorded ones.
 
     Source: Golden, arXiv 2505.24293, section 3.
 
@@ -151,7 +143,7 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _positional(kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """`softmax(input=x, dim=-1)` as `softmax(x, dim=-1)`."""
+    """Rewrite `softmax(input=x, dim=-1)` as `softmax(x, dim=-1)`."""
     for name in ("input", "self", "query"):
         if name in kwargs:
             return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
@@ -159,7 +151,7 @@ def _positional(kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
 
 
 def _is_live(x: Tensor) -> bool:
-    """Whether x is being differentiated, by any transform; a model's own parameters do not count."""
+    """Whether x is being differentiated by any transform; a model's parameters do not count."""
     if isinstance(x, torch.nn.Parameter):
         return False
     if x.requires_grad:
@@ -176,7 +168,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _straight_through(value: Tensor, linear: Tensor) -> Tensor:
-    """The value, with the derivative of the linear map."""
+    """`value`, with the derivative of `linear`."""
     return value.detach() + (linear - linear.detach())
 
 
@@ -187,14 +179,14 @@ def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bo
 
 
 def _value(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """What a call gives, as a constant; an in-place call writes to a copy."""
+    """The result of a call as a constant; an in-place call writes to a copy."""
     x = args[0].detach()
     x = x.clone() if _in_place(func, args, kwargs) else x
     return func(x, *args[1:], **kwargs).detach()
 
 
 def _given_back(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Tensor) -> Tensor:
-    """The result, written to the first argument if the call is in place."""
+    """The result, copied into the first argument if the call is in place."""
     return args[0].copy_(result) if _in_place(func, args, kwargs) else result
 
 
@@ -202,20 +194,20 @@ def _given_back(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
 
 
 def _detach(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A scale, a pattern or a factor: a constant."""
+    """Make a scale, pattern or factor constant."""
     result = mode.kept(_name(func), lambda: _value(func, args, kwargs))
     return mode.mark(_given_back(func, args, kwargs, result), "factor")
 
 
 def _slope(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], role: _Role) -> Any:
-    """A function with f(0) = 0 as x times the constant f(x) / x."""
+    """Replace a function with f(0) = 0 by x times the constant f(x) / x."""
     x = args[0]
     value = None if mode.replay is not None else _value(func, args, kwargs)
 
     def slope() -> Tensor:
         assert value is not None
         here = x.detach()
-        # Beside zero, on the side where ReLU's derivative at zero is that of PyTorch.
+        # Slightly below zero, where the slope of ReLU is PyTorch's derivative at zero.
         beside = torch.full((1,), -16 * torch.finfo(here.dtype).tiny, dtype=here.dtype, device=here.device)
         at_zero = func(beside.clone(), *args[1:], **kwargs) / beside
         return torch.where(here.abs() < beside.abs(), at_zero, value / here)
@@ -230,12 +222,12 @@ def _activation(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict
 
 
 def _odd_factor(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A factor of GELU (tanh, erf) until it is multiplied; an activation or a softcap of its own if it never is."""
+    """Treat tanh and erf as a factor of GELU until multiplied; otherwise they are an activation or a softcap."""
     return _slope(mode, func, args, kwargs, "factor")
 
 
 def _clamp(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A clamp of numbers around zero (clipped values, a ReLU written so) is an activation; others are left alone."""
+    """Treat a clamp to numbers around zero as an activation; leave other clamps unchanged."""
     bounds = [*args[1:], *kwargs.values()]
     low = kwargs.get("min", args[1] if len(args) > 1 else None)
     high = kwargs.get("max", args[2] if len(args) > 2 else None)
@@ -296,7 +288,7 @@ def _attention(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[
 
 
 def _divide(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A denominator is a scale or a factor: a constant."""
+    """Make a denominator constant."""
     denominator = args[1] if len(args) > 1 else kwargs["other"]
     if not isinstance(denominator, Tensor):
         return mode.mark(func(*args, **kwargs), mode.role(args[0]))
@@ -307,7 +299,7 @@ def _divide(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str
 
 
 def _multiply(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A gate or a factor times a differentiated tensor of its shape is a constant times it."""
+    """Make a gate or factor constant where it multiplies a differentiated tensor of its shape."""
     if len(args) < 2:
         args, kwargs = (args[0], kwargs["other"]), {key: value for key, value in kwargs.items() if key != "other"}
     left, right = args[:2]
@@ -318,7 +310,7 @@ def _multiply(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[s
             if role is not None and item.shape == result.shape:
                 return mode.mark(result, role)
         return result
-    # A factor before an activation; of two alike the right one, so that a square keeps half of itself.
+    # Prefer a factor to an activation; of two alike freeze the right one, so a square keeps half of its derivative.
     index = 0 if roles[1] is None or (roles[0] == "factor" and roles[1] == "activation") else 1
     tagged, partner = args[index], args[1 - index]
     constant = mode.kept(_name(func), lambda: tagged.detach() if _is_live(partner) else None)
@@ -335,7 +327,7 @@ def _multiply(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[s
 
 
 def _power(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Roots are scales; the square of an activation is an activation."""
+    """Treat roots as scales, and the square of an activation as an activation."""
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent", 2)
     if isinstance(exponent, Tensor):
         exponent = exponent.item() if exponent.ndim == 0 else None
@@ -349,7 +341,7 @@ def _power(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
 
 
 def _carry(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A factor plus a number is a factor; so is a copy, a view or a cast."""
+    """Pass the role of a tensor on to its sum with a number, its copy, view or cast."""
     result = func(*args, **kwargs)
     if isinstance(result, Tensor):
         parts = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor) and item.is_floating_point()]

@@ -1,12 +1,11 @@
 r"""The jet of a tensor function: its truncated Taylor series at a center, evaluated at a variate.
 
-For center x, variate y and v = y - x,
+For center x, variate y and v = y - x (Chen et al., *Jet Expansions of Residual Computation*, arXiv 2410.06024, eq. 6-7),
 
-    c_j = D^j f(x)[v, ..., v] / j!,    J^k f(x)(y) = c_0 + ... + c_k
+    c_j = D^j f(x)[v, ..., v] / j!,    J^k f(x)(y) = c_0 + ... + c_k.
 
-(Chen et al., *Jet Expansions of Residual Computation*, arXiv 2410.06024, eq. 6-7). "Coefficient" always includes the
-1/j!. Computed by Taylor arithmetic in one pass of f over a `Series`, not by nested forward differentiation, which costs
-2^k and is silently wrong through `F.layer_norm` (pytorch#196700).
+"Coefficient" always includes the 1/j!. All coefficients come from one pass of f over a `Series`. Nested forward
+differentiation would cost 2^k and is silently wrong through `F.layer_norm` (pytorch#196700).
 
 | symbol | variable |
 |---|---|
@@ -16,7 +15,7 @@ For center x, variate y and v = y - x,
 | c_j | `Jet.coefficients[j]` |
 | J^k f(x)(y) | `Jet.value` |
 
-Cost: about k + 1 evaluations of f, as one evaluation on stacked tensors, and one that c_0 is compared with.
+Cost: about k + 1 evaluations of f, batched as one on stacked tensors, and one more to check c_0.
 
 Example:
     >>> jet(torch.exp, torch.zeros(1), torch.ones(1), order=3).value
@@ -41,12 +40,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Jet:
-    """A truncated Taylor series of a function, along the segment from its center to its variate.
+    """Truncated Taylor series of a function along the segment from its center to its variate.
 
     Attributes:
         coefficients: c_0 .. c_k with c_j = D^j f(x)[v, ..., v] / j!, `[order+1, *out]`.
-
-    Source: arXiv 2410.06024, eq. 6-7.
 
     Example:
         >>> Jet(torch.tensor([1.0, 1.0, 0.5])).partial_sums
@@ -62,7 +59,7 @@ class Jet:
 
     @property
     def partial_sums(self) -> Float[Tensor, " terms *out"]:
-        """J^0, ..., J^k of f at the center, evaluated at the variate: `[order+1, *out]`."""
+        """J^0, ..., J^k of f, `[order+1, *out]`."""
         return self.coefficients.cumsum(0)
 
     @property
@@ -71,7 +68,7 @@ class Jet:
         return self.coefficients.sum(0)
 
     def __repr__(self) -> str:
-        """Order and output shape; the numbers are in `.coefficients`."""
+        """Order, output shape and dtype."""
         shape = list(self.coefficients.shape[1:])
         return f"Jet(order={self.order}, out={shape}, dtype={self.coefficients.dtype})"
 
@@ -86,21 +83,20 @@ def jet(
     """The jet J^order f(center), evaluated at the variate.
 
     Args:
-        f: a function of one tensor made of PyTorch operations, such as a module. Most of PyTorch has Taylor rules (the
-            documentation has the table); the rest is refused by name. Called once at order 0, twice above; it must give
-            the same both times, and not write what it computes from its argument into plain tensors that it holds.
-        center: where f is expanded, `[*shape]`, float32 or float64, finite.
-        variate: where the expansion is evaluated, `[*shape]`, like `center`.
+        f: a function of one tensor made of PyTorch operations that have Taylor rules, such as a module. It is called once
+            at order 0 and twice above, must be deterministic, and must not write results into plain tensors that it holds.
+        center: expansion point, `[*shape]`, float32 or float64, finite.
+        variate: evaluation point, `[*shape]`, of the dtype and device of `center`.
         order: truncation order k >= 0; order 0 is f(center).
 
     Returns:
         The coefficients c_0 .. c_k, `[order+1, *out]`. If f does not depend on its argument, f's value and zeros.
 
     Raises:
-        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f gives no tensor, or f
+        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f returns no tensor, or f
             writes a series into a plain tensor.
-        ValueError: `order` is negative, or the inputs differ in shape, dtype or device, or are not finite; f has no
-            finite value or derivative there, or its value differs from one call to the next; or `torch.autocast` is active.
+        ValueError: `order` is negative or too large; the inputs differ in shape, dtype or device, or are not finite; f has
+            no finite value or derivative there, or is not deterministic; or `torch.autocast` is active.
         NotImplementedError: f uses an operation that has no Taylor rule.
 
     Source: arXiv 2410.06024, eq. 6-7.
@@ -123,7 +119,7 @@ def jet(
         if not torch.isfinite(point).all():
             raise ValueError(f"{name} is finite; it holds NaN or infinity. Find where they arise before expanding.")
     refuse_autocast(center.device)
-    # The argument is a fresh tensor in either case: f may write into it.
+    # Always pass a new tensor: f may write into it.
     argument = Series.line(center, variate - center, order) if order else center.detach().clone()
     out = f(argument)
     if not isinstance(out, Tensor):
@@ -144,11 +140,7 @@ def jet(
 
 
 def _check_value(found: Tensor, expected: Tensor, center: Tensor) -> None:
-    """Compare c_0 with f(center) up to rounding.
-
-    That is the square root of the machine's epsilon, of the largest value, and 100 epsilons of the center, for values
-    that cancel.
-    """
+    """Compare c_0 with f(center), up to sqrt(eps) of the largest value and 100 eps of the center."""
     if found.shape == expected.shape:
         scale = expected.abs().amax().item() if expected.numel() else 0.0
         precision = max(torch.finfo(x.dtype).eps for x in (found, expected) if x.is_floating_point())
@@ -180,7 +172,7 @@ def _refuse_what_is_not_finite(
 
 
 class _FirstNotFinite(TorchDispatchMode):
-    """Note the first operation whose result is not finite though its arguments are."""
+    """Record the first operation with finite arguments and a non-finite result."""
 
     name: str | None = None
 

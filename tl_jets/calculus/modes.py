@@ -1,20 +1,18 @@
 """Keep a model's arithmetic as precise as its inputs, and differentiable to any order.
 
-Models lower precision on purpose: a float64 model still takes its softmax in float32, a bfloat16 model everything. That
-bounds how well jets can be checked and computed. Inside `full_precision()`
+Models lower precision on purpose: float64 models may take softmax in float32. Inside `full_precision()`
 
-- no cast makes a floating-point tensor less precise: `x.float()` on float64, `softmax(dtype=torch.float32)`,
+- no cast lowers the precision of a floating-point tensor: `x.float()` on float64, `softmax(dtype=torch.float32)` and
   `x.to(torch.bfloat16)` keep the dtype of x;
-- no arithmetic runs below float32: half-precision tensors are promoted where they enter it;
-- operands that differ in precision meet at the higher one where PyTorch would refuse (`F.linear`, `matmul`);
-- under forward differentiation and for series, `F.scaled_dot_product_attention` is matrix products and a softmax
-  (the fused kernels have no forward derivative, pytorch#98164), and under nested forward differentiation
-  `F.layer_norm` is its composite formula (its second-order forward derivative is wrong, pytorch#196700).
+- no arithmetic runs below float32: half-precision operands are promoted;
+- operands of mixed precision are cast to the highest one where PyTorch would refuse (`F.linear`, `matmul`);
+- under forward differentiation and for series, `F.scaled_dot_product_attention` is computed as matrix products and a
+  softmax (the fused kernels have no forward derivative, pytorch#98164); under nested forward differentiation,
+  `F.layer_norm` is computed by its formula (its second-order forward derivative is wrong, pytorch#196700).
 
-A float32 model is left as it is, bit for bit.
+Float32 models give bit-equal results.
 
-Cost: a look at the arguments of each PyTorch call, 5 to 10 microseconds; the promoted copies of half-precision weights,
-made anew at each use.
+Cost: 5 to 10 microseconds per PyTorch call, and promoted copies of half-precision weights at each use.
 
 Example:
     >>> x = torch.zeros(2, dtype=torch.float64)
@@ -42,7 +40,7 @@ from tl_jets.calculus.series import Series
 _LOW = (torch.float16, torch.bfloat16)
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
 
-# These read or move a tensor without arithmetic: what they give is promoted when it enters arithmetic.
+# Functions without arithmetic: their results are promoted where they enter arithmetic.
 _NO_ARITHMETIC = frozenset(
     [
         "__get__",
@@ -96,7 +94,7 @@ _NO_ARITHMETIC = frozenset(
         "register_hook",
     ]
 )
-# PyTorch refuses operands of different precision here, or lowers one silently.
+# Functions in which PyTorch refuses operands of mixed precision, or silently lowers one.
 _MEETS_AT_HIGHEST = frozenset(
     [
         "matmul",
@@ -141,7 +139,7 @@ class _FullPrecision(TorchFunctionMode):
             half_too, dtype_too = _look(kwargs.values())
             half, dtype = half or half_too, dtype or dtype_too
         if half:
-            # An in-place operation needs its own target, not a promoted copy of it.
+            # An in-place operation must write to its target, not to a promoted copy.
             kept = 1 if _in_place(name) else 0
             args = (*args[:kept], *(_promote(item) for item in args[kept:]))
             kwargs = {key: _promote(item) if key != "out" else item for key, item in kwargs.items()}
@@ -161,11 +159,8 @@ class _FullPrecision(TorchFunctionMode):
 def full_precision() -> TorchFunctionMode:
     """A context in which no tensor loses precision to a cast and every operation has its derivatives.
 
-    Use it around a forward pass and around the jets of its parts alike, so that masks and rotary tables that the
-    forward pass makes are as precise as the rest. Results are at least float32, float64 if the inputs are.
-
-    Returns:
-        A context manager; it may be nested.
+    Use it around the forward pass as well as around the jets of its parts, so that masks and rotary tables have the same
+    precision. Results are at least float32, float64 if the inputs are. It may be nested.
 
     Source: pytorch#196700, pytorch#98164.
 
@@ -188,7 +183,7 @@ def _in_place(name: str) -> bool:
 
 
 def _look(items: Iterable[Any]) -> tuple[bool, bool]:
-    """Whether there is a half-precision tensor among the arguments, and whether there is a dtype."""
+    """Whether the arguments contain a half-precision tensor, and whether they contain a dtype."""
     half = dtype = False
     for item in items:
         if isinstance(item, Tensor):
@@ -215,7 +210,7 @@ def _bits(x: Any) -> int:
 
 
 def _without_lowering(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Replace a dtype argument below the precision of the tensor that it applies to, or below float32."""
+    """Raise dtype arguments to the precision of the tensor that they apply to, and to float32 at least."""
     source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
     floor = max(32, _bits(source))
 
@@ -310,11 +305,7 @@ def _attention(
 
 
 def refuse_autocast(device: torch.device) -> None:
-    """Raise ValueError inside `torch.autocast`, which would compute jets in another precision than the model's.
-
-    Args:
-        device: Where the model is.
-    """
+    """Raise ValueError if `torch.autocast` is active on `device`: it would change the precision of jets."""
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
             f"A model is read in its own precision (half precision in float32); torch.autocast is active on {device.type} and "

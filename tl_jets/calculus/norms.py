@@ -1,11 +1,11 @@
 r"""LayerNorm and RMSNorm, and their jets of every order in closed form.
 
-After `Norm.center` (LayerNorm subtracts the mean; RMSNorm and no norm leave it), with v = y - x and per position
+After `Norm.center` (LayerNorm subtracts the mean; RMSNorm and "none" do not), with v = y - x and per position
 
     a = mean(x^2) + eps,    b = mean(x v),    c = mean(v^2),
 
-the norm at x + t v is (x + t v) / sqrt(a + 2 b t + c t^2), times the weight, plus the bias. The inverse root generates
-the Legendre polynomials: it is the sum of s_n t^n with
+the norm at x + t v is (x + t v) / sqrt(a + 2 b t + c t^2), times the weight, plus the bias. The inverse root is the
+generating function of the Legendre polynomials, the sum of s_n t^n with
 
     s_0 = a^(-1/2),    n a s_n = -(2n - 1) b s_{n-1} - (n - 1) c s_{n-2}.
 
@@ -13,10 +13,10 @@ The jet's coefficients are x s_n + v s_{n-1}, and their sum telescopes: for ever
 
     J^k norm(x)(y) = alpha_k (weight x) + beta_k (weight y) + bias,    alpha_k = s_k,    beta_k = s_0 + ... + s_{k-1}.
 
-With rho = sqrt(c / a) the coefficient of order n has a root mean square of at most rho^n before the weight, so where
-rho < 1 the series converges at t = 1 and what is left after order k is at most rho^{k+1} / (1 - rho); where rho > 1 it
-generically diverges. (Generating function: *NIST Digital Library of Mathematical Functions*, 18.12.11; jets: Chen et
-al., arXiv 2410.06024, eq. 6-7.)
+With rho = sqrt(c / a), the coefficient of order n has a root mean square of at most rho^n before the weight. If rho < 1
+the series converges at t = 1 with a tail after order k of at most rho^{k+1} / (1 - rho); if rho > 1 it generically
+diverges. (Generating function: *NIST Digital Library of Mathematical Functions*, 18.12.11; jets: Chen et al., arXiv
+2410.06024, eq. 6-7.)
 
 | symbol | variable |
 |---|---|
@@ -26,7 +26,7 @@ al., arXiv 2410.06024, eq. 6-7.)
 | rho | `NormJet.rho` |
 | k | `order` |
 
-Cost: three reductions over d_model, then O(k) operations on one number a position.
+Cost: three reductions over d_model, then O(k) operations on one number per position.
 
 Example:
     >>> norm = Norm("RMS", eps=0.0)
@@ -47,23 +47,23 @@ from torch import Tensor
 NormKind = Literal["LN", "RMS", "none"]
 CenterScale = Literal["none", "match", "orthogonal"]
 CENTER_SCALES: tuple[CenterScale, ...] = get_args(CenterScale)
-# Orders up to which jets are computed.
+# The highest order of a jet.
 MAX_ORDER = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A LayerNorm, an RMSNorm or none, as a function of the residual stream.
+    """A LayerNorm, an RMSNorm or no norm, as a function of the residual stream.
 
     Args:
         kind: "LN" subtracts the mean over d_model and divides by the root mean square, "RMS" only divides, "none" is
             the identity before weight and bias.
-        weight: gain w, `[d_model]`; None is 1. Write Gemma's 1 + w out in full.
+        weight: gain w, `[d_model]`; None is 1. For Gemma pass 1 + w.
         bias: `[d_model]`; None is 0.
         eps: added to the mean square.
 
     Raises:
-        ValueError: `kind` is none of the three, or `eps` is negative.
+        ValueError: `kind` is unknown, or `eps` is negative.
 
     Example:
         >>> Norm("LN", eps=0.0)(torch.tensor([1.0, 3.0]))
@@ -76,7 +76,7 @@ class Norm:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Refuse what is no norm."""
+        """Validate kind and eps."""
         if self.kind not in get_args(NormKind):
             raise ValueError(
                 f"kind is one of {', '.join(get_args(NormKind))}; got {self.kind!r}. "
@@ -93,33 +93,31 @@ class Norm:
         return self.add_bias(self.scale(x))
 
     def center(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The linear part before the division: minus the mean for "LN", else x itself: `[*batch, d_model]`."""
+        """Subtract the mean for "LN"; otherwise return x unchanged: `[*batch, d_model]`."""
         return x - x.mean(-1, keepdim=True) if self.kind == "LN" else x
 
     def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The weight times x: `[*batch, d_model]`."""
+        """Multiply by the weight: `[*batch, d_model]`."""
         return x if self.weight is None else x * self.weight
 
     def add_bias(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """X plus the bias: `[*batch, d_model]`."""
+        """Add the bias: `[*batch, d_model]`."""
         return x if self.bias is None else x + self.bias
 
 
 @dataclass(frozen=True, eq=False)
 class NormJet:
-    """The jets of all orders up to k of a norm: J^k = alpha_k (weight center) + beta_k (weight variate) + bias.
+    """Jets of a norm at all orders up to k: J^k = alpha_k (weight center) + beta_k (weight variate) + bias.
 
     Attributes:
         norm: the norm.
         center: x after `norm.center`, `[*batch, d_model]`.
         variate: y after `norm.center`, `[*batch, d_model]`.
-        alpha: weight of the center's own reading at each order, `[order+1, *batch]`.
-        beta: weight of the variate at each order, `[order+1, *batch]`.
-        rho: rms(y - x) / sqrt(mean(x^2) + eps), `[*batch]`: below 1 the series converges at the variate.
-        tail_bound: bound on the root mean square over d_model, before the weight, of what is left after each order:
-            rho^{k+1} / (1 - rho), infinite where rho >= 1, `[order+1, *batch]`.
-
-    Source: arXiv 2410.06024, eq. 6-7; DLMF 18.12.11.
+        alpha: coefficient of the center at each order, `[order+1, *batch]`.
+        beta: coefficient of the variate at each order, `[order+1, *batch]`.
+        rho: rms(y - x) / sqrt(mean(x^2) + eps), `[*batch]`; below 1 the series converges at the variate.
+        tail_bound: rho^{k+1} / (1 - rho), infinite where rho >= 1, `[order+1, *batch]`: bounds the root mean square of
+            the error after each order, before the weight.
     """
 
     norm: Norm
@@ -136,7 +134,7 @@ class NormJet:
         return self.alpha.shape[0] - 1
 
     def value(self, order: int | None = None) -> Float[Tensor, "*batch d_model"]:
-        """J^order norm(center)(variate), `[*batch, d_model]`; the highest order if none is given.
+        """J^order norm(center)(variate), `[*batch, d_model]`; None is the highest order.
 
         Raises:
             ValueError: `order` was not computed.
@@ -150,7 +148,7 @@ class NormJet:
         return self.norm.add_bias(self.norm.scale(mixed))
 
     def coefficients(self) -> Float[Tensor, "terms *batch d_model"]:
-        """c_0 .. c_k, the bias being part of c_0: `[order+1, *batch, d_model]`."""
+        """c_0 .. c_k, `[order+1, *batch, d_model]`; c_0 includes the bias."""
         s = self.alpha[..., None]
         higher = self.norm.scale(self.center * s[1:] + (self.variate - self.center) * s[:-1])
         return torch.cat([self.value(0).unsqueeze(0), higher])
@@ -161,7 +159,7 @@ class NormJet:
 
 
 def check_size(order: int) -> None:
-    """Raise ValueError for an order that no memory holds and no series needs."""
+    """Raise ValueError for an order above `MAX_ORDER`."""
     if order > MAX_ORDER:
         raise ValueError(
             f"order must be at most {MAX_ORDER}; got {order}. A series that converges needs a few orders only."
@@ -176,24 +174,19 @@ def norm_jet(
     *,
     dtype: torch.dtype | None = None,
 ) -> NormJet:
-    """The jets of orders 0 to `order` of a norm at `center`, evaluated at `variate`.
-
-    The numbers alpha, beta and rho are computed in float64 whatever the inputs are.
+    """Jets of orders 0 to `order` of a norm at `center`, evaluated at `variate`, in closed form.
 
     Args:
         norm: the norm.
         center: x before the norm, `[*batch, d_model]`.
         variate: y before the norm, `[*batch, d_model]`.
         order: highest order k >= 0.
-        dtype: dtype of everything in the result; None is that of `center`.
-
-    Returns:
-        The jets, in closed form.
+        dtype: dtype of the result, None is that of `center`; alpha, beta and rho are computed in float64.
 
     Raises:
         TypeError: `order` is not an int.
-        ValueError: `order` is negative, the inputs differ in shape, or a center is zero (after centering) under
-            eps = 0, where the norm has no derivatives.
+        ValueError: `order` is negative or too large, the inputs differ in shape, or eps = 0 and a center is zero after
+            centering, where the norm has no derivatives.
 
     Source: arXiv 2410.06024, eq. 6-7; DLMF 18.12.11.
 
@@ -239,31 +232,29 @@ def center_scale(
     *,
     obtuse: Literal["match", "raise"] = "match",
 ) -> Float[Tensor, "*batch"]:
-    """Factors that move a center along its own ray, towards where the norm's series converges.
+    """Positive factors that rescale centers so that the norm's series converges, or converges faster.
 
-    A norm sees directions, up to eps, so that the center may be taken at another length. With theta the angle between
-    x and y as the norm sees them (after `norm.center`):
+    A norm depends on the direction of its input only, up to eps. With theta the angle between x and y after `norm.center`:
 
     - "none": 1, the paper's center.
-    - "match": |y| / |x|, which makes rho = 2 sin(theta / 2).
-    - "orthogonal": |y|^2 / (x.y), which makes y - x orthogonal to y and rho = sin(theta), below 1 for every acute
-      angle.
+    - "match": |y| / |x|; rho = 2 sin(theta / 2).
+    - "orthogonal": |y|^2 / (x.y), so that y - x is orthogonal to y; rho = sin(theta), below 1 for every acute angle.
 
-    No positive factor makes the series converge at an angle of 90 degrees or more, and "orthogonal" is not defined
-    there: `obtuse` says what happens instead. A center of length zero keeps the factor 1, as no factor moves it.
+    If theta >= 90 degrees, no positive factor makes the series converge and "orthogonal" is undefined. The factor of a
+    zero center is 1.
 
     Args:
         norm: the norm.
         center: x before the norm, `[*batch, d_model]`.
         variate: y before the norm, `[*batch, d_model]`.
         mode: which factor.
-        obtuse: for "orthogonal" where x.y <= 0: "match" takes the factor of mode "match" there, "raise" refuses.
+        obtuse: where x.y <= 0 under "orthogonal": "match" uses the factor of mode "match", "raise" refuses.
 
     Returns:
-        One finite factor >= 0 for each position, `[*batch]`, in the dtype of `center`; computed in float64.
+        One finite factor >= 0 per position, `[*batch]`, in the dtype of `center`; computed in float64.
 
     Raises:
-        ValueError: `mode` or `obtuse` is none of its choices, the inputs differ in shape, or an angle is obtuse under
+        ValueError: `mode` or `obtuse` is unknown, the inputs differ in shape, or an angle is obtuse under
             `obtuse="raise"`.
 
     Source: DLMF 18.12.11 (convergence of the generating function).
@@ -296,7 +287,7 @@ def center_scale(
 
 
 def _centered(norm: Norm, center: Tensor, variate: Tensor) -> tuple[Tensor, Tensor]:
-    """Both points in float64, as the norm sees them."""
+    """Both points in float64, after `norm.center`."""
     if center.shape != variate.shape:
         raise ValueError(
             f"center and variate have one shape; got {list(center.shape)} and {list(variate.shape)}. "

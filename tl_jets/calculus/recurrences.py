@@ -1,18 +1,18 @@
 r"""Taylor arithmetic on stacked coefficients: products, quotients, powers and elementary functions.
 
-All functions take and give coefficients `[order+1, *shape]`, u_n being the coefficient of t^n. A product is the Cauchy
-product (a b)_n = sum_i a_i b_{n-i}; a function y = f(u) whose derivative is g(u) obeys y' = g u', hence
+All functions take and return coefficients `[order+1, *shape]`; u_n is the coefficient of t^n. A product is the Cauchy
+product (a b)_n = sum_i a_i b_{n-i}. A function y = f(u) with derivative g(u) obeys y' = g u', hence
 
     n y_n = sum_{j=1..n} j u_j g_{n-j},
 
-which gives y_n as soon as g_0 .. g_{n-1} are known: g = y for exp, 1 - y^2 for tanh, y - y^2 for the logistic function,
+where y_n needs g_0 .. g_{n-1} only: g = y for exp, 1 - y^2 for tanh, y - y^2 for the logistic function,
 2/sqrt(pi) exp(-u^2) for erf. Powers use u y' = r u' y. (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13,
 table 13.2.)
 
 | symbol | variable |
 |---|---|
 | u, y | `u`, `y`: argument and result |
-| u' | `slope`: coefficients of du/dt, j u_j at place j - 1 |
+| u' | `slope`: coefficients of du/dt, j u_j at index j - 1 |
 | g | `rate` |
 | k | `order` = len(u) - 1 |
 
@@ -66,7 +66,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def square(u: Tensor) -> Tensor:
-    """Cauchy product of a series with itself, each pair i < j once."""
+    """Cauchy product of a series with itself; each pair i < j is computed once."""
     terms = u.shape[0]
     out = u * u[0]
     out[1:].mul_(2)
@@ -89,7 +89,7 @@ def reciprocal(u: Tensor) -> Tensor:
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """The quotient of a by b, from b q = a: q_n = (a_n - sum_{j=1..n} b_j q_{n-j}) / b_0; the shapes are equal."""
+    """The quotient a / b of equal shapes, from b q = a: q_n = (a_n - sum_{j=1..n} b_j q_{n-j}) / b_0."""
     common = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(common), b.to(common)
     q = a.clone(memory_format=torch.contiguous_format)
@@ -102,7 +102,7 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exponential(u: Tensor, value: Tensor | None = None) -> Tensor:
-    """exp(u): n y_n = sum_j j u_j y_{n-j}; with y_0 = value, if it is known better than exp(u_0)."""
+    """exp(u): n y_n = sum_j j u_j y_{n-j}; `value` replaces exp(u_0) if given."""
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     y[0] = torch.exp(u[0]) if value is None else value
     slope = derivative(u)
@@ -123,10 +123,7 @@ def logarithm(u: Tensor) -> Tensor:
 
 
 def tangent_hyperbolic(u: Tensor) -> Tensor:
-    """tanh(u): y' = s u' and s' = -2 y s u' with s = 1 - y^2, whose s_0 = 4 sigmoid(2 u_0) sigmoid(-2 u_0).
-
-    All terms carry the factor s_0, so that no digits are lost where y saturates.
-    """
+    """tanh(u): y' = s u', s' = -2 y s u', s_0 = 4 sigmoid(2 u_0) sigmoid(-2 u_0): no digits are lost where y saturates."""
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     torch.tanh(u[0], out=y[0])
     if u.shape[0] == 1:
@@ -150,7 +147,7 @@ def logistic(u: Tensor) -> Tensor:
 
 
 def sine_cosine(u: Tensor, hyperbolic: bool = False) -> tuple[Tensor, Tensor]:
-    """sin(u) and cos(u), or sinh(u) and cosh(u): each other's rate up to sign."""
+    """sin(u) and cos(u), or sinh(u) and cosh(u)."""
     sine = torch.empty_like(u, memory_format=torch.contiguous_format)
     cosine = torch.empty_like(sine)
     (torch.sinh if hyperbolic else torch.sin)(u[0], out=sine[0])
@@ -174,9 +171,9 @@ def error_function(u: Tensor, scale: float = 1.0) -> Tensor:
 def power(u: Tensor, exponent: float | int) -> Tensor:
     """u^exponent for a fixed real exponent.
 
-    Integer exponents are products, right at u_0 = 0; others obey u y' = r u' y, so
+    Integer exponents are products, valid at u_0 = 0. Others obey u y' = r u' y, so
     y_n = sum_{j=1..n} (r j - (n - j)) u_j y_{n-j} / (n u_0). Where u_0 = 0 and r > 0, u = t^m w gives t^(m r) w^r: zeros
-    below the power m r of t, and NaN from it on, as there is no series; zeros throughout if u is the constant 0.
+    below order m r and NaN above, where there is no series; zeros throughout if u is 0.
     """
     if float(exponent).is_integer():
         return _integer_power(u, int(exponent))
@@ -187,19 +184,19 @@ def power(u: Tensor, exponent: float | int) -> Tensor:
 
 
 def powers(u: Tensor, exponents: Tensor) -> Tensor:
-    """u^exponents for fixed real exponents, one for each element, of the shape of u_0."""
+    """u^exponents for fixed real exponents, a tensor of the shape of u_0."""
     exponents = exponents.to(u.dtype)
     y = _power_by_recurrence(u, torch.pow(u[0], exponents), exponents)
     _power_at_zero(y, u, exponents)
     whole = (u[0] == 0) & (exponents >= 0) & (exponents == exponents.round())
-    # There only u^r with r <= order is not 0 throughout: the products, once each.
+    # Where u_0 = 0, u^r is zero for r > order; compute the other powers as products.
     for r in range(u.shape[0] if bool(whole.any()) else 0):
         y = torch.where(whole & (exponents == r), _integer_power(u, r), y)
     return y
 
 
 def root_of_squares(u: Tensor) -> Tensor:
-    """sqrt(u) where u is a sum of squares; |x| has no derivative at 0, which is a constant as in PyTorch."""
+    """sqrt(u) where u is a sum of squares; constant where u_0 = 0, as in PyTorch."""
     y = power(u, 0.5)
     y[1:].masked_fill_(u[0] == 0, 0)
     return y
@@ -219,7 +216,7 @@ def _power_by_recurrence(u: Tensor, value: Tensor, exponent: float | Tensor) -> 
 
 
 def _power_at_zero(y: Tensor, u: Tensor, exponent: float | Tensor) -> None:
-    """Above c_0, where u_0 = 0 and the exponent is positive: zeros below the power of t that u^exponent begins with."""
+    """Set coefficients below the leading power of u^exponent to zero where u_0 = 0 and the exponent is positive."""
     zero = (u[0] == 0) & (torch.as_tensor(exponent, device=u.device) > 0)
     start = (u == 0).cumprod(0).sum(0)
     for n in range(1, u.shape[0]):
@@ -227,9 +224,9 @@ def _power_at_zero(y: Tensor, u: Tensor, exponent: float | Tensor) -> None:
 
 
 def softmax(u: Tensor, dim: int) -> Tensor:
-    """exp(u - m), divided by its sum over `dim`, an axis of the stacked tensor; m is the series of the largest u_0.
+    """exp(u - m) over its sum along `dim`, an axis of the stacked tensor; m is the series of the largest u_0.
 
-    Where u_0 is -inf all coefficients are 0; a row that is -inf throughout is the constant NaN, as in PyTorch.
+    All coefficients are 0 where u_0 is -inf; a row of -inf is the constant NaN, as in PyTorch.
     """
     _, weights, total, _, empty = _shifted_exponential(u, dim)
     y = product(weights, reciprocal(total))
@@ -238,7 +235,7 @@ def softmax(u: Tensor, dim: int) -> Tensor:
 
 
 def log_sum_exp(u: Tensor, dim: int) -> Tensor:
-    """Log sum exp over `dim`, an axis of the stacked tensor, which stays with length 1."""
+    """Log sum exp over `dim`, an axis of the stacked tensor, kept with length 1."""
     _, _, total, largest, empty = _shifted_exponential(u, dim)
     y = logarithm(total).add_(largest)
     y[0].masked_fill_(empty, -math.inf)
@@ -246,7 +243,7 @@ def log_sum_exp(u: Tensor, dim: int) -> Tensor:
 
 
 def log_softmax(u: Tensor, dim: int) -> Tensor:
-    """(u - m) - log sum exp(u - m) over `dim`: the difference of two large numbers is never taken."""
+    """(u - m) - log sum exp(u - m) over `dim`, which avoids the difference of two large numbers."""
     shifted, _, total, _, _ = _shifted_exponential(u, dim)
     y = shifted.sub_(logarithm(total))
     y[0] = torch.log_softmax(u[0], dim - 1 if dim > 0 else dim)
@@ -259,7 +256,7 @@ def derivative(u: Tensor) -> Tensor:
 
 
 def integral(rate: Tensor, u: Tensor, value: Tensor) -> Tensor:
-    """Y with y' = rate u' and y_0 = value: rate is `[order, *shape]` or longer, u `[order+1, *shape]`."""
+    """The y with y' = rate u' and y_0 = value; rate is `[order, *shape]` or longer, u `[order+1, *shape]`."""
     higher = product(rate[: u.shape[0] - 1], derivative(u)).div_(_powers(u))
     return torch.cat([value.unsqueeze(0), higher])
 
@@ -271,7 +268,7 @@ def _powers(u: Tensor) -> Tensor:
 
 
 def _convolve(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Sum_i a_i b_{m-i} over two stacks of one length m + 1, into `out`."""
+    """Write sum_i a_i b_{m-i} over two stacks of length m + 1 into `out`."""
     last = a.shape[0] - 1
     torch.mul(a[0], b[last], out=out)
     for i in range(1, last + 1):
@@ -280,7 +277,7 @@ def _convolve(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _self_convolve(a: Tensor, out: Tensor) -> Tensor:
-    """Sum_i a_i a_{m-i} over a stack of length m + 1 >= 2, each pair once, into `out`."""
+    """Write sum_i a_i a_{m-i} over a stack of length m + 1 >= 2 into `out`."""
     last = a.shape[0] - 1
     torch.mul(a[0], a[last], out=out)
     for i in range(1, (last + 1) // 2):
@@ -306,11 +303,10 @@ def _integer_power(u: Tensor, exponent: int) -> Tensor:
 
 
 def _shifted_exponential(u: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U - m, exp(u - m), its sum over `dim`, m, and where a row is -inf throughout.
+    """Return u - m, exp(u - m), its sum over `dim`, m, and which rows are -inf throughout.
 
-    m is the whole series of the element whose u_0 is largest, so that this element is the constant 1 and the sum is 1 plus
-    the others': no digits are lost where one element has nearly everything. Where a row is -inf throughout m is taken as 0
-    and the sum as the constant 1, so that no 0/0 arises.
+    m is the series of the element with the largest u_0. That element becomes the constant 1 and the sum is 1 plus the
+    others, so no digits are lost where one element dominates. Rows of -inf use m = 0 and sum 1 to avoid 0/0.
     """
     index = u[0].argmax(dim - 1 if dim > 0 else dim, keepdim=True)
     largest = u.gather(dim, index.expand(u.shape[0], *index.shape))

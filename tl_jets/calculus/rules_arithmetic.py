@@ -1,9 +1,8 @@
 """Rules of arithmetic: sums, products, matrix products, quotients and reductions.
 
-With one plain operand a product is linear: one operation on the stacked tensor. With two series it is the Cauchy
-product (a b)_n = sum_i a_i b_{n-i} (Griewank & Walther 2008, table 13.1). A plain term of a sum changes c_0 only.
-
-Cost at order k: k + 1 operations, stacked, or (k + 1)(k + 2) / 2 for two series.
+A product with a plain operand is one operation on the stacked tensor. The product of two series is the Cauchy product
+(a b)_n = sum_i a_i b_{n-i} (Griewank & Walther 2008, table 13.1), at (k + 1)(k + 2) / 2 products. A plain term of a
+sum changes c_0 only.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -29,10 +28,7 @@ Operand = Tensor | float | int
 
 
 def _coefficients(x: Series, other: Operand) -> Tensor:
-    """Coefficients of x, ready to broadcast against `other` or its coefficients, in their common dtype.
-
-    PyTorch lets a tensor without axes follow the dtype of one with axes; the stacked tensor must not lose that.
-    """
+    """Coefficients of x, ready to broadcast against `other`, in the dtype that PyTorch's promotion gives c_0."""
     if not isinstance(other, Tensor):
         return x.coefficients
     out = align(x, other.ndim)
@@ -46,7 +42,7 @@ def _coefficients(x: Series, other: Operand) -> Tensor:
 
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(a: Operand, b: Operand, alpha: Number = 1) -> Series:
-    """A + alpha b."""
+    """Compute a + alpha b."""
     if isinstance(a, Series) and isinstance(b, Series):
         terms_of(a, b)
         return Series(torch.add(_coefficients(a, b), _coefficients(b, a), alpha=alpha))
@@ -69,19 +65,19 @@ def _add_constant(coefficients: Tensor, b: Operand, alpha: Number) -> Series:
 
 @rule(aten.sub.Tensor, aten.sub.Scalar)
 def sub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
-    """A - alpha b."""
+    """Compute a - alpha b."""
     return add(a, b, -alpha)
 
 
 @rule(aten.rsub.Tensor, aten.rsub.Scalar)
 def rsub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
-    """B - alpha a."""
+    """Compute b - alpha a."""
     return add(b, a, -alpha)
 
 
 @rule(aten.neg.default)
 def neg(x: Series) -> Series:
-    """Minus x."""
+    """Compute -x."""
     return Series(-x.coefficients)
 
 
@@ -90,7 +86,7 @@ def neg(x: Series) -> Series:
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(a: Operand, b: Operand) -> Series:
-    """A b."""
+    """Elementwise a * b."""
     if not isinstance(a, Series):
         a, b = b, a
     assert isinstance(a, Series)
@@ -104,13 +100,13 @@ def mul(a: Operand, b: Operand) -> Series:
 
 @rule(aten.square.default)
 def square(x: Series) -> Series:
-    """X squared."""
+    """Elementwise x^2."""
     return Series(recurrences.square(x.coefficients))
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(a: Operand, b: Operand) -> Series:
-    """A / b."""
+    """Elementwise a / b."""
     if not isinstance(b, Series):
         assert isinstance(a, Series)
         return Series(_coefficients(a, b) / b)
@@ -130,19 +126,19 @@ def reciprocal(x: Series) -> Series:
 
 @rule(aten.addcmul.default)
 def addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
-    """X + value a b."""
+    """Elementwise x + value a b."""
     return torch.add(x, a * b, alpha=value)
 
 
 @rule(aten.addcdiv.default)
 def addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
-    """X + value a / b."""
+    """Elementwise x + value a / b."""
     return torch.add(x, a / b, alpha=value)
 
 
 @rule(aten.lerp.Scalar, aten.lerp.Tensor)
 def lerp(x: Tensor, end: Tensor, weight: Operand) -> Tensor:
-    """X + weight (end - x)."""
+    """Elementwise x + weight (end - x)."""
     return x + weight * (end - x)
 
 
@@ -176,12 +172,12 @@ def bmm(a: Tensor, b: Tensor) -> Series:
 
 
 def _rows_times(a: Tensor, b: Tensor) -> Tensor:
-    """[terms, n, m] @ [m, p], as one product of terms * n rows."""
+    """[terms, n, m] @ [m, p] as one product of terms * n rows."""
     return torch.mm(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])
 
 
 def _each_order(a: Tensor, b: Tensor) -> Tensor:
-    """Bmm order by order: no copy of the operand that all orders share."""
+    """Batched product order by order, without copying the operand that all orders share."""
     out = a.new_empty((*a.shape[:-1], b.shape[-1]))
     for left, right, target in zip(a, b, out, strict=True):
         torch.bmm(left, right, out=target)
@@ -200,7 +196,7 @@ def _bmm_series(a: Tensor, b: Tensor) -> Tensor:
 
 @rule(aten.addmm.default)
 def addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Beta x + alpha a b, matrices."""
+    """Compute beta x + alpha a b for matrices."""
     if not isinstance(a, Series) and not isinstance(b, Series):
         return add(_scaled(x, beta), torch.mm(a, b), alpha)
     return _accumulated(mm(a, b), x, beta, alpha)
@@ -208,7 +204,7 @@ def addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 
 
 @rule(aten.baddbmm.default)
 def baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Beta x + alpha a b, batches of matrices."""
+    """Compute beta x + alpha a b for batches of matrices."""
     if not isinstance(a, Series) and not isinstance(b, Series):
         return add(_scaled(x, beta), torch.bmm(a, b), alpha)
     return _accumulated(bmm(a, b), x, beta, alpha)
@@ -216,14 +212,14 @@ def baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number 
 
 @rule(aten.addmv.default)
 def addmv(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Beta x + alpha a b, a matrix and a vector."""
+    """Compute beta x + alpha a b for a matrix and a vector."""
     if not isinstance(a, Series) and not isinstance(b, Series):
         return add(_scaled(x, beta), torch.mv(a, b), alpha)
     return _accumulated(mv(a, b), x, beta, alpha)
 
 
 def _accumulated(fresh: Series, x: Tensor, beta: Number, alpha: Number) -> Series:
-    """Alpha fresh + beta x, in the storage of `fresh`, which nobody else holds; beta = 0 ignores even a NaN in x."""
+    """Compute alpha fresh + beta x in the storage of `fresh`; beta = 0 ignores x, even NaN."""
     if alpha != 1:
         fresh.coefficients.mul_(alpha)
     if beta != 0:
@@ -247,7 +243,7 @@ def mv(a: Tensor, b: Tensor) -> Series:
 
 @rule(aten.addbmm.default)
 def addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
-    """Beta x + alpha times the sum of the products of two batches."""
+    """Compute beta x + alpha times the sum of the products of two batches."""
     return torch.add(_scaled(x, beta), torch.bmm(a, b).sum(0), alpha=alpha)
 
 
@@ -262,7 +258,7 @@ def trilinear(
     sumdim: Sequence[int],
     unroll_dim: int = 1,
 ) -> Tensor:
-    """The sum over `sumdim` of a product of three tensors, each of which gets axes of length 1."""
+    """Unsqueeze three tensors, multiply them and sum over `sumdim`."""
     for place in expand1:
         a = a.unsqueeze(place)
     for place in expand2:
@@ -274,13 +270,13 @@ def trilinear(
 
 @rule(aten._cdist_forward.default)
 def cdist(a: Tensor, b: Tensor, p: Number, compute_mode: int | None = None) -> Tensor:
-    """Distances of all rows of a to all rows of b."""
+    """Distances from all rows of a to all rows of b."""
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
 
 
 @rule(aten._pdist_forward.default)
 def pdist(x: Series, p: Number = 2) -> Tensor:
-    """Distances of each row to the later ones."""
+    """Distances from each row to the later ones."""
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return torch.linalg.vector_norm(x[first] - x[second], p, -1)
 
@@ -356,7 +352,7 @@ def var(
 def std(
     x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
 ) -> Series:
-    """The square root of the variance; 0 is a constant."""
+    """The standard deviation; constant where it is 0."""
     variance = var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
     return Series(recurrences.root_of_squares(variance.coefficients))
 
@@ -370,7 +366,7 @@ def vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Series:
-    """The norm; 0 is a constant."""
+    """The norm; constant where it is 0."""
     if ord == 2:
         squares = sum_(Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
         return Series(recurrences.root_of_squares(squares.coefficients))

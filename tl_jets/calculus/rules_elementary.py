@@ -1,10 +1,8 @@
-r"""Rules of elementary and special functions that a differential equation defines, and of remainders.
+r"""Rules of remainders, and of elementary and special functions defined by a differential equation.
 
-Where y = f(u) has the slope f'(u) = g(u, y), the coefficients obey n y_n = sum_{j=1..n} j u_j g_{n-j}, and g_0 .. g_{n-1}
-need y_0 .. y_{n-1} only: atan has g = 1 / (1 + u^2), the inverse of erf g = sqrt(pi)/2 exp(y^2). (Griewank & Walther
-2008, *Evaluating Derivatives*, ch. 13.) c_0 is always PyTorch's own value.
-
-Cost: O(k^3) elementwise operations.
+If y = f(u) has the slope f'(u) = g(u, y), then n y_n = sum_{j=1..n} j u_j g_{n-j}, where g_0 .. g_{n-1} need
+y_0 .. y_{n-1} only: g = 1 / (1 + u^2) for atan, sqrt(pi)/2 exp(y^2) for the inverse of erf. (Griewank & Walther
+2008, *Evaluating Derivatives*, ch. 13.) c_0 is always PyTorch's own value. Cost: O(k^3) elementwise operations.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -33,7 +31,7 @@ Slope = Callable[[Series, Series], Tensor]
 
 
 def from_slope(operation: OpOverload, slope: Slope, x: Series) -> Series:
-    """The function whose value is that of an operation, and whose slope at (x, y) is given, a series of its own."""
+    """The function with c_0 = operation(u_0) and the slope `slope(x, y)`."""
     u = x.coefficients
     y = torch.zeros_like(u, memory_format=torch.contiguous_format)
     y[0] = operation(u[0])
@@ -45,7 +43,7 @@ def from_slope(operation: OpOverload, slope: Slope, x: Series) -> Series:
     return Series(y)
 
 
-# 1 - x^2 as (1 - x)(1 + x), which keeps its digits near 1.
+# Use (1 - x)(1 + x) for 1 - x^2: it is accurate near 1.
 _SLOPES: dict[OpOverload, Slope] = {
     aten.tan.default: lambda x, y: torch.cos(x) ** -2,
     aten.asin.default: lambda x, y: torch.rsqrt((1 - x) * (1 + x)),
@@ -62,7 +60,7 @@ RULES.update({operation: partial(from_slope, operation, slope) for operation, sl
 
 @rule(aten.special_erfcx.default)
 def erfcx(x: Series) -> Series:
-    """exp(x^2) erfc(x), with slope 2 x y - 2 / sqrt(pi); in float64, since the two cancel where x is large."""
+    """exp(x^2) erfc(x), with slope 2 x y - 2 / sqrt(pi); in float64, because the two terms cancel for large x."""
     exact = Series(x.coefficients.double())
     y = from_slope(aten.special_erfcx.default, lambda x, y: 2 * x * y - 2 / math.sqrt(math.pi), exact)
     return Series(y.coefficients.to(x.dtype))
@@ -82,7 +80,7 @@ def cosh(x: Series) -> Series:
 
 @rule(aten.sinc.default)
 def sinc(x: Series) -> Series:
-    """sin(pi x) / (pi x), near 0 by its power series in (pi x)^2."""
+    """sin(pi x) / (pi x), by its power series in (pi x)^2 near 0."""
     z = x * math.pi
     square = torch.where(z.abs() < 1, z * z, torch.zeros_like(z))
     near = torch.ones_like(z)
@@ -97,7 +95,7 @@ def sinc(x: Series) -> Series:
 
 @rule(aten.lgamma.default)
 def lgamma(x: Series) -> Series:
-    """The logarithm of the gamma function."""
+    """The logarithm of the absolute gamma function."""
     u = x.coefficients
     rest = [torch.polygamma(n - 1, u[0]) for n in range(1, u.shape[0])]
     return Series(_from_derivatives([torch.lgamma(u[0]), *rest], u))
@@ -111,13 +109,13 @@ def digamma(x: Series) -> Series:
 
 @rule(aten.polygamma.default)
 def polygamma(n: int, x: Series) -> Series:
-    """The derivative of lgamma of order n + 1."""
+    """The derivative of order n + 1 of lgamma."""
     u = x.coefficients
     return Series(_from_derivatives([torch.polygamma(n + j, u[0]) for j in range(u.shape[0])], u))
 
 
 def _from_derivatives(derivatives: list[Tensor], u: Tensor) -> Tensor:
-    """f(u) from f, f', f'' ... at u_0, by Horner's scheme."""
+    """f(u) from the derivatives f, f', f'', ... at u_0, by Horner's scheme."""
     moving = u.clone()
     moving[0] = 0
     y = torch.zeros_like(u)
@@ -129,7 +127,7 @@ def _from_derivatives(derivatives: list[Tensor], u: Tensor) -> Tensor:
 
 @rule(aten.atan2.default)
 def atan2(a: Tensor, b: Tensor) -> Series:
-    """The angle of (b, a), with the slope (b a' - a b') / (a^2 + b^2)."""
+    """The angle of (b, a), with slope (b a' - a b') / (a^2 + b^2)."""
     a, b = torch.broadcast_tensors(a, b)
     value = torch.atan2(value_of(a), value_of(b))
     terms = terms_of(a, b)
@@ -149,7 +147,7 @@ def atan2(a: Tensor, b: Tensor) -> Series:
 
 @rule(aten.hypot.default)
 def hypot(a: Tensor, b: Tensor) -> Series:
-    """The square root of a^2 + b^2; 0 is a constant."""
+    """sqrt(a^2 + b^2); constant where it is 0."""
     a, b = torch.broadcast_tensors(a, b)
     terms = terms_of(a, b)
     size = torch.maximum(value_of(a).abs(), value_of(b).abs())
@@ -160,19 +158,19 @@ def hypot(a: Tensor, b: Tensor) -> Series:
 
 @rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other)
 def xlogy(x: Operand, y: Operand) -> Series:
-    """X log y; 0 where x is 0 throughout, whatever y is."""
+    """Compute x log y; 0 where x is the constant 0, for every y."""
     return _times_log(x, y, torch.log, torch.xlogy)
 
 
 @rule(aten.special_xlog1py.default, aten.special_xlog1py.self_scalar, aten.special_xlog1py.other_scalar)
 def xlog1py(x: Operand, y: Operand) -> Series:
-    """X log(1 + y); 0 where x is 0 throughout, whatever y is."""
+    """Compute x log(1 + y); 0 where x is the constant 0, for every y."""
     return _times_log(x, y, torch.log1p, torch.special.xlog1py)
 
 
 @rule(aten.special_entr.default)
 def entr(x: Series) -> Series:
-    """Minus x log x; it has no derivative at 0."""
+    """-x log x, which has no derivative at 0."""
     out = xlogy(x, x)
     return with_value(-out.coefficients, torch.special.entr(x.coefficients[0]))
 
@@ -190,13 +188,13 @@ def _times_log(x: Operand, y: Operand, log: Callable[[Any], Any], plain: Callabl
 
 @rule(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
 def remainder(a: Operand, b: Operand) -> Series:
-    """A - b floor(a / b), the floor being that of c_0."""
+    """Compute a - b floor(a / b), with the floor of c_0."""
     return _after_division(a, b, torch.remainder)
 
 
 @rule(aten.fmod.Tensor, aten.fmod.Scalar)
 def fmod(a: Operand, b: Operand) -> Series:
-    """A - b trunc(a / b), the quotient being that of c_0."""
+    """Compute a - b trunc(a / b), with the quotient of c_0."""
     return _after_division(a, b, torch.fmod)
 
 
@@ -210,7 +208,7 @@ def _after_division(a: Operand, b: Operand, plain: Callable[..., Tensor]) -> Ser
 
 @rule(aten.div.Tensor_mode)
 def div_rounded(a: Operand, b: Operand, *, rounding_mode: str | None) -> Tensor:
-    """A / b, or the rounded quotient of c_0 as a plain tensor."""
+    """Compute a / b, or the rounded quotient of c_0 as a plain tensor."""
     if rounding_mode is None:
         return torch.true_divide(a, b)  # type: ignore[arg-type]
     return torch.div(value_of(a), value_of(b), rounding_mode=rounding_mode)
@@ -221,18 +219,18 @@ RULES[aten.floor_divide.default] = partial(look_at_value, aten.floor_divide.defa
 
 @rule(aten.copysign.Tensor)
 def copysign(a: Tensor, b: Tensor) -> Tensor:
-    """|a| with the sign of b at c_0."""
+    """|a| with the sign of b, both taken at c_0."""
     wanted = torch.copysign(torch.ones_like(value_of(a)), value_of(b))
     return a * (wanted * torch.copysign(torch.ones_like(value_of(a)), value_of(a)))
 
 
 @rule(aten.fmax.default)
 def fmax(a: Tensor, b: Tensor) -> Tensor:
-    """The larger at c_0, or the one that is a number; the first on a tie."""
+    """The larger operand by c_0, ignoring NaN; the first on a tie."""
     return torch.where((value_of(a) >= value_of(b)) | value_of(b).isnan(), a, b)
 
 
 @rule(aten.fmin.default)
 def fmin(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller at c_0, or the one that is a number; the first on a tie."""
+    """The smaller operand by c_0, ignoring NaN; the first on a tie."""
     return torch.where((value_of(a) <= value_of(b)) | value_of(b).isnan(), a, b)

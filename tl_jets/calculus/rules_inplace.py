@@ -1,10 +1,8 @@
 """Rules that write into a series: `x[...] = y`, `copy_`, `fill_`, `zero_`, masks and index lists.
 
-PyTorch turns `x[:, :, h] = y` into a view of x and a `copy_` or `fill_` on it; views of a Series share its storage, so
-the write reaches x. A plain value goes to c_0 and zeros above. Every other in-place operation `op_` is the rule of `op`
-written back, see `tl_jets.calculus.series`.
-
-Cost: one write of the stacked tensor.
+PyTorch turns `x[:, :, h] = y` into a `copy_` or `fill_` on a view of x; views of a Series share its storage. A plain
+value is written to c_0, with zeros above. Other in-place operations `op_` copy the result of `op` back
+(`tl_jets.calculus.series`).
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -29,7 +27,7 @@ aten = torch.ops.aten
 
 @rule(aten.copy_.default)
 def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
-    """X becomes `source`; a plain one is a constant."""
+    """Overwrite x with `source`; a plain source is a constant."""
     target = writable(x, "copy_")
     if isinstance(source, Series):
         terms_of(target, source)
@@ -49,14 +47,14 @@ def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
 
 @rule(aten.fill_.Scalar)
 def fill_(x: Series, value: float | int) -> Series:
-    """X becomes a constant number."""
+    """Overwrite x with a constant number."""
     x.coefficients.zero_()[0].fill_(value)
     return x
 
 
 @rule(aten.fill_.Tensor)
 def fill_tensor_(x: Tensor, value: Tensor) -> Series:
-    """X becomes a tensor of one element."""
+    """Overwrite x with a one-element tensor."""
     return copy_(x, value)
 
 
@@ -68,14 +66,14 @@ def fill(x: Series, value: float | int) -> Series:
 
 @rule(aten.fill.Tensor)
 def fill_tensor(x: Tensor, value: Tensor) -> Series:
-    """A tensor of one element in the shape of x."""
+    """A one-element tensor in the shape of x."""
     terms = terms_of(x, value)
     return copy_(Series(lift(x, terms).clone()), value)
 
 
 @rule(aten.zero_.default)
 def zero_(x: Series) -> Series:
-    """X becomes 0."""
+    """Overwrite x with 0."""
     x.coefficients.zero_()
     return x
 
@@ -84,10 +82,10 @@ def zero_(x: Series) -> Series:
 def index_put_(
     x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
 ) -> Series:
-    """Write, or add, `values` at index lists and masks."""
+    """Write or add `values` at index lists and masks."""
     target = writable(x, "index_put_")
     terms = terms_of(target, values)
-    # Order by order: index lists may move axes, and the axis of orders must stay the first.
+    # Write each order separately: index lists may move axes, and the axis of orders must stay first.
     for order in range(terms):
         if isinstance(values, Series):
             aten.index_put_(target.coefficients[order], indices, values.coefficients[order], accumulate)

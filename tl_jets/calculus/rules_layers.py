@@ -1,9 +1,8 @@
-"""Rules of layers: convolutions, pooling by means, group and batch norms, and operations that act order by order.
+"""Rules of convolutions, average pooling, group norms, and operations applied order by order.
 
-An operation that is linear in all its floating-point operands together acts on the coefficients of each order alike, a
-plain operand being zero above order 0. A convolution is a product of its input and its weight.
-
-Cost: k + 1 of the operation, or (k + 1)(k + 2) / 2 where both operands of a product are series.
+An operation that is jointly linear in its floating-point operands applies to the coefficients of each order, with plain
+operands replaced by zero above order 0. A convolution is a product of its input and its weight, at
+(k + 1)(k + 2) / 2 convolutions if both are series.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -30,7 +29,7 @@ Number = float | int
 
 
 def order_by_order(operation: OpOverload, *args: Any, **kwargs: Any) -> Series:
-    """An operation that is linear in its floating-point operands taken together."""
+    """Apply an operation that is jointly linear in its floating-point operands."""
     terms = terms_of(*args, *kwargs.values())
 
     def coefficient(x: Any, order: int) -> Any:
@@ -65,7 +64,7 @@ RULES.update({operation: partial(order_by_order, operation) for operation in _OR
 def scatter_reduce(
     x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Series:
-    """Sums and means of elements at one index each; largest and smallest have no rule."""
+    """Scatter with sums or means; the other reductions raise."""
     if reduce not in ("sum", "mean"):
         raise NotImplementedError(
             f"scatter_reduce has a Taylor rule for 'sum' and 'mean'; got {reduce!r}. Write it with amax, amin or prod."
@@ -77,7 +76,7 @@ def scatter_reduce(
 def index_reduce(
     x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
 ) -> Series:
-    """Means of slices at a list of indices; products, largest and smallest have no rule."""
+    """Reduce slices at a list of indices by their mean; the other reductions raise."""
     if reduce != "mean":
         raise NotImplementedError(
             f"index_reduce has a Taylor rule for 'mean'; got {reduce!r}. Write it with amax, amin or prod."
@@ -87,7 +86,7 @@ def index_reduce(
 
 @rule(aten.as_strided.default)
 def as_strided(x: Series, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Series:
-    """A view by strides, where it starts at the tensor's own first element."""
+    """A strided view that starts at the tensor's first element."""
     if storage_offset:
         raise NotImplementedError(
             f"as_strided on a Series starts at its first element; got storage_offset={storage_offset}. Slice it first."
@@ -98,7 +97,7 @@ def as_strided(x: Series, size: Sequence[int], stride: Sequence[int], storage_of
 
 @rule(aten.convolution.default)
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Series:
-    """The convolution, transposed ones included, plus the bias."""
+    """The convolution, plain or transposed, plus the bias."""
     terms = terms_of(x, weight, bias)
 
     def convolve(a: Tensor, b: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
 def group_norm(
     x: Series, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, group: int, eps: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer norm of each group of channels, with mean and reciprocal root."""
+    """Layer norm of each group of channels, with mean and reciprocal root."""
     rows, mean, scale = layer_norm(x.reshape(n, group, -1), [c // group * hw], None, None, eps)  # type: ignore[arg-type]
     shape = (1, c, *(1,) * (x.ndim - 2))
     out = rows.view(x.shape)
@@ -134,7 +133,7 @@ def group_norm(
 
 @rule(aten.nansum.default)
 def nansum(x: Series, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    """The sum of what is a number."""
+    """The sum, with NaN as 0."""
     return torch.where(x.isnan(), torch.zeros_like(x), x).sum(None if dim is None else list(dim), keepdim, dtype=dtype)
 
 
@@ -150,7 +149,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Any, ...]:
-    """Sums or means of rows of a table; with a plain table, what PyTorch gives for it."""
+    """Sums or means of rows of a table that is a series."""
     if mode == 2 or per_sample_weights is not None:
         raise NotImplementedError(
             "embedding_bag on a Series has modes 'sum' and 'mean' without per_sample_weights. Write it with embedding."

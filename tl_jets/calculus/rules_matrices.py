@@ -1,11 +1,10 @@
-r"""Rules of linear algebra: inverses, solutions, determinants, Cholesky factors, the exponential, products of all.
+r"""Rules of linear algebra (inverses, solves, determinants, Cholesky factors, matrix exponential) and of products.
 
-From A X = B, X_n = A_0^{-1} (B_n - sum_{j=1..n} A_j X_{n-j}); from A = L L', with Phi taking the lower triangle and half of
-the diagonal, L_n = L_0 Phi(L_0^{-1} (A_n - sum_{0<i<n} L_i L_{n-i}') L_0^{-T}); (log det A)' = tr(A^{-1} A'). A function of a
-matrix is that of the block Toeplitz matrix of its coefficients. (Griewank & Walther 2008, ch. 13; Higham 2008,
-*Functions of Matrices*, ch. 3.)
-
-Cost: one factorization, and (k + 1)(k + 2) / 2 matrix products.
+A X = B gives X_n = A_0^{-1} (B_n - sum_{j=1..n} A_j X_{n-j}). A = L L' gives
+L_n = L_0 Phi(L_0^{-1} (A_n - sum_{0<i<n} L_i L_{n-i}') L_0^{-T}), where Phi takes the lower triangle and half of the
+diagonal. (log det A)' = tr(A^{-1} A'). A function of a matrix is that of the block Toeplitz matrix of its coefficients.
+(Griewank & Walther 2008, ch. 13; Higham 2008, *Functions of Matrices*, ch. 3.) Cost: one factorization, and
+(k + 1)(k + 2) / 2 matrix products.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -28,7 +27,7 @@ aten = torch.ops.aten
 
 
 def _solve(a: Tensor, b: Tensor, first: Callable[[Tensor], Tensor]) -> Tensor:
-    """X with a X = b, coefficients; `first` solves with a_0."""
+    """Coefficients of x with a x = b; `first` solves with a_0."""
     out: list[Tensor] = []
     for n in range(a.shape[0]):
         right = b[n]
@@ -48,14 +47,14 @@ def _inverse(a: Tensor) -> Tensor:
 
 @rule(aten.linalg_inv_ex.default)
 def inv(x: Series, *, check_errors: bool = False) -> tuple[Series, Tensor]:
-    """The inverse, and PyTorch's report on c_0."""
+    """The inverse, and PyTorch's `info` for c_0."""
     info = torch.linalg.inv_ex(x.coefficients[0], check_errors=check_errors).info
     return Series(_inverse(x.coefficients)), info
 
 
 @rule(aten._linalg_solve_ex.default)
 def solve(a: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
-    """X with a x = b, or x a = b, and PyTorch's factors of c_0."""
+    """The x with a x = b, or x a = b, and PyTorch's factors of c_0."""
     terms = terms_of(a, b)
     u, w = lift(a, terms), lift(b, terms)
     vector = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
@@ -70,7 +69,7 @@ def solve(a: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = False
 
 @rule(aten.linalg_solve_triangular.default)
 def solve_triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Series:
-    """X with a x = b, or x a = b; only one triangle of a is read."""
+    """The x with a x = b, or x a = b; only one triangle of a is read."""
     terms = terms_of(a, b)
     u, w = lift(a, terms), lift(b, terms)
     u = u.triu(int(unitriangular)) if upper else u.tril(-int(unitriangular))
@@ -88,14 +87,14 @@ def solve_triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, un
 def triangular_solve(
     b: Tensor, a: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """X with a x = b, and a."""
+    """The x with a x = b, and a copy of a."""
     matrix, upper = (a.mT, not upper) if transpose else (a, upper)
     return torch.linalg.solve_triangular(matrix, b, upper=upper, unitriangular=unitriangular), a.clone()
 
 
 @rule(aten.linalg_cholesky_ex.default)
 def cholesky_ex(x: Series, *, upper: bool = False, check_errors: bool = False) -> tuple[Series, Tensor]:
-    """L with L L' = x, and PyTorch's report on c_0."""
+    """The L with L L' = x, and PyTorch's `info` for c_0."""
     a = x.coefficients
     known, info = torch.linalg.cholesky_ex(a[0], check_errors=check_errors)
     out = [known]
@@ -113,13 +112,13 @@ def cholesky_ex(x: Series, *, upper: bool = False, check_errors: bool = False) -
 
 @rule(aten.cholesky.default)
 def cholesky(x: Series, upper: bool = False) -> Series:
-    """L with L L' = x."""
+    """The L with L L' = x."""
     return torch.linalg.cholesky(x, upper=upper)  # type: ignore[return-value]
 
 
 @rule(aten.cholesky_solve.default)
 def cholesky_solve(b: Tensor, factor: Tensor, upper: bool = False) -> Tensor:
-    """X with L L' x = b."""
+    """The x with L L' x = b."""
     lower = factor.mT if upper else factor
     half = torch.linalg.solve_triangular(lower, b, upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True)
@@ -134,21 +133,21 @@ def cholesky_inverse(factor: Series, upper: bool = False) -> Tensor:
 
 @rule(aten._linalg_slogdet.default)
 def slogdet(x: Series) -> tuple[Any, ...]:
-    """Sign and logarithm of |det|, and PyTorch's factors of c_0."""
+    """Sign and logarithm of |det|, with PyTorch's factors of c_0."""
     sign, value, factors, pivots = aten._linalg_slogdet(x.coefficients[0])
     return sign, Series(_log_det(x.coefficients, value)), factors, pivots
 
 
 @rule(aten._linalg_det.default)
 def det(x: Series) -> tuple[Any, ...]:
-    """The determinant, of a matrix that has an inverse, and PyTorch's factors of c_0."""
+    """The determinant of an invertible matrix, with PyTorch's factors of c_0."""
     value, factors, pivots = aten._linalg_det(x.coefficients[0])
     change = _log_det(x.coefficients, torch.zeros_like(value))
     return Series(recurrences.exponential(change) * value), factors, pivots
 
 
 def _log_det(a: Tensor, value: Tensor) -> Tensor:
-    """Coefficients of log det, whose own value is given: slope tr(a^{-1} a')."""
+    """Coefficients of log det with c_0 = `value` and slope tr(a^{-1} a')."""
     terms = a.shape[0]
     inverse, slope = _inverse(a[:-1]) if terms > 1 else a[:0], recurrences.derivative(a)
     out = [value]
@@ -177,7 +176,7 @@ def matrix_exp(x: Series) -> Series:
 
 @rule(aten.prod.dim_int)
 def prod(x: Series, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The product over an axis, by halves: right where factors are 0."""
+    """The product over an axis by pairwise halving, valid where factors are 0."""
     out: Tensor = x if dtype is None else x.to(dtype)
     if out.ndim == 0:
         return out.clone()
@@ -193,7 +192,7 @@ def prod(x: Series, dim: int, keepdim: bool = False, *, dtype: torch.dtype | Non
 
 @rule(aten.prod.default)
 def prod_all(x: Series, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The product of all."""
+    """The product over all axes."""
     return prod(x.flatten(), 0, dtype=dtype)  # type: ignore[arg-type]
 
 
@@ -205,7 +204,7 @@ def cumprod(x: Series, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
 
 @rule(aten.logcumsumexp.default)
 def logcumsumexp(x: Series, dim: int) -> Tensor:
-    """The logarithm of running sums of exponentials along an axis."""
+    """Logarithm of the running sums of exponentials along an axis."""
     return _scan(torch.logaddexp, x, dim)
 
 

@@ -1,10 +1,8 @@
 """Rules of smooth nonlinear functions: elementary functions, activations, softmax, norms, fused attention.
 
-Elementary functions follow the recurrences of `tl_jets.calculus.recurrences`; activations and norms compose them.
+Elementary functions follow the recurrences of `tl_jets.calculus.recurrences` (Griewank & Walther 2008, *Evaluating
+Derivatives*, ch. 13) in O(k^2) elementwise operations; activations and norms compose them.
 gelu(x) = x Phi(x) = x (1 + erf(x / sqrt 2)) / 2; silu(x) = x / (1 + exp(-x)); softplus' = logistic.
-(Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13.)
-
-Cost: O(k^2) elementwise operations.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -35,19 +33,19 @@ Operand = Tensor | float | int
 
 @rule(aten.pow.Tensor_Scalar)
 def power(x: Series, exponent: Number) -> Series:
-    """X^exponent."""
+    """Elementwise x^exponent."""
     return Series(recurrences.power(x.coefficients, exponent))
 
 
 @rule(aten.pow.Scalar)
 def power_of_number(base: Number, exponent: Series) -> Series:
-    """Base^x; NaN above c_0 where a negative number gets an exponent that moves."""
+    """base^x; NaN above c_0 where the base is negative and the exponent varies."""
     return power_of_tensor(torch.tensor(base, dtype=exponent.dtype, device=exponent.device), exponent)
 
 
 @rule(aten.pow.Tensor_Tensor)
 def power_of_tensor(base: Tensor, exponent: Tensor) -> Series:
-    """Base^exponent: by the recurrence of fixed powers where the exponent does not move, else exp(exponent log base)."""
+    """base^exponent: the recurrence of fixed powers where the exponent is constant, else exp(exponent log base)."""
     if not isinstance(exponent, Series) and exponent.numel() == 1 and exponent.ndim <= base.ndim:
         assert isinstance(base, Series)
         return power(base, exponent.item())
@@ -57,7 +55,7 @@ def power_of_tensor(base: Tensor, exponent: Tensor) -> Series:
     out = recurrences.powers(u, w[0])
     if isinstance(exponent, Series):
         moving = recurrences.exponential(recurrences.product(w, recurrences.logarithm(u)), value)
-        # 0^x is the constant 0 where it is differentiable, x > 0; PyTorch has it so at x = 0, too.
+        # 0^x is the constant 0 for x > 0, and by PyTorch's convention at x = 0.
         moving[1:].masked_fill_((u == 0).all(0) & (w[0] >= 0), 0)
         out = torch.where((w[1:] == 0).all(0), out, moving)
     return with_value(out, value)
@@ -65,7 +63,7 @@ def power_of_tensor(base: Tensor, exponent: Tensor) -> Series:
 
 @rule(aten.sqrt.default)
 def sqrt(x: Series) -> Series:
-    """The square root; it has no derivative at 0."""
+    """The square root, which has no derivative at 0."""
     return Series(recurrences.power(x.coefficients, 0.5))
 
 
@@ -142,7 +140,7 @@ def erfc(x: Series) -> Series:
 
 
 def with_value(coefficients: Tensor, value: Tensor) -> Series:
-    """Put in c_0 as PyTorch computes it, where the recurrence's own would cancel."""
+    """Set c_0 to PyTorch's value where the recurrence's own would cancel."""
     coefficients[0] = value
     return Series(coefficients)
 
@@ -164,17 +162,17 @@ def sigmoid(x: Series) -> Series:
 
 @rule(aten.silu.default)
 def silu(x: Series) -> Series:
-    """X / (1 + exp(-x))."""
+    """Compute x / (1 + exp(-x))."""
     return Series(recurrences.product(x.coefficients, recurrences.logistic(x.coefficients)))
 
 
 @rule(aten.gelu.default)
 def gelu(x: Series, *, approximate: str = "none") -> Series:
-    """X Phi(x), or with tanh(sqrt(2/pi) (x + 0.044715 x^3)) for erf(x / sqrt 2)."""
+    """Compute x Phi(x), or its tanh approximation."""
     u = x.coefficients
     if approximate == "none":
         half = recurrences.error_function(u, math.sqrt(0.5)).mul_(0.5)
-        # (1 + erf) / 2 as erfc of the opposite, which keeps its digits far to the left.
+        # (1 + erf(z)) / 2 = erfc(-z) / 2, which is accurate for very negative z.
         half[0] = 0.5 * torch.erfc(-math.sqrt(0.5) * u[0])
     else:
         # (1 + tanh z) / 2 is the logistic function of 2 z = 2 sqrt(2/pi) (u + 0.044715 u^3).
@@ -192,13 +190,13 @@ def softplus(x: Series, beta: Number = 1, threshold: Number = 20) -> Series:
     if u.shape[0] == 1:
         return Series(value.unsqueeze(0))
     smooth = recurrences.integral(recurrences.logistic(u[:-1] * beta), u, value)
-    # Above the threshold PyTorch's function is the identity.
+    # PyTorch's softplus is the identity above the threshold.
     return Series(torch.where(u[0] * beta > threshold, u, smooth))
 
 
 @rule(aten.log_sigmoid_forward.default)
 def log_sigmoid(x: Series) -> tuple[Series, Tensor]:
-    """-log(1 + exp(-x)), and the scratch tensor that PyTorch returns with it."""
+    """-log(1 + exp(-x)), and the buffer that PyTorch returns with it."""
     u = x.coefficients
     value = F.logsigmoid(u[0])
     buffer = value.new_empty(0)
@@ -209,13 +207,13 @@ def log_sigmoid(x: Series) -> tuple[Series, Tensor]:
 
 @rule(aten._softmax.default)
 def softmax(x: Series, dim: int, half_to_float: bool = False) -> Series:
-    """exp(x) over its sum."""
+    """exp(x) / sum exp(x)."""
     return Series(_at_least_one_axis(recurrences.softmax, x, dim))
 
 
 @rule(aten._safe_softmax.default)
 def safe_softmax(x: Series, dim: int, dtype: torch.dtype | None = None) -> Series:
-    """The softmax, 0 where a row is -inf throughout."""
+    """The softmax, with 0 for rows of -inf."""
     y = softmax(Series(x.coefficients.to(dtype or x.dtype)), dim)
     y.coefficients[0].nan_to_num_(0.0)
     return y
@@ -223,7 +221,7 @@ def safe_softmax(x: Series, dim: int, dtype: torch.dtype | None = None) -> Serie
 
 @rule(aten._log_softmax.default)
 def log_softmax(x: Series, dim: int, half_to_float: bool = False) -> Series:
-    """X - log sum exp x."""
+    """Compute x - log sum exp(x)."""
     return Series(_at_least_one_axis(recurrences.log_softmax, x, dim))
 
 
@@ -234,11 +232,11 @@ def _at_least_one_axis(function: Callable[[Tensor, int], Tensor], x: Series, dim
 
 @rule(aten.logsumexp.default)
 def logsumexp(x: Series, dim: Sequence[int], keepdim: bool = False) -> Series:
-    """Log sum exp x over some axes."""
+    """Log sum exp(x) over some axes."""
     if x.ndim == 0:
         return Series(x.coefficients.clone())
     places = axes(dim, x.ndim)
-    # One axis to sum over: the reduced ones, moved last and merged.
+    # Move the reduced axes last and merge them.
     kept = [place for place in range(1, x.ndim + 1) if place not in places]
     merged = x.coefficients.permute(0, *kept, *places).flatten(1 + len(kept))
     out = recurrences.log_sum_exp(merged, -1).squeeze(-1)
@@ -268,7 +266,7 @@ def layer_norm(
 def rms_norm(
     x: Series, normalized_shape: Sequence[int], weight: Tensor | None, eps: Number | None
 ) -> tuple[Tensor, Series]:
-    """X / sqrt(mean x^2 + eps) weight, with the reciprocal root."""
+    """Compute x / sqrt(mean x^2 + eps) weight, and the reciprocal root."""
     u = x.coefficients
     places = list(range(u.ndim - len(normalized_shape), u.ndim))
     scale = _inverse_root_mean_square(u, places, torch.finfo(u.dtype).eps if eps is None else eps)
@@ -297,7 +295,7 @@ def attention(
     attn_mask: Tensor | None = None,
     scale: Number | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fused attention, as the matrix products and the softmax that it stands for."""
+    """Fused attention, computed as matrix products and a softmax."""
     out, _ = aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
     )

@@ -1,10 +1,7 @@
-"""Rules of piecewise functions: relu, clamp, abs, largest and smallest, sorting.
+"""Rules of piecewise functions: relu, clamp, abs, extrema, sorting.
 
-They follow the branch that c_0 takes: the coefficients of the piece, or of the element, that PyTorch's function selects
-at c_0. At a kink the convention is that of PyTorch's own derivatives. (Griewank & Walther 2008, *Evaluating
-Derivatives*, ch. 14, on why a series knows nothing of the other branch.)
-
-Cost: one operation on the stacked tensor.
+Each follows the branch that c_0 takes: the coefficients of the piece or element that PyTorch's function selects at c_0.
+At a kink the convention is that of PyTorch's derivatives. (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 14.)
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -41,20 +38,20 @@ def _on_branch(x: Series, moves: Tensor, value: Tensor) -> Series:
 
 @rule(aten.abs.default)
 def absolute(x: Series) -> Series:
-    """|x|; 0 is a constant."""
+    """|x|; constant where x is 0."""
     return Series(x.coefficients * x.coefficients[0].sign())
 
 
 @rule(aten.relu.default)
 def relu(x: Series) -> Series:
-    """max(x, 0); 0 is a constant."""
+    """max(x, 0); constant where x is 0."""
     value = x.coefficients[0]
     return _on_branch(x, value > 0, value.relu())
 
 
 @rule(aten.leaky_relu.default)
 def leaky_relu(x: Series, negative_slope: Number = 0.01) -> Series:
-    """X, or negative_slope x where x <= 0."""
+    """Compute x, or negative_slope x where x <= 0."""
     return Series(torch.where(x.coefficients[0] > 0, x.coefficients, x.coefficients * negative_slope))
 
 
@@ -62,7 +59,7 @@ def leaky_relu(x: Series, negative_slope: Number = 0.01) -> Series:
 def rrelu(
     x: Series, noise: Any, lower: Number = 0.125, upper: Number = 1 / 3, training: bool = False, generator: Any = None
 ) -> Series:
-    """X, or the mean slope times x where x <= 0; random slopes have no rule."""
+    """Compute x, or the mean slope times x where x <= 0; training mode, which is random, raises."""
     if training:
         raise NotImplementedError("rrelu in training mode is random. Call eval() on the module that holds it.")
     return leaky_relu(x, (lower + upper) / 2)
@@ -70,14 +67,14 @@ def rrelu(
 
 @rule(aten.hardtanh.default)
 def hardtanh(x: Series, min_val: Number = -1, max_val: Number = 1) -> Series:
-    """X between two numbers; constant at and beyond them."""
+    """Clip x to two numbers; constant at and beyond them."""
     value = x.coefficients[0]
     return _on_branch(x, (value > min_val) & (value < max_val), F.hardtanh(value, min_val, max_val))
 
 
 @rule(aten.clamp.default, aten.clamp.Tensor)
 def clamp(x: Tensor, min: Operand | None = None, max: Operand | None = None) -> Tensor:
-    """X between two bounds; at a bound it still moves."""
+    """Clip x to two bounds; at a bound it has the slope of x."""
     out = x if min is None else clamp_min(x, min)
     return out if max is None else clamp_max(out, max)
 
@@ -96,13 +93,13 @@ def clamp_max(x: Tensor, max: Operand) -> Tensor:
 
 @rule(aten.maximum.default)
 def maximum(a: Tensor, b: Tensor) -> Tensor:
-    """The larger; the first on a tie."""
+    """The larger operand; the first on a tie."""
     return _choose(a, b, value_of(a) >= value_of(b))
 
 
 @rule(aten.minimum.default)
 def minimum(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller; the first on a tie."""
+    """The smaller operand; the first on a tie."""
     return _choose(a, b, value_of(a) <= value_of(b))
 
 
@@ -119,20 +116,20 @@ def _choose(a: Tensor, b: Operand, first: Tensor) -> Series:
 def nan_to_num(
     x: Series, nan: Number | None = None, posinf: Number | None = None, neginf: Number | None = None
 ) -> Series:
-    """X, with numbers for NaN and infinities."""
+    """Replace NaN and infinities by constants."""
     value = x.coefficients[0]
     return _on_branch(x, value.isfinite(), value.nan_to_num(nan, posinf, neginf))
 
 
 @rule(aten.max.dim)
 def max_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The largest along an axis, and where it is."""
+    """The largest element along an axis, and its index."""
     return _extreme(x, dim, keepdim, torch.max)
 
 
 @rule(aten.min.dim)
 def min_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The smallest along an axis, and where it is."""
+    """The smallest element along an axis, and its index."""
     return _extreme(x, dim, keepdim, torch.min)
 
 
@@ -149,25 +146,25 @@ def _extreme(x: Series, dim: int, keepdim: bool, find: FindExtreme) -> tuple[Ser
 
 @rule(aten.amax.default)
 def amax(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The largest over axes; on a tie, one of them."""
+    """The largest element over axes; one of them on a tie."""
     return _extreme_over(x, dim, keepdim, torch.max)
 
 
 @rule(aten.amin.default)
 def amin(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The smallest over axes; on a tie, one of them."""
+    """The smallest element over axes; one of them on a tie."""
     return _extreme_over(x, dim, keepdim, torch.min)
 
 
 @rule(aten.max.default)
 def max_all(x: Series) -> Series:
-    """The largest of all."""
+    """The largest element."""
     return _extreme_over(x, (), False, torch.max)
 
 
 @rule(aten.min.default)
 def min_all(x: Series) -> Series:
-    """The smallest of all."""
+    """The smallest element."""
     return _extreme_over(x, (), False, torch.min)
 
 
@@ -180,7 +177,7 @@ def _extreme_over(x: Series, dims: Sequence[int] | int, keepdim: bool, find: Fin
 
 @rule(aten.topk.default)
 def topk(x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Series, Tensor]:
-    """The k largest or smallest by c_0, and where they are."""
+    """The k largest or smallest elements by c_0, and their indices."""
     place = axis(dim, x.ndim)
     index = torch.topk(x.coefficients[0], k, place - 1, largest, sorted).indices
     return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
@@ -188,14 +185,14 @@ def topk(x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = 
 
 @rule(aten.sort.default, aten.sort.stable)
 def sort(x: Series, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Series, Tensor]:
-    """In the order of c_0, and the order."""
+    """The elements sorted by c_0, and their indices."""
     place = axis(dim, x.ndim)
     index = torch.sort(x.coefficients[0], stable=bool(stable), dim=place - 1, descending=descending).indices
     return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
 
 
 def pick(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -> tuple[Series, Tensor]:
-    """What an operation that gives (values, indices) along an axis picks by c_0."""
+    """Select by c_0 for an operation that returns (values, indices) along an axis."""
     dim = next((arg.name, i) for i, arg in enumerate(operation._schema.arguments) if arg.name == "dim")
     index = operation(x.coefficients[0], *args, **kwargs)[1]
     given = kwargs.get(dim[0], args[dim[1] - 1] if len(args) >= dim[1] else -1)
@@ -209,7 +206,7 @@ def pick(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -> tuple[S
 
 
 def pick_in_window(operation: OpOverload, axes_of_window: int, x: Series, *args: Any, **kwargs: Any) -> Any:
-    """What a pooling that gives (values, flat indices) over the last axes picks by c_0."""
+    """Select by c_0 for a pooling that returns (values, flat indices) over the last axes."""
     index = operation(x.coefficients[0], *args, **kwargs)[1]
     flat = x.coefficients.flatten(-axes_of_window)
     places = index.flatten(-axes_of_window)
@@ -219,13 +216,13 @@ def pick_in_window(operation: OpOverload, axes_of_window: int, x: Series, *args:
 
 @rule(aten.median.default)
 def median(x: Series) -> Tensor:
-    """The median of all."""
+    """The median of all elements."""
     return torch.median(x.flatten(), 0).values
 
 
 @rule(aten.nanmedian.default)
 def nanmedian(x: Series) -> Tensor:
-    """The median of all that are numbers."""
+    """The median of all elements, ignoring NaN."""
     return torch.nanmedian(x.flatten(), 0).values
 
 

@@ -1,9 +1,7 @@
-"""Rules that move numbers without calculating: shapes, indexing, joining, masks, predicates, constants.
+"""Rules of shapes, indexing, joining, masks, predicates and constants, which move numbers without arithmetic.
 
-All act on each coefficient alike, so they act on the stacked tensor with every axis shifted by one; only what puts a
-constant in place (`where`, `masked_fill`, padding) puts it in c_0 and zeros above. Predicates and sizes look at c_0.
-
-Cost: one operation on the stacked tensor.
+They act on the stacked tensor with every axis shifted by one. Constants (`where`, `masked_fill`, padding) enter c_0,
+with zeros above. Predicates and sizes read c_0.
 
 Example:
     >>> from tl_jets.calculus import Series
@@ -27,14 +25,14 @@ aten = torch.ops.aten
 
 
 def axis(dim: int, ndim: int) -> int:
-    """The place of axis `dim` of the series in the stacked tensor."""
+    """The index in the stacked tensor of axis `dim` of the series."""
     if not -max(ndim, 1) <= dim < max(ndim, 1):
         raise IndexError(f"dim lies in [{-ndim}, {ndim - 1}]; got {dim}. Choose an axis of the tensor.")
     return dim % max(ndim, 1) + 1
 
 
 def axes(dims: Sequence[int] | int | None, ndim: int) -> list[int]:
-    """The places of several axes; none named means all."""
+    """The indices of several axes; None or no axis means all."""
     if dims is None:
         return list(range(1, ndim + 1))
     dims = [dims] if isinstance(dims, int) else dims
@@ -42,7 +40,7 @@ def axes(dims: Sequence[int] | int | None, ndim: int) -> list[int]:
 
 
 def align(series: Series, ndim: int) -> Tensor:
-    """The coefficients with axes of length 1 put in after the first, so that `ndim` axes follow it."""
+    """The coefficients, with axes of length 1 inserted after the first so that `ndim` axes follow it."""
     coefficients = series.coefficients
     missing = ndim - series.ndim
     if missing <= 0:
@@ -51,18 +49,14 @@ def align(series: Series, ndim: int) -> Tensor:
 
 
 def value_of(x: Any) -> Any:
-    """c_0 of a series, also inside lists; anything else as it is."""
+    """c_0 of a series, also inside lists; other values unchanged."""
     if isinstance(x, Series):
         return x.coefficients[0]
     return [value_of(item) for item in x] if isinstance(x, list | tuple) else x
 
 
 def terms_of(*operands: Any) -> int:
-    """The common number of coefficients.
-
-    Raises:
-        ValueError: two series differ in order.
-    """
+    """The common number of coefficients of all series; raises ValueError if they differ."""
     counts = {operand.coefficients.shape[0] for operand in operands if isinstance(operand, Series)}
     if len(counts) != 1:
         raise ValueError(
@@ -80,7 +74,7 @@ def constant(value: Tensor, terms: int) -> Tensor:
 
 
 def lift(operand: Tensor, terms: int) -> Tensor:
-    """Coefficients of a series, or those of a plain tensor as a constant."""
+    """Coefficients of a series, or of a plain tensor as a constant."""
     return operand.coefficients if isinstance(operand, Series) else constant(operand, terms)
 
 
@@ -89,13 +83,13 @@ def lift(operand: Tensor, terms: int) -> Tensor:
 
 @rule(aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 def alias(x: Series) -> Series:
-    """The same numbers under a new wrapper, sharing storage."""
+    """A new wrapper of the same storage."""
     return Series(x.coefficients.view_as(x.coefficients))
 
 
 @rule(aten.clone.default)
 def clone(x: Series, *, memory_format: torch.memory_format | None = None) -> Series:
-    """A copy with storage of its own."""
+    """A copy in new storage."""
     if memory_format in (None, torch.preserve_format):
         return Series(x.coefficients.clone())
     return Series(x.coefficients.clone(memory_format=torch.contiguous_format))
@@ -103,80 +97,80 @@ def clone(x: Series, *, memory_format: torch.memory_format | None = None) -> Ser
 
 @rule(aten.view.default)
 def view(x: Series, size: Sequence[int]) -> Series:
-    """Another shape of the same storage."""
+    """Reshape without a copy."""
     return Series(x.coefficients.view(x.coefficients.shape[0], *size))
 
 
 @rule(aten._unsafe_view.default, aten.reshape.default)
 def reshape(x: Series, size: Sequence[int]) -> Series:
-    """Another shape, copied where it must be."""
+    """Reshape, with a copy if needed."""
     return Series(x.coefficients.reshape(x.coefficients.shape[0], *size))
 
 
 @rule(aten.permute.default)
 def permute(x: Series, dims: Sequence[int]) -> Series:
-    """Axes in another order."""
+    """Permute axes."""
     return Series(x.coefficients.permute(0, *(axis(dim, x.ndim) for dim in dims)))
 
 
 @rule(aten.transpose.int)
 def transpose(x: Series, dim0: int, dim1: int) -> Series:
-    """Two axes exchanged."""
+    """Exchange two axes."""
     return Series(x.coefficients.transpose(axis(dim0, x.ndim), axis(dim1, x.ndim)))
 
 
 @rule(aten.t.default)
 def matrix_transpose(x: Series) -> Series:
-    """The transpose of a matrix; a vector stays."""
+    """Transpose a matrix; a vector is unchanged."""
     return Series(x.coefficients.transpose(1, 2)) if x.ndim == 2 else alias(x)
 
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(x: Series, dim: int) -> Series:
-    """A new axis of length 1."""
+    """Insert an axis of length 1."""
     return Series(x.coefficients.unsqueeze(axis(dim, x.ndim + 1)))
 
 
 @rule(aten.squeeze.default)
 def squeeze(x: Series) -> Series:
-    """Every axis of length 1 removed; never the axis of orders."""
+    """Remove every axis of length 1, but never the axis of orders."""
     return squeeze_dims(x, list(range(x.ndim)))
 
 
 @rule(aten.squeeze.dim)
 def squeeze_dim(x: Series, dim: int) -> Series:
-    """One axis removed if it has length 1."""
+    """Remove an axis if it has length 1."""
     return squeeze_dims(x, [dim])
 
 
 @rule(aten.squeeze.dims)
 def squeeze_dims(x: Series, dims: Sequence[int]) -> Series:
-    """Those of the axes removed that have length 1."""
+    """Remove those of the given axes that have length 1."""
     shifted = [axis(dim, x.ndim) for dim in dims] if x.ndim else []
     return Series(x.coefficients.squeeze(tuple(shifted)))
 
 
 @rule(aten.expand.default)
 def expand(x: Series, size: Sequence[int], *, implicit: bool = False) -> Series:
-    """Axes of length 1 repeated without a copy."""
+    """Repeat axes of length 1 without a copy."""
     return Series(align(x, len(size)).expand(x.coefficients.shape[0], *size))
 
 
 @rule(aten.repeat.default)
 def repeat(x: Series, repeats: Sequence[int]) -> Series:
-    """The tensor tiled."""
+    """Tile the tensor."""
     return Series(align(x, len(repeats)).repeat(1, *repeats))
 
 
 @rule(aten.flip.default)
 def flip(x: Series, dims: Sequence[int]) -> Series:
-    """Axes reversed."""
+    """Reverse axes."""
     return Series(x.coefficients.flip([axis(dim, x.ndim) for dim in dims]))
 
 
 @rule(aten.roll.default)
 def roll(x: Series, shifts: Sequence[int], dims: Sequence[int] = ()) -> Series:
-    """Axes rotated; without `dims`, the flattened tensor."""
+    """Roll axes; without `dims`, the flattened tensor."""
     if not dims:
         return Series(x.coefficients.flatten(1).roll(shifts, 1).view(x.coefficients.shape))
     return Series(x.coefficients.roll(shifts, [axis(dim, x.ndim) for dim in dims]))
@@ -190,13 +184,13 @@ def unfold(x: Series, dimension: int, size: int, step: int) -> Series:
 
 @rule(aten.diagonal.default)
 def diagonal(x: Series, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Series:
-    """The diagonal of two axes, last."""
+    """The diagonal of two axes, as the last axis."""
     return Series(x.coefficients.diagonal(offset, axis(dim1, x.ndim), axis(dim2, x.ndim)))
 
 
 @rule(aten.constant_pad_nd.default)
 def pad(x: Series, pad: Sequence[int], value: float | int = 0) -> Series:
-    """Padding: `value` in c_0, zeros above."""
+    """Pad with `value` in c_0 and zeros above."""
     padded = aten.constant_pad_nd(x.coefficients, pad, 0)
     if value != 0:
         inside = torch.ones(x.shape, dtype=torch.bool, device=x.device)
@@ -206,7 +200,7 @@ def pad(x: Series, pad: Sequence[int], value: float | int = 0) -> Series:
 
 @rule(aten._to_copy.default)
 def to_copy(x: Series, **options: Any) -> Series | Tensor:
-    """Another dtype, device or layout; an integer or boolean dtype gives a plain tensor of c_0."""
+    """Convert dtype, device or layout; an integer or boolean dtype returns c_0 as a plain tensor."""
     dtype = options.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         return aten._to_copy(x.coefficients[0], **options)
@@ -219,66 +213,66 @@ def to_copy(x: Series, **options: Any) -> Series | Tensor:
 
 @rule(aten.slice.Tensor)
 def slice_(x: Series, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Series:
-    """A range of an axis, sharing storage."""
+    """Slice an axis, sharing storage."""
     return Series(aten.slice(x.coefficients, axis(dim, x.ndim), start, end, step))
 
 
 @rule(aten.select.int)
 def select(x: Series, dim: int, index: int) -> Series:
-    """One index of an axis, sharing storage."""
+    """Select one index of an axis, sharing storage."""
     return Series(x.coefficients.select(axis(dim, x.ndim), index))
 
 
 @rule(aten.split.Tensor)
 def split(x: Series, split_size: int, dim: int = 0) -> list[Series]:
-    """Pieces of equal length, sharing storage."""
+    """Split into pieces of equal length, sharing storage."""
     return [Series(part) for part in x.coefficients.split(split_size, axis(dim, x.ndim))]
 
 
 @rule(aten.split_with_sizes.default)
 def split_with_sizes(x: Series, split_sizes: Sequence[int], dim: int = 0) -> list[Series]:
-    """Pieces of given lengths, sharing storage."""
+    """Split into pieces of given lengths, sharing storage."""
     return [Series(part) for part in x.coefficients.split_with_sizes(list(split_sizes), axis(dim, x.ndim))]
 
 
 @rule(aten.unbind.int)
 def unbind(x: Series, dim: int = 0) -> list[Series]:
-    """All indices of an axis, sharing storage."""
+    """Split an axis into its entries, sharing storage."""
     return [Series(part) for part in x.coefficients.unbind(axis(dim, x.ndim))]
 
 
 @rule(aten.index.Tensor)
 def index(x: Series, indices: Sequence[Tensor | None]) -> Series:
-    """Index lists and masks."""
+    """Index by lists and masks."""
     used = [place for place, one in enumerate(indices) if one is not None]
     if used[-1] - used[0] + 1 == len(used):
         return Series(aten.index(x.coefficients, [None, *indices]))
-    # Indices with a gap put their axes first, before the axis of orders: take one order at a time.
+    # Non-adjacent index lists move their axes first, before the axis of orders: index each order separately.
     return Series(torch.stack([aten.index(coefficient, indices) for coefficient in x.coefficients]))
 
 
 @rule(aten.index_select.default)
 def index_select(x: Series, dim: int, index: Tensor) -> Series:
-    """A list of indices of one axis."""
+    """Select a list of indices of one axis."""
     return Series(x.coefficients.index_select(axis(dim, x.ndim), index))
 
 
 @rule(aten.gather.default)
 def gather(x: Series, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Series:
-    """One index for each element."""
+    """Gather one index per element."""
     place = axis(dim, x.ndim)
     return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape)))
 
 
 @rule(aten.scatter.src)
 def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Series:
-    """Elements of `src` at one index each."""
+    """Scatter elements of `src`."""
     return _scatter(Tensor.scatter, x, dim, index, src)
 
 
 @rule(aten.scatter_add.default)
 def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Series:
-    """Elements of `src` added at one index each."""
+    """Scatter and add elements of `src`."""
     return _scatter(Tensor.scatter_add, x, dim, index, src)
 
 
@@ -290,7 +284,7 @@ def _scatter(operation: Callable[..., Tensor], x: Tensor, dim: int, index: Tenso
 
 @rule(aten.scatter.value)
 def scatter_value(x: Series, dim: int, index: Tensor, value: float | int) -> Series:
-    """A number at one index for each element: in c_0, zeros above."""
+    """Scatter a number into c_0, with zeros above."""
     place = axis(dim, x.ndim)
     out = x.coefficients.scatter(place, index.expand(x.coefficients.shape[0], *index.shape), 0)
     out[0].scatter_(place - 1, index, value)
@@ -299,7 +293,7 @@ def scatter_value(x: Series, dim: int, index: Tensor, value: float | int) -> Ser
 
 @rule(aten.index_add.default)
 def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float | int = 1) -> Series:
-    """Slices added at a list of indices."""
+    """Add slices at a list of indices."""
     terms = terms_of(x, source)
     out = lift(x, terms).index_add(axis(dim, x.ndim), index, lift(source, terms), alpha=alpha)
     return Series(out)
@@ -307,7 +301,7 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: floa
 
 @rule(aten.embedding.default)
 def embedding(weight: Series, indices: Tensor, *options: Any) -> Series:
-    """Rows of a table that is itself a series."""
+    """Look up rows of a table that is a series."""
     return Series(weight.coefficients[:, indices])
 
 
@@ -328,23 +322,23 @@ def triu(x: Series, diagonal: int = 0) -> Series:
 
 @rule(aten.cat.default)
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Series:
-    """Joined along an axis; plain tensors are constants."""
+    """Concatenate along an axis; plain tensors are constants."""
     terms = terms_of(*tensors)
-    # PyTorch lets an empty vector join tensors of any rank.
+    # PyTorch allows an empty vector among tensors of any rank.
     joined = [tensor for tensor in tensors if tensor.shape != (0,)] or list(tensors)
     return Series(torch.cat([lift(tensor, terms) for tensor in joined], axis(dim, joined[0].ndim)))
 
 
 @rule(aten.stack.default)
 def stack(tensors: Sequence[Tensor], dim: int = 0) -> Series:
-    """Joined along a new axis; plain tensors are constants."""
+    """Stack along a new axis; plain tensors are constants."""
     terms = terms_of(*tensors)
     return Series(torch.stack([lift(tensor, terms) for tensor in tensors], axis(dim, tensors[0].ndim + 1)))
 
 
 @rule(aten.where.self)
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Series:
-    """One or the other for each element; plain tensors and numbers are constants."""
+    """Select elementwise; plain tensors and numbers are constants."""
     condition = value_of(condition)
     ndim = max(condition.ndim, a.ndim, b.ndim)
     if isinstance(a, Series) and isinstance(b, Series):
@@ -364,7 +358,7 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Series:
 
 @rule(aten.masked_fill.Scalar)
 def masked_fill(x: Series, mask: Tensor, value: float | int) -> Series:
-    """A number under the mask: in c_0, zeros above."""
+    """Put a number under the mask in c_0, with zeros above."""
     out = align(x, max(x.ndim, mask.ndim)).masked_fill(mask, 0)
     out[0].masked_fill_(mask, value)
     return Series(out)
@@ -372,7 +366,7 @@ def masked_fill(x: Series, mask: Tensor, value: float | int) -> Series:
 
 @rule(aten.masked_fill.Tensor)
 def masked_fill_tensor(x: Tensor, mask: Tensor, value: Tensor) -> Series:
-    """A tensor of one element under the mask."""
+    """Put a one-element tensor under the mask."""
     return where(mask, value, x)
 
 
@@ -408,12 +402,12 @@ _MAKES_CONSTANT = [
 
 
 def look_at_value(operation: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """A predicate or a piecewise constant function: that of c_0, as a plain tensor."""
+    """Apply a predicate or piecewise constant function to c_0; the result is a plain tensor."""
     return operation(*value_of(args), **kwargs)
 
 
 def make_constant(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -> Series | Tensor:
-    """`zeros_like(x)` and kin: a series, so that hooks can write series into it; plain if not floating point."""
+    """Return `zeros_like(x)` and the like as a series, so that series can be written into it; plain if not floating point."""
     value = operation(x.coefficients[0], *args, **kwargs)
     return Series(constant(value, x.coefficients.shape[0])) if value.is_floating_point() else value
 

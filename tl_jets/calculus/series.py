@@ -1,9 +1,9 @@
-"""A tensor that carries its truncated Taylor series along a line through any PyTorch code.
+"""A tensor subclass that carries a truncated Taylor series along a line through PyTorch code.
 
 For a function f, a point x and a direction v, f(x + t v) = c_0 + c_1 t + ... + c_k t^k + O(t^{k+1}) with
-c_j = D^j f(x)[v, ..., v] / j! (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13). A `Series` looks like
-f(x) to the code that it passes through (shape, dtype, device) and holds all the c_j; every aten operation is replaced
-by its rule in `tl_jets.calculus.table.RULES`, or taken apart by PyTorch into operations that have one.
+c_j = D^j f(x)[v, ..., v] / j! (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13). A `Series` has the shape,
+dtype and device of f(x) and holds all c_j. Each aten operation is replaced by its rule in
+`tl_jets.calculus.table.RULES`, or decomposed by PyTorch into operations that have one.
 
 | symbol | variable |
 |---|---|
@@ -11,8 +11,7 @@ by its rule in `tl_jets.calculus.table.RULES`, or taken apart by PyTorch into op
 | c_0 .. c_k | `coefficients`, stacked along a new first axis |
 | x, v | `center`, `direction` |
 
-Cost: a linear operation on order k costs k + 1 of itself, as one stacked operation; a product of two series costs
-(k + 1)(k + 2) / 2.
+Cost: k + 1 times a linear operation, as one stacked operation; (k + 1)(k + 2) / 2 times a product of two series.
 
 Example:
     >>> x = Series.line(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), order=2)
@@ -33,18 +32,17 @@ from torch._ops import OpOverload
 from tl_jets.calculus.table import RULES
 
 _RECURRENT = {kind + cell for kind in ("rnn_tanh", "rnn_relu", "gru", "lstm") for cell in ("", "_cell")}
-# PyTorch takes this apart into a function that differs where a row of targets ends before its last column (torch 2.13).
+# PyTorch's decomposition of this is wrong if a row of targets ends before its last column (torch 2.13).
 _ANOTHER_FUNCTION = {torch.ops.aten.multilabel_margin_loss_forward.default}
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 class Series(Tensor):
-    """A truncated Taylor series c_0 + c_1 t + ... + c_k t^k that PyTorch code takes for the tensor c_0.
+    """A truncated Taylor series c_0 + c_1 t + ... + c_k t^k that behaves like the tensor c_0.
 
-    Slices, views and `x[..., i]` share storage with the series that they come from, `clone` copies, and in-place
-    operations write all coefficients, so that hooks such as `x[:, :, 2] = 0` work. Comparisons and predicates look
-    at c_0 and give plain tensors. An operation that has no rule and is not taken apart into ones that do raises with
-    its name, and so does writing a series into a plain tensor.
+    Views share storage with their series, `clone` copies, and in-place operations write all coefficients, so hooks such as
+    `x[:, :, 2] = 0` work. Comparisons and predicates act on c_0 and return plain tensors. An operation without a rule or
+    decomposition raises NotImplementedError with its name; writing a series into a plain tensor raises TypeError.
 
     Attributes:
         coefficients: Taylor coefficients (with the 1/j!), `[order+1, *shape]`, floating point.
@@ -52,8 +50,6 @@ class Series(Tensor):
     Raises:
         TypeError: `coefficients` is not a plain floating-point tensor.
         ValueError: `coefficients` has no leading axis of length order + 1 >= 1.
-
-    Source: Griewank & Walther 2008, ch. 13.
     """
 
     coefficients: Float[Tensor, " terms *shape"]
@@ -91,14 +87,14 @@ class Series(Tensor):
 
         Args:
             center: the point x, `[*shape]`.
-            direction: the direction v, `[*shape]`.
-            order: highest power k kept, >= 0; at order 0 the direction is dropped.
+            direction: the direction v, `[*shape]`; dropped at order 0.
+            order: highest power k, >= 0.
 
         Returns:
-            A series with coefficients `[order+1, *shape]`, which shares no storage with the inputs.
+            A series with coefficients `[order+1, *shape]` in new storage.
 
         Raises:
-            ValueError: `order` is negative, or `direction` differs from `center` in shape.
+            ValueError: `order` is negative, or the shapes differ.
 
         Source: Griewank & Walther 2008, ch. 13.
 
@@ -125,18 +121,17 @@ class Series(Tensor):
         return self.coefficients.shape[0] - 1
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """Order, shape, dtype and device; the numbers are in `.coefficients`."""
+        """Order, shape, dtype and device."""
         return f"Series(order={self.order}, shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The call as it is, without PyTorch's re-wrapping of plain results.
+        """Make the call without PyTorch's re-wrapping of plain results.
 
-        That a tensor looks at calls keeps `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` from their fused
-        paths in evaluation mode. Recurrent layers write into what they compute from their first hidden state, which
-        must be a series for that.
+        Defining this also disables the fused evaluation paths of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`.
+        Recurrent layers write into buffers made from their first hidden state, which must therefore be a series.
         """
         if getattr(func, "__name__", "") in _RECURRENT:
             args = _with_hidden_series(args)
@@ -147,12 +142,12 @@ class Series(Tensor):
     def __torch_dispatch__(
         cls, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Apply the rule of an aten operation; see `tl_jets.calculus.table`."""
+        """Apply the rule of an aten operation."""
         return carry(func, args, kwargs or {})
 
 
 def _with_hidden_series(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a recurrent layer or cell, (input, state, ...) or (input, batch sizes, state, ...)."""
+    """Make series of the states in (input, state, ...) or (input, batch sizes, state, ...)."""
     place = 2 if isinstance(args[1], Tensor) and not args[1].is_floating_point() else 1
     states = args[place] if isinstance(args[place], list | tuple) else [args[place]]
     weights = next((item for item in args if isinstance(item, list)), args)
@@ -165,11 +160,11 @@ def _with_hidden_series(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def carry(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation gives on series: by its rule, or by those of the operations that PyTorch takes it apart into.
+    """Apply an operation to series by its rule, or by PyTorch's decomposition.
 
     Raises:
-        NotImplementedError: neither is there.
-        TypeError: a series would be written into a plain tensor.
+        NotImplementedError: There is neither.
+        TypeError: A series would be written into a plain tensor.
     """
     found = RULES.get(func)
     if found is not None:
@@ -177,7 +172,7 @@ def carry(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if func._schema.name.endswith("_") or any(argument.is_out for argument in func._schema.arguments):
         return _write_back(func, args, kwargs)
     if func.has_kernel_for_dispatch_key(_COMPOSITE):
-        # Under torch.inference_mode composite operations arrive whole: take them apart here.
+        # torch.inference_mode does not decompose composite operations.
         return func.decompose(*args, **kwargs)
     found = decomposition_table.get(func)
     if found is None or func in _ANOTHER_FUNCTION:
@@ -200,7 +195,7 @@ def _refuse(func: OpOverload) -> NoReturn:
 
 
 def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An in-place operation `op_`, or one with `out=`: what its functional twin `op` gives, written into the target."""
+    """Run the functional variant of an in-place or `out=` operation and write its result into the target."""
     name = func._schema.name.removeprefix("aten::")
     outs = [argument.name for argument in func._schema.arguments if argument.is_out]
     twin = getattr(torch.ops.aten, name if outs else name[:-1], None)
@@ -215,7 +210,7 @@ def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any])
     target = writable(args[0], func)
     result = twin(*args, **kwargs)
     if torch.Tag.inplace_view in func.tags:
-        # `squeeze_` and kin change what the wrapper says of its own shape, too.
+        # `squeeze_` and the like must also change the shape of the wrapper.
         target.coefficients = result.coefficients
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
@@ -224,11 +219,7 @@ def _write_back(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def writable(target: Any, func: Any) -> Series:
-    """The first argument of an in-place operation, if it can hold a series.
-
-    Raises:
-        TypeError: a series would be written into a plain tensor, which would drop its higher coefficients.
-    """
+    """The target of an in-place operation; raises TypeError unless it is a `Series`."""
     if not isinstance(target, Series):
         raise TypeError(
             f"a Series can only be written into a Series; {func} would write one into a plain tensor of shape "

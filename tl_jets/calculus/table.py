@@ -1,9 +1,7 @@
-"""The one table of rules: which function carries an aten operation over to truncated Taylor series.
+"""The table of Taylor rules: one function per aten operation.
 
-A rule takes the arguments of its aten overload, of which at least one is a `Series`, and returns what the overload
-returns. Modules `rules_*` fill the table when they are imported; `Series.__torch_dispatch__` reads it.
-
-Cost: one dictionary look-up per operation.
+A rule takes the arguments of its aten overload, at least one of them a `Series`, and returns what the overload returns.
+The `rules_*` modules fill the table on import; `Series.__torch_dispatch__` reads it.
 
 Example:
     >>> import torch
@@ -24,21 +22,15 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 def rule(*overloads: OpOverload) -> Callable[[AnyRule], AnyRule]:
-    """Enter the decorated function into `RULES` for every overload named.
-
-    Args:
-        *overloads: aten overloads such as `torch.ops.aten.add.Tensor`.
-
-    Returns:
-        A decorator that gives the function back unchanged.
+    """Decorator that registers a function in `RULES` for aten overloads such as `torch.ops.aten.add.Tensor`, unchanged.
 
     Raises:
-        ValueError: an overload has a rule already.
+        ValueError: An overload already has a rule.
     """
 
     def enter(function: AnyRule) -> AnyRule:
         for overload in overloads:
-            # A module that is reloaded, as in a notebook, enters its own rules again.
+            # A reloaded module, as in a notebook, may register its rules again.
             if overload in RULES and RULES[overload].__qualname__ != function.__qualname__:
                 raise ValueError(
                     f"an aten overload has one rule; {overload} has {RULES[overload].__qualname__} already. "
