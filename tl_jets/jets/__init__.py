@@ -1,4 +1,4 @@
-"""Expansions: a stage of the network, or its decoder, as a sum of jets at chosen centers (Algorithm 1)."""
+"""Expansions of a stage of the network, or of its decoder, as a sum of jets at chosen centers (Algorithm 1)."""
 
 from tl_jets.core.path import Path
 from tl_jets.jets.cache import Check, JetCache

@@ -1,9 +1,8 @@
-"""`JetCache`: the terms of an expansion on one input, and what they leave over.
+"""`JetCache`: the terms of an expansion on one input, and their remainder.
 
-Used as TransformerLens' `ActivationCache` is: keys are names (here paths), values are tensors [batch, pos, d_model],
-and `stack`, `to`, `remove_batch_dim` and slices work. Nothing of size [paths, batch, pos, d_vocab] is made unless
-`logits` is asked for it. The terms and `remainder` sum to what the model has at that place, by definition; `check`
-computes the terms again, in another way (`tl_jets.jets.checks`).
+Like TransformerLens' `ActivationCache`, it maps names (here paths) to tensors [batch, pos, d_model], with `stack`, `to`,
+`remove_batch_dim` and slices. Only `logits` allocates d_vocab. Terms and `remainder` sum to the model's value by
+definition; `check` recomputes the terms independently.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from tl_jets.core.trace import Trace
 from tl_jets.jets.centers import Center
 from tl_jets.jets.simplex import SimplexSolution
 
-# What a slice may be: as in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
+# As in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
 SliceInput = int | slice | tuple[int, ...] | list[int] | Tensor
-# What a check allows, relative; float32 models are at about 1e-6.
+# Relative tolerance of a check; float32 models reach about 1e-6.
 ACCURACY = 1e-4
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` of a cache found.
+    """Result of `JetCache.check`.
 
     Attributes:
-        sum_error: Largest difference between what the terms approximate and the model, relative to the model's largest value.
-        slopes: By center, the exponent with which the jet's error falls as the step shrinks, or None where the error
-            is at rounding already. A jet of order k must reach k + 1.
+        sum_error: Largest difference between `truth` and the model, relative to the model's largest value.
+        slopes: For each center, the exponent with which the jet's error falls as the step shrinks; k + 1 for a jet of
+            order k. None where the error is within rounding.
         order: k.
-        term_error: Largest difference between a term and the same computed in another way, relative to the largest value
-            that it is the sum of, if that is above rounding; None where terms are not compared one by one.
+        term_error: Largest difference between a term and its recomputation, relative to the term's largest summand or to
+            rounding; None if terms are not compared.
     """
 
     sum_error: float
@@ -55,7 +54,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the errors are below 1e-4 and every slope is at least k + 1/2."""
+        """Whether the errors are below 1e-4 and every slope is above k + 1/2."""
         errors = [self.sum_error] if self.term_error is None else [self.sum_error, self.term_error]
         return all(error < ACCURACY for error in errors) and all(
             slope is None or slope > self.order + 0.5 for slope in self.slopes.values()
@@ -64,16 +63,16 @@ class Check:
 
 @runtime_checkable
 class Expanded(Protocol):
-    """What a cache reads of the expansion that it is of."""
+    """The members of an expansion that a cache reads."""
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that is expanded; None for the decoder."""
+        """The expanded stage; None for the decoder."""
         ...
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Labels of the steps that are expanded."""
+        """Labels of the expanded steps."""
         ...
 
     @property
@@ -83,7 +82,7 @@ class Expanded(Protocol):
 
     @property
     def centers(self) -> tuple[Center, ...]:
-        """What it is expanded at."""
+        """The centers of the expansion."""
         ...
 
     @property
@@ -107,7 +106,7 @@ class Expanded(Protocol):
         ...
 
     def check(self, cache: JetCache) -> Check:
-        """The terms computed again, in another way, and compared."""
+        """Recompute the terms and compare them."""
         ...
 
 
@@ -116,17 +115,15 @@ class JetCache(Shown, Mapping[str, Tensor]):
     """The terms of an expansion on one input, by path.
 
     Attributes:
-        expansion: What was evaluated.
-        trace: The input that it was evaluated on.
-        terms: Path -> term, [batch, pos, d_model], weights included. At the decoder a term is what the unembedding
-            reads, before `W_U`; its logits also carry w_i b_U (`logits`).
-        weights: w [center, batch, pos], in the order of `expansion.centers`. Detached terms of the decoder: the multiple of
-            b_U that each carries [path, batch, pos], 0 but for `ln_final_bias`, 1.
-        truth: What the terms approximate: the stream that the stage produces, or the final norm's output.
-        solution: The solved weights with their certificate, or None if the weights were given or uniform.
-        prompts: Which prompts of the trace are here, aligned to the batch axis; an int where a slice dropped the axis; None for
-            all.
-        positions: Which of its positions, likewise.
+        expansion: The expansion.
+        trace: The trace of the input.
+        terms: Path -> weighted term, [batch, pos, d_model]; at the decoder the input of `W_U` (`logits` adds w_i b_U).
+        weights: w [center, batch, pos], in the order of `expansion.centers`. For detached terms of the decoder, the
+            multiple of b_U of each term [path, batch, pos]: 1 for `ln_final_bias`, else 0.
+        truth: The approximated tensor: the stream that the stage produces, or the final norm's output.
+        solution: The solved weights and their certificate; None for given or uniform weights.
+        prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
+        positions: Indices of its positions, likewise.
     """
 
     expansion: Expanded
@@ -160,48 +157,48 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
     @property
     def labels(self) -> list[str]:
-        """The paths, aligned to the leading axis of `stack()`."""
+        """The paths, in the order of `stack()`."""
         return list(self.terms)
 
     @property
     def remainder(self) -> Float[Tensor, "*cells d_model"]:
-        """What the terms leave of the true output: for k >= 1 that includes h - sum x_i, for k = 0 sum (1 - w_i) x_i."""
+        """`truth` minus all terms: includes h - sum x_i for k >= 1, and sum (1 - w_i) x_i for k = 0."""
         return self.truth - torch.stack(list(self.terms.values())).sum(0)
 
     @property
     def relative_remainder(self) -> float:
-        """Length of the remainder over the length of the true output, real tokens only, in d_model."""
+        """Norm of the remainder over the norm of `truth`, over real tokens."""
         return float(self.remainder[self.valid].norm() / self.truth[self.valid].norm())
 
     @property
     def gap(self) -> Tensor | None:
-        """The Frank-Wolfe certificate of optimal weights [batch, pos]; None for given or uniform ones."""
+        """Frank-Wolfe gap of optimal weights [batch, pos]; None for given or uniform weights."""
         return None if self.solution is None else self.solution.gap
 
     @property
     def is_decoded(self) -> bool:
-        """Whether the terms are of the decoder, so that they have logits."""
+        """Whether these are terms of the decoder, which have logits."""
         return self.expansion.stage is None
 
     @property
     def tokens(self) -> Int[Tensor, "*cells"]:
-        """The tokens at the cache's cells."""
+        """Token ids of the cached positions."""
         return self.here(self.trace.tokens)
 
     @property
     def valid(self) -> Bool[Tensor, "*cells"]:
-        """Which cells are real tokens; the others are padding."""
+        """Mask of real tokens; False at padding."""
         return self.here(self.trace.valid)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every prompt and position of the trace is here, in its order."""
+        """Whether the cache has all prompts and positions of the trace, in order."""
         shape = self.trace.valid.shape
         here = (self.prompts, self.positions)
         return all(index in (None, list(range(size))) for index, size in zip(here, shape, strict=True))
 
     def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
-        """A tensor of the whole trace at the cells of this cache: [batch, pos, *rest] -> [*cells, *rest], on its device."""
+        """Index a tensor of the trace [batch, pos, *rest] at the cached cells: [*cells, *rest], on the cache's device."""
         if self.positions is not None:
             values = values[:, self.positions]
         if self.prompts is not None:
@@ -209,35 +206,31 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return values.to(self.truth.device)
 
     def stack(self, paths: list[str | Path] | None = None) -> Float[Tensor, "path *cells d_model"]:
-        """The terms stacked on a leading axis, in the order of `labels` or of `paths`.
+        """The terms on a leading axis, in the order of `labels` or of `paths`.
 
-        Terms of an inner stage are parts of a residual stream, which a hook that patches `cache["resid_post", l]` takes. What
-        they give to logits is `logit_attrs`. (TransformerLens' `cache.logit_attrs(stack, tokens)` is right for terms of an
-        inner stage where the final norm's gain is folded into W_U, and for no others: it leaves the gain out, and normalizes
-        terms of the decoder, which are normalized already, a second time.)
+        Use `logit_attrs` for their effects on logits: TransformerLens' `cache.logit_attrs(stack, tokens)` omits the final
+        norm's gain unless folded into W_U, and normalizes terms of the decoder twice.
         """
         return torch.stack([self[path] for path in (self.labels if paths is None else paths)])
 
     @torch.no_grad()
     def logit_attrs(self, targets: TargetInput | None = None) -> Float[Tensor, "path batch pos target"]:
-        """What every term gives to the logits of targets, beyond the mean of the vocabulary: direct logit attribution.
+        """Effect of every term on target logits, minus its mean over the vocabulary: direct logit attribution.
 
-        Terms of the decoder have passed the final norm: theirs are their own logits, w_i b_U included. A term of an inner stage
-        is read as a part of the stream there, by the final norm with its scale and mean at the model's final stream (and
-        without its bias). Weights may be folded or not.
+        Terms of the decoder contribute their own logits, w_i b_U included. Terms of an inner stage are read through the final
+        norm without its bias, with the scale of the model's final stream. Weights may be folded or not.
 
         Args:
-            targets: Tokens, as strings or ids (the same everywhere), one list of them a prompt, or ids [batch, pos, target];
-                None for the model's own best token.
+            targets: Tokens, as strings or ids for all prompts, one list per prompt, or ids [batch, pos, target]; None for the
+                model's top token.
 
         Returns:
-            In additive logits (`tl_jets.core.attribution`), float64, in the order of `labels`; NaN at padding.
+            Additive logits (`tl_jets.core.attribution`), float64, in the order of `labels`; NaN at padding.
 
         Raises:
-            ValueError: A slice dropped the batch or position dimension, or left nothing but padding; or bad targets.
+            ValueError: A slice dropped the batch or position dimension, or only padding is left; or bad targets.
 
-        Source:
-            Elhage et al. 2021 (direct logit attribution); TransformerLens' `ActivationCache.logit_attrs`.
+        Source: Elhage et al. 2021 (direct logit attribution); TransformerLens' `ActivationCache.logit_attrs`.
 
         Example:
             >>> import tl_jets as tj
@@ -259,7 +252,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return rows.spread(yardstick.effects(parts), axis=1)
 
     def rows(self, what: str) -> Rows:
-        """The real cells of a cache [batch, pos]; `what` needs them."""
+        """The real cells of a cache [batch, pos]; `what` names the caller in errors."""
         positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
         if isinstance(self.prompts, int) or isinstance(positions, int):
             raise ValueError(
@@ -270,15 +263,12 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
 
     def bias_weights(self) -> Float[Tensor, "path ..."]:
-        """The multiple of b_U that each term's logits carry, in the order of `labels`: w_i, or 0 and 1 (detached)."""
+        """The multiple of b_U in each term's logits, in the order of `labels`: w_i; detached, 0 or 1."""
         self._require_decoded("bias weights")
         return self.weights
 
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
-        """Additive logits (before a final softcap) of one path, or of all terms together.
-
-        The logits of all paths sum to the logits of the expansion: each carries its share w_i of b_U.
-        """
+        """Additive logits (before a final softcap) of one path with its share w_i of b_U, or of the sum of all terms."""
         self._require_decoded("logits")
         decoder = self.trace.decoder
         if path is None:
@@ -286,37 +276,34 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return decoder.logits(self[path], self.weights[self.labels.index(str(path))])
 
     def top_tokens(self, k: int = 5) -> TopTokens:
-        """The k largest additive logits of every path at every position: [path, batch, pos, k] values and token ids.
-
-        The vocabulary is read in chunks; [path, batch, pos, d_vocab] is never held.
-        """
+        """The k largest additive logits of every path, values and token ids [path, batch, pos, k]; reads W_U in chunks."""
         self._require_decoded("top tokens")
         return top_tokens(self.trace.decoder, self.stack(), bias_weight=self.weights, k=k)
 
     def to(self, device_or_dtype: Any) -> JetCache:
-        """A cache on another device or in another dtype, which is not that of `solution`; this one is unchanged."""
+        """Return a cache on another device or in another dtype; a dtype does not apply to `solution`."""
         numbers = isinstance(device_or_dtype, torch.dtype)
         return self._map(lambda tensor, leading: tensor.to(device_or_dtype), solution=not numbers)
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
-        """The cache of some of the prompts, their tokens and padding with them; an int drops the batch dimension.
+        """Return the cache of some prompts; an int drops the batch dimension.
 
         Args:
-            batch_slice: An int, a slice or TransformerLens' (start, stop), or a list or tensor of indices, or a mask.
+            batch_slice: An int, a slice or TransformerLens' (start, stop), a list or tensor of indices, or a mask.
 
         Raises:
-            ValueError: There is no batch dimension, or nothing would be left.
+            ValueError: There is no batch dimension, or nothing is left.
         """
         index, prompts = _read_slice("batch", batch_slice, self.prompts, len(self.trace.tokens))
         return self._cut((index,), prompts=prompts)
 
     def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> JetCache:
-        """The cache at some positions, in the same way; an int drops the position dimension."""
+        """Return the cache of some positions, likewise; an int drops the position dimension."""
         index, positions = _read_slice("pos", pos_slice, self.positions, self.trace.tokens.shape[1])
         return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
 
     def remove_batch_dim(self) -> JetCache:
-        """The cache without its batch dimension, which must be 1; this one is unchanged."""
+        """Return the cache without its batch dimension, which must be 1."""
         if not isinstance(self.prompts, int) and self.truth.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim needs a batch of 1; this cache holds {self.truth.shape[0]} inputs. Use "
@@ -325,11 +312,11 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return self.apply_slice_to_batch_dim(0)
 
     def _cut(self, cells: tuple[Any, ...], **where: Any) -> JetCache:
-        """Every tensor at some cells; `where` says which they are."""
+        """Index every tensor at `cells`; `where` sets the new prompts or positions."""
         return replace(self._map(lambda tensor, leading: tensor[(slice(None),) * leading + cells]), **where)
 
     def _map(self, change: Any, *, solution: bool = True) -> JetCache:
-        """Apply `change(tensor, number of axes before those of the cells)` to every tensor that is not the trace's."""
+        """Apply `change(tensor, number of axes before the cells)` to every tensor but the trace's."""
         solved = self.solution
         if solved is not None and solution:
             known = {field.name: getattr(solved, field.name) for field in fields(solved)}
@@ -343,10 +330,10 @@ class JetCache(Shown, Mapping[str, Tensor]):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a path and real position: path, batch, pos, token, weight, norm, and the top token if decoded.
+        """One row per path and real position: path, batch, pos, token, weight, norm, and top_token if decoded.
 
-        `batch` counts the prompts that are here, `pos` is the position in the prompt, sliced or not. `norm` is the length of
-        the term in d_model; `weight` is that of its center (identity terms of order >= 1 and detached terms carry 1).
+        `batch` indexes the cached prompts, `pos` the positions of the prompt. `norm` is the term's length in d_model, `weight`
+        that of its center (1 for identity terms of order >= 1 and detached terms).
         """
         weights = self._term_weights()
         norms = self.stack().norm(dim=-1)
@@ -369,7 +356,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return pd.DataFrame(rows)
 
     def _body(self) -> str:
-        """The first terms, averaged over real positions: nothing is decoded for a look."""
+        """Table of the first terms, averaged over real positions; decodes nothing."""
         keep = self.valid
         paths = self.labels[:SHOWN_ROWS]
         norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
@@ -378,7 +365,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return dataframe_html(frame, total=len(self))
 
     def _term_weights(self) -> Tensor:
-        """The weight that each term carries, in the order of `labels`."""
+        """The weight of each term, in the order of `labels`."""
         if self.expansion.linearize == "detached":
             return torch.ones_like(self.weights[:1]).expand(len(self), *self.weights.shape[1:])
         parts = [self.weights] * len(self.expansion.steps)
@@ -390,18 +377,15 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return torch.cat(parts)
 
     def check(self) -> Check:
-        """Compute every term again, in another way, and compare; `tl_jets.jets.checks` says how.
+        """Recompute every term independently and compare; see `tl_jets.jets.checks`.
 
         Returns:
-            A `Check`: `term_error` compares the terms, `slopes` the jets with gamma itself, `sum_error` `truth` with the
-            model's own output; `check().passed` says whether all agree. How much the terms leave over is no part of it:
-            that is `relative_remainder`.
+            A `Check`; `check().passed` says whether all agree. The size of the remainder (`relative_remainder`) is not checked.
 
         Raises:
-            ValueError: The hooks on the model, or its weights, are no longer those of the trace; a slice of padding alone.
+            ValueError: The model's hooks or weights changed since the trace, or the slice has only padding.
 
-        Cost:
-            A jet and two evaluations of the stage a center; detached, one evaluation.
+        Cost: one jet and two evaluations of the stage per center; detached, one evaluation.
         """
         self._require_real("check")
         return self.expansion.check(self)
@@ -423,7 +407,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
 def _read_slice(
     name: str, index: Any, chosen: list[int] | int | None, size: int
 ) -> tuple[int | slice | list[Any], list[int] | int]:
-    """A slice of an axis as PyTorch takes it, and what is left of what the axis holds (None: all of `size`)."""
+    """A slice as PyTorch takes it, and the entries of `chosen` (None: all of `size`) that it keeps."""
     if isinstance(chosen, int):
         raise ValueError(
             f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "

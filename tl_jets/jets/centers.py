@@ -1,7 +1,6 @@
-"""What an expansion is taken at: labels of the trace, functions of it, and terms of earlier expansions.
+"""Centers of expansions: labels of the trace, functions of it, and terms of earlier expansions.
 
-A **center** is a function of the input, with a path that names it. A `Term` of an expansion is one, which is how expansions
-compose.
+A **center** is a function of the input, named by a path. A `Term` is one, so expansions compose.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tl_jets.core.trace import Trace
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """An expansion, as far as its terms need it."""
+    """The part of an expansion that its terms need."""
 
     def evaluate(self, trace: Trace) -> Mapping[str, Tensor]:
         """The terms on one input, by path."""
@@ -27,11 +26,11 @@ class Evaluates(Protocol):
 
 @runtime_checkable
 class Center(Protocol):
-    """A function of the input, with a path that names it."""
+    """A function of the input, named by a path."""
 
     @property
     def path(self) -> Path:
-        """What the center is called."""
+        """The center's name."""
         ...
 
     def evaluate(self, trace: Trace) -> Tensor:
@@ -92,11 +91,11 @@ class Function:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A term of an expansion: w_i J^k gamma(x_i)(h), or what the identity carries of a center.
+    """A term of an expansion: w_i J^k gamma(x_i)(h), or the identity term of a center.
 
     Attributes:
-        path: What the term is called.
-        expansion: The expansion that it is a term of.
+        path: The term's name.
+        expansion: The expansion that contains it.
     """
 
     path: Path

@@ -1,21 +1,21 @@
-r"""Whether the terms of an expansion are what they are called: each is computed again, in another way.
+r"""Check the terms of an expansion by recomputing each in another way.
 
-That terms and remainder sum to the model is how the remainder is defined, and says nothing about them.
+That terms and remainder sum to the model holds by definition and checks nothing.
 
 ==============  ==================================================================================================
-measure         what is compared
+measure         comparison
 ==============  ==================================================================================================
-`term_error`    every term with what its path says: x_i, w_i (c_0 + ... + c_k) at the center x_i, A x_i, a constant
+`term_error`    every term with the one its path names: x_i, w_i (c_0 + ... + c_k) at the center x_i, A x_i, a constant
 `slopes`        these Taylor polynomials with gamma: at distance t from x_i their error must fall like t^(k+1)
 `sum_error`     `truth`, which the terms approximate, with the model's own next stream, or its logits
 ==============  ==================================================================================================
 
-Taylor polynomials come from Taylor arithmetic on the model's own modules (`tl_jets.calculus.jet`); near the center gamma is
-evaluated as it is. At the decoder the terms come from a closed form instead. Detached, terms come from batched backward
-passes, and are compared with forward evaluations of the frozen stage, A x = gamma(x) - gamma(0); there is no series and there
-are no slopes. What is taken as it is: the centers, and the weights, optimal or not (their certificate is `gap`).
+Taylor polynomials come from Taylor arithmetic on the model's modules (`tl_jets.calculus.jet`), gamma near the center from
+plain evaluation, the terms of the decoder from a closed form. Detached terms come from batched backward passes and are
+compared with forward evaluations of the frozen stage, A x = gamma(x) - gamma(0); they have no slopes. Centers and weights
+are not checked; `gap` certifies optimal weights.
 
-Cost: for every center one jet and two evaluations of the stage; detached, one evaluation, and three more.
+Cost: one jet and two evaluations of the stage per center; detached, one evaluation per center and three more.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tl_jets.calculus import center_scale, frozen, jet
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
 from tl_jets.jets.cache import ACCURACY, Check, JetCache
 
-# What it allows of a term that is next to nothing, in units of the last place of what the terms approximate.
+# Tolerance for terms near zero, in units of the last place of `truth`.
 ROUNDING = 32
 Gammas = Callable[[Tensor], Tensor]
 
 
-# A term as it should be: its label, its weight [*cells], and what it is the sum of [summand, batch, pos, d_model].
+# An expected term: its label, its weight [*cells], and its summands [summand, batch, pos, d_model].
 _Expected = tuple[str, Tensor, Tensor]
 
 
 @torch.no_grad()
 def check_terms(cache: JetCache) -> Check:
-    """Compare the cache of an `Expansion`, whole or sliced, with the model: see the module."""
+    """Compare the cache of an `Expansion`, whole or sliced, with the model."""
     slopes: dict[str, float | None] = {}
     expected = _detached_terms(cache) if cache.expansion.linearize == "detached" else _jet_terms(cache, slopes)
     valid, truth = cache.valid, cache.truth[cache.valid]
@@ -56,7 +56,7 @@ def check_terms(cache: JetCache) -> Check:
 
 
 def _sum_error(cache: JetCache) -> float:
-    """`truth` against the model's logits, or against its next stream."""
+    """Compare `truth` with the model's logits, or with its next stream."""
     trace, stage, found = cache.trace, cache.expansion.stage, cache.truth
     decoder = trace.decoder
     if stage is not None:
@@ -69,7 +69,7 @@ def _sum_error(cache: JetCache) -> float:
 
 
 def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Expected]:
-    """Centers and coefficients of Taylor polynomials, whose slopes are noted."""
+    """Centers and coefficients of Taylor polynomials; fills `slopes`."""
     expansion, trace = cache.expansion, cache.trace
     norm, stage, variate = trace.decoder.norm, expansion.stage, trace[expansion.stream]
     gammas, ones = _gammas(cache), torch.ones_like(cache.weights[0])
@@ -86,7 +86,7 @@ def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Ex
 
 
 def _detached_terms(cache: JetCache) -> Iterator[_Expected]:
-    """Centers, and differences and constants of the frozen stage, which is run forward."""
+    """Centers, and differences and constants of the frozen stage evaluated forward."""
     expansion, trace, ones = cache.expansion, cache.trace, torch.ones_like(cache.weights[0])
     frozen_gammas = _frozen(_gammas(cache), trace[expansion.stream])
     constants = frozen_gammas(torch.zeros_like(trace[expansion.stream]))
@@ -109,7 +109,7 @@ def _detached_terms(cache: JetCache) -> Iterator[_Expected]:
 
 
 def _edits(cache: JetCache) -> Iterator[_Expected]:
-    """What the user's hooks added to the stream that the stage produces."""
+    """What the user's hooks add to the stream that the stage produces."""
     trace, stage = cache.trace, cache.expansion.stage
     edits = {} if stage is None else trace.edits(trace.network.next_stream(stage))
     for label, edit in edits.items():
@@ -117,7 +117,7 @@ def _edits(cache: JetCache) -> Iterator[_Expected]:
 
 
 def _gammas(cache: JetCache) -> Gammas:
-    """The writes of the expansion's stage, stacked; at the decoder the final norm."""
+    """The stacked writes of the expansion's stage; at the decoder the final norm."""
     trace, stage = cache.trace, cache.expansion.stage
     if stage is not None:
         return trace.stage_function(stage)
@@ -126,11 +126,11 @@ def _gammas(cache: JetCache) -> Gammas:
 
 
 def _frozen(gammas: Gammas, stream: Tensor) -> Gammas:
-    """The writes with norm scales, patterns and gates of the true stream, by forward evaluation."""
+    """The writes with norm scales, patterns and gates of the true stream."""
     tape: list = []
     with torch.inference_mode(False):
-        gammas(stream)  # what a view computes once per input must not be computed frozen
-        # Gates are told by what is differentiated.
+        gammas(stream)  # values that a view computes once per input must not be frozen
+        # Gates are detected only where tensors are differentiated.
         with torch.enable_grad(), frozen(record=tape):
             gammas(stream.detach().clone().requires_grad_())
 
@@ -143,7 +143,7 @@ def _frozen(gammas: Gammas, stream: Tensor) -> Gammas:
 
 def _slope(gammas: Gammas, center: Tensor, variate: Tensor, coefficients: Tensor, keep: Tensor) -> float | None:
     """Log-log slope of |gamma(x + t (h - x)) - sum_j c_j t^j| between two small t."""
-    # Small enough for the leading term to show, large enough for it to stand above rounding.
+    # A step that is small enough for the leading term to dominate, and large enough to be above rounding.
     eps, order = torch.finfo(center.dtype).eps, len(coefficients) - 1
     distance = float((variate - center).norm())
     if distance == 0:

@@ -6,15 +6,14 @@ With h the true stream that the stage reads, centers x_1..x_N and weights w on t
     \gamma(h) = \sum_i w_i \, J^k \gamma(x_i)(h) + \text{remainder}, \qquad
     \text{remainder} = O\bigl(\max_i w_i \lVert x_i - h \rVert^{k+1}\bigr) .
 
-The terms of a stage that keeps its stream are the jets w_i J^k gamma(x_i)(h) and what the identity carries: the centers
-x_i themselves for k >= 1 (eq. 9), w_i x_i for k = 0 (footnote 2). The decoder `ln_final` has no identity; each of its
-terms carries w_i b_U.
+The terms of a stage are the jets w_i J^k gamma(x_i)(h) and the identity terms: x_i for k >= 1 (eq. 9), w_i x_i for
+k = 0 (footnote 2). The decoder `ln_final` has no identity; each of its terms carries w_i b_U.
 
-**Detached** (``linearize="detached"``): norm scales, attention patterns and gates frozen at the true streams make a stage
-affine, gamma(h) = A h + b, so that its terms need no weights and no order: x_i and A x_i for every center, and b as a term of
-its own (`3_mlp_bias`; a layer's attention has one, `3_attn_bias`). What remains is what the same maps make of h - sum x_i:
-nothing, if the centers sum to the stream. At the decoder A is the final norm with the scale of h_L, direct logit attribution;
-b_U is part of `ln_final_bias`. The order-0 jet of x_i is that attribution times a factor a position,
+**Detached** (``linearize="detached"``): with norm scales, attention patterns and gates frozen at the true streams, a stage
+is affine, gamma(h) = A h + b. Its terms need no weights and no order: x_i and A x_i for every center, and b as its own
+term (`3_mlp_bias`, `3_attn_bias`). The remainder is the same map of h - sum x_i, zero if the centers sum to the stream. At
+the decoder A is the final norm with the scale of h_L, direct logit attribution; b_U is part of `ln_final_bias`. The
+order-0 jet of x_i is that attribution times a factor per position,
 
 .. math::
     J^0 \gamma_{L+1}(x_i) - \text{bias} = \frac{\mathrm{rms}(h_L)}{\mathrm{rms}(x_i)} \, A x_i ,
@@ -31,9 +30,9 @@ w_i         `weights`
 gamma       `trace.stage_function(stage)`; `network.decoder.norm`
 ==========  ===========================================================
 
-Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9; Golden, arXiv 2505.24293, for
-detached terms. Cost: an inner stage, about (k + 1) evaluations of the stage a center, or, detached, two evaluations and a
-fraction of one a center; the decoder, closed forms.
+Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 1, Lemma 1, eq. 6-9; Golden, arXiv 2505.24293,
+for detached terms. Cost: about k + 1 evaluations of an inner stage per center; detached, two evaluations and a fraction
+of one per center; closed forms for the decoder.
 
 Example:
     The two-block example of the paper, four distinct paths:
@@ -107,39 +106,38 @@ def jet_expand(
     center_scale: CenterScale = "none",
     linearize: Linearize = "jet",
 ) -> Expansion:
-    """Expand the stage of `step`, or the decoder, at `centers` (Algorithm 1). Symbolic and instant.
+    """Expand the stage of `step`, or the decoder, at `centers` (Algorithm 1), without evaluating it.
 
-    All writes that read the same stream are expanded together: `3_attn` of a parallel block brings `3_mlp` with it,
-    `L3H2` brings the other heads.
+    All writes that read the same stream are expanded together: `3_attn` of a parallel block includes `3_mlp`, `L3H2`
+    includes the other heads.
 
     Args:
-        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
+        model: A TransformerLens model, or a `ResidualNetwork` (which sets the granularity of the steps).
         step: A step (`3_mlp`, `L3H2`), its stream (`3_mid`), or `ln_final` for the decoder.
-        centers: What to expand at. A sequence (or one) of: a label of the trace (`"embed"`, `"0_attn_out"`,
-            `"3_pre"`), a `Term` of another expansion (`exp["embed > 0_attn"]`), an `Expansion` (all its terms), or a
-            function from a `Trace` to [batch, pos, d_model]. A mapping gives functions their names.
-        order: k >= 0; None is 1. At order 0 a term is gamma(x_i) itself.
-        weights: `"uniform"` (None), `"optimal"`, or N numbers on the simplex, as [center] or [center, batch, pos]. Terms
-            are differentiable in a tensor of weights.
-        objective: What optimal weights minimize at the decoder: the norm of the remainder in logits up to a constant
-            a token (`"centered_l2"`) or as they are (`"l2"`, the paper's), or `"kl"`, KL(model || expansion). At an
-            inner stage they minimize the norm of the remainder; there, and with other weights, it is refused.
-        center_scale: Rescale the center inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
-            `"orthogonal"`, where the Taylor series of a norm converges for every acute angle.
-        linearize: `"jet"`, the paper's, or `"detached"`: terms of the frozen stage, linear in the centers, and a term for
-            its constant; no order, weights or center_scale, and no gradients. At the decoder: direct logit attribution.
+        centers: One or more of: a label of the trace (`"embed"`, `"0_attn_out"`, `"3_pre"`), a `Term` of another expansion
+            (`exp["embed > 0_attn"]`), an `Expansion` (all its terms), a function from a `Trace` to [batch, pos, d_model].
+            A mapping names functions.
+        order: k >= 0; None is 1. At order 0 a term is gamma(x_i).
+        weights: `"uniform"` (None), `"optimal"`, or numbers on the simplex, [center] or [center, batch, pos]; terms are
+            differentiable in a tensor of weights.
+        objective: What optimal weights minimize at the decoder: the norm of the remainder in logits, up to a constant per
+            token (`"centered_l2"`) or not (`"l2"`, the paper's), or KL(model || expansion) (`"kl"`). Refused elsewhere;
+            at an inner stage they minimize the norm of the remainder.
+        center_scale: Rescale centers inside gamma: `"none"` (the paper's), `"match"` the variate's length, or
+            `"orthogonal"`, with which a norm's Taylor series converges for every acute angle.
+        linearize: `"jet"` (the paper's), or `"detached"`: terms of the frozen stage, linear in the centers, and its
+            constant; without order, weights, center_scale and gradients. At the decoder: direct logit attribution.
 
     Returns:
         An `Expansion`: call it on a prompt, tokens or a trace to get a `JetCache`.
 
     Raises:
-        ValueError: Unknown step, label or option, no centers, two of the same name, order < 0, weights off the simplex,
+        ValueError: Unknown step, label or option, no centers or duplicate names, a bad order, weights off the simplex, or
             options of jets for detached terms.
         TypeError: A center or order of the wrong type.
-        NotImplementedError: When evaluated: a stage does not come out affine.
+        NotImplementedError: On evaluation, if a stage does not come out affine.
 
-    Source:
-        Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
+    Source: Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
     """
     network = ResidualNetwork.of(model)
     stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
@@ -182,20 +180,19 @@ def jet_expand(
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """A stage expanded at centers: a sum of functions of the input, not yet evaluated.
+    """A stage expanded at centers: a sum of functions of the input.
 
-    Call it on a prompt, tokens or a `Trace` to get a `JetCache`; index it by path to get a `Term`, which can be a
-    center of the next expansion.
+    Call it on a prompt, tokens or a `Trace` to get a `JetCache`; index it by path to get a `Term`.
 
     Attributes:
         network: The residual network.
         stage: The stage, or None for the decoder.
-        centers: What it is expanded at.
-        order: k.
+        centers: The centers.
+        order: k; 0 for detached terms.
         weights: `"uniform"`, `"optimal"`, or a tensor.
         objective: What optimal weights minimize at the decoder.
         center_scale: How centers are rescaled inside gamma.
-        linearize: `"jet"`, or `"detached"`, whose order is 0 and whose weights are all 1.
+        linearize: `"jet"` or `"detached"`.
     """
 
     network: ResidualNetwork
@@ -209,21 +206,21 @@ class Expansion:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of the expansion: what the identity carries, then the jets; detached, then the constants."""
+        """The terms: identity terms, then jets, then the constants of detached expansions."""
         paths = [center.path for center in self.centers] if self.stage is not None else []
         paths += [center.path.then(step) for step in self.steps for center in self.centers]
         return tuple(Term(path, self) for path in (*paths, *self.constants))
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps that are expanded."""
+        """Labels of the expanded steps."""
         if self.linearize == "detached":
             return tuple(affine_labels(self.stage)[0])
         return (DECODER_STEP,) if self.stage is None else tuple(step.label for step in self.stage.steps)
 
     @property
     def constants(self) -> tuple[Path, ...]:
-        """Detached, what the frozen stage writes for a stream of zeros: `3_mlp_bias`, `ln_final_bias`."""
+        """Detached, paths of the frozen stage's output at zero: `3_mlp_bias`, `ln_final_bias`."""
         return tuple(map(Path, affine_labels(self.stage)[1])) if self.linearize == "detached" else ()
 
     @property
@@ -254,7 +251,7 @@ class Expansion:
         )
 
     def __call__(self, text_or_tokens: Any, *, attention_mask: Tensor | None = None, cache: Any = None) -> JetCache:
-        """Evaluate on one input: a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
+        """Evaluate on a prompt, tokens, or a `Trace` (options as in `ResidualNetwork.trace`)."""
         trace = trace_of(self.network, text_or_tokens, attention_mask, cache)
         found = self.evaluate(text_or_tokens if isinstance(text_or_tokens, Trace) else trace)
         if self.linearize == "jet" and self.order >= 1:
@@ -263,7 +260,7 @@ class Expansion:
 
     @torch.no_grad()
     def _warn(self, found: JetCache) -> None:
-        """Say so where the terms leave more of the truth than there is."""
+        """Warn if the remainder is larger than the true output."""
         left = found.truth - sum(found.terms.values(), torch.zeros_like(found.truth))
         remainder = float(left[found.valid].norm() / found.truth[found.valid].norm())
         if remainder > 1:
@@ -275,15 +272,15 @@ class Expansion:
             warn_of(", ".join(self.steps[:3]), self.order, remainder, self.center_scale, float(rho.max()))
 
     def evaluate(self, trace: Trace) -> JetCache:
-        """Evaluate on a trace; what it has already evaluated is not evaluated again."""
+        """Evaluate on a trace, once per trace."""
         if self not in trace.evaluated:
             found = self._evaluate(trace if trace.network is self.network else trace.on(self.network))
-            # A value that holds its key would keep it alive.
+            # A value that references its key would keep it alive.
             trace.evaluated[self] = replace(found, expansion=cast(Expansion, weakref.proxy(self)))
         return replace(trace.evaluated[self], expansion=self)
 
     def check(self, cache: JetCache) -> Check:
-        """What `cache.check()` of this expansion's cache finds."""
+        """The result of `cache.check()` for a cache of this expansion."""
         return check_terms(cache)
 
     def _evaluate(self, trace: Trace) -> JetCache:
@@ -313,8 +310,8 @@ class Expansion:
         return parts + [term for jets_of_step in jets for term in weights * jets_of_step]
 
     def _jets(self, trace: Trace, values: Tensor) -> Tensor:
-        """J^k gamma(x_i)(h), unweighted: [step, center, batch, pos, d_model]."""
-        # One set of centers of these names: those that are made anew, terms of other expansions, replace the ones from before.
+        """Unweighted J^k gamma(x_i)(h), [step, center, batch, pos, d_model]."""
+        # Keep one set of centers per names: new terms of other expansions replace the earlier ones.
         key = ("jets", self.stage, tuple(str(center.path) for center in self.centers), self.order, self.center_scale)
         centers, jets = trace.memo.get(key, (None, None))
         if centers == self.centers:
@@ -333,12 +330,12 @@ class Expansion:
         return jets
 
     def _detached_weights(self, truth: Tensor) -> Tensor:
-        """1 for every center; at the decoder the multiples of b_U: 0, and 1 for the constant."""
+        """1 for every center; at the decoder the multiples of b_U, 0 and for the constant 1."""
         values = [float(self.stage is not None)] * len(self.centers) + ([1.0] if self.stage is None else [])
         return truth.new_tensor(values)[:, None, None].expand(-1, *truth.shape[:2])
 
     def _weights(self, trace: Trace, jets: Tensor, identity: Tensor, truth: Tensor) -> tuple[Tensor, Any]:
-        """Weights [center, batch, pos], and the solution of the quadratic program if it was solved."""
+        """Weights [center, batch, pos], and the solution if they are optimal."""
         n, shape = len(self.centers), truth.shape[:2]
         if isinstance(self.weights, Tensor):
             weights = self.weights.to(truth.device)
@@ -365,10 +362,10 @@ class Expansion:
 
 
 def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
-    """Weights at the final norm that come closest to the model's logits, a token at a time.
+    """Optimal weights of an expansion of the final norm, per token.
 
     Args:
-        network: Its decoder holds the metric, computed once.
+        network: The network; its decoder holds the metric.
         jets: e_i = J^k norm(x_i)(h_L), [center, batch, pos, d_model].
         truth: norm(h_L), [batch, pos, d_model].
         objective: `"l2"`, `"centered_l2"` or `"kl"`.
@@ -380,20 +377,20 @@ def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objec
         return _kl_weights(network, jets, truth)
     metric = network.decoder.metric(centered=objective == "centered_l2")
     jets64, truth64 = jets.double(), truth.double()
-    # The weights sum to one, so b_U cancels in every difference and only the d_model part of the metric is needed.
+    # The weights sum to one, so b_U cancels in all differences.
     H = gram(jets64 - truth64, metric.gram[:-1, :-1])
     return simplex_qp(H, metric.norm(truth64).square())
 
 
 def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
-    """Weights that minimize KL(model || expansion), in nats, a token at a time."""
+    """Weights that minimize KL(model || expansion), in nats, per token."""
     decoder, shape = network.decoder, truth.shape[:-1]
     if decoder.transform is not None:
         raise NotImplementedError(
             "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
             "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
         )
-    dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the model's own logits know no more
+    dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the precision of the model's logits
     rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
     target = torch.log_softmax(decoder.logits(truth), -1)
     solution = simplex_kl(lambda chunk: decoder.logits(rows[:, chunk]), target)

@@ -1,7 +1,7 @@
-"""A primal-dual interior point for convex objectives on the probability simplex, for many problems at once.
+"""A primal-dual interior point for convex objectives on the probability simplex, batched over problems.
 
-Newton steps on the barrier problem min f(w) - mu sum_i log w_i, sum w = 1, with multipliers z of w >= 0. The
-Frank-Wolfe gap tells when to stop.
+Newton steps on the barrier problem min f(w) - mu sum_i log w_i, sum w = 1, with multipliers z of w >= 0, until the
+Frank-Wolfe gap is small enough.
 
 | symbol | variable      | meaning                             |
 |--------|---------------|-------------------------------------|
@@ -9,7 +9,7 @@ Frank-Wolfe gap tells when to stop.
 | z      | `multipliers` | [problem, n], w_i z_i -> mu          |
 | mu     | `barrier`     | [problem]                           |
 
-Sources: Nocedal & Wright 2006, sections 14.2 (predictor) and 19.3; Waechter & Biegler 2006, eq. 16. Cost a step: one
+Sources: Nocedal & Wright 2006, sections 14.2 (predictor) and 19.3; Waechter & Biegler 2006, eq. 16. Cost per step: one
 evaluation and one Cholesky factorization.
 
 >>> import torch
@@ -32,10 +32,10 @@ from torch import Tensor
 from tl_jets.jets.weights import frank_wolfe_gap, normalize
 
 SAFE = 1e10
-"""A multiplier may be off the barrier's own estimate, barrier / w, by this factor (Waechter & Biegler 2006, eq. 16)."""
+"""Largest ratio of a multiplier to its estimate barrier / w, or inverse (Waechter & Biegler 2006, eq. 16)."""
 
 PATIENCE = 20
-"""Steps without a smaller gap after which rounding is taken to be reached."""
+"""Steps without a smaller gap after which a problem stops."""
 
 Evaluation = tuple[Tensor, Tensor, Tensor]
 """Objective [rows], gradient [rows n] and Hessian [rows n n], in float64."""
@@ -43,7 +43,7 @@ Evaluation = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Interior:
-    """The best point on the way; `negligible` weights go to zero (where a Newton step in them alone leads)."""
+    """The iterate with the smallest gap; a Newton step takes its `negligible` weights to zero."""
 
     weights: Tensor
     gap: Tensor
@@ -51,7 +51,7 @@ class Interior:
     iterations: Tensor
 
     def at(self, rows: Tensor) -> Interior:
-        """Some of the problems."""
+        """Select problems."""
         return Interior(self.weights[rows], self.gap[rows], self.negligible[rows], self.iterations[rows])
 
 
@@ -63,24 +63,24 @@ def interior_point(
     *,
     rounding: float = 1e-13,
 ) -> Interior:
-    """Primal-dual Newton steps with an affine predictor for the barrier and Armijo backtracking on its function.
+    """Minimize by primal-dual Newton steps, with a predictor for the barrier and Armijo backtracking.
 
     Args:
-        evaluate: `evaluate(weights, rows)` gives objective, gradient and Hessian of the problems `rows`.
+        evaluate: `evaluate(weights, rows)` returns objective, gradient and Hessian of the problems `rows`.
         start: positive weights [problem, n].
-        tolerance: gap to reach: a number, or one a problem.
-        max_iterations: steps at most.
-        rounding: of the objective, relative to 1 + |objective|.
+        tolerance: target gap, one number or one per problem.
+        max_iterations: maximum number of steps.
+        rounding: rounding error of the objective, relative to 1 + |objective|.
 
     Returns:
-        The weights with the smallest gap on the way.
+        The weights with the smallest gap among all iterates.
     """
     wanted = torch.as_tensor(tolerance, dtype=start.dtype, device=start.device).expand(len(start))
     weights, n = start.clone(), start.shape[-1]
     rows = torch.arange(weights.shape[0], device=weights.device)
     value, gradient, hessian = evaluate(weights, rows)
     gap = frank_wolfe_gap(gradient, weights)
-    # a barrier no higher than the objective, which is >= 0: the gap of a good start may be 1e4 times that
+    # a barrier of at most the objective, which is >= 0: the gap of a good start may be 1e4 times larger
     multipliers = (torch.minimum(gap, value).clamp_min(1e-300) / n)[:, None] / weights
     iterations, since = torch.zeros_like(rows), torch.zeros_like(rows)
     best, best_gap, negligible = weights.clone(), gap.clone(), torch.zeros_like(weights, dtype=torch.bool)
@@ -114,7 +114,7 @@ def interior_point(
 def _newton_step(
     w: Tensor, z: Tensor, gradient: Tensor, hessian: Tensor, least: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One factorization, two right-hand sides: the affine step tells how far the barrier drops, the second is taken."""
+    """Solve twice with one factorization: the affine step sets the barrier of the second, which is returned."""
     matrix = hessian.clone()
     matrix.diagonal(dim1=-2, dim2=-1).add_(z / w)
     root = matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
@@ -158,7 +158,7 @@ def _backtrack(
     gradient: Tensor,
     rounding: float,
 ) -> tuple[Tensor, Evaluation]:
-    """Quarter the steps that do not lower objective - barrier * sum log w; evaluate again only those."""
+    """Quarter the steps that do not lower objective - barrier * sum log w, re-evaluating only those."""
     slope = (gradient * dw).sum(-1) - barrier * (dw / w).sum(-1)
     length = length.clone()
     evaluation = evaluate(normalize(w + length[:, None] * dw), rows)

@@ -1,8 +1,8 @@
-"""Block principal pivoting: min w'Hw over the simplex as a linear complementarity problem, for many problems at once.
+"""Block principal pivoting: min w'Hw over the simplex as a linear complementarity problem, batched over problems.
 
-KKT with the multiplier of sum w = 1 divided out reads H v >= 1, v >= 0, v'(H v - 1) = 0, and w = v / sum v. H plus a
-ridge is positive definite, so v exists and is unique. A guess of its support is solved on and mended until no center is
-on the wrong side, which takes a handful of Cholesky factorizations of the Jacobi-scaled matrix.
+With the multiplier of sum w = 1 divided out, KKT reads H v >= 1, v >= 0, v'(H v - 1) = 0, and w = v / sum v. H plus a
+ridge is positive definite, so v exists and is unique. The support of v is guessed, solved on and corrected until no
+center is on the wrong side, which takes a few Cholesky factorizations of the Jacobi-scaled matrix.
 
 | symbol | variable | meaning                                                          |
 |--------|----------|------------------------------------------------------------------|
@@ -23,14 +23,14 @@ from torch import Tensor
 from tl_jets.jets.weights import normalize
 
 RIDGE = 1e-9
-"""The tie-break delta: weights that differ in objective by less than this times `scale` count as equally good."""
+"""The tie-break delta, relative to `scale`."""
 
 ROUNDING_RIDGE = 1e-13
-"""Relative to H_ii, keeps the factorization positive definite; iterative refinement takes its effect out again."""
+"""Keeps the factorization positive definite, relative to H_ii; iterative refinement removes its effect."""
 
 
 def pivot(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights, and factorizations: guess the support of v, solve on it, swap what is infeasible."""
+    """Weights, and numbers of factorizations: guess the support of v, solve on it, exchange infeasible centers."""
     count, n, _ = hessian.shape
     face = torch.ones(count, n, dtype=torch.bool, device=hessian.device)
     lifted = torch.ones(count, n, dtype=torch.float64, device=hessian.device)
@@ -53,7 +53,7 @@ def pivot(hessian: Tensor) -> tuple[Tensor, Tensor]:
         fewer = number < fewest[rows]
         fewest[rows] = torch.minimum(number, fewest[rows])
         patience[rows] = torch.where(fewer, 3, patience[rows] - 1)
-        # full exchanges while they help; else one at a time (Murty), which ends for every positive definite H
+        # full exchanges while they help; then one at a time (Murty), which terminates for positive definite H
         last = order == torch.where(wrong, order, -1).amax(-1, keepdim=True)
         face[rows] ^= torch.where((patience[rows] >= 0)[:, None], wrong, last)
     return normalize(lifted), iterations
@@ -61,7 +61,7 @@ def pivot(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Ridged:
-    """H + ridges, Jacobi-scaled to unit diagonal (v = root * y), and H + tie-break alone, what is solved for."""
+    """H with the tie-break ridge, and H with both ridges, Jacobi-scaled to unit diagonal (v = root * y)."""
 
     hessian: Tensor
     scaled: Tensor
@@ -79,22 +79,22 @@ class Ridged:
         return cls(broken, scaled, root)
 
     def rows(self, index: Tensor) -> Ridged:
-        """Some of the problems."""
+        """Select problems."""
         return Ridged(self.hessian[index], self.scaled[index], self.root[index])
 
     def solve(self, face: Tensor) -> tuple[Tensor, Tensor]:
-        """Solve H v = 1 on the face, with v = 0 off it; also tell which centers are on the wrong side of it."""
+        """Solve H v = 1 on the face with v = 0 off it; also return which centers are on its wrong side."""
         inside = face.double()
         block = self.scaled * inside[:, :, None] * inside[:, None, :]
         block.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         factor, _ = torch.linalg.cholesky_ex(block)
         lifted = torch.zeros_like(self.root)
-        for _ in range(2):  # the second pass refines: it removes the rounding ridge
+        for _ in range(2):  # the second pass refines
             residual = inside - inside * (self.hessian @ lifted[..., None])[..., 0]
             step = torch.cholesky_solve((self.root * residual)[..., None], factor)[..., 0]
             lifted = lifted + inside * self.root * step
         slack = (self.hessian @ lifted[..., None])[..., 0] - 1
-        # slack below its own rounding is zero: without this a tie flips in and out of the face forever
+        # treat slack below rounding as zero: otherwise ties enter and leave the face forever
         noise = 1e-9 + 1e-14 * (self.hessian.abs() @ lifted.abs()[..., None])[..., 0]
         wrong = (face & (lifted < 0)) | (~face & (slack < -noise)) | ~lifted.isfinite()
         return lifted, wrong

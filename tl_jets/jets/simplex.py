@@ -1,36 +1,34 @@
-"""Jet weights: the best convex combination of an expansion's terms, token by token, with a certificate.
+"""Jet weights: the best convex combination of an expansion's terms per token, with a certificate.
 
-At the final norm the weights enter an expansion linearly, so those that bring it closest to the model's own logits
-solve a convex problem on the probability simplex (w >= 0, sum w = 1). In the l2 and centered l2 objectives, a token,
+At the final norm an expansion is linear in its weights, so fitting the model's logits is a convex problem on the
+probability simplex (w >= 0, sum w = 1). The l2 and centered l2 objectives per token are
 
     f(w) = || sum_i w_i e_i - t ||_M^2 = w' H w,   H_ij = <e_i - t, e_j - t>_M,   M = U'U (centered over V or not)
 
-because the weights sum to one: no difference of large numbers is left, which G = <e_i, e_j>, b = <e_i, t> would have.
-`simplex_kl` has the objective "kl".
+because the weights sum to one; H avoids the cancellation in G = <e_i, e_j>, b = <e_i, t>. `simplex_kl` has the
+objective "kl".
 
 | symbol        | variable              | meaning                                                        |
 |---------------|-----------------------|----------------------------------------------------------------|
 | e_i - t       | `differences`         | term minus target, after the final norm                        |
 | H             | `differences_gram`    | Gram matrix of the differences                                 |
-| ||t||_M^2     | `scale`               | what a gap is relative to                                      |
+| ||t||_M^2     | `scale`               | unit of the relative gap                                       |
 | delta         | `RIDGE`               | tie-break: objective + delta * scale * ||w||^2                 |
 
 **Certificate.** For convex f, f(w) - min f <= max_i <grad f(w), w - e_i> = grad.w - min_i grad_i, the Frank-Wolfe gap
-(Jaggi 2013, *Revisiting Frank-Wolfe*, eq. 2). Every solution carries it, recomputed in float64 from the returned
-weights; `converged` says whether it met the tolerance, so nothing fails silently.
+(Jaggi 2013, *Revisiting Frank-Wolfe*, eq. 2). It is recomputed in float64 from the returned weights; `converged` says
+whether it met the tolerance.
 
-**Ties.** Duplicate or dependent centers leave w free. We minimize f + delta * scale * ||w||^2 with delta = 1e-9, which
-has one solution: the shortest weights among all with the same or a smaller objective. It costs at most delta / 2 of gap
-and is within delta of the optimum. Rounding leaves ties even to about 1e-6 (centers of the target's size) or 1e-3 (1e6
-times that). `effective_rank` counts the directions that the data fix more firmly than the tie-break.
+**Ties.** Duplicate or dependent centers leave w free. Minimizing f + delta * scale * ||w||^2 with delta = 1e-9 selects
+the shortest weights among all with the same or a smaller objective, within delta of the optimum and at most delta / 2 of
+gap. Copies of a center share their weight evenly; rounding leaves other ties even to about 1e-6 (centers of the target's
+size) or 1e-3 (1e6 times that). `effective_rank` counts the directions that the data fix more firmly than the tie-break.
 
-**Method.** Block principal pivoting (`pivoting`): centers of 4e6 |t| and condition numbers of 1e12 are routine. What it
-cannot settle goes to a primal-dual interior point (`interior_point`).
+**Method.** Block principal pivoting (`pivoting`): centers of 4e6 |t| and condition numbers of 1e12 are routine. Problems
+that it cannot settle go to a primal-dual interior point (`interior_point`).
 
-Source: Chen et al. (arXiv 2410.06024), Lemma 1 and Algorithm 1.
-
-Cost, N centers, d_model d, per token: Gram 2 N d^2 (the metric product, nearly all of it) + 2 N^2 d; QP about 5 to 15
-times N^3 / 3.
+Source: Chen et al. (arXiv 2410.06024), Lemma 1 and Algorithm 1. Cost per token, N centers, d_model d: Gram 2 N d^2 (the
+metric product, nearly all of it) + 2 N^2 d; QP about 5 to 15 times N^3 / 3.
 
 >>> import torch
 >>> target = torch.tensor([[1.0, 1.0]], dtype=torch.float64)                                # one token, d_model = 2
@@ -56,7 +54,7 @@ from tl_jets.jets.interior_point import Evaluation, interior_point
 from tl_jets.jets.pivoting import RIDGE, ROUNDING_RIDGE, Ridged, pivot
 from tl_jets.jets.weights import frank_wolfe_gap, normalize, shared
 
-# Squared distance of two centers, relative to their squared length, up to which they are copies; and rounding of float64.
+# Largest relative squared distance of copies of a center; rounding of float64.
 SAME, EPS = 1e-13, 2e-15
 
 _TENSORS = ("weights", "objective", "gap", "support", "effective_rank", "tied", "iterations", "converged")
@@ -64,22 +62,19 @@ _TENSORS = ("weights", "objective", "gap", "support", "effective_rank", "tied", 
 
 @dataclass(frozen=True, repr=False)
 class SimplexSolution:
-    """Weights on the probability simplex, one set a problem (token), with what is known about them.
+    """Weights on the probability simplex, one set per problem (token), with their certificate.
 
     Attributes:
         weights: [*problems, n] float64, non-negative, summing to 1 to rounding. Zeros are exact.
         objective: [*problems], f at the weights: squared metric norm (QP) or nats (KL).
-        gap: [*problems], Frank-Wolfe certificate: the objective is at most this above the minimum. In units of
-            `scale` for the QP ("relative"), in nats for the KL.
+        gap: [*problems], Frank-Wolfe gap, a bound on the objective's distance from the minimum: relative to `scale` (QP,
+            "relative") or in nats (KL).
         support: [*problems], number of centers with a positive weight.
-        effective_rank: [*problems], 1 + the number of independent weight-shifting directions, among the
-            centers that are optimal to use, that the data fix more firmly than the tie-break. Equal to `tied`
-            when the weights are unique.
-        tied: [*problems], number of centers that are optimal to use (those with weight, and those as good at
-            no weight).
-        iterations: [*problems], factorizations that the solver took.
-        converged: [*problems], whether the gap met the tolerance. Where False the weights are still feasible,
-            and `gap` still bounds how far from optimal they are.
+        effective_rank: [*problems], 1 + the number of independent directions among the tied centers that the data fix
+            more firmly than the tie-break; equal to `tied` if the weights are unique.
+        tied: [*problems], number of centers that are optimal to use, with or without weight.
+        iterations: [*problems], number of factorizations.
+        converged: [*problems], whether the gap met the tolerance. If not, weights are still feasible and `gap` holds.
         gap_unit: "relative" or "nats".
     """
 
@@ -95,17 +90,17 @@ class SimplexSolution:
 
     @property
     def unique(self) -> Bool[Tensor, "*problems"]:
-        """[*problems], whether the data identify the weights; where not, the shortest optimal ones were taken."""
+        """[*problems], whether the data identify the weights; if not, these are the shortest optimal ones."""
         return self.effective_rank == self.tied
 
     @classmethod
     def cat(cls, parts: Sequence[SimplexSolution]) -> SimplexSolution:
-        """Solutions of one kind, one after the other along their first problem axis."""
+        """Concatenate solutions along their first problem axis."""
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
         return cls(**joined, gap_unit=parts[0].gap_unit)
 
     def reshape(self, *problems: int) -> SimplexSolution:
-        """The same solutions with another shape of problems."""
+        """Reshape the problem axes."""
         shaped = {name: getattr(self, name).reshape(problems) for name in _TENSORS if name != "weights"}
         return replace(self, weights=self.weights.reshape(*problems, -1), **shaped)
 
@@ -125,10 +120,9 @@ def gram(
     """Gram matrices H_ij = <D_i, D_j>_M of the differences between terms and target, in float64.
 
     Args:
-        differences: e_i - t, [n, *problems, d_model], center first, as an expansion stacks its terms. Subtract
-            in float64.
-        metric: M, [d_model, d_model], symmetric positive semidefinite; U'U makes distances those of logits.
-            None is the identity.
+        differences: e_i - t, [n, *problems, d_model], subtracted in float64.
+        metric: M, [d_model, d_model], symmetric positive semidefinite; U'U measures distances of logits. None is the
+            identity.
 
     Returns:
         [*problems, n, n], exactly symmetric, in squared units of the metric (squared logits for U'U).
@@ -136,7 +130,7 @@ def gram(
     Raises:
         ValueError: the metric does not fit d_model, or there are no centers.
 
-    Source: DESIGN section 2, "Jet weights"; Chen et al. (arXiv 2410.06024), Lemma 1.
+    Source: Chen et al. (arXiv 2410.06024), Lemma 1.
     """
     if differences.ndim < 2 or differences.shape[0] == 0:
         raise ValueError(
@@ -151,7 +145,7 @@ def gram(
             "pass U'U of the unembedding, e.g. W_U @ W_U.T for TransformerLens' W_U [d_model, d_vocab]"
         )
     measured = rows if metric is None else rows @ metric.double()
-    # [n, problems, d] -> [problems, n, d] stays a view: bmm takes the strides as they are
+    # [n, problems, d] -> [problems, n, d] is a view; bmm takes its strides
     left, right = (x.view(n, -1, d_model).transpose(0, 1) for x in (measured, rows))
     products = left @ right.mT
     return ((products + products.mT) / 2).reshape(*problems, n, n)
@@ -164,23 +158,20 @@ def simplex_qp(
     *,
     tolerance: float = 1e-6,
 ) -> SimplexSolution:
-    """Minimize w' H w over the probability simplex, exactly within float64, for many problems at once.
+    """Minimize w' H w over the probability simplex, exactly within float64, batched over problems.
 
     Args:
         differences_gram: H, [*problems, n, n], symmetric positive semidefinite; see `gram`.
-        scale: ||t||_M^2, [*problems], >= 0, in the unit of H. Where it is 0 (a zero target) the largest H_ii
-            stands in for it.
-        tolerance: largest gap that counts as converged, relative to scale, or to the objective where that is
-            larger (an expansion worse than predicting zero; float64 holds no more digits there).
+        scale: ||t||_M^2, [*problems], >= 0, in the unit of H; where it is 0, the largest H_ii is used.
+        tolerance: largest gap that counts as converged, relative to scale, or to the objective where that is larger.
 
     Returns:
-        The shortest optimal weights, `gap` relative to scale. Gradients do not flow through the solve;
-        evaluating an expansion at the weights stays differentiable in them.
+        The shortest optimal weights, `gap` relative to scale. No gradients flow through the solve.
 
     Raises:
-        ValueError: shapes do not fit, or values are not finite, or a scale or a diagonal entry is negative.
+        ValueError: shapes do not fit, values are not finite, or a scale or diagonal entry is negative.
 
-    Source: DESIGN section 2, "Jet weights"; `pivoting` for the method.
+    Source: Chen et al. (arXiv 2410.06024), Lemma 1; `pivoting` for the method.
     """
     _check_problem(differences_gram, scale)
     *problems, n, _ = differences_gram.shape
@@ -192,8 +183,7 @@ def simplex_qp(
 
     weights, iterations = pivot(hessian)
     gap, objective = _quadratic_gap(hessian, weights)
-    # the pivoting aims at 1e-9: whatever misses the tenth of what was asked for gets the slower, sturdier
-    # method
+    # pivoting aims at 1e-9; problems that miss a tenth of the tolerance get the slower, sturdier method
     failed = (gap > 0.1 * tolerance * objective.clamp_min(1)).nonzero()[:, 0]
     if failed.numel():
         rescued, extra = rescue(hessian[failed], weights[failed])
@@ -223,7 +213,7 @@ def _quadratic_gap(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescue(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Interior point for what pivoting left; then the exact solve on its face, if that is better."""
+    """Solve by interior point what pivoting left, then exactly on its face if that is better."""
     system = Ridged.of(hessian)
 
     def evaluate(w: Tensor, rows: Tensor) -> Evaluation:
@@ -238,7 +228,7 @@ def rescue(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share(hessian: Tensor, weights: Tensor) -> Tensor:
-    """Weights evenly among copies of a center, where the certificate does not mind: rounding tells copies apart."""
+    """Share weights evenly among copies of a center, unless the gap grows."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     distance = diagonal[:, :, None] + diagonal[:, None, :] - 2 * hessian
     even = shared(weights, distance <= SAME * diagonal[:, :, None])
@@ -248,7 +238,7 @@ def _share(hessian: Tensor, weights: Tensor) -> Tensor:
 
 
 def _trim(hessian: Tensor, weights: Tensor, negligible: float = 1e-7) -> Tensor:
-    """Zero the weights that only the tie-break made positive, where the certificate does not mind."""
+    """Zero the weights that only the tie-break made positive, unless the gap grows."""
     length = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().clamp_min(1)
     trimmed = normalize(torch.where(weights * length < negligible, 0.0, weights))
     before, _ = _quadratic_gap(hessian, weights)
@@ -259,9 +249,8 @@ def _trim(hessian: Tensor, weights: Tensor, negligible: float = 1e-7) -> Tensor:
 def identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) -> tuple[Tensor, Tensor]:
     """Effective rank and number of tied centers; see `SimplexSolution`.
 
-    Directions d with sum d = 0 among the tied centers count if d'Hd > d'Rd, R = tie + rounding ridge:
-    eigenvalues above 1 of R^(-1/2) H R^(-1/2), off the direction R^(-1/2) 1. In these units the rounding of H
-    is below 1 whatever its scale.
+    Directions d with sum d = 0 among the tied centers count if d'Hd > d'Rd, R = tie + rounding ridge: eigenvalues above 1
+    of R^(-1/2) H R^(-1/2), orthogonal to R^(-1/2) 1. In these units the rounding of H is below 1 at every scale.
     """
     excess = gradient - (gradient * weights).sum(-1, keepdim=True)
     tied = (weights > 0) | (excess <= 2 * tie)

@@ -1,6 +1,6 @@
-"""Jet weights that minimize KL(model || expansion), token by token, with a certificate in nats.
+"""Jet weights that minimize KL(model || expansion) per token, with a certificate in nats.
 
-For one token with the model's distribution p and the terms' additive logits z_i, over the probability simplex,
+For a token with the model's distribution p and the terms' additive logits z_i, over the probability simplex,
 
     f(w) = KL(p || softmax(sum_i w_i z_i)) = log-sum-exp(u) - <p, u> - H(p),     u = sum_i w_i z_i,
     grad f = E_q z - E_p z,     Hessian = Cov_q(z),     q = softmax(u).
@@ -11,12 +11,11 @@ For one token with the model's distribution p and the terms' additive logits z_i
 | p             | `probs`               | the model's distribution                                       |
 | T             | `temperature`         | log-sum-exp(u) -> T log-sum-exp(u / T) >= log-sum-exp(u)       |
 
-**Method.** A primal-dual interior point (`interior_point`) from nine tenths of the centered l2 optimum and one tenth of
-every center: float32 logits are worked on as they are as far as their rounding allows, and in float64 from there. Where
-logits of 1e3 and more leave q all but one-hot it cools from a high temperature. The gap of what is returned is always
-float64.
+**Method.** A primal-dual interior point (`interior_point`) starts from nine tenths of the centered l2 optimum and one
+tenth of every center, in float32 as far as rounding allows, then in float64. If q is nearly one-hot (logits of 1e3 and
+more) it cools from a high temperature. The returned gap is always float64.
 
-Source: log-sum-exp is convex: Boyd & Vandenberghe 2004, section 3.1.5. Cost, N centers, vocabulary V, a token: 5 to 20
+Source: log-sum-exp is convex: Boyd & Vandenberghe 2004, section 3.1.5. Cost per token, N centers, vocabulary V: 5 to 20
 times (2 N^2 V + 6 N V).
 
 >>> import torch
@@ -45,10 +44,10 @@ COARSE_ROUNDING = 1e-6
 """Relative rounding of an objective that was computed in float32."""
 
 COARSE_GAP = 2.0**-23
-"""Gap that float32 can tell from zero, relative to the largest logit."""
+"""Smallest gap that float32 resolves, relative to the largest logit."""
 
 COARSE_ITERATIONS = 12
-"""Newton steps at most in float32: a warm start is worth no more."""
+"""Maximum number of Newton steps in float32."""
 
 
 @torch.no_grad()
@@ -60,24 +59,24 @@ def simplex_kl(
     tolerance: float = 1e-6,
     max_iterations: int = 60,
 ) -> SimplexSolution:
-    """Minimize KL(target || softmax(sum_i w_i z_i)) over the probability simplex, token by token, in nats.
+    """Minimize KL(target || softmax(sum_i w_i z_i)) over the probability simplex per token, in nats.
 
-    Logits may be given in the model's precision; the certificate is float64, so the gap is that of the problem that the
-    given logits state. A positive constant logit scale is linear: multiply the logits by it. A final softcap is not:
-    the objective is then no longer convex in the weights, and the gap no bound. Among several optimal weights it gives
-    interior ones (exact duplicates share evenly), not the shortest.
+    A positive logit scale is linear: multiply the logits by it. With a final softcap the objective is not convex and the
+    gap is no bound. If several weights are optimal the result is interior, with copies sharing evenly, not the shortest.
 
     Args:
-        logits: additive logits z_i of the terms, [n, problems, d_vocab], or a callable that maps a slice of problems to
-            [n, chunk, d_vocab], asked once a chunk, so that at most chunk_size tokens' logits exist at a time.
-        target_log_probs: the model's own log-probabilities (nats), [problems, d_vocab], log-softmaxed over d_vocab.
-        chunk_size: problems a chunk; memory is n * chunk_size * d_vocab logits as given, and twice more in float32.
+        logits: additive logits z_i, [n, problems, d_vocab], in any precision, or a callable from a slice of problems to
+            [n, chunk, d_vocab], called once per chunk.
+        target_log_probs: the model's log-probabilities (nats), [problems, d_vocab], normalized over d_vocab.
+        chunk_size: problems per chunk; memory is n * chunk_size * d_vocab logits as given, and twice more in float32.
         tolerance: largest gap that counts as converged, in nats, or relative to an objective above 1 nat.
-        max_iterations: Newton steps at most, per problem and attempt.
+        max_iterations: maximum number of Newton steps per problem and attempt.
+
+    Returns:
+        A `SimplexSolution` with weights [problems, n]; its gap, in float64, is that of the given logits.
 
     Raises:
         ValueError: shapes do not fit, values are not finite, or the target is not normalized.
-
     """
     _check_target(target_log_probs, chunk_size)
     logits_of = logits if callable(logits) else (lambda chunk: logits[:, chunk])
@@ -96,10 +95,10 @@ class _KLProblem:
 
     Attributes:
         logits: As given, [token, n, d_vocab].
-        shift: About E_p z [token, n, 1]; any constant a term leaves the objective as it is, this one keeps digits.
+        shift: About E_p z [token, n, 1]; subtracting it keeps digits and does not change the objective.
         log_probs: log p [token, d_vocab], float64.
         probs: p [token, d_vocab], float64.
-        coarse: `logits - shift` in float32, laid out [token, d_vocab, n], which makes its products twice as fast.
+        coarse: `logits - shift` in float32, [token, d_vocab, n], a layout with twice as fast products.
     """
 
     logits: Tensor
@@ -125,9 +124,9 @@ class _KLProblem:
         return cls(logits, shift.double(), log_probs, probs, coarse)
 
     def evaluate(self, weights: Tensor, rows: Tensor, temperature: float = 1.0) -> Evaluation:
-        """KL in nats, its gradient E_q z - E_p z and its Hessian Cov_q(z), a token at a time in float64.
+        """KL in nats, gradient E_q z - E_p z and Hessian Cov_q(z), one token at a time in float64.
 
-        With a temperature T, log-sum-exp(u) becomes T log-sum-exp(u / T): convex too, smoother, and never smaller.
+        A temperature T replaces log-sum-exp(u) by T log-sum-exp(u / T), which is convex, smoother, and never smaller.
         """
         parts = []
         for index, token in enumerate(rows.tolist()):
@@ -137,14 +136,14 @@ class _KLProblem:
         return value, gradient, hessian
 
     def evaluate_coarsely(self, weights: Tensor, rows: Tensor) -> Evaluation:
-        """The same in float32, all tokens at once."""
+        """`evaluate` in float32, all tokens at once."""
         z, log_probs, probs = self.coarse, self.log_probs, self.probs
         if len(rows) < len(z):
             z, log_probs, probs = z[rows], log_probs[rows], probs[rows]
         return _evaluate(z.mT, weights, log_probs, probs)
 
     def copies(self) -> Tensor:
-        """Which centers have the same logits up to a constant [token, n, n], by their products with random signs."""
+        """Which centers have equal logits up to a constant [token, n, n], by their products with random signs."""
         generator = torch.Generator(device="cpu").manual_seed(0)
         signs = torch.randint(0, 2, (self.coarse.shape[1], 4), generator=generator, device="cpu") * 2.0 - 1
         seen = torch.einsum("tvn,vk->tnk", self.coarse, signs.to(self.coarse))
@@ -152,7 +151,7 @@ class _KLProblem:
         return distance <= 4 * torch.finfo(self.coarse.dtype).eps * self.coarse.abs().sum(1)[:, :, None]
 
     def start(self) -> Tensor:
-        """Nine tenths the centered l2 optimum, one tenth every center in inverse proportion to its length."""
+        """Nine tenths of the centered l2 optimum plus one tenth shared in inverse proportion to the centers' lengths."""
         target = (self.log_probs - self.log_probs.mean(-1, keepdim=True)).float()
         differences = self.coarse - target[..., None]
         differences -= differences.mean(1, keepdim=True)
@@ -182,7 +181,7 @@ def _evaluate(z: Tensor, weights: Tensor, log_probs: Tensor, probs: Tensor, temp
 
 
 def _solve(problem: _KLProblem, tolerance: float, max_iterations: int) -> SimplexSolution:
-    """In float32 as far as that goes, then what is left in float64, then what is left of that by cooling."""
+    """Solve in float32, the remaining problems in float64, and those left by cooling."""
     start, (count, n) = problem.start(), problem.shift.shape[:2]
     gap, iterations = start.new_full((count,), torch.inf), torch.zeros(count, dtype=torch.long, device=start.device)
     weights, value = start.clone(), gap.clone()
@@ -205,7 +204,7 @@ def _solve(problem: _KLProblem, tolerance: float, max_iterations: int) -> Simple
         rest = gap[rows] > found.gap.clamp_min(tolerance)
         offer(rows[rest], found.weights[rest])
 
-    # half of what is asked for, since trimming costs a little; float32 knows a gap no better than its logits
+    # half the tolerance, since trimming costs a little, but at least the float32 precision of the logits
     wanted = (COARSE_GAP * problem.coarse.flatten(1).abs().amax(-1).double()).clamp_min(tolerance / 2)
     limit = min(max_iterations, COARSE_ITERATIONS)
     coarse = interior_point(problem.evaluate_coarsely, start, wanted, limit, rounding=COARSE_ROUNDING)
@@ -242,14 +241,14 @@ def _fine(problem: _KLProblem, rows: Tensor, first: Tensor, tolerance: float, ma
 
 
 def _cooling(problem: _KLProblem, rows: Tensor, first: Tensor, tolerance: float, max_iterations: int) -> Interior:
-    """From a high temperature down to 1, where logits of 1e3 and more leave q all but one-hot."""
+    """Solve from a high temperature down to 1, for logits of 1e3 and more."""
     iterations, found = torch.zeros_like(rows), None
     for temperature in COOLING:
 
         def evaluate(w: Tensor, part: Tensor, temperature: float = temperature) -> Evaluation:
             return problem.evaluate(w, rows[part], temperature)
 
-        # a hot stage need only be near its own optimum: the next one moves on anyway
+        # a hot stage is only the start of the next one
         wanted = tolerance if temperature == 1 else 1e-2 * temperature
         found = interior_point(evaluate, first if found is None else found.weights, wanted, max_iterations)
         iterations += found.iterations
@@ -257,7 +256,7 @@ def _cooling(problem: _KLProblem, rows: Tensor, first: Tensor, tolerance: float,
     return replace(found, iterations=iterations)
 
 
-# --- what must hold of the input --------------------------------------------------------------------------------------
+# --- input checks -----------------------------------------------------------------------------------------------------
 
 
 def _check_target(target_log_probs: Tensor, chunk_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Weights on the probability simplex (w >= 0, sum w = 1): uniform, given, and how far from optimal they are.
+"""Weights on the probability simplex (w >= 0, sum w = 1): uniform and given weights, and the gap to the optimum.
 
 Source: Chen et al. (arXiv 2410.06024), Lemma 1; Jaggi 2013, *Revisiting Frank-Wolfe*, eq. 2, for the gap.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 def uniform_weights(
     n: int, *problems: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> Float[Tensor, "*problems n"]:
-    """Equal weights 1/n for every center, [*problems, n]: what every optimized set of weights stands beside.
+    """Equal weights 1/n for every center, [*problems, n].
 
     Raises:
         ValueError: n is not positive.
@@ -32,7 +32,7 @@ def uniform_weights(
 
 
 def read_weights(weights: Any, n: int) -> Tensor:
-    """Weights that someone gave, center first, as a tensor; numbers become float64.
+    """Given weights, center first, as a checked tensor; numbers become float64.
 
     Raises:
         TypeError: Not floating-point numbers.
@@ -48,19 +48,19 @@ def read_weights(weights: Any, n: int) -> Tensor:
 def check_weights(
     weights: Float[Tensor, "*problems n"], n: int, *, problems: tuple[int, ...] | None = None, tolerance: float = 1e-6
 ) -> Float[Tensor, "*problems n"]:
-    """Return weights that someone gave, unchanged, if they are a point of the simplex for each problem.
+    """Return the given weights unchanged if they are a point of the simplex for each problem.
 
     Args:
         weights: [n], or [*problems, n], center last.
         n: number of centers.
         problems: leading shape that the weights must broadcast to; None takes any.
-        tolerance: how far from 1 a sum may be; raised to what the dtype can hold.
+        tolerance: how far a sum may be from 1; raised to the precision of the dtype.
 
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: wrong length or leading shape, not finite, negative, or a sum other than 1.
 
-    Source: Chen et al. (arXiv 2410.06024), Lemma 1: the weights are those of a convex combination.
+    Source: Chen et al. (arXiv 2410.06024), Lemma 1.
     """
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
@@ -95,14 +95,14 @@ def check_weights(
 
 
 def normalize(weights: Tensor) -> Tensor:
-    """Onto the simplex: negatives to 0, divided by the sum; uniform where nothing usable is left."""
+    """Clamp negatives to 0 and divide by the sum; uniform where nothing is left."""
     weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
     total = weights.sum(-1, keepdim=True)
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 1 / weights.shape[-1])
 
 
 def shared(weights: Tensor, same: Tensor) -> Tensor:
-    """Weights [problem, n], evenly among centers that are the same: `same` [problem, n, n]."""
+    """Share weights [problem, n] evenly among equal centers, given by `same` [problem, n, n]."""
     share = same.to(weights)
     return normalize((share @ weights[..., None])[..., 0] / share.sum(-1))
 
