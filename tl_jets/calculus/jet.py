@@ -80,11 +80,11 @@ def jet(
     variate: Float[Tensor, "*shape"],
     order: int,
 ) -> Jet:
-    """The jet J^order f(center), evaluated at the variate.
+    """The jet J^order f(center), evaluated at the variate (arXiv 2410.06024, eq. 6-7).
 
     Args:
-        f: a function of one tensor made of PyTorch operations that have Taylor rules, such as a module. It is called once
-            at order 0 and twice above, must be deterministic, and must not write results into plain tensors that it holds.
+        f: a function of one tensor made of PyTorch operations that have Taylor rules, such as a module. Called once at
+            order 0 and twice above; must be deterministic, and must not write results into plain tensors that it holds.
         center: expansion point, `[*shape]`, float32 or float64, finite.
         variate: evaluation point, `[*shape]`, of the dtype and device of `center`.
         order: truncation order k >= 0; order 0 is f(center).
@@ -93,13 +93,9 @@ def jet(
         The coefficients c_0 .. c_k, `[order+1, *out]`. If f does not depend on its argument, f's value and zeros.
 
     Raises:
-        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f returns no tensor, or f
-            writes a series into a plain tensor.
-        ValueError: `order` is negative or too large; the inputs differ in shape, dtype or device, or are not finite; f has
-            no finite value or derivative there, or is not deterministic; or `torch.autocast` is active.
+        TypeError: `order` is not an int, an input is not a plain float32 or float64 tensor, f returns no tensor or writes to one.
+        ValueError: `order` is out of range, the inputs do not match, values are not finite, f is random, or autocast is active.
         NotImplementedError: f uses an operation that has no Taylor rule.
-
-    Source: arXiv 2410.06024, eq. 6-7.
 
     Example:
         >>> x, y = torch.tensor([1.0]), torch.tensor([3.0])
