@@ -276,18 +276,6 @@ def _convolve(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _self_convolve(a: Tensor, out: Tensor) -> Tensor:
-    """Write sum_i a_i a_{m-i} over a stack of length m + 1 >= 2 into `out`."""
-    last = a.shape[0] - 1
-    torch.mul(a[0], a[last], out=out)
-    for i in range(1, (last + 1) // 2):
-        out.addcmul_(a[i], a[last - i])
-    out.mul_(2)
-    if last % 2 == 0:
-        out.addcmul_(a[last // 2], a[last // 2])
-    return out
-
-
 def _integer_power(u: Tensor, exponent: int) -> Tensor:
     """u^exponent by repeated squaring."""
     if exponent < 0:
