@@ -123,8 +123,12 @@ def test_an_interrupt_during_imports_is_one_line(tmp_path, start, is_ignored):
     script = tmp_path / "tl-jets"
     script.write_text("import sys\nfrom tl_jets.cli import main\nsys.exit(main())\n")
     command = [sys.executable, *(str(script) if part == "tl-jets" else part for part in start), "lens"]
-    ignore = "trap '' INT; " if is_ignored else ""
-    trap = ["sh", "-c", f'{ignore}exec "$@"', "sh"]
+    # A suite that a shell has put in the background ignores interrupts, and so would its children.
+    handler = "SIG_IGN" if is_ignored else "SIG_DFL"
+    start_with = (
+        f"import os, signal, sys; signal.signal(signal.SIGINT, signal.{handler}); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    trap = [sys.executable, "-S", "-E", "-c", start_with]
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     done = subprocess.run([*trap, *command], capture_output=True, timeout=60, env=environment, cwd=root)
