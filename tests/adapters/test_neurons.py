@@ -111,7 +111,7 @@ def test_the_bias_of_a_norm_after_the_mlp_belongs_to_the_mlps():
 
     model = zoo.fresh(zoo.ModelSpec("sandwich", "hooked", "raw"))
     for block in model.blocks:
-        block.ln2_post = LayerNorm(model.cfg)
+        block.ln2_post = LayerNorm(model.cfg).eval()
     zoo.randomize(model)
     model.setup()
     model.requires_grad_(False)
