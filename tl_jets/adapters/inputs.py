@@ -10,7 +10,6 @@ Padding is given by the mask; without one, it is inferred from the tokenizer's p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_jets.core.divergence import warn_caller
 from tl_jets.core.tokens import check_text, token_text
 
 _KINDS = "a prompt, a list of prompts, token ids [batch, pos], or what a tokenizer returns (input_ids, attention_mask)"
@@ -103,11 +103,10 @@ def _warn_of_two_bos(tokenizer: Any, prompts: list[str], rows: list[Tensor]) -> 
     pairs = zip(prompts, rows, strict=True)
     twice = sum(prompt.startswith(text) and row[:2].tolist() == [bos, bos] for prompt, row in pairs)
     if twice:
-        warnings.warn(
+        warn_caller(
             f"{twice} of {len(prompts)} prompts begin with 2 BOS tokens: the text begins with {text!r}, and the model prepends "
             f"another. Pass ResidualNetwork(model).tokenize(text, prepend_bos=False) in place of text that has its BOS, as a "
-            f"chat template writes it (prepend_bos=True if two are meant).",
-            stacklevel=2,
+            f"chat template writes it (prepend_bos=True if two are meant)."
         )
 
 
@@ -236,12 +235,11 @@ def _infer_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Ten
     valid = (place >= before[:, None]) & (place < tokens.shape[1] - after[:, None])
     left = int(runs.sum()) - int((~valid).sum())
     if roles and (not bool(valid.all()) or int(kept.max()) > 1 or bool((runs[0] < kept[0]).any())):
-        warnings.warn(
+        warn_caller(
             f"Rows of this batch begin or end with the pad token {token_text(tokenizer, pad)!r} (id {pad}), which is "
             f"also {' and '.join(name.upper() for name in roles)}: {int(before.sum())} leading and {int(after.sum())} trailing "
             f"ones are taken for padding, {left} for real. Pass attention_mask= (1 for real tokens), or the prompts as a list "
-            f"of texts, to decide it.",
-            stacklevel=2,
+            f"of texts, to decide it."
         )
     return valid
 

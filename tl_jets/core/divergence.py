@@ -30,10 +30,15 @@ def warn_of(where: str, order: int, remainder: float, center_scale: str, rho: fl
         f"Order-{order} jets of {where} leave {remainder:,.3g} times the length of the truth{radius}, so that their terms say "
         f'little of it. Try {remedy}; linearize="detached" leaves nothing.'
     )
+    warn_caller(text, DivergenceWarning)
+
+
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the caller outside of tl_jets."""
     frame, depth = sys._getframe(), 1
     while frame.f_back is not None and _is_inside(frame):
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(text, DivergenceWarning, stacklevel=depth)
+    warnings.warn(text, category, stacklevel=depth)
 
 
 def _is_inside(frame: FrameType) -> bool:
