@@ -205,7 +205,7 @@ class BigramSweep:
         state = State(state_file, self.header(" + ".join(self.streams.paths)) if state_file else {})
 
         def resume() -> int:
-            done, tensors = state.load()
+            done, tensors = state.resume()
             if not 0 <= done <= len(self.rows):
                 raise ValueError(
                     f"A state must be of rows that there are, at most {len(self.rows)}; {str(state_file)!r} says {done}. Delete it."

@@ -177,12 +177,18 @@ class State:
         self.header = {**header, "state_format": STATE_FORMAT, "tl_jets": version("tl-jets")}
         self.saved = time.monotonic()
 
+    def resume(self) -> tuple[int, dict[str, Tensor]]:
+        """Remove leftovers of killed processes, then `load`. For the one process that writes the state."""
+        if self.file is not None:
+            remove_leftovers(self.file)
+        return self.load()
+
     def load(self) -> tuple[int, dict[str, Tensor]]:
-        """The number of finished rows and the tensors, 0 and none without a file; ValueError for other files."""
-        if self.file is None:
-            return 0, {}
-        remove_leftovers(self.file)
-        if not self.file.exists():
+        """The number of finished rows and the tensors, 0 and none without a file; ValueError for other files.
+
+        Only reads: the state may be that of a running sweep.
+        """
+        if self.file is None or not self.file.exists():
             return 0, {}
         try:
             digest, about, data = self.file.read_bytes().split(b"\n", 2)
