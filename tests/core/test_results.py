@@ -180,6 +180,6 @@ def test_all_tensors_of_a_result_move(movable):
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_a_result_moves_to_no_dtype(movable):
-    with pytest.raises(TypeError, match=r"A result moves to a device; got torch\.float16"):
+    with pytest.raises(TypeError, match=r"`to` takes a device; got the dtype torch\.float16"):
         movable[tj.PathStatistics].to(torch.float16)
     assert movable[tj.JetCache].to(torch.float16)["embed > 0_mlp"].dtype == torch.float16  # which is of numbers alone

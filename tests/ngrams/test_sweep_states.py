@@ -116,7 +116,9 @@ def test_a_bit_of_a_state_is_refused(name, tmp_path, monkeypatch, small_chunks):
         leftover.write_bytes(good[:100])
     other = state.with_name(".mine.tmp")
     other.write_bytes(b"")
-    assert State(state, header).load()[0] == 24 and all(leftover.exists() for leftover in leftovers)  # reading only reads
+    assert State(state, header).load()[0] == 24 and all(
+        leftover.exists() for leftover in leftovers
+    )  # reading only reads
     assert digests(run(folder)) == expected
     assert not any(leftover.exists() for leftover in leftovers) and other.exists() and not state.exists()
 

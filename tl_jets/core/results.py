@@ -1,25 +1,53 @@
-"""Base class of results: tensors with labels and options that move to another device together.
+"""`Result`: base of everything that an analysis returns, tensors with labels that move, save and load together; `load`.
+
+A result is a frozen dataclass whose fields hold tensors, text, numbers, DataFrames, other results, and lists, tuples and
+dicts of these: no model and no function. So it can be copied, pickled, moved to a device, and saved to one safetensors file.
 
 Example:
+    >>> import tempfile
     >>> import tl_jets as tj
-    >>> sums = tj.path_sums(tj.load_tinydocs(), "This function is available on Unix and")
-    >>> moved = sums.to("meta")
-    >>> moved.share.device, sums.share.device, moved.labels == sums.labels
-    (device(type='meta'), device(type='cpu'), True)
+    >>> measures = tj.iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and").measures
+    >>> moved = measures.to("meta")
+    >>> moved.kl.device, measures.kl.device
+    (device(type='meta'), device(type='cpu'))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     loaded = tj.load(measures.save(f"{folder}/measures.safetensors"))
+    >>> torch.equal(loaded.kl.nan_to_num(), measures.kl.nan_to_num())
+    True
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields, is_dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from tl_jets.core.atomic_files import write_atomically
 from tl_jets.core.notebook import Shown
 
 Kind = TypeVar("Kind", bound="Result")
+
+FORMAT = 1
+# Files of other kinds, by their first bytes: the module and the class that load them.
+OTHER_FILES = {b"PAR1": ("tl_jets.ngrams.tables", "NgramTable")}
+
+
+def handle() -> Any:
+    """A field for what belongs to the running model (a decoder, say): neither saved nor moved; None in a loaded result."""
+    return field(default=None, repr=False, compare=False, metadata={"handle": True})
 
 
 class Result(Shown):
@@ -29,17 +57,140 @@ class Result(Shown):
         """A copy on another device; raises TypeError for a dtype."""
         if isinstance(device, torch.dtype):
             raise TypeError(
-                f"A result moves to a device; got {device}, which is none. Convert the tensor that you need, .kl.double()."
+                f"`to` takes a device; got the dtype {device}. Convert the tensor that you need: result.kl.double()."
             )
         return self._mapped(lambda values: values.to(device))
 
+    def save(self, file: str | Path) -> Path:
+        """Save to one safetensors file, which `tl_jets.load` reads. Returns the path.
+
+        The file is written completely or not at all; an existing one is replaced.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        about = {"format": FORMAT, "tl_jets": version("tl-jets"), "result": _encoded(self, "result", tensors)}
+        header = {"tl_jets": json.dumps(about)}
+        header["digest"] = _digest(header["tl_jets"], tensors)
+        data = to_bytes(tensors or {"": torch.zeros(0)}, metadata=header)
+        return write_atomically(file, lambda stream: stream.write(data))
+
     def _mapped(self: Kind, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> Kind:
-        """A copy with `change` applied to every tensor, or to the named fields."""
-        found: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)) if names is None else names:  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if isinstance(value, Result):
-                found[name] = value._mapped(change)
-            elif isinstance(value, Tensor):
-                found[name] = change(value)
-        return replace(self, **found)  # type: ignore[type-var]
+        """A copy with `change` applied to every tensor, or to those of the named fields."""
+        wanted = [f.name for f in _saved_fields(self)] if names is None else names
+        return replace(self, **{name: _changed(getattr(self, name), change) for name in wanted})  # type: ignore[type-var]
+
+
+def load(file: str | Path) -> Any:
+    """The result, or the `NgramTable`, that was saved to a file.
+
+    Args:
+        file: What `Result.save` or `NgramTable.save` wrote.
+
+    Raises:
+        ValueError: The file is damaged, of another program, or of a version that this one does not read.
+        OSError: The file cannot be read.
+
+    Example: in the docstring of `tl_jets.core.results`.
+    """
+    data = Path(file).read_bytes()
+    if data[:4] in OTHER_FILES:
+        module, name = OTHER_FILES[data[:4]]
+        return getattr(import_module(module), name).load(file)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        tensors = from_bytes(data)
+        tensors.pop("", None)
+        if header["digest"] != _digest(header["tl_jets"], tensors):
+            raise ValueError("its digest is not that of what it holds")
+        about = json.loads(header["tl_jets"])
+        if about["format"] != FORMAT:
+            raise ValueError(
+                f"it has format {about['format']}, of tl-jets {about['tl_jets']}; this version reads {FORMAT}"
+            )
+        return _decoded(about["result"], tensors)
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
+        raise ValueError(
+            f"`load` reads what `save` of a result wrote; {str(file)!r} is something else, or damaged ({error})."
+        ) from error
+
+
+def _saved_fields(result: Any) -> list[Any]:
+    return [f for f in fields(result) if not f.metadata.get("handle")]
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A field's value with `change` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Result):
+        return value._mapped(change)
+    if isinstance(value, Mapping):
+        return {key: _changed(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_changed(item, change) for item in value)
+    return value
+
+
+def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON; tensors and tables are put into `tensors` under their names."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor | pd.DataFrame):
+        kind = "tensor" if isinstance(value, Tensor) else "table"
+        tensors[name] = value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else _table_bytes(value)
+        return {kind: name}
+    if isinstance(value, Mapping):
+        return {
+            "dict": [
+                [_encoded(key, name, tensors), _encoded(item, f"{name}[{key}]", tensors)] for key, item in value.items()
+            ]
+        }
+    if isinstance(value, list | tuple):
+        items = [_encoded(item, f"{name}[{i}]", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, Result) and is_dataclass(value):
+        own = {f.name: _encoded(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in _saved_fields(value)}
+        return {"result": [type(value).__module__, type(value).__qualname__], "fields": own}
+    raise TypeError(
+        f"A result is saved if it holds tensors, text, numbers and tables; {name} is a {type(value).__name__}."
+    )
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `_encoded` wrote."""
+    if isinstance(value, list):
+        return [_decoded(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "table" in value:
+        return pd.read_parquet(io.BytesIO(tensors[value["table"]].numpy().tobytes()))
+    if "dict" in value:
+        return {_decoded(key, tensors): _decoded(item, tensors) for key, item in value["dict"]}
+    if "tuple" in value:
+        return tuple(_decoded(item, tensors) for item in value["tuple"])
+    module, name = value["result"]
+    kind = getattr(import_module(module), name) if module.startswith("tl_jets.") else None
+    if not (isinstance(kind, type) and issubclass(kind, Result)):
+        raise ValueError(f"{module}.{name} is no result of this version")
+    return kind(**{key: _decoded(item, tensors) for key, item in value["fields"].items()})
+
+
+def _table_bytes(table: pd.DataFrame) -> Tensor:
+    """A DataFrame as the bytes of a Parquet file."""
+    stream = io.BytesIO()
+    table.to_parquet(stream)
+    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the JSON and of every tensor, in the order of names."""
+    total = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        values = tensors[name]
+        total.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        total.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
