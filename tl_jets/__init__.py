@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.core.network import ResidualNetwork
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.readout import TopTokens
-    from tl_jets.core.results import load
+    from tl_jets.core.results import Result, load
     from tl_jets.core.trace import Trace
     from tl_jets.detached_map import (
         BlockNorms,
@@ -103,7 +103,7 @@ _PLACES = {
     "tl_jets.core.network": ("ResidualNetwork",),
     "tl_jets.core.protocol": ("Stage", "Step"),
     "tl_jets.core.readout": ("TopTokens",),
-    "tl_jets.core.results": ("load",),
+    "tl_jets.core.results": ("Result", "load"),
     "tl_jets.core.trace": ("Trace",),
     "tl_jets.core.divergence": ("DivergenceWarning",),
     "tl_jets.detached_map": (
