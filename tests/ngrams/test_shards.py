@@ -54,14 +54,13 @@ def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     state = folder / "sweep" / "0_mlp.parquet.state"
     with launch(folder, "killed") as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while rows_of(state) < 300:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
         os.kill(int((folder / "pid.1").read_text()), signal.SIGKILL)
-        began = time.monotonic()
-        process.communicate(timeout=30)
-        return folder, process.returncode, time.monotonic() - began
+        process.communicate(timeout=300)  # gloo alone would wait for half an hour
+        return folder, process.returncode
 
 
 def rows_of(state):
@@ -77,7 +76,7 @@ def together(tmp_path_factory, interrupted):
     for file in (interrupted[0] / "sweep").glob("*.state"):
         shutil.copy(file, folder / "resumed")
     with launch(folder, "everything") as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     return folder, [json.loads((folder / f"report.{rank}").read_text()) for rank in (0, 1)]
 
@@ -128,24 +127,25 @@ def test_processes_of_a_smaller_group_need_no_others(together, one_thread):
 def test_a_process_that_fails_ends_all_with_its_message(together, name, messages):
     _, reports = together
     for report, message in zip(reports, messages, strict=True):
-        said, seconds = report["refusals"][name]
+        said, n_read = report["refusals"][name]
         assert message in said
-        assert seconds < 4
+        assert n_read < 400  # of its 550: nobody goes on
 
 
 def test_a_killed_process_ends_the_others_and_any_number_goes_on(interrupted, together, one_thread, tmp_path):
-    folder, code, seconds = interrupted
+    folder, code = interrupted
     assert code != 0
-    assert seconds < 15
     left = [file.name for file in (folder / "sweep").iterdir()]
     assert [name for name in left if not name.endswith(".tmp")] == ["0_mlp.parquet.state"]  # it may have been writing
     whole = sharded.finish(tmp_path, False)["0_mlp"]
     assert [report["resumed"]["0_mlp"] for report in together[1]] == [whole.digest] * 2
-    began, rows = time.monotonic(), rows_of(folder / "sweep" / "0_mlp.parquet.state")
-    chunk = 0.1
-    alone = sharded.finish(folder / "sweep", False, chunk)["0_mlp"]
+    rows = rows_of(folder / "sweep" / "0_mlp.parquet.state")
+    sharded.Slow.seen.clear()
+    alone = sharded.finish(folder / "sweep", False)["0_mlp"]
     assert alone.digest == whole.digest
-    assert time.monotonic() - began < chunk * (1100 - rows) / 40 + 1.5  # nothing again
+    assert sharded.Slow.seen - set(range(5)) == set(
+        range(rows, 1100)
+    )  # nothing again; the first five are the self-check
     assert [file.name for file in (folder / "sweep").iterdir()] == ["0_mlp.parquet"]
 
 
