@@ -376,6 +376,7 @@ PIECEWISE = [
         lambda z: torch.stack([row.flatten()[row.real.flatten().argmax()] for row in z.transpose(0, 1)]),
     ),
     Case("amin", lambda x: x.amin(1), lambda z: by(lambda r: r.argmin(1, True), 1)(z)[:, 0]),
+    Case("nanmedian", lambda x: x.nanmedian(1).values, lambda z: by(lambda r: r.argsort(1)[:, 1:2], 1)(z)[:, 0]),
     Case("topk", lambda x: x.topk(2).values, by(lambda r: r.topk(2).indices, -1)),
     Case("sort", lambda x: x.sort(1, descending=True).values, by(lambda r: r.argsort(1, True), 1)),
     Case("clamp_", inplace(lambda z: z.clamp_(max=0.2)), lambda z: torch.where(z.real < 0.2, z, 0.2)),
@@ -754,9 +755,11 @@ def test_what_is_no_series_is_refused():
 
 
 def test_a_rule_is_entered_once():
-    with pytest.raises(ValueError, match="has tanh already"):
-        rule(aten.tanh.default)(lift)
-    assert RULES[aten.tanh.default].__name__ == "tanh"
+    for operation, name in ((aten.gelu.default, "gelu"), (aten.tanh.default, "one of a table")):
+        known = RULES[operation]
+        with pytest.raises(ValueError, match=f"has {name} already"):
+            rule(operation)(lift)
+        assert RULES[operation] is known
 
 
 def shares(result: Tensor, source: Tensor) -> bool:

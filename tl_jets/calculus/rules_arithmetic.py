@@ -11,7 +11,9 @@ Example:
     tensor([1., 2., 1.])
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch._decomp import decomposition_table
 from tl_jets.calculus import recurrences
 from tl_jets.calculus.rules_structure import align, axes, axis, terms_of, value_of
 from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import rule
+from tl_jets.calculus.table import RULES, rule
 
 aten = torch.ops.aten
 Number = float | int
@@ -75,12 +77,6 @@ def rsub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
     return add(b, a, -alpha)
 
 
-@rule(aten.neg.default)
-def neg(x: Series) -> Series:
-    """Compute -x."""
-    return Series(-x.coefficients)
-
-
 # Products. ----------------------------------------------------------------------------------------------------------
 
 
@@ -98,12 +94,6 @@ def mul(a: Operand, b: Operand) -> Series:
     return Series(recurrences.product(_coefficients(a, b), _coefficients(b, a)))
 
 
-@rule(aten.square.default)
-def square(x: Series) -> Series:
-    """Elementwise x^2."""
-    return Series(recurrences.square(x.coefficients))
-
-
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(a: Operand, b: Operand) -> Series:
     """Elementwise a / b."""
@@ -116,30 +106,6 @@ def div(a: Operand, b: Operand) -> Series:
     if a.shape == b.shape:
         return Series(recurrences.quotient(_coefficients(a, b), _coefficients(b, a)))
     return Series(recurrences.product(_coefficients(a, b), recurrences.reciprocal(_coefficients(b, a))))
-
-
-@rule(aten.reciprocal.default)
-def reciprocal(x: Series) -> Series:
-    """1 / x."""
-    return Series(recurrences.reciprocal(x.coefficients))
-
-
-@rule(aten.addcmul.default)
-def addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
-    """Elementwise x + value a b."""
-    return torch.add(x, a * b, alpha=value)
-
-
-@rule(aten.addcdiv.default)
-def addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
-    """Elementwise x + value a / b."""
-    return torch.add(x, a / b, alpha=value)
-
-
-@rule(aten.lerp.Scalar, aten.lerp.Tensor)
-def lerp(x: Tensor, end: Tensor, weight: Operand) -> Tensor:
-    """Elementwise x + weight (end - x)."""
-    return x + weight * (end - x)
 
 
 # Matrix products. ---------------------------------------------------------------------------------------------------
@@ -194,32 +160,19 @@ def _bmm_series(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-@rule(aten.addmm.default)
-def addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Compute beta x + alpha a b for matrices."""
-    if not isinstance(a, Series) and not isinstance(b, Series):
-        return add(_scaled(x, beta), torch.mm(a, b), alpha)
-    return _accumulated(mm(a, b), x, beta, alpha)
+@rule(aten.mv.default)
+def mv(a: Tensor, b: Tensor) -> Series:
+    """A matrix times a vector."""
+    return Series(mm(a, b.unsqueeze(1)).coefficients.squeeze(-1))
 
 
-@rule(aten.baddbmm.default)
-def baddbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Compute beta x + alpha a b for batches of matrices."""
-    if not isinstance(a, Series) and not isinstance(b, Series):
-        return add(_scaled(x, beta), torch.bmm(a, b), alpha)
-    return _accumulated(bmm(a, b), x, beta, alpha)
-
-
-@rule(aten.addmv.default)
-def addmv(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Series:
-    """Compute beta x + alpha a b for a matrix and a vector."""
-    if not isinstance(a, Series) and not isinstance(b, Series):
-        return add(_scaled(x, beta), torch.mv(a, b), alpha)
-    return _accumulated(mv(a, b), x, beta, alpha)
-
-
-def _accumulated(fresh: Series, x: Tensor, beta: Number, alpha: Number) -> Series:
-    """Compute alpha fresh + beta x in the storage of `fresh`; beta = 0 ignores x, even NaN."""
+def add_product(
+    multiply: Callable[..., Tensor], x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1
+) -> Tensor:
+    """Compute beta x + alpha a b; beta = 0 ignores x, even NaN."""
+    fresh = multiply(a, b)
+    if not isinstance(fresh, Series):
+        return add(x if beta == 1 else x * beta, fresh, alpha)
     if alpha != 1:
         fresh.coefficients.mul_(alpha)
     if beta != 0:
@@ -231,20 +184,13 @@ def _accumulated(fresh: Series, x: Tensor, beta: Number, alpha: Number) -> Serie
     return fresh
 
 
-def _scaled(x: Tensor, beta: Number) -> Tensor:
-    return x if beta == 1 else x * beta
-
-
-@rule(aten.mv.default)
-def mv(a: Tensor, b: Tensor) -> Series:
-    """A matrix times a vector."""
-    return Series(mm(a, b.unsqueeze(1)).coefficients.squeeze(-1))
-
-
-@rule(aten.addbmm.default)
-def addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Number = 1, alpha: Number = 1) -> Tensor:
-    """Compute beta x + alpha times the sum of the products of two batches."""
-    return torch.add(_scaled(x, beta), torch.bmm(a, b).sum(0), alpha=alpha)
+_ADDED_PRODUCTS = {
+    aten.addmm.default: torch.mm,
+    aten.baddbmm.default: torch.bmm,
+    aten.addmv.default: torch.mv,
+    aten.addbmm.default: lambda a, b: torch.bmm(a, b).sum(0),
+}
+RULES.update({operation: partial(add_product, multiply) for operation, multiply in _ADDED_PRODUCTS.items()})
 
 
 @rule(aten._trilinear.default)
@@ -281,41 +227,25 @@ def pdist(x: Series, p: Number = 2) -> Tensor:
     return torch.linalg.vector_norm(x[first] - x[second], p, -1)
 
 
-@rule(aten.dot.default)
-def dot(a: Tensor, b: Tensor) -> Series:
-    """The inner product of two vectors."""
-    return Series(mul(a, b).coefficients.sum(1))
-
-
 # Reductions. --------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.sum.default)
-def sum_all(x: Series, *, dtype: torch.dtype | None = None) -> Series:
-    """The sum over all axes."""
-    return sum_(x, None, dtype=dtype)
-
-
-@rule(aten.sum.dim_IntList)
-def sum_(x: Series, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Series:
-    """The sum over some axes."""
+def reduced(
+    function: Callable[..., Tensor],
+    x: Series,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Series:
+    """The sum or mean over some axes, or all."""
     if x.ndim == 0:
         return Series(x.coefficients.to(dtype or x.dtype, copy=True))
-    return Series(x.coefficients.sum(axes(dim, x.ndim), keepdim, dtype=dtype))
+    return Series(function(x.coefficients, axes(dim, x.ndim), keepdim, dtype=dtype))
 
 
-@rule(aten.mean.default)
-def mean_all(x: Series, *, dtype: torch.dtype | None = None) -> Series:
-    """The mean over all axes."""
-    return mean(x, None, dtype=dtype)
-
-
-@rule(aten.mean.dim)
-def mean(x: Series, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Series:
-    """The mean over some axes."""
-    if x.ndim == 0:
-        return Series(x.coefficients.to(dtype or x.dtype, copy=True))
-    return Series(x.coefficients.mean(axes(dim, x.ndim), keepdim, dtype=dtype))
+RULES.update({operation: partial(reduced, torch.sum) for operation in (aten.sum.default, aten.sum.dim_IntList)})
+RULES.update({operation: partial(reduced, torch.mean) for operation in (aten.mean.default, aten.mean.dim)})
 
 
 @rule(aten.cumsum.default)
@@ -341,20 +271,15 @@ def var_mean(
 
 
 @rule(aten.var.correction)
-def var(
-    x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
-) -> Series:
+def var(x: Series, dim: Sequence[int] | None = None, **options: Any) -> Series:
     """The variance."""
-    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+    return var_mean(x, dim, **options)[0]
 
 
 @rule(aten.std.correction)
-def std(
-    x: Series, dim: Sequence[int] | None = None, *, correction: Number | None = None, keepdim: bool = False
-) -> Series:
+def std(x: Series, dim: Sequence[int] | None = None, **options: Any) -> Series:
     """The standard deviation; constant where it is 0."""
-    variance = var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
-    return Series(recurrences.root_of_squares(variance.coefficients))
+    return Series(recurrences.root_of_squares(var_mean(x, dim, **options)[0].coefficients))
 
 
 @rule(aten.linalg_vector_norm.default)
@@ -368,7 +293,7 @@ def vector_norm(
 ) -> Series:
     """The norm; constant where it is 0."""
     if ord == 2:
-        squares = sum_(Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
+        squares = reduced(torch.sum, Series(recurrences.square(x.coefficients)), dim, keepdim, dtype=dtype)
         return Series(recurrences.root_of_squares(squares.coefficients))
     norm = decomposition_table[aten.linalg_vector_norm.default](x, ord, dim, keepdim, dtype=dtype)
     norm.coefficients[1:].masked_fill_(norm.coefficients[0] == 0, 0)

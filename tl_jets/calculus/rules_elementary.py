@@ -66,18 +66,6 @@ def erfcx(x: Series) -> Series:
     return Series(y.coefficients.to(x.dtype))
 
 
-@rule(aten.sinh.default)
-def sinh(x: Series) -> Series:
-    """The hyperbolic sine."""
-    return Series(recurrences.sine_cosine(x.coefficients, hyperbolic=True)[0])
-
-
-@rule(aten.cosh.default)
-def cosh(x: Series) -> Series:
-    """The hyperbolic cosine."""
-    return Series(recurrences.sine_cosine(x.coefficients, hyperbolic=True)[1])
-
-
 @rule(aten.sinc.default)
 def sinc(x: Series) -> Series:
     """sin(pi x) / (pi x), by its power series in (pi x)^2 near 0."""
@@ -97,21 +85,17 @@ def sinc(x: Series) -> Series:
 def lgamma(x: Series) -> Series:
     """The logarithm of the absolute gamma function."""
     u = x.coefficients
-    rest = [torch.polygamma(n - 1, u[0]) for n in range(1, u.shape[0])]
-    return Series(_from_derivatives([torch.lgamma(u[0]), *rest], u))
-
-
-@rule(aten.digamma.default)
-def digamma(x: Series) -> Series:
-    """The derivative of lgamma."""
-    return polygamma(0, x)
+    return Series(_from_derivatives([torch.lgamma(u[0]), *(torch.polygamma(n, u[0]) for n in range(x.order))], u))
 
 
 @rule(aten.polygamma.default)
 def polygamma(n: int, x: Series) -> Series:
     """The derivative of order n + 1 of lgamma."""
     u = x.coefficients
-    return Series(_from_derivatives([torch.polygamma(n + j, u[0]) for j in range(u.shape[0])], u))
+    return Series(_from_derivatives([torch.polygamma(n + j, u[0]) for j in range(x.order + 1)], u))
+
+
+RULES[aten.digamma.default] = partial(polygamma, 0)
 
 
 def _from_derivatives(derivatives: list[Tensor], u: Tensor) -> Tensor:
@@ -156,26 +140,8 @@ def hypot(a: Tensor, b: Tensor) -> Series:
     return Series(recurrences.root_of_squares(squares) * size)
 
 
-@rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other)
-def xlogy(x: Operand, y: Operand) -> Series:
+def times_log(log: Callable[[Any], Any], plain: Callable[..., Tensor], x: Operand, y: Operand) -> Series:
     """Compute x log y; 0 where x is the constant 0, for every y."""
-    return _times_log(x, y, torch.log, torch.xlogy)
-
-
-@rule(aten.special_xlog1py.default, aten.special_xlog1py.self_scalar, aten.special_xlog1py.other_scalar)
-def xlog1py(x: Operand, y: Operand) -> Series:
-    """Compute x log(1 + y); 0 where x is the constant 0, for every y."""
-    return _times_log(x, y, torch.log1p, torch.special.xlog1py)
-
-
-@rule(aten.special_entr.default)
-def entr(x: Series) -> Series:
-    """-x log x, which has no derivative at 0."""
-    out = xlogy(x, x)
-    return with_value(-out.coefficients, torch.special.entr(x.coefficients[0]))
-
-
-def _times_log(x: Operand, y: Operand, log: Callable[[Any], Any], plain: Callable[..., Tensor]) -> Series:
     value = plain(value_of(x), value_of(y))
     out = x * (log(y) if isinstance(y, Tensor) else log(torch.tensor(y, dtype=value.dtype, device=value.device)))
     assert isinstance(out, Series)
@@ -183,27 +149,35 @@ def _times_log(x: Operand, y: Operand, log: Callable[[Any], Any], plain: Callabl
     return with_value(out.coefficients.masked_fill(zero.expand(value.shape), 0), value)
 
 
+for _operation in (aten.xlogy.Tensor, aten.xlogy.Scalar_Self, aten.xlogy.Scalar_Other):
+    RULES[_operation] = partial(times_log, torch.log, torch.xlogy)
+for _operation in (aten.special_xlog1py.default, aten.special_xlog1py.self_scalar, aten.special_xlog1py.other_scalar):
+    RULES[_operation] = partial(times_log, torch.log1p, torch.special.xlog1py)
+
+
+@rule(aten.special_entr.default)
+def entr(x: Series) -> Series:
+    """-x log x, which has no derivative at 0."""
+    out = times_log(torch.log, torch.xlogy, x, x)
+    return with_value(-out.coefficients, torch.special.entr(x.coefficients[0]))
+
+
 # Remainders, signs, quotients that are rounded. ---------------------------------------------------------------------
 
 
-@rule(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor)
-def remainder(a: Operand, b: Operand) -> Series:
-    """Compute a - b floor(a / b), with the floor of c_0."""
-    return _after_division(a, b, torch.remainder)
-
-
-@rule(aten.fmod.Tensor, aten.fmod.Scalar)
-def fmod(a: Operand, b: Operand) -> Series:
-    """Compute a - b trunc(a / b), with the quotient of c_0."""
-    return _after_division(a, b, torch.fmod)
-
-
-def _after_division(a: Operand, b: Operand, plain: Callable[..., Tensor]) -> Series:
+def after_division(plain: Callable[..., Tensor], a: Operand, b: Operand) -> Series:
+    """Compute a - b q, with the rounded quotient q of c_0."""
     value = plain(value_of(a), value_of(b))
     times = torch.round((value_of(a) - value) / value_of(b))
     out = a - b * times
     assert isinstance(out, Series)
     return with_value(out.coefficients, value)
+
+
+for _operation in (aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor):
+    RULES[_operation] = partial(after_division, torch.remainder)
+for _operation in (aten.fmod.Tensor, aten.fmod.Scalar):
+    RULES[_operation] = partial(after_division, torch.fmod)
 
 
 @rule(aten.div.Tensor_mode)
@@ -222,15 +196,3 @@ def copysign(a: Tensor, b: Tensor) -> Tensor:
     """|a| with the sign of b, both taken at c_0."""
     wanted = torch.copysign(torch.ones_like(value_of(a)), value_of(b))
     return a * (wanted * torch.copysign(torch.ones_like(value_of(a)), value_of(a)))
-
-
-@rule(aten.fmax.default)
-def fmax(a: Tensor, b: Tensor) -> Tensor:
-    """The larger operand by c_0, ignoring NaN; the first on a tie."""
-    return torch.where((value_of(a) >= value_of(b)) | value_of(b).isnan(), a, b)
-
-
-@rule(aten.fmin.default)
-def fmin(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller operand by c_0, ignoring NaN; the first on a tie."""
-    return torch.where((value_of(a) <= value_of(b)) | value_of(b).isnan(), a, b)

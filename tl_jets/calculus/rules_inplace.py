@@ -1,4 +1,4 @@
-"""Rules that write into a series: `x[...] = y`, `copy_`, `fill_`, `zero_`, masks and index lists.
+"""Rules that write into a series: `x[...] = y`, `copy_`, `fill_`, masks and index lists.
 
 PyTorch turns `x[:, :, h] = y` into a `copy_` or `fill_` on a view of x; views of a Series share its storage. A plain
 value is written to c_0, with zeros above. Other in-place operations `op_` copy the result of `op` back
@@ -25,7 +25,7 @@ from tl_jets.calculus.table import rule
 aten = torch.ops.aten
 
 
-@rule(aten.copy_.default)
+@rule(aten.copy_.default, aten.fill_.Tensor)
 def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
     """Overwrite x with `source`; a plain source is a constant."""
     target = writable(x, "copy_")
@@ -38,44 +38,19 @@ def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
     return target
 
 
-@rule(aten.copy.default)
+@rule(aten.copy.default, aten.fill.Tensor)
 def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
     """`source`, broadcast to the shape of x."""
     terms = terms_of(x, source)
     return copy_(Series(lift(x, terms).clone()), source, non_blocking)
 
 
-@rule(aten.fill_.Scalar)
-def fill_(x: Series, value: float | int) -> Series:
-    """Overwrite x with a constant number."""
-    x.coefficients.zero_()[0].fill_(value)
-    return x
-
-
-@rule(aten.fill_.Tensor)
-def fill_tensor_(x: Tensor, value: Tensor) -> Series:
-    """Overwrite x with a one-element tensor."""
-    return copy_(x, value)
-
-
 @rule(aten.fill.Scalar)
 def fill(x: Series, value: float | int) -> Series:
     """A constant number in the shape of x."""
-    return fill_(Series(torch.empty_like(x.coefficients)), value)
-
-
-@rule(aten.fill.Tensor)
-def fill_tensor(x: Tensor, value: Tensor) -> Series:
-    """A one-element tensor in the shape of x."""
-    terms = terms_of(x, value)
-    return copy_(Series(lift(x, terms).clone()), value)
-
-
-@rule(aten.zero_.default)
-def zero_(x: Series) -> Series:
-    """Overwrite x with 0."""
-    x.coefficients.zero_()
-    return x
+    out = torch.zeros_like(x.coefficients)
+    out[0].fill_(value)
+    return Series(out)
 
 
 @rule(aten.index_put_.default, aten._index_put_impl_.default)

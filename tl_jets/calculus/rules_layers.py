@@ -1,4 +1,4 @@
-"""Rules of convolutions, average pooling, group norms, and operations applied order by order.
+"""Rules of convolutions, average pooling, and operations applied order by order.
 
 An operation that is jointly linear in its floating-point operands applies to the coefficients of each order, with plain
 operands replaced by zero above order 0. A convolution is a product of its input and its weight, at
@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from tl_jets.calculus.rules_nonlinear import layer_norm
 from tl_jets.calculus.rules_structure import lift, terms_of
 from tl_jets.calculus.series import Series
 from tl_jets.calculus.table import RULES, rule
 
 aten = torch.ops.aten
-Number = float | int
 
 
 def order_by_order(operation: OpOverload, *args: Any, **kwargs: Any) -> Series:
@@ -53,35 +51,29 @@ _ORDER_BY_ORDER = [
     aten._upsample_bicubic2d_aa.default,
     aten.masked_select.default,
     aten.masked_scatter.default,
-    aten.take.default,
     aten.put.default,
     aten.diagonal_scatter.default,
 ]
 RULES.update({operation: partial(order_by_order, operation) for operation in _ORDER_BY_ORDER})
 
 
-@rule(aten.scatter_reduce.two)
+_LINEAR_REDUCTIONS = {aten.scatter_reduce.two: ("sum", "mean"), aten.index_reduce.default: ("mean",)}
+
+
 def scatter_reduce(
-    x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+    operation: OpOverload, x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
 ) -> Series:
-    """Scatter with sums or means; the other reductions raise."""
-    if reduce not in ("sum", "mean"):
+    """Scatter or add slices with sums or means; the other reductions raise."""
+    kinds = _LINEAR_REDUCTIONS[operation]
+    if reduce not in kinds:
         raise NotImplementedError(
-            f"scatter_reduce has a Taylor rule for 'sum' and 'mean'; got {reduce!r}. Write it with amax, amin or prod."
+            f"{operation.overloadpacket.__name__} has a Taylor rule for {' and '.join(map(repr, kinds))}; got {reduce!r}. "
+            "Write it with amax, amin or prod."
         )
-    return order_by_order(aten.scatter_reduce.two, x, dim, index, src, reduce, include_self=include_self)
+    return order_by_order(operation, x, dim, index, src, reduce, include_self=include_self)
 
 
-@rule(aten.index_reduce.default)
-def index_reduce(
-    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
-) -> Series:
-    """Reduce slices at a list of indices by their mean; the other reductions raise."""
-    if reduce != "mean":
-        raise NotImplementedError(
-            f"index_reduce has a Taylor rule for 'mean'; got {reduce!r}. Write it with amax, amin or prod."
-        )
-    return order_by_order(aten.index_reduce.default, x, dim, index, source, reduce, include_self=include_self)
+RULES.update({operation: partial(scatter_reduce, operation) for operation in _LINEAR_REDUCTIONS})
 
 
 @rule(aten.as_strided.default)
@@ -117,24 +109,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
     if bias is not None:
         out += lift(bias, terms).view(terms, 1, -1, *(1,) * (out.ndim - 3))
     return Series(out)
-
-
-@rule(aten.native_group_norm.default)
-def group_norm(
-    x: Series, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, group: int, eps: Number
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of each group of channels, with mean and reciprocal root."""
-    rows, mean, scale = layer_norm(x.reshape(n, group, -1), [c // group * hw], None, None, eps)  # type: ignore[arg-type]
-    shape = (1, c, *(1,) * (x.ndim - 2))
-    out = rows.view(x.shape)
-    out = out if weight is None else out * weight.view(shape)
-    return out if bias is None else out + bias.view(shape), mean.squeeze(-1), scale.squeeze(-1)
-
-
-@rule(aten.nansum.default)
-def nansum(x: Series, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-    """The sum, with NaN as 0."""
-    return torch.where(x.isnan(), torch.zeros_like(x), x).sum(None if dim is None else list(dim), keepdim, dtype=dtype)
 
 
 @rule(aten._embedding_bag_forward_only.default)

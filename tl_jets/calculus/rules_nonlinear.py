@@ -1,4 +1,4 @@
-"""Rules of smooth nonlinear functions: elementary functions, activations, softmax, norms, fused attention.
+"""Rules of smooth nonlinear functions: elementary functions, activations, softmax, layer norm.
 
 Elementary functions follow the recurrences of `tl_jets.calculus.recurrences` (Griewank & Walther 2008, *Evaluating
 Derivatives*, ch. 13) in O(k^2) elementwise operations; activations and norms compose them.
@@ -12,16 +12,17 @@ Example:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from tl_jets.calculus import recurrences
-from tl_jets.calculus.rules_arithmetic import add
 from tl_jets.calculus.rules_structure import axes, axis, lift, terms_of, value_of
 from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import rule
+from tl_jets.calculus.table import RULES, rule
 
 aten = torch.ops.aten
 Number = float | int
@@ -61,82 +62,52 @@ def power_of_tensor(base: Tensor, exponent: Tensor) -> Series:
     return with_value(out, value)
 
 
-@rule(aten.sqrt.default)
-def sqrt(x: Series) -> Series:
-    """The square root, which has no derivative at 0."""
-    return Series(recurrences.power(x.coefficients, 0.5))
+def _log1p(u: Tensor) -> Tensor:
+    shifted = u.clone()
+    shifted[0] += 1
+    return recurrences.logarithm(shifted)
 
 
-@rule(aten.rsqrt.default)
-def rsqrt(x: Series) -> Series:
-    """1 / sqrt(x)."""
-    return Series(recurrences.power(x.coefficients, -0.5))
+# Functions of the stacked coefficients.
+_RECURRENCES: dict[OpOverload, Callable[[Tensor], Tensor]] = {
+    aten.square.default: recurrences.square,
+    aten.reciprocal.default: recurrences.reciprocal,
+    aten.sqrt.default: partial(recurrences.power, exponent=0.5),
+    aten.rsqrt.default: partial(recurrences.power, exponent=-0.5),
+    aten.exp.default: recurrences.exponential,
+    aten.log.default: recurrences.logarithm,
+    aten.sin.default: lambda u: recurrences.sine_cosine(u)[0],
+    aten.cos.default: lambda u: recurrences.sine_cosine(u)[1],
+    aten.sinh.default: lambda u: recurrences.sine_cosine(u, hyperbolic=True)[0],
+    aten.cosh.default: lambda u: recurrences.sine_cosine(u, hyperbolic=True)[1],
+    aten.tanh.default: recurrences.tangent_hyperbolic,
+    aten.sigmoid.default: recurrences.logistic,
+    aten.silu.default: lambda u: recurrences.product(u, recurrences.logistic(u)),
+    aten.erf.default: recurrences.error_function,
+}
+# Those whose c_0 would lose digits, and is PyTorch's own.
+_RECURRENCES_ABOVE: dict[OpOverload, Callable[[Tensor], Tensor]] = {
+    aten.exp2.default: lambda u: recurrences.exponential(u * math.log(2)),
+    aten.expm1.default: recurrences.exponential,
+    aten.log2.default: lambda u: recurrences.logarithm(u) / math.log(2),
+    aten.log10.default: lambda u: recurrences.logarithm(u) / math.log(10),
+    aten.log1p.default: _log1p,
+    aten.erfc.default: lambda u: -recurrences.error_function(u),
+}
 
 
-@rule(aten.exp.default)
-def exp(x: Series) -> Series:
-    """The exponential."""
-    return Series(recurrences.exponential(x.coefficients))
+def by_recurrence(recurrence: Callable[[Tensor], Tensor], x: Series) -> Series:
+    """A function of the stacked coefficients."""
+    return Series(recurrence(x.coefficients))
 
 
-@rule(aten.exp2.default)
-def exp2(x: Series) -> Series:
-    """2^x = exp(x log 2)."""
-    return Series(recurrences.exponential(x.coefficients * math.log(2), torch.exp2(x.coefficients[0])))
+def by_recurrence_above(operation: OpOverload, recurrence: Callable[[Tensor], Tensor], x: Series) -> Series:
+    """A function of the stacked coefficients, with PyTorch's own value as c_0."""
+    return with_value(recurrence(x.coefficients), operation(x.coefficients[0]))
 
 
-@rule(aten.expm1.default)
-def expm1(x: Series) -> Series:
-    """exp(x) - 1."""
-    return with_value(recurrences.exponential(x.coefficients), torch.expm1(x.coefficients[0]))
-
-
-@rule(aten.log.default)
-def log(x: Series) -> Series:
-    """The natural logarithm."""
-    return Series(recurrences.logarithm(x.coefficients))
-
-
-@rule(aten.log2.default)
-def log2(x: Series) -> Series:
-    """log(x) / log 2."""
-    return with_value(recurrences.logarithm(x.coefficients) / math.log(2), torch.log2(x.coefficients[0]))
-
-
-@rule(aten.log10.default)
-def log10(x: Series) -> Series:
-    """log(x) / log 10."""
-    return with_value(recurrences.logarithm(x.coefficients) / math.log(10), torch.log10(x.coefficients[0]))
-
-
-@rule(aten.log1p.default)
-def log1p(x: Series) -> Series:
-    """log(1 + x)."""
-    return with_value(recurrences.logarithm(add(x, 1).coefficients), torch.log1p(x.coefficients[0]))
-
-
-@rule(aten.sin.default)
-def sin(x: Series) -> Series:
-    """The sine."""
-    return Series(recurrences.sine_cosine(x.coefficients)[0])
-
-
-@rule(aten.cos.default)
-def cos(x: Series) -> Series:
-    """The cosine."""
-    return Series(recurrences.sine_cosine(x.coefficients)[1])
-
-
-@rule(aten.erf.default)
-def erf(x: Series) -> Series:
-    """The error function."""
-    return Series(recurrences.error_function(x.coefficients))
-
-
-@rule(aten.erfc.default)
-def erfc(x: Series) -> Series:
-    """1 - erf(x)."""
-    return with_value(-recurrences.error_function(x.coefficients), torch.erfc(x.coefficients[0]))
+RULES.update({operation: partial(by_recurrence, f) for operation, f in _RECURRENCES.items()})
+RULES.update({operation: partial(by_recurrence_above, operation, f) for operation, f in _RECURRENCES_ABOVE.items()})
 
 
 def with_value(coefficients: Tensor, value: Tensor) -> Series:
@@ -146,24 +117,6 @@ def with_value(coefficients: Tensor, value: Tensor) -> Series:
 
 
 # Smooth activations. ------------------------------------------------------------------------------------------------
-
-
-@rule(aten.tanh.default)
-def tanh(x: Series) -> Series:
-    """The hyperbolic tangent."""
-    return Series(recurrences.tangent_hyperbolic(x.coefficients))
-
-
-@rule(aten.sigmoid.default)
-def sigmoid(x: Series) -> Series:
-    """1 / (1 + exp(-x))."""
-    return Series(recurrences.logistic(x.coefficients))
-
-
-@rule(aten.silu.default)
-def silu(x: Series) -> Series:
-    """Compute x / (1 + exp(-x))."""
-    return Series(recurrences.product(x.coefficients, recurrences.logistic(x.coefficients)))
 
 
 @rule(aten.gelu.default)
@@ -257,46 +210,10 @@ def layer_norm(
     places = list(range(u.ndim - len(normalized_shape), u.ndim))
     center = u.mean(places, keepdim=True)
     deviation = u - center
-    scale = _inverse_root_mean_square(deviation, places, eps)
-    out = Series(recurrences.product(deviation, scale))
-    return _affine(out, weight, bias), Series(center), Series(scale)
-
-
-@rule(aten._fused_rms_norm.default)
-def rms_norm(
-    x: Series, normalized_shape: Sequence[int], weight: Tensor | None, eps: Number | None
-) -> tuple[Tensor, Series]:
-    """Compute x / sqrt(mean x^2 + eps) weight, and the reciprocal root."""
-    u = x.coefficients
-    places = list(range(u.ndim - len(normalized_shape), u.ndim))
-    scale = _inverse_root_mean_square(u, places, torch.finfo(u.dtype).eps if eps is None else eps)
-    return _affine(Series(recurrences.product(u, scale)), weight, None), Series(scale)
-
-
-def _inverse_root_mean_square(u: Tensor, places: list[int], eps: Number) -> Tensor:
-    mean_square = recurrences.square(u).mean(places, keepdim=True)
+    mean_square = recurrences.square(deviation).mean(places, keepdim=True)
     mean_square[0].add_(eps)
-    return recurrences.power(mean_square, -0.5)
-
-
-def _affine(fresh: Series, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    out = fresh if weight is None else fresh * weight
-    return out if bias is None else out + bias
-
-
-@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: Number = 0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: Number | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Fused attention, computed as matrix products and a softmax."""
-    out, _ = aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
-    )
-    return out, query.new_empty(0)
+    scale = recurrences.power(mean_square, -0.5)
+    out: Tensor = Series(recurrences.product(deviation, scale))
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    return out, Series(center), Series(scale)

@@ -25,8 +25,6 @@ from tl_jets.calculus.table import RULES, rule
 
 aten = torch.ops.aten
 Number = float | int
-Operand = Tensor | float | int
-FindExtreme = Callable[..., Any]
 
 
 def _on_branch(x: Series, moves: Tensor, value: Tensor) -> Series:
@@ -49,20 +47,14 @@ def relu(x: Series) -> Series:
     return _on_branch(x, value > 0, value.relu())
 
 
-@rule(aten.leaky_relu.default)
-def leaky_relu(x: Series, negative_slope: Number = 0.01) -> Series:
-    """Compute x, or negative_slope x where x <= 0."""
-    return Series(torch.where(x.coefficients[0] > 0, x.coefficients, x.coefficients * negative_slope))
-
-
 @rule(aten.rrelu_with_noise.default)
 def rrelu(
     x: Series, noise: Any, lower: Number = 0.125, upper: Number = 1 / 3, training: bool = False, generator: Any = None
-) -> Series:
+) -> Tensor:
     """Compute x, or the mean slope times x where x <= 0; training mode, which is random, raises."""
     if training:
         raise NotImplementedError("rrelu in training mode is random. Call eval() on the module that holds it.")
-    return leaky_relu(x, (lower + upper) / 2)
+    return F.leaky_relu(x, (lower + upper) / 2)
 
 
 @rule(aten.hardtanh.default)
@@ -72,44 +64,21 @@ def hardtanh(x: Series, min_val: Number = -1, max_val: Number = 1) -> Series:
     return _on_branch(x, (value > min_val) & (value < max_val), F.hardtanh(value, min_val, max_val))
 
 
-@rule(aten.clamp.default, aten.clamp.Tensor)
-def clamp(x: Tensor, min: Operand | None = None, max: Operand | None = None) -> Tensor:
-    """Clip x to two bounds; at a bound it has the slope of x."""
-    out = x if min is None else clamp_min(x, min)
-    return out if max is None else clamp_max(out, max)
+# Which pairs give the first operand: also on a tie, and for the last two where the other is NaN.
+_TAKES_FIRST: dict[OpOverload, Callable[[Tensor, Tensor], Tensor]] = {
+    aten.maximum.default: lambda a, b: a >= b,
+    aten.minimum.default: lambda a, b: a <= b,
+    aten.fmax.default: lambda a, b: (a >= b) | b.isnan(),
+    aten.fmin.default: lambda a, b: (a <= b) | b.isnan(),
+}
 
 
-@rule(aten.clamp_min.default, aten.clamp_min.Tensor)
-def clamp_min(x: Tensor, min: Operand) -> Tensor:
-    """max(x, bound)."""
-    return _choose(x, min, ~(value_of(x) < value_of(min)))
+def choose(takes_first: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Series:
+    """One of two operands, elementwise, by c_0."""
+    return where(takes_first(value_of(a), value_of(b)), a, b)
 
 
-@rule(aten.clamp_max.default, aten.clamp_max.Tensor)
-def clamp_max(x: Tensor, max: Operand) -> Tensor:
-    """min(x, bound)."""
-    return _choose(x, max, ~(value_of(x) > value_of(max)))
-
-
-@rule(aten.maximum.default)
-def maximum(a: Tensor, b: Tensor) -> Tensor:
-    """The larger operand; the first on a tie."""
-    return _choose(a, b, value_of(a) >= value_of(b))
-
-
-@rule(aten.minimum.default)
-def minimum(a: Tensor, b: Tensor) -> Tensor:
-    """The smaller operand; the first on a tie."""
-    return _choose(a, b, value_of(a) <= value_of(b))
-
-
-def _choose(a: Tensor, b: Operand, first: Tensor) -> Series:
-    if isinstance(b, Tensor):
-        return where(first, a, b)
-    assert isinstance(a, Series)
-    out = torch.where(first, a.coefficients, 0)
-    out[0].masked_fill_(~first, b)
-    return Series(out)
+RULES.update({operation: partial(choose, takes_first) for operation, takes_first in _TAKES_FIRST.items()})
 
 
 @rule(aten.nan_to_num.default)
@@ -119,76 +88,6 @@ def nan_to_num(
     """Replace NaN and infinities by constants."""
     value = x.coefficients[0]
     return _on_branch(x, value.isfinite(), value.nan_to_num(nan, posinf, neginf))
-
-
-@rule(aten.max.dim)
-def max_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The largest element along an axis, and its index."""
-    return _extreme(x, dim, keepdim, torch.max)
-
-
-@rule(aten.min.dim)
-def min_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
-    """The smallest element along an axis, and its index."""
-    return _extreme(x, dim, keepdim, torch.min)
-
-
-def _extreme(x: Series, dim: int, keepdim: bool, find: FindExtreme) -> tuple[Series, Tensor]:
-    place = axis(dim, x.ndim)
-    if x.ndim == 0:
-        return Series(x.coefficients.clone()), torch.zeros((), dtype=torch.long, device=x.device)
-    index = find(x.coefficients[0], place - 1, keepdim=True).indices
-    values = x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))
-    if keepdim:
-        return Series(values), index
-    return Series(values.squeeze(place)), index.squeeze(place - 1)
-
-
-@rule(aten.amax.default)
-def amax(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The largest element over axes; one of them on a tie."""
-    return _extreme_over(x, dim, keepdim, torch.max)
-
-
-@rule(aten.amin.default)
-def amin(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
-    """The smallest element over axes; one of them on a tie."""
-    return _extreme_over(x, dim, keepdim, torch.min)
-
-
-@rule(aten.max.default)
-def max_all(x: Series) -> Series:
-    """The largest element."""
-    return _extreme_over(x, (), False, torch.max)
-
-
-@rule(aten.min.default)
-def min_all(x: Series) -> Series:
-    """The smallest element."""
-    return _extreme_over(x, (), False, torch.min)
-
-
-def _extreme_over(x: Series, dims: Sequence[int] | int, keepdim: bool, find: FindExtreme) -> Series:
-    places = sorted(axes(dims, x.ndim), reverse=True)
-    for place in places:
-        x = _extreme(x, place - 1, keepdim, find)[0]
-    return x if places else Series(x.coefficients.clone())
-
-
-@rule(aten.topk.default)
-def topk(x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Series, Tensor]:
-    """The k largest or smallest elements by c_0, and their indices."""
-    place = axis(dim, x.ndim)
-    index = torch.topk(x.coefficients[0], k, place - 1, largest, sorted).indices
-    return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
-
-
-@rule(aten.sort.default, aten.sort.stable)
-def sort(x: Series, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Series, Tensor]:
-    """The elements sorted by c_0, and their indices."""
-    place = axis(dim, x.ndim)
-    index = torch.sort(x.coefficients[0], stable=bool(stable), dim=place - 1, descending=descending).indices
-    return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape))), index
 
 
 def pick(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -> tuple[Series, Tensor]:
@@ -214,20 +113,32 @@ def pick_in_window(operation: OpOverload, axes_of_window: int, x: Series, *args:
     return Series(values.view(flat.shape[0], *index.shape)), index
 
 
-@rule(aten.median.default)
-def median(x: Series) -> Tensor:
-    """The median of all elements."""
-    return torch.median(x.flatten(), 0).values
+def pick_over(operation: OpOverload, x: Series, dims: Sequence[int] = (), keepdim: bool = False) -> Series:
+    """The largest or smallest element over axes, or all; one of them on a tie."""
+    places = sorted(axes(dims, x.ndim), reverse=True)
+    for place in places:
+        x = pick(operation, x, place - 1, keepdim)[0]
+    return x if places else Series(x.coefficients.clone())
 
 
-@rule(aten.nanmedian.default)
-def nanmedian(x: Series) -> Tensor:
-    """The median of all elements, ignoring NaN."""
-    return torch.nanmedian(x.flatten(), 0).values
+def pick_of_all(operation: OpOverload, x: Series) -> Series:
+    """Select among all elements by c_0."""
+    return pick(operation, x.flatten(), 0)[0]  # type: ignore[arg-type]
 
 
-_PICKS = [aten.cummax.default, aten.cummin.default, aten.kthvalue.default, aten.mode.default]
-_PICKS += [aten.median.dim, aten.nanmedian.dim]
+_PICKS = [
+    aten.max.dim,
+    aten.min.dim,
+    aten.cummax.default,
+    aten.cummin.default,
+    aten.kthvalue.default,
+    aten.mode.default,
+    aten.median.dim,
+    aten.nanmedian.dim,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+]
 RULES.update({operation: partial(pick, operation) for operation in _PICKS})
 _PICKS_IN_WINDOW = {
     aten.max_pool2d_with_indices.default: 2,
@@ -237,3 +148,7 @@ _PICKS_IN_WINDOW = {
     aten.fractional_max_pool2d.default: 2,
 }
 RULES.update({operation: partial(pick_in_window, operation, count) for operation, count in _PICKS_IN_WINDOW.items()})
+RULES.update({operation: partial(pick_over, aten.max.dim) for operation in (aten.amax.default, aten.max.default)})
+RULES.update({operation: partial(pick_over, aten.min.dim) for operation in (aten.amin.default, aten.min.default)})
+RULES[aten.median.default] = partial(pick_of_all, aten.median.dim)
+RULES[aten.nanmedian.default] = partial(pick_of_all, aten.nanmedian.dim)

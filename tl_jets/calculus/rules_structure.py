@@ -78,6 +78,46 @@ def lift(operand: Tensor, terms: int) -> Tensor:
     return operand.coefficients if isinstance(operand, Series) else constant(operand, terms)
 
 
+# Operations that act on every coefficient alike. --------------------------------------------------------------------
+
+_AXES = ("dim", "dims", "dim0", "dim1", "dim2", "dimension")
+_ALIKE = [
+    aten.transpose.int,
+    aten.flip.default,
+    aten.unfold.default,
+    aten.diagonal.default,
+    aten.tril.default,
+    aten.triu.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.index_select.default,
+    aten.neg.default,
+]
+
+
+def alike(operation: OpOverload) -> Callable[..., Any]:
+    """The rule of an operation that acts on every coefficient alike: the axes that it names are shifted by one."""
+    arguments = operation._schema.arguments[1:]
+    named = [place for place, argument in enumerate(arguments) if argument.name in _AXES]
+    defaults = [argument.default_value for argument in arguments[: max(named, default=-1) + 1]]
+
+    def act(x: Series, *args: Any, **kwargs: Any) -> Series | list[Series]:
+        given = [*args, *defaults[len(args) :]]
+        for place in named:
+            dims = given[place]
+            given[place] = axis(dims, x.ndim) if isinstance(dims, int) else [axis(dim, x.ndim) for dim in dims]
+        found = operation(x.coefficients, *given, **kwargs)
+        return Series(found) if isinstance(found, Tensor) else [Series(part) for part in found]
+
+    return act
+
+
+RULES.update({operation: alike(operation) for operation in _ALIKE})
+
+
 # Shape. -------------------------------------------------------------------------------------------------------------
 
 
@@ -113,79 +153,22 @@ def permute(x: Series, dims: Sequence[int]) -> Series:
     return Series(x.coefficients.permute(0, *(axis(dim, x.ndim) for dim in dims)))
 
 
-@rule(aten.transpose.int)
-def transpose(x: Series, dim0: int, dim1: int) -> Series:
-    """Exchange two axes."""
-    return Series(x.coefficients.transpose(axis(dim0, x.ndim), axis(dim1, x.ndim)))
-
-
-@rule(aten.t.default)
-def matrix_transpose(x: Series) -> Series:
-    """Transpose a matrix; a vector is unchanged."""
-    return Series(x.coefficients.transpose(1, 2)) if x.ndim == 2 else alias(x)
-
-
 @rule(aten.unsqueeze.default)
 def unsqueeze(x: Series, dim: int) -> Series:
     """Insert an axis of length 1."""
     return Series(x.coefficients.unsqueeze(axis(dim, x.ndim + 1)))
 
 
-@rule(aten.squeeze.default)
-def squeeze(x: Series) -> Series:
-    """Remove every axis of length 1, but never the axis of orders."""
-    return squeeze_dims(x, list(range(x.ndim)))
-
-
-@rule(aten.squeeze.dim)
-def squeeze_dim(x: Series, dim: int) -> Series:
-    """Remove an axis if it has length 1."""
-    return squeeze_dims(x, [dim])
-
-
 @rule(aten.squeeze.dims)
-def squeeze_dims(x: Series, dims: Sequence[int]) -> Series:
+def squeeze(x: Series, dims: Sequence[int]) -> Series:
     """Remove those of the given axes that have length 1."""
-    shifted = [axis(dim, x.ndim) for dim in dims] if x.ndim else []
-    return Series(x.coefficients.squeeze(tuple(shifted)))
+    return Series(x.coefficients.squeeze([axis(dim, x.ndim) for dim in dims] if x.ndim else []))
 
 
 @rule(aten.expand.default)
 def expand(x: Series, size: Sequence[int], *, implicit: bool = False) -> Series:
     """Repeat axes of length 1 without a copy."""
     return Series(align(x, len(size)).expand(x.coefficients.shape[0], *size))
-
-
-@rule(aten.repeat.default)
-def repeat(x: Series, repeats: Sequence[int]) -> Series:
-    """Tile the tensor."""
-    return Series(align(x, len(repeats)).repeat(1, *repeats))
-
-
-@rule(aten.flip.default)
-def flip(x: Series, dims: Sequence[int]) -> Series:
-    """Reverse axes."""
-    return Series(x.coefficients.flip([axis(dim, x.ndim) for dim in dims]))
-
-
-@rule(aten.roll.default)
-def roll(x: Series, shifts: Sequence[int], dims: Sequence[int] = ()) -> Series:
-    """Roll axes; without `dims`, the flattened tensor."""
-    if not dims:
-        return Series(x.coefficients.flatten(1).roll(shifts, 1).view(x.coefficients.shape))
-    return Series(x.coefficients.roll(shifts, [axis(dim, x.ndim) for dim in dims]))
-
-
-@rule(aten.unfold.default)
-def unfold(x: Series, dimension: int, size: int, step: int) -> Series:
-    """Sliding windows along an axis."""
-    return Series(x.coefficients.unfold(axis(dimension, x.ndim), size, step))
-
-
-@rule(aten.diagonal.default)
-def diagonal(x: Series, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Series:
-    """The diagonal of two axes, as the last axis."""
-    return Series(x.coefficients.diagonal(offset, axis(dim1, x.ndim), axis(dim2, x.ndim)))
 
 
 @rule(aten.constant_pad_nd.default)
@@ -211,36 +194,6 @@ def to_copy(x: Series, **options: Any) -> Series | Tensor:
 # Indexing. ----------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.slice.Tensor)
-def slice_(x: Series, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Series:
-    """Slice an axis, sharing storage."""
-    return Series(aten.slice(x.coefficients, axis(dim, x.ndim), start, end, step))
-
-
-@rule(aten.select.int)
-def select(x: Series, dim: int, index: int) -> Series:
-    """Select one index of an axis, sharing storage."""
-    return Series(x.coefficients.select(axis(dim, x.ndim), index))
-
-
-@rule(aten.split.Tensor)
-def split(x: Series, split_size: int, dim: int = 0) -> list[Series]:
-    """Split into pieces of equal length, sharing storage."""
-    return [Series(part) for part in x.coefficients.split(split_size, axis(dim, x.ndim))]
-
-
-@rule(aten.split_with_sizes.default)
-def split_with_sizes(x: Series, split_sizes: Sequence[int], dim: int = 0) -> list[Series]:
-    """Split into pieces of given lengths, sharing storage."""
-    return [Series(part) for part in x.coefficients.split_with_sizes(list(split_sizes), axis(dim, x.ndim))]
-
-
-@rule(aten.unbind.int)
-def unbind(x: Series, dim: int = 0) -> list[Series]:
-    """Split an axis into its entries, sharing storage."""
-    return [Series(part) for part in x.coefficients.unbind(axis(dim, x.ndim))]
-
-
 @rule(aten.index.Tensor)
 def index(x: Series, indices: Sequence[Tensor | None]) -> Series:
     """Index by lists and masks."""
@@ -251,12 +204,6 @@ def index(x: Series, indices: Sequence[Tensor | None]) -> Series:
     return Series(torch.stack([aten.index(coefficient, indices) for coefficient in x.coefficients]))
 
 
-@rule(aten.index_select.default)
-def index_select(x: Series, dim: int, index: Tensor) -> Series:
-    """Select a list of indices of one axis."""
-    return Series(x.coefficients.index_select(axis(dim, x.ndim), index))
-
-
 @rule(aten.gather.default)
 def gather(x: Series, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Series:
     """Gather one index per element."""
@@ -265,21 +212,16 @@ def gather(x: Series, dim: int, index: Tensor, *, sparse_grad: bool = False) -> 
 
 
 @rule(aten.scatter.src)
-def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Series:
+def scatter(
+    x: Tensor, dim: int, index: Tensor, src: Tensor, operation: Callable[..., Tensor] = Tensor.scatter
+) -> Series:
     """Scatter elements of `src`."""
-    return _scatter(Tensor.scatter, x, dim, index, src)
-
-
-@rule(aten.scatter_add.default)
-def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Series:
-    """Scatter and add elements of `src`."""
-    return _scatter(Tensor.scatter_add, x, dim, index, src)
-
-
-def _scatter(operation: Callable[..., Tensor], x: Tensor, dim: int, index: Tensor, src: Tensor) -> Series:
     terms = terms_of(x, src)
     index = index.expand(terms, *index.shape)
     return Series(operation(lift(x, terms), axis(dim, x.ndim), index, lift(src, terms)))
+
+
+RULES[aten.scatter_add.default] = partial(scatter, operation=Tensor.scatter_add)
 
 
 @rule(aten.scatter.value)
@@ -289,32 +231,6 @@ def scatter_value(x: Series, dim: int, index: Tensor, value: float | int) -> Ser
     out = x.coefficients.scatter(place, index.expand(x.coefficients.shape[0], *index.shape), 0)
     out[0].scatter_(place - 1, index, value)
     return Series(out)
-
-
-@rule(aten.index_add.default)
-def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float | int = 1) -> Series:
-    """Add slices at a list of indices."""
-    terms = terms_of(x, source)
-    out = lift(x, terms).index_add(axis(dim, x.ndim), index, lift(source, terms), alpha=alpha)
-    return Series(out)
-
-
-@rule(aten.embedding.default)
-def embedding(weight: Series, indices: Tensor, *options: Any) -> Series:
-    """Look up rows of a table that is a series."""
-    return Series(weight.coefficients[:, indices])
-
-
-@rule(aten.tril.default)
-def tril(x: Series, diagonal: int = 0) -> Series:
-    """The lower triangle."""
-    return Series(x.coefficients.tril(diagonal))
-
-
-@rule(aten.triu.default)
-def triu(x: Series, diagonal: int = 0) -> Series:
-    """The upper triangle."""
-    return Series(x.coefficients.triu(diagonal))
 
 
 # Joining. -----------------------------------------------------------------------------------------------------------
@@ -362,12 +278,6 @@ def masked_fill(x: Series, mask: Tensor, value: float | int) -> Series:
     out = align(x, max(x.ndim, mask.ndim)).masked_fill(mask, 0)
     out[0].masked_fill_(mask, value)
     return Series(out)
-
-
-@rule(aten.masked_fill.Tensor)
-def masked_fill_tensor(x: Tensor, mask: Tensor, value: Tensor) -> Series:
-    """Put a one-element tensor under the mask."""
-    return where(mask, value, x)
 
 
 # Predicates, piecewise constant functions and constants. ------------------------------------------------------------

@@ -31,10 +31,11 @@ def rule(*overloads: OpOverload) -> Callable[[AnyRule], AnyRule]:
     def enter(function: AnyRule) -> AnyRule:
         for overload in overloads:
             # A reloaded module, as in a notebook, may register its rules again.
-            if overload in RULES and RULES[overload].__qualname__ != function.__qualname__:
+            known = RULES.get(overload)
+            name = getattr(known, "__qualname__", "one of a table")
+            if known is not None and name != function.__qualname__:
                 raise ValueError(
-                    f"an aten overload has one rule; {overload} has {RULES[overload].__qualname__} already. "
-                    "Remove one of the two."
+                    f"an aten overload has one rule; {overload} has {name} already. Remove one of the two."
                 )
             RULES[overload] = function
         return function
