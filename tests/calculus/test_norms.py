@@ -178,9 +178,9 @@ def test_what_is_refused():
         Norm("LNPre")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"eps is at least 0; got -1"):
         Norm("LN", eps=-1)
-    with pytest.raises(ValueError, match=r"order is at least 0"):
+    with pytest.raises(ValueError, match=r"order must be an integer >= 0"):
         norm_jet(norm, X, NEAR, -1)
-    with pytest.raises(TypeError, match=r"order is an int; got 1\.5"):
+    with pytest.raises(TypeError, match=r"order must be an integer >= 0; got 1\.5"):
         norm_jet(norm, X, NEAR, 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"one shape; got \[2, 3, 6\] and \[3, 6\]"):
         norm_jet(norm, X, NEAR[0], 1)

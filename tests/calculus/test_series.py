@@ -742,7 +742,7 @@ def test_a_line():
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_what_is_no_series_is_refused():
-    with pytest.raises(ValueError, match=r"order is at least 0; got -1"):
+    with pytest.raises(ValueError, match=r"order must be an integer >= 0; got -1"):
         Series.line(torch.ones(2), torch.ones(2), -1)
     with pytest.raises(ValueError, match=r"one shape; got \[2\] and \[3\]"):
         Series.line(torch.ones(2), torch.ones(3), 1)

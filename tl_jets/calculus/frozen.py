@@ -40,7 +40,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -156,15 +156,9 @@ def _is_live(x: Tensor) -> bool:
         return False
     if x.requires_grad:
         return True
-    if is_functorch_wrapped_tensor(x):
-        if forward_ad._current_level >= 0 and _has_tangent(x):
-            return True
-        return _is_live(get_unwrapped(x))
-    return forward_ad._current_level >= 0 and _has_tangent(x)
-
-
-def _has_tangent(x: Tensor) -> bool:
-    return x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level >= 0 and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return is_functorch_wrapped_tensor(x) and _is_live(get_unwrapped(x))
 
 
 def _straight_through(value: Tensor, linear: Tensor) -> Tensor:
@@ -199,7 +193,9 @@ def _detach(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str
     return mode.mark(_given_back(func, args, kwargs, result), "factor")
 
 
-def _slope(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], role: _Role) -> Any:
+def _activation(
+    mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], role: _Role = "activation"
+) -> Any:
     """Replace a function with f(0) = 0 by x times the constant f(x) / x."""
     x = args[0]
     value = None if mode.replay is not None else _value(func, args, kwargs)
@@ -217,15 +213,6 @@ def _slope(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
     return mode.mark(_given_back(func, args, kwargs, result), role)
 
 
-def _activation(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return _slope(mode, func, args, kwargs, "activation")
-
-
-def _odd_factor(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """Treat tanh and erf as a factor of GELU until multiplied; otherwise they are an activation or a softcap."""
-    return _slope(mode, func, args, kwargs, "factor")
-
-
 def _clamp(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Treat a clamp to numbers around zero as an activation; leave other clamps unchanged."""
     bounds = [*args[1:], *kwargs.values()]
@@ -236,53 +223,25 @@ def _clamp(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
     return _activation(mode, func, args, kwargs)
 
 
-def _layer_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    def parts(
-        x: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-    ) -> tuple:
-        dims = list(range(-len(list(normalized_shape)), 0))
-        return x - x.mean(dims, keepdim=True), dims, weight, bias, eps
-
-    return _fused_norm(mode, func, args, kwargs, *parts(*args, **kwargs))
-
-
-def _rms_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    def parts(x: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> tuple:
-        return (
-            x,
-            list(range(-len(list(normalized_shape)), 0)),
-            weight,
-            None,
-            torch.finfo(x.dtype).eps if eps is None else eps,
-        )
-
-    return _fused_norm(mode, func, args, kwargs, *parts(*args, **kwargs))
-
-
-def _fused_norm(
-    mode: _Frozen,
-    func: Callable[..., Any],
-    args: Any,
-    kwargs: dict[str, Any],
-    centered: Tensor,
-    dims: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    def scale() -> Tensor:
-        return torch.rsqrt(centered.detach().pow(2).mean(dims, keepdim=True) + eps)
-
-    linear = centered * mode.kept(_name(func), scale)
+def _fused_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Make the scale of `layer_norm` or `rms_norm` constant."""
+    centers = _name(func) == "layer_norm"
+    names = ("input", "normalized_shape", "weight", *(("bias",) if centers else ()), "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
+    eps = given.get("eps", 1e-5 if centers else None)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    dims = list(range(-len(list(given["normalized_shape"])), 0))
+    x = x - x.mean(dims, keepdim=True) if centers else x
+    linear = x * mode.kept(_name(func), lambda: torch.rsqrt(x.detach().pow(2).mean(dims, keepdim=True) + eps))
     linear = linear if weight is None else linear * weight
     linear = linear if bias is None else linear + bias
     return linear if mode.replay is not None else _straight_through(func(*args, **kwargs), linear)
 
 
 def _attention(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        query, key = mode.kept(_name(func), lambda: (query.detach(), key.detach()))
-        return func(query, key, value, *rest, **options)
+    def attend(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+        return func(*mode.kept(_name(func), lambda: (query.detach(), key.detach())), *rest, **options)
 
     return attend(*args, **kwargs)
 
@@ -364,15 +323,15 @@ _RULES: dict[str, _Rule] = _table(
         "exp exp_ special_exp2 exp2 sigmoid sigmoid_ special_expit softplus hardsigmoid logsigmoid reciprocal "
         "reciprocal_ __rdiv__ __rtruediv__",
     ),
-    factors=(_odd_factor, "tanh tanh_ erf erf_ special_erf"),
+    # Factors of GELU until they are multiplied; otherwise activations or softcaps.
+    factors=(partial(_activation, role="factor"), "tanh tanh_ erf erf_ special_erf"),
     activations=(
         _activation,
         "gelu gelu_ silu silu_ mish mish_ relu relu_ relu6 relu6_ leaky_relu leaky_relu_ elu elu_ selu selu_ celu celu_ "
         "hardswish hardswish_ hardtanh hardtanh_ softsign tanhshrink",
     ),
     clamps=(_clamp, "clamp clamp_ clip clip_"),
-    layer_norms=(_layer_norm, "layer_norm"),
-    rms_norms=(_rms_norm, "rms_norm"),
+    norms=(_fused_norm, "layer_norm rms_norm"),
     attention=(_attention, "scaled_dot_product_attention"),
     quotients=(_divide, "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__"),
     products=(_multiply, "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__"),

@@ -32,10 +32,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_jets.calculus.modes import refuse_autocast
-from tl_jets.calculus.norms import check_size
+from tl_jets.calculus.norms import check_order
 from tl_jets.calculus.series import Series
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +100,7 @@ def jet(
         >>> jet(lambda t: t**2, x, y, order=2).coefficients.flatten()
         tensor([1., 4., 4.])
     """
-    _check_order(order)
+    check_order(order)
     _check_point(center, "center")
     _check_point(variate, "variate")
     for fact in ("shape", "dtype", "device"):
@@ -189,18 +187,8 @@ def _is_finite(items: Any) -> bool:
     return True
 
 
-def _check_order(order: int) -> None:
-    if not isinstance(order, int) or isinstance(order, bool):
-        raise TypeError(f"order is an int; got {order!r}. Give 0 for the value at the center, 1 for the tangent.")
-    if order < 0:
-        raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
-    check_size(order)
-
-
 def _check_point(point: Tensor, name: str) -> None:
     if not isinstance(point, Tensor) or isinstance(point, Series):
         raise TypeError(f"{name} is a plain tensor; got {type(point).__name__}. Jets of jets are not supported.")
-    if point.dtype in _HALF:
-        raise TypeError(f"jets are computed in float32 or float64; {name} is {point.dtype}. Cast to float32 first.")
     if point.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} is real floating point; got {point.dtype}. Cast to float32 or float64 first.")
+        raise TypeError(f"jets are computed in float32 or float64; got {point.dtype} as {name}. Cast it first.")

@@ -40,87 +40,25 @@ from tl_jets.calculus.series import Series
 _LOW = (torch.float16, torch.bfloat16)
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Functions without arithmetic: their results are promoted where they enter arithmetic.
-_NO_ARITHMETIC = frozenset(
-    [
-        "__get__",
-        "__set__",
-        "size",
-        "dim",
-        "stride",
-        "numel",
-        "nelement",
-        "element_size",
-        "data_ptr",
-        "storage_offset",
-        "untyped_storage",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_nonzero",
-        "requires_grad_",
-        "detach",
-        "detach_",
-        "__getitem__",
-        "view",
-        "view_as",
-        "reshape",
-        "permute",
-        "transpose",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "flatten",
-        "unflatten",
-        "select",
-        "narrow",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "movedim",
-        "swapaxes",
-        "contiguous",
-        "embedding",
-        "__len__",
-        "__repr__",
-        "__format__",
-        "__deepcopy__",
-        "__reduce_ex__",
-        "__hash__",
-        "__setstate__",
-        "register_hook",
-    ]
+_NO_ARITHMETIC = _names(
+    "__get__ __set__ __getitem__ __len__ __repr__ __format__ __deepcopy__ __reduce_ex__ __hash__ __setstate__ size dim "
+    "stride numel nelement element_size data_ptr storage_offset untyped_storage is_contiguous is_floating_point "
+    "is_complex is_nonzero requires_grad_ register_hook detach detach_ view view_as reshape permute transpose t "
+    "unsqueeze squeeze expand expand_as flatten unflatten select narrow chunk split tensor_split unbind movedim "
+    "swapaxes contiguous embedding"
 )
 # Functions in which PyTorch refuses operands of mixed precision, or silently lowers one.
-_MEETS_AT_HIGHEST = frozenset(
-    [
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "mv",
-        "dot",
-        "addmm",
-        "addbmm",
-        "baddbmm",
-        "addmv",
-        "linear",
-        "bilinear",
-        "einsum",
-        "layer_norm",
-        "native_layer_norm",
-        "rms_norm",
-        "group_norm",
-        "scaled_dot_product_attention",
-        "lerp",
-        "conv1d",
-    ]
+_MEETS_AT_HIGHEST = _names(
+    "matmul __matmul__ __rmatmul__ mm bmm mv dot addmm addbmm baddbmm addmv linear bilinear einsum layer_norm "
+    "native_layer_norm rms_norm group_norm scaled_dot_product_attention lerp conv1d"
 )
-_TO_ANOTHER = frozenset(("to", "type_as"))
+_TO_ANOTHER = _names("to type_as")
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -141,8 +79,8 @@ class _FullPrecision(TorchFunctionMode):
         if half:
             # An in-place operation must write to its target, not to a promoted copy.
             kept = 1 if _in_place(name) else 0
-            args = (*args[:kept], *(_promote(item) for item in args[kept:]))
-            kwargs = {key: _promote(item) if key != "out" else item for key, item in kwargs.items()}
+            args = (*args[:kept], *(_cast(item, _promote) for item in args[kept:]))
+            kwargs = {key: _cast(item, _promote) if key != "out" else item for key, item in kwargs.items()}
         if name in _CASTS and isinstance(args[0], Tensor):
             return args[0] if _bits(args[0]) >= max(_bits_of(_CASTS[name]), 32) else args[0].float()
         if dtype or name in _TO_ANOTHER:
@@ -195,10 +133,15 @@ def _look(items: Iterable[Any]) -> tuple[bool, bool]:
     return half, dtype
 
 
-def _promote(item: Any) -> Any:
+def _cast(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to the floating-point tensors of an argument, also inside lists."""
     if isinstance(item, Tensor):
-        return item.float() if item.dtype in _LOW else item
-    return type(item)(_promote(one) for one in item) if type(item) in (list, tuple) else item
+        return change(item) if item.is_floating_point() else item
+    return type(item)(_cast(one, change) for one in item) if type(item) in (list, tuple) else item
+
+
+def _promote(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _LOW else x
 
 
 def _bits_of(dtype: torch.dtype) -> int:
@@ -233,26 +176,21 @@ def _without_lowering(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any
 def _at_one_precision(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Cast all floating-point operands to the widest dtype among them."""
     found: set[torch.dtype] = set()
-    _collect((*args, *kwargs.values()), found)
+
+    def see(x: Tensor) -> Tensor:
+        found.add(x.dtype)
+        return x
+
+    for item in (*args, *kwargs.values()):
+        _cast(item, see)
     if len(found) < 2:
         return args, kwargs
     widest = max(found, key=_bits_of)
 
-    def cast(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return item.to(widest) if item.is_floating_point() else item
-        return type(item)(cast(one) for one in item) if type(item) in (list, tuple) else item
+    def widen(x: Tensor) -> Tensor:
+        return x.to(widest)
 
-    return tuple(cast(item) for item in args), {key: cast(item) for key, item in kwargs.items()}
-
-
-def _collect(items: Iterable[Any], found: set[torch.dtype]) -> None:
-    for item in items:
-        if isinstance(item, Tensor):
-            if item.is_floating_point():
-                found.add(item.dtype)
-        elif type(item) in (list, tuple):
-            _collect(item, found)
+    return tuple(_cast(item, widen) for item in args), {key: _cast(item, widen) for key, item in kwargs.items()}
 
 
 def _is_nested_forward(x: Tensor) -> bool:

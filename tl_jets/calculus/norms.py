@@ -38,7 +38,7 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -158,8 +158,12 @@ class NormJet:
         return f"NormJet(kind={self.norm.kind!r}, order={self.order}, batch={list(self.rho.shape)})"
 
 
-def check_size(order: int) -> None:
-    """Raise ValueError for an order above `MAX_ORDER`."""
+def check_order(order: Any) -> None:
+    """Raise TypeError or ValueError unless the order of a jet is an int in 0 .. `MAX_ORDER`."""
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an integer >= 0; got {order!r}. Order 0 is the value at the center.")
+    if order < 0:
+        raise ValueError(f"order must be an integer >= 0; got {order}. Order 0 is the value at the center.")
     if order > MAX_ORDER:
         raise ValueError(
             f"order must be at most {MAX_ORDER}; got {order}. A series that converges needs a few orders only."
@@ -195,11 +199,7 @@ def norm_jet(
         >>> jets.alpha.tolist(), jets.beta.tolist(), jets.rho.item()
         ([1.0, -1.0], [0.0, 1.0], 1.0)
     """
-    if not isinstance(order, int) or isinstance(order, bool):
-        raise TypeError(f"order is an int; got {order!r}. Give 0 for the value at the center.")
-    if order < 0:
-        raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
-    check_size(order)
+    check_order(order)
     x, y = _centered(norm, center, variate)
     if norm.kind == "none":
         s = x.new_zeros((order + 1, *x.shape[:-1]))

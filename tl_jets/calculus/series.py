@@ -29,6 +29,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
+from tl_jets.calculus.norms import check_order
 from tl_jets.calculus.table import RULES
 
 _RECURRENT = {kind + cell for kind in ("rnn_tanh", "rnn_relu", "gru", "lstm") for cell in ("", "_cell")}
@@ -88,13 +89,13 @@ class Series(Tensor):
         Args:
             center: the point x, `[*shape]`.
             direction: the direction v, `[*shape]`; dropped at order 0.
-            order: highest power k, >= 0.
+            order: highest power k.
 
         Returns:
             A series with coefficients `[order+1, *shape]` in new storage.
 
         Raises:
-            ValueError: `order` is negative, or the shapes differ.
+            ValueError: `order` is negative or too large, or the shapes differ.
 
         Source: Griewank & Walther 2008, ch. 13.
 
@@ -102,8 +103,7 @@ class Series(Tensor):
             >>> Series.line(torch.zeros(2), torch.ones(2), order=3).coefficients.tolist()
             [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
         """
-        if order < 0:
-            raise ValueError(f"order is at least 0; got {order}. Order 0 is the value at the center.")
+        check_order(order)
         if direction.shape != center.shape:
             raise ValueError(
                 f"center and direction have one shape; got {list(center.shape)} and {list(direction.shape)}. "

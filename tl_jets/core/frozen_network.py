@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
-from tl_jets.calculus.norms import check_size
+from tl_jets.calculus.norms import check_order
 from tl_jets.core.linear_map import GraphMap, LinearMap
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, frozen_biases
 from tl_jets.core.trace import Trace
@@ -187,11 +187,7 @@ def read_order(linearize: Linearize, order: Any, default: int) -> int:
         raise ValueError(f"linearize must be one of {get_args(Linearize)}; got {linearize!r}.")
     if order is None:
         return 0 if linearize == "detached" else default
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an integer >= 0; got {order!r}.")
-    if order < 0:
-        raise ValueError(f"order must be an integer >= 0; got {order}.")
-    check_size(order)
+    check_order(order)
     return order
 
 
