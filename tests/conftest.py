@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import jaxtyping
 import pytest
+from browser import browser, show  # noqa: F401 (fixtures)
 
 # The same examples every time: a red run is then about the change, not about luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -29,6 +30,7 @@ SLOW = {
     "test_attribution",
     "test_browser",
     "test_changes",
+    "test_circuitsvis",
     "test_cli",
     "test_cli_corners",
     "test_cli_jacobian",

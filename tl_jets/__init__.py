@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         detached_jacobian,
         detached_spectra,
     )
+    from tl_jets.interop.circuitsvis import to_circuitsvis
     from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
     from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
     from tl_jets.interventions.path_ablations import path_ablation
@@ -88,6 +89,7 @@ __all__ = [
     "side_by_side",
     "steering_hooks",
     "studies",
+    "to_circuitsvis",
     "trigram_scores",
     "views",
     "without_path",
@@ -114,6 +116,7 @@ _PLACES = {
         "detached_jacobian",
         "detached_spectra",
     ),
+    "tl_jets.interop.circuitsvis": ("to_circuitsvis",),
     "tl_jets.interventions.ablation_effects": ("AblationEffect", "ablation_effect"),
     "tl_jets.interventions.hooks": ("ablation_hooks", "patch_hooks", "without_path"),
     "tl_jets.interventions.path_ablations": ("path_ablation",),
@@ -140,6 +143,7 @@ _ROOMS = (
     "calculus",
     "core",
     "detached_map",
+    "interop",
     "interventions",
     "jets",
     "lenses",

@@ -1,0 +1,272 @@
+"""Results in circuitsvis' views, self-contained and safe.
+
+A view is drawn from the table of a result (`to_dataframe()`): values by token of a prompt, one series per layer,
+component, path or output position. It is one HTML fragment with circuitsvis' own script inside a sandboxed frame, which
+asks no network and reaches nothing outside itself; circuitsvis' `_repr_html_` probes the internet, and puts tokens into
+the page as HTML.
+
+Example:
+    >>> import tl_jets as tj
+    >>> lens = tj.iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and")
+    >>> view = tj.to_circuitsvis(lens, measure="kl", order=0)
+    >>> view.title
+    'kl by layer, order 0'
+    >>> view  # shown in a notebook; view.save("lens.html") writes a page
+    View('kl by layer, order 0', ... kB)
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from circuitsvis.utils.render import render_local
+from torch import Tensor
+
+from tl_jets.core.notebook import View
+from tl_jets.core.selection import ANSWER
+from tl_jets.core.tokens import token_names
+from tl_jets.detached_map.jacobian import DetachedJacobian
+from tl_jets.jets.cache import JetCache
+
+CircuitsView = Literal[
+    "colored_tokens_multi",
+    "colored_tokens",
+    "topk_tokens",
+    "text_neuron_activations",
+    "attention_heads",
+    "token_log_probs",
+]
+# What the rows of one token are told apart by, in tables of results: the first column that is there.
+SERIES = ("layer", "center", "component", "path", "length", "source", "out_pos", "step")
+# What is drawn if no measure is named: the first column that is there.
+DEFAULT_MEASURES = ("effect", "share", "kl", "logit", "norm")
+# Nothing but the frame's own text: no request, no frame, no form.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; font-src data:"
+WORD_JOINER = "\u2060"
+
+
+def to_circuitsvis(
+    result: Any,
+    view: CircuitsView | None = None,
+    *,
+    measure: str | None = None,
+    labels: str | int | Sequence[str | int] | None = None,
+    order: int | None = None,
+    target: str | int | None = None,
+    prompt: int = 0,
+    top_k: int = 10,
+    height: int | None = None,
+) -> View:
+    """A result as a circuitsvis view: `.html`, `.save(file)`, or the last line of a notebook cell.
+
+    Args:
+        result: A result whose `to_dataframe()` has values by token: a lens, path statistics, a `JetCache`, a detached
+            Jacobian. A list or dict of detached Jacobians is a map per entry.
+        view: `"colored_tokens_multi"` (a button per series), `"colored_tokens"` (one series), `"topk_tokens"` (largest and
+            smallest tokens of each series), `"text_neuron_activations"` (a list of series), `"attention_heads"` (detached
+            Jacobians: share of each input token in each output position), `"token_log_probs"` (a decoded `JetCache`: the sum
+            of its terms, or one). None is the first that fits.
+        measure: Column of the table that is drawn: `"kl"`, `"effect"`, `"share"`, ...; None for the first of `effect`,
+            `share`, `kl`, `logit`, `norm` that is there.
+        labels: Layers, components, paths or output positions to draw; None for all. `"token_log_probs"`: a path.
+        order: Order of an iterative lens; None for its highest.
+        target: Target of effects, one of the result's `target_names`; None for the first.
+        prompt: Index of the prompt.
+        top_k: Number of tokens in `"topk_tokens"` and `"token_log_probs"`.
+        height: Height of the frame in pixels; None for what the view needs.
+
+    Returns:
+        A `View` of about 1.4 MB, nearly all of it circuitsvis' script. Colors of signed values are symmetric around 0, and
+        shared by all series.
+
+    Raises:
+        TypeError: The result has no table of values by token.
+        ValueError: There is no such view, measure, label, order, target or prompt; the message names those that there are.
+
+    Cost:
+        That of the table; `"token_log_probs"`: d_vocab logits per position.
+    """
+    _check("view", view, (*get_args(CircuitsView), None))
+    if view == "attention_heads" or (view is None and type(result) in (dict, list, tuple)):
+        return _attention_heads(result, labels, prompt, height)
+    if view == "token_log_probs":
+        return _token_log_probs(result, labels, prompt, top_k, height)
+    table, series, measure, about = _table(result, measure, labels, order, target, prompt)
+    values = torch.tensor(table.to_numpy(dtype=float)).nan_to_num()  # [series, pos]
+    tokens, names = [_inert(token) for _, token in table.columns], [_inert(str(label)) for label in table.index]
+    bound = max(float(values.abs().max()), 1e-7)
+    title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
+    if view == "colored_tokens":
+        if len(names) != 1:
+            raise ValueError(f"colored_tokens draws one of the {series}s {list(table.index)[:12]}; pass labels=...")
+        low = -bound if bool((values < 0).any()) else 0.0
+        props = {"tokens": tokens, "values": values[0], "minValue": low, "maxValue": bound}
+        return _framed(f"{measure} of {table.index[0]}{about}", "ColoredTokens", props, height or 120)
+    if view == "topk_tokens":
+        k = min(top_k, len(tokens))
+        best, worst = values.topk(k, 1), values.topk(k, 1, largest=False)
+        props = {"tokens": [tokens], "firstDimensionName": series, "thirdDimensionName": measure}
+        props |= {"firstDimensionLabels": names, "sampleLabels": [f"prompt {prompt}"]}
+        for name, found in (("topk", best), ("bottomk", worst)):
+            order_of = slice(None) if name == "topk" else slice(None, None, -1)
+            for what, part in (("Vals", found.values), ("Idxs", found.indices)):
+                props[f"{name}{what}"] = [[[[x] for x in row[order_of]] for row in part.tolist()]]
+        return _framed(title, "TopkTokens", props, height or 420)
+    if view == "text_neuron_activations":
+        props = {"tokens": tokens, "activations": values.T[:, None].tolist(), "firstDimensionName": "Measure"}
+        props |= {"secondDimensionName": series, "firstDimensionLabels": [measure], "secondDimensionLabels": names}
+        return _framed(title, "TextNeuronActivations", props, height or 220)
+    low = [-bound if bool((values < 0).any()) else -1e-7] * len(names)
+    props = {"tokens": tokens, "values": values.T, "labels": names, "positiveBounds": [bound] * len(names)}
+    return _framed(title, "ColoredTokensMulti", props | {"negativeBounds": low}, height or 220 + 24 * len(names))
+
+
+def _table(
+    result: Any, measure: str | None, labels: Any, order: int | None, target: str | int | None, prompt: int
+) -> tuple[pd.DataFrame, str, str, str]:
+    """The values [series, (pos, token)] of one measure and prompt; the names of series and measure; the rest in words."""
+    found = result.to_dataframe() if hasattr(result, "to_dataframe") else pd.DataFrame()
+    series = next((name for name in SERIES if name in found), None)
+    if series is None or "token" not in found or "pos" not in found:
+        raise TypeError(
+            f"A circuitsvis view needs a result with values by token: a lens, path statistics, a JetCache, or a detached "
+            f"Jacobian; got {type(result).__name__}."
+        )
+    numbers = [name for name in found.columns[found.columns.get_loc("token") + 1 :] if _is_number(found[name])]
+    measure = next((name for name in DEFAULT_MEASURES if name in numbers), numbers[0]) if measure is None else measure
+    _check("measure", measure, numbers)
+    if "rank" in found:
+        found = found[found["rank"] == 0]
+    about = ""
+    for name, wanted in (("order", order), ("target", target)):
+        if name not in found:
+            if wanted is not None:
+                raise ValueError(f"This result has no {name}s; got {name}={wanted!r}. Leave it out.")
+            continue
+        # The answer as a target is another token at each position: targets are told apart by their place.
+        there = sorted(set(found["order"])) if name == "order" else list(result.target_names)
+        wanted = there[-1 if name == "order" else 0] if wanted is None else wanted
+        _check(name, wanted, there)
+        place = found["order"] if name == "order" else found.groupby([series, "batch", "pos"], sort=False).cumcount()
+        found = found[place == (wanted if name == "order" else there.index(wanted))]
+        if name == "order" or measure == "effect":
+            about += f", {name} " + ("the model's own best token" if wanted == ANSWER else str(wanted))
+    _check("prompt", prompt, sorted(set(found["batch"])))
+    found = found[(found["batch"] == prompt) & found["pos"].notna()]
+    found = found.assign(place=list(zip(found["pos"].astype(int), found["token"], strict=True)))
+    table = found.pivot(index=series, columns="place", values=measure)
+    table = table.reindex(list(dict.fromkeys(found[series])))[sorted(table.columns)]
+    if labels is not None:
+        wanted_labels = [labels] if isinstance(labels, str | int) else list(labels)
+        for label in wanted_labels:
+            _check("labels", label, list(table.index))
+        table = table.loc[wanted_labels]
+    return table, series, measure, about
+
+
+def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) -> View:
+    """Share of every input token in every output position, a map per Jacobian."""
+    maps = result if type(result) in (dict, list, tuple) else [result]
+    named = (
+        maps
+        if isinstance(maps, dict)
+        else {f"{x.wrt} to {x.output}": x for x in maps if isinstance(x, DetachedJacobian)}
+    )
+    if not named or not all(isinstance(x, DetachedJacobian) for x in named.values()) or len(named) != len(maps):
+        raise TypeError(
+            "attention_heads needs a DetachedJacobian, or a list or dict of some with different names; got "
+            f"{type(result).__name__}. Patterns are drawn by circuitsvis itself: attention_heads(cache['pattern', 3][0], tokens)."
+        )
+    if labels is not None:
+        raise ValueError("attention_heads draws all output positions; leave labels out, or pass fewer maps.")
+    tables = [_table(x, "share", None, None, None, prompt)[0] for x in named.values()]
+    places = list(tables[0].columns)
+    if any(list(table.columns) != places for table in tables):
+        raise ValueError("Maps that are drawn together must be of the same prompt; these have different tokens.")
+    shares = torch.zeros(len(tables), len(places), len(places), dtype=torch.float64)
+    rows = {pos: i for i, (pos, _) in enumerate(places)}
+    for i, table in enumerate(tables):
+        shares[i, [rows[pos] for pos in table.index]] = torch.tensor(table.to_numpy(dtype=float)).nan_to_num()
+    bound = float(shares.abs().max())
+    props = {
+        "attention": shares,
+        "attentionHeadNames": [_inert(name) for name in named],
+        "tokens": [_inert(token) for _, token in places],
+        "minValue": -bound,
+        "maxValue": bound,
+        "maskUpperTri": False,
+    }
+    return _framed(
+        "Share of each input token (across) in each output position (down)", "AttentionHeads", props, height or 640
+    )
+
+
+def _token_log_probs(result: Any, labels: Any, prompt: int, top_k: int, height: int | None) -> View:
+    """Log-probabilities of the sum of a cache's terms, or of one term, at every position but the last."""
+    if not isinstance(result, JetCache) or not result.is_decoded or result.truth.ndim != 3:
+        raise TypeError(
+            f"token_log_probs needs a JetCache of the decoder [batch, pos, d_model], as jet_expand(model, 'ln_final', ...) gives; "
+            f"got {type(result).__name__}."
+        )
+    if labels is not None:
+        _check("labels", labels, result.labels)
+    _check("prompt", prompt, range(len(result.tokens)))
+    decoder, names = result.trace.decoder, result.trace.network.tokenizer
+    real = result.valid[prompt]
+    tokens = result.tokens[prompt][real]
+    logits = decoder.transformed(result.logits(labels)[prompt][real][:-1])
+    log_probs = logits.log_softmax(-1)
+    best = log_probs.topk(min(top_k, log_probs.shape[-1]), -1)
+    own = log_probs.gather(-1, tokens[1:, None])
+    text = _names(names, [tokens, best.indices])
+    props = {
+        "prompt": [text[token] for token in tokens.tolist()],
+        "topKLogProbs": best.values,
+        "topKTokens": [[text[token] for token in row] for row in best.indices.tolist()],
+        "correctTokenRank": (log_probs > own).sum(-1),
+        "correctTokenLogProb": own[:, 0],
+    }
+    title = f"Log-probabilities (nats) of {'the sum of all terms' if labels is None else labels}"
+    return _framed(title, "TokenLogProbs", props, height or 120 + 36 * top_k)
+
+
+def _names(tokenizer: Any, ids: list[Tensor]) -> dict[int, str]:
+    return {token: _inert(name) for token, name in token_names(tokenizer, ids).items()}
+
+
+def _inert(text: str) -> str:
+    """Text that is the same on the screen, and neither HTML, nor an entity, nor the end of a script.
+
+    A word joiner, which has no width, follows every `<` and `&`: HTML then reads them as themselves. circuitsvis shows
+    tokens as HTML in some places and as text in others, so that escaping would be seen.
+    """
+    return "".join(letter + WORD_JOINER if letter in "<&" else letter for letter in text)
+
+
+def _framed(title: str, element: str, props: Mapping[str, Any], height: int) -> View:
+    """A circuitsvis element in a sandboxed frame without network."""
+    drawn = render_local(element, **{name: _plain(value) for name, value in props.items()})
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    page = f'<!doctype html><html><head><meta charset="utf-8">{policy}</head><body>{drawn}</body></html>'
+    style = f"width:100%;height:{int(height)}px;border:0;resize:vertical;overflow:auto;background:white"
+    frame = f'<iframe sandbox="allow-scripts" title="{html.escape(title)}" style="{style}" srcdoc="{html.escape(page)}"></iframe>'
+    return View(title, frame)
+
+
+def _plain(value: Any) -> Any:
+    return value.detach().cpu().tolist() if isinstance(value, Tensor) else value
+
+
+def _is_number(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and column.name not in ("rank", "token_index")
+
+
+def _check(name: str, value: Any, allowed: Any) -> None:
+    if value not in list(allowed):
+        there = list(allowed)
+        more = f" ({len(there)} in all)" if len(there) > 12 else ""
+        raise ValueError(f"{name} must be one of {there[:12]}{more}; got {value!r}.")
