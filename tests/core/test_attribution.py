@@ -14,7 +14,11 @@ from torch import Tensor
 import tl_jets as tj
 from tl_jets.calculus import full_precision
 from tl_jets.cli import session
+from tl_jets.core.attribution import Yardstick, additive_logits
+from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.selection import Rows
 from tl_jets.interventions.path_ablations import verdict
+from tl_jets.paths.jet_stages import JetStages
 
 TOKENS = torch.tensor([[5, 9, 30, 12, 7], [3, 41, 2, 8, 22]])
 TARGETS = [7, 12]
@@ -199,3 +203,28 @@ def test_commands_name_the_unit(capsys, monkeypatch, granites):
     logits = models["granite"]("w5 w9 w30")[0, -1].double()
     found = numbers(capsys, "paths", "--model", "granite", "--prompt", "w5 w9 w30")
     assert found["target"]["logit"] == pytest.approx(float(logits.max() - logits.mean()), rel=1e-6)
+
+
+def test_what_a_trace_gave_is_not_decoded_with_other_weights():
+    """Of W_U changed after the trace, through `.data` and then read anew, nothing is reported."""
+    model = zoo.fresh(zoo.ModelSpec("gpt2", "bridge", "raw"))
+    network = tj.ResidualNetwork(model)
+    trace = network.trace(TOKENS)
+    expansion = tj.jet_expand(network, "ln_final", centers=["embed", "0_mlp_out"], order=1)
+    paths = tj.exponential_expansion(network, linearize="detached")
+    jets, found = expansion(trace), paths(trace)
+    other = network.trace(TOKENS)
+    model.W_U.data.mul_(2)
+    tj.ResidualNetwork(network).trace(TOKENS)  # the network has read the new weights
+    rows = Rows.of(trace, -1)
+    for decode in (
+        lambda: additive_logits(trace, torch.full((2, 1), -1) % TOKENS.shape[1]),
+        lambda: Yardstick.at(trace, rows, rows.take(trace["final_post"]), None),
+        lambda: jets.logit_attrs(TARGETS),
+        lambda: found.statistics(),
+        lambda: expansion.evaluate(other),
+        lambda: JetStages(trace, 0, "none", (1.0,) * 9, False).norm,
+        lambda: FrozenNetwork.of(other),
+    ):
+        with pytest.raises(ValueError, match="changed since"):
+            decode()

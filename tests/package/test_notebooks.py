@@ -138,7 +138,7 @@ def norm_jet(*args):
 broken.norm_jet = norm_jet
 """
 EFFECTS = """
-from tl_jets.core.logit_attribution import Yardstick
+from tl_jets.core.attribution import Yardstick
 own = Yardstick.effects
 Yardstick.effects = lambda yardstick, parts: 1.01 * own(yardstick, parts)
 """

@@ -13,7 +13,7 @@ from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, ta
 from torch import Tensor
 
 from tl_jets import CallableModel, Norm, ResidualNetwork
-from tl_jets.core.logit_attribution import Yardstick
+from tl_jets.core.attribution import Yardstick
 from tl_jets.core.selection import Rows
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_jets.core.divergence import warn_caller
+from tl_jets.core.caller import warn_caller
 from tl_jets.core.tokens import check_text, token_text
 
 _KINDS = "a prompt, a list of prompts, token ids [batch, pos], or what a tokenizer returns (input_ids, attention_mask)"

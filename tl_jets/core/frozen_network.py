@@ -110,7 +110,7 @@ class FrozenNetwork:
         constants: dict[str, Tensor] = {}
         for frozen_stage, labels in zip(self.stages, frozen_biases(network.stages), strict=True):
             constants |= {label: frozen_stage.constants[steps].sum(0) for label, steps in labels}
-        bias, b_U = network.decoder.norm.bias, network.decoder.b_U
+        bias, b_U = trace.decoder.norm.bias, trace.decoder.b_U
         if (bias is not None and bool(bias.any())) or bool(b_U.any()):
             like = torch.zeros_like(trace[FINAL_STREAM])
             found[DECODER_STEP + BIAS] = like if bias is None else like + bias

@@ -160,7 +160,7 @@ class Chain:
             tail = self._tail(output)
             graph, bias = tail.graph_and_bias(biases[count])
             tail.kept = graph if room >= 0 else None
-            decoder = network.decoder
+            decoder = self.trace.decoder
             readout = decoder.scaled(decoder.W_U.to(self.point)) if output == LOGITS else None
             on_the_way = [*parts[:count], tail]
             found.append((ComposedMap(self.point, graph.value.detach(), readout, parts=on_the_way), bias))
@@ -196,7 +196,7 @@ class Chain:
                 return lambda stream: gamma(stream)[index][:, positions]
 
             return Part(trace[stage.stream], function)
-        norm = network.decoder.norm if output in (LOGITS, DECODER_STEP) else None
+        norm = trace.decoder.norm if output in (LOGITS, DECODER_STEP) else None
         stream = output if norm is None else FINAL_STREAM
 
         def last(stream: Tensor) -> Tensor:

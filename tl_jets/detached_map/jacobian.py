@@ -280,7 +280,7 @@ def detached_jacobian(
         chain = Chain(trace, wrt, [output], rows.positions)
         (linear, bias), *_ = chain.maps(keep_graph)
         with torch.no_grad():
-            bias = network.decoder.logits(bias) if output == LOGITS else bias
+            bias = trace.decoder.logits(bias) if output == LOGITS else bias
             value = chain.truth(output)
             error = _error(linear, bias, value)
             ordinary_map = linear.ordinary() if ordinary else None

@@ -161,7 +161,7 @@ def effect_of(
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
         ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
-    decoder = trace.network.decoder
+    decoder = trace.decoder
     logit, beyond, kl = [], [], []
     for found in ablated:
         change = found - clean

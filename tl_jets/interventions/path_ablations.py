@@ -77,7 +77,7 @@ def path_ablation(
         raise ValueError("path_ablation needs at least one path; got none.")
     parsed = [read_path(trace, path)[0] for path in wanted]
     places = real_positions(trace.valid, positions)
-    decoder, final = network.decoder, trace[FINAL_STREAM]
+    decoder, final = trace.decoder, trace[FINAL_STREAM]
     sent: dict[Path, Tensor] = {}
 
     def answers(stream: Tensor) -> Tensor:

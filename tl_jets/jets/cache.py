@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
-from tl_jets.core.logit_attribution import Yardstick
+from tl_jets.core.attribution import Yardstick
 from tl_jets.core.notebook import SHOWN_ROWS, Shown, dataframe_html
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage
@@ -240,15 +240,15 @@ class JetCache(Shown, Mapping[str, Tensor]):
             True
         """
         rows = self.rows("Attributions")
-        network, final = self.trace.network, self.here(self.trace[FINAL_STREAM])[self.valid]
-        norm = network.decoder.norm
+        decoder, final = self.trace.decoder, self.here(self.trace[FINAL_STREAM])[self.valid]
+        norm = decoder.norm
         states, weights = self.stack()[:, self.valid], self.weights[:1, self.valid] * 0
         if self.is_decoded:
             weights = self.bias_weights()[:, self.valid]
         else:
             states = norm.scale(norm_jet(norm, final, final, 0).alpha[0][:, None] * norm.center(states))
-        yardstick = Yardstick.at(network, rows, norm(final), targets)
-        parts = network.decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
+        yardstick = Yardstick.at(self.trace, rows, norm(final), targets)
+        parts = decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
         return rows.spread(yardstick.effects(parts), axis=1)
 
     def rows(self, what: str) -> Rows:

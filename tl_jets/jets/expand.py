@@ -78,6 +78,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.decoder import Decoder
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
 from tl_jets.core.network import ResidualNetwork, trace_of
@@ -264,7 +265,7 @@ class Expansion:
         left = found.truth - sum(found.terms.values(), torch.zeros_like(found.truth))
         remainder = float(left[found.valid].norm() / found.truth[found.valid].norm())
         if remainder > 1:
-            norm, variate = self.network.decoder.norm, found.trace[self.stream][found.valid]
+            norm, variate = found.trace.decoder.norm, found.trace[self.stream][found.valid]
             values = torch.stack([center.evaluate(found.trace)[found.valid] for center in self.centers])
             every = variate.expand_as(values)
             scale = center_scale_factors(norm, values, every, self.center_scale)
@@ -286,7 +287,7 @@ class Expansion:
     def _evaluate(self, trace: Trace) -> JetCache:
         values = torch.stack([center.evaluate(trace) for center in self.centers])
         if self.stage is None:
-            truth, identity = self.network.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
+            truth, identity = trace.decoder.norm(trace[FINAL_STREAM]), torch.zeros_like(values[:1])
         else:
             truth = trace[self.stream] + trace.writes(self.stage).sum(0)
             identity = values
@@ -316,7 +317,7 @@ class Expansion:
         centers, jets = trace.memo.get(key, (None, None))
         if centers == self.centers:
             return jets
-        norm, variate = self.network.decoder.norm, trace[self.stream]
+        norm, variate = trace.decoder.norm, trace[self.stream]
         with torch.no_grad():
             every = variate.expand_as(values)
             if self.center_scale != "none":
@@ -351,7 +352,7 @@ class Expansion:
             return torch.full((n, *shape), 1 / n, dtype=truth.dtype, device=truth.device), None
         with torch.no_grad():
             if self.stage is None:
-                solution = decoder_weights(self.network, jets, truth, self.objective)
+                solution = decoder_weights(trace.decoder, jets, truth, self.objective)
             else:
                 parts = jets if self.order else jets + identity
                 target = truth - identity.sum(0) if self.order else truth
@@ -361,11 +362,11 @@ class Expansion:
         return solution.weights.movedim(-1, 0).to(truth.dtype), solution
 
 
-def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
+def decoder_weights(decoder: Decoder, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
     """Optimal weights of an expansion of the final norm, per token.
 
     Args:
-        network: The network; its decoder holds the metric.
+        decoder: Final norm and unembedding.
         jets: e_i = J^k norm(x_i)(h_L), [center, batch, pos, d_model].
         truth: norm(h_L), [batch, pos, d_model].
         objective: `"l2"`, `"centered_l2"` or `"kl"`.
@@ -374,17 +375,17 @@ def decoder_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor, objec
         A `SimplexSolution` with weights [batch, pos, center] and the certificate `gap`.
     """
     if objective == "kl":
-        return _kl_weights(network, jets, truth)
-    metric = network.decoder.metric(centered=objective == "centered_l2")
+        return _kl_weights(decoder, jets, truth)
+    metric = decoder.metric(centered=objective == "centered_l2")
     jets64, truth64 = jets.double(), truth.double()
     # The weights sum to one, so b_U cancels in all differences.
     H = gram(jets64 - truth64, metric.gram[:-1, :-1])
     return simplex_qp(H, metric.norm(truth64).square())
 
 
-def _kl_weights(network: ResidualNetwork, jets: Tensor, truth: Tensor) -> SimplexSolution:
+def _kl_weights(decoder: Decoder, jets: Tensor, truth: Tensor) -> SimplexSolution:
     """Weights that minimize KL(model || expansion), in nats, per token."""
-    decoder, shape = network.decoder, truth.shape[:-1]
+    shape = truth.shape[:-1]
     if decoder.transform is not None:
         raise NotImplementedError(
             "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "

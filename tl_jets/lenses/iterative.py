@@ -263,7 +263,7 @@ def iterative_jet_lens(
     trace = trace_of(network, text_or_tokens, attention_mask, cache)
     rows = Rows.of(trace, positions)
     labels = stream_labels(network, layers, incl_mid)
-    decoder, norm = network.decoder, network.decoder.norm
+    decoder, norm = trace.decoder, trace.decoder.norm
     ids, names = read_targets(network, targets, rows)
     with torch.no_grad():
         centers = torch.stack([rows.take(trace[label]) for label in labels]).double()

@@ -345,7 +345,9 @@ def _choose(
     n = len(jets)
     if isinstance(weights, str) and weights == "optimal":
         parts = [
-            decoder_weights(network, jets[:, start : start + chunk_size], truth[start : start + chunk_size], objective)
+            decoder_weights(
+                network.decoder, jets[:, start : start + chunk_size], truth[start : start + chunk_size], objective
+            )
             for start in range(0, len(truth), chunk_size)
         ]
         solution = SimplexSolution.cat(parts)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.core.logit_attribution import Yardstick
+from tl_jets.core.attribution import Yardstick
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import TargetInput
@@ -98,7 +98,7 @@ class PathCache(JetCache):
         if by != "path":
             states = torch.stack([states[index].sum(0) for index in groups.values()])
             weights = torch.stack([weights[index].sum() for index in groups.values()])
-        yardstick = Yardstick.at(self.trace.network, rows, self.truth[self.valid], targets)
+        yardstick = Yardstick.at(self.trace, rows, self.truth[self.valid], targets)
         counts = [len(index) for index in groups.values()]
         writes = [path.n_writes for path in self.paths] if by == "path" else None
         network, labels = self.trace.network, list(groups)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tl_jets.core.logit_attribution import Rank, Yardstick
+from tl_jets.core.attribution import Rank, Yardstick
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import Rows

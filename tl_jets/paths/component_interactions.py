@@ -56,9 +56,9 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.attribution import ANSWER, Yardstick
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
-from tl_jets.core.logit_attribution import ANSWER, Yardstick
 from tl_jets.core.measures import random_directions, split_along, weighted
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
@@ -222,7 +222,7 @@ def interactions(
         centers = [*network.components, *(label for stream in network.streams for label in trace.edits(stream))]
     expansion = jet_expand(network, DECODER_STEP, centers=centers, order=2, weights=weights, center_scale=center_scale)
     values = torch.stack([rows.take(center.evaluate(trace)) for center in expansion.centers]).double()
-    h, norm = rows.take(trace[FINAL_STREAM]).double(), network.decoder.norm
+    h, norm = rows.take(trace[FINAL_STREAM]).double(), trace.decoder.norm
     w = _weights(expansion.weights, rows, len(values))
     scale = center_scale_factors(norm, values, h.expand_as(values), center_scale)
     along, ids, names = _directions(trace, rows, targets, minus)
@@ -250,7 +250,7 @@ def interactions(
         valid=rows.keep,
         target_ids=ids,
         target_names=names,
-        unit=network.decoder.unit,
+        unit=trace.decoder.unit,
         tokenizer=network.tokenizer,
     )
 

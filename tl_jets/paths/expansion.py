@@ -55,9 +55,9 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale
+from tl_jets.core.attribution import Rank, Yardstick
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
-from tl_jets.core.logit_attribution import Rank, Yardstick
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.options import check_integers
 from tl_jets.core.path import Path
@@ -317,7 +317,7 @@ class PathExpansion:
             )
         # Without the constants that are zero, there may be few enough to evaluate all.
         beam = live._check_count()
-        truth, best = trace.network.decoder.norm(trace[FINAL_STREAM][:, rows.positions]), None
+        truth, best = trace.decoder.norm(trace[FINAL_STREAM][:, rows.positions]), None
         if self.top is not None:
             best = Best.none(Yardstick.of(trace, rows, self.targets), self.rank, self.top, truth)
         collector = Collector(live.lattice, live.split, rows, stages, best)

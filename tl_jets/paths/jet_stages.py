@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.calculus import CenterScale, jet, norm_jet
+from tl_jets.calculus import CenterScale, Norm, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
@@ -49,6 +49,11 @@ class JetStages:
             found |= trace.edits(stream)
         return found
 
+    @cached_property
+    def norm(self) -> Norm:
+        """The final norm."""
+        return self.trace.decoder.norm
+
     def kept(self, index: int, values: Tensor) -> Tensor:
         """The identity terms of prefixes that skip a stage."""
         return values if self.order else self.weights[index] * values
@@ -65,8 +70,8 @@ class JetStages:
     ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
         """Weighted jets of the final norm at every path, whole or by degree, with their multiples of b_U."""
         values, variate = values[..., positions, :], self.trace[FINAL_STREAM][:, positions]
-        norm, weight = self.trace.network.decoder.norm, self.weights[-1]
-        series = norm_jet(norm, self._scaled(values, variate), variate.expand_as(values), self.order)
+        weight = self.weights[-1]
+        series = norm_jet(self.norm, self._scaled(values, variate), variate.expand_as(values), self.order)
         if not self.split_degrees:
             return [(weight * series.value(), weight)]
         return [(weight * c, 0.0 if degree else weight) for degree, c in enumerate(series.coefficients())]
@@ -74,8 +79,7 @@ class JetStages:
     def _scaled(self, values: Tensor, variate: Tensor) -> Tensor:
         if self.center_scale == "none":
             return values
-        norm = self.trace.network.decoder.norm
-        return values * center_scale_factors(norm, values, variate.expand_as(values), self.center_scale)[..., None]
+        return values * center_scale_factors(self.norm, values, variate.expand_as(values), self.center_scale)[..., None]
 
 
 def stage_weights(lattice: Lattice, *, order: int, renormalize: bool) -> tuple[float, ...]:

@@ -250,16 +250,16 @@ class ReorganizedExpansion(Expansion):
         with torch.inference_mode(False), torch.no_grad():
             sources, h = self.sources(trace), trace[self.stream]
             n, values = len(self.centers), torch.stack([value.detach().clone() for value in sources.values()])
-            truth = self.network.decoder.norm(h) if self.stage is None else h + trace.writes(self.stage).sum(0)
+            norm = trace.decoder.norm
+            truth = norm(h) if self.stage is None else h + trace.writes(self.stage).sum(0)
             # The sum of the jets is that of the plain form, so the optimal weights are the same.
             jets = self._jets(trace, values[:n]).sum(0) if self.weights == "optimal" else values[:n]
             weights, solution = self._weights(trace, jets, values[:n], truth)
             scaled = values[:n]
             if self.center_scale != "none":
-                norm = self.network.decoder.norm
                 scaled = scaled * center_scale_factors(norm, scaled, h.expand_as(scaled), self.center_scale)[..., None]
             if self.stage is None:
-                paths = norm_paths(self.network.decoder.norm, scaled, values, weights[..., None].to(values))
+                paths = norm_paths(norm, scaled, values, weights[..., None].to(values))
                 return self._decoded(trace, dict(zip(sources, paths, strict=True)), truth)
             paths, constants = self._inner_paths(trace, scaled, values, weights[..., None].to(values))
             terms = self._named(trace, list(sources), values, paths, constants)
@@ -305,7 +305,7 @@ class ReorganizedExpansion(Expansion):
 
     def _decoded(self, trace: Trace, paths: dict[str, Tensor], truth: Tensor) -> ReorganizedPaths:
         """The paths through the decoder, and its own bias, as a PathCache."""
-        norm, b_U = self.network.decoder.norm, self.network.decoder.b_U
+        norm, b_U = trace.decoder.norm, trace.decoder.b_U
         terms = {str(Path.parse(label).then(DECODER_STEP)): path for label, path in paths.items()}
         if (norm.bias is not None and bool(norm.bias.any())) or bool(b_U.any()):
             terms[DECODER_STEP + BIAS] = norm.add_bias(torch.zeros_like(truth))

@@ -11,7 +11,7 @@ few vectors that go through the stages:
 
 Shares of lengths sum to 1, and so do those of sources. Components overlap: their shares sum to the mean number of
 writes, sum_n n share_n. The constant of a write is a source (`3_mlp_bias`): a path from it has not passed through
-`3_mlp`. The measures are defined in `tl_jets.core.logit_attribution`.
+`3_mlp`. The measures are defined in `tl_jets.core.attribution`.
 
 Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*; Golden (arXiv 2505.24293).
 
@@ -44,9 +44,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.core.attribution import Yardstick
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
-from tl_jets.core.logit_attribution import Yardstick
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.protocol import BIAS, DECODER_STEP
