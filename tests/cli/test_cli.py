@@ -22,7 +22,7 @@ import tl_jets
 from tl_jets import ResidualNetwork, cli, iterative_jet_lens, joint_jet_lens
 from tl_jets.cli import session
 from tl_jets.cli.arguments import EMBEDDED_PROMPT
-from tl_jets.cli.output import plain
+from tl_jets.cli.report import plain
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.views import lens_data, lens_page
 
@@ -47,11 +47,11 @@ def run(capsys, monkeypatch, *options: str, columns: int = 120) -> list[str]:
     return captured.out.splitlines()
 
 
-def row(lines: list[str], label: str, section: str) -> tuple[str, str]:
-    """The row of a label, and the line below it, in a table found by its title."""
+def row(lines: list[str], label: str, section: str, order: int = 0) -> list[str]:
+    """The cells of the row of a label, or of one of its orders in the rows below, in a table found by its title."""
     start = next(i for i, line in enumerate(lines) if line.startswith(section))
     index = next(i for i in range(start, len(lines)) if lines[i].split()[:1] == [label])
-    return lines[index], lines[index + 1]
+    return re.split(r"\s{2,}", lines[index + order].strip())
 
 
 def number(value: float) -> str:
@@ -68,33 +68,31 @@ def test_lens_prints_what_the_lenses_say(capsys, monkeypatch, stories, columns):
     text = lambda token: visible(token_text(stories.tokenizer, int(token)))  # noqa: E731
     assert any(line.startswith(f"answer  {text(lens.model_top_ids[0, -1])},") for line in lines)
     for i, label in enumerate(lens.labels):
-        answers, scores = row(lines, label, "Iterative jet lens")
-        assert scores.split()[0] == number(float(lens.rho[i, 0, -1]))
-        found = re.split(r"\s{2,}", answers.strip())[1:]
+        assert row(lines, label, "Iterative jet lens")[2] == number(float(lens.rho[i, 0, -1]))
         for k in range(3):
+            cells = row(lines, label, "Iterative jet lens", k)
             first, *others = (text(token) for token in lens.top_ids[i, k, 0, -1])
             first = f"[{first}]" if lens.borrowed[i, k, 0, -1] else first
-            assert found[k].split(" ") == [first, *others]
+            assert cells[-1].split(" ") == [first, *others]
             kl, control = lens.kl[i, k, 0, -1], lens.control.kl[i, k, 0, -1]
             if min(kl, control) > 0.006:
-                assert f"{number(float(kl))} ({number(float(control))})" in scores
-        own = " -own" if lens.alpha[i, 1, 0, -1] < 0 else ""
-        assert f"{float(lens.borrowed_share[i, 1, 0, -1]):.0%}{own}" in scores
-        assert scores.count("-own") == int((lens.alpha[i, 1:, 0, -1] < 0).sum())
+                assert f"{number(float(kl))} ({number(float(control))})" in cells
+            own = " -own" if lens.alpha[i, k, 0, -1] < 0 else ""
+            assert k == 0 or f"{float(lens.borrowed_share[i, k, 0, -1]):.0%}{own}" in cells
     for i, label in enumerate(joint.labels):
-        cells = row(lines, label, "Joint jet lens")[0].split()
+        cells = row(lines, label, "Joint jet lens")
         assert cells[1] == f"{float(joint.weights[i, 0, -1]):.3f}"
-        assert cells[-1] == text(joint.center_top_tokens(3).indices[i, 0, -1, -1])
-    total, scores = row(lines, "sum", "Joint jet lens")
-    assert text(joint.top_ids[0, -1, 0]) in total
-    assert f"KL {number(float(joint.kl[0, -1]))} ({number(float(joint.control.kl[0, -1]))})" in scores
-    averages = row(lines, "joint", "Averages")[0]
+        assert cells[-1].split(" ")[-1] == text(joint.center_top_tokens(3).indices[i, 0, -1, -1])
+    assert text(joint.top_ids[0, -1, 0]) in row(lines, "sum", "Joint jet lens")[-1]
+    kls = [number(float(each.kl[0, -1])) for each in (joint, joint.control, joint.uniform, joint.control_uniform)]
+    assert "the sum: KL {} ({}); uniform weights: KL {} ({})".format(*kls) in lines
+    averages = row(lines, "joint", "Averages")
     mean, control = joint.measures.mean(), joint.control.mean()
     for name in ("remainder_norm", "cosine", "centered_cosine", "kl"):
         assert f"{number(float(mean[name]))} ({number(float(control[name]))})" in averages
     assert f"{100 * float(mean['top1_agreement']):.0f} ({100 * float(control['top1_agreement']):.0f})" in averages
-    for entry in ("order k", "[token]", "borrowed", "KL (control)", "rho", "joint", "remainder"):
-        assert any(line.startswith(entry) for line in lines), entry
+    for entry in ("order", "[token]", "borrowed", "KL (control)", "rho", "joint", "remainder"):
+        assert any(line.startswith(f"{entry}  ") for line in lines), entry
 
 
 def test_options(capsys, monkeypatch, stories):
@@ -111,15 +109,29 @@ def test_options(capsys, monkeypatch, stories):
     assert not any(line.startswith("[token]") for line in lines)
 
 
-def test_orders_that_the_terminal_has_no_room_for_are_named(capsys, monkeypatch, stories):
+def test_every_order_is_shown(capsys, monkeypatch, stories):
     lines = run(capsys, monkeypatch, "--order", "7", columns=80)
-    assert any("orders 3 to 7 need a wider terminal, --html or --json" in line for line in lines)
+    assert [row(lines, "0_pre", "Iterative jet lens", k)[k == 0] for k in range(8)] == [str(k) for k in range(8)]
     assert max(map(len, lines)) <= 80
 
 
 def test_options_without_a_command_are_those_of_lens(capsys, stories):
     assert cli.main(["--model", "stories", "--prompt", PROMPT, "--top-k", "1"]) == 0
     assert "Iterative jet lens" in capsys.readouterr().out
+
+
+def test_a_prompt_with_and_without_bos(capsys, stories):
+    asked = ("lens", "--model", "stories", "--prompt", PROMPT)
+    default, without, with_bos = (
+        numbers(capsys, *asked, *more) for more in ((), ("--no-prepend-bos",), ("--prepend-bos",))
+    )
+    assert default["tokens"] == with_bos["tokens"] == [["<s>", *without["tokens"][0]]]
+
+
+def test_two_targets_of_one_text_have_a_column_each(capsys, monkeypatch, stories):
+    monkeypatch.setattr(stories.tokenizer, "decode", lambda ids, **options: "x" * len(ids))
+    lines = run(capsys, monkeypatch, "--target", "id:300", "--target", "id:301", "--order", "0")
+    assert row(lines, "layer", "Targets")[2:] == ["x (id:300)", "x (id:301)"]
 
 
 def test_the_version(capsys):
@@ -254,10 +266,10 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     trace = net.trace(PROMPT)
     lens, joint = (f(net, trace, linearize="detached", top_k=3) for f in (iterative_jet_lens, joint_jet_lens))
     for i, label in enumerate(lens.labels):
-        _, scores = row(lines, label, "Iterative jet lens")
-        assert scores.split()[0] == "n/a"
+        cells = row(lines, label, "Iterative jet lens")
+        assert len(cells) == 4 and cells[1] == "-"  # no order, no rho
         if min(lens.kl[i, 0, 0, -1], lens.control.kl[i, 0, 0, -1]) > 0.006:
-            assert f"{number(float(lens.kl[i, 0, 0, -1]))} ({number(float(lens.control.kl[i, 0, 0, -1]))})" in scores
+            assert f"{number(float(lens.kl[i, 0, 0, -1]))} ({number(float(lens.control.kl[i, 0, 0, -1]))})" in cells
     # Effects are the sizes that the sums of paths have with no write after: they sum to the model's own centered logit.
     logits = stories(PROMPT)[0, -1].double()
     answer = int(logits.argmax())
@@ -268,13 +280,12 @@ def test_the_detached_lens_shows_effects_and_no_rho(capsys, monkeypatch, stories
     effects = {label: each[0][-1][0] for label, each in zip(joint.labels, data["joint"]["effects"], strict=True)}
     assert sum(effects.values()) == pytest.approx((logits[answer] - logits.mean()).item(), rel=1e-4)
     for label in joint.labels[:-1]:
-        assert float(row(lines, label, "Joint jet lens")[0].split()[1]) == pytest.approx(
-            effects[label], rel=0.05, abs=6e-3
-        )
+        shown = float(row(lines, label, "Joint jet lens")[1])
+        assert shown == pytest.approx(effects[label], rel=0.05, abs=6e-3)
     assert effects["ln_final_bias"] == 0 and not any("ln_final_bias" in line for line in lines)
     assert all(value is None for layer in data["iterative"]["rho"] for value in layer[0])
     legend = "\n".join(lines[lines.index("How to read this") :])
-    assert "rho is n/a" in legend and "[token]" not in legend
+    assert "nothing is borrowed" in " ".join(legend.split()) and "[token]" not in legend
 
 
 def test_the_detached_lens_shows_effects_on_targets(capsys, monkeypatch, stories):
@@ -282,7 +293,7 @@ def test_the_detached_lens_shows_effects_on_targets(capsys, monkeypatch, stories
     lines = run(capsys, monkeypatch, *options)
     ids = [stories.tokenizer("was", add_special_tokens=False)["input_ids"][0], 300]
     logits = stories(PROMPT)[0, -1].double()
-    shown = {label: [float(x) for x in row(lines, label, "Joint")[0].split()[1:3]] for label in ("embed", "sum")}
+    shown = {label: [float(x) for x in row(lines, label, "Joint")[1:3]] for label in ("embed", "sum")}
     joint = joint_jet_lens(stories, PROMPT, linearize="detached", targets=ids)
     assert shown["embed"] == pytest.approx(joint.effects[0, 0, -1].tolist(), rel=0.05, abs=6e-3)
     assert shown["sum"] == pytest.approx((logits[ids] - logits.mean()).tolist(), rel=0.05, abs=6e-3)
@@ -298,8 +309,9 @@ def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):
     lens = iterative_jet_lens(stories, PROMPT, order=1, layers=[-1, "3_mid"], targets=ids)
     assert lens.labels == ["final_post", "3_mid"]
     for i, label in enumerate(lens.labels):
-        found = re.findall(r"([\d,]+) \(([-+][\d.e-]+)\)", row(lines, label, "Targets")[0])
-        expected = [(t, k) for t in range(2) for k in range(2)]
+        both = " ".join(cell for k in range(2) for cell in row(lines, label, "Targets", k))
+        found = re.findall(r"([\d,]+) \(([-+][\d.e-]+)\)", both)
+        expected = [(t, k) for k in range(2) for t in range(2)]
         assert [int(rank.replace(",", "")) for rank, _ in found] == [
             int(lens.target_ranks[i, k, 0, -1, t]) + 1 for t, k in expected
         ]
@@ -316,9 +328,9 @@ def test_uniform_weights_without_embeddings(capsys, monkeypatch, stories):
     lines = run(capsys, monkeypatch, "--weights", "uniform", "--no-embeddings", "--seed", "3")
     joint = joint_jet_lens(stories, PROMPT, weights="uniform", embeddings=False, seed=3)
     assert not any(line.startswith("embed") for line in lines)
-    assert {row(lines, label, "Joint")[0].split()[1] for label in joint.labels} == {"0.100"}
+    assert {row(lines, label, "Joint")[1] for label in joint.labels} == {"0.100"}
     kl, control = float(joint.kl[0, -1]), float(joint.control.kl[0, -1])
-    assert f"KL {number(kl)} ({number(control)})" in row(lines, "sum", "Joint")[1]
+    assert any(line.startswith(f"the sum: KL {number(kl)} ({number(control)});") for line in lines)
 
 
 # Files and standard output
@@ -343,7 +355,7 @@ def test_files_are_written_before_tables(capsys, monkeypatch, tmp_path, stories)
     def broken(*parts):
         raise BrokenPipeError
 
-    monkeypatch.setattr("tl_jets.cli.output.Terminal.print", broken)
+    monkeypatch.setattr("tl_jets.cli.report.Terminal.print", broken)
     status = cli.main(["lens", "--model", "stories", "--prompt", PROMPT, "--json", str(file)])
     assert status == 141 and capsys.readouterr().err == ""
     assert json.loads(file.read_text())["model"] == "stories"
@@ -379,8 +391,9 @@ def test_the_process_dies_quietly_of_a_closed_pipe_and_of_an_interrupt():
     assert (closed.wait(timeout=300), closed.stderr.read()) == (141, b"")
     lasting = (
         # A suite that a shell has put in the background ignores interrupts, and so do its children.
-        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); from tl_jets.cli import lens, main; "
-        "lens.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(main([]))"
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tl_jets.cli import main, session; "
+        "session.load_network = lambda *asked: (print('begun', flush=True), time.sleep(200)); sys.exit(main([]))"
     )
     begun = subprocess.Popen([sys.executable, "-c", lasting], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert begun.stdout.readline() == "begun\n"
@@ -466,6 +479,7 @@ def test_a_text_is_looked_for_as_it_is_first():
 
 COMMANDS = {name: parser for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
             for name, parser in action.choices.items()}  # fmt: skip
+BOS = ResidualNetwork.tokenize
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -475,7 +489,7 @@ def test_help_teaches(name):
     for action in parser._actions:
         assert action.help
         for option in action.option_strings:
-            assert re.search(rf"^  (-h, )?{option}\b", text, re.MULTILINE), option
+            assert re.search(rf"^  (-h, |--prepend-bos, )?{option}\b", text, re.MULTILINE), option
         if action.default not in (None, argparse.SUPPRESS) and action.nargs != 0:
             assert f"(default: {action.default})" in " ".join(text.split())
 
@@ -493,10 +507,10 @@ def test_examples_of_the_help_are_commands(name):
 @pytest.mark.parametrize(
     ("name", "functions", "own"),
     [
-        ("lens", (iterative_jet_lens, joint_jet_lens), {"joint_order", "no_embeddings"}),
-        ("paths", (tl_jets.exponential_expansion, ResidualNetwork), {"ablate", "no_components", "seed"}),
+        ("lens", (iterative_jet_lens, joint_jet_lens, BOS), {"joint_order", "no_embeddings"}),
+        ("paths", (tl_jets.exponential_expansion, ResidualNetwork, BOS), {"ablate", "no_components", "seed"}),
         ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores"}),
-        ("jacobian", (tl_jets.detached_jacobian,), {"targets", "svd", "top_k", "seed"}),
+        ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed"}),
     ],
 )
 def test_options_are_called_as_the_arguments_of_the_functions(name, functions, own):

@@ -12,7 +12,7 @@ from commands import run, share_models, tinydocs
 
 import tl_jets as tj
 from tl_jets.cli import ngrams as command
-from tl_jets.cli.output import Output
+from tl_jets.cli import session
 from tl_jets.core import free_memory
 from tl_jets.ngrams import bigram_sweep, trigram_sweep
 from tl_jets.ngrams.streams import VocabularyStreams
@@ -112,9 +112,9 @@ def test_records_are_made_for_json_only_and_one_after_another(capsys, monkeypatc
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "7,192 more rows" in page and "8,192 n-grams" in page
 
-    ahead, written, write = 0, 0, Output.write
+    ahead, written, write = 0, 0, session.write
 
-    def followed(self: Output, kind: str, text: Any) -> None:
+    def followed(file: str, text: Any) -> None:
         def parts() -> Any:
             nonlocal ahead, written
             for part in text:
@@ -122,9 +122,9 @@ def test_records_are_made_for_json_only_and_one_after_another(capsys, monkeypatc
                 written += part.count('"ids"')
                 yield part
 
-        write(self, kind, parts())
+        write(file, parts())
 
-    monkeypatch.setattr(Output, "write", followed)
+    monkeypatch.setattr(session, "write", followed)
     run(capsys, *asked, "--json", str(tmp_path / "a.json"))
     assert len(made) == written == 8192 and ahead <= 1
     rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["tables"]["mlps"]["rows"]

@@ -1,4 +1,6 @@
-"""The command `tl-jets` (`python -m tl_jets`): `lens` (default), `paths`, `ngrams`, `jacobian`, a module each.
+"""The command `tl-jets` (`python -m tl_jets`): `lens` (default), `paths`, `ngrams`, `jacobian`.
+
+Each command is a module whose `report(options)` returns a `Report`: plain data and tables. `session.run` writes it.
 
 Tables go to standard output, errors (one line) and progress bars to standard error. Exit status: 0 success; 2 the
 request cannot be fulfilled (bad option, unknown token, model that does not load); 1 unexpected error; 130 interrupted;
@@ -11,12 +13,9 @@ import argparse
 import io
 import os
 import sys
-import warnings
 from collections.abc import Sequence
-from importlib import import_module
 
-from tl_jets.cli.arguments import UsageError, one_line
-from tl_jets.cli.grammar import parser
+from tl_jets.cli.arguments import UsageError, one_line, parser
 
 REFUSED, UNEXPECTED, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 
@@ -33,13 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = parser().parse_args(arguments)
-            # Import after parsing: PyTorch takes seconds to load.
-            command = import_module(f"tl_jets.cli.{options.command}")
-            from tl_jets.core.divergence import DivergenceWarning
+            from tl_jets.cli import session  # after parsing: PyTorch takes seconds to load
 
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DivergenceWarning)  # the tables show the remainders
-                command.run(options)
+            session.run(options)
         finally:
             if sys.stdout is not None:  # it is None if it was closed
                 sys.stdout.flush()

@@ -1,11 +1,14 @@
-"""Options shared by the commands, and their parser."""
+"""The parser of the command line: all options of the four commands, without loading PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 import textwrap
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NoReturn
+
+from tl_jets.cli.texts import DESCRIPTION, EPILOG, EPILOGS, SUMMARIES, TOKEN_HELP, description
 
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"
@@ -22,6 +25,8 @@ MAX_ORDER = 1000
 MAX_PATHS = 4096
 # Maximum number of n-grams per table; the functions allow more.
 MOST = 1_000_000
+# The largest seed of torch.
+MAX_SEED = 2**64 - 1
 
 
 class UsageError(Exception):
@@ -59,63 +64,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-def add_command(commands: Any, name: str, *, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a command's parser, without options."""
-    found = commands.add_parser(
-        name, help=summary, description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False
-    )
-    return found
-
-
-def add_model(parser: Any, *, prompt: bool = True) -> None:
-    """Add the options of the model and its prompt."""
-    parser.add_argument(
-        "--model",
-        default=EMBEDDED,
-        metavar="PATH_OR_NAME",
-        help=f"a local Hugging Face directory, a model's name, or {EMBEDDED!r}, the embedded",
-    )
-    if prompt:
-        parser.add_argument(
-            "--prompt",
-            metavar="TEXT",
-            help=f"the text to read; without one, {EMBEDDED!r} reads {EMBEDDED_PROMPT!r}. One that begins with a dash is "
-            "given as --prompt=TEXT",
-        )
-        parser.add_argument(
-            "--position", type=int, default=-1, metavar="N", help="the position to read; -1 is the last"
-        )
-
-
-def add_granularity(parser: Any, what: str) -> None:
-    """Add the option for what a component is; its default is the library's."""
-    parser.add_argument("--granularity", choices=GRANULARITIES, default="sublayer", help=what)
-
-
-def add_target(parser: Any, help: str, **options: Any) -> None:
-    """Add the option for a target token."""
-    parser.add_argument("--target", metavar="TOKEN", help=help, **options)
-
-
-def add_seed(parser: Any, of: str) -> None:
-    """Add the option for the random seed."""
-    most = 2**64 - 1  # the largest seed of torch
-    parser.add_argument("--seed", type=at_least(0, at_most=most), default=0, metavar="N", help=of)
-
-
-def add_files(parser: Any, html: str, *, svg: bool = False) -> None:
-    """Add the options for output files and tracebacks."""
-    parser.add_argument("--html", metavar="FILE", help=f"also write {html}")
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="also write all numbers, tokens with their spaces shown (\u00b7); what is no number is null",
-    )
-    if svg:
-        parser.add_argument("--svg", metavar="FILE", help="also write the two lenses as a picture")
-    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
-
-
 def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
     """An argparse type: an integer within limits."""
 
@@ -133,7 +81,185 @@ def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-# Sentences shared by several --help texts.
-TOKEN_HELP = "as text (' is', or \u00b7is as the tables write it) or as id:317"
-FILES_HELP = """\
-A FILE of - is standard output; the tables are then left out."""
+ORDER: dict[str, Any] = {"type": at_least(0, at_most=MAX_ORDER), "metavar": "K"}
+SEED: dict[str, Any] = {"type": at_least(0, at_most=MAX_SEED), "default": 0, "metavar": "N"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = Parser(prog="tl-jets", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"tl-jets {version('tl-jets')}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    for name, add_options in (("lens", _lens), ("paths", _paths), ("ngrams", _ngrams), ("jacobian", _jacobian)):
+        command = commands.add_parser(
+            name,
+            help=SUMMARIES[name],
+            description=description(name),
+            epilog=EPILOGS[name],
+            formatter_class=Help,
+            allow_abbrev=False,
+        )
+        _add_input(command, prompt=name != "ngrams")
+        add_options(command.add_argument)
+        page = "one page that opens offline in a browser"
+        command.add_argument("--html", metavar="FILE", help=f"also write {page}")
+        command.add_argument(
+            "--json",
+            metavar="FILE",
+            help="also write all numbers, tokens with their spaces shown (\u00b7); what is no number is null",
+        )
+        command.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    return top
+
+
+def _add_input(parser: argparse.ArgumentParser, *, prompt: bool) -> None:
+    """Add the options of the model and its prompt."""
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        metavar="PATH_OR_NAME",
+        help=f"a local Hugging Face directory, a model's name, or {EMBEDDED!r}, the embedded",
+    )
+    if not prompt:
+        return
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help=f"the text to read; without one, {EMBEDDED!r} reads {EMBEDDED_PROMPT!r}. One that begins with a dash is "
+        "given as --prompt=TEXT",
+    )
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether the prompt begins with the beginning-of-sequence token (default: as the model does)",
+    )
+    parser.add_argument("--position", type=int, default=-1, metavar="N", help="the position to read; -1 is the last")
+
+
+def _lens(add: Callable[..., Any]) -> None:
+    add("--order", **ORDER, help="highest order of the iterative lens (default: 1; detached 0)")
+    add("--joint-order", **ORDER, default=0, help="order of the joint lens")
+    add(
+        "--linearize",
+        choices=("jet", "detached"),
+        default="jet",
+        help="jet: the paper's lenses; detached: the final norm keeps its scale, direct logit attribution",
+    )
+    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the centers")
+    add("--incl-mid", action="store_true", help="also read the streams between attention and MLP")
+    add(
+        "--layers",
+        action="append",
+        metavar="LAYER",
+        help="read this stream only (3, -1, 3_pre, 3_mid); repeat it for more",
+    )
+    add("--granularity", choices=GRANULARITIES, default="sublayer", help="components of the joint lens")
+    add("--no-embeddings", action="store_true", help="leave the embeddings out of the components")
+    add("--weights", choices=("optimal", "uniform"), help="of the components (default: optimal; detached 1)")
+    add("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")
+    add(
+        "--target",
+        action="append",
+        metavar="TOKEN",
+        help=f"a token to follow through the layers and components, {TOKEN_HELP}; repeat it for more",
+    )
+    add("--top-k", type=at_least(1), default=3, metavar="N", help="best tokens a row")
+    add("--seed", **SEED, help="of the random controls")
+    add("--svg", metavar="FILE", help="also write the two lenses as a picture")
+
+
+def _paths(add: Callable[..., Any]) -> None:
+    add(
+        "--target",
+        metavar="TOKEN",
+        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
+    )
+    add("--top", type=at_least(1), default=20, metavar="N", help="how many paths, and components")
+    add(
+        "--rank",
+        choices=("effect", "length"),
+        default="effect",
+        help="what is large: the effect on the target, or the length of a path's logits",
+    )
+    add("--granularity", choices=GRANULARITIES, default="sublayer", help="what a step of a path is")
+    add("--ablate", action="store_true", help="also ablate each path alone, and as many random ones")
+    add("--no-components", action="store_true", help="leave out the sums through each component")
+    add("--through", action="append", metavar="LABEL", help="keep paths through this")
+    add("--avoiding", action="append", metavar="LABEL", help="keep paths that do not pass through this")
+    add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
+    add("--max-writes", type=at_least(0), metavar="N", help="keep paths with at most N steps before the final norm")
+    add("--max-paths", type=at_least(1), default=MAX_PATHS, metavar="N", help="evaluate at most so many")
+    add(
+        "--linearize",
+        choices=("detached", "jet"),
+        default="detached",
+        help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
+    )
+    add("--order", **ORDER, default=1, help="of the jets of --linearize jet")
+    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
+    add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
+    add("--seed", **SEED, help="of the random paths")
+
+
+def _ngrams(add: Callable[..., Any]) -> None:
+    add(
+        "--path",
+        action="append",
+        metavar="PATH",
+        help="a path of bi-grams, see above; repeat it for more (default: direct, mlps, and each MLP)",
+    )
+    add("--per", choices=PER, help="best of all (global), or of each first token (row) (default: global)")
+    add("--score", choices=SCORES, help="of bi-grams: log-probability in nats, or the logit (default: logprob)")
+    add("--trigrams", type=at_least(0), metavar="LAYER", help="skip-trigrams of this layer's heads, not bi-grams")
+    add("--head", action="append", type=at_least(0), metavar="H", help="a head; repeat it for more (default: all)")
+    add("--distance", type=at_least(0), metavar="N", help="places from key to query (default: 1)")
+    add(
+        "--normalize",
+        choices=NORMALIZES,
+        help="of attention: over the vocabulary as keys, over key and query alone, or raw scores (default: vocab)",
+    )
+    add(
+        "--token",
+        action="append",
+        metavar="TOKEN",
+        help=f"only n-grams whose first token (of skip-trigrams: the key) is this, {TOKEN_HELP}; repeat it for more",
+    )
+    add(
+        "--top-k",
+        type=at_least(1, at_most=MOST),
+        default=20,
+        metavar="N",
+        help="how many n-grams a table, or a row of it",
+    )
+    add("--scores", action="store_true", help="show scores beside tables that stand side by side, too")
+    add(
+        "--save",
+        metavar="FILE|DIR/",
+        help="also save the tables as Parquet (NgramTable.load reads them); the names of several tables get their path: "
+        "FILE.parquet becomes FILE.mlps.parquet; DIR/ keeps each as DIR/mlps.parquet when it is finished, and the same command "
+        "goes on from there after it was stopped",
+    )
+
+
+def _jacobian(add: Callable[..., Any]) -> None:
+    add(
+        "--target",
+        metavar="TOKEN",
+        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
+    )
+    add(
+        "--output",
+        default=LOGITS,
+        metavar="LABEL",
+        help="what is mapped to: logits, ln_final, a stream (final_post, 3_pre) or a write (3_mlp_out, L3H2_out)",
+    )
+    add("--wrt", default="embed", metavar="LABEL", help="what it is a map of: embed, pos_embed, or a stream (3_mid)")
+    add(
+        "--svd",
+        type=at_least(0),
+        default=4,
+        metavar="K",
+        help="how many singular values, with their directions; 0 for none",
+    )
+    add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
+    add("--seed", **SEED, help="of the search for singular values")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tl_jets.cli.output import STDOUT, Output, Records, check_replaceable, header, is_folder
-from tl_jets.cli.pages import MAX_ROWS, command_page, section
-from tl_jets.cli.session import UsageError, load_network, one_line, read_token, refusals, steps
-from tl_jets.cli.terminal import ngrams as terminal
+import numpy as np
+import pandas as pd
+
+from tl_jets.cli.outputs import STDOUT, check_replaceable, is_folder
+from tl_jets.cli.report import MAX_ROWS, Records, Report, Table, Terminal, header
+from tl_jets.cli.session import UsageError, load_network, one_line, read_token, steps
+from tl_jets.cli.texts import legend
 from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import View
 from tl_jets.core.path import ARROW
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams
@@ -27,22 +29,17 @@ BIGRAM_OPTIONS = ("path", "per", "score")
 TRIGRAM_OPTIONS = ("head", "distance", "normalize")
 # Number of records converted at a time.
 AT_ONCE = 4096
+# Rows of a table with `per="row"` in the terminal.
+SHOWN = 20
+# Width of the ranks, and of the gap between columns.
+RANK_WIDTH, GAP = 6, 2
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print n-grams."""
-    output = Output.of(options)
-    _check_apart(output)
+def report(options: argparse.Namespace) -> Report:
+    """N-grams of the requested paths or heads."""
     is_trigram = options.trigrams is not None
-    misplaced = [
-        name for name in (BIGRAM_OPTIONS if is_trigram else TRIGRAM_OPTIONS) if getattr(options, name) is not None
-    ]
-    if misplaced:
-        what = "bi-grams: leave it or --trigrams out" if is_trigram else "skip-trigrams: give --trigrams LAYER"
-        raise UsageError(f"--{misplaced[0]} is an option of {what}")
-    if options.token and options.per == "global":
-        raise UsageError("--token shows rows of single tokens: leave --per out, or use --per row")
-    with steps(1) as step, refusals():
+    _check(options, is_trigram)
+    with steps(1) as step:
         step("loading TransformerLens and the model")
         network = load_network(options.model, "sublayer")
         rows = None
@@ -51,21 +48,70 @@ def run(options: argparse.Namespace) -> None:
             rows = [read_token(network, token, n_tokens) for token in options.token]
     # Outside `steps`: the sweeps draw their own bars.
     folder = Path(options.save) if options.save and is_folder(options.save) else None
-    with refusals():
-        tables = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
+    found = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
+    asked = {"model": options.model, "n-grams": _what(next(iter(found.values())), options.top_k)}
     if folder is not None:
-        saved = [str(folder / f"{label}{SUFFIX}") for label in tables]
-    else:
-        saved = _save(tables, Path(options.save)) if options.save else []
-    asked = {"model": options.model, "ngram": "skip-trigram" if is_trigram else "bigram"}
-    output.write_json(header("ngrams", **asked) | {"tables": {label: table_data(t) for label, t in tables.items()}})
-    if "html" in output:
-        asked = terminal.asked(tables, model=options.model, top_k=options.top_k, saved=saved)
-        parts = _sections(network, tables)
-        output.write("html", command_page("ngrams", asked, terminal.explained(tables), *parts))
-    console = output.console
-    given = {"tokens": rows, "top_k": options.top_k, "scores": options.scores, "width": console.width}
-    output.print(*terminal.tables(tables, model=options.model, saved=saved, **given))
+        asked["saved"] = ", ".join(str(folder / f"{label}{SUFFIX}") for label in found)
+    elif options.save:
+        asked["saved"] = ", ".join(_save(found, Path(options.save)))
+    data = header("ngrams", model=options.model, ngram="skip-trigram" if is_trigram else "bigram")
+    data["tables"] = {
+        label: {**table.header, "rows": Records(len(table), partial(_records, table))} for label, table in found.items()
+    }
+    tables = []
+    for token in [None] if rows is None else rows:
+        chosen, of = dict(found), ""
+        if token is not None:
+            chosen = {label: table[token] for label, table in found.items()}
+            names = [table.names[token] for table in found.values() if token in table.names]
+            of = f" {'of the key' if is_trigram else 'after'} {visible(names[0] if names else f'id:{token}')}"
+        if is_trigram or len(chosen) == 1:
+            tables += [_alone(label, table, of) for label, table in chosen.items()]
+        else:
+            tables += _beside(chosen, of, options.scores)
+    alone = [_alone(f"{label}: {len(table):,} n-grams", table) for label, table in found.items()]
+    if len(found) > 1 and not is_trigram:
+        longest = max(map(len, found.values()))
+        alone.insert(0, Table("Side by side", side_by_side(found, min(longest, MAX_ROWS)), total=longest))
+    return Report(
+        data,
+        asked,
+        tables,
+        legend("ngrams", *_legend(next(iter(found.values())))),
+        on_page=alone,
+        views=lambda: [trigram_heatmap(network, table) for table in found.values() if is_trigram],
+    )
+
+
+def _check(options: argparse.Namespace, is_trigram: bool) -> None:
+    """Raise UsageError for options that do not go together."""
+    if options.save:
+        _check_apart(options)
+    others = BIGRAM_OPTIONS if is_trigram else TRIGRAM_OPTIONS
+    misplaced = [name for name in others if getattr(options, name) is not None]
+    if misplaced:
+        what = "bi-grams: leave it or --trigrams out" if is_trigram else "skip-trigrams: give --trigrams LAYER"
+        raise UsageError(f"--{misplaced[0]} is an option of {what}")
+    if options.token and options.per == "global":
+        raise UsageError("--token shows rows of single tokens: leave --per out, or use --per row")
+
+
+def _check_apart(options: argparse.Namespace) -> None:
+    """Reject an output file that could replace one of several saved tables."""
+    save = Path(options.save)
+    start, end = f"{save.stem}.", save.suffix or SUFFIX
+    if is_folder(options.save):
+        save, start, end = save / "table", "", SUFFIX
+    for kind in ("html", "json"):
+        file = getattr(options, kind)
+        if file in (None, STDOUT):
+            continue
+        path = Path(file)
+        is_beside = path.parent.resolve() == save.parent.resolve()
+        if is_beside and path.name.startswith(start) and path.name.endswith(end):
+            raise UsageError(
+                f"--{kind} {file!r} may be the name of a table: several are saved as {start}PATH{end}; give another name"
+            )
 
 
 def _bigrams(
@@ -83,13 +129,12 @@ def _bigrams(
 def _trigrams(
     options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
 ) -> dict[str, NgramTable]:
-    distance = 1 if options.distance is None else options.distance
     tables = jet_trigrams(
         network,
         options.trigrams,
         options.head,
         top_k=options.top_k,
-        distance=distance,
+        distance=1 if options.distance is None else options.distance,
         normalize=options.normalize or "vocab",
         rows=rows,
         folder=folder,
@@ -97,33 +142,11 @@ def _trigrams(
     return {table.path: table for table in tables.values()}
 
 
-def _table_file(file: Path, label: str) -> Path:
-    """The file of one of several tables."""
-    return file.with_name(f"{file.stem}.{label.replace(ARROW, '-')}{file.suffix or SUFFIX}")
-
-
-def _check_apart(output: Output) -> None:
-    """Reject an output file that could replace one of several saved tables."""
-    if "save" not in output:
-        return
-    save = Path(output.files["save"])
-    start, end = f"{save.stem}.", save.suffix or SUFFIX
-    if is_folder(output.files["save"]):
-        save, start, end = save / "table", "", SUFFIX
-    for kind, file in output.files.items():
-        path = Path(file)
-        is_beside = file != STDOUT and path.parent.resolve() == save.parent.resolve()
-        if kind != "save" and is_beside and path.name.startswith(start) and path.name.endswith(end):
-            raise UsageError(
-                f"--{kind} {file!r} may be the name of a table: several are saved as {start}PATH{end}; give another name"
-            )
-
-
 def _save(tables: dict[str, NgramTable], file: Path) -> list[str]:
     """Save every table atomically, and return the files."""
     names = [file]
     if len(tables) > 1:
-        names = [_table_file(file, label) for label in tables]
+        names = [file.with_name(f"{file.stem}.{label.replace(ARROW, '-')}{file.suffix or SUFFIX}") for label in tables]
     for name in names:
         check_replaceable(name)
     for name, table in zip(names, tables.values(), strict=True):
@@ -134,31 +157,72 @@ def _save(tables: dict[str, NgramTable], file: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _sections(network: ResidualNetwork, tables: dict[str, NgramTable]) -> list[View]:
-    """Tables of the HTML page, and a heatmap for every head."""
-    found = []
-    if len(tables) > 1 and all(table.n == 2 for table in tables.values()):
-        longest = max(map(len, tables.values()))
-        found.append(section("Side by side", side_by_side(tables, min(longest, MAX_ROWS)), total=longest))
-    for label, table in tables.items():
-        frame = table[:MAX_ROWS].to_dataframe(escape=True).drop(columns=[f"id_{i}" for i in range(1, table.n + 1)])
-        names = ("key", "query", "output") if table.n == 3 else ("first", "then")
-        frame = frame.rename(columns={f"token_{i}": name for i, name in enumerate(names, 1)})
-        found.append(section(f"{label}: {len(table):,} n-grams", frame, total=len(table)))
-        if table.n == 3:
-            found.append(trigram_heatmap(network, table))
-    return found
-
-
-def table_data(table: NgramTable) -> dict[str, Any]:
-    """A table as plain values: its header, and one record per n-gram, made on demand."""
-    return {**table.header, "rows": Records(len(table), partial(_records, table))}
-
-
 def _records(table: NgramTable) -> Iterator[dict[str, Any]]:
+    """One record an n-gram, made on demand."""
     names = {token: visible(text) for token, text in table.names.items()}
     for rows in slices(len(table), AT_ONCE):
         numbers = {name: x[rows].tolist() for name, x in {"score": table.scores, **table.parts}.items()}
         for i, ids in enumerate(table.ids[rows].tolist()):
             record = {"ids": ids, "tokens": [names[token] for token in ids]}
             yield record | {name: values[i] for name, values in numbers.items()}
+
+
+def _what(table: NgramTable, top_k: int) -> str:
+    kind = "skip-trigrams (key ... query -> output)" if table.n == 3 else "bi-grams"
+    settings = table.settings
+    if settings.get("per") == "row" or settings["rows"] != "all":
+        return f"the {top_k} best {kind}{' of each token' if table.n == 2 else ''}"
+    return f"the {top_k} best {kind} of the whole vocabulary"
+
+
+def _alone(title: str, table: NgramTable, of: str = "") -> Table:
+    """One table: a row an n-gram, with its score and parts."""
+    heads = ("key", "query", "output") if table.n == 3 else ("first", "then")
+    names = {f"token_{i}": name for i, name in enumerate(heads, 1)}
+    frame = table[:MAX_ROWS].to_dataframe(escape=True).drop(columns=[f"id_{i}" for i in range(1, table.n + 1)])
+    frame = frame.rename(columns=lambda name: names.get(name, name.replace("_", " ")))
+    if table.n == 2 and table.settings.get("score", "logprob") == "logprob":
+        frame.insert(3, "probability", [f"{share:.1%}" for share in np.exp(frame["score"])])
+    frame.insert(0, "rank", range(1, len(frame) + 1))
+    notes = [table.note] if table.note else []
+    return Table(f"{title}{of}", frame, notes=notes, top=_top(table, of), total=len(table), more="more: --json, --save")
+
+
+def _beside(found: Mapping[str, NgramTable], of: str, scores: bool) -> Iterator[Table]:
+    """Several tables as columns, as many side by side as the terminal has room for."""
+    longest = max(map(len, found.values()))
+    top = min(longest, _top(next(iter(found.values())), of))
+    room = Terminal().width - RANK_WIDTH
+    group: list[pd.DataFrame] = []
+    used = 0
+    for label, table in found.items():
+        frame = side_by_side({label: table}, top, scores=scores).reindex(range(1, top + 1))
+        frame[label] = frame[label].fillna("")
+        width = frame[label].str.len().max() + GAP + (RANK_WIDTH + GAP if scores else 0)
+        if group and used + width > room:
+            yield _joined(group, of, longest)
+            group, used = [], 0
+        group.append(frame.rename(columns={f"{label} score": "score"}))
+        used += max(width, len(label) + GAP)
+    yield _joined(group, of, longest)
+
+
+def _joined(group: list[pd.DataFrame], of: str, total: int) -> Table:
+    title = f"Bi-grams by path{of}: {', '.join(frame.columns[0] for frame in group)}"
+    frame = pd.concat(group, axis=1).reset_index()
+    return Table(title, frame, top=len(frame), total=total, more="more rows: --json, --save")
+
+
+def _top(table: NgramTable, of: str) -> int:
+    """Number of rows to show, for one token (`of`) or for all."""
+    return SHOWN if table.settings.get("per") == "row" and not of else MAX_ROWS
+
+
+def _legend(table: NgramTable) -> list[str]:
+    """The entries of the legend that a table needs."""
+    if table.n == 3:
+        keys = [f"attention|{table.settings.get('normalize')}", "log prob", "score|trigram"]
+    else:
+        shown = ["log normalizer"] if "log_normalizer" in table.parts else []
+        keys = [f"score|{table.settings.get('score', 'logprob')}", *shown, "direct"]
+    return [*keys, "control", "\u00b7"]

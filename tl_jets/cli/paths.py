@@ -6,173 +6,116 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import torch
 
-from tl_jets.cli.output import Output, header
-from tl_jets.cli.pages import command_page, records, section
-from tl_jets.cli.session import (
-    UsageError,
-    load_network,
-    read_position,
-    read_prompt,
-    read_token,
-    refusals,
-    steps,
-    token_record,
-)
-from tl_jets.cli.terminal import paths as terminal
+from tl_jets.cli.report import Report, Table, header
+from tl_jets.cli.session import Read, UsageError, read, read_token, steps
+from tl_jets.cli.texts import legend
 from tl_jets.core.attribution import additive_logits, centered
-from tl_jets.core.notebook import View
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.numerals import number, signed
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
-from tl_jets.core.trace import Trace
-from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
+from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.interventions.path_ablations import path_ablation, verdict
-from tl_jets.paths.cache import PathCache
 from tl_jets.paths.expansion import PathExpansion, exponential_expansion
+from tl_jets.paths.graph import count_text
 from tl_jets.paths.statistics import PathStatistics, path_sums
 
 # The decoder's own constant: a path through no step, which cannot be ablated.
 CONSTANT = f"{DECODER_STEP}_bias"
 # Random paths have at least this fraction of the smallest effect in the table.
 LEAST_OF_CONTROL = 0.1
+VERDICTS = ("confirmed", "partly", "refuted")
 
 
-@dataclass(frozen=True)
-class Found:
-    """Results for one prompt, position and target.
-
-    Attributes:
-        trace: The forward pass on the prompt.
-        position: Where the answer is read.
-        target: The token whose logit is explained.
-        logit: Its additive logit, centered over the vocabulary.
-        cache: The largest paths.
-        paths: Their statistics.
-        ablated: Path ablations of these and of the random ones; None without `--ablate`.
-        drawn: Effects of the random paths by label.
-        why_none: Why there are no random paths; empty if there are.
-        components: Sums over all paths through each component; None if left out.
-        zeroed: Zero ablations of the components.
-    """
-
-    trace: Trace
-    position: int
-    target: int
-    logit: float
-    cache: PathCache
-    paths: PathStatistics
-    ablated: AblationEffect | None
-    drawn: dict[str, float]
-    why_none: str
-    components: PathStatistics | None
-    zeroed: AblationEffect | None
-
-
-def run(options: argparse.Namespace) -> None:
-    """Print the largest paths of one prompt."""
-    prompt, output = read_prompt(options.model, options.prompt), Output.of(options)
-    with steps(6) as step, refusals():
-        step("loading TransformerLens and the model")
-        network = load_network(options.model, options.granularity)
-        step("forward pass")
-        trace = network.trace(prompt)
-        position = read_position(options.position, trace.tokens.shape[1])
-        answer, target, logit = _target(trace, position, options.target)
+def report(options: argparse.Namespace) -> Report:
+    """The largest paths of one prompt."""
+    with steps(6) as step:
+        asked = read(options, options.granularity, step)
         step("paths")
+        data = header("paths", model=options.model, prompt=asked.prompt, rank=options.rank)
+        data |= {"granularity": options.granularity, "position": asked.position, "read": asked.last}
+        target = _target(data, asked, options.target)
         largest = {"top": options.top, "rank": options.rank, "targets": [target] if options.rank == "effect" else None}
-        expansion = _expansion(options, network, options.sources, **largest)
-        cache = expansion(trace, positions=position)
-        paths = cache.statistics(targets=[target])
-        ablated, drawn, why_none = None, {}, ""
+        cache = _expansion(options, asked, options.sources, **largest)(asked.trace, positions=asked.position)
+        paths, expansion = cache.statistics(targets=[target]), cast(PathExpansion, cache.expansion)
+        drawn, why_none, falls = {}, "", {}
         if options.ablate:
             step("path ablation")
-            drawn, why_none = _drawn(options, cast(PathExpansion, cache.expansion), trace, position, target, paths)
-            tested = [path for path in dict.fromkeys((*paths.labels, *drawn)) if path != CONSTANT]
-            ablated = path_ablation(network, trace, tested, targets=[target], positions=position) if tested else None
-        components, zeroed = None, None
+            drawn, why_none = _drawn(options, expansion, asked, target, paths)
+            falls = _falls(asked, list(dict.fromkeys((*paths.labels, *drawn))), target)
+        records = [_path(asked, paths, i, falls) for i in range(len(paths.labels))]
+        shown = sum(record["effect"] for record in records)
+        data |= {
+            "linearize": expansion.linearize,
+            "order": expansion.order if expansion.linearize == "jet" else None,
+            "n_paths": expansion.count,
+            "filters": {name: value for name, value in expansion.filters.items() if value is not None},
+            "is_exhaustive": cache.is_exhaustive,
+            "is_softcapped": asked.trace.decoder.transform is not None,
+            "unit": asked.trace.decoder.unit,
+            "remainders": cache.remainders,
+            "effect_of_shown": shown,
+            "effect_of_rest": data["target"]["logit"] - shown,
+            "paths": records,
+            "control": [_tested({"path": path, "effect": effect}, falls) for path, effect in drawn.items()],
+            "ablation": None,
+            "components": None,
+        }
+        if falls:
+            random = _summary(data["control"]) if drawn else None
+            data["ablation"] = {"shown": _summary(records), "random": random, "why_none": why_none}
         if options.linearize == "detached" and not options.no_components:
             step("sums through components")
-            components = path_sums(network, trace, positions=position, targets=[target])
+            sums = path_sums(asked.network, asked.trace, positions=asked.position, targets=[target])
             step("zero ablation")
-            zeroed = ablation_effect(network, trace, targets=[target], positions=position)
-    found = Found(trace, position, target, logit, cache, paths, ablated, drawn, why_none, components, zeroed)
-    asked = {"model": options.model, "prompt": prompt, "rank": options.rank, "granularity": options.granularity}
-    data = header("paths", **asked) | paths_data(found, answer)
-    output.write_json(data)
-    if "html" in output:
-        output.write("html", command_page("paths", terminal.asked(data), terminal.explained(data), *_sections(data)))
-    output.print(*terminal.tables(data, top=options.top))
-
-
-def _sections(data: dict[str, Any]) -> list[View]:
-    """Tables of the HTML page."""
-    columns = {"effect": "effect", "path_ablation": "path ablation", "verdict": "verdict"}
-    columns |= {"norm": "norm", "share": "share", "top": "its own best", "path": "path"}
-    rest = {"effect": data["effect_of_rest"], "path": terminal.rest(data)}
-    total = {"effect": data["target"]["logit"], "path": "the model"}
-    found = [section(terminal.title(data), records([*data["paths"], rest, total], columns), terminal.notes(data))]
-    if data["control"]:
-        names = {key: columns[key] for key in ("effect", "path_ablation", "verdict", "path")}
-        found.append(section("The control: random paths of comparable effect", records(data["control"], names)))
+            data["components"] = _components(asked, sums, target)
+    tables = [_path_table(data)]
     if data["components"] is not None:
-        names = {"component": "component", "n_paths": "paths", "effect": "effect", "zero_ablation": "zero ablation"}
-        names |= {"kl": "KL", "top": "best of the sum"}
-        rows = data["components"]["rows"]
-        found.append(section("All detached paths through each component", records(rows, names)))
-    return found
+        tables.append(_component_table(data["components"], options.top, data["unit"]))
+    keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
+    keys += ["control" if data["ablation"] is None else "ablation"]
+    keys += [*(["zero ablation"] if data["components"] else []), *(["softcap"] if data["is_softcapped"] else [])]
+    asked_for = asked.asked(options.model, data["answer"], data["target"])
+    on_page = [*tables, *([_control_table(data["control"])] if data["control"] else [])]
+    return Report(data, asked_for, tables, legend("paths", *keys), on_page=on_page)
 
 
-def _target(trace: Trace, position: int, given: str | None) -> tuple[int, int, float]:
-    """The model's answer, the token to explain, and its centered additive logit."""
-    logits = additive_logits(trace, torch.tensor([[position]], device=trace.tokens.device))[0, 0]
+def _target(data: dict[str, Any], asked: Read, given: str | None) -> int:
+    """The token to explain; adds it, its centered additive logit, and the model's answer to the data."""
+    logits = additive_logits(asked.trace, torch.tensor([[asked.position]], device=asked.trace.tokens.device))[0, 0]
     answer = int(logits.argmax())
-    target = answer if given is None else read_token(trace.network, given)
-    return answer, target, float(centered(logits, torch.tensor([target], device=logits.device)))
+    target = answer if given is None else read_token(asked.network, given)
+    logit = float(centered(logits, torch.tensor([target], device=logits.device)))
+    data |= {"answer": asked.token(answer), "target": asked.token(target) | {"logit": logit}}
+    return target
 
 
-def _expansion(options: argparse.Namespace, network: Any, sources: list[str] | None, **largest: Any) -> PathExpansion:
+def _expansion(options: argparse.Namespace, asked: Read, sources: list[str] | None, **largest: Any) -> PathExpansion:
     """The requested paths: the largest, or all of them."""
     is_jet = options.linearize == "jet"
     if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
         raise UsageError(
             "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
         )
-    return exponential_expansion(
-        network,
-        options.order if is_jet else None,
-        linearize=options.linearize,
-        through=options.through,
-        avoiding=options.avoiding,
-        sources=sources,
-        max_writes=options.max_writes,
-        center_scale=options.center_scale,
-        renormalize=options.renormalize,
-        max_paths=options.max_paths,
-        **largest,
-    )
+    named = ("linearize", "through", "avoiding", "max_writes", "center_scale", "renormalize", "max_paths")
+    given = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
+    return exponential_expansion(asked.network, options.order if is_jet else None, **given)
 
 
 def _drawn(
-    options: argparse.Namespace,
-    expansion: PathExpansion,
-    trace: Trace,
-    position: int,
-    target: int,
-    largest: PathStatistics,
+    options: argparse.Namespace, expansion: PathExpansion, asked: Read, target: int, largest: PathStatistics
 ) -> tuple[dict[str, float], str]:
-    """As many random paths of comparable effect as there are largest ones, or why there are none."""
+    """Effects of as many random paths of comparable effect as there are largest ones, or why there are none."""
     if expansion.count > options.max_paths:
         return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
     # By name: otherwise constants that are zero here count against --max-paths.
     sources = [source.label for source in expansion.lattice.sources]
-    every = _expansion(options, trace.network, sources)(trace, positions=position)
-    every = every.statistics(targets=[target])
+    every = _expansion(options, asked, sources)(asked.trace, positions=asked.position).statistics(targets=[target])
     effects = dict(zip(every.labels, every.effect[:, 0, 0].tolist(), strict=True))
     shown = {path for path in largest.labels if path != CONSTANT}
     least = LEAST_OF_CONTROL * min((abs(effects[path]) for path in shown), default=math.inf)
@@ -181,73 +124,40 @@ def _drawn(
     return {others[i]: effects[others[i]] for i in order[: len(shown)]}, "" if others else "no others are comparable"
 
 
-def paths_data(found: Found, answer: int) -> dict[str, Any]:
-    """All results as plain values."""
-    tokenizer, expansion = found.trace.network.tokenizer, cast(PathExpansion, found.cache.expansion)
-    falls = {}
-    if found.ablated is not None:
-        changes = found.ablated.centered[:, 0, 0, 0].tolist()
-        falls = dict(zip(found.ablated.labels, (-change for change in changes), strict=True))
-    records = [_path_record(found.paths, i, falls) for i in range(len(found.paths.labels))]
-    controls = [
-        {"path": path, "effect": effect, "path_ablation": falls[path], "verdict": verdict(effect, falls[path])}
-        for path, effect in found.drawn.items()
-    ]
-    ablation = None
-    if found.ablated is not None:
-        ablation = {
-            "shown": _summary([r for r in records if "path_ablation" in r]),
-            "random": _summary(controls) if controls else None,
-            "why_none": found.why_none,
-        }
-    shown = sum(record["effect"] for record in records)
-    return {
-        "position": found.position,
-        "read": token_record(tokenizer, int(found.trace.tokens[0, found.position])),
-        "answer": token_record(tokenizer, answer),
-        "target": token_record(tokenizer, found.target) | {"logit": found.logit},
-        "linearize": expansion.linearize,
-        "order": expansion.order if expansion.linearize == "jet" else None,
-        "n_paths": expansion.count,
-        "filters": {name: value for name, value in expansion.filters.items() if value is not None},
-        "is_exhaustive": found.cache.is_exhaustive,
-        "is_softcapped": found.trace.decoder.transform is not None,
-        "unit": found.trace.decoder.unit,
-        "remainders": found.cache.remainders,
-        "effect_of_shown": shown,
-        "effect_of_rest": found.logit - shown,
-        "paths": records,
-        "ablation": ablation,
-        "control": controls,
-        "components": _components(found),
-    }
+def _falls(asked: Read, paths: list[str], target: int) -> dict[str, float]:
+    """How far the target's logit falls without each path."""
+    tested = [path for path in paths if path != CONSTANT]
+    if not tested:
+        return {}
+    ablated = path_ablation(asked.network, asked.trace, tested, targets=[target], positions=asked.position)
+    return dict(zip(ablated.labels, (-ablated.centered[:, 0, 0, 0]).tolist(), strict=True))
 
 
-def _path_record(statistics: PathStatistics, index: int, falls: dict[str, float]) -> dict[str, Any]:
-    label, at = statistics.labels[index], (index, 0, 0)
+def _tested(record: dict[str, Any], falls: dict[str, float]) -> dict[str, Any]:
+    """A path's record with its ablation and verdict, if it was ablated."""
+    if record["path"] not in falls:
+        return record
+    fall = falls[record["path"]]
+    return record | {"path_ablation": fall, "verdict": verdict(record["effect"], fall)}
+
+
+def _path(asked: Read, paths: PathStatistics, i: int, falls: dict[str, float]) -> dict[str, Any]:
+    label, at = paths.labels[i], (i, 0, 0)
     record = {"path": label, "n_writes": 0 if label == CONSTANT else Path.parse(label).n_writes}
-    record |= {name: float(getattr(statistics, name)[at]) for name in ("effect", "norm", "cosine", "share")}
-    record |= {"top": _top(statistics, index), "is_answer": bool(statistics.copies[at])}
-    if label in falls:
-        record |= {"path_ablation": falls[label], "verdict": verdict(record["effect"], falls[label])}
-    return record
+    record |= {name: float(getattr(paths, name)[at]) for name in ("effect", "norm", "cosine", "share")}
+    record |= {"top": asked.token(int(paths.top_ids[at])), "is_answer": bool(paths.copies[at])}
+    return _tested(record, falls)
 
 
-def _top(statistics: PathStatistics, index: int) -> dict[str, Any]:
-    return token_record(statistics.tokenizer, int(statistics.top_ids[index, 0, 0]))
-
-
-def _components(found: Found) -> dict[str, Any] | None:
+def _components(asked: Read, sums: PathStatistics, target: int) -> dict[str, Any]:
     """Sums over paths, with zero ablations, largest effect first."""
-    sums, zeroed = found.components, found.zeroed
-    if sums is None or zeroed is None:
-        return None
+    zeroed = ablation_effect(asked.network, asked.trace, targets=[target], positions=asked.position)
     falls = dict(zip(zeroed.labels, (-zeroed.centered[:, 0, 0, 0]).tolist(), strict=True))
     losses = dict(zip(zeroed.labels, zeroed.kl[:, 0, 0].tolist(), strict=True))
     rows = []
     for i, label in enumerate(sums.labels):
         row = {"component": label, "n_paths": sums.counts[i], "effect": float(sums.effect[i, 0, 0])}
-        row |= {"share": float(sums.share[i, 0, 0]), "top": _top(sums, i)}
+        row |= {"share": float(sums.share[i, 0, 0]), "top": asked.token(int(sums.top_ids[i, 0, 0]))}
         rows.append(row | {"zero_ablation": falls.get(label), "kl": losses.get(label)})
     rows.sort(key=lambda row: -abs(row["effect"]))
     paired = [(row["effect"], row["zero_ablation"]) for row in rows if row["zero_ablation"] is not None]
@@ -255,16 +165,77 @@ def _components(found: Found) -> dict[str, Any] | None:
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Number of paths by verdict, and the rank correlation of their effects and ablations."""
+    """Number of ablated paths by verdict, and the rank correlation of their effects and ablations."""
+    records = [record for record in records if "verdict" in record]
     counts = Counter(record["verdict"] for record in records)
-    kinds = {kind: counts[kind] for kind in ("confirmed", "partly", "refuted")}
     pairs = [(record["effect"], record["path_ablation"]) for record in records]
-    return {"n": len(records), **kinds, "rank_correlation": rank_correlation(pairs)}
+    return {"n": len(records), **{kind: counts[kind] for kind in VERDICTS}, "rank_correlation": rank_correlation(pairs)}
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman correlation; None for fewer than three pairs, or constant values."""
-    if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
+    frame = pd.DataFrame(pairs)
+    if len(pairs) < 3 or (frame.nunique() < 2).any():
         return None
-    effects, falls = (pd.Series(side).rank() for side in zip(*pairs, strict=True))
-    return float(np.corrcoef(effects, falls)[0, 1])
+    return float(frame[0].rank().corr(frame[1].rank()))
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    """Effect and ablation of a path."""
+    row = {"effect": signed(record["effect"])}
+    if "verdict" in record:
+        row |= {"ablation": signed(record["path_ablation"]), "verdict": record["verdict"]}
+    return row
+
+
+def _path_table(data: dict[str, Any]) -> Table:
+    """One path a row, with its ablation if there is one; sums below."""
+    paths, target, is_jet = data["paths"], data["target"], data["linearize"] == "jet"
+    rows = [_row(row) | {"its own best": row["top"]["token"], "path": row["path"]} for row in paths]
+    rest = [f"{count_text(data['n_paths'] - len(paths))} other paths"]
+    rest += ["what the filters left out"] if data["filters"] else []
+    rest += ["the remainder"] if is_jet else []
+    sums = {
+        f"these {len(paths)}": data["effect_of_shown"],
+        " and ".join([", ".join(rest[:-1]), rest[-1]] if len(rest) > 1 else rest): data["effect_of_rest"],
+        f"the model: the logit of {target['token']}{in_unit(data['unit'])}": target["logit"],
+    }
+    kind = f"order-{data['order']} jet" if is_jet else "detached"
+    of = f"The {len(paths)} largest of {count_text(data['n_paths'])} {kind} paths"
+    of += " that the filters keep" if data["filters"] else ""
+    title = f"{of}, by {data['rank']}{'' if data['is_exhaustive'] else ' (beam search)'}{in_unit(data['unit'])}"
+    return Table(title, rows, [{"effect": signed(effect), "path": name} for name, effect in sums.items()], _notes(data))
+
+
+def _notes(data: dict[str, Any]) -> list[str]:
+    """Notes below the table of paths."""
+    found, ablation = [], data["ablation"]
+    if data["linearize"] == "jet":
+        copies = sum(row["is_answer"] for row in data["paths"])
+        found.append(f"{copies} of {len(data['paths'])} paths decode to the model's own answer")
+        for stream, remainder in list(data["remainders"].items())[-2:-1]:
+            found.append(f"remainder of all paths at {stream}, relative to the stream: {number(remainder)}")
+    for name, kind in (("these", "shown"), ("random", "random")) if ablation else ():
+        if (summary := ablation[kind]) is None:
+            found.append(f"no random paths to compare with: {ablation['why_none']}")
+            continue
+        counts = ", ".join(f"{summary[kind]} {kind}" for kind in VERDICTS)
+        found.append(f"{name} {summary['n']}: {counts}; rank correlation {signed(summary['rank_correlation'])}")
+    return found
+
+
+def _control_table(control: list[dict[str, Any]]) -> Table:
+    rows = [_row(row) | {"path": row["path"]} for row in control]
+    return Table("The control: random paths of comparable effect", rows)
+
+
+def _component_table(components: dict[str, Any], top: int, unit: str) -> Table:
+    """One component a row: the sum of all paths through it, with its zero ablation."""
+    rows = []
+    for row in components["rows"]:
+        cells = {"component": row["component"], "paths": count_text(row["n_paths"]), "effect": signed(row["effect"])}
+        cells |= {"zero ablation": signed(row["zero_ablation"]), "KL": number(row["kl"])}
+        rows.append(cells | {"best token of the sum": row["top"]["token"]})
+    note = f"rank correlation of effect and zero ablation: {signed(components['rank_correlation'])}"
+    title = f"All detached paths through each component{in_unit(unit)}"
+    return Table(title, rows, notes=[note], top=top, more="more, all smaller: --top, --json")

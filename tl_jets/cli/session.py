@@ -1,25 +1,74 @@
-"""First steps of every command: load the model, read the prompt, find the requested token; errors become one line."""
+"""The runner of all commands, and their first steps: load the model, read the prompt, find the requested token."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT, UsageError, one_line
+from tl_jets.cli.outputs import STDOUT, output_files, write
+from tl_jets.core.divergence import DivergenceWarning
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
 from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import token_text, visible
+from tl_jets.core.trace import Trace
 from tl_jets.pretrained import load_tinydocs
 from tl_jets.pretrained.loading import load_model
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt that a model has read, and the position that was asked for, counted from the start."""
+
+    network: ResidualNetwork
+    trace: Trace
+    prompt: str
+    position: int
+
+    def token(self, token: int) -> dict[str, Any]:
+        """A token for a file: its visible text and its id."""
+        return {"token": visible(token_text(self.network.tokenizer, token)), "id": token}
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The token at the position."""
+        return self.token(int(self.trace.tokens[0, self.position]))
+
+    def asked(self, model: str, answer: dict[str, Any], target: dict[str, Any] | None = None) -> dict[str, str]:
+        """The request, and the model's answer."""
+        said = f"{answer['token']}, what the model says after {self.last['token']} (position {self.position})"
+        rows = {"model": model, "prompt": self.prompt, "answer": said}
+        if target is not None and target["id"] != answer["id"]:
+            rows["target"] = f"{target['token']}, whose logit is explained"
+        return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a command; write its files first, then print its tables unless a file is standard output."""
+    files = output_files(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DivergenceWarning)  # the tables show the remainders
+        try:
+            report = import_module(f"tl_jets.cli.{options.command}").report(options)
+        except (ValueError, NotImplementedError) as error:
+            raise UsageError(one_line(error)) from error
+        for kind, parts in (("json", report.json), ("html", report.html), ("svg", report.svg)):
+            if kind in files:
+                write(files[kind], parts())
+    if STDOUT not in files.values():
+        report.show()
 
 
 def read_prompt(model: str, prompt: str | None) -> str:
@@ -37,20 +86,17 @@ def read_prompt(model: str, prompt: str | None) -> str:
     return prompt
 
 
-def read_position(position: int, length: int) -> int:
-    """The position, counted from the start of the prompt."""
-    if not -length <= position < length:
-        raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {position}")
-    return position % length
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Turn library errors into one-line usage errors."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(one_line(error)) from error
+def read(options: argparse.Namespace, granularity: Any, step: Callable[[str], None]) -> Read:
+    """Load the model and run it on the prompt."""
+    prompt = read_prompt(options.model, options.prompt)
+    step("loading TransformerLens and the model")
+    network = load_network(options.model, granularity)
+    step("forward pass")
+    trace = network.trace(network.tokenize(prompt, prepend_bos=options.prepend_bos))
+    length = trace.tokens.shape[1]
+    if not -length <= options.position < length:
+        raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {options.position}")
+    return Read(network, trace, prompt, options.position % length)
 
 
 @contextmanager
@@ -146,8 +192,3 @@ def _unescaped(text: str) -> str:
         return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text
     except (SyntaxError, ValueError):
         return text
-
-
-def token_record(tokenizer: Any, token: int) -> dict[str, Any]:
-    """A token for a file: its visible text and its id."""
-    return {"token": visible(token_text(tokenizer, token)), "id": token}
