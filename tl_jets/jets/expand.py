@@ -94,6 +94,8 @@ from tl_jets.jets.weights import read_weights
 
 Objective = Literal["l2", "centered_l2", "kl"]
 OBJECTIVES: tuple[Objective, ...] = ("l2", "centered_l2", "kl")
+# Tokens whose logits at all centers are held at once.
+KL_TOKENS = 8
 
 
 def jet_expand(
@@ -394,8 +396,8 @@ def _kl_weights(decoder: Decoder, jets: Tensor, truth: Tensor) -> SimplexSolutio
     dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the precision of the model's logits
     rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
     target = torch.log_softmax(decoder.logits(truth), -1)
-    solution = simplex_kl(lambda chunk: decoder.logits(rows[:, chunk]), target)
-    return solution.reshape(*shape)
+    chunks = zip(rows.split(KL_TOKENS, 1), target.split(KL_TOKENS), strict=True)
+    return SimplexSolution.cat([simplex_kl(decoder.logits(part), aim) for part, aim in chunks]).reshape(*shape)
 
 
 def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:
