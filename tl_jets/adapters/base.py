@@ -9,119 +9,33 @@ block.
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
-from functools import wraps
-from itertools import product
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_jets.adapters.blocks import Blocks, saver, under_lock
+from tl_jets.adapters.connecting import connect
 from tl_jets.adapters.heads import head_writes
 from tl_jets.adapters.inputs import read_input, read_text
-from tl_jets.adapters.kept import kept_of
 from tl_jets.adapters.neurons import neuron_step, neuron_writes
-from tl_jets.adapters.protocol import Sublayer
-from tl_jets.adapters.reading import (
-    read_norm,
-    refuse_training,
-    refuse_unsupported,
-    strange_parts,
-    unreplayable,
-    working_dtype,
-)
 from tl_jets.adapters.ready_cache import read_cache
-from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.changes import look
-from tl_jets.core.decoder import Decoder
-from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, State, Step, tolerance
+from tl_jets.core.protocol import Granularity, Recording, Stage, Step, tolerance
 
 
-def _alone(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a view's method under the lock of its model."""
-
-    @wraps(method)
-    def locked(self: TransformerLensView, *args: Any, **kwargs: Any) -> Any:
-        with self.kept.lock:
-            return method(self, *args, **kwargs)
-
-    return locked
-
-
-class TransformerLensView(ABC):
+class TransformerLensView(Blocks):
     """A TransformerLens model as a residual network (implements `tl_jets.core.protocol.ModelView`)."""
-
-    def __init__(self, model: Any):
-        refuse_unsupported(model)
-        self.model = model
-        self.cfg = model.cfg
-        self.n_layers = len(model.blocks)
-        called = str(getattr(self.cfg, "model_name", None) or "custom")  # a local directory goes by its last part
-        self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
-        self.kept = kept_of(model)
-        self.checked, self.checks = self.kept.checked, self.kept.replays
-        self._read_state: list[int] = [0] * (1 + self.n_layers)
-        self._post_norms: dict[tuple[int, str], Norm | None] = {}
-        self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
-        self.follow()
-        for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
-            # An unreadable norm, or a hook inside one, is refused when needed.
-            with suppress(ValueError, NotImplementedError):
-                self.post_norm(layer, which)
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None."""
         return self.model.tokenizer
 
-    # Provided by the subclasses
-
-    @abstractmethod
-    def _decoder(self) -> Decoder:
-        """Final norm, unembedding and output transform."""
-
-    @abstractmethod
-    def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """Pre-norm and attention, before any post-norm."""
-
-    @abstractmethod
-    def finish_attn(self, layer: int, out: Tensor) -> Tensor:
-        """Map the attention module's output to its write."""
-
-    @abstractmethod
-    def call_mlp(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
-        """The MLP's write."""
-
-    @abstractmethod
-    def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
-        """The module between a sublayer and the stream, or None."""
-
-    @abstractmethod
-    def is_parallel(self, layer: int) -> bool:
-        """Whether attention and MLP read the same stream."""
-
-    @abstractmethod
-    def has_mlp(self, layer: int) -> bool:
-        """Whether the block has an MLP."""
-
-    @abstractmethod
-    def _edits_mid(self) -> bool:
-        """Whether a hook on `hook_resid_mid` changes the stream itself, skip included."""
-
-    @abstractmethod
-    def _call_modules(self) -> list[tuple[Hashable, torch.nn.Module]]:
-        """Modules whose call arguments a replay needs, by key."""
-
     def forget_replay(self, layer: int) -> None:
         """Clean up the model's modules after a replay."""
         del layer
-
-    # Stages
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
         """The stages of the model at a granularity."""
@@ -146,102 +60,6 @@ class TransformerLensView(ABC):
         """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label or write label names, or None."""
         return neuron_step(self, label)
 
-    def cannot(self, step: Step) -> str | None:
-        """Why a step cannot be replayed on another stream, frozen or split into parts; None if it can."""
-        which = {"block": ("attn", "mlp"), "attn": ("attn",), "head": ("attn",), "attn_bias": ("attn",)}.get(
-            step.kind, ("mlp",)
-        )
-        if (step.layer, which) not in self._reasons:
-            self._reasons[step.layer, which] = unreplayable(self.model, step.layer, *which)
-        return self._reasons[step.layer, which]
-
-    def refuse(self, *steps: Step) -> None:
-        """Raise NotImplementedError if any of the steps cannot be replayed."""
-        for step in steps:
-            reason = self.cannot(step)
-            if reason is not None:
-                raise NotImplementedError(
-                    f"This needs {step.label} of {self.name} on other streams than its own, which is not supported: {reason}. "
-                    f"Lenses, and direct attribution at 'ln_final' (linearize='detached'), read streams only."
-                )
-
-    # Recording
-
-    @contextmanager
-    def hooks(self, hooks: list[tuple[str, Any]]) -> Iterator[None]:
-        """`model.hooks`, invisible to the traces and evaluations of other threads."""
-        with self.kept.lock, self.model.hooks(hooks):
-            yield
-
-    @_alone
-    def hook_state(self, layer: int | None = None) -> State:
-        """Ids of forward hooks and number of the weights' state: outside the blocks, then by block.
-
-        `layer` restricts it to one block, or to outside the blocks (-1). Raises ValueError in training mode.
-        """
-        if len(self.model.blocks) != self.n_layers:
-            raise ValueError(
-                f"A network is of the blocks that its model had; it had {self.n_layers} and has {len(self.model.blocks)} now. "
-                f"Make the ResidualNetwork again."
-            )
-        parts = range(self.n_layers + 1) if layer is None else [layer + 1]
-        return tuple(self._part_state(part) for part in parts)
-
-    def _part_state(self, part: int) -> tuple[tuple[int, ...], int]:
-        blocks = list(self.model.blocks)
-        roots = (
-            [blocks[part - 1]] if part else [self.model, *filter(None, [getattr(self.model, "original_model", None)])]
-        )
-        found = look(roots, without=() if part else blocks)
-        if found.is_training:
-            refuse_training(self.model)
-        return found.hooks, self.kept.watches[part].number(found.weights, found.modules)
-
-    @_alone
-    def follow(self, *, everywhere: bool = True) -> State:
-        """Reread cached parts of the model if its modules or weights have changed; `everywhere` includes the blocks.
-
-        Returns the `hook_state` of what was checked.
-        """
-        state = self.hook_state(None if everywhere else -1)
-        changed = [part for part, (_, number) in enumerate(state) if number != self._read_state[part]]
-        if changed:
-            model = self.model
-            # Not a quantized weight, which is stored in another dtype.
-            parameter = next(p for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
-            self.blocks = list(model.blocks)
-            self.opaque = {layer for layer, block in enumerate(self.blocks) if strange_parts(block)}
-            self._reasons.clear()
-            self.input_device, self.device = parameter.device, model.W_U.device
-            self.native_dtype = parameter.dtype
-            self.dtype = working_dtype(parameter.dtype)
-            self.hook_dict = dict(model.hook_dict)  # rebuilt at every access on a bridge
-            self.stream_names = self._read_stream_names()
-            if 0 in changed:
-                self.decoder = self._read_decoder(*state[0])
-        for part in changed:
-            for which in get_args(Sublayer):
-                self._post_norms.pop((part - 1, which), None)
-            self._read_state[part] = state[part][1]
-        return state
-
-    def _read_decoder(self, hooks: tuple[int, ...], number: int) -> Decoder:
-        """The decoder at a state of the weights, with metrics already known for that state."""
-        if self.kept.decoder is not None and self.kept.decoder[0] == number and not hooks:
-            return self.kept.decoder[1]
-        found = self._decoder()
-        if found.transform is None:  # a softcap may refer to the model
-            self.kept.decoder = number, found
-        return found
-
-    def _hooks_on(self, name: str) -> bool:
-        point = self.hook_dict.get(name)
-        return point is not None and bool(point.fwd_hooks)
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Context that keeps float64 models in float64 and computes half-precision models in float32."""
-        return nullcontext() if self.native_dtype is torch.float32 else full_precision()
-
     def fills_cache(self, tokens: Tensor) -> bool:
         """Whether attention fills a key-value cache passed to it."""
         del tokens
@@ -251,12 +69,12 @@ class TransformerLensView(ABC):
         """Token ids of text, padded on the right, and a mask of real tokens [batch, pos]."""
         return read_text(self.model, text, prepend_bos)
 
-    @_alone
+    @under_lock
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
         """One forward pass (or a ready cache) as streams, writes, edits and sources that add up."""
         state = self.follow()
         tokens, valid, attention_mask = read_input(self.model, text_or_tokens, attention_mask)
-        hooked = {name for name in self.stream_names if self._hooks_on(name)}
+        hooked = {name for name in self.stream_names if self.hook_dict[name].fwd_hooks}
         calls, logits = None, None
         if cache is None:
             saved, calls, logits = self.forward(tokens, attention_mask)
@@ -268,65 +86,8 @@ class TransformerLensView(ABC):
             tokens, valid, {}, {}, {}, logits=logits, hook_state=state, calls=calls, accuracy=accuracy
         )
         recording.memo["attention_mask"] = attention_mask
-        self._connect(recording, saved, hooked)
+        connect(self, recording, saved, hooked)
         return recording
-
-    def _read_stream_names(self) -> list[str]:
-        names = ["hook_embed", "hook_pos_embed", *self._block_names()]
-        return [name for name in names if name in self.hook_dict]
-
-    def _block_names(self) -> list[str]:
-        names = []
-        for layer in range(self.n_layers):
-            kinds = ["resid_pre", "resid_post"] if layer in self.opaque else ["resid_pre", "attn_out", "resid_post"]
-            if layer not in self.opaque and self.has_mlp(layer):
-                kinds += ["mlp_out"] if self.is_parallel(layer) else ["resid_mid", "mlp_out"]
-            names += [f"blocks.{layer}.hook_{kind}" for kind in kinds]
-        return names
-
-    @_alone
-    def forward(
-        self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
-    ) -> tuple[dict[str, Tensor], Any, Any]:
-        """Activations by hook name, calls and logits of a forward pass; logits are None if it stops at hook `until`."""
-        saved: dict[str, Tensor] = {}
-        calls: dict[Hashable, tuple[tuple, dict]] = {}
-        # Layers share a tensor as last and first stream, and a user's hook may write to it.
-        shared = any(point.fwd_hooks for point in self.hook_dict.values())
-
-        def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
-            calls[key] = (args, dict(kwargs))
-
-        def call_saver(key: Hashable) -> Any:
-            return lambda module, args, kwargs: save_call(module, args, kwargs, key)
-
-        handles = [
-            module.register_forward_pre_hook(call_saver(key), with_kwargs=True, prepend=True)
-            for key, module in self._call_modules()
-        ]
-        try:
-            with torch.no_grad(), self.precision():
-                savers = [_saver(saved, name, copies=shared) for name in self.stream_names]
-                logits = self.run_until(until, tokens, savers, attention_mask)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return saved, calls, None if logits is None else logits.to(self.device)
-
-    def run_until(
-        self, until: str | None, tokens: Tensor, hooks: list[tuple[str, Any]], attention_mask: Tensor | None = None
-    ) -> Tensor | None:
-        """Logits of a forward pass under some hooks; None if it stops at hook `until`, after the other hooks there."""
-        stops = [] if until is None else [(until, _stop)]
-        try:
-            with self.hooks([*hooks, *stops]):
-                return self._run(tokens, attention_mask)
-        except _StoppedError:
-            return None
-
-    def _run(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        extra = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.input_device)}
-        return self.model(tokens.to(self.input_device), return_type="logits", **extra)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The `embed` source of single tokens: [token] -> [token, d_model]."""
@@ -334,100 +95,9 @@ class TransformerLensView(ABC):
         first = "blocks.0.hook_resid_pre"
         names = [name for name in ("hook_embed", "hook_pos_embed", first) if name in self.hook_dict]
         with torch.no_grad(), self.precision():
-            self.run_until(first, tokens.unsqueeze(1), [_saver(saved, name, copies=True) for name in names])
+            self.run_until(first, tokens.unsqueeze(1), [saver(saved, name, copies=True) for name in names])
         saved = {name: value.to(self.device, self.dtype) for name, value in saved.items()}
-        return self._sources(saved, saved[first], False)["embed"][:, 0]
-
-    def _connect(self, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
-        """Fill in sources, streams, writes and edits; refuse streams that are not the sum of their writes."""
-        missing = [name for name in self._block_names() if name not in saved]
-        if missing:
-            raise NotImplementedError(
-                f"Streams and writes must pass their hooks; in {self.name} nothing passed {missing[:3]} ({len(missing)} in all). "
-                f"Its blocks do something else, so it is refused."
-            )
-        saved = {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
-            for name, value in saved.items()
-        }
-
-        padded = not bool(recording.valid.all())
-
-        def largest(values: Tensor) -> float:
-            return float((values[recording.valid] if padded else values).abs().max())
-
-        def arrive(stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
-            difference = found - expected
-            size = largest(found)  # NaN and infinity survive `max`
-            if not math.isfinite(size):
-                raise ValueError(
-                    f"Every stream must be finite; {stream} holds NaN or infinity. Look at the model's weights, its "
-                    f"precision (float16 overflows), and the hooks on it."
-                )
-            error = largest(difference) / max(size, 1e-30)
-            if hook in hooked:
-                recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference
-            elif not error <= recording.accuracy:
-                raise ValueError(
-                    f"A stream must be the sum of what was written to it; {stream} differs by {error:.1e} (relative) "
-                    f"and no hook on {hook} explains it. This architecture writes to the stream in a way that is not "
-                    f"understood, so it is refused."
-                )
-
-        first = saved["blocks.0.hook_resid_pre"]
-        recording.sources.update(self._sources(saved, first, "blocks.0.hook_resid_pre" in hooked))
-        arrive("0_pre", sum(recording.sources.values(), torch.zeros_like(first)), first, "blocks.0.hook_resid_pre")
-        for layer in range(self.n_layers):
-            block = f"blocks.{layer}.hook_"
-            stream = recording.streams[f"{layer}_pre"] = saved[block + "resid_pre"]
-            expected = post = saved[block + "resid_post"]
-            if layer not in self.opaque:
-                attn = recording.writes[f"{layer}_attn_out"] = saved[block + "attn_out"]
-                expected = stream + attn
-            elif block + "resid_post" in hooked:
-                raise ValueError(
-                    f"An edit of a stream must be told from what the block wrote; block {layer} of {self.name} is one write, and a "
-                    f"hook is on {block}resid_post. Put it on hook_resid_pre of the next block, or take it off."
-                )
-            else:
-                recording.writes[f"{layer}_block_out"] = post - stream
-            if layer not in self.opaque and self.has_mlp(layer):
-                mlp = recording.writes[f"{layer}_mlp_out"] = saved[block + "mlp_out"]
-                if not self.is_parallel(layer):
-                    mid = saved[block + "resid_mid"]
-                    if self._edits_mid() or block + "resid_mid" not in hooked:
-                        arrive(f"{layer}_mid", expected, mid, block + "resid_mid")
-                        expected = mid
-                    recording.streams[f"{layer}_mid"] = expected
-                expected = expected + mlp
-            last = layer == self.n_layers - 1
-            following = FINAL_STREAM if last else f"{layer + 1}_pre"
-            arrive(following, expected, post, block + "resid_post")
-            if last:
-                recording.streams[FINAL_STREAM] = post
-            else:
-                arrive(
-                    following, post, saved[f"blocks.{layer + 1}.hook_resid_pre"], f"blocks.{layer + 1}.hook_resid_pre"
-                )
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """`embed`, and `pos_embed` if learned positions are added to the stream."""
-        learned = getattr(self.cfg, "positional_embedding_type", "standard") == "standard"
-        return ("embed", "pos_embed") if learned and "hook_pos_embed" in self.hook_dict else ("embed",)
-
-    def _sources(self, saved: dict[str, Tensor], first: Tensor, edited: bool) -> dict[str, Tensor]:
-        """Values of the sources; `embed` is taken after any scale or norm of embeddings (Gemma, Bloom)."""
-        positions = saved["hook_pos_embed"].expand_as(first) if "pos_embed" in self.sources else None
-        embed = saved.get("hook_embed")
-        if embed is None or embed.shape != first.shape:
-            embed = first if positions is None else first - positions
-        total = embed if positions is None else embed + positions
-        if not edited and not torch.equal(total, first):
-            embed = first if positions is None else first - positions
-        return {"embed": embed} if positions is None else {"embed": embed, "pos_embed": positions}
-
-    # Replaying
+        return self.read_sources(saved, saved[first], False)["embed"][:, 0]
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
         """The stage's writes at any stream, in the order of its steps; refuses steps that cannot be replayed."""
@@ -476,59 +146,6 @@ class TransformerLensView(ABC):
                     middle, write = middle + edit.to(stream.device), write + edit.to(stream.device)
             write = write + self.call_mlp(calls, layer, middle)
         return write
-
-    def post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
-        """The norm between a sublayer and the stream, or None; reread after changes of the block."""
-        if (layer, which) not in self._post_norms:
-            module = self._post_norm_module(layer, which)
-            self._post_norms[layer, which] = None if module is None else self._read_norm(module)
-        return self._post_norms[layer, which]
-
-    def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
-        """Contributions of parts of a sublayer's output `out` to its write, at the post-norm's scale, without bias."""
-        post = self.post_norm(layer, which)
-        if post is not None and post.kind != "none":
-            centered = post.center(out)
-            parts = post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps)
-            parts = parts if post.weight is None else parts * post.weight
-        return parts * self._scale(layer)
-
-    def post_bias(self, layer: int) -> Tensor | None:
-        """The bias of a norm after the MLP, as added to the write [d_model]."""
-        post = self.post_norm(layer, "mlp")
-        return None if post is None or post.bias is None else post.bias * self._scale(layer)
-
-    def _scale(self, layer: int) -> float:
-        return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
-
-    def device_of(self, layer: int) -> torch.device:
-        """The device of a block."""
-        return next(self.blocks[layer].parameters()).device
-
-    def _read_norm(self, module: Any) -> Norm:
-        return read_norm(module, self.cfg, self.cfg.d_model, self.device, self.dtype)
-
-    def _read_last_norm(self, module: Any) -> Norm:
-        norm = self._read_norm(module)
-        weight, bias = (None if x is None else x.to(self.device) for x in (norm.weight, norm.bias))
-        return replace(norm, weight=weight, bias=bias)
-
-
-class _StoppedError(Exception):
-    """Stops a forward pass at the requested hook."""
-
-
-def _stop(tensor: Tensor, hook: Any) -> None:
-    raise _StoppedError
-
-
-def _saver(saved: dict[str, Tensor], name: str, *, copies: bool) -> tuple[str, Any]:
-    """A hook that stores an activation, or a copy of it."""
-
-    def save(tensor: Tensor, hook: Any) -> None:
-        saved[name] = tensor.detach().clone() if copies else tensor.detach()
-
-    return name, save
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

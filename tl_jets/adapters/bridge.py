@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.base import Sublayer, TransformerLensView
+from tl_jets.adapters.base import TransformerLensView
+from tl_jets.adapters.blocks import Sublayer
 from tl_jets.core.decoder import Decoder
 
 # Arguments by which a replay would read or extend the key-value cache.
@@ -31,7 +32,8 @@ class TransformerBridgeView(TransformerLensView):
         """Whether the block has an MLP."""
         return "mlp" in self.blocks[layer]._modules
 
-    def _edits_mid(self) -> bool:
+    def edits_mid(self) -> bool:
+        """Whether a hook on `hook_resid_mid` changes the stream itself, skip included."""
         # hook_resid_mid is only the MLP branch's input here: replays fire it, and the skip keeps the old value.
         return False
 

@@ -22,11 +22,11 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from tl_jets.adapters.protocol import BlocksView
+from tl_jets.adapters.blocks import Blocks
 from tl_jets.core.protocol import Recording, tolerance
 
 
-def head_writes(view: BlocksView, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
+def head_writes(view: Blocks, recording: Recording, calls: Any, layer: int, stream: Tensor) -> Tensor:
     """[head + 1, batch, pos, d_model]: every head's write at any stream, then the attention bias."""
     check_heads(view, recording, calls, layer)
     z, out = _z_and_out(view, calls, layer, stream)
@@ -39,7 +39,7 @@ def head_writes(view: BlocksView, recording: Recording, calls: Any, layer: int, 
     return torch.cat([heads, (write - heads.sum(0))[None]])
 
 
-def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+def _z_and_out(view: Blocks, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """Input of W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
     grabbed: list[Tensor] = []
     name = f"blocks.{layer}.attn.hook_z"
@@ -56,13 +56,13 @@ def _z_and_out(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tupl
     return grabbed[-1], out
 
 
-def _through_output(view: BlocksView, layer: int, z: Tensor) -> Tensor:
+def _through_output(view: Blocks, layer: int, z: Tensor) -> Tensor:
     """Output of W_O per head [head, batch, pos, d_model]."""
     W_O = view.blocks[layer].attn.W_O.to(view.dtype)
     return einsum(z, W_O, "batch pos head d_head, head d_head d_model -> head batch pos d_model")
 
 
-def check_heads(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
+def check_heads(view: Blocks, recording: Recording, calls: Any, layer: int) -> None:
     """Check, once per layer and hooks, that attention minus heads is the same at every stream.
 
     Raises NotImplementedError if a hook edits the heads' sum, or the attention is not its heads through W_O.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from tl_jets.adapters.base import Sublayer, TransformerLensView
+from tl_jets.adapters.base import TransformerLensView
+from tl_jets.adapters.blocks import Sublayer
 from tl_jets.core.decoder import Decoder
 
 
@@ -24,7 +25,8 @@ class HookedTransformerView(TransformerLensView):
         """Whether the block has an MLP."""
         return not self.cfg.attn_only
 
-    def _edits_mid(self) -> bool:
+    def edits_mid(self) -> bool:
+        """Whether a hook on `hook_resid_mid` changes the stream itself, skip included."""
         return True
 
     def _call_modules(self) -> list[tuple[Hashable, torch.nn.Module]]:

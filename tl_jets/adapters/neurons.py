@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.protocol import BlocksView
+from tl_jets.adapters.blocks import Blocks
 from tl_jets.core.protocol import Recording, Stage, Step, relative_error
 
 _NEURON = re.compile(r"L(\d+)N(\d+)(_out)?")
 _BIAS = re.compile(r"(\d+)_mlp_bias")
 
 
-def neuron_step(view: BlocksView, label: str) -> Step | None:
+def neuron_step(view: Blocks, label: str) -> Step | None:
     """The neuron or MLP bias that a label or write label names, or None; ValueError if the layer has no such neuron."""
     bias, neuron = _BIAS.fullmatch(label), _NEURON.fullmatch(label)
     found = bias or neuron
@@ -53,7 +53,7 @@ def neuron_step(view: BlocksView, label: str) -> Step | None:
     return Step(f"L{layer}N{index}", layer, "neuron", neuron=index)
 
 
-def neuron_writes(view: BlocksView, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
+def neuron_writes(view: Blocks, recording: Recording, calls: Any, stage: Stage, stream: Tensor) -> Tensor:
     """Writes of a stage's neurons and MLP bias at any stream, in the order of its steps, including any rest."""
     layer = stage.steps[0].layer
     _check(view, recording, calls, layer)
@@ -71,7 +71,7 @@ def neuron_writes(view: BlocksView, recording: Recording, calls: Any, stage: Sta
     return found
 
 
-def _output_weights(view: BlocksView, layer: int) -> tuple[Tensor, Tensor]:
+def _output_weights(view: Blocks, layer: int) -> tuple[Tensor, Tensor]:
     """W_out [d_mlp, d_model] and b_out [d_model]."""
     mlp = view.blocks[layer].mlp
     W_out, b_out = getattr(mlp, "W_out", None), getattr(mlp, "b_out", None)
@@ -81,7 +81,7 @@ def _output_weights(view: BlocksView, layer: int) -> tuple[Tensor, Tensor]:
     return W_out, W_out.new_zeros(W_out.shape[1]) if b_out is None else b_out.detach().to(view.dtype)
 
 
-def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
+def _activations(view: Blocks, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """Input of W_out [batch, pos, d_mlp], and the MLP's write, at any stream."""
     grabbed: list[Tensor] = []
     with view.hooks([(f"blocks.{layer}.mlp.hook_post", lambda tensor, hook: grabbed.append(tensor))]):
@@ -91,7 +91,7 @@ def _activations(view: BlocksView, calls: Any, layer: int, stream: Tensor) -> tu
     return grabbed[-1], write
 
 
-def _check(view: BlocksView, recording: Recording, calls: Any, layer: int) -> None:
+def _check(view: Blocks, recording: Recording, calls: Any, layer: int) -> None:
     """Compare all neurons and b_out with the MLP's write, once per layer and set of hooks."""
     key = ("neurons", layer, recording.hook_state)
     if key in view.checked:
@@ -110,7 +110,7 @@ def _check(view: BlocksView, recording: Recording, calls: Any, layer: int) -> No
     view.checked.add(key)
 
 
-def _refusal(view: BlocksView, layer: int, reason: str) -> NotImplementedError:
+def _refusal(view: Blocks, layer: int, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f"Neurons must be readable at hook_post and sum to the MLP's write; in block {layer} of {view.name} {reason}: a hook "
         f"edits the MLP's output, or its kind is not understood. Take the whole MLP, '{layer}_mlp'."

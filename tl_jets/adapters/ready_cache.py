@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.protocol import BlocksView
+from tl_jets.adapters.blocks import Blocks
 from tl_jets.adapters.reading import working_dtype
 
 FIRST_STREAM = "blocks.0.hook_resid_pre"
 
 
 def read_cache(
-    view: BlocksView, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
+    view: Blocks, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
 ) -> tuple[dict[str, Tensor], float]:
     """A cache's activations by hook name, and their allowed relative error.
 
