@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES
+from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
@@ -121,7 +122,7 @@ def _index(value: Any) -> int:
 
 
 def stream_labels(
-    network: ResidualNetwork, layers: int | str | Sequence[int | str] | None, incl_mid: bool
+    network: ResidualNetwork, layers: int | LabelInput | Sequence[int | LabelInput] | None, incl_mid: bool
 ) -> list[str]:
     """Labels of the streams to read, in the order of the network or of `layers`."""
     every = list(network.at("sublayer").streams)
@@ -134,13 +135,16 @@ def stream_labels(
             "them, such as '0_mid'."
         )
     chosen = []
-    for layer in [layers] if isinstance(layers, (int, str)) else layers:
+    for layer in [layers] if isinstance(layers, int) or is_label(layers) else layers:
         if isinstance(layer, int) and not isinstance(layer, bool) and -len(pre) <= layer < len(pre):
             chosen.append(pre[layer])
-        elif isinstance(layer, str) and layer in every:
-            chosen.append(layer)
+        elif is_label(layer) and network.label(layer) in every:
+            chosen.append(network.label(layer))
         else:
-            raise ValueError(f"layers must be 0..{len(pre) - 1} or stream labels such as {every[:2]}; got {layer!r}.")
+            raise ValueError(
+                f"layers must be 0..{len(pre) - 1}, stream labels such as {every[:2]}, or TransformerLens' names of streams "
+                f"such as ('resid_post', 0); got {layer!r}."
+            )
     if not chosen:
         raise ValueError("layers must name at least one stream; got none. Pass None for all.")
     if len(set(chosen)) < len(chosen):

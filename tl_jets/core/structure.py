@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.labels import LabelInput, read_label
 from tl_jets.core.protocol import (
     DECODER_STEP,
     FINAL_STREAM,
@@ -42,6 +43,7 @@ class Structure:
         if isinstance(model, Structure):
             self.view.follow(everywhere=False)
         self.neurons = tuple(dict.fromkeys([neurons] if isinstance(neurons, str) else neurons))
+        self._n_layers = len(self.view.stages("block"))
         self.stages = self._with_neurons(self.view.stages(granularity))
         self._step_of = {step.label: step for stage in self.stages for step in stage.steps}
 
@@ -115,15 +117,20 @@ class Structure:
             return self
         return type(self)(self, granularity, () if granularity == "block" else self.neurons)
 
+    def label(self, label: LabelInput) -> str:
+        """The label that a name of TransformerLens means: `label(("mlp_out", -1))`; raises what `read_label` raises."""
+        return read_label(label, self._n_layers)
+
     def __contains__(self, label: object) -> bool:
         """Whether a trace can be indexed with a label: one of `labels`, or the write of a neuron."""
-        if label in self.labels:
-            return True
-        try:
-            step = self.view.fine_step(str(label))
-        except (ValueError, NotImplementedError):  # no such neuron in a layer, or none that can be read
+        if not isinstance(label, (str, tuple)):
             return False
-        return step is not None and step.write == label
+        try:
+            name = self.label(label)
+            step = None if name in self.labels else self.view.fine_step(name)
+        except (ValueError, NotImplementedError):  # no such layer or neuron, or none that can be read
+            return False
+        return name in self.labels or (step is not None and step.write == name)
 
     def part(self, step: Step) -> Stage:
         """A stage with only a neuron or the bias of an MLP, on the MLP's stream."""
@@ -154,8 +161,9 @@ class Structure:
         """Whether two networks share the model object, so that traces of one serve the other."""
         return getattr(self.view, "model", self.view) is getattr(other.view, "model", other.view)
 
-    def stage(self, label: str) -> Stage:
+    def stage(self, label: LabelInput) -> Stage:
         """The stage named by a step (`3_mlp`), its write (`3_mlp_out`) or its stream (`3_mid`)."""
+        label = self.label(label)
         for stage in self.stages:
             if label == stage.stream or any(label in (step.label, step.write) for step in stage.steps):
                 return stage

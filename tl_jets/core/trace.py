@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
 from tl_jets.core.structure import Structure
 
@@ -24,8 +25,9 @@ class Trace:
     """Activations of one forward pass, and each component as a function of the residual stream.
 
     Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
-    (`trace["embed"]`) and edits; values have shape [batch, pos, d_model]. Writes of neurons (`trace["L3N17_out"]`) and
-    of MLP biases (`trace["3_mlp_bias"]`) are not in `labels`, and evaluated on request.
+    (`trace["embed"]`) and edits, or by TransformerLens' names (`trace["mlp_out", 3]`); values have shape [batch, pos,
+    d_model]. Writes of neurons (`trace["L3N17_out"]`) and of MLP biases (`trace["3_mlp_bias"]`) are not in `labels`,
+    and evaluated on request.
 
     Attributes:
         network: The residual network.
@@ -55,13 +57,13 @@ class Trace:
         return (*self.network.labels, *edits)
 
     def __contains__(self, label: object) -> bool:
-        return label in self.labels or label in self.network
+        return (isinstance(label, str) and label in self.labels) or label in self.network
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.labels)
 
-    def __getitem__(self, label: str) -> Float[Tensor, "batch pos d_model"]:
-        record = self.recording
+    def __getitem__(self, label: LabelInput) -> Float[Tensor, "batch pos d_model"]:
+        record, label = self.recording, self.network.label(label)
         for table in (record.sources, record.streams, record.writes, *record.edits.values()):
             if label in table:
                 return table[label]
@@ -151,16 +153,18 @@ class Trace:
 
         return gammas
 
-    def gamma(self, step: str) -> Callable[[Tensor], Tensor]:
+    def gamma(self, step: LabelInput) -> Callable[[Tensor], Tensor]:
         """One step's write as a function of its stream: [batch, pos, d_model] -> [batch, pos, d_model]."""
+        step = self.network.label(step)
         if step == DECODER_STEP:
             return self.decoder.norm
         fine = self.network.view.fine_step(step)
         stage = self.network.stage(step) if fine is None else self.network.part(fine)
-        labels = [candidate.label for candidate in stage.steps]
-        if step not in labels:
-            raise ValueError(f"A step is one of {some(labels)} in this stage; got {step!r}.")
-        index, function = labels.index(step), self.stage_function(stage)
+        index = next((i for i, own in enumerate(stage.steps) if step in (own.label, own.write)), None)
+        if index is None:
+            labels = some(own.label for own in stage.steps)
+            raise ValueError(f"A step is one of {labels} in this stage; got {step!r}.")
+        function = self.stage_function(stage)
         return lambda stream: function(stream)[index]
 
 

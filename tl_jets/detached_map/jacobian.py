@@ -49,6 +49,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.core.markup import text
 from tl_jets.core.network import ResidualNetwork, trace_of
@@ -233,9 +234,9 @@ def detached_jacobian(
     model: Any,
     text_or_tokens: Any,
     *,
-    output: str = FINAL_STREAM,
+    output: LabelInput = FINAL_STREAM,
     positions: int | Sequence[int] | None = -1,
-    wrt: str = "embed",
+    wrt: LabelInput = "embed",
     ordinary: bool = True,
     keep_graph: bool | None = None,
     attention_mask: Tensor | None = None,
@@ -268,6 +269,7 @@ def detached_jacobian(
     ordinary graph) and a product with each Jacobian.
     """
     network = ResidualNetwork.of(model)
+    output, wrt = network.label(output), network.label(wrt)
     with torch.inference_mode(False):
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         rows = Rows.of(trace, positions)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, centered
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.labels import is_label
 from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
@@ -130,7 +131,7 @@ def ablation_effect(
     places = real_positions(trace.valid, positions)
     if steps is None:
         steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
-    ablations = [steps] if isinstance(steps, (str, Path)) else list(steps)
+    ablations = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
     if reference is not None and not isinstance(reference, Trace):
@@ -140,7 +141,7 @@ def ablation_effect(
         with network.view.hooks(hooks):  # type: ignore[attr-defined]
             return additive_logits(network.trace(trace.tokens, attention_mask=mask), places)
 
-    labels = [str(ablation) for ablation in ablations]
+    labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
     every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
     return effect_of(trace, answers([]), every, labels, mode, places, positions=positions, targets=targets)
 

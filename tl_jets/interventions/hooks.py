@@ -38,6 +38,7 @@ from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import ARROW, Path
@@ -46,7 +47,7 @@ from tl_jets.core.trace import Trace
 from tl_jets.paths.evaluation import read_path
 
 Mode = Literal["zero", "mean", "resample"]
-Steps = str | Path | Sequence[str | Path]
+Steps = LabelInput | Path | Sequence[LabelInput | Path]
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 
@@ -223,9 +224,9 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
     known |= {step.label: step for step in network.steps}
     by_write = {step.write: step for step in known.values()}
     labels: list[str] = []
-    for step in [steps] if isinstance(steps, (str, Path)) else steps:
+    for step in [steps] if is_label(steps) or isinstance(steps, Path) else steps:
         path = Path.parse(step) if isinstance(step, str) and ARROW in step else step
-        labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [path]
+        labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [network.label(path)]
     sites: list[_Site] = []
     for label in labels:
         step = known.get(label) or by_write.get(label) or network.view.fine_step(label)

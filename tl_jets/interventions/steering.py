@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import stream_labels
@@ -48,9 +49,9 @@ def steering_hooks(
     model: Any,
     steer_text: Any,
     *,
-    output: int | str,
+    output: int | LabelInput,
     strength: float,
-    wrt: str = "0_pre",
+    wrt: LabelInput = "0_pre",
     start: int | None = None,
 ) -> list[Hook]:
     """`[(hook_name, function)]` that mix a layer of the running prompt with another prompt's detached map of it.
@@ -78,7 +79,8 @@ def steering_hooks(
         raise ValueError(f"strength must be a finite number, 0 for no steering; got {strength}.")
     if start is not None and start < 0:
         raise ValueError(f"start must be a position from the beginning, 0 or more; got {start}. None is the last one.")
-    label = stream_labels(network, output, False)[0] if isinstance(output, int) else output
+    label = stream_labels(network, output, False)[0] if isinstance(output, int) else network.label(output)
+    wrt = network.label(wrt)
     written, read = _hook_name(network, label), _hook_name(network, wrt)
     J = detached_jacobian(network, steer_text, output=label, wrt=wrt, ordinary=False)
     if len(J.tokens) != 1 or J.tokens.shape[1] < 2:

@@ -81,6 +81,7 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
+from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
@@ -100,7 +101,7 @@ KL_TOKENS = 8
 
 def jet_expand(
     model: Any,
-    step: str,
+    step: LabelInput,
     *,
     centers: Any,
     order: int | None = None,
@@ -143,6 +144,7 @@ def jet_expand(
     Source: Chen et al., Algorithm 1; Golden, arXiv 2505.24293.
     """
     network = ResidualNetwork.of(model)
+    step = network.label(step)
     stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
     order = read_order(linearize, order, 1)
     if center_scale not in CENTER_SCALES:
@@ -401,7 +403,7 @@ def _kl_weights(decoder: Decoder, jets: Tensor, truth: Tensor) -> SimplexSolutio
 
 
 def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:
-    if isinstance(centers, (str, Expansion, Term, Label, Function)) or callable(centers):
+    if is_label(centers) or isinstance(centers, (Expansion, Term, Label, Function)) or callable(centers):
         centers = [centers]
     if isinstance(centers, Mapping):
         for name, function in centers.items():
@@ -412,8 +414,8 @@ def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:
     for center in centers:
         if isinstance(center, Expansion):
             yield from center.terms
-        elif isinstance(center, str):
-            yield _read_label(network, center)
+        elif is_label(center):
+            yield _read_label(network, network.label(center))
         elif isinstance(center, (Term, Label, Function)):
             yield center
         else:

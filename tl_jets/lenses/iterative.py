@@ -32,6 +32,7 @@ from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
@@ -215,7 +216,7 @@ def iterative_jet_lens(
     text_or_tokens: Any,
     *,
     order: int | None = None,
-    layers: int | str | Sequence[int | str] | None = None,
+    layers: int | LabelInput | Sequence[int | LabelInput] | None = None,
     positions: int | Sequence[int] | None = None,
     incl_mid: bool = False,
     center_scale: CenterScale = "none",
