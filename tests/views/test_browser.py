@@ -16,9 +16,9 @@ from hostile import HOSTILE, HostileTokenizer
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, views
-from tl_jets.core.notebook import View, page
 from tl_jets.core.numerals import precise
 from tl_jets.core.tokens import token_text, visible
+from tl_jets.views import View, page
 
 SCHEMES = ("light", "dark")
 

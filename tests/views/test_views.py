@@ -18,10 +18,10 @@ from hostile import HOSTILE, HostileTokenizer
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens, views
-from tl_jets.core.notebook import View, dataframe_html, page
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number
 from tl_jets.core.tokens import token_text, visible
-from tl_jets.views import lens_data, lens_page
+from tl_jets.views import View, lens_data, lens_page, page
 
 
 @pytest.fixture(scope="module")

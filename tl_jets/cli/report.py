@@ -23,8 +23,9 @@ from rich.text import Text
 from torch import Tensor
 
 from tl_jets.core.markup import text
-from tl_jets.core.notebook import View, dataframe_html, page
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number
+from tl_jets.views import View, page
 
 # Minimum width of tables, the width if COLUMNS=0 (unknown), and that of pictures.
 LEAST_WIDTH, USUAL_WIDTH, PICTURE_WIDTH = 40, 80, 84
@@ -173,9 +174,9 @@ def plain(value: Any) -> Any:
 def _view(table: Table) -> View:
     """A table on a page."""
     frame = table.frame(MAX_ROWS)
-    notes = [f"{table.hidden(MAX_ROWS):,} more rows: --json has them"] if table.hidden(MAX_ROWS) else []
-    below = "".join(f"<p>{text(note)}</p>" for note in (*notes, *table.notes))
-    return View(table.title, dataframe_html(frame, rows=len(frame), columns=frame.shape[1]) + below)
+    total = len(frame) + table.hidden(MAX_ROWS)
+    shown = dataframe_html(frame, rows=len(frame), columns=frame.shape[1], total=total, whole="--json has them")
+    return View(table.title, shown + "".join(f"<p>{text(note)}</p>" for note in table.notes))
 
 
 def _cell(value: Any) -> str:

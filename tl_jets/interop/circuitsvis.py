@@ -26,11 +26,11 @@ import torch
 from circuitsvis.utils.render import render_local
 from torch import Tensor
 
-from tl_jets.core.notebook import View
 from tl_jets.core.selection import ANSWER
 from tl_jets.core.tokens import token_names
 from tl_jets.detached_map.jacobian import DetachedJacobian
 from tl_jets.jets.cache import JetCache
+from tl_jets.views.pages import View
 
 CircuitsView = Literal[
     "colored_tokens_multi",

@@ -29,12 +29,12 @@ import torch
 
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, token
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import View
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import fingerprint
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import trigram_parts
+from tl_jets.views.pages import View
 
 Axes = Literal["key_query", "key_output", "query_output"]
 PLACES = {"key": 0, "query": 1, "output": 2}

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from tl_jets.core.measures import Measures
-from tl_jets.core.notebook import filled
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
+from tl_jets.views.pages import filled
 
 # Significant digits of numbers in pages and files.
 DIGITS = 6

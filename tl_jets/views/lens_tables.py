@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
-from tl_jets.core.notebook import View, view_of
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+from tl_jets.views.pages import View, view_of
 
 # Limits of a lens shown in a notebook.
 SHOWN_POSITIONS, SHOWN_COMPONENTS = 8, 16

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
-from tl_jets.core.notebook import View
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.tokens import decode, token_names, visible
 from tl_jets.detached_map import DetachedJacobian
@@ -27,6 +26,7 @@ from tl_jets.paths.statistics import MEASURES as PATH_MEASURES
 from tl_jets.paths.statistics import PathStatistics
 from tl_jets.views.lens_tables import closeness, describe, order_index
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+from tl_jets.views.pages import View
 
 Contribution = Literal["share", "norm"]
 _SIGNS = "Orange is above zero, blue below. "
