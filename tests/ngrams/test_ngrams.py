@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import Norm
+from tl_jets.core import decoder as decoder_module
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.ngrams import (
@@ -175,6 +176,13 @@ def test_a_long_vocabulary():
     assert_best(scan_all(TopScan(decoder, 50), states, torch.arange(64), 64), expected, 50, 1e-12)
 
 
+def precisions():
+    """Torch's settings of float32 products: those of each backend, or the older one for all."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    own = [getattr(backend, "fp32_precision", None) for backend in backends]
+    return own if any(own) else torch.get_float32_matmul_precision()
+
+
 @pytest.fixture(params=["older", "backends"])
 def reduced_products(request):
     """Float32 products whose factors may be rounded, by either of torch's settings."""
@@ -193,7 +201,7 @@ def reduced_products(request):
 
 def test_reduced_products_elsewhere_change_nothing(reduced_products):
     """On processors that have them, such products are off by percents."""
-    model = load_tinydocs()
+    model, allowed = load_tinydocs(), precisions()
     options = {"top_k": 20, "rows": range(200), "progress": False}
     found = [
         jet_bigrams(model, "mlps", **options),
@@ -201,6 +209,7 @@ def test_reduced_products_elsewhere_change_nothing(reduced_products):
         jet_trigrams(model, 1, 0, **options),
     ]
     normalizers = bigram_log_normalizers(model, "direct", rows=range(200))
+    assert precisions() == allowed, "what others allow, they still do"
     torch.backends.mkldnn.matmul.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     assert [table.digest for table in found] == [
@@ -299,6 +308,19 @@ def test_bounds_of_rounded_logits_hold_and_are_not_idle(bias):
         assert bool((difference <= error).all())
         assert bool((difference > error / 100).any())
     assert bias or bool((error < 0.9 * widest).all())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_screening_with_weights_that_are_rounded_in_several_parts(tied, monkeypatch):
+    """As those of a large model are; what all columns share, and what one part of them shares, is large."""
+    decoder, states = make(900, 300, 12, dtype=torch.float32, size=0.3, tied=tied)
+    decoder.W_U.add_(torch.linspace(-9, 9, 12)[:, None])
+    decoder.W_U[:, 700:] += 2
+    expected = ordered(brute(decoder, states), np.arange(300))
+    monkeypatch.setattr(decoder_module, "CONVERTED_ELEMENTS", 12 * 250)
+    model = CallableModel(torch.nn.Embedding.from_pretrained(states), [], decoder)
+    for screen in ("bf16", None):
+        assert_best(jet_bigrams(model, top_k=40, chunk_size=50, screen=screen), expected, 40, 1e-10)
 
 
 def test_waiting_rows_of_the_highest_bounds_are_scanned_first():
@@ -634,6 +656,21 @@ def test_a_bias_that_is_folded_and_frequencies_tell_models_apart(processing, mon
         assert frequencies
         frequencies[0] *= 1.01
         assert fingerprint(model) != own
+
+
+def test_every_weight_that_a_network_of_functions_shows_counts():
+    """Its decoder and its embedding modules; what plain functions do cannot be known."""
+    decoder, states = make(30, 9, 4)
+    changed = states.clone()
+    changed[5, 2] = np.nextafter(float(changed[5, 2]), 9)
+    bias = Decoder(decoder.norm, decoder.W_U, decoder.b_U + 1)
+
+    def of(table, decoder):
+        return fingerprint(CallableModel(torch.nn.Embedding.from_pretrained(table), [{"0_mlp": torch.tanh}], decoder))
+
+    own = of(states, decoder)
+    assert own == of(states.clone(), decoder)
+    assert len({own, of(changed, decoder), of(states, bias)}) == 3
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------------------

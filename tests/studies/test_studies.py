@@ -395,6 +395,15 @@ def test_the_pseudo_joint_knows_how_far_it_is_exact(seed, per, top_k, sharp, row
     assert joint.settings["left_out"] == int((table.ids[:, 0] == 3).sum()) == len(table) - len(joint)
     if per == "row" and top_k == V:
         assert exact == len(joint)
+    # It promises all that follows: a pair left out is at most the last one kept (of its row), times a probability.
+    n_rows, n_columns = (V if x is None else len(x) for x in chosen)
+    last = dict(zip(table.ids[:, 0].tolist(), table.scores.tolist(), strict=True))  # best first: the worst of each
+    prior = unigram.log().tolist()
+    if per == "global":
+        most = table.scores[-1].item() + max(prior) if top_k < n_rows * n_columns else -math.inf
+    else:
+        most = max(score + prior[token] for token, score in last.items()) if top_k < n_columns else -math.inf
+    assert exact >= int((joint.scores > most + 1e-9).sum())
     np.testing.assert_allclose(joint.parts["logprob"] + unigram.log()[joint.ids[:, 0]], joint.scores)
     if per == "row" and not rows:  # whole rows were cut away: what they held is not known
         few = pseudo_joint(table.where(id_1=list(range(4, 30))), unigram)
@@ -773,6 +782,23 @@ def test_diff_in_float32_misses_nothing(change, size, transform, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("change", ["probability", "logprob"])
+def test_rows_without_a_pair_of_the_wanted_probability_are_not_read_again(change, monkeypatch):
+    a, b = toy32(1), toy32(2, shift=0.2)
+    everything = torch.arange(900)
+    before, after = (RowScores(model, "mlps").read(everything)[0] for model in (a, b))
+    likely = torch.maximum(before, after).exp() >= 0.4
+    assert 0 < (rows := int(likely.any(1).sum())) < 200
+    rows_read, read = set(), RowScores.read
+    monkeypatch.setattr(RowScores, "read", lambda self, first: rows_read.update(first.tolist()) or read(self, first))
+    found = diff(a, b, path="mlps", top_k=900, change=change, at_least=0.4)
+    delta = after.exp() - before.exp() if change == "probability" else after - before
+    for table, sign in ((found.rises, 1), (found.falls, -1)):
+        best, _ = ordered(sign * delta, likely.numpy() & (sign * delta.numpy() > 0))
+        assert table.ids.tolist() == best.tolist()
+    assert len(rows_read) <= rows + 128, "a chunk for the rises, a chunk for the falls"
+
+
 def test_what_float32_says_of_rows_are_bounds():
     a, b = toy32(1), toy32(2, shift=0.3)
     everything = torch.arange(900)
@@ -885,6 +911,12 @@ def test_roles_refuse():
         roles(zoo.build(zoo.available(["attn_only"])[0]))
     with pytest.raises(ValueError, match="100 bi-grams or more; got 2"):
         roles(toy(), counts=ngram_counts([1, 2, 3]))
+    text = sampled_text(toy_log_probs(toy()), 500)
+    counts = ngram_counts(text)
+    other = named(counts.ids, counts.scores, parts=counts.parts)  # the same ids are words of another vocabulary
+    assert len(roles(toy(), n=30, counts=counts).tables["text"]) == 30
+    with pytest.raises(ValueError, match="one vocabulary"):
+        roles(toy(), n=30, counts=other)
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------
