@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from tl_jets.cli.texts import DESCRIPTION, EPILOG, EPILOGS, SUMMARIES, TOKEN_HELP, description
+from tl_jets.cli.texts import DESCRIPTION, EPILOG, SUMMARIES, TOKEN_HELP, description, epilog
 
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"
@@ -95,14 +95,13 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=SUMMARIES[name],
             description=description(name),
-            epilog=EPILOGS[name],
+            epilog=epilog(name),
             formatter_class=Help,
             allow_abbrev=False,
         )
         _add_input(command, prompt=name != "ngrams")
         add_options(command.add_argument)
-        page = "one page that opens offline in a browser"
-        command.add_argument("--html", metavar="FILE", help=f"also write {page}")
+        command.add_argument("--html", metavar="FILE", help="also write one page that opens offline in a browser")
         command.add_argument(
             "--json",
             metavar="FILE",

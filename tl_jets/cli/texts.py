@@ -139,8 +139,6 @@ LEGENDS: dict[str, dict[str, str]] = {
 }
 EPILOGS = {
     "lens": """\
-A FILE of - is standard output; the tables are then left out.
-
 examples:
   tl-jets lens
   tl-jets lens --model ./my-model --prompt "The Eiffel Tower is in" --order 2
@@ -148,8 +146,6 @@ examples:
   tl-jets lens --target " reported" --json - | jq .iterative.labels
 """,
     "paths": """\
-A FILE of - is standard output; the tables are then left out.
-
 examples:
   tl-jets paths
   tl-jets paths --prompt "This function is available on Unix and" --ablate
@@ -163,8 +159,6 @@ More than --max-paths detached paths are searched by a beam (greedy: large
 paths may be missed; the effects shown are exact all the same).
 """,
     "ngrams": """\
-A FILE of - is standard output; the tables are then left out.
-
 examples:
   tl-jets ngrams
   tl-jets ngrams --path mlps --top-k 1000 --save mlps.parquet
@@ -176,8 +170,6 @@ cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
 on two cores), a fraction of that a head.
 """,
     "jacobian": """\
-A FILE of - is standard output; the tables are then left out.
-
 examples:
   tl-jets jacobian
   tl-jets jacobian --prompt "The file is opened in" --svd 6
@@ -187,6 +179,11 @@ examples:
 What the model does elsewhere J does not tell: it is exact at this prompt only.
 """,
 }
+
+
+def epilog(command: str) -> str:
+    """What follows the options in a command's --help."""
+    return f"A FILE of - is standard output; the tables are then left out.\n\n{EPILOGS[command]}"
 
 
 def legend(command: str, *keys: str) -> dict[str, str]:

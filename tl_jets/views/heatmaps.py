@@ -87,43 +87,44 @@ def trigram_heatmap(
     triples[..., PLACES[row_name]] = torch.tensor(rows, device="cpu")[:, None]
     triples[..., PLACES[column_name]] = torch.tensor(columns, device="cpu")
     settings: Any = {name: trigrams.settings[name] for name in ("distance", "normalize")}
-    attention, log_prob = (
-        part.reshape(len(rows), len(columns)).tolist()
-        for part in trigram_parts(network, layer, head, triples.flatten(0, 1), **settings)
-    )
-    what = {"key_query": "A(key | query)", "key_output": "log P(output | key)"}.get(
-        axes, "A(key | query) + log P(output | key)"
-    )
-    probability = axes == "key_output" or settings["normalize"] != "none"
-
-    def value(i: int, j: int) -> float:
-        return {"key_query": attention[i][j], "key_output": log_prob[i][j]}.get(axes, attention[i][j] + log_prob[i][j])
-
-    grid = [[value(i, j) for j in range(len(columns))] for i in range(len(rows))]
-    scale = largest(math.exp(x) if probability else x for row in grid for x in row)
-    names, body = trigrams.names, []
-    for i, first in enumerate(rows):
-        cells = [row_head(token(names[first]))]
-        for j, second in enumerate(columns):
-            found = grid[i][j]
-            color = rising(math.exp(found) / scale) if probability else diverging(found, scale)
-            lines = [f"{row_name} {visible(names[first])}", f"{column_name} {visible(names[second])}"]
-            lines += [f"{what} {precise(found)}"] + ([f"probability {precise(math.exp(found))}"] if probability else [])
-            cells.append(cell(number(found), color, hover="\n".join(lines)))
-        body.append(cells)
-    fixed = f" of key {visible(names[int(trigrams.ids[0, 0])])}" if axes == "query_output" else ""
-    title = f"{trigrams.path}: {what}{fixed}"
-    color = (
-        f"bluer is a larger probability, full color is {number(scale)}"
-        if probability
-        else "orange is above zero, blue below"
-    )
+    attention, log_prob = trigram_parts(network, layer, head, triples.flatten(0, 1), **settings)
+    what, values = {
+        "key_query": ("A(key | query)", attention),
+        "key_output": ("log P(output | key)", log_prob),
+        "query_output": ("A(key | query) + log P(output | key)", attention + log_prob),
+    }[axes]
+    is_probability = axes == "key_output" or settings["normalize"] != "none"
+    fixed = f" of key {visible(trigrams.names[int(trigrams.ids[0, 0])])}" if axes == "query_output" else ""
+    names = [[trigrams.names[token_id] for token_id in ids] for ids in (rows, columns)]
+    grid = values.reshape(len(rows), len(columns)).tolist()
+    cells, scale = _cells(grid, names, (row_name, column_name, what), is_probability)
+    color = "orange is above zero, blue below"
+    if is_probability:
+        color = f"bluer is a larger probability, full color is {number(scale)}"
     caption = (
         f"Rows are {row_name} tokens, columns {column_name} tokens; nats, at distance {settings['distance']}, normalize="
         f"{settings['normalize']}; {color}."
     )
-    heads = [f"{row_name} \\ {column_name}", *(token(names[second]) for second in columns)]
-    return View(title, table(heads, body, caption=caption))
+    heads = [f"{row_name} \\ {column_name}", *map(token, names[1])]
+    return View(f"{trigrams.path}: {what}{fixed}", table(heads, cells, caption=caption))
+
+
+def _cells(
+    grid: list[list[float]], names: list[list[str]], what: tuple[str, str, str], is_probability: bool
+) -> tuple[list[list[str]], float]:
+    """Rows of cells with their head, and the value of full color."""
+    colored = [[math.exp(value) if is_probability else value for value in row] for row in grid]
+    scale = largest(value for row in colored for value in row)
+    body = []
+    for first, values, shares in zip(names[0], grid, colored, strict=True):
+        cells = [row_head(token(first))]
+        for second, value, share in zip(names[1], values, shares, strict=True):
+            lines = [f"{what[0]} {visible(first)}", f"{what[1]} {visible(second)}", f"{what[2]} {precise(value)}"]
+            lines += [f"probability {precise(share)}"] if is_probability else []
+            color = rising(share / scale) if is_probability else diverging(value, scale)
+            cells.append(cell(number(value), color, hover="\n".join(lines)))
+        body.append(cells)
+    return body, scale
 
 
 def _head_of(network: ResidualNetwork, trigrams: NgramTable) -> tuple[int, int]:

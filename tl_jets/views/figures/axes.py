@@ -29,14 +29,8 @@ def pyplot() -> Any:
     return plt
 
 
-def new_axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The given axes, or those of a new figure of this size in inches."""
-    figure, (ax,) = new_panels(ax, 1, size)
-    return figure, ax
-
-
 def new_panels(ax: Axes | None, n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """N axes side by side, each of this size in inches, or the given one; ValueError if it is to hold several."""
+    """The figure and N axes side by side, each of this size in inches, or the given one; ValueError if it is to hold several."""
     plt = pyplot()
     if n < 1 or (ax is not None and n > 1):
         raise ValueError(f"A figure has a panel at least, and ax= is for a single one; {n} panels are asked for.")

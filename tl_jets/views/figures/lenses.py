@@ -18,7 +18,6 @@ from tl_jets.views.figures.axes import (
     depth_color,
     draw_cells,
     name_ticks,
-    new_axes,
     new_panels,
     plain,
     short_legend,
@@ -82,7 +81,7 @@ def lens_table(
     texts = [*texts, [visible(names[int(lens.model_top_ids[prompt, p])]) for p in places]]
     widest = max(len(word) for row in texts for word in row)
     width = max(CELL_WIDTH, 0.075 * widest + 0.1)
-    figure, ax = new_axes(ax, (width * len(places) + 2.0, CELL_HEIGHT * len(labels) + 1.0))
+    figure, (ax,) = new_panels(ax, 1, (width * len(places) + 2.0, CELL_HEIGHT * len(labels) + 1.0))
     draw_cells(ax, texts, values, diverging=isinstance(lens, JointJetLens), bar=bar)
     read = [f"{visible(names[int(lens.tokens[prompt, p])])}\n{lens.positions[p]}" for p in places]
     ax.set_xticks(range(len(places)), read, fontsize=SMALL, parse_math=False)

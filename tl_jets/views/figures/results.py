@@ -15,7 +15,6 @@ from tl_jets.views.figures.axes import (
     SMALL,
     depth_color,
     name_ticks,
-    new_axes,
     new_panels,
     plain,
     short_legend,
@@ -60,7 +59,7 @@ def path_shares(
     order = list(order)[:top]
     values = means[order].tolist()
     spread = cells[order].std(1).tolist() if cells.shape[1] > 1 else None
-    figure, ax = new_axes(ax, (5.5, 0.24 * len(order) + 0.9))
+    figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(order) + 0.9))
     colors = [COLORS[1] if value >= 0 else COLORS[0] for value in values]
     ax.barh(range(len(order)), values, xerr=spread, color=colors, height=0.7, error_kw={"lw": 0.8, "ecolor": "0.35"})
     ax.set_yticks(range(len(order)), [statistics.labels[i] for i in order], fontsize=SMALL, parse_math=False)
