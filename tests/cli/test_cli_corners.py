@@ -147,3 +147,11 @@ def test_an_order_has_a_limit(capsys, options):
     assert f"argument {options[1]}: must be 1,000 or less; got '1000000'" in error
     with pytest.raises(ValueError, match="order must be at most 1000; got 1000000"):
         tl_jets.iterative_jet_lens(commands.tinydocs(), "The file", order=10**6)
+
+
+def test_an_order_at_which_the_series_overflows_is_refused(capsys):
+    error = commands.run(capsys, "lens", "--prompt", "The file", "--order", "500", status=2)
+    most = int(re.search(r"order must be at most (\d+) for this input: at order \d+ the series overflows", error)[1])
+    commands.run(capsys, "lens", "--prompt", "The file", "--order", str(most))
+    error = commands.run(capsys, "lens", "--prompt", "The file", "--order", str(most + 1), status=2)
+    assert f"at most {most} for this input" in error and "center_scale='match'" in error

@@ -97,6 +97,13 @@ class Mixture:
         layer, row, d_model = self.own.shape
         order = self.alpha.shape[1]
         check_rows("shared", self.shared, (row, d_model), "row, d_model")
+        is_finite = self.alpha.isfinite().all(2).all(0).tolist()  # of every order
+        if is_finite[:1] == [True] and not all(is_finite):
+            first = is_finite.index(False)
+            raise ValueError(
+                f"order must be at most {first - 1} for this input: at order {first} the series overflows, as it diverges "
+                "(rho > 1). Take a lower order, or center_scale='match' or 'orthogonal', whose series converge."
+            )
         check_rows("alpha", self.alpha, (layer, order, row), "layer, order, row")
         check_rows("beta", self.beta, (layer, order, row), "layer, order, row")
         check_rows("gamma", self.gamma, (row,), "row")
