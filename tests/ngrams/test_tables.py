@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tl_jets.core.logit_reader import rank, rounded
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import tables
-from tl_jets.ngrams.tables import NgramTable, rank, rounded, side_by_side
+from tl_jets.ngrams.tables import NgramTable, side_by_side
 
 NAMES = {0: " at", 1: "at", 2: "\n", 3: "<b>&'\"|`", 4: "\ufffd", 5: "\ufffd", 6: " least", 7: "", 8: "at "}
 

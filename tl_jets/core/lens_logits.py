@@ -6,17 +6,15 @@ layer :math:`l` at row :math:`r` (one position of one prompt) are
 .. math::
     L_{lkr} = \alpha_{lkr} U^\top o_{lr} + \beta_{lkr} U^\top s_r + c, \qquad c = U^\top b + b_U,
 
-and the model's own are :math:`T_r = \gamma_r U^\top s_r + c`. So all orders share one product with :math:`U` per layer;
-the rest is elementwise, in a buffer that fits the cache. With :math:`p = \mathrm{softmax}(\tau(T))` and
-:math:`m = \max \tau(L)`,
+and the model's own are :math:`T_r = \gamma_r U^\top s_r + c`. All orders share one product with :math:`U` per layer.
+With :math:`p = \mathrm{softmax}(\tau(T))` and :math:`m = \max \tau(L)`,
 
 .. math::
     \mathrm{KL}(p \,\|\, \mathrm{softmax}(\tau(L))) = \textstyle\sum p \log p - p \cdot (\tau(L) - m)
     + \log \sum \exp(\tau(L) - m) .
 
-The **control** of a layer replaces :math:`o_{lr}` by :math:`a_{lr} s_r + q_{lr} n_r` with one random direction
-:math:`n_r` per row, of the same length and angle: a mix
-:math:`(\alpha a + \beta) U^\top s_r + \alpha q\, U^\top n_r + c`.
+The **control** of a layer replaces :math:`o_{lr}` by :math:`a_{lr} s_r + q_{lr} n_r`, with one random direction
+:math:`n_r` per row, of the same length and angle.
 
 ===================================  ==========================================
 symbol                               name here
@@ -45,17 +43,14 @@ Example:
     >>> zeros, ones = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
     >>> lens = Mixture(own=h, shared=h[-1], alpha=ones, beta=zeros, gamma=torch.ones(2))   # the logit lens
     >>> scan = scan_mixture(decoder, lens, top_k=3)
-    >>> bool((scan.top.indices[:, 0] == decoder.logits(h).topk(3).indices).all())
-    True
-    >>> bool((scan.kl[-1] < 1e-6).all()), scan.top1_agreement[-1].tolist()     # the last layer is the model
-    (True, [[True, True]])
+    >>> bool((scan.top.indices[:, 0] == decoder.logits(h).topk(3).indices).all()), bool((scan.kl[-1] < 1e-6).all())
+    (True, True)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,9 +59,6 @@ from torch import Tensor
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, check_rows, check_sizes, slices
 from tl_jets.core.readout import TopTokens
-
-# Readings of a logit vector other than its best tokens.
-READINGS = ("log_normalizer", "kl", "top1_agreement", "target_logits", "target_ranks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +123,22 @@ class Control:
         check_rows("along", self.along, (layer, row), "layer, row")
         check_rows("across", self.across, (layer, row), "layer, row")
 
+    def check(self, mixture: Mixture, measures: bool) -> None:
+        """Raise ValueError unless the control is one of the mixture, and measured."""
+        if not measures:
+            raise ValueError(
+                "A control is there for its measures, got measures=False. Pass measures=True or no control."
+            )
+        layer, row, d_model = mixture.own.shape
+        check_rows("control.random", self.random, (row, d_model), "row, d_model")
+        check_rows("control.along", self.along, (layer, row), "layer, row")
+
+    def coefficients(self, alpha: Tensor, beta: Tensor, rows: slice) -> Float[Tensor, "cell row 3"]:
+        """Coefficients of the constant, `shared` and `random` in the logits of some rows."""
+        along, across = (x[:, None, rows].to(alpha) for x in (self.along, self.across))
+        lent = alpha * across
+        return torch.stack([torch.ones_like(lent), alpha * along + beta, lent], dim=-1).flatten(0, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Readings:
@@ -193,46 +201,19 @@ def scan_mixture(
         chunk_size: Rows of d_vocab logits held at once.
 
     Raises:
-        ValueError: Shapes disagree, a target is not a token, top_k or chunk_size is out of range, or there is a control
-            without measures.
+        ValueError: Shapes disagree, a target is not a token, a size is out of range, or a control has no measures.
     """
     decoder.check_states(mixture.own)
     check_sizes(top_k, decoder.d_vocab, chunk_size)
-    if targets is not None:
-        targets = _checked_targets(targets, mixture.own.shape[1], decoder.d_vocab)
+    targets = _checked_targets(targets, mixture.own.shape[1], decoder.d_vocab)
     if control is not None:
-        if not measures:
-            raise ValueError(
-                "A control is there for its measures, got measures=False. Pass measures=True or no control."
-            )
-        layer, row, d_model = mixture.own.shape
-        check_rows("control.random", control.random, (row, d_model), "row, d_model")
-        check_rows("control.along", control.along, (layer, row), "layer, row")
-
-    final = _final_layers(mixture, control)
-    if final:
-        rest = [layer for layer in range(len(mixture.own)) if layer not in final]
-        options = {"top_k": top_k, "targets": targets, "measures": measures, "chunk_size": chunk_size}
-        part = scan_mixture(
-            decoder,
-            _of_layers(mixture, rest),
-            control=None
-            if control is None
-            else replace(control, along=control.along[rest], across=control.across[rest]),
-            model_logits=model_logits,
-            **options,
-        )
-        return _with_final_layers(decoder, mixture, part, rest, final)
-
+        control.check(mixture, measures)
     reader = Reader(decoder, decoder.compute_dtype(mixture.own), mixture.own.device, mixture.bias)
-    cells = mixture.alpha.shape
-    n_targets = 0 if targets is None else targets.shape[1]
-    store = reader.allocate(cells, top_k, n_targets, measures, own_top1=measures)
-    store["own_values"] = torch.empty_like(store["values"])
-    model_store = reader.allocate((1, 1, cells[2]), top_k, n_targets, measures)
+    (layers, orders, n_rows), n_targets = mixture.alpha.shape, 0 if targets is None else targets.shape[1]
+    store = reader.allocate((layers, orders, n_rows), top_k, n_targets, measures, own=True)
+    model_store = reader.allocate((1, 1, n_rows), top_k, n_targets, measures)
     # All layers of a row mix the same vectors, so the reader treats them as orders of one layer.
-    merged = (1, cells[0] * cells[1], cells[2])
-    control_store = None if control is None else reader.allocate(merged, 1, 0, measures)
+    control_store = reader.allocate((1, layers * orders, n_rows), 1, 0, measures)
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
     gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
@@ -241,79 +222,20 @@ def scan_mixture(
     plain = borrows.index(True) if any(borrows) else len(borrows)
     for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
         row_targets = None if targets is None else targets[rows]
-        shared = fixed[0]
-        model = reader.read_model((constant, gamma[:, rows], shared), row_targets, _view(model_store, 0, rows))
+        model = reader.read_model((constant, gamma[:, rows], fixed[0]), row_targets, _view(model_store, 0, rows))
         for layer, own in own_logits:
-            mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], shared
+            mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], fixed[0]
             reader.read(mix, row_targets, model, _view(store, layer, rows), plain)
-        if control is not None and control_store is not None:
-            along, across = (x[:, None, rows].to(reader.dtype) for x in (control.along, control.across))
-            borrowed, lent = alpha[:, :, rows, 0] * along + beta[:, :, rows, 0], alpha[:, :, rows, 0] * across
-            coefficients = torch.stack([torch.ones_like(lent), borrowed, lent], dim=-1).flatten(0, 1)
+        if control is not None:
+            coefficients = control.coefficients(alpha[:, :, rows, 0], beta[:, :, rows, 0], rows)
             reader.read_control(coefficients, (constant, *fixed), model, _view(control_store, 0, rows))
-    if control_store is not None:
-        control_store = {name: x.view(*cells, *x.shape[3:]) for name, x in control_store.items()}
+    control_store = {name: x.view(layers, orders, *x.shape[2:]) for name, x in control_store.items()}
     return MixtureScan(
         own_values=store["own_values"],
         own_top1=store.get("own_top1"),
         model=_readings(reader, *[{name: x[0, 0] for name, x in model_store.items()}] * 2),
-        control=None if control_store is None else _readings(reader, control_store, model_store),
+        control=None if control is None else _readings(reader, control_store, model_store),
         **vars(_readings(reader, store, model_store)),
-    )
-
-
-def _final_layers(mixture: Mixture, control: Control | None) -> list[int]:
-    """Layers that equal the model's final state, whose jets are the model's own logits at every order."""
-    if len(mixture.own) == 1:
-        return []
-    found = []
-    for layer, (own, alpha, beta) in enumerate(zip(mixture.own, mixture.alpha, mixture.beta, strict=True)):
-        alone, borrowed = (alpha == mixture.gamma) & (beta == 0), (alpha == 0) & (beta == mixture.gamma)
-        same = torch.equal(own, mixture.shared) and bool((alone | borrowed).all())
-        if same and control is not None:
-            same = bool((control.along[layer] == 1).all() and (control.across[layer] == 0).all())
-        if same:
-            found.append(layer)
-    return found[1:] if len(found) == len(mixture.own) else found
-
-
-def _of_layers(mixture: Mixture, layers: list[int]) -> Mixture:
-    return replace(mixture, own=mixture.own[layers], alpha=mixture.alpha[layers], beta=mixture.beta[layers])
-
-
-def _with_final_layers(
-    decoder: Decoder, mixture: Mixture, part: MixtureScan, rest: list[int], final: list[int]
-) -> MixtureScan:
-    """Fill the final layers of a scan with the model's own readings."""
-    cells = mixture.alpha.shape
-
-    def joined(found: Tensor, of_model: Tensor) -> Tensor:
-        every = found.new_empty(*cells, *found.shape[3:])
-        every[rest], every[final] = found, of_model
-        return every
-
-    def readings(found: Readings) -> dict[str, Any]:
-        k = found.top.indices.shape[-1]
-        tops = (
-            joined(x, y[..., :k]) for x, y in zip(vars(found.top).values(), vars(part.model.top).values(), strict=True)
-        )
-        both = {name: (getattr(found, name), getattr(part.model, name)) for name in READINGS}
-        read = {name: None if one is None else joined(one, other) for name, (one, other) in both.items()}
-        return {"top": TopTokens(*tops)} | read
-
-    # For the final state, either all is the own part, or all is borrowed and the own part is the constant.
-    alone, top = mixture.alpha[final] != 0, part.model.top
-    constant = decoder.constant(mixture.bias, part.own_values.dtype)
-    own_top1 = part.own_top1
-    if own_top1 is not None:
-        first = (constant == constant.max()).nonzero()[0, 0]
-        own_top1 = joined(own_top1, torch.where(alone, top.indices[:, 0], first))
-    return MixtureScan(
-        own_values=joined(part.own_values, torch.where(alone.unsqueeze(-1), top.values, constant[top.indices])),
-        own_top1=own_top1,
-        model=part.model,
-        control=None if part.control is None else Readings(**readings(part.control)),
-        **readings(part),
     )
 
 
@@ -327,14 +249,14 @@ def _projections(
     """Yield (rows, constant, [shared, random], layers) in one shared buffer: consume layers before the next item."""
     layers, n_rows, _ = mixture.own.shape
     decoder, d_vocab = reader.decoder, reader.decoder.d_vocab
-    fixed = [mixture.shared] if control is None else [mixture.shared, control.random]
+    n_fixed = 1 if control is None else 2
     # One more set of rows holds the model's distribution.
-    per_set = max(1, min(n_rows, chunk_size // min(layers + len(fixed) + 1, MAX_SETS)))
-    groups = list(slices(layers, max(1, chunk_size // per_set - 1 - len(fixed))))
-    size = max(group.stop - group.start for group in groups) + len(fixed)
-    buffer = reader.buffer(size * per_set + 1)
-    constant = buffer[0]
+    per_set = max(1, min(n_rows, chunk_size // min(layers + n_fixed + 1, MAX_SETS)))
+    groups = list(slices(layers, max(1, chunk_size // per_set - 1 - n_fixed)))
+    # `shared`, the constant, then the random directions and the layers.
+    buffer = reader.buffer((max(group.stop - group.start for group in groups) + n_fixed) * per_set + 1)
     bias = torch.zeros_like(mixture.shared[:1]) if mixture.bias is None else mixture.bias.unsqueeze(0)
+    b_U = decoder.constant(None, reader.dtype)
 
     def project(first: int, *states: Tensor) -> Tensor:
         flat = torch.cat(states)
@@ -342,30 +264,26 @@ def _projections(
         decoder.project(flat, into[:, :d_vocab])
         return into
 
-    def following(rows: slice, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def following(rows: slice, first: int, head: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield from enumerate(head)
         for group in groups[1:]:
-            into = project(1 + len(fixed) * head.shape[1], *mixture.own[group, rows])
+            into = project(first, *mixture.own[group, rows])
             yield from enumerate(into.view(-1, *head.shape[1:]), group.start)
 
     for rows in slices(n_rows, per_set):
-        states = [x[rows] for x in fixed] + list(mixture.own[groups[0], rows])
         count = rows.stop - rows.start
-        given = 0 if model_logits is None else count
-        if rows.start == 0:
-            # The row before the projections: `shared` replaces the constant there if it is given.
-            project(given, bias, *states[given // count :])
-            constant.copy_(buffer[given])
-            constant[:d_vocab] += decoder.constant(None, constant.dtype)
-            constant[d_vocab:] = reader.lowest
-        else:
-            project(1 + given, *states[given // count :])
-        head = buffer[1 : 1 + len(states) * count].view(len(states), -1, reader.width)
+        states = [*([] if control is None else [control.random[rows]]), *mixture.own[groups[0], rows]]
+        buffer[:, d_vocab:] = 0
+        project(*([count] if model_logits else [0, mixture.shared[rows]]), bias, *states)
+        shared, constant = buffer[:count], buffer[count]
+        constant[:d_vocab] += b_U
+        constant[d_vocab:] = reader.lowest
         if model_logits is not None:
-            torch.sub(model_logits(rows), constant[:d_vocab], out=head[0, :, :d_vocab])
-            head[0] /= mixture.gamma[rows, None].to(reader.dtype)
-            head[0, :, d_vocab:] = 0
-        yield rows, constant, list(head[: len(fixed)]), following(rows, head[len(fixed) :])
+            torch.sub(model_logits(rows), constant[:d_vocab], out=shared[:, :d_vocab])
+            shared /= mixture.gamma[rows, None].to(reader.dtype)
+        rest = buffer[count + 1 : count + 1 + len(states) * count].view(len(states), count, -1)
+        fixed = [shared, *rest[: n_fixed - 1]]
+        yield rows, constant, fixed, following(rows, 1 + n_fixed * count, rest[n_fixed - 1 :])
 
 
 def _view(store: dict[str, Tensor], layer: int, rows: slice) -> dict[str, Tensor]:
@@ -391,7 +309,9 @@ def _readings(reader: Reader, store: dict[str, Tensor], model: dict[str, Tensor]
     )
 
 
-def _checked_targets(targets: Tensor, n_rows: int, d_vocab: int) -> Tensor:
+def _checked_targets(targets: Tensor | None, n_rows: int, d_vocab: int) -> Tensor | None:
+    if targets is None:
+        return None
     if targets.ndim == 1:
         targets = targets.unsqueeze(1)
     if targets.ndim != 2 or len(targets) != n_rows or targets.dtype.is_floating_point:

@@ -1,12 +1,18 @@
-"""Reads best tokens, normalizers, expectations and ranks from rows of logits, padded to whole blocks."""
+"""The engine for logits over W_U: best tokens, normalizers, expectations, ranks, and bounds of rounding errors.
+
+`Reader` reads rows of logits, padded to whole blocks; the lenses (`lens_logits`), `readout.top_tokens`, n-grams and
+comparisons of models use it. `CHUNK_SIZE` rows of d_vocab logits are held at once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
@@ -20,6 +26,10 @@ SCRATCH_CPU, SCRATCH_DEVICE = 2**21, 2**25
 LOG2_E = math.log2(math.e)
 # Below this, float32 rounds products with log2(e) by less than a thousandth of a bit.
 LARGE = 2.0**13
+# Rows of float64 temporaries.
+ROWS_OF_TEMPORARIES = 16
+# Scores that agree in so many bits are ties; the others depend on the order of summation.
+SCORE_BITS = 40
 # Number of layers (or other sets of rows) that share a product with W_U.
 MAX_SETS = 14
 
@@ -52,14 +62,10 @@ class Reader:
             logits[..., self.decoder.d_vocab :] = self.lowest
         return logits
 
-    def transformed(self, logits: Tensor) -> Tensor:
-        """The logits after the model's own transform, if it has one."""
-        return logits if self.decoder.transform is None else self.decoder.transform(logits)
-
     def allocate(
-        self, cells: tuple[int, ...], k: int, n_targets: int, measures: bool, own_top1: bool = False
+        self, cells: tuple[int, ...], k: int, n_targets: int, measures: bool, *, own: bool = False
     ) -> dict[str, Tensor]:
-        """Allocate the results from which `_readings` computes its measures."""
+        """Allocate readings of all cells; with `own`, also those of the own part."""
 
         def empty(dtype: torch.dtype, *last: int) -> Tensor:
             return torch.empty(*cells, *last, dtype=dtype, device=self.device)
@@ -69,8 +75,8 @@ class Reader:
             store |= {name: empty(torch.float64) for name in ("shift", "expected", "total")}
         if n_targets:
             store |= {"target_logits": empty(self.dtype, n_targets), "target_ranks": empty(torch.long, n_targets)}
-        if own_top1:
-            store["own_top1"] = empty(torch.long)
+        if own:
+            store |= {"own_values": empty(self.dtype, k)} | ({"own_top1": empty(torch.long)} if measures else {})
         return store
 
     def read_model(
@@ -82,14 +88,7 @@ class Reader:
         for part in slices(len(shared), self.scratch_rows):
             logits = self.mix(constant, gamma[:, part], shared[part])
             view = {name: x[:, part] for name, x in store.items()}
-            top = self.read_top(logits, None if targets is None else targets[part], view)
-            if "total" in store:
-                view["shift"].copy_(self.shift(logits, top))
-                chunk = torch.exp2(logits[0], out=probabilities[part])
-                total = total_of(chunk)
-                chunk /= total.unsqueeze(-1).to(self.dtype)
-                view["expected"].copy_(self.expectation(logits, chunk))
-                view["total"].copy_(total)
+            self.finish(logits, None if targets is None else targets[part], probabilities[part], view, is_model=True)
         return probabilities
 
     def read(
@@ -133,12 +132,25 @@ class Reader:
                 view = {name: x[part, row : row + 1] for name, x in store.items()}
                 self.finish(logits.unsqueeze(1), None, probabilities[row : row + 1], view)
 
-    def finish(self, logits: Tensor, targets: Tensor | None, probabilities: Tensor, store: dict[str, Tensor]) -> None:
-        """Read [order, row, width] logits and overwrite them; `store` holds views [order, row, ...]."""
+    def finish(
+        self,
+        logits: Tensor,
+        targets: Tensor | None,
+        probabilities: Tensor,
+        store: dict[str, Tensor],
+        *,
+        is_model: bool = False,
+    ) -> None:
+        """Read [order, row, width] logits and overwrite them; of the model's own, fill in `probabilities`."""
         top = self.read_top(logits, targets, store)
-        if "total" in store:
-            store["shift"].copy_(self.shift(logits, top))
-            store["expected"].copy_(self.expectation(logits, probabilities))
+        if "total" not in store:
+            return
+        store["shift"].copy_(self.shift(logits, top))
+        if is_model:
+            store["total"].copy_(total_of(torch.exp2(logits[0], out=probabilities)))
+            probabilities /= store["total"][0].unsqueeze(-1).to(self.dtype)
+        store["expected"].copy_(self.expectation(logits, probabilities))
+        if not is_model:
             store["total"].copy_(total_of(logits.exp2_()))
 
     def rows(self, count: int) -> Tensor:
@@ -163,7 +175,7 @@ class Reader:
                 value = logits.gather(-1, target[None, :, None].expand(len(logits), -1, 1))
                 store["target_logits"][..., i] = value.squeeze(-1)
                 store["target_ranks"][..., i] = self.rank(logits, value, target)
-        return self.transformed(values[..., 0])
+        return self.decoder.transformed(values[..., 0])
 
     def top1(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest logit and its smallest id (`max` returns the first of equals)."""
@@ -201,7 +213,7 @@ class Reader:
     def shift(self, logits: Tensor, top: Tensor) -> Tensor:
         """Convert logits to (transform(logits) - top) * log2(e) in place; return the rounded top * log2(e)."""
         if self.decoder.transform is not None:
-            logits.copy_(self.transformed(logits))
+            logits.copy_(self.decoder.transformed(logits))
             self.floor(logits)
         if float(top.abs().max()) > LARGE:
             # Rounding of top * log2(e) would shift the sum of powers by many bits, so use one more pass.
@@ -216,6 +228,48 @@ class Reader:
         orders, rows, _ = logits.shape
         pieces = logits.view(orders, rows * BLOCK, -1).permute(1, 2, 0)
         return torch.bmm(probabilities.view(rows * BLOCK, 1, -1), pieces).view(rows, BLOCK, orders).double().sum(1).T
+
+    @cached_property
+    def _largest(self) -> tuple[float, float]:
+        """The length of the longest column of `W_U`, and the largest bias, times the logit scale."""
+        columns = (x for _, x in self.decoder.columns(self.dtype))
+        longest = max(float(torch.linalg.vector_norm(x, dim=0).max()) for x in columns)
+        scale = abs(self.decoder.logit_scale)
+        return longest * scale, float(self.decoder.b_U.abs().max()) * scale
+
+    def errors(self, states: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+        """Bound of the rounding error of each row's additive logits, that of a dot product."""
+        column, bias = self._largest
+        roundoff = torch.finfo(self.dtype).eps / 2
+        length = torch.linalg.vector_norm(states.to(self.dtype), dim=1)
+        return (states.shape[1] + 32) * roundoff * length * column + 8 * roundoff * bias
+
+
+def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """The model's own logits of some rows, in float64."""
+    logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
+    decoder.project(states.double(), logits)
+    return decoder.transformed(logits.add_(decoder.constant(None, torch.float64)))
+
+
+def log_parts(logits: Float[Tensor, "row column"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """The largest logit of each row, and log1p(sum of exp(others - largest)); log-normalizers are their sum."""
+    top, position = logits.max(1)
+    rest = torch.empty_like(top)
+    for part in slices(len(logits), ROWS_OF_TEMPORARIES):
+        others = (logits[part] - top[part].unsqueeze(1)).exp_().scatter_(1, position[part].unsqueeze(1), 0.0)
+        rest[part] = others.sum(1).log1p()
+    return top, rest
+
+
+def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"]) -> None:
+    """Raise ValueError, with the ids of their rows, if scores are not finite."""
+    finite = scores.isfinite().to(ids.device)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"Every logit must be finite; those of tokens {ids[~finite][:5].tolist()} are not. Look at the model's weights, "
+            "its precision (float16 overflows), and the hooks on it."
+        )
 
 
 def first_of(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -239,6 +293,21 @@ def slices(total: int, size: int) -> Iterator[slice]:
     count = max(1, -(-total // size))
     for i in range(count):
         yield slice(total * i // count, total * (i + 1) // count)
+
+
+def rank(ids: Int[Tensor, "row n"], scores: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """The order by (score, ids), best first; scores whose leading 40 bits agree are ties."""
+    order = torch.arange(len(scores), device=scores.device)
+    # Stable sorts from the last key to the first.
+    for column in reversed(ids.unbind(1)):
+        order = order[column[order].sort(stable=True).indices]
+    return order[rounded(scores)[order].sort(stable=True, descending=True).indices]
+
+
+def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
+    """Scores in float64, rounded to their leading 40 bits."""
+    mantissa, exponent = torch.frexp(scores.double())
+    return torch.ldexp((mantissa * 2**SCORE_BITS).round(), exponent - SCORE_BITS)
 
 
 def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:

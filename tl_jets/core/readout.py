@@ -74,7 +74,7 @@ def top_tokens(
             reader.floor(logits)
             values[cells], indices[cells] = reader.top(logits, k)
             if log_probs:
-                values[cells] = reader.transformed(values[cells])
+                values[cells] = decoder.transformed(values[cells])
                 shift = reader.shift(logits, values[cells, 0])
                 log_total = (shift + total_of(logits.exp2_()).log2()) / reader.log2_e
                 values[cells] -= log_total.to(reader.dtype).unsqueeze(-1)

@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import Reader, slices, total_of
-from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score, Tiles, check_finite, exact_logits, log_parts
+from tl_jets.core.logit_reader import Reader, check_finite, exact_logits, log_parts, rank, rounded, slices, total_of
+from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.ngrams.tables import rank, rounded
 
 # Candidates beyond the k best, since float32 may misorder them.
 SPARE = 8
@@ -40,7 +39,6 @@ class RowReader:
     ):
         self.decoder, self.normalize = decoder, score == "logprob"
         self.reader = Reader(decoder, dtype, torch.device(device))
-        self.tiles = Tiles(decoder, dtype, torch.device(device))  # for its bound of errors
         self.allowed = torch.ones(decoder.d_vocab, dtype=torch.bool, device=device)
         if tokens is not None:
             self.allowed.zero_()[tokens] = True
@@ -80,7 +78,7 @@ class RowReader:
     def _log_normalizer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest transformed logit, and the sum of exp(logit - largest) in float64, of each row."""
         reader = self.reader
-        top = reader.transformed(logits[:, : self.decoder.d_vocab].amax(1))
+        top = self.decoder.transformed(logits[:, : self.decoder.d_vocab].amax(1))
         total = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
         if self.normalize:
             for part in slices(len(logits), reader.scratch_rows):
@@ -100,12 +98,11 @@ class RowReader:
 
     def _scores(self, rough: Tensor, exact: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of candidates and log-normalizers, with the candidates' terms in float64."""
-        transform = self.decoder.transform or (lambda x: x)
-        mine, largest = transform(exact), top.double()
+        mine, largest = self.decoder.transformed(exact), top.double()
         if not self.normalize:
             return mine, torch.full_like(largest, torch.nan)
         shift = mine.amax(1, keepdim=True).maximum(largest.unsqueeze(1))
-        theirs = transform(rough).double()
+        theirs = self.decoder.transformed(rough).double()
         others = total * (largest - shift[:, 0]).exp() - (theirs - shift).exp().sum(1)  # of all but the candidates
         weights = (mine - shift).exp()
         others = others.clamp_min(0)
@@ -121,8 +118,8 @@ class RowReader:
         """Rows in which a token outside the candidates may be among the best k."""
         if count == self.n_allowed:
             return torch.empty(0, dtype=torch.long, device=states.device)
-        error = self.tiles.errors(states) / abs(self.tiles.scale)
-        return (best[:, -1] <= rough.amin(1).double() + error.double()).nonzero()[:, 0]
+        limit = rough.amin(1).double() + self.reader.errors(states).double()
+        return (best[:, -1] <= limit).nonzero()[:, 0]
 
     def _whole_rows(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, scores and log-normalizers of rows computed in float64 as a whole."""
@@ -155,11 +152,11 @@ class RowScan:
         del processes
         found = _joined(self.found)
         order = rank(found.ids, found.scores)
-        return BestPairs(found.ids[order], found.scores[order], found.log_normalizers[order])
+        return BestPairs(*(x[order] for x in found))
 
     def state(self) -> dict[str, Tensor]:
         """Results so far, for `restore`."""
-        return vars(_joined(self.found)) if self.found else {}
+        return _joined(self.found)._asdict() if self.found else {}
 
     def restore(self, *states: dict[str, Tensor]) -> None:
         """Continue from the state of one or several scans."""
@@ -168,7 +165,7 @@ class RowScan:
 
 
 def _joined(found: list[BestPairs]) -> BestPairs:
-    return BestPairs(*(torch.cat([getattr(x, name) for x in found]) for name in ("ids", "scores", "log_normalizers")))
+    return BestPairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _sorted(values: Float[Tensor, "row token"], k: int) -> Int[Tensor, "row best"]:

@@ -1,20 +1,16 @@
 r"""The exact best pairs (row, token) of many logit vectors, streamed: no [row, d_vocab] tensor is stored.
 
-Rows are inputs of the unembedding; pairs are scored by log-probability or logit. For each tile of the product with
-`W_U`, a scan keeps the maxima of blocks of 128 tokens and sums exp2 for the log-normalizer over the whole vocabulary.
-An offset that suits earlier rows prevents overflow; rows that it does not suit are read again, minus their maximum.
+Pairs are scored by log-probability or logit. For each tile of the product with `W_U`, a scan keeps the maxima of blocks
+of 128 tokens and sums exp2 for the log-normalizer over the whole vocabulary. An offset that suits earlier rows prevents
+overflow; rows that it does not suit are read again, minus their maximum.
 
 **Lemma.** `block maximum - log-normalizer` is the best score of a block. Let t be the K-th largest of these over all
-blocks of all rows. The K best pairs lie in blocks whose best score is at least t: K blocks hold a pair that good, so
-the K-th best score is at least t. A scan keeps only blocks that reach this threshold, which only rises.
+blocks of all rows. The K best pairs lie in blocks whose best score is at least t, since K blocks hold a pair that good.
 
-**Exactness.** A logit in working precision (unit roundoff u) is off by at most
-
-.. math:: \varepsilon_r = u \, (d + 32) \, |x_r| \max_v |u_v|
-
-(the bound of a dot product), a log-probability with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is
-kept if its upper bound reaches the K-th largest lower bound. Kept blocks are scored again in float64 with
-log p = (l - max) - log1p(sum of the others), which keeps the digits of scores near 0. Order: (score, ids).
+**Exactness.** A logit in working precision is off by at most eps_r (`Reader.errors`), a log-probability
+with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is kept if its upper bound reaches the K-th largest
+lower bound. Kept blocks are scored again in float64 with log p = (l - max) - log1p(sum of the others), which keeps the
+digits of scores near 0. Order: (score, ids).
 
 Cost: rows * d_vocab * d_model multiply-adds plus 5%; float64 scoring adds (2 * rows of the result / rows) of a scan.
 Memory: a tile, d_vocab / 128 block maxima a row, 128 rows of float64 logits, the states of kept rows.
@@ -39,34 +35,30 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import BLOCK, LOG2_E, slices
+from tl_jets.core.logit_reader import BLOCK, LOG2_E, Reader, check_finite, exact_logits, log_parts, rank, slices
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.ngrams.tables import rank
 
 Score = Literal["logprob", "logit"]
 SCORES: tuple[Score, ...] = ("logprob", "logit")
 
 # Tokens of a tile; with 1024 rows, a tile fits the caches of two cores.
 TILE_CPU, TILE_DEVICE = 2048, 16384
-# Rows of float64 logits held in `finish`, and of temporaries.
-EXACT_ROWS, ROWS_OF_TEMPORARIES = 128, 16
+# Rows of float64 logits held in `finish`.
+EXACT_ROWS = 128
 # Range of log2(sum of 2^logit) within which sums neither overflow nor lose terms that matter.
 LEAST_SUM, LARGEST_SUM = -60.0, 100.0
 # Bound of the relative error of a sum of 2^exponent, in units of roundoff.
 SUM_ERROR = 64
 
 
-@dataclass(frozen=True, eq=False)
-class BestPairs:
+class BestPairs(NamedTuple):
     """Best pairs, ties by ids: log-probabilities (nats) or logits, and log sum exp of their rows; float64."""
 
     ids: Int[Tensor, "pair 2"]
@@ -98,6 +90,7 @@ class Tiles:
         tokens: Int[Tensor, " token"] | None = None,
     ):
         self.decoder, self.dtype, self.device, self.normalize = decoder, dtype, device, normalize
+        self.reader = Reader(decoder, dtype, device)
         # Without normalizers, compute only the logits of `tokens`.
         self.gathered = None if normalize else tokens
         self.size = decoder.d_vocab if self.gathered is None else len(self.gathered)
@@ -106,20 +99,13 @@ class Tiles:
         self.scratch = torch.empty(0, dtype=dtype, device=device)
         self.penalty: Tensor | None = None
         if tokens is not None and normalize:
-            self.penalty = torch.full((decoder.d_vocab,), -math.inf, dtype=dtype, device=device)
+            self.penalty = torch.full((self.n_blocks * BLOCK,), -math.inf, dtype=dtype, device=device)
             self.penalty[tokens] = 0
         # A logit scale is applied to states and bias; a softcap to every tile.
         self.transform = decoder.transform
         self.scale = decoder.logit_scale * (LOG2_E if self.transform is None else 1.0)
         bias = decoder.b_U.to(dtype) if self.gathered is None else decoder.b_U[self.gathered].to(dtype)
         self.bias = bias * self.scale if bool(bias.any()) else None
-        self.largest_bias = float(bias.abs().max()) * self.scale
-        self.largest_column = self._largest_column() * abs(self.scale)
-
-    def _largest_column(self) -> float:
-        return max(
-            float(torch.linalg.vector_norm(columns, dim=0).max()) for _, columns in self.decoder.columns(self.dtype)
-        )
 
     def scaled(self, states: Tensor) -> Tensor:
         """Scaled states, whose products with `W_U` are binary logarithms (natural ones before a softcap)."""
@@ -135,11 +121,7 @@ class Tiles:
 
     def errors(self, states: Float[Tensor, "row d_model"], offset: float = 0.0) -> Float[Tensor, " row"]:
         """Bound of the error of each row's binary logarithms, given the offset in them."""
-        roundoff = torch.finfo(self.dtype).eps / 2
-        length = torch.linalg.vector_norm(states.to(self.dtype), dim=1)
-        error = (states.shape[1] + 32) * roundoff * length * self.largest_column
-        error = error + 8 * roundoff * (self.largest_bias + abs(offset))
-        return error if self.transform is None else error * LOG2_E
+        return self.reader.errors(states) * LOG2_E + 4 * torch.finfo(self.dtype).eps * abs(offset)
 
     def read(
         self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = 0.0
@@ -147,49 +129,41 @@ class Tiles:
         """Read some rows and fill `maxima`, in binary logarithms; `offset` is the `next_offset` of the rows before."""
         x = self.scaled(states)
         if not self.normalize:
-            self._sums(x, maxima, 0.0)
+            self._log_sums(x, maxima, 0.0)
             return RowsRead(None, 0.0, 0.0)
         if math.isfinite(offset):
-            found = self._sums(x, maxima, offset).log2()
+            found = self._log_sums(x, maxima, offset)
             if bool(((found > LEAST_SUM) & (found < LARGEST_SUM)).all()):
                 return RowsRead(found.to(self.dtype), offset, offset)
         # Usually at most once a sweep: read the rows again minus their maxima, and choose an offset.
-        found = self._careful(x, maxima)
+        found = self._log_sums(x, maxima, None)
         least, largest = (float(y) for y in found.aminmax())
         suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
         return RowsRead(found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan)
 
-    def _sums(self, x: Tensor, maxima: Tensor, offset: float) -> Tensor:
-        """Sums of 2^logit; fills `maxima`."""
-        bias = self.bias if offset == 0 else offset + (0 if self.bias is None else self.bias)
+    def _log_sums(self, x: Tensor, maxima: Tensor, offset: float | None) -> Tensor:
+        """Logarithms of sums of 2^(logit + offset), minus running maxima if it is None; fills `maxima`."""
+        bias = self.bias if not offset else offset + (0 if self.bias is None else self.bias)
+        top = torch.full((len(x),), 0.0 if offset is not None else -math.inf, dtype=self.dtype, device=self.device)
         total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
-        for tokens, blocks in self._parts():
-            logits = self._tile(x, tokens, bias)
-            found = logits.view(len(x), -1, BLOCK).amax(-1)
-            maxima[:, blocks] = found if self.penalty is None else self._allowed(logits, found, tokens)
-            if self.normalize:
-                total += logits.exp2_().sum(1)
-        return total
-
-    def _careful(self, x: Tensor, maxima: Tensor) -> Tensor:
-        """Log-normalizers computed with each row's running maximum, which takes another pass."""
-        top = torch.full((len(x),), -math.inf, dtype=self.dtype, device=self.device)
-        total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
-        for tokens, blocks in self._parts():
-            logits = self._tile(x, tokens, self.bias)
-            found = logits.view(len(x), -1, BLOCK).amax(-1)
-            maxima[:, blocks] = found if self.penalty is None else self._allowed(logits, found, tokens)
-            higher = torch.maximum(top, found.amax(1))
-            total *= torch.exp2((top - higher).double())
-            top = higher
-            total += logits.sub_(top.unsqueeze(1)).exp2_().sum(1)
-        return total.log2() + top.double()
-
-    def _parts(self) -> Iterator[tuple[slice, slice]]:
-        """Tokens and blocks of each tile."""
         for start in range(0, self.size, self.width):
             stop = min(start + self.width, self.size)
-            yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
+            logits = self._tile(x, slice(start, stop), bias)
+            best = logits.view(len(x), -1, BLOCK).amax(-1)
+            allowed = best
+            if self.penalty is not None:
+                penalty = self.penalty[start : start + logits.shape[1]]
+                allowed = (logits + penalty).view(len(x), -1, BLOCK).amax(-1)
+            maxima[:, start // BLOCK : -(-stop // BLOCK)] = allowed
+            if not self.normalize:
+                continue
+            if offset is None:
+                higher = torch.maximum(top, best.amax(1))
+                total *= torch.exp2((top - higher).double())
+                top = higher
+                logits.sub_(top.unsqueeze(1))
+            total += logits.exp2_().sum(1)
+        return total.log2() + top.double()
 
     def _tile(self, x: Tensor, tokens: slice, bias: Tensor | float | None) -> Tensor:
         """Binary logarithms [row, whole blocks] of some tokens, padded with -inf."""
@@ -204,18 +178,6 @@ class Tiles:
             torch.mul(self.transform(logits), LOG2_E, out=logits)
         padded[:, size:] = -math.inf
         return padded
-
-    def _allowed(self, logits: Tensor, found: Tensor, tokens: slice) -> Tensor:
-        """Block maxima over the tokens to choose from."""
-        if self.penalty is None:
-            return found
-        penalty = self.penalty[tokens]
-        if bool((penalty == 0).all()):
-            return found
-        if not bool((penalty == 0).any()):
-            return torch.full_like(found, -math.inf)
-        penalty = torch.nn.functional.pad(penalty, (0, logits.shape[1] - len(penalty)))
-        return (logits + penalty).view(len(logits), -1, BLOCK).amax(-1)
 
 
 class TopScan:
@@ -287,7 +249,7 @@ class TopScan:
     def state(self) -> dict[str, Tensor]:
         """Blocks kept so far, for `restore`."""
         threshold = torch.tensor([self.threshold], dtype=torch.float64, device="cpu")
-        return {name: x.contiguous() for name, x in vars(self.kept).items()} | {"threshold": threshold}
+        return {name: x.contiguous() for name, x in self.kept._asdict().items()} | {"threshold": threshold}
 
     def restore(self, *states: dict[str, Tensor]) -> None:
         """Continue from the states of scans that read different rows; without a state, start empty."""
@@ -307,36 +269,30 @@ class TopScan:
         if self.tokens is not None and self.normalize:
             allowed.zero_()[self.tokens] = True
 
-        def exact_pairs(part: slice) -> tuple[Tensor, ...]:
-            inside = (kept.row >= part.start) & (kept.row < part.stop)
+        def exact_pairs(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            """Ids, scores and log-normalizers of the pairs of some rows that may be among the best."""
             logits = exact_logits(self.decoder, kept.states[part])
-            return self._exact_pairs(logits, kept.ids[part], kept.row[inside] - part.start, kept.block[inside], allowed)
+            top, rest = log_parts(logits)
+            inside = (kept.row >= part.start) & (kept.row < part.stop)
+            position = (kept.block[inside].unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
+            row = (kept.row[inside] - part.start).repeat_interleave(BLOCK)
+            row, position = row[allowed[position]], position[allowed[position]]
+            token = position if self.tiles.gathered is None else self.tiles.gathered[position]
+            scores = logits[row, token]
+            if self.normalize:
+                scores = (scores - top[row]) - rest[row]
+            # Sort only pairs that may be among the best; the float32 bound is lower than needed.
+            likely = scores * LOG2_E >= self.threshold - 1e-6 * (1 + abs(self.threshold))
+            row, token, scores = row[likely], token[likely], scores[likely]
+            return torch.stack([kept.ids[part][row], token], dim=1), scores, (top + rest)[row]
 
         found = processes.map(exact_pairs, list(slices(len(kept.ids), EXACT_ROWS)))
         ids, scores, log_normalizers = (torch.cat(parts).to(self.device) for parts in zip(*found, strict=True))
         order = rank(ids, scores)[: self.k]
         return BestPairs(ids[order], scores[order], log_normalizers[order])
 
-    def _exact_pairs(
-        self, logits: Tensor, ids: Tensor, row: Tensor, block: Tensor, allowed: Bool[Tensor, " token"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, scores and log-normalizers of the pairs in some blocks that may be among the best."""
-        top, rest = log_parts(logits)
-        position = (block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
-        row = row.repeat_interleave(BLOCK)
-        row, position = row[allowed[position]], position[allowed[position]]
-        token = position if self.tiles.gathered is None else self.tiles.gathered[position]
-        scores = logits[row, token]
-        if self.normalize:
-            scores = (scores - top[row]) - rest[row]
-        # Sort only pairs that may be among the best; the float32 bound is lower than needed.
-        likely = scores * LOG2_E >= self.threshold - 1e-6 * (1 + abs(self.threshold))
-        row, token, scores = row[likely], token[likely], scores[likely]
-        return torch.stack([ids[row], token], dim=1), scores, (top + rest)[row]
 
-
-@dataclass
-class _Kept:
+class _Kept(NamedTuple):
     """Blocks that may hold one of the best pairs, and the states of their rows."""
 
     ids: Tensor  # of each kept row
@@ -348,17 +304,12 @@ class _Kept:
 
     @classmethod
     def none(cls, d_model: int, dtype: torch.dtype, device: torch.device) -> _Kept:
-        def empty(of: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=of, device=device)
-
-        long, bounds = [empty(torch.long, 0) for _ in range(3)], [empty(dtype, 0) for _ in range(2)]
-        return cls(long[0], empty(dtype, 0, d_model), *long[1:], *bounds)
+        long, bounds = (torch.empty(0, dtype=of, device=device) for of in (torch.long, dtype))
+        return cls(long, bounds.new_empty(0, d_model), long, long, bounds, bounds)
 
     def joined(self, other: _Kept) -> _Kept:
-        row = torch.cat([self.row, other.row + len(self.ids)])
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("ids", "states", "block", "lower", "upper"))
-        ids, states, block, lower, upper = (torch.cat(pair) for pair in pairs)
-        return _Kept(ids, states, row, block, lower, upper)
+        other = other._replace(row=other.row + len(self.ids))
+        return _Kept(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
 
     def where(self, keep: Tensor) -> _Kept:
         rows, row = self.row[keep].unique(return_inverse=True)
@@ -367,32 +318,4 @@ class _Kept:
     def sorted(self) -> _Kept:
         """Rows sorted by id, so that sums round alike whatever the order of reading."""
         order = self.ids.argsort()
-        return _Kept(self.ids[order], self.states[order], order.argsort()[self.row], self.block, self.lower, self.upper)
-
-
-def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """The model's transformed logits of some rows, in float64."""
-    logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
-    decoder.project(states.double(), logits)
-    logits += decoder.constant(None, torch.float64)
-    return logits if decoder.transform is None else decoder.transform(logits).double()
-
-
-def log_parts(logits: Float[Tensor, "row d_vocab"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """The largest logit of each row, and log1p(sum of exp(others - largest)); log-normalizers are their sum."""
-    top, position = logits.max(1)
-    rest = torch.empty_like(top)
-    for part in slices(len(logits), ROWS_OF_TEMPORARIES):
-        others = (logits[part] - top[part].unsqueeze(1)).exp_().scatter_(1, position[part].unsqueeze(1), 0.0)
-        rest[part] = others.sum(1).log1p()
-    return top, rest
-
-
-def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"]) -> None:
-    """Raise ValueError if a row's score is not finite."""
-    finite = scores.isfinite()
-    if not bool(finite.all()):
-        raise ValueError(
-            f"Every logit must be finite; those of tokens {ids[~finite][:5].tolist()} are not. Look at the model's weights, "
-            "its precision (float16 overflows), and the hooks on it."
-        )
+        return self._replace(ids=self.ids[order], states=self.states[order], row=order.argsort()[self.row])

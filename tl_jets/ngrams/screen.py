@@ -7,21 +7,19 @@ With x^ and u^ the rounded state and (centered) column, a logit is off by at mos
 
 the residuals, then the rounding of the result (2^-8 of the row's largest logit, which is known). Columns are centered
 over the vocabulary, which changes no log-probability. A row is skipped if the upper bound of its best log-probability
-is below the threshold of the scan (`tl_jets.ngrams.scan`), so the result is the same as without screening. Other rows
-wait; those with the highest bounds are scanned first, since they raise the threshold most.
-
-Screening pays if bfloat16 products are much faster (measured by `bf16_is_fast`) and few rows come near the threshold; a
-scan that has to scan most of its rows stops screening. Memory: `W_U` in bfloat16, and the states of waiting rows.
+is below the threshold of the scan (`tl_jets.ngrams.scan`), so the result is the same. Other rows wait; those with the
+highest bounds are scanned first, since they raise the threshold most. A scan that has to scan most of its rows stops
+screening. Memory: `W_U` in bfloat16, and the states of waiting rows.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from tl_jets.core.decoder import Decoder
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
@@ -41,6 +39,7 @@ class RoundedTiles(Tiles):
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device):
         super().__init__(decoder, dtype, device)
+        self.largest_bias = 0.0 if self.bias is None else float(self.bias.abs().max())
         total = torch.stack([columns.sum(1, dtype=torch.float64) for _, columns in decoder.columns(dtype)]).sum(0)
         mean = (total / decoder.d_vocab).to(dtype).unsqueeze(1)
         shape, tied = decoder.W_U.shape, decoder.W_U.stride(0) < decoder.W_U.stride(1)
@@ -99,7 +98,8 @@ class ScreenedScan:
         self.scan, self.tiles, self.chunk_size = scan, tiles, chunk_size
         self.screened = self.scanned = 0
         self.offset = 0.0
-        self._waiting = _Waiting.none(scan)
+        kept = scan.kept
+        self._waiting = _Waiting(kept.states[:0], kept.ids[:0], kept.upper[:0])
         # The best lower bounds of the best pairs of rows, k at most.
         self._lower = torch.empty(0, dtype=scan.dtype, device=scan.device)
 
@@ -116,9 +116,15 @@ class ScreenedScan:
         lower, upper = self.scan.bounds(best - shift, self.tiles.errors(states, offset, best))
         self._raise_threshold(lower)
         self.screened += len(ids)
-        self._waiting = self._waiting.joined(states.to(self.scan.dtype), ids, upper).above(self.scan.threshold)
+        new = (states.to(self.scan.dtype), ids, upper)
+        self._waiting = _Waiting(*(torch.cat(pair) for pair in zip(self._waiting, new, strict=True)))
+        self._drop()
         if len(self._waiting.ids) > 2 * self.chunk_size:
             self._scan_waiting(self.chunk_size)
+
+    def _drop(self) -> None:
+        """Drop waiting rows below the threshold, but not NaN, which the scan refuses."""
+        self._waiting = self._waiting.at(~(self._waiting.upper < self.scan.threshold))
 
     def _raise_threshold(self, lower: Tensor) -> None:
         """Raise the threshold with lower bounds of rows' best pairs."""
@@ -127,31 +133,28 @@ class ScreenedScan:
             self._lower = self._lower.topk(self.scan.k).values
             self.scan.threshold = max(self.scan.threshold, float(self._lower[-1]))
 
-    def _scan_waiting(self, leave: int) -> None:
-        """Scan waiting rows, highest bounds first, until at most `leave` possibly needed ones remain."""
+    def _scan_waiting(self, leave: int = 0) -> None:
+        """Scan waiting rows, highest bounds (and NaN) first, until at most `leave` possibly needed ones remain."""
         while len(self._waiting.ids) > leave:
-            first, self._waiting = self._waiting.parted(max(1, self.chunk_size // 4))
+            order, count = self._waiting.upper.argsort(descending=True), max(1, self.chunk_size // 4)
+            first, self._waiting = self._waiting.at(order[:count]), self._waiting.at(order[count:])
             self.scan.add(first.states, first.ids)
             self.scanned += len(first.ids)
-            self._waiting = self._waiting.above(self.scan.threshold)
-
-    def flush(self) -> None:
-        """Scan all waiting rows."""
-        self._scan_waiting(0)
+            self._drop()
 
     def close(self) -> None:
         """End of rows: scan the waiting ones and free the table."""
-        self.flush()
+        self._scan_waiting()
         self.tiles.table = self.tiles.table.new_empty(0, 0)
 
     def finish(self, processes: Processes = ALONE) -> BestPairs:
         """The best pairs of all rows; see `TopScan.finish`."""
-        self.flush()
+        self._scan_waiting()
         return self.scan.finish(processes)
 
     def state(self) -> dict[str, Tensor]:
         """See `TopScan.state`."""
-        self.flush()
+        self._scan_waiting()
         return self.scan.state()
 
     def restore(self, *states: dict[str, Tensor]) -> None:
@@ -166,25 +169,8 @@ class _Waiting(NamedTuple):
     ids: Int[Tensor, " row"]
     upper: Float[Tensor, " row"]  # bounds of their best scores
 
-    @classmethod
-    def none(cls, scan: TopScan) -> _Waiting:
-        numbers: dict[str, Any] = {"dtype": scan.dtype, "device": scan.device}
-        ids = torch.empty(0, dtype=torch.long, device=scan.device)
-        return cls(torch.empty(0, scan.decoder.d_model, **numbers), ids, torch.empty(0, **numbers))
-
-    def joined(self, *others: Tensor) -> _Waiting:
-        return _Waiting(*(torch.cat(pair) for pair in zip(self, others, strict=True)))
-
-    def above(self, threshold: float) -> _Waiting:
-        """Rows that may reach a threshold, including NaN, which the scan refuses."""
-        keep = ~(self.upper < threshold)
-        return self if bool(keep.all()) else _Waiting(*(part[keep] for part in self))
-
-    def parted(self, count: int) -> tuple[_Waiting, _Waiting]:
-        """The `count` rows with the highest bounds (NaN first), and the others."""
-        order = self.upper.argsort(descending=True)
-        first, rest = order[:count], order[count:]
-        return _Waiting(*(part[first] for part in self)), _Waiting(*(part[rest] for part in self))
+    def at(self, index: Tensor) -> _Waiting:
+        return _Waiting(*(part[index] for part in self))
 
 
 @torch.no_grad()
@@ -195,14 +181,7 @@ def bf16_is_fast(device: torch.device, d_model: int) -> bool:
     rows, columns = (512, 2048) if device.type == "cpu" else (4096, 16384)
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(rows, d_model, dtype=dtype, device=device)
-        y = torch.ones(columns, d_model, dtype=dtype, device=device).T
-        runs = []
-        for _ in range(3):
-            start = time.perf_counter()
-            torch.mm(x, y)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            runs.append(time.perf_counter() - start)
-        seconds.append(min(runs))
+        x, y = (torch.ones(size, d_model, dtype=dtype, device=device) for size in (rows, columns))
+        timer = Timer("torch.mm(x, y.T)", globals={"x": x, "y": y, "torch": torch}, num_threads=torch.get_num_threads())
+        seconds.append(min(timer.timeit(1).median for _ in range(3)))
     return seconds[1] < FAST * seconds[0]

@@ -15,12 +15,13 @@ path                   stream of token z, decoded by the model's own decoder    
 Labels are also accepted as paths. W_E[z] is the model's `embed` source, with any scale or norm before the first block.
 The MLPs are the model's own modules, replayed with their hooks (`tl_jets.adapters`); attention is not evaluated.
 
-Cost: an embedding and the path's MLPs per token, and one forward pass on two one-token prompts for the self-check.
+Cost: an embedding and the path's MLPs per token, and one forward pass on one-token prompts for the self-check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
+from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import ARROW
-from tl_jets.core.protocol import Stage, Step, relative_error, some
-from tl_jets.core.trace import Trace
+from tl_jets.core.protocol import Stage, relative_error, some
 from tl_jets.ngrams.float32 import full_float32
 
 DIRECT, MLPS = "direct", "mlps"
+# Rows per call of the MLPs, which are wide.
+STREAM_ROWS = 512
 
 PathInput = str | Sequence[str]
 
@@ -45,11 +48,15 @@ class VocabularyStreams:
     Args:
         model: A model or a `ResidualNetwork`.
         paths: Paths as in the table above: lists of steps, or labels.
+        prompts: Number of one-token prompts in the forward pass of the self-check.
 
     Attributes:
         network: The network at sublayer granularity.
         paths: Steps of each path by label; None for `mlps`.
         n_tokens: Number of tokens that the model embeds.
+        trace: A run on `prompts` prompts of one token, for the arguments of replays.
+        device: Device of the streams.
+        dtype: Dtype of `states`: float32, or float64 for float64 models.
 
     Raises:
         ValueError: A path has a step that mixes positions, does not exist or is out of order; a hook edits a stream; or
@@ -57,16 +64,18 @@ class VocabularyStreams:
     """
 
     @full_float32()
-    def __init__(self, model: Any, paths: Sequence[PathInput]):
+    def __init__(self, model: Any, paths: Sequence[PathInput], *, prompts: int = 2):
         self.network = ResidualNetwork(model).at("sublayer")
-        self.paths = {label: steps for label, steps in (_read_path(self.network, path) for path in paths)}
+        self.paths = dict(_read_path(self.network, path) for path in paths)
         self.n_tokens = _count_tokens(self.network)
-        self._trace = self._checked_trace()
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the streams."""
-        return self._trace["embed"].device
+        first = torch.zeros(prompts, 1, dtype=torch.long, device="cpu")
+        first[1:] = self.n_tokens - 1
+        # Every id is a token here, those of padding too.
+        mask = None if isinstance(self.network.view, CallableModel) else torch.ones_like(first)
+        self.trace = self.network.trace(first, attention_mask=mask)
+        embed = self.trace["embed"]
+        self.device, self.dtype = embed.device, self.network.decoder.compute_dtype(embed)
+        self._check(first[:2, 0])
 
     @torch.no_grad()
     @full_float32()
@@ -74,7 +83,7 @@ class VocabularyStreams:
         """The `embed` source of single tokens, as in a trace."""
         view: Any = self.network.view
         if isinstance(view, CallableModel):
-            return view.embeds["embed"](tokens.to(self._trace.tokens.device).unsqueeze(1))[:, 0]
+            return view.embeds["embed"](tokens.to(self.trace.tokens.device).unsqueeze(1))[:, 0]
         return view.embed(tokens)
 
     @torch.no_grad()
@@ -90,39 +99,38 @@ class VocabularyStreams:
 
     def states(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
         """Inputs of the unembedding (`stream` after the final norm), in float32, or float64 for float64 models."""
-        state = self.network.decoder.norm(self.stream(embed, label))
-        return state.to(self.network.decoder.compute_dtype(state))
+        decoder, parts = self.network.decoder, slices(len(embed), STREAM_ROWS)
+        state = torch.cat([decoder.norm(self.stream(embed[part], label)) for part in parts])
+        return state.to(decoder.compute_dtype(state))
 
-    @property
+    @cached_property
     def _mlps(self) -> list[str]:
         return mlp_steps(self.network)
 
     def _write(self, step: str, stream: Tensor) -> Tensor:
-        return self.network.view.writes(self._trace.recording, _alone(self.network, step), stream.unsqueeze(1))[0, :, 0]
+        return self.network.view.writes(self.trace.recording, self.alone(step), stream.unsqueeze(1))[0, :, 0]
 
-    def _checked_trace(self) -> Trace:
-        """A trace of two one-token prompts for the arguments of replays; checks embedding and MLPs."""
-        first = torch.tensor([[0], [self.n_tokens - 1]], device="cpu")
-        # Every id is a token here, those of padding too.
-        mask = None if isinstance(self.network.view, CallableModel) else torch.ones_like(first)
-        trace = self.network.trace(first, attention_mask=mask)
-        if any(trace.recording.edits.values()):
+    def alone(self, label: str) -> Stage:
+        """The stage of one step, without other steps that read the same stream (attention, in a parallel block)."""
+        stage = self.network.stage(label)
+        return Stage(stage.stream, tuple(step for step in stage.steps if step.label == label))
+
+    def _check(self, ids: Int[Tensor, " token"]) -> None:
+        """Check that no hook edits a stream, and that embedding and MLPs are functions of one token."""
+        if any(self.trace.recording.edits.values()):
             raise ValueError(
                 "A path's streams are those of the model without edits; a hook edits "
-                f"{some(trace.recording.edits)}. Take the hook on the stream away; hooks inside steps are kept."
+                f"{some(self.trace.recording.edits)}. Take the hook on the stream away; hooks inside steps are kept."
             )
-        self._trace = trace
-        more = torch.arange(min(self.n_tokens, 5), device="cpu")
-        found = torch.cat([self.embed(first[:, 0]), self.embed(more)])
-        self._agree("embed", found[:2], trace["embed"][:, 0])
+        found = self.embed(torch.cat([ids, torch.arange(min(self.n_tokens, 5), device="cpu")]))
+        self._agree("embed", found[:2], self.trace["embed"][:2, 0])
         for step in {step for steps in self.paths.values() for step in (self._mlps if steps is None else steps)}:
-            trace.stage_function(self.network.stage(step))  # compares the replay with what the model wrote
+            self.trace.stage_function(self.network.stage(step))  # compares the replay with what the model wrote
             self._agree(step, self._write(step, found)[:2], self._write(step, found[:2]))
-        return trace
 
     def _agree(self, name: str, found: Tensor, wanted: Tensor) -> None:
         error = relative_error(found, wanted)
-        if not error <= self._trace.recording.accuracy:
+        if not error <= self.trace.recording.accuracy:
             raise ValueError(
                 f"{name} of a token must not depend on the tokens evaluated beside it; it differs by {error:.1e} "
                 "(relative). A hook or the architecture mixes positions or prompts, so that it has no bi-grams."
@@ -131,17 +139,8 @@ class VocabularyStreams:
 
 def mlp_steps(network: ResidualNetwork) -> list[str]:
     """Labels of the MLPs, the steps that do not mix positions, in order."""
-    return [step.label for step in network.at("sublayer").steps if _is_mlp(step)]
-
-
-def _is_mlp(step: Step) -> bool:
-    return step.kind == "mlp" or (step.kind == "callable" and step.label.endswith("_mlp"))
-
-
-def _alone(network: ResidualNetwork, label: str) -> Stage:
-    """The stage of one step, without other steps that read the same stream (attention, in a parallel block)."""
-    stage = network.stage(label)
-    return Stage(stage.stream, tuple(step for step in stage.steps if step.label == label))
+    steps = network.at("sublayer").steps
+    return [x.label for x in steps if x.kind == "mlp" or (x.kind == "callable" and x.label.endswith("_mlp"))]
 
 
 def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str] | None]:
@@ -164,17 +163,16 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
     else:
         steps = list(path)
     for step in steps:
-        if step in known:
-            continue
-        if "attn" in step or step.startswith("L") or step.endswith("_block"):
+        if step not in known and ("attn" in step or step.startswith("L") or step.endswith("_block")):
             raise ValueError(
                 f"A bi-gram path must be a function of one token; {step!r} holds attention, which reads other tokens, too. "
                 f"Use MLPs ({some(known)}), or the skip-trigrams of its heads."
             )
-        raise ValueError(
-            f'A path must be "{DIRECT}", "{MLPS}" or steps such as "1_mlp{ARROW}3_mlp", each one of {some(known)}; got the '
-            f"step {step!r} in {path!r}."
-        )
+        if step not in known:
+            raise ValueError(
+                f'A path must be "{DIRECT}", "{MLPS}" or steps such as "1_mlp{ARROW}3_mlp", each one of {some(known)}; got '
+                f"the step {step!r} in {path!r}."
+            )
     order = [known.index(step) for step in steps]
     if order != sorted(set(order)):
         raise ValueError(f"A path must pass its steps in the order of the network, each once; got {steps}.")

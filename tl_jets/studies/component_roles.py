@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown
 from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
-from tl_jets.ngrams.tables import NgramTable, rank, side_by_side
+from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.ngrams.trigrams import jet_trigrams
 from tl_jets.studies.counts import TEXT
 from tl_jets.studies.overlap import check_same_vocabulary, check_unigram, share_found

@@ -32,12 +32,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.core.logit_reader import slices
+from tl_jets.core.logit_reader import rank, slices
 from tl_jets.core.notebook import Shown
 from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.streams import PathInput
-from tl_jets.ngrams.tables import NgramTable, rank
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import read_tokens
 from tl_jets.studies.pairs import ROWS, RowScores
 from tl_jets.studies.row_changes import CHUNK, Change, RowChanges

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.logit_reader import rounded
 from tl_jets.core.options import check_integers
-from tl_jets.ngrams.tables import NgramTable, rounded
+from tl_jets.ngrams.tables import NgramTable
 
 # Tolerance for the sum of float32 probabilities.
 NORMALIZED = 1e-4

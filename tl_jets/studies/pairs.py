@@ -26,11 +26,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.logit_reader import slices
+from tl_jets.core.logit_reader import check_finite, exact_logits, log_parts, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
-from tl_jets.ngrams.scan import SCORES, Score, exact_logits, log_parts
+from tl_jets.ngrams.scan import SCORES, Score
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.vocabularies import check_table
@@ -77,12 +77,7 @@ class RowScores:
         """Scores of all second tokens after some first tokens, and log-normalizers; ValueError if not finite."""
         logits = exact_logits(self.network.decoder, self.streams.states(self.streams.embed(first), self.path))
         top, rest = log_parts(logits)
-        if not bool(logits.isfinite().all()):
-            bad = first[~logits.isfinite().all(1).to(first.device)][:5].tolist()
-            raise ValueError(
-                f"Every logit must be finite; those of tokens {bad} are not. Look at the model's weights, its precision "
-                "(float16 overflows), and the hooks on it."
-            )
+        check_finite(logits.sum(1), first)
         if self.score == "logprob":
             logits = (logits - top.unsqueeze(1)) - rest.unsqueeze(1)
         return logits, top + rest

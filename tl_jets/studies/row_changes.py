@@ -1,7 +1,7 @@
 r"""Bounds on how far the log-probabilities after each first token moved between two models, in working precision.
 
-With p, q the probabilities before and after, d = log q - log p, and e an error bound of each logarithm (twice
-`tl_jets.ngrams.scan.Tiles.errors`, plus that of a sum):
+With p, q the probabilities before and after, d = log q - log p, and e an error bound of each logarithm (twice that of a
+logit, plus that of a sum):
 
 .. math::
     \text{rise} \le \max\, q\,e^{e_q} - p\,e^{-e_p}, \qquad
@@ -31,9 +31,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.logit_reader import LOG2_E, slices
+from tl_jets.core.logit_reader import Reader, check_finite, slices
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.scan import SUM_ERROR, Tiles
+from tl_jets.ngrams.scan import SUM_ERROR
 from tl_jets.studies.pairs import RowScores
 
 Change = Literal["probability", "logprob"]
@@ -77,14 +77,11 @@ class RowChanges:
         """Bounds and KL of the rows of some first tokens; ValueError if a logit is not finite."""
         for side in self.sides:
             side.read(first)
-        found = [self._moved(part) for part in slices(len(first), self.sides[0].rows)]
+        logits = self.sides[0].logits
+        size = max(1, (SCRATCH_CPU if logits.device.type == "cpu" else SCRATCH_DEVICE) // logits.shape[1])
+        found = [self._moved(part) for part in slices(len(first), size)]
         moved = RowsMoved(*(torch.cat(parts).double().cpu() for parts in zip(*found, strict=True)))
-        if not bool(moved.kl.isfinite().all()):
-            bad = first[~moved.kl.isfinite().to(first.device)][:5].tolist()
-            raise ValueError(
-                f"Every logit must be finite; those of tokens {bad} are not. Look at the model's weights, its precision "
-                "(float16 overflows), and the hooks on it."
-            )
+        check_finite(moved.kl, first)
         return moved
 
     def _moved(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,30 +117,20 @@ class _Side:
     """Probabilities of one model, and error bounds of their logarithms."""
 
     def __init__(self, scores: RowScores):
-        self.scores, self.decoder = scores, scores.network.decoder
-        self.tiles: Tiles | None = None
-        self.bias: Tensor | None = None
-        self.logits = self.errors = self.scratch = torch.empty(0, device="cpu")
-
-    @property
-    def rows(self) -> int:
-        """Number of rows processed at a time."""
-        numbers = SCRATCH_CPU if self.logits.device.type == "cpu" else SCRATCH_DEVICE
-        return max(1, numbers // self.decoder.d_vocab)
+        decoder = scores.network.decoder
+        self.scores, self.decoder = scores, decoder
+        self.reader = Reader(decoder, scores.streams.dtype, scores.streams.device)
+        self.bias = decoder.constant(None, self.reader.dtype) if bool(decoder.b_U.any()) else None
+        self.logits = self.errors = torch.empty(0, device="cpu")
 
     @full_float32()
     def read(self, first: Tensor) -> None:
         """Set `logits` [row, d_vocab], without bias and transform, and `errors` of the log-probabilities [row]."""
-        streams = self.scores.streams
-        states = streams.states(streams.embed(first), self.scores.path)
-        if self.tiles is None:
-            self.tiles = Tiles(self.decoder, states.dtype, states.device)
-            self.bias = self.decoder.constant(None, states.dtype) if bool(self.decoder.b_U.any()) else None
+        states = self.scores.streams.states(self.scores.streams.embed(first), self.scores.path)
         if len(self.logits) < len(states):
-            self.logits = torch.empty(len(states), self.decoder.d_vocab, dtype=states.dtype, device=states.device)
-            self.scratch = torch.empty_like(self.logits[: self.rows])
+            self.logits = states.new_empty(len(states), self.decoder.d_vocab)
         self.decoder.project(states, self.logits[: len(states)])
-        self.errors = 2 * self.tiles.errors(states) / LOG2_E + SUM_ERROR * torch.finfo(states.dtype).eps
+        self.errors = 2 * self.reader.errors(states) + SUM_ERROR * torch.finfo(states.dtype).eps
 
     def probabilities(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """For some rows: logits minus their maximum, probabilities, and sums of exp of the former [row, 1]."""
@@ -153,6 +140,6 @@ class _Side:
         if self.decoder.transform is not None:
             logits.copy_(self.decoder.transform(logits))
         logits -= logits.amax(1, keepdim=True)
-        p = torch.exp(logits, out=self.scratch[: len(logits)])
+        p = torch.exp(logits)
         total = p.sum(1, keepdim=True)
         return logits, p.mul_(1 / total), total

@@ -28,11 +28,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.streams import PathInput, mlp_steps
-from tl_jets.ngrams.tables import NgramTable, rank
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest
