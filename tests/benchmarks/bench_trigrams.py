@@ -24,7 +24,7 @@ import live_memory
 import zoo
 from transformer_lens.model_bridge import TransformerBridge
 
-import tl_jets.ngrams.trigram_sweep as trigram_sweep
+import tl_jets.ngrams.trigrams as trigrams
 from tl_jets import ResidualNetwork, jet_trigrams
 
 D_MODEL, D_VOCAB, TILE, SLICE = 768, 50257, 2048, 1024
@@ -76,7 +76,7 @@ def main() -> None:
         zoo.randomize(hf)
     model = TransformerBridge.boot_transformers("tiny", hf_model=hf, tokenizer=zoo.tokenizer(), device="cpu")
     network = ResidualNetwork(model)
-    trigram_sweep.tqdm = bar = Interleaved(hf.lm_head.weight.T)  # type: ignore[misc, assignment]
+    trigrams.tqdm = bar = Interleaved(hf.lm_head.weight.T)  # type: ignore[misc, assignment]
     heads = list(range(arguments.heads))
     if arguments.memory:
         peak = live_memory.peak_bytes(lambda: jet_trigrams(network, 1, heads))

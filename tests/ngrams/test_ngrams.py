@@ -378,6 +378,17 @@ def test_rows_of_equal_logits():
         assert best.ids[best.ids[:, 0] == i, 1].tolist() == ordered(row[None], [i])[1][:5].tolist()
 
 
+def test_a_scale_of_the_logits_scales_their_rounding_errors():
+    """A power of two: the best tokens of every row, nearly tied in float32, are those of the plain logits."""
+    source = torch.Generator().manual_seed(0)
+    W_U, states = 1 + 1e-6 * torch.randn(16, 1500, generator=source), 10 + 1e-3 * torch.randn(80, 16, generator=source)
+    plain, scaled = (
+        scan_all(RowScan(RowReader(decoder, 4, score="logit")), states, torch.arange(80), 30)
+        for decoder in (Decoder(Norm("none"), W_U, torch.zeros(1500), x) for x in (None, lambda logits: 64 * logits))
+    )
+    assert torch.equal(scaled.ids, plain.ids) and torch.equal(scaled.scores, 64 * plain.scores)
+
+
 # --- paths of models ------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +447,18 @@ def test_mlp_paths_are_what_the_modules_write(name):
             table = jet_bigrams(network, steps[:count], top_k=30, chunk_size=13)
             assert_best(table, expected, 30, 1e-10)
             assert table.path == " > ".join(steps[:count])
+
+
+def test_no_forward_pass_is_run_twice():
+    """One for the check, and one that stops at the embedding for its comparison and for each chunk."""
+    for spec in zoo.available(["gpt2"]):
+        model, calls = zoo.fresh(spec), []
+        forward = model.forward
+        model.forward = lambda *args, forward=forward, calls=calls, **options: (
+            calls.append(1) or forward(*args, **options)
+        )
+        jet_bigrams(model, "mlps", top_k=3, chunk_size=31)
+        assert len(calls) == 2 + 2
 
 
 def test_the_path_of_a_table_is_a_path():

@@ -19,9 +19,9 @@ from commands import run, share_models
 import tl_jets as tj
 from tl_jets import studies
 from tl_jets.ngrams import sweep, trigram_job
-from tl_jets.ngrams.bigram_sweep import BigramSweep
+from tl_jets.ngrams.bigrams import BigramSweep
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.trigram_sweep import TrigramSweep
+from tl_jets.ngrams.trigrams import TrigramSweep
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "pages" / "guides" / "ngrams.md"
@@ -166,7 +166,7 @@ VICTIM = """
 import os, signal, sys, time
 import torch
 import tl_jets as tj
-from tl_jets.ngrams.trigram_sweep import TrigramSweep
+from tl_jets.ngrams.trigrams import TrigramSweep
 
 torch.set_num_threads(1)
 network = tj.ResidualNetwork(tj.load_tinydocs())

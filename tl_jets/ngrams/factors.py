@@ -1,8 +1,8 @@
 r"""Log-normalizers, maxima and log-probabilities of logits that are a product of two thin factors.
 
 A head's query-key scores and decoded writes are products [V, d_head] x [d_head, V], computed tile by tile in binary
-logarithms (2^x costs a quarter of e^x). Instead of each row's maximum, which would need another pass, sums subtract an
-estimate of the log-normalizer that assumes normally distributed logits; in trained heads it is off by a tenth of a nat.
+logarithms. Instead of each row's maximum, which would need another pass, sums subtract an estimate of the
+log-normalizer that assumes normally distributed logits; in trained heads it is off by a tenth of a nat.
 
 Cost: d_head V multiply-adds a row, and about as much time again for three or four passes over its tiles.
 
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.logit_reader import LOG2_E
+from tl_jets.core.logit_reader import LOG2_E, log_parts
 
 # Rows and columns of a tile, and rows in float64 at a time.
 TILE_ROWS, TILE_COLUMNS, EXACT_ROWS = 1024, 2048, 32
@@ -94,10 +94,6 @@ class Factors:
         tilted = tilted if self.transform is None else self.transform(tilted)
         return ((log_size + tilted) * LOG2_E).to(rows.dtype)
 
-    def largest(self, rows: Tensor) -> Tensor:
-        """The largest logit of each row, in binary logarithms. Shape [part, 1]."""
-        return torch.stack([tile.amax(1) for _, tile in self.tiles(rows)]).amax(0).unsqueeze(1)
-
     @cached_property
     def _precise(self) -> Float[Tensor, "inner column"]:
         return self.columns.double()
@@ -147,7 +143,7 @@ def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], 
     short = total(shift)
     # The logits are far from normal: subtract the maximum instead, at the cost of another pass.
     if not bool(((short > LEAST_SUM) & (short < math.inf)).all()):
-        shift = factors.largest(rows)
+        shift = torch.stack([tile.amax(1) for _, tile in factors.tiles(rows)]).amax(0).unsqueeze(1)
         short = total(shift)
     return shift, short.to(rows.dtype)
 
@@ -165,19 +161,13 @@ def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"]
 
 def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
     """Log-probabilities of pairs (row, column) in float64; log1p keeps the digits of values near 0."""
-    distinct, which = rows.unique(return_inverse=True)
-    order = which.argsort(stable=True)
+    distinct, which, counts = rows.unique(return_inverse=True, return_counts=True)
+    pairs = which.argsort(stable=True).split([int(part.sum()) for part in counts.split(EXACT_ROWS)])
     found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     buffer = factors.exact_buffer()
-    for start in range(0, len(distinct), EXACT_ROWS):
+    for start, inside in zip(range(0, len(distinct), EXACT_ROWS), pairs, strict=True):
         logits = factors.exact(distinct[start : start + EXACT_ROWS], buffer)
-        top, place = logits.max(1, keepdim=True)
-        low, high = torch.searchsorted(
-            which[order], torch.tensor([start, start + len(logits)], device=rows.device)
-        ).tolist()
-        inside = order[low:high]
+        top, rest = log_parts(logits)
         row = which[inside] - start
-        gaps = logits[row, columns[inside]] - top[row, 0]
-        others = logits.sub_(top).exp_().scatter_(1, place, 0.0).sum(1)
-        found[inside] = gaps - others.log1p()[row]
+        found[inside] = (logits[row, columns[inside]] - top[row]) - rest[row]
     return found

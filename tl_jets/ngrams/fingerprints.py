@@ -5,9 +5,8 @@ dtype, the integer sum of the bit patterns, and `SAMPLES` evenly spaced entries 
 configuration's numbers and switches (epsilons, rotary base, caps) and which hook points carry hooks. A change of one
 bit of one weight changes the sum, which does not depend on the device or the number of threads.
 
-It does not cover what a hook does, nor plain functions of a `CallableModel` (only its decoder and embedding modules).
-
-Cost: one pass over the weights (GPT-2 small: about 0.1 s).
+It does not cover what a hook does, nor plain functions of a `CallableModel`. Cost: one pass over the weights (GPT-2
+small: about 0.1 s).
 """
 
 from __future__ import annotations
@@ -52,9 +51,8 @@ def fingerprint(model: Any) -> str:
         bits = tensor.detach()
         bits = torch.view_as_real(bits) if bits.is_complex() else bits
         bits = bits.view(_INTEGERS[bits.element_size()])
-        flat = (
-            bits.flatten() if bits.is_contiguous() else bits.T.flatten() if bits.T.is_contiguous() else bits.reshape(-1)
-        )
+        bits = bits.T if not bits.is_contiguous() and bits.T.is_contiguous() else bits
+        flat = bits.reshape(-1)
         samples = flat[:: max(1, -(-len(flat) // SAMPLES))].cpu()
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
         total.update(samples.contiguous().numpy().tobytes())

@@ -16,7 +16,7 @@ constant (`tl_jets.adapters.heads`). M is the rotary embedding times the attenti
 | M k | `ScoreMap.keys(k)` |
 | M at distance 0 times k | `ScoreMap.own_keys(k)` |
 | tau | `ScoreMap.cap` |
-| W_O, then norms, then W_U | `OutputMap` |
+| W_O, then norms, then W_U | `decoded_writes` |
 
 Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (distance + 1) tokens of forward passes.
 
@@ -31,8 +31,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -41,9 +41,11 @@ from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.adapters.heads import check_heads
-from tl_jets.calculus import Norm, full_precision
+from tl_jets.calculus import full_precision
+from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.protocol import Stage, Step, relative_error, tolerance
+from tl_jets.core.protocol import Step, relative_error, tolerance
+from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
@@ -56,8 +58,7 @@ RECORDED_LOGITS, FITTED_WEIGHTS = 2**24, 2**24
 FIT_ERROR = 1e-9
 
 
-@dataclass(frozen=True, eq=False)
-class HeadVectors:
+class HeadVectors(NamedTuple):
     """Queries, keys and values of some heads on some tokens; grouped keys are repeated for each head."""
 
     query: Float[Tensor, "head token d_head"]
@@ -86,38 +87,29 @@ class HeadReader:
                 "Queries and keys must be functions of their token; shortformer attention adds positions to them."
             )
         self.view, self.layer, self.n_heads = view, layer, int(view.cfg.n_heads)
-        self.streams = VocabularyStreams(self.network, [DIRECT])
-        self.n_tokens = self.streams.n_tokens
+        step = f"{layer}_attn"
+        view.refuse(Step(step, layer, "attn"))
         # Batch size of replays, which is that of the recorded forward pass.
         self._rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
-        zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self.streams.device)
-        view.refuse(Step(f"{layer}_attn", layer, "attn"))
-        with torch.no_grad():
-            trace = self.network.trace(zeros, attention_mask=torch.ones_like(zeros))
-            trace.gamma(f"{layer}_attn")  # compares the replay with what the model wrote
+        self.streams = VocabularyStreams(self.network, [DIRECT], prompts=self._rows)
+        self.n_tokens, self.device = self.streams.n_tokens, self.streams.device
+        trace, self._attention = self.streams.trace, self.streams.alone(step)
         self._recording = trace.recording
-        step = next(step for step in self.network.steps if step.label == f"{layer}_attn")
-        self._attention = Stage(self.network.stage(step.label).stream, (step,))
+        trace.gamma(step)  # compares the replay with what the model wrote
         with torch.no_grad(), view.replaying(layer):
             check_heads(view, self._recording, view.calls_of(self._recording), layer)
         self._zero_value = self._read(torch.zeros_like(trace["embed"][:1, 0]))[2]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-        return self.streams.device
 
     @full_float32()
     def vectors(self, tokens: Int[Tensor, " token"], heads: Sequence[int]) -> HeadVectors:
         """Queries, keys and values (minus those of the zero stream) of some heads, in working precision."""
         kept: list[Tensor] = []
-        for start in range(0, len(tokens), self._rows):
-            part = tokens[start : start + self._rows]
-            query, key, value = self._read(self.streams.embed(part))
+        for part in slices(len(tokens), self._rows):
+            query, key, value = self._read(self.streams.embed(tokens[part]))
             found = [x[:, list(heads)].transpose(0, 1) for x in (query, key, value - self._zero_value)]
             kept = kept or [x.new_empty(len(heads), len(tokens), x.shape[-1]) for x in found]
             for into, vectors in zip(kept, found, strict=True):
-                into[:, start : start + len(part)] = vectors
+                into[:, part] = vectors
         return HeadVectors(*kept)
 
     @torch.no_grad()
@@ -135,18 +127,17 @@ class HeadReader:
         return query[: len(stream), 0], key[: len(stream), 0], value[: len(stream), 0]
 
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
-        """Hooks that save queries, keys and the activations `more`, where the model has them."""
+        """Hooks that save queries, keys and the activations `more` of the layer's attention, where the model has them."""
+
+        def saver(name: str) -> Callable[..., None]:
+            def save(tensor: Tensor, hook: Any) -> None:
+                found[name] = tensor.detach().to(self.device)
+
+            return save
+
+        prefix = f"blocks.{self.layer}.attn."
         names = [name for pair in _POINTS for name in pair] + list(more)
-        savers = [self._saver(found, name) for name in names]
-        return [(name, save) for name, save in savers if name in self.view.hook_dict]
-
-    def _saver(self, found: dict[str, Tensor], name: str) -> tuple[str, Callable[..., None]]:
-        """A hook that saves one activation of the layer's attention."""
-
-        def save(tensor: Tensor, hook: Any) -> None:
-            found[name] = tensor.detach().to(self.device)
-
-        return f"blocks.{self.layer}.attn.{name}", save
+        return [(prefix + name, saver(name)) for name in names if prefix + name in self.view.hook_dict]
 
     def _query_and_key(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys [batch, pos, head, d_head], grouped keys repeated."""
@@ -164,6 +155,15 @@ class HeadReader:
             key, "batch pos head d_head -> batch pos (head copy) d_head", copy=query.shape[2] // key.shape[2]
         )
 
+    @cached_property
+    def constant(self) -> Float[Tensor, " d_vocab"] | None:
+        """Logits from the final norm's bias and b_U; None if they are 0."""
+        decoder = self.network.decoder
+        dtype = decoder.compute_dtype(torch.empty(0, dtype=self.view.dtype, device="cpu"))
+        with full_float32():
+            constant = decoder.constant(decoder.norm.bias, dtype)
+        return constant if bool(constant.any()) else None
+
     # The score map
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class HeadReader:
             raise ValueError(f"distance must be in 1..{n_ctx - 1}, places between key and query; got {distance!r}.")
         data = self._sample(distance)
         for cap in (None, *self._caps()):
-            if cap is not None and not data.true_scores:
+            if cap is not None and data.shown is None:
                 continue
             for pairs, rotation in rotations(data.query.shape[-1], getattr(self.view.cfg, "rotary_dim", None)):
                 found = data.fit(pairs, cap, rotation, distance)
@@ -196,13 +196,14 @@ class HeadReader:
 
     def _sample(self, distance: int) -> ScoreSample:
         """Queries and keys of random streams, and the model's attention weights between them."""
-        streams = self._random_streams(2 * self._samples())
-        alone = self._attend(streams[:, None])
-        query, key = (x[:, 0].double() for x in self._query_and_key(alone))
-        half = len(streams) // 2
+        # Four equations an unknown.
+        half = max(24, -(-4 * (2 * int(self.view.cfg.d_head) + self.n_heads) // self.n_heads))
+        streams = self._random_streams(2 * half)
+        query, key = (x[:, 0].double() for x in self._query_and_key(self._attend(streams[:, None])))
         x, y = slice(0, half), slice(half, None)
-        prompts = self._random_streams(half * (distance - 1), seed=1).view(half, distance - 1, streams.shape[1])
-        prompts = torch.cat([streams[y, None], prompts, streams[x, None]], dim=1)
+        between = self._random_streams(half * (distance - 1), seed=1) if distance > 1 else streams[:0]
+        between = between.view(half, distance - 1, streams.shape[1])
+        prompts = torch.cat([streams[y, None], between, streams[x, None]], dim=1)
         weights, scores = [], []
         size = max(1, FITTED_WEIGHTS // (self.n_heads * (distance + 1) ** 2))
         for part in prompts.split(size):
@@ -223,17 +224,13 @@ class HeadReader:
         ends = torch.tensor([0, -1], device=weight.device)
         return ScoreSample(query[x], key[y], key[x], weight[..., ends].log(), score[..., ends] if true else None)
 
-    def _samples(self) -> int:
-        """Number of streams that gives four equations an unknown."""
-        return max(24, -(-4 * (2 * int(self.view.cfg.d_head) + self.n_heads) // self.n_heads))
-
     def _random_streams(self, count: int, seed: int = 0) -> Float[Tensor, "token d_model"]:
         """Random token embeddings plus noise of the same size, in float64."""
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, self.n_tokens, (max(count, 1),), generator=generator, device="cpu")
+        tokens = torch.randint(0, self.n_tokens, (count,), generator=generator, device="cpu")
         embed = torch.cat([self.streams.embed(part) for part in tokens.split(self._rows)]).double()
         noise = torch.randn(embed.shape, generator=generator, dtype=torch.float64, device="cpu").to(embed.device)
-        return (embed + embed.pow(2).mean().sqrt() * noise)[:count]
+        return embed + embed.pow(2).mean().sqrt() * noise
 
     def _attend(self, streams: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
         """Attention activations of the layer in the model's forward pass on the streams, in float64."""
@@ -242,8 +239,8 @@ class HeadReader:
         prefix = f"blocks.{self.layer}."
 
         moved = streams.to(self.view.device_of(self.layer))
-        hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: moved), *self._savers(found, "hook_attn_scores")]
-        hooks += [self._saver(found, "hook_pattern")]
+        hooks = [(prefix + "hook_resid_pre", lambda tensor, hook: moved)]
+        hooks += self._savers(found, "hook_attn_scores", "hook_pattern")
         try:
             with full_precision():
                 # Run the whole block: some attention modules call these hooks after their output.
@@ -260,46 +257,29 @@ class HeadReader:
         return found
 
 
-class OutputMap:
-    r"""The decoded write of a head: logits are `coordinates(v) @ columns + constant`, with inner dimension d_head.
+@full_float32()
+def decoded_writes(reader: HeadReader, head: int, value: Float[Tensor, "token d_head"]) -> Factors:
+    """The logits of a head's writes of tokens with these values, by factors [token, d_head] and [d_head, d_vocab].
 
     The norms divide by the root mean square of the (centered) write, a quadratic form mean((v A)^2) = v (A A' /
     d_model) v', so writes are never computed. A post-norm (Gemma-2, OLMo-2) is applied to the head's write alone: its
     weight counts, the final norm undoes its scale (up to eps), and its bias is a constant, which belongs to no head.
-
-    Attributes:
-        columns: W_O through the norms' weights and W_U. Shape [d_head, d_vocab].
-        constant: Logits from the final norm's bias and b_U. Shape [d_vocab].
     """
-
-    @full_float32()
-    def __init__(self, reader: HeadReader, head: int):
-        view, decoder = reader.view, reader.network.decoder
-        block = view.blocks[reader.layer]
-        dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype, device="cpu"))
-        W_O = block.attn.W_O[head].detach().to(decoder.W_U.device, dtype)
-        self._norms: list[tuple[Tensor, float]] = []
-        post = view.post_norm(reader.layer)
-        if post is not None:
-            W_O = self._through(post, W_O)
-        W_O = self._through(decoder.norm, W_O * float(getattr(block, "residual_contribution_scale", 1.0)))
-        self.columns: Float[Tensor, "d_head d_vocab"] = torch.empty(
-            len(W_O), decoder.d_vocab, dtype=dtype, device=W_O.device
-        )
-        decoder.project(W_O, self.columns)
-        self.constant: Float[Tensor, " d_vocab"] = decoder.constant(decoder.norm.bias, dtype)
-
-    def _through(self, norm: Norm, W_O: Tensor) -> Tensor:
-        """W_O times a norm's weight; keeps the quadratic form of the norm's scale."""
+    view, decoder = reader.view, reader.network.decoder
+    block, post = view.blocks[reader.layer], view.post_norm(reader.layer)
+    dtype = decoder.compute_dtype(torch.empty(0, dtype=view.dtype, device="cpu"))
+    W_O = block.attn.W_O[head].detach().to(decoder.W_U.device, dtype)
+    branch = float(getattr(block, "residual_contribution_scale", 1.0))
+    wide = value.double()
+    size = torch.ones(len(value), 1, dtype=torch.float64, device=value.device)
+    for norm, factor in ([] if post is None else [(post, 1.0)]) + [(decoder.norm, branch)]:
+        W_O = W_O * factor
         if norm.kind != "none":
             W_O = norm.center(W_O)
-            self._norms.append((W_O.double() @ W_O.double().T / W_O.shape[1], norm.eps))
-        return W_O if norm.weight is None else W_O * norm.weight.to(W_O)
-
-    def coordinates(self, value: Float[Tensor, "token d_head"]) -> Float[Tensor, "token d_head"]:
-        """Values divided by the scales of the norms, in the wider of their dtype and that of `columns`."""
-        size = torch.ones(len(value), 1, dtype=torch.float64, device=value.device)
-        for gram, eps in self._norms:
-            scaled = value.double() * size
-            size = size * torch.rsqrt((scaled @ gram * scaled).sum(-1, keepdim=True).clamp_min(0) + eps)
-        return (value.double() * size).to(torch.promote_types(value.dtype, self.columns.dtype))
+            scaled, gram = wide * size, W_O.double() @ W_O.double().T / W_O.shape[1]
+            size = size * torch.rsqrt((scaled @ gram * scaled).sum(-1, keepdim=True).clamp_min(0) + norm.eps)
+        W_O = W_O if norm.weight is None else W_O * norm.weight.to(W_O)
+    columns = torch.empty(len(W_O), decoder.d_vocab, dtype=dtype, device=W_O.device)
+    decoder.project(W_O, columns)
+    coordinates = (wide * size).to(torch.promote_types(value.dtype, dtype))
+    return Factors(coordinates, columns, reader.constant, decoder.transform)

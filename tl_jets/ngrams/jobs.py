@@ -27,9 +27,10 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
@@ -38,9 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.atomic_files import check_writable, remove_leftovers, write_atomically
-from tl_jets.ngrams.shards import ALONE, Processes
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.ngrams.fingerprints import fingerprint
+from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.tables import NgramTable
 
+Key = TypeVar("Key")
+Kind = TypeVar("Kind", bound="Sweep")
 SUFFIX = ".parquet"
 STATE_FORMAT = 2
 FILE_NAME = re.compile(r"\w[\w .,>+-]*")
@@ -80,11 +85,40 @@ class Job:
     @property
     def header(self) -> dict[str, Any]:
         """The table's header."""
-        return {
-            "path": self.path,
-            "settings": json.loads(json.dumps(dict(self.settings))),
-            "fingerprint": self.fingerprint,
-        }
+        settings = json.loads(json.dumps(dict(self.settings)))
+        return {"path": self.path, "settings": settings, "fingerprint": self.fingerprint}
+
+
+class Sweep:
+    """Base of bi-gram and skip-trigram sweeps: what tables are named and checked by."""
+
+    network: ResidualNetwork
+    settings: dict[str, Any]
+    processes: Processes
+
+    @classmethod
+    def planned(
+        cls: type[Kind], *args: Any, saves: bool = False, distributed: Distributed = False, **options: Any
+    ) -> Kind:
+        """A sweep with checked options, equal in all processes; `saves` says whether its tables go to files."""
+        processes = Processes.of(distributed)
+        return processes.agree(
+            lambda: cls(*args, processes=processes, **options),  # type: ignore[call-arg]
+            lambda plan: plan.description() | {"saves": saves},
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's fingerprint."""
+        return fingerprint(self.network)
+
+    def description(self) -> dict[str, Any]:
+        """Options and model, which must be equal in all processes."""
+        return {**self.settings, "model": self.fingerprint}
+
+    def header(self, path: str) -> dict[str, Any]:
+        """The header of a path's table."""
+        return {"path": path, "settings": self.settings, "fingerprint": self.fingerprint}
 
 
 def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> dict[str, NgramTable]:
@@ -103,8 +137,7 @@ def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> 
             tl-jets; or two jobs have the same name.
         OSError: A table could not be saved.
 
-    Cost:
-        That of the unfinished jobs. A killed sweep repeats the work since the last save, or one head of skip-trigrams.
+    Cost: that of the unfinished jobs; a killed sweep repeats the work since the last save, or one head of skip-trigrams.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,12 +159,7 @@ def finish(job: Job, file: str | Path) -> NgramTable:
         return table
     table = job.run(state)
     assert table.header == job.header, "a job makes the table that it announces"
-
-    def save() -> None:
-        table.save(file)
-        state.unlink(missing_ok=True)
-
-    job.processes.first(save)
+    job.processes.first(lambda: save_tables({file: table}, state))
     return table
 
 
@@ -149,15 +177,27 @@ def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> N
     return table
 
 
+def saved_tables(files: Mapping[Key, Path], header: Callable[[Key], Mapping[str, Any]]) -> dict[Key, NgramTable]:
+    """The tables whose files exist; creates their folders."""
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+    tables = {key: saved(file, header(key)) for key, file in files.items()}
+    return {key: table for key, table in tables.items() if table is not None}
+
+
+def save_tables(tables: Mapping[Path, NgramTable], state: Path | None = None) -> None:
+    """Save finished tables, and delete the file of their unfinished state."""
+    for file, table in tables.items():
+        table.save(file)
+    if state is not None:
+        state.unlink(missing_ok=True)
+
+
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError unless the header found in a file is the required one."""
-    flat = [{**header, **header["settings"]} for header in (found, wanted)]
-    names = sorted({*flat[0], *flat[1]} - {"settings"})
-    different = [
-        f"{name} {flat[0].get(name)!r}, not {flat[1].get(name)!r}"
-        for name in names
-        if flat[0].get(name) != flat[1].get(name)
-    ]
+    old, new = ({**header, **header["settings"]} for header in (found, wanted))
+    names = sorted({*old, *new} - {"settings"})
+    different = [f"{name} {old.get(name)!r}, not {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
     if different:
         raise ValueError(
             f"A file that is there must be of the same model and settings to go on from; {str(file)!r} has "

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.logit_reader import LOG2_E
+from tl_jets.core.logit_reader import LOG2_E, rank
 from tl_jets.ngrams.factors import (
     EXACT_ROWS,
     TILE_ROWS,
@@ -23,7 +23,6 @@ from tl_jets.ngrams.factors import (
 )
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.shards import ALONE, Processes
-from tl_jets.ngrams.tables import rank
 
 Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
@@ -43,23 +42,19 @@ class HeadMaps:
     own: Float[Tensor, " token"]  # score of each token with itself, minus the ALiBi bias
     normalize: Normalize
 
-    def attention(self, logits: Tensor, normalizer: Tensor) -> Tensor:
-        """A from scores and their normalizers, in nats."""
-        if self.normalize == "none":
-            return logits
-        difference = logits - normalizer
+    def attention(self, difference: Tensor) -> Tensor:
+        """A from scores minus their normalizers, in nats."""
         return -torch.nn.functional.softplus(-difference) if self.normalize == "pair" else difference
 
     def exact(self, ids: Int[Tensor, "triple 3"]) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
         """A and log P of triples in float64, with exact normalizers."""
         key, query, output = ids.unbind(1)
+        log_prob = log_softmax_at(self.outputs, key, output)
         if self.normalize == "vocab":
-            attention = log_softmax_at(self.scores, query, key)
-        else:
-            raw = (self.scores.rows[query].double() * self.scores.columns[:, key].double().T).sum(1)
-            raw = raw if self.scores.transform is None else self.scores.transform(raw)
-            attention = self.attention(raw, self.own[query].double())
-        return attention, log_softmax_at(self.outputs, key, output)
+            return log_softmax_at(self.scores, query, key), log_prob
+        raw = (self.scores.rows[query].double() * self.scores.columns[:, key].double().T).sum(1)
+        raw = raw if self.scores.transform is None else self.scores.transform(raw)
+        return self.attention(raw if self.normalize == "none" else raw - self.own[query].double()), log_prob
 
 
 class Search:
@@ -68,9 +63,8 @@ class Search:
     def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any], processes: Processes = ALONE):
         self.maps, self.top_k, self.advance, self.processes = maps, top_k, advance, processes
         self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
-        slope = max(
-            1.0, abs(float(maps.outputs.transform(torch.ones(1, device="cpu")) if maps.outputs.transform else 1.0))
-        )
+        transform = maps.outputs.transform
+        slope = 1.0 if transform is None else max(1.0, abs(float(transform(torch.ones(1, device="cpu")))))
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()
 
     @full_float32()
@@ -83,7 +77,7 @@ class Search:
         size = self.top_k + max(16, self.top_k // 8)
         while True:
             self._collect(keys[order], bound[order], size)
-            self.advance = _nothing  # a bar counts keys once
+            self.advance = lambda count: None  # a bar counts keys once
             ids = self.found.ids
             parts = self.processes.map(self.maps.exact, ids.chunk(self.processes.size))
             attention, log_prob = (torch.cat(x).to(ids.device) for x in zip(*parts, strict=True))
@@ -111,7 +105,6 @@ class Search:
         self.found = _Best(size)
         for ids, scores in parts:
             self.found.add(ids.to(keys.device), scores.to(keys.device))
-        self.found.cut()
 
     def _collect_own(self, keys: Tensor, bound: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Ids and scores of the best triples of some keys."""
@@ -131,9 +124,9 @@ class Search:
 
     def _bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
         """Normalizer of each query's scores, and an upper bound of each key's best A; nats, float64."""
-        maps, parts = self.maps, self.processes.exchange(self._own_bounds)
-        normalizer, best = (torch.stack(x).amax(0).to(maps.own.device) for x in zip(*parts, strict=True))
-        return normalizer, maps.attention(best, torch.zeros_like(best)) if maps.normalize == "pair" else best
+        parts = zip(*self.processes.exchange(self._own_bounds), strict=True)
+        normalizer, best = (torch.stack(x).amax(0).to(self.maps.own.device) for x in parts)
+        return normalizer, self.maps.attention(best)
 
     def _own_bounds(self) -> tuple[Float[Tensor, " query"], Float[Tensor, " key"]]:
         """This process's normalizers (bounds for other queries), and each key's best score minus them."""
@@ -146,15 +139,18 @@ class Search:
         first, step = TILE_ROWS * self.processes.rank, TILE_ROWS * self.processes.size
         for start in range(first, len(scores.rows), step):
             part = slice(start, start + TILE_ROWS)
-            rows, block = scores.rows[part], scores.rows.new_full((n_keys,), -math.inf)
+            rows, block = scores.rows[part], torch.empty_like(best)
+
+            def maxima(columns: slice, tile: Tensor, block: Tensor = block) -> None:
+                block[columns] = tile.amax(0)
+
             if vocab:
-                expected, short = normalizers(scores, rows, partial(_column_maxima, block))
+                expected, short = normalizers(scores, rows, maxima)
                 normalizer[part] = (expected + short)[:, 0].double() / LOG2_E
                 block -= short.min()
             else:
-                shift = (normalizer[part, None] * LOG2_E).to(rows.dtype)
-                for columns, tile in scores.tiles(rows, shift):
-                    block[columns] = tile.amax(0)
+                for tile in scores.tiles(rows, (normalizer[part, None] * LOG2_E).to(rows.dtype)):
+                    maxima(*tile)
             torch.maximum(best, block, out=best)
             self.advance(len(rows))
         return normalizer, best.double() / LOG2_E
@@ -191,18 +187,16 @@ class Search:
         shift = (self.normalizer * LOG2_E).to(rows.dtype)
         for part, tile in self.by_key.tiles(rows):
             best.append(tile.sub_(shift[part]).amax(1))
-        largest = torch.stack(best).amax(0).double() / LOG2_E
-        return self.maps.attention(largest, torch.zeros_like(largest)) if self.maps.normalize == "pair" else largest
+        return self.maps.attention(torch.stack(best).amax(0).double() / LOG2_E)
 
     def _join(self, keys: Int[Tensor, " key"]) -> None:
         """Add the triples of some keys that may be among the best."""
-        attention = self.maps.attention(self.by_key.exact(keys, self.buffers[0]), self.normalizer)
+        attention = self.maps.attention(self.by_key.exact(keys, self.buffers[0]).sub_(self.normalizer))
         log_prob = self.maps.outputs.exact(keys, self.buffers[1]).sub_(self.output_normalizer[keys, None])
         if self.found.threshold == -math.inf:
             self._raise_threshold(attention, log_prob)
         row, query, output, score = _pairs(attention, log_prob, self.found.threshold, self.found.size)
         self.found.add(torch.stack([keys[row], query, output], dim=1), score)
-        self.found.cut()
 
     def _raise_threshold(self, attention: Tensor, log_prob: Tensor) -> None:
         """Raise the threshold from each row's few best queries and outputs, so that few pairs remain."""
@@ -214,14 +208,6 @@ class Search:
             self.found.raise_to(float(sums.topk(self.found.size).values[-1]))
 
 
-def _nothing(count: int) -> None:
-    pass
-
-
-def _column_maxima(into: Tensor, columns: slice, tile: Tensor) -> None:
-    into[columns] = tile.amax(0)
-
-
 class _Best:
     """The best triples so far, and the score that others must reach."""
 
@@ -229,20 +215,13 @@ class _Best:
         self.size, self.threshold = size, -math.inf
         self.ids: Tensor = torch.empty(0, 3, dtype=torch.long, device="cpu")
         self.scores: Tensor = torch.empty(0, dtype=torch.float64, device="cpu")
-        self._new: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, scores: Tensor) -> None:
-        """Add triples; call `cut` afterwards."""
-        self._new.append((ids, scores))
-
-    def cut(self) -> None:
-        """Keep the best, by (score, ids)."""
-        if self._new:
-            ids, scores = (torch.cat(parts) for parts in zip(*self._new, strict=True))
-            ids, scores = torch.cat([self.ids.to(ids.device), ids]), torch.cat([self.scores.to(ids.device), scores])
-            order = rank(ids, scores)[: self.size]
-            self.ids, self.scores, self._new = ids[order], scores[order], []
-        if len(self.ids) == self.size:
+        """Add triples, and keep the best by (score, ids)."""
+        ids, scores = torch.cat([self.ids.to(ids.device), ids]), torch.cat([self.scores.to(ids.device), scores])
+        order = rank(ids, scores)[: self.size]
+        self.ids, self.scores = ids[order], scores[order]
+        if len(order) == self.size:
             self.raise_to(float(self.scores[-1]))
 
     def raise_to(self, score: float) -> None:

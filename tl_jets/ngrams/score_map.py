@@ -60,18 +60,16 @@ class ScoreMap:
 
 @dataclass(frozen=True, eq=False)
 class ScoreSample:
-    """Random pairs: vectors of query token x and key token y, and the log-weights of y and x for query x."""
+    """Random pairs: vectors of query token x and key token y, and the log-weights of y and x for query x.
+
+    `shown` are the scores before the softmax, or None if the model does not show them.
+    """
 
     query: Float[Tensor, "pair head d_head"]
     key: Float[Tensor, "pair head d_head"]
     own_key: Float[Tensor, "pair head d_head"]
     log_weights: Float[Tensor, "pair head 2"]
     shown: Float[Tensor, "pair head 2"] | None
-
-    @property
-    def true_scores(self) -> bool:
-        """Whether the model shows scores before the softmax."""
-        return self.shown is not None
 
     def fit(self, pairs: Tensor, cap: float | None, rotation: str, distance: int) -> ScoreMap:
         """Least-squares fit on three quarters of the data, for the coordinate pairs `pairs` [2, rotated pair]."""

@@ -8,13 +8,10 @@ Use one process a device, on any number of machines, started by `torchrun`; ever
 
 **Bi-grams.** Process i mod n reads chunk i of the rows. At the end all processes exchange their candidates
 (`tl_jets.ngrams.scan`) and divide the float64 scoring, so the table is that of one process, up to the rounding of
-float64 sums. The processes synchronize about every `PERIOD` seconds; a failure in one then stops the others, with its
-message. Only process 0 reads and writes files, and any number of processes can resume an unfinished sweep.
+float64 sums. They synchronize about every `PERIOD` seconds; a failure in one then stops the others, with its message.
+Only process 0 reads and writes files, and any number of processes can resume an unfinished sweep.
 
-**Skip-trigrams.** Each process searches one head at a time. For left-over heads the passes are divided: queries in the
-first pass, keys in the second.
-
-`Processes.exchange` pickles results, which pass through the CPU, with nccl also through the GPU. Tests use gloo only.
+**Skip-trigrams.** Each process searches one head at a time; the two passes of left-over heads are divided.
 
 Cost: the slowest process's share. Memory: the model in each process; with `per="row"` all rows' best tokens in each.
 
@@ -34,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -74,16 +72,13 @@ class Processes:
     def exchange(self, compute: Callable[[], T]) -> list[T]:
         """The results of `compute` in all processes, by rank; all must call. In a group, tensors move to the CPU.
 
-        Raises:
-            RuntimeError: Another process failed; includes its message.
-            Exception: `compute` raised it in this process; the others are informed first.
+        Raises RuntimeError if another process failed, with its message.
         """
         if self.group is None:
             return [compute()]
         failure: Exception | None = None
-        report: tuple[str | None, Any] = None, None
         try:
-            report = None, _on_cpu(compute())
+            report: tuple[str | None, Any] = None, tree_map(_on_cpu, compute())
         except Exception as error:
             failure, report = error, (f"{type(error).__name__}: {error}", None)
         reports: list[Any] = [None] * self.size
@@ -122,11 +117,8 @@ class Processes:
 
         mine, *others = self.exchange(said)
         for rank, theirs in enumerate(others, 1):
-            different = [
-                f"{name} {mine.get(name)!r} and {theirs.get(name)!r}"
-                for name in {**mine, **theirs}
-                if mine.get(name) != theirs.get(name)
-            ]
+            names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+            different = [f"{name} {mine.get(name)!r} and {theirs.get(name)!r}" for name in names]
             if different:
                 raise ValueError(
                     "All processes of a sweep must be given the same model and options; processes 0 and "
@@ -150,11 +142,7 @@ ALONE = Processes()
 
 
 def _on_cpu(value: Any) -> Any:
-    """CPU copies of tensors in nested tuples, lists and dicts; a view would be pickled with its whole storage."""
+    """A CPU copy of a tensor; a view would be pickled with its whole storage."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {key: _on_cpu(x) for key, x in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_on_cpu(x) for x in value)
     return value

@@ -38,6 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.atomic_files import write_atomically
+from tl_jets.core.logit_reader import rank
 from tl_jets.core.notebook import Shown, dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import visible, writable
@@ -50,8 +51,6 @@ SHOWN_ROWS = 10
 SAVED_ROWS = 2**18
 # Maximum number of missing tokens named in a note.
 NOTED = 3
-# Scores that agree in so many bits are ties; the others depend on the order of summation.
-SCORE_BITS = 40
 _ORDERS = {1: "uni-grams", 2: "bi-grams", 3: "tri-grams"}
 _UNITS = {"logprob": "log-probability", "logit": "logit"}
 
@@ -101,7 +100,7 @@ class NgramTable(Shown):
                 f"{len(self.scores)} rows are NaN. Leave these rows out, or look where the NaN comes from."
             )
         for name, values in self.parts.items():
-            if values.shape != self.scores.shape or name in (*self._id_columns, *self._token_columns, "score"):
+            if values.shape != self.scores.shape or name in (*self._columns("id"), *self._columns("token"), "score"):
                 raise ValueError(
                     f"A part must be [row] = {tuple(self.scores.shape)} under a name of its own; got {name!r} of shape "
                     f"{tuple(values.shape)}."
@@ -115,16 +114,18 @@ class NgramTable(Shown):
         nameless = [token for token in present if token not in self.names]
         if nameless:
             raise ValueError(f"Every id of a table must have a name; {nameless[:5]} have none. See tokens.token_names.")
-        odd = [token for token in present if not isinstance(self.names[token], str)]
-        if odd:
-            raise ValueError(
-                f"The names of ids must be texts; id {odd[0]} has {self.names[odd[0]]!r}. See tokens.token_names."
-            )
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "scores", self.scores.detach().cpu().double())
-        object.__setattr__(self, "parts", {name: x.detach().cpu().double() for name, x in self.parts.items()})
-        object.__setattr__(self, "names", {token: writable(self.names[token]) for token in present})
-        object.__setattr__(self, "settings", settings)
+        for token in present:
+            if not isinstance(self.names[token], str):
+                raise ValueError(
+                    f"The names of ids must be texts; id {token} has {self.names[token]!r}. See tokens.token_names."
+                )
+        names = {token: writable(self.names[token]) for token in present}
+        parts = {name: x.detach().cpu().double() for name, x in self.parts.items()}
+        scores = self.scores.detach().cpu().double()
+        for name, value in zip(
+            ("ids", "scores", "names", "settings", "parts"), (ids, scores, names, settings, parts), strict=True
+        ):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def ranked(
@@ -132,24 +133,13 @@ class NgramTable(Shown):
         ids: Int[Tensor, "row n"],
         scores: Float[Tensor, " row"],
         *,
-        names: Mapping[int, str],
-        path: str,
-        settings: Mapping[str, Any] | None = None,
-        fingerprint: str = "",
         parts: Mapping[str, Float[Tensor, " row"]] | None = None,
         top_k: int | None = None,
+        **about: Any,
     ) -> NgramTable:
         """A table of n-grams in any order, sorted by (score, ids) and cut to `top_k`; arguments are the attributes."""
         order = rank(ids, scores)[:top_k]
-        return cls(
-            ids[order],
-            scores[order],
-            names=names,
-            path=path,
-            settings=settings or {},
-            fingerprint=fingerprint,
-            parts={name: x[order] for name, x in (parts or {}).items()},
-        )
+        return cls(ids[order], scores[order], parts={name: x[order] for name, x in (parts or {}).items()}, **about)
 
     # Looking
 
@@ -158,41 +148,32 @@ class NgramTable(Shown):
         """Number of tokens in an n-gram."""
         return self.ids.shape[1]
 
-    @property
-    def _id_columns(self) -> list[str]:
-        return [f"id_{i}" for i in range(1, self.n + 1)]
-
-    @property
-    def _token_columns(self) -> list[str]:
-        return [f"token_{i}" for i in range(1, self.n + 1)]
+    def _columns(self, kind: str) -> list[str]:
+        """Names of the columns `id_1..` or `token_1..`."""
+        return [f"{kind}_{i}" for i in range(1, self.n + 1)]
 
     @property
     def header(self) -> dict[str, Any]:
         """Path, settings and fingerprint."""
         return {"path": self.path, "settings": dict(self.settings), "fingerprint": self.fingerprint}
 
-    def _title(self) -> str:
-        unit = _UNITS.get(self.settings.get("score", "logprob"), "score")
-        model = f"; model {self.fingerprint[:12]}" if self.fingerprint else ""
-        note = f": {self.note}" if self.note else ""
-        return f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{model}){note}"
-
     @property
     def _kind(self) -> str:
         return _ORDERS.get(self.n, f"{self.n}-grams")
 
-    def _shown(self, rows: int) -> pd.DataFrame:
-        return self[:rows].to_dataframe(escape=True).drop(columns=self._id_columns)
-
     def __repr__(self) -> str:
+        unit = _UNITS.get(self.settings.get("score", "logprob"), "score")
+        model = f"; model {self.fingerprint[:12]}" if self.fingerprint else ""
+        note = f": {self.note}" if self.note else ""
+        title = f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{model}){note}"
+        if not len(self):
+            return title
         more = f"\n... {len(self) - SHOWN_ROWS:,} more" if len(self) > SHOWN_ROWS else ""
-        return f"{self._title()}\n{self._shown(SHOWN_ROWS).to_string()}{more}" if len(self) else self._title()
-
-    def _headline(self) -> str:
-        return self._title()
+        shown = self[:SHOWN_ROWS].to_dataframe(escape=True).drop(columns=self._columns("id"))
+        return f"{title}\n{shown.to_string()}{more}"
 
     def _body(self) -> str:
-        frame = self[: 2 * SHOWN_ROWS].to_dataframe().drop(columns=self._id_columns)
+        frame = self[: 2 * SHOWN_ROWS].to_dataframe().drop(columns=self._columns("id"))
         return dataframe_html(frame, rows=len(frame), total=len(self))
 
     def __len__(self) -> int:
@@ -248,21 +229,17 @@ class NgramTable(Shown):
             keep &= self.scores >= min_score
         if max_score is not None:
             keep &= self.scores <= max_score
+        known = self._columns("id") + self._columns("token")
         for name, wanted in columns.items():
-            if name not in (*self._id_columns, *self._token_columns):
-                raise ValueError(
-                    f"A condition must be on a column, one of {self._id_columns + self._token_columns}; got {name!r}."
-                )
+            if name not in known:
+                raise ValueError(f"A condition must be on a column, one of {known}; got {name!r}.")
             values: list[Any] = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
             column = self.ids[:, int(name.removeprefix("id_").removeprefix("token_")) - 1]
-            absent: list[Any] = []
-            if name.startswith("token"):
-                named = {text: self._named(text, column) for text in values}
-                absent = [text for text, ids in named.items() if not ids]
-                values = [token for ids in named.values() for token in ids]
-            found = torch.isin(column, torch.tensor(values, dtype=torch.long, device="cpu"))
-            if name.startswith("id") and not bool(found.any()):
-                absent = values
+            is_text = name.startswith("token")
+            named = {value: self._named(value, column) if is_text else [value] for value in values}
+            ids = torch.tensor([token for known in named.values() for token in known], dtype=torch.long, device="cpu")
+            found = torch.isin(column, ids)
+            absent = [value for value in named if not (named[value] if is_text else bool(found.any()))]
             absent = absent if len(self) else []
             notes += [self._absence(value, name) for value in absent[:NOTED]]
             notes += [f"{len(absent) - NOTED} more are not there"] if len(absent) > NOTED else []
@@ -282,7 +259,7 @@ class NgramTable(Shown):
         alike = {}
         if isinstance(wanted, str):
             tokens = [t for t, text in self.names.items() if text.strip().casefold() == wanted.strip().casefold()]
-            for other, column in zip(self._token_columns, self.ids.T, strict=True):
+            for other, column in zip(self._columns("token"), self.ids.T, strict=True):
                 alike[other] = sorted({self.names[token] for token in tokens if bool((column == token).any())})
         column = name.replace("id", "token")
         others = "".join(f"; {', '.join(map(repr, texts))} is a {other}" for other, texts in alike.items() if texts)
@@ -296,8 +273,8 @@ class NgramTable(Shown):
     def to_dataframe(self, *, escape: bool = False) -> pd.DataFrame:
         """Columns id_1.., token_1.., score and parts, best first; `escape` shows spaces and line breaks in tokens."""
         names = {token: visible(text) if escape else text for token, text in self.names.items()}
-        columns: dict[str, Any] = {name: ids.numpy() for name, ids in zip(self._id_columns, self.ids.T, strict=True)}
-        for name, ids in zip(self._token_columns, self.ids.T.tolist(), strict=True):
+        columns: dict[str, Any] = {name: ids.numpy() for name, ids in zip(self._columns("id"), self.ids.T, strict=True)}
+        for name, ids in zip(self._columns("token"), self.ids.T.tolist(), strict=True):
             columns[name] = [names[token] for token in ids]
         columns["score"] = self.scores.numpy()
         return pd.DataFrame(columns | {name: x.numpy() for name, x in self.parts.items()})
@@ -323,7 +300,7 @@ class NgramTable(Shown):
         import pyarrow.parquet as pq
 
         about = self.header | {"version": FORMAT_VERSION, "tl_jets": version("tl-jets"), "digest": self.digest}
-        types = dict.fromkeys(self._id_columns, pa.int64()) | dict.fromkeys(self._token_columns, pa.string())
+        types = dict.fromkeys(self._columns("id"), pa.int64()) | dict.fromkeys(self._columns("token"), pa.string())
         types |= dict.fromkeys(("score", *self.parts), pa.float64())
         schema = pa.schema(list(types.items()), {METADATA_KEY: json.dumps(about)})
         known = torch.tensor(sorted(self.names), dtype=torch.long, device="cpu")
@@ -363,15 +340,10 @@ class NgramTable(Shown):
                 f"A table must be a whole Parquet file that NgramTable.save wrote; {str(file)!r} is truncated, damaged "
                 f"or something else ({error}). Delete it and make it again."
             ) from error
-        if about is None:
-            raise ValueError(
-                f"A table must be a file that NgramTable.save wrote; {str(file)!r} is a Parquet file of something else "
-                f"(no {METADATA_KEY.decode()!r} in its metadata). Read it with pandas."
-            )
         if not isinstance(about, dict):
             raise ValueError(
-                f"What a table says of itself must be a JSON object; that of {str(file)!r} is a {type(about).__name__}. "
-                "Read the file with pandas, or make it again."
+                f"A table must be a file that NgramTable.save wrote; {str(file)!r} is a Parquet file of something else "
+                f"(its metadata has no JSON object {METADATA_KEY.decode()!r}). Read it with pandas."
             )
         if about.get("version") != FORMAT_VERSION:
             writer = f"tl-jets {about['tl_jets']}" if "tl_jets" in about else "the tl-jets that wrote it"
@@ -386,36 +358,18 @@ def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -
     """A table from an Arrow table and its metadata; raises ValueError unless both are as written."""
     try:
         n = sum(name.startswith("id_") for name in found.column_names)
-        ids = torch.stack(
-            [torch.tensor(found.column(f"id_{i}").to_numpy(), device="cpu") for i in range(1, n + 1)], dim=1
-        )
         texts = [found.column(f"token_{i}").to_pylist() for i in range(1, n + 1)]
+        wanted = [*(f"id_{i}" for i in range(1, n + 1)), *found.column_names[2 * n :]]
+        columns = {name: torch.tensor(found.column(name).to_numpy(), device="cpu") for name in wanted}
+        ids = torch.stack([columns.pop(f"id_{i}") for i in range(1, n + 1)], dim=1)
         names = {t: text for i in range(n) for t, text in zip(ids[:, i].tolist(), texts[i], strict=True)}
-        numbers = {
-            name: torch.tensor(found.column(name).to_numpy(), device="cpu") for name in found.column_names[2 * n :]
-        }
-        table = cls(ids, numbers.pop("score"), names, about["path"], about["settings"], about["fingerprint"], numbers)
+        table = cls(ids, columns.pop("score"), names, about["path"], about["settings"], about["fingerprint"], columns)
         is_whole = table.digest == about["digest"]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file!r} lacks what a table must have ({error}). Make it again.") from error
     if not is_whole:
         raise ValueError(f"{file!r} was changed after NgramTable.save wrote it. Make it again.")
     return table
-
-
-def rank(ids: Int[Tensor, "row n"], scores: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
-    """The order by (score, ids), best first; scores whose leading 40 bits agree are ties."""
-    order = torch.arange(len(scores), device=scores.device)
-    # Stable sorts from the last key to the first.
-    for column in reversed(ids.unbind(1)):
-        order = order[column[order].sort(stable=True).indices]
-    return order[rounded(scores)[order].sort(stable=True, descending=True).indices]
-
-
-def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
-    """Scores in float64, rounded to their leading 40 bits."""
-    mantissa, exponent = torch.frexp(scores.double())
-    return torch.ldexp((mantissa * 2**SCORE_BITS).round(), exponent - SCORE_BITS)
 
 
 def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool = False) -> pd.DataFrame:

@@ -18,15 +18,14 @@ and the model's own decoder upsilon. `normalize` chooses A:
 best triples pairs the i-th best z2 with the j-th best z3 of its z1 where i j > K: the pairs of the first i with the
 first j are all at least as good (ties by ids). So a z1 has at most K (1 + ln K) candidates, and most have none:
 
-1. *Keys.* One pass over all query-key scores gives each query's log-normalizer and an upper bound of each key's best A,
-   in trained heads a tenth of a nat too large (`tl_jets.ngrams.factors`).
+1. *Keys.* One pass over all query-key scores gives each query's log-normalizer and an upper bound of each key's best A.
 2. *Outputs.* The best log P of keys by decreasing bound, until the bound is below the K-th best triple (log P <= 0).
 3. *Join.* For keys whose bounds together reach the K-th best: pairs i j <= K above it, from float64 logits.
 
-**Exactness.** Passes 1 and 2 only give bounds, which include the rounding of their products. Joined triples have
-rounded normalizers, so more than K are kept and scored again in float64. If the K-th score does not exceed the last
-kept one by four times the largest rounding error seen, the search is repeated with twice as many. The table is then
-exact for float64 models, and for float32 ones up to the rounding of queries, keys and values (scores to about 1e-6).
+**Exactness.** Passes 1 and 2 give bounds, which include the rounding of their products. Joined triples have rounded
+normalizers, so more than K are kept and scored again in float64; if the K-th score does not exceed the last kept one by
+four times the largest rounding error seen, the search is repeated with twice as many. The table is exact for float64
+models, and for float32 ones up to the rounding of queries, keys and values (scores to about 1e-6).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK
 and OV circuits). The normalized A, the distance and the exact join are ours.
@@ -43,7 +42,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -51,13 +50,23 @@ from typing import Any, overload
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
-from tl_jets.ngrams.jobs import SUFFIX, Job
-from tl_jets.ngrams.join import Normalize
-from tl_jets.ngrams.shards import Distributed
+from tl_jets.core.free_memory import check_fits
+from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.factors import Factors
+from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
+from tl_jets.ngrams.jobs import SUFFIX, Job, Sweep, saved_tables
+from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
+from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.token_ids import TokenIds
-from tl_jets.ngrams.trigram_sweep import TrigramSweep, planned
+from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
+
+# Elements of queries, keys and values held at once.
+HELD = 2**27
+# Bytes of a triple during the search, and in a table.
+TRIPLE_BYTES, TABLE_BYTES = 600, 48
 
 
 @overload
@@ -126,12 +135,6 @@ def jet_trigrams(
         RuntimeError: Another process failed.
         NotImplementedError: The model's attention is not supported, or the model consists of plain functions.
 
-    Source:
-        Chen et al., arXiv 2410.06024, skip-trigrams.
-
-    Cost:
-        At most 2 V^2 d_head multiply-adds a head.
-
     Example:
         >>> import tl_jets as tj
         >>> tables = jet_trigrams(tj.load_tinydocs(), 0, [0, 2], top_k=3, distance=2, rows=range(40, 60))
@@ -139,11 +142,11 @@ def jet_trigrams(
         [(0, 3), (2, 3)]
     """
     options = {"top_k": top_k, "distance": distance, "normalize": normalize, "rows": rows, "progress": progress}
-    plan = planned(model, layer, head, saves=folder is not None, distributed=distributed, **options)
+    plan = TrigramSweep.planned(model, layer, head, saves=folder is not None, distributed=distributed, **options)
     found: dict[int, NgramTable] = {}
     if folder is not None:
         files = {index: Path(folder) / f"{plan.path(index)}{SUFFIX}" for index in plan.chosen}
-        found |= plan.processes.first(lambda: plan.saved(files))
+        found |= plan.processes.first(lambda: saved_tables(files, lambda index: plan.header(plan.path(index))))
     for index, table in plan.tables([index for index in plan.chosen if index not in found]):
         found[index] = table
         if folder is not None:
@@ -164,14 +167,14 @@ def trigram_job(model: Any, layer: int, head: int, *, name: str | None = None, *
         name: File name without suffix; by default the path, such as `L1H3`.
         **options: Options of `jet_trigrams`, without `folder`.
     """
-    plan = planned(model, layer, [head], saves=True, **options)
+    plan = TrigramSweep.planned(model, layer, [head], saves=True, **options)
     (index,) = plan.chosen
 
     def run(state: Path | None) -> NgramTable:  # no unfinished state: a head is quick
         ((_, table),) = plan.tables([index])
         return table
 
-    return Job(name or plan.path(index), run, **plan.header(index), processes=plan.processes)
+    return Job(name or plan.path(index), run, **plan.header(plan.path(index)), processes=plan.processes)
 
 
 @torch.no_grad()
@@ -191,17 +194,16 @@ def trigram_scores(
         layer: The layer.
         head: The head.
         triples: Ids of key, query and output. Shape [triple, 3].
-        distance: See `jet_trigrams`.
+        distance: See `jet_trigrams`, also for the errors.
         normalize: See `jet_trigrams`.
 
     Returns:
         Nats, float64. Shape [triple].
 
     Raises:
-        ValueError: See `jet_trigrams`; or `triples` are not ids [triple, 3].
+        ValueError: `triples` are not ids [triple, 3].
 
-    Cost:
-        The layer's attention on V tokens, and V d_head float64 multiply-adds for each distinct query and key.
+    Cost: the layer's attention on V tokens, and V d_head float64 multiply-adds for each distinct query and key.
 
     Example:
         >>> import tl_jets as tj
@@ -224,11 +226,7 @@ def trigram_parts(
     distance: int = 1,
     normalize: Normalize = "vocab",
 ) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
-    """A(key | query) and log P(output | key) of given skip-trigrams, the summands of `trigram_scores`, which see.
-
-    Returns:
-        Nats, float64. Shape [triple] each.
-    """
+    """A(key | query) and log P(output | key) of given skip-trigrams, the summands of `trigram_scores`; float64."""
     plan = TrigramSweep(model, layer, head, distance=distance, normalize=normalize)
     reader = plan.reader
     (index,) = plan.chosen
@@ -241,3 +239,122 @@ def trigram_parts(
         )
     ((_, maps),) = plan.maps([index])
     return maps.exact(ids.long())
+
+
+class TrigramSweep(Sweep):
+    """A sweep over heads of one layer, with checked options."""
+
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        head: int | Sequence[int] | None,
+        *,
+        top_k: int = 1000,
+        distance: int = 1,
+        normalize: Normalize = "vocab",
+        rows: TokenIds | None = None,
+        progress: bool = True,
+        processes: Processes = ALONE,
+    ):
+        check_integers(1, top_k=top_k)
+        check_choice("normalize", normalize, NORMALIZES)
+        self.reader = reader = HeadReader(model, layer)
+        self.network = reader.network
+        self.score_map = reader.scores(distance)
+        self.normalize: Normalize = normalize
+        self.chosen = _read_heads(head, reader.n_heads)
+        self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
+        self.top_k, self.progress, self.processes = top_k, progress, processes
+        # At most the number of all triples.
+        self.held = min(top_k, len(self.keys) * reader.n_tokens * reader.network.decoder.d_vocab)
+        check_fits(
+            self.held * (TRIPLE_BYTES + TABLE_BYTES * len(self.chosen)),
+            f"The {self.held:,} best skip-trigrams of {len(self.chosen)} {'head' if len(self.chosen) == 1 else 'heads'}",
+            "Take a smaller top_k, or fewer heads at a time.",
+        )
+        self.settings = {
+            "ngram": "skip-trigram",
+            "score": "score" if normalize == "none" else "logprob",
+            "top_k": top_k,
+            "distance": distance,
+            "normalize": normalize,
+            "rows": described(self.keys, rows),
+            "dtype": str(reader.view.dtype).removeprefix("torch."),
+        }
+
+    def description(self) -> dict[str, Any]:
+        """Options and model, which must be equal in all processes."""
+        return super().description() | {"layer": self.reader.layer, "heads": self.chosen}
+
+    def path(self, head: int) -> str:
+        """The path of a head's table."""
+        return f"L{self.reader.layer}H{head}"
+
+    @torch.no_grad()
+    def tables(self, heads: Sequence[int]) -> Iterator[tuple[int, NgramTable]]:
+        """Tables of heads as they are finished; as many heads at a time as there are processes."""
+        processes, n_tokens = self.processes, self.reader.n_tokens
+        # The processes divide the work of each left-over head.
+        whole = len(heads) - len(heads) % processes.size
+        # The bar counts queries of the first pass and keys of the second.
+        total = len(heads) * (n_tokens + len(self.keys)) // processes.size
+        shown = None if self.progress and processes.rank == 0 else True
+        with tqdm(total=total, unit="token", delay=1, leave=False, disable=shown) as bar:
+            own = self.maps(heads[processes.rank : whole : processes.size])
+
+            def search(maps: HeadMaps, among: Processes) -> tuple[Tensor, Tensor, Tensor]:
+                return Search(maps, self.held, bar.update, among).run(self.keys)
+
+            def search_next() -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+                head, maps = next(own)
+                return head, search(maps, ALONE)
+
+            for _ in range(0, whole, processes.size):
+                for head, best in processes.exchange(search_next):
+                    yield head, self._table(head, *best)
+            for head, maps in processes.agree(lambda: list(self.maps(heads[whole:])), lambda _: {}):
+                yield head, self._table(head, *search(maps, processes))
+
+    def _table(self, head: int, ids: Tensor, attention: Tensor, log_prob: Tensor) -> NgramTable:
+        """The table of a head's best triples."""
+        return NgramTable.ranked(
+            ids,
+            attention + log_prob,
+            names=token_names(self.network.tokenizer, [ids]),
+            **self.header(self.path(head)),
+            parts={"attention": attention, "log_prob": log_prob},
+            top_k=self.top_k,
+        )
+
+    def maps(self, heads: Sequence[int]) -> Iterator[tuple[int, HeadMaps]]:
+        """The maps of heads, one after another; `HELD` limits how many are read at once."""
+        reader = self.reader
+        size = max(1, HELD // (3 * reader.n_tokens * int(reader.view.cfg.d_head)))
+        tokens = torch.arange(reader.n_tokens, device=reader.device)
+        for group in (list(heads[start : start + size]) for start in range(0, len(heads), size)):
+            vectors = reader.vectors(tokens, group)
+            for place, head in enumerate(group):
+                own = [x[place] for x in vectors]
+                finite = torch.stack([x.isfinite().all(1) for x in own]).all(0)
+                if not bool(finite.all()):
+                    raise ValueError(
+                        f"Queries, keys and values must be finite; those of tokens {(~finite).nonzero()[:5, 0].tolist()} are "
+                        "not. Look at the model's weights, its precision (float16 overflows), and the hooks on it."
+                    )
+                yield head, self._maps(head, *own)
+
+    def _maps(self, head: int, query: Tensor, key: Tensor, value: Tensor) -> HeadMaps:
+        found = self.score_map
+        cap = None if found.cap is None else found.capped
+        own = found.capped((query.double() * found.own_keys(key.double())).sum(1)) - found.bias[head]
+        scores = Factors(query, found.keys(key).T.contiguous(), transform=cap)
+        return HeadMaps(scores, decoded_writes(self.reader, head, value), own, self.normalize)
+
+
+def _read_heads(head: int | Sequence[int] | None, n_heads: int) -> list[int]:
+    """Distinct head indices."""
+    given = list(range(n_heads)) if head is None else [head] if isinstance(head, int) else list(head)
+    if not given or any(isinstance(h, bool) or not isinstance(h, int) or not 0 <= h < n_heads for h in given):
+        raise ValueError(f"head must be one of 0..{n_heads - 1}, several of them, or None for all; got {head!r}.")
+    return list(dict.fromkeys(given))
