@@ -696,6 +696,17 @@ def test_every_weight_that_a_network_of_functions_shows_counts():
     assert len({own, of(changed, decoder), of(states, bias)}) == 3
 
 
+def test_a_logit_scale_and_a_softcap_tell_models_apart():
+    def made(**options):
+        decoder = Decoder(Norm("RMS"), torch.ones(2, 3), torch.zeros(3), **options)
+        return fingerprint(CallableModel(torch.nn.Embedding.from_pretrained(torch.ones(3, 2)), [], decoder))
+
+    caps = [lambda logits, cap=cap: cap * torch.tanh(logits / cap) for cap in (5.0, 30.0)]
+    options = [{}, {"logit_scale": 0.5}, {"logit_scale": 0.25}, *({"transform": cap} for cap in caps)]
+    found = [made(**option) for option in options]
+    assert len(set(found)) == len(options) and found == [made(**option) for option in options]
+
+
 # --- sweeps ---------------------------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,13 @@ def fingerprint(model: Any) -> str:
 
 def _tensors(network: ResidualNetwork) -> Iterator[tuple[str, Tensor]]:
     view: Any = network.view
-    norm = network.decoder.norm
-    own = {"W_U": network.decoder.W_U, "b_U": network.decoder.b_U, "norm.weight": norm.weight, "norm.bias": norm.bias}
+    decoder, norm = network.decoder, network.decoder.norm
+    own = {"W_U": decoder.W_U, "b_U": decoder.b_U, "norm.weight": norm.weight, "norm.bias": norm.bias}
+    if decoder.logit_scale != 1:
+        own["logit_scale"] = torch.tensor(decoder.logit_scale, dtype=torch.float64, device="cpu")
+    if decoder.transform is not None:
+        probe = torch.linspace(-100, 100, decoder.d_vocab, dtype=torch.float64, device=decoder.W_U.device)
+        own["transform"] = decoder.transform(probe)
     yield from ((name, tensor) for name, tensor in own.items() if tensor is not None)
     if not isinstance(view, CallableModel):
         yield from sorted([*view.model.named_parameters(), *view.model.named_buffers()], key=lambda item: item[0])
