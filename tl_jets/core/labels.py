@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 from tl_jets.core.protocol import FINAL_STREAM
 
@@ -36,7 +36,7 @@ _KINDS = {"resid_pre": "pre", "resid_mid": "mid", "resid_post": "post", "attn_ou
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
 
 
-def is_label(value: Any) -> bool:
+def is_label(value: Any) -> TypeGuard[LabelInput]:
     """Whether a value is one label: a string, or a tuple such as ("mlp_out", 3); other tuples are sequences of labels."""
     if not isinstance(value, tuple):
         return isinstance(value, str)
@@ -62,11 +62,11 @@ def read_label(label: LabelInput, n_layers: int) -> str:
         name = label.removeprefix("hook_")
     elif label and all(rest is None for rest in label[2:]):
         name, layer = (*label, None)[:2]
-        if isinstance(layer, Integral) and layer < 0:
-            layer = int(layer) + n_layers
+        if isinstance(layer, Integral):
+            layer = int(layer) + (n_layers if int(layer) < 0 else 0)
     if name in _SOURCES and layer is None:
         return str(name)
-    if name not in _KINDS or not isinstance(layer, Integral) or not 0 <= layer < n_layers:
+    if name not in _KINDS or not isinstance(layer, int) or not 0 <= layer < n_layers:
         hooks = ", ".join(f"hook_{kind}" for kind in _KINDS)
         raise ValueError(
             f"TransformerLens' names of a stream, a write or a source are hook_embed, hook_pos_embed, and blocks.0 to "

@@ -268,14 +268,14 @@ def detached_spectra(
 def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
     """The labels (wrt, output) of every map."""
     if isinstance(maps, Iterable) and not isinstance(maps, str):
-        pairs = [tuple(map(network.label, pair)) for pair in maps]
+        pairs = [tuple(pair) for pair in maps]
         if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
             raise ValueError(f"maps must be distinct pairs of labels (wrt, output), or {get_args(Maps)}; got {maps!r}.")
         if any(output in (LOGITS, DECODER_STEP) for _, output in pairs):
             raise ValueError(
                 "Spectra are of maps to streams and writes; got 'logits' or 'ln_final'. Use detached_jacobian's svd."
             )
-        return pairs
+        return [(network.label(wrt), network.label(output)) for wrt, output in pairs]
     if maps not in get_args(Maps):
         raise ValueError(f"maps must be one of {get_args(Maps)} or pairs of labels; got {maps!r}.")
     fine = network.at("sublayer")

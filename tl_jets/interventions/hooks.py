@@ -224,7 +224,8 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
     known |= {step.label: step for step in network.steps}
     by_write = {step.write: step for step in known.values()}
     labels: list[str] = []
-    for step in [steps] if is_label(steps) or isinstance(steps, Path) else steps:
+    every: Any = [steps] if is_label(steps) or isinstance(steps, Path) else steps
+    for step in every:
         path = Path.parse(step) if isinstance(step, str) and ARROW in step else step
         labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [network.label(path)]
     sites: list[_Site] = []
