@@ -12,7 +12,7 @@ activation act(x)            x * (act(x) / x)               the slope act(x) / x
 gated activation act(g) * u  act(g) * u                     act(g)
 ===========================  =============================  ==============================================
 
-A `TorchFunctionMode` intercepts each PyTorch call:
+Each PyTorch call is intercepted:
 
 - softmax, rsqrt, sqrt, norm, exp, sigmoid, reciprocals and all denominators are detached;
 - fused norms and activations keep their value y and get the derivative of the frozen map, y + (lin - lin.detach());
@@ -23,8 +23,7 @@ A `TorchFunctionMode` intercepts each PyTorch call:
 computation *is* the frozen map, and its value at zero is the bias. Callers must check that a model came out affine
 (`tl_jets.detached_map` does).
 
-Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3. Cost: a table
-look-up per call, and a few elementwise operations per fused norm or activation.
+Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293), section 3.
 
 Example:
     >>> x = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
@@ -119,8 +118,6 @@ def frozen(*, record: _Tape | None = None, replay: _Tape | None = None) -> Torch
     Raises:
         ValueError: Both are given.
         RuntimeError: The replayed calls differ from the recorded ones.
-
-    Source: Golden, arXiv 2505.24293, section 3.
 
     Example:
         >>> tape, x = [], torch.tensor([3.0, 4.0], requires_grad=True)

@@ -15,7 +15,7 @@ differentiation would cost 2^k and is silently wrong through `F.layer_norm` (pyt
 | c_j | `Jet.coefficients[j]` |
 | J^k f(x)(y) | `Jet.value` |
 
-Cost: about k + 1 evaluations of f, batched as one on stacked tensors, and one more to check c_0.
+Cost: about k + 1 evaluations of f, batched as one, and one more to check c_0.
 
 Example:
     >>> jet(torch.exp, torch.zeros(1), torch.ones(1), order=3).value
@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.calculus.norms import check_order
@@ -42,10 +43,6 @@ class Jet:
 
     Attributes:
         coefficients: c_0 .. c_k with c_j = D^j f(x)[v, ..., v] / j!, `[order+1, *out]`.
-
-    Example:
-        >>> Jet(torch.tensor([1.0, 1.0, 0.5])).partial_sums
-        tensor([1.0000, 2.0000, 2.5000])
     """
 
     coefficients: Float[Tensor, " terms *out"]
@@ -171,20 +168,16 @@ class _FirstNotFinite(TorchDispatchMode):
     name: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        known = self.name is not None or not _is_finite([*args, *(kwargs or {}).values()])
+        known = self.name is not None or not _is_finite((args, kwargs))
         out = func(*args, **kwargs or {})
-        if not known and not _is_finite([out]):
+        if not known and not _is_finite(out):
             self.name = str(func)
         return out
 
 
 def _is_finite(items: Any) -> bool:
-    for item in items:
-        if isinstance(item, list | tuple) and not _is_finite(item):
-            return False
-        if isinstance(item, Series) and not torch.isfinite(item.coefficients).all():
-            return False
-    return True
+    series = (item for item in tree_leaves(items) if isinstance(item, Series))
+    return all(bool(torch.isfinite(item.coefficients).all()) for item in series)
 
 
 def _check_point(point: Tensor, name: str) -> None:

@@ -10,9 +10,8 @@ Models lower precision on purpose: float64 models may take softmax in float32. I
   softmax (the fused kernels have no forward derivative, pytorch#98164); under nested forward differentiation,
   `F.layer_norm` is computed by its formula (its second-order forward derivative is wrong, pytorch#196700).
 
-Float32 models give bit-equal results.
-
-Cost: 5 to 10 microseconds per PyTorch call, and promoted copies of half-precision weights at each use.
+Float32 models give bit-equal results. Cost: 5 to 10 microseconds per PyTorch call, and promoted copies of half-precision
+weights at each use.
 
 Example:
     >>> x = torch.zeros(2, dtype=torch.float64)
@@ -99,8 +98,6 @@ def full_precision() -> TorchFunctionMode:
 
     Use it around the forward pass as well as around the jets of its parts, so that masks and rotary tables have the same
     precision. Results are at least float32, float64 if the inputs are. It may be nested.
-
-    Source: pytorch#196700, pytorch#98164.
 
     Example:
         >>> weight = torch.ones(2, 2, dtype=torch.bfloat16)

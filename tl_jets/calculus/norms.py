@@ -13,10 +13,9 @@ The jet's coefficients are x s_n + v s_{n-1}, and their sum telescopes: for ever
 
     J^k norm(x)(y) = alpha_k (weight x) + beta_k (weight y) + bias,    alpha_k = s_k,    beta_k = s_0 + ... + s_{k-1}.
 
-With rho = sqrt(c / a), the coefficient of order n has a root mean square of at most rho^n before the weight. If rho < 1
-the series converges at t = 1 with a tail after order k of at most rho^{k+1} / (1 - rho); if rho > 1 it generically
-diverges. (Generating function: *NIST Digital Library of Mathematical Functions*, 18.12.11; jets: Chen et al., arXiv
-2410.06024, eq. 6-7.)
+With rho = sqrt(c / a), the coefficient of order n has a root mean square of at most rho^n before the weight: if rho < 1
+the series converges at t = 1 with a tail after order k of at most rho^{k+1} / (1 - rho), if rho > 1 it generically
+diverges. (NIST Digital Library of Mathematical Functions, 18.12.11; Chen et al., arXiv 2410.06024, eq. 6-7.)
 
 | symbol | variable |
 |---|---|
@@ -26,7 +25,7 @@ diverges. (Generating function: *NIST Digital Library of Mathematical Functions*
 | rho | `NormJet.rho` |
 | k | `order` |
 
-Cost: three reductions over d_model, then O(k) operations on one number per position.
+Cost: three reductions over d_model, then O(k) operations per position.
 
 Example:
     >>> norm = Norm("RMS", eps=0.0)
@@ -189,8 +188,7 @@ def norm_jet(
 
     Raises:
         TypeError: `order` is not an int.
-        ValueError: `order` is negative or too large, the inputs differ in shape, or eps = 0 and a center is zero after
-            centering, where the norm has no derivatives.
+        ValueError: `order` is out of range, shapes differ, or eps = 0 and a center is zero after centering.
 
     Source: arXiv 2410.06024, eq. 6-7; DLMF 18.12.11.
 
@@ -234,14 +232,13 @@ def center_scale(
 ) -> Float[Tensor, "*batch"]:
     """Positive factors that rescale centers so that the norm's series converges, or converges faster.
 
-    A norm depends on the direction of its input only, up to eps. With theta the angle between x and y after `norm.center`:
+    With theta the angle between x and y after `norm.center`:
 
     - "none": 1, the paper's center.
     - "match": |y| / |x|; rho = 2 sin(theta / 2).
     - "orthogonal": |y|^2 / (x.y), so that y - x is orthogonal to y; rho = sin(theta), below 1 for every acute angle.
 
-    If theta >= 90 degrees, no positive factor makes the series converge and "orthogonal" is undefined. The factor of a
-    zero center is 1.
+    If theta >= 90 degrees, no positive factor makes the series converge. The factor of a zero center is 1.
 
     Args:
         norm: the norm.
@@ -254,10 +251,7 @@ def center_scale(
         One finite factor >= 0 per position, `[*batch]`, in the dtype of `center`; computed in float64.
 
     Raises:
-        ValueError: `mode` or `obtuse` is unknown, the inputs differ in shape, or an angle is obtuse under
-            `obtuse="raise"`.
-
-    Source: DLMF 18.12.11 (convergence of the generating function).
+        ValueError: `mode` or `obtuse` is unknown, shapes differ, or an angle is obtuse under `obtuse="raise"`.
 
     Example:
         >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])

@@ -28,27 +28,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "derivative",
-    "error_function",
-    "exponential",
-    "integral",
-    "log_softmax",
-    "log_sum_exp",
-    "logarithm",
-    "logistic",
-    "power",
-    "powers",
-    "product",
-    "quotient",
-    "reciprocal",
-    "root_of_squares",
-    "sine_cosine",
-    "softmax",
-    "square",
-    "tangent_hyperbolic",
-]
-
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Cauchy product; trailing axes broadcast."""

@@ -71,12 +71,6 @@ def sub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
     return add(a, b, -alpha)
 
 
-@rule(aten.rsub.Tensor, aten.rsub.Scalar)
-def rsub(a: Operand, b: Operand, alpha: Number = 1) -> Series:
-    """Compute b - alpha a."""
-    return add(b, a, -alpha)
-
-
 # Products. ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import recurrences
-from tl_jets.calculus.rules_structure import lift, terms_of
+from tl_jets.calculus.rules_structure import constant, lift, terms_of
 from tl_jets.calculus.series import Series
 from tl_jets.calculus.table import rule
 
@@ -39,10 +39,8 @@ def _solve(a: Tensor, b: Tensor, first: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _inverse(a: Tensor) -> Tensor:
     known = torch.linalg.inv_ex(a[0]).inverse
-    out = [known]
-    for n in range(1, a.shape[0]):
-        out.append(-known @ sum(a[j] @ out[n - j] for j in range(1, n + 1)))  # type: ignore[operator]
-    return torch.stack(out)
+    one = constant(torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(a.shape[1:]), len(a))
+    return _solve(a, one, lambda right: known @ right)
 
 
 @rule(aten.linalg_inv_ex.default)

@@ -84,20 +84,15 @@ class Series(Tensor):
 
     @classmethod
     def line(cls, center: Float[Tensor, "*shape"], direction: Float[Tensor, "*shape"], order: int) -> "Series":
-        """The series of t -> center + t direction: c_0 = center, c_1 = direction, zeros above.
+        """The series of t -> center + t direction, in new storage: c_0 = center, c_1 = direction, zeros above.
 
         Args:
             center: the point x, `[*shape]`.
             direction: the direction v, `[*shape]`; dropped at order 0.
             order: highest power k.
 
-        Returns:
-            A series with coefficients `[order+1, *shape]` in new storage.
-
         Raises:
             ValueError: `order` is negative or too large, or the shapes differ.
-
-        Source: Griewank & Walther 2008, ch. 13.
 
         Example:
             >>> Series.line(torch.zeros(2), torch.ones(2), order=3).coefficients.tolist()
