@@ -39,8 +39,9 @@ from torch import Tensor
 
 from tl_jets.core.atomic_files import write_atomically
 from tl_jets.core.logit_reader import rank
-from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
+from tl_jets.core.results import Result
 from tl_jets.core.tokens import visible, writable
 
 # Key in the metadata of the Parquet schema.
@@ -56,7 +57,7 @@ _UNITS = {"logprob": "log-probability", "logit": "logit"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NgramTable(Shown):
+class NgramTable(Result):
     """n-grams of a model, best first, ties by ids; on the CPU.
 
     `table["at"]` and `table[17]` are the n-grams that begin with a token; if none begins with the text, a space is put
@@ -265,6 +266,10 @@ class NgramTable(Shown):
         others = "".join(f"; {', '.join(map(repr, texts))} is a {other}" for other, texts in alike.items() if texts)
         text = repr(wanted) if isinstance(wanted, str) else f"id {wanted}"
         return f"none of these {len(self):,} {self._kind} has {text} as {column}{others}"
+
+    def _mapped(self, change: Any, names: Any = None) -> NgramTable:
+        """Tables stay on the CPU when the result that holds them moves."""
+        return self
 
     def _rows(self, index: Tensor) -> NgramTable:
         parts = {name: x[index] for name, x in self.parts.items()}

@@ -17,6 +17,7 @@ Among many components that cost exactly as much, one in forty is reported to cos
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -33,9 +34,10 @@ from torch import Tensor
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import some
+from tl_jets.core.results import Result
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.tables import NgramTable
@@ -46,6 +48,8 @@ from tl_jets.studies.vocabularies import check_table
 OWN, SHUFFLED = "own", "shuffled"
 # Mean over the other components' ablations.
 OTHERS = "others"
+# Of the n-grams' change, and of own n-grams under their own ablation minus it.
+CHANGE, BEYOND = "change", "beyond"
 BELOW, ABOVE, UNCLEAR, NO_INTERVAL = "below 0", "above 0", "not told from 0", "no interval"
 # With fewer units no sign is significant at 95%: five fair coins all agree in one case of 16.
 LEAST_UNITS = 6
@@ -53,7 +57,7 @@ NAMED = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationCheck(Shown):
+class AblationCheck(Result):
     """Change of the logits of one component's n-grams under ablation (ablated - clean).
 
     Attributes:
@@ -78,7 +82,7 @@ class AblationCheck(Shown):
     @property
     def confirmed(self) -> bool:
         """Whether the logits fall, and further than under the mean of the other ablations and than shuffled ones."""
-        return all(row["verdict"] == BELOW for row in self._required().values())
+        return not self._missing()
 
     @property
     def strongest_other(self) -> str | None:
@@ -88,52 +92,49 @@ class AblationCheck(Shown):
     @property
     def rivals(self) -> list[str]:
         """Other components, costliest first, not shown to cost less: the interval of own - other is not below zero."""
-        return [label for label in self._others_by_cost() if self._beyond[label, OWN]["verdict"] != BELOW]
+        return [label for label in self._others_by_cost() if self._judged[BEYOND, label, OWN]["verdict"] != BELOW]
 
     @property
     def verdict(self) -> str:
         """The result in words: confirmed or not, what is missing, and which other components cost as much."""
-        if self._rows[self.step, OWN]["verdict"] == NO_INTERVAL:
+        own = self._judged[CHANGE, self.step, OWN]
+        if own["verdict"] == NO_INTERVAL:
             return (
                 f"not judged: no intervals with bootstrap={self.resamples} and {self.n_units} different first or last tokens "
                 f"({LEAST_UNITS} are needed)"
             )
-        missing = [name for name, row in self._required().items() if row["verdict"] != BELOW]
-        if self.strongest_other is None:
-            found, others = "confirmed against shuffled n-grams", "no other component was ablated"
-        else:
-            found, others = "confirmed against the mean of the others", self._told_apart(self.strongest_other)
+        strongest, missing = self.strongest_other, self._missing()
+        found = f"confirmed against {'shuffled n-grams' if strongest is None else 'the mean of the others'}"
         if missing:
             found = f"not confirmed: no {' and no '.join(missing)} is shown"
-        return f"{found}; {others}"
-
-    def _told_apart(self, strongest: str) -> str:
-        """Describe which other components cost as much."""
-        more = [label for label in self.rivals if self._beyond[label, OWN]["verdict"] == ABOVE]
+        if strongest is None:
+            return f"{found}; no other component was ablated"
+        more = [label for label in self.rivals if self._judged[BEYOND, label, OWN]["verdict"] == ABOVE]
         unclear = [label for label in self.rivals if label not in more]
         parts = [f"{_listed(more)} cost{'s' if len(more) == 1 else ''} more"] if more else []
         parts += [f"not told apart from {_listed(unclear)}"] if unclear else []
-        most, own = (self._rows[label, OWN]["mean"] for label in (strongest, self.step))
-        return f"{', '.join(parts) or 'each of them costs less'} (strongest other: {strongest} {most:+.2f}; own {own:+.2f})"
+        most = self._judged[CHANGE, strongest, OWN]["mean"]
+        return (
+            f"{found}; {', '.join(parts) or 'each of them costs less'} (strongest other: {strongest} {most:+.2f}; own "
+            f"{own['mean']:+.2f})"
+        )
 
     def summary(self) -> pd.DataFrame:
         """Own n-grams under their own ablation, the controls, and paired differences (negative: own ones fall further)."""
         strongest = self.strongest_other
-        controls = {f"shuffled n-grams, {self.step} ablated": (self.step, SHUFFLED)}
-        differences = {"own - shuffled n-grams": (self.step, SHUFFLED)}
+        rows = {f"own n-grams, {self.step} ablated": (CHANGE, self.step, OWN)}
         if strongest is not None:
-            controls = {
-                f"own n-grams, others ablated (mean of {len(self.own) - 1})": (OTHERS, OWN),
-                f"own n-grams, {strongest} ablated (strongest other)": (strongest, OWN),
-            } | controls
-            differences = {
-                "own ablation - others'": (OTHERS, OWN),
-                f"own ablation - {strongest}'s": (strongest, OWN),
-            } | differences
-        rows = [{"what": f"own n-grams, {self.step} ablated", **self._rows[self.step, OWN]}]
-        rows += [{"what": what, **self._rows[key], "verdict": ""} for what, key in controls.items()]
-        rows += [{"what": what, **self._beyond[key]} for what, key in differences.items()]
-        return pd.DataFrame(rows)
+            rows[f"own n-grams, others ablated (mean of {len(self.own) - 1})"] = (CHANGE, OTHERS, OWN)
+            rows[f"own n-grams, {strongest} ablated (strongest other)"] = (CHANGE, strongest, OWN)
+        rows[f"shuffled n-grams, {self.step} ablated"] = (CHANGE, self.step, SHUFFLED)
+        if strongest is not None:
+            rows["own ablation - others'"] = (BEYOND, OTHERS, OWN)
+            rows[f"own ablation - {strongest}'s"] = (BEYOND, strongest, OWN)
+        rows["own - shuffled n-grams"] = (BEYOND, self.step, SHUFFLED)
+        frame = pd.DataFrame([{"what": what, **self._judged[key]} for what, key in rows.items()])
+        controls = [i for i, key in enumerate(rows.values()) if i and key[0] == CHANGE]
+        frame.loc[controls, "verdict"] = ""
+        return frame
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per ablated component and kind of n-gram: mean change, 95% interval, share of n-grams that fell.
@@ -141,13 +142,12 @@ class AblationCheck(Shown):
         `difference` is paired, own n-grams under their own ablation minus this row; `verdict` is its side of zero.
         """
         rows = []
-        for component in self.components:
-            for kind in (OWN, SHUFFLED):
-                row = {"ablated": component, "n-grams": kind, **self._rows[component, kind]}
-                difference = self._beyond[component, kind]
-                names = {"mean": "difference", "low": "difference_low", "high": "difference_high"}
-                row |= {name: difference[end] if rows else math.nan for end, name in names.items()}
-                rows.append(row | {"verdict": difference["verdict"] if rows else ""})
+        for component, kind in itertools.product(self.components, (OWN, SHUFFLED)):
+            row = {"ablated": component, "n-grams": kind, **self._judged[CHANGE, component, kind]}
+            beyond = self._judged[BEYOND, component, kind]
+            names = {"mean": "difference", "low": "difference_low", "high": "difference_high"}
+            row |= {name: beyond[end] if rows else math.nan for end, name in names.items()}
+            rows.append(row | {"verdict": beyond["verdict"] if rows else ""})
         return pd.DataFrame(rows)
 
     @cached_property
@@ -160,45 +160,33 @@ class AblationCheck(Shown):
         """Number of bootstrap units."""
         return len(self.units.unique())
 
-    def _required(self) -> dict[str, dict[str, Any]]:
-        """Results whose intervals must lie below zero for the table to be confirmed, by name."""
-        others = {"fall beyond the mean of the others": self._beyond[OTHERS, OWN]} if len(self.components) > 1 else {}
-        return {
-            "fall": self._rows[self.step, OWN],
-            **others,
-            "fall beyond shuffled n-grams": self._beyond[self.step, SHUFFLED],
-        }
+    def _missing(self) -> list[str]:
+        """What is not shown, of that which confirms the table."""
+        required = {"fall": (CHANGE, self.step, OWN)}
+        if len(self.components) > 1:
+            required["fall beyond the mean of the others"] = (BEYOND, OTHERS, OWN)
+        required["fall beyond shuffled n-grams"] = (BEYOND, self.step, SHUFFLED)
+        return [name for name, key in required.items() if self._judged[key]["verdict"] != BELOW]
 
     def _others_by_cost(self) -> list[str]:
         return [self.components[1 + i] for i in self.own[1:].mean(1).argsort(stable=True).tolist()]
 
     @cached_property
-    def _changes(self) -> dict[tuple[str, str], Float[Tensor, " ngram"]]:
-        """Changes of n-grams by (ablated component, kind of n-gram)."""
-        found = {(label, OWN): self.own[i] for i, label in enumerate(self.components)}
-        found |= {(label, SHUFFLED): self.shuffled[i].mean(1) for i, label in enumerate(self.components)}
-        return found | ({(OTHERS, OWN): self.own[1:].mean(0)} if len(self.components) > 1 else {})
-
-    @cached_property
-    def _rows(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Means and intervals of `_changes`."""
-        return self._judged(self._changes)
-
-    @cached_property
-    def _beyond(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Means and intervals of own n-grams under their own ablation minus `_changes`."""
-        return self._judged({key: self.own[0] - values for key, values in self._changes.items()})
-
-    def _judged(self, changes: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], dict[str, Any]]:
-        """Mean, interval, share that fell, and side of zero of each series."""
-        values = torch.stack(list(changes.values()))
+    def _judged(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Mean, interval, share that fell and side of zero by (`CHANGE` or `BEYOND`, ablated component, kind of n-gram)."""
+        changes = {(label, OWN): self.own[i] for i, label in enumerate(self.components)}
+        changes |= {(label, SHUFFLED): self.shuffled[i].mean(1) for i, label in enumerate(self.components)}
+        if len(self.components) > 1:
+            changes[OTHERS, OWN] = self.own[1:].mean(0)
+        series = {(CHANGE, *key): values for key, values in changes.items()}
+        series |= {(BEYOND, *key): self.own[0] - values for key, values in changes.items()}
+        values = torch.stack(list(series.values()))
         resamples = self.resamples if self.n_units >= LEAST_UNITS else 0
         ends = bootstrap_intervals(values, units=self.units, resamples=resamples, seed=self.seed)
-        columns = (values.mean(1), *ends, (values < 0).double().mean(1))
-        found = {}
-        for key, (mean, low, high, fell) in zip(changes, torch.stack(columns, dim=1).tolist(), strict=True):
-            found[key] = {"mean": mean, "low": low, "high": high, "fell": fell, "verdict": _sign(low, high)}
-        return found
+        columns = torch.stack([values.mean(1), *ends, (values < 0).double().mean(1)], dim=1).tolist()
+        rows = [dict(zip(("mean", "low", "high", "fell"), row, strict=True)) for row in columns]
+        judged = [row | {"verdict": _sign(row["low"], row["high"])} for row in rows]
+        return dict(zip(series, judged, strict=True))
 
     def __repr__(self) -> str:
         title = (
@@ -231,8 +219,8 @@ def ablation_check(
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         step: An MLP (`3_mlp`), a head (`L3H2`), or, with a table, an attention sublayer.
-        table: N-grams of the component (the first `top_k` are used; skip-trigrams of distance 1); None computes them.
-        top_k: Number of n-grams.
+        table: N-grams of the component (skip-trigrams of distance 1); None computes them.
+        top_k: Number of n-grams, the first of a table.
         mode: Replacement of the ablated write: `"zero"`, or `"mean"` over a reference (see `ablation_hooks`).
         reference: For `"mean"`: a prompt, prompts, token ids [batch, pos], or a `Trace`.
         others: Components to compare with: labels, or the number to draw of the same kind; None for all of them.
@@ -246,8 +234,7 @@ def ablation_check(
         ValueError: Unknown step, an attention sublayer without a table, or an invalid option.
         NotImplementedError: A network of plain callables, or skip-trigrams of another distance.
 
-    Source: Chen et al., arXiv 2410.06024, section 5.1, tables 1 and 2 (logit change under intervention); controls are
-    ours. Cost: two forward passes on the prompts for each ablated component.
+    Source: Chen et al., arXiv 2410.06024, section 5.1; controls are ours. Cost: two forward passes per component.
 
     Example:
         >>> import tl_jets as tj
@@ -255,50 +242,45 @@ def ablation_check(
         >>> check.components, check.confirmed, check.rivals
         (['0_mlp', '1_mlp', '2_mlp', '3_mlp'], True, [])
     """
-    network = ResidualNetwork(model)
-    if isinstance(network.view, CallableModel):
-        raise NotImplementedError(
-            "Ablations are hooks on a TransformerLens model; a network of plain callables has none. Give it other functions."
-        )
-    kinds = {s.label: s.kind for kind in ("head", "sublayer") for s in network.at(kind).steps}
-    if step not in kinds or kinds[step] == "attn_bias":
-        raise ValueError(
-            f"step must be an MLP, an attention sublayer or a head, one of {some(kinds, 40)}; got {step!r}."
-        )
     check_choice("logit", logit, ("centered", "raw"))
     check_choice("mode", mode, ("zero", "mean"))
     check_integers(1, top_k=top_k, n_random=n_random)
     check_integers(0, bootstrap=bootstrap)
     check_seed(seed)
+    network = ResidualNetwork(model)
+    kinds = _kinds(network, step)
     table = _own_ngrams(network, step, kinds[step], table, top_k)
     prompts = _prompts(network, table, prepend_bos)
     draw = np.random.default_rng(seed)
-    same = [label for label, kind in kinds.items() if kind == kinds[step] and label != step]
-    components = [step, *_others(same, others, draw)]
-    last = table.ids[:, -1]
-    shuffles = torch.from_numpy(np.stack([draw.permutation(len(last)) for _ in range(n_random)], axis=1))
-    targets = torch.cat([last[:, None], last[shuffles]], dim=1).unsqueeze(1)
+    components = [step, *_others(kinds, step, others, draw)]
+    targets = _targets(table.ids[:, -1], n_random, draw)
     # Every id is a token here, those of padding too.
-    options: dict[str, Any] = {
-        "mode": mode,
-        "reference": reference,
-        "seed": seed,
-        "attention_mask": torch.ones_like(prompts),
-    }
-    effect = ablation_effect(network, prompts, components, targets=targets, **options)
+    given: dict[str, Any] = {"targets": targets, "attention_mask": torch.ones_like(prompts), "mode": mode, "seed": seed}
+    effect = ablation_effect(network, prompts, components, reference=reference, **given)
     change = (effect.centered if logit == "centered" else effect.logit)[:, :, 0].cpu()
     return AblationCheck(
-        step=step,
-        components=components,
-        table=table,
-        prompts=prompts,
-        own=change[..., 0],
-        shuffled=change[..., 1:],
-        mode=mode,
-        logit=logit,
-        resamples=bootstrap,
-        seed=seed,
+        step, components, table, prompts, change[..., 0], change[..., 1:], mode, logit, bootstrap, seed
     )
+
+
+def _kinds(network: ResidualNetwork, step: str) -> dict[str, str]:
+    """The kind of every head and sublayer; ValueError unless `step` is one that can be checked."""
+    if isinstance(network.view, CallableModel):
+        raise NotImplementedError(
+            "Ablations are hooks on a TransformerLens model; a network of plain callables has none. Give it other functions."
+        )
+    kinds = {s.label: s.kind for granularity in ("head", "sublayer") for s in network.at(granularity).steps}
+    if step not in kinds or kinds[step] == "attn_bias":
+        raise ValueError(
+            f"step must be an MLP, an attention sublayer or a head, one of {some(kinds, 40)}; got {step!r}."
+        )
+    return kinds
+
+
+def _targets(last: Int[Tensor, " ngram"], n_random: int, draw: np.random.Generator) -> Int[Tensor, "ngram 1 target"]:
+    """The last token of each n-gram, then those that it gets in each shuffle."""
+    shuffles = np.stack([draw.permutation(len(last)) for _ in range(n_random)], axis=1)
+    return torch.cat([last[:, None], last[torch.from_numpy(shuffles)]], dim=1).unsqueeze(1)
 
 
 def _own_ngrams(network: ResidualNetwork, step: str, kind: str, table: NgramTable | None, top_k: int) -> NgramTable:
@@ -347,7 +329,10 @@ def _listed(labels: list[str]) -> str:
     return ", ".join(labels[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _others(same: list[str], others: Sequence[str] | int | None, draw: np.random.Generator) -> list[str]:
+def _others(
+    kinds: dict[str, str], step: str, others: Sequence[str] | int | None, draw: np.random.Generator
+) -> list[str]:
+    same = [label for label, kind in kinds.items() if kind == kinds[step] and label != step]
     if others is None:
         return same
     if isinstance(others, int):

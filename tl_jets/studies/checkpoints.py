@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -27,16 +26,16 @@ from torch import Tensor
 
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import Shown
 from tl_jets.core.options import check_integers
+from tl_jets.core.results import Result
 from tl_jets.core.tokens import token_names, visible
-from tl_jets.ngrams import fingerprint, jet_bigrams_by_path
+from tl_jets.ngrams import fingerprint
 from tl_jets.ngrams.jobs import FILE_NAME
-from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, VocabularyStreams, mlp_steps
+from tl_jets.ngrams.streams import PathInput, VocabularyStreams
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.overlap import hit_ratio, share_found
-from tl_jets.studies.pairs import PairInput, RowScores, read_pairs
-from tl_jets.studies.text_comparison import best_joint
+from tl_jets.studies.pairs import PairInput, RowScores, read_pairs, with_shuffles
+from tl_jets.studies.text_comparison import best_tables, every_path
 from tl_jets.studies.vocabularies import Vocabulary
 
 Checkpoint = str | int
@@ -46,7 +45,7 @@ Reference = NgramTable | Literal["last"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Track(Shown):
+class Track(Result):
     """Scores of given bi-grams and hit ratios over checkpoints, along one path.
 
     Attributes:
@@ -123,19 +122,9 @@ def track(
     Source: Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours. Cost: per checkpoint, a
     sweep over the vocabulary if there is a reference, and the first tokens of `pairs`.
     """
-    (found,) = track_by_path(
-        models,
-        checkpoints,
-        paths=[path],
-        pairs=pairs,
-        reference=reference,
-        n=n,
-        unigram=unigram,
-        controls=controls,
-        seed=seed,
-        progress=progress,
-        folder=folder,
-    ).values()
+    options: dict[str, Any] = {"pairs": pairs, "reference": reference, "n": n, "unigram": unigram, "controls": controls}
+    options |= {"seed": seed, "progress": progress, "folder": folder}
+    (found,) = track_by_path(models, checkpoints, paths=[path], **options).values()
     return found
 
 
@@ -164,51 +153,28 @@ def track_by_path(
         >>> list(found), found["mlps"].pairs
         (['direct', 'mlps'], ['·more ·than'])
     """
-    if pairs is None and reference is None:
-        raise ValueError("There must be something to track: give pairs, a reference, or both.")
-    if not (
-        reference is None or isinstance(reference, NgramTable) or (isinstance(reference, str) and reference == "last")
-    ):
-        raise ValueError(
-            f'reference must be a table of n-grams, "last" for that of the last checkpoint, or None; got {reference!r}. For '
-            "another checkpoint give its table, jet_bigrams(model, path, top_k=n)."
-        )
-    check_integers(1, n=n)
-    check_integers(0, controls=controls)
-    check_seed(seed)
-    if isinstance(reference, NgramTable) and len(reference) < n:
-        raise ValueError(
-            f"n must be at most the rows of the reference; got {n} and a reference of {len(reference)} rows. Take a smaller n, or "
-            "a longer table."
-        )
-    if folder is not None and reference is None:
-        raise ValueError(
-            "folder keeps the sweeps that a reference is looked for in; give a reference, or leave it out."
-        )
+    _check_options(pairs, reference, n, controls, seed, folder)
     vocabulary = None
     names: list[Checkpoint] = []
-    texts: list[str] = []
     prints: list[str] = []
+    texts: list[str] = []
     scores: dict[str, list[Tensor]] = {}
     tables: dict[str, list[NgramTable]] = {}
     for name, network in _one_at_a_time(models, checkpoints):
         vocabulary = vocabulary or Vocabulary.of(network)
         vocabulary.check(Vocabulary.of(network), f"checkpoint {name!r}")
-        paths = paths or _every_path(network)
-        if len(VocabularyStreams(network, paths).paths) < len(paths):
+        paths = paths or every_path(network)
+        labels = list(VocabularyStreams(network, paths).paths)
+        if len(labels) < len(paths):
             raise ValueError(f"Each path must be given once; got {list(paths)}.")
-        for path in paths:
-            reader = RowScores(network, path)
-            mine = scores.setdefault(reader.path, [])
+        for label in labels:
+            of_path = scores.setdefault(label, [])
             if pairs is not None:
-                ids = read_pairs(reader, pairs)
-                mine.append(reader.of(ids)[0])
-                named = token_names(network.tokenizer, [ids])
-                texts = texts or [" ".join(visible(named[token]) for token in pair) for pair in ids.tolist()]
-            del reader
+                texts, values = _scores(network, label, pairs)
+                of_path.append(values)
         if reference is not None:
             own = None if folder is None else Path(folder) / _file_name(name)
-            for label, table in _best(network, paths, unigram, n, progress, own).items():
+            for label, table in best_tables(network, paths, unigram, n, progress=progress, folder=own).items():
                 tables.setdefault(label, []).append(table)
         prints.append(fingerprint(network))
         names.append(name)
@@ -216,47 +182,58 @@ def track_by_path(
     if not names:
         raise ValueError("There must be a checkpoint at least; got none. Is the generator used up?")
     found = {}
-    for label, mine in scores.items():
-        own = tables.get(label, [])
-        known = own[-1] if isinstance(reference, str) else reference
-        hits, controlled = (
-            torch.full((len(names),), math.nan, device="cpu").double(),
-            torch.empty(len(names), 0, device="cpu").double(),
-        )
-        if isinstance(known, NgramTable):
-            hits, controlled = _hits(own, known, n, controls, seed)
-        found[label] = Track(
-            checkpoints=names,
-            pairs=texts,
-            scores=torch.stack(mine) if mine else torch.empty(len(names), 0, dtype=torch.float64, device="cpu"),
-            hit_ratio=hits,
-            n=n if own else 0,
-            path=label,
-            fingerprints=prints,
-            hit_control=controlled,
-            tables=own,
-        )
+    for label, values in scores.items():
+        own_tables = tables.get(label, [])
+        hits = _hits(own_tables, reference, n, controls, seed, len(names))
+        kept, size = torch.stack(values) if values else hits[:, :0], n if own_tables else 0
+        found[label] = Track(names, texts, kept, hits[:, 0], size, label, prints, hits[:, 1:], own_tables)
     return found
 
 
-def _every_path(network: ResidualNetwork) -> list[PathInput]:
-    steps = mlp_steps(network)
-    return [DIRECT, *steps, *([MLPS] if steps else [])]
+def _check_options(pairs: Any, reference: Any, n: int, controls: int, seed: int, folder: str | Path | None) -> None:
+    """Refuse what can be refused before a model is loaded."""
+    if pairs is None and reference is None:
+        raise ValueError("There must be something to track: give pairs, a reference, or both.")
+    table = reference if isinstance(reference, NgramTable) else None
+    if table is None and reference not in (None, "last"):
+        raise ValueError(
+            f'reference must be a table of n-grams, "last" for that of the last checkpoint, or None; got {reference!r}. For '
+            "another checkpoint give its table, jet_bigrams(model, path, top_k=n)."
+        )
+    check_integers(1, n=n)
+    check_integers(0, controls=controls)
+    check_seed(seed)
+    if table is not None and len(table) < n:
+        raise ValueError(
+            f"n must be at most the rows of the reference; got {n} and a reference of {len(table)} rows. Take a smaller n, or a "
+            "longer table."
+        )
+    if folder is not None and reference is None:
+        raise ValueError(
+            "folder keeps the sweeps that a reference is looked for in; give a reference, or leave it out."
+        )
+
+
+def _scores(network: ResidualNetwork, path: str, pairs: PairInput) -> tuple[list[str], Float[Tensor, " pair"]]:
+    """Texts of given bi-grams, and their log-probabilities."""
+    reader = RowScores(network, path)
+    ids = read_pairs(reader, pairs)
+    named = token_names(network.tokenizer, [ids])
+    return [" ".join(visible(named[token]) for token in pair) for pair in ids.tolist()], reader.of(ids)[0]
 
 
 def _hits(
-    tables: list[NgramTable], reference: NgramTable, n: int, controls: int, seed: int
-) -> tuple[Float[Tensor, " checkpoint"], Float[Tensor, "checkpoint control"]]:
-    """Hit ratios of tables against a reference, and against the reference with second tokens shuffled."""
-    hits = [hit_ratio(table, reference, n) for table in tables]
-    first, second = reference.ids[:n].unbind(1)
-    draw = np.random.default_rng(seed)
-    shuffles = [second[torch.from_numpy(draw.permutation(n))] for _ in range(controls)]
-    shuffled = [torch.stack([first, other], dim=1) for other in shuffles]
-    controlled = [[share_found(table.ids[:n], pairs) for pairs in shuffled] for table in tables]
-    return torch.tensor(hits, dtype=torch.float64, device="cpu"), torch.tensor(
-        controlled, dtype=torch.float64, device="cpu"
-    )
+    tables: list[NgramTable], reference: Reference | None, n: int, controls: int, seed: int, count: int
+) -> Float[Tensor, "checkpoint list"]:
+    """Hit ratios of tables against a reference, and against the reference with second tokens shuffled; NaN without."""
+    if reference is None:
+        return torch.full((count, 1), math.nan, dtype=torch.float64, device="cpu")
+    reference = reference if isinstance(reference, NgramTable) else tables[-1]
+    shuffled = with_shuffles(reference.ids[:n], controls, seed)[1:]
+    rows = [
+        [hit_ratio(table, reference, n), *(share_found(table.ids[:n], pairs) for pairs in shuffled)] for table in tables
+    ]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _one_at_a_time(
@@ -286,16 +263,3 @@ def _file_name(checkpoint: Checkpoint) -> str:
             "track(lambda name: load(files[name]), list(files), ...)."
         )
     return str(checkpoint)
-
-
-def _best(
-    network: ResidualNetwork,
-    paths: Sequence[PathInput],
-    unigram: Tensor | None,
-    n: int,
-    progress: bool,
-    folder: Path | None,
-) -> dict[str, NgramTable]:
-    if unigram is None:
-        return jet_bigrams_by_path(network, paths, top_k=n, progress=progress, folder=folder)
-    return best_joint(network, paths, unigram, n, progress=progress, folder=folder)

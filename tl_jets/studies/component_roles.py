@@ -17,22 +17,21 @@ from torch import Tensor
 
 from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import Shown
 from tl_jets.core.options import check_integers
+from tl_jets.core.results import Result
 from tl_jets.core.tokens import visible
-from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.ngrams.trigrams import jet_trigrams
 from tl_jets.studies.counts import TEXT
-from tl_jets.studies.overlap import check_same_vocabulary, check_unigram, share_found
-from tl_jets.studies.text_comparison import best_joint
+from tl_jets.studies.overlap import check_same_vocabulary, share_found
+from tl_jets.studies.text_comparison import best_tables, every_path
 
 SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Roles(Shown):
+class Roles(Result):
     """The best bi-grams of every MLP, and their overlaps.
 
     Attributes:
@@ -120,28 +119,18 @@ def roles(
     components = mlp_steps(network)
     if not components:
         raise ValueError("Roles are compared over MLPs; this model has none. Heads have skip-trigrams: jet_trigrams.")
-    paths = [DIRECT, *components, MLPS]
-    if unigram is None:
-        tables = jet_bigrams_by_path(network, paths, top_k=n, progress=progress)
-    else:
-        unigram = check_unigram(unigram, size=network.decoder.d_vocab)
-        tables = best_joint(network, paths, unigram, n, progress=progress)
+    tables = best_tables(network, every_path(network), unigram, n, progress=progress)
     if counts is not None:
         if counts.n != 2 or len(counts) < n:
             raise ValueError(f"counts must be a table of {n} bi-grams or more; got {len(counts)} {counts.n}-grams.")
         check_same_vocabulary(tables[DIRECT], counts)
-        order = rank(counts.ids, counts.parts.get("count", counts.scores))[:n]
-        parts = {name: x[order] for name, x in counts.parts.items()}
-        tables[TEXT] = NgramTable.ranked(
-            counts.ids[order], parts.get("count", counts.scores[order]), names=counts.names, path=TEXT, parts=parts
-        )
+        frequency = counts.parts.get("count", counts.scores)
+        given: dict[str, Any] = {"names": counts.names, "path": TEXT, "parts": counts.parts, "top_k": n}
+        tables[TEXT] = NgramTable.ranked(counts.ids, frequency, **given)
     overlap = [[share_found(x.ids, y.ids) for y in tables.values()] for x in tables.values()]
-    found = head_tables(network, n, progress=progress) if heads else {}
-    return Roles(components, list(tables), tables, torch.tensor(overlap, dtype=torch.float64, device="cpu"), n, found)
-
-
-def head_tables(model: Any, n: int, *, progress: bool = True) -> dict[str, NgramTable]:
-    """The n best skip-trigrams of every head of a model, by label."""
-    layers = sorted({step.layer for step in ResidualNetwork(model).at("head").steps if step.kind == "head"})
-    found = (jet_trigrams(model, layer, top_k=n, progress=progress) for layer in layers)
-    return {table.path: table for tables in found for table in tables.values()}
+    of_heads: dict[str, NgramTable] = {}
+    for layer in sorted({step.layer for step in network.at("head").steps if step.kind == "head"}) if heads else ():
+        of_heads |= {table.path: table for table in jet_trigrams(network, layer, top_k=n, progress=progress).values()}
+    return Roles(
+        components, list(tables), tables, torch.tensor(overlap, dtype=torch.float64, device="cpu"), n, of_heads
+    )

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.options import check_choice, check_integers
@@ -58,11 +59,11 @@ def ngram_counts(
         raise ValueError(
             f"A text must have {n} tokens at least; the longest of {len(texts)} has {max(map(len, texts), default=0)}."
         )
-    ids, counts = np.unique(grams, axis=0, return_counts=True) if n > 3 else _unique(grams)
+    counted = pd.DataFrame(grams).groupby(list(range(n))).size()
+    ids, counts = counted.index.to_frame().to_numpy(), counted.to_numpy()
     contexts = np.full(len(ids), len(grams))
     if n > 1:
-        changes = np.r_[True, (ids[1:, :-1] != ids[:-1, :-1]).any(1)]
-        contexts = np.add.reduceat(counts, np.flatnonzero(changes))[np.cumsum(changes) - 1]
+        contexts = counted.groupby(level=list(range(n - 1))).transform("sum").to_numpy()
     keep = counts >= min_count
     if not keep.any():
         raise ValueError(
@@ -77,14 +78,8 @@ def ngram_counts(
         (count.double() / (context.double() if score == "logprob" else 1)).log(),
         names=token_names(tokenizer, [found]),
         path=TEXT,
-        settings={
-            "ngram": "counts",
-            "score": score,
-            "min_count": min_count,
-            "total": len(grams),
-            "texts": len(texts),
-            "sha256": total.hexdigest(),
-        },
+        settings={"ngram": "counts", "score": score, "min_count": min_count}
+        | {"total": len(grams), "texts": len(texts), "sha256": total.hexdigest()},
         parts={"count": count.double(), "context_count": context.double()},
     )
 
@@ -126,13 +121,3 @@ def _texts(tokens: TokenInput) -> list[np.ndarray]:
         if array.ndim != 1 or (len(array) and (not np.issubdtype(array.dtype, np.integer) or array.min() < 0)):
             raise ValueError(f"A text must be a list of token ids, none negative; got {array.dtype} {array.shape}.")
     return [array.astype(np.int64) for array in arrays]
-
-
-def _unique(grams: Int[np.ndarray, "gram n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows in order with their counts, encoded as integers: much faster than `np.unique` over rows."""
-    base = int(grams.max()) + 1
-    if base ** grams.shape[1] >= 2**63:
-        return np.unique(grams, axis=0, return_counts=True)
-    powers = base ** np.arange(grams.shape[1] - 1, -1, -1)
-    numbers, counts = np.unique(grams @ powers, return_counts=True)
-    return numbers[:, None] // powers % base, counts

@@ -33,19 +33,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.logit_reader import rank, slices
-from tl_jets.core.notebook import Shown
 from tl_jets.core.options import check_integers
-from tl_jets.core.tokens import token_names
+from tl_jets.core.results import Result
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import read_tokens
 from tl_jets.studies.pairs import ROWS, RowScores
-from tl_jets.studies.row_changes import CHUNK, Change, RowChanges
+from tl_jets.studies.row_changes import CHUNK, Change, RowChanges, RowsMoved
 from tl_jets.studies.vocabularies import Vocabulary
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ModelDiff(Shown):
+class ModelDiff(Result):
     """The bi-grams that changed most from one model to another.
 
     Attributes:
@@ -115,22 +114,57 @@ def diff(
     before, after = RowScores(a, path), RowScores(b, path)
     Vocabulary.of(before.network).check(Vocabulary.of(after.network))
     first = read_tokens("rows", rows, min(before.n_tokens, after.n_tokens))
-    rises, falls = _Movers(top_k), _Movers(top_k)
-    bounds = torch.full((2, len(first)), math.inf, dtype=torch.float64, device="cpu")
-    kl = torch.empty(len(first), dtype=torch.float64, device="cpu")
-    screens = all(x.network.decoder.compute_dtype(x.streams.embed(first[:1])) is torch.float32 for x in (before, after))
-    with tqdm(total=len(first), unit="token", delay=1, leave=False, disable=None if progress else True) as bar:
-        if screens:
-            screen = RowChanges(before, after, change=change, at_least=at_least)
-            for part in slices(len(first), CHUNK):
-                bounds[0, part], bounds[1, part], kl[part] = screen.read(first[part])
-                bar.update(len(first[part]))
-            del screen
-        unread = torch.ones(len(first), dtype=torch.bool, device="cpu")
-        floor = torch.tensor(float(at_least), dtype=torch.float64, device="cpu").log()
-        for movers, bound in zip((rises, falls), bounds, strict=True):
+    screened = _screened(before, after, first, change, at_least, progress)
+    movers = {"rise": _Movers(top_k), "fall": _Movers(top_k)}
+    kl = _read_exactly(before, after, first, change, at_least, movers, screened, progress)
+    settings = {"ngram": "bi-grams that changed", "change": change, "top_k": top_k, "at_least": at_least}
+    settings |= {
+        "before": before.fingerprint,
+        "after": after.fingerprint,
+        "rows": "all" if rows is None else len(first),
+    }
+    rises, falls = (found.table(after, settings | {"score": name}) for name, found in movers.items())
+    return ModelDiff(rises, falls, first, kl.clamp_min(0), after.path, (before.fingerprint, after.fingerprint))
+
+
+def _bar(total: int, progress: bool) -> Any:
+    return tqdm(total=total, unit="token", delay=1, leave=False, disable=None if progress else True)
+
+
+def _screened(
+    before: RowScores, after: RowScores, first: Tensor, change: Change, at_least: float | int, progress: bool
+) -> RowsMoved | None:
+    """Bounds and KL of all rows in float32; None for models in float64."""
+    if any(x.network.decoder.compute_dtype(x.streams.embed(first[:1])) is not torch.float32 for x in (before, after)):
+        return None
+    screen = RowChanges(before, after, change=change, at_least=at_least)
+    found = []
+    with _bar(len(first), progress) as bar:
+        for part in slices(len(first), CHUNK):
+            found.append(screen.read(first[part]))
+            bar.update(len(first[part]))
+    return RowsMoved(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _read_exactly(
+    before: RowScores,
+    after: RowScores,
+    first: Tensor,
+    change: Change,
+    at_least: float | int,
+    movers: dict[str, _Movers],
+    screened: RowsMoved | None,
+    progress: bool,
+) -> Float[Tensor, " row"]:
+    """Add the rows that may hold a largest change, largest bound first, to `movers`; KL of all rows."""
+    unknown = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu")
+    rise, fall, kl = screened or (unknown, unknown, unknown.clone())
+    unread = torch.ones(len(first), dtype=torch.bool, device="cpu")
+    floor = torch.tensor(float(at_least), dtype=torch.float64, device="cpu").log()
+    with _bar(len(first), progress and screened is None) as bar:
+        for found, bound in zip(movers.values(), (rise, fall), strict=True):
             for part in bound.argsort(descending=True, stable=True).split(ROWS):
-                if not float(bound[part[0]]) > movers.least:
+                if not float(bound[part[0]]) > found.least:
                     break
                 part = part[unread[part]]
                 if not len(part):
@@ -140,36 +174,12 @@ def diff(
                 p, q = old.exp(), new.exp()
                 delta = q - p if change == "probability" else new - old
                 delta[torch.maximum(old, new) < floor] = 0
-                rises.add(first[part], delta, old, new)
-                falls.add(first[part], delta.neg_(), old, new)
-                if not screens:
+                movers["rise"].add(first[part], delta, old, new)
+                movers["fall"].add(first[part], delta.neg_(), old, new)
+                if screened is None:
                     kl[part] = (p * (old - new)).sum(1)
                     bar.update(len(part))
-    shared = {
-        "ngram": "bi-grams that changed",
-        "change": change,
-        "top_k": top_k,
-        "at_least": at_least,
-        "before": before.fingerprint,
-        "after": after.fingerprint,
-        "rows": "all" if rows is None else len(first),
-    }
-
-    def table(movers: _Movers, score: str) -> NgramTable:
-        names = token_names(after.network.tokenizer, [movers.ids])
-        parts = {"before": movers.before, "after": movers.after}
-        return NgramTable(
-            movers.ids, movers.scores, names, after.path, {**shared, "score": score}, after.fingerprint, parts
-        )
-
-    return ModelDiff(
-        rises=table(rises, "rise"),
-        falls=table(falls, "fall"),
-        first=first,
-        kl=kl.clamp_min(0),
-        path=after.path,
-        fingerprints=(before.fingerprint, after.fingerprint),
-    )
+    return kl
 
 
 class _Movers:
@@ -199,3 +209,7 @@ class _Movers:
         order = rank(ids, joined[0])[: self.top_k]
         self.ids = ids[order]
         self.scores, self.before, self.after = (values[order] for values in joined)
+
+    def table(self, reader: RowScores, settings: dict[str, Any]) -> NgramTable:
+        """The pairs, with the log-probabilities of both models."""
+        return reader.table(self.ids, self.scores, {"before": self.before, "after": self.after}, **settings)

@@ -10,9 +10,10 @@ Example:
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import scipy.stats
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,8 +23,7 @@ from tl_jets.core.options import check_choice, check_integers
 
 Reduce = Literal["mean", "sum"]
 
-CONFIDENCE = 95
-TAILS = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
+CONFIDENCE = 0.95
 # Size of a batch of resampled values.
 RESAMPLED = 2**22
 
@@ -54,10 +54,9 @@ def bootstrap_interval(
         >>> bootstrap_interval(values, units=words)  # two words, not six values
         (0.0, 1.0)
     """
-    low, high = bootstrap_intervals(
-        values.unsqueeze(0), units=units, resamples=resamples, seed=seed, reduce=reduce
-    ).tolist()
-    return low[0], high[0]
+    options: dict[str, Any] = {"units": units, "resamples": resamples, "seed": seed, "reduce": reduce}
+    low, high = bootstrap_intervals(values.unsqueeze(0), **options)[:, 0].tolist()
+    return low, high
 
 
 def bootstrap_intervals(
@@ -77,17 +76,25 @@ def bootstrap_intervals(
     n = int(unit.max(initial=-1)) + 1
     if n < 2 or not resamples:
         return torch.full((2, len(data)), math.nan, dtype=torch.float64, device="cpu")
-    sums = np.stack([np.bincount(unit, series, minlength=n) for series in data], axis=1)
-    sizes = np.bincount(unit, minlength=n)
-    draw = np.random.default_rng(seed)
-    per_batch = max(1, RESAMPLED // n)
-    found = []
-    for start in range(0, resamples, per_batch):
-        drawn = draw.integers(0, n, (min(per_batch, resamples - start), n))
-        rows = n * np.arange(len(drawn))[:, None]
-        times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape)
-        found.append(times @ sums / ((times @ sizes)[:, None] if reduce == "mean" else 1))
-    return torch.from_numpy(np.percentile(np.concatenate(found), TAILS, axis=0))
+    sums = np.stack([np.bincount(unit, series, minlength=n) for series in data])
+    sizes = np.broadcast_to(np.bincount(unit, minlength=n), sums.shape)
+
+    def statistic(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis) / (sizes.sum(axis) if reduce == "mean" else 1)
+
+    interval = scipy.stats.bootstrap(
+        (sums, sizes),
+        statistic,
+        axis=-1,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, RESAMPLED // sums.size),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return torch.from_numpy(np.stack([interval.low, interval.high]))
 
 
 def central(values: np.ndarray) -> tuple[float, float]:
@@ -100,6 +107,8 @@ def central(values: np.ndarray) -> tuple[float, float]:
     m = len(values)
     if not m or np.isnan(values).any():
         return math.nan, math.nan
-    places = np.clip(np.round((m + 1) * np.array(TAILS) / 100, 9) - 1, 0, m - 1)  # rounded: a draw is its own quantile
+    # Rounded: a draw is its own quantile.
+    ranks = np.round((m + 1) * np.array([1 - CONFIDENCE, 1 + CONFIDENCE]) / 2, 9)
+    places = np.clip(ranks - 1, 0, m - 1)
     low, high = np.interp(places, np.arange(m), np.sort(values))
     return float(low), float(high)

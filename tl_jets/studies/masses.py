@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -37,14 +37,13 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from tl_jets.core.measures import check_seed
-from tl_jets.core.notebook import Shown
-from tl_jets.core.options import check_integers
-from tl_jets.core.tokens import token_names
+from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.results import Result
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
-from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of
+from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of, with_shuffles
 
 WordInput = NgramTable | Tensor | Sequence[str | Sequence[str | int]]
 
@@ -53,7 +52,7 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Mass(Shown):
+class Mass(Result):
     """Probability mass that a path gives to a list of bi-grams.
 
     Attributes:
@@ -110,10 +109,11 @@ class Mass(Shown):
 
     def to_dataframe(self) -> pd.DataFrame:
         """All numbers of the result as one row."""
+        low, high = self.interval
+        control_low, control_high = self.control_interval
         row = {name: getattr(self, name) for name in ("path", "weight", "reduce", "value", "mean", "sum")}
-        row |= {"low": self.interval[0], "high": self.interval[1], "control_mean": self.control_mean}
-        row |= dict(zip(("control_low", "control_high"), self.control_interval, strict=True))
-        row |= {"n_controls": len(self.controls)}
+        row |= {"low": low, "high": high, "control_mean": self.control_mean}
+        row |= {"control_low": control_low, "control_high": control_high, "n_controls": len(self.controls)}
         row |= {name: getattr(self, name) for name in ("rank", "size", "skipped", "repeated", "sha256", "fingerprint")}
         return pd.DataFrame([row])
 
@@ -134,8 +134,8 @@ def mass(
 
     Args:
         model: A model or a `ResidualNetwork`.
-        words: Bi-grams as in `pair_scores`; or words (texts with their leading space), which give all pairs of
-            neighboring tokens; or a mix. One-token words are skipped and counted.
+        words: Bi-grams as in `pair_scores`, or words with their leading space, which give all pairs of neighboring
+            tokens. One-token words are skipped and counted.
         path: A path, as in `jet_bigrams`.
         tokenize: Function from a text to ids that replaces the model's tokenizer.
         reduce: Whether `value` is the `"mean"` or the `"sum"` over the list.
@@ -147,52 +147,26 @@ def mass(
     Raises:
         ValueError: No bi-gram is left, or an option is invalid; see `pair_scores`.
 
-    Source: Chen et al., arXiv 2410.06024, section 5.3 (toxicity index; jet n-gram mass); intervals and controls are
-    ours. Cost: distinct first tokens * d_vocab * d_model multiply-adds; controls are free.
-
-    Example:
-        >>> import tl_jets as tj
-        >>> found = mass(tj.load_tinydocs(), [" postmaster", " the"], controls=5)
-        >>> found.skipped, found.size
-        (1, 2)
+    Source: Chen et al., arXiv 2410.06024, section 5.3; intervals and controls are ours. Cost: that of `pair_scores`.
     """
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f'reduce must be "mean" or "sum"; got {reduce!r}.')
+    check_choice("reduce", reduce, get_args(Reduce))
     check_integers(0, controls=controls, bootstrap=bootstrap)
     check_seed(seed)
     reader = RowScores(model, path)
     pairs, words_of, skipped = _read_list(reader, words, tokenize)
-    # Sorted: results do not depend on the order of the list.
-    distinct, place = pairs.unique(dim=0, return_inverse=True)
-    prior = torch.ones(len(distinct), dtype=torch.float64, device="cpu")
+    distinct, place = pairs.unique(dim=0, return_inverse=True)  # sorted, whatever the order of the list
+    scores = reader.of(with_shuffles(distinct, controls, seed).flatten(0, 1))[0].view(controls + 1, -1)
+    shares = scores.exp()
     if unigram is not None:
-        prior = check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
-    draw = np.random.default_rng(seed)
-    second = [
-        distinct[:, 1],
-        *(distinct[torch.from_numpy(draw.permutation(len(distinct))), 1] for _ in range(controls)),
-    ]
-    every = torch.stack([distinct[:, 0].repeat(len(second)), torch.cat(second)], dim=1)
-    scores, _ = reader.of(every)
-    shares = scores.exp().view(len(second), -1) * prior
+        shares *= check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
     values = shares.mean(1) if reduce == "mean" else shares.sum(1)
-    table = NgramTable.ranked(
-        distinct,
-        scores[: len(distinct)],
-        names=token_names(reader.network.tokenizer, [distinct]),
-        path=reader.path,
-        settings={"ngram": "given bi-grams", "score": "logprob"},
-        fingerprint=reader.fingerprint,
-        parts={"mass": shares[0]},
-    )
+    units, of_list = _units(place, words_of), shares[0]
     return Mass(
         value=float(values[0]),
         reduce=reduce,
-        mean=float(shares[0].mean()),
-        sum=float(shares[0].sum()),
-        interval=bootstrap_interval(
-            shares[0], units=_units(place, words_of), resamples=bootstrap, seed=seed, reduce=reduce
-        ),
+        mean=float(of_list.mean()),
+        sum=float(of_list.sum()),
+        interval=bootstrap_interval(of_list, units=units, resamples=bootstrap, seed=seed, reduce=reduce),
         controls=values[1:],
         rank=1 + int((values[1:] >= values[0] * (1 - _ROUNDING)).sum()),
         size=len(distinct),
@@ -202,7 +176,7 @@ def mass(
         weight="P(z2|z1)" if unigram is None else "P(z2|z1) unigram(z1)",
         path=reader.path,
         fingerprint=reader.fingerprint,
-        table=table,
+        table=reader.table(distinct, scores[0], {"mass": of_list}),
     )
 
 

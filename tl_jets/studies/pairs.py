@@ -18,10 +18,11 @@ Example:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -82,26 +83,33 @@ class RowScores:
             logits = (logits - top.unsqueeze(1)) - rest.unsqueeze(1)
         return logits, top + rest
 
-    def chunks(self, first: Int[Tensor, " row"]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(first tokens, scores, log-normalizers) of `ROWS` first tokens at a time."""
-        for part in slices(len(first), ROWS):
-            yield first[part], *self.read(first[part])
-
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
         """Scores of pairs, and log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
         first, row = pairs[:, 0].unique(return_inverse=True)
         scores = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         log_normalizers = torch.empty_like(scores)
-        order = row.argsort(stable=True)
-        done = 0
-        for ids, found, normalizers in self.chunks(first):
-            stop = int(torch.searchsorted(first[row[order]], ids[-1], right=True))
-            mine = order[done:stop]
-            local = row[mine] - int(row[mine].min())
+        # Pairs by their first token, `ROWS` of which are evaluated at a time.
+        groups = row.argsort(stable=True).split(torch.bincount(row // ROWS).tolist())
+        for part, mine in zip(slices(len(first), ROWS), groups, strict=True):
+            found, normalizers = self.read(first[part])
+            local = row[mine] - part.start
             scores[mine] = found.cpu()[local, pairs[mine, 1]]
             log_normalizers[mine] = normalizers.cpu()[local]
-            done = stop
         return scores, log_normalizers
+
+    def table(
+        self, ids: Int[Tensor, "pair 2"], scores: Float[Tensor, " pair"], parts: dict[str, Tensor], **settings: Any
+    ) -> NgramTable:
+        """A table of bi-grams along this path, best first."""
+        return NgramTable.ranked(
+            ids,
+            scores,
+            names=token_names(self.network.tokenizer, [ids]),
+            path=self.path,
+            settings={"ngram": "given bi-grams", "score": self.score} | settings,
+            fingerprint=self.fingerprint,
+            parts=parts,
+        )
 
 
 def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", score: Score = "logprob") -> NgramTable:
@@ -132,15 +140,7 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
     parts = {"given": torch.arange(len(ids), device="cpu").double()}
     if score == "logprob":
         parts["log_normalizer"] = log_normalizers
-    return NgramTable.ranked(
-        ids,
-        scores,
-        names=token_names(reader.network.tokenizer, [ids]),
-        path=reader.path,
-        settings={"ngram": "given bi-grams", "score": score, "list": list_digest(ids)},
-        fingerprint=reader.fingerprint,
-        parts=parts,
-    )
+    return reader.table(ids, scores, parts, list=list_digest(ids))
 
 
 def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None = None) -> Int[Tensor, "pair 2"]:
@@ -149,21 +149,16 @@ def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None
         check_table(pairs, reader.network)
         pairs = pairs.ids
     if not isinstance(pairs, Tensor):
-        for pair in pairs:
-            if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(
-                    f"A bi-gram is two tokens; got {pair!r}. Give pairs of ids, or of texts of one token each."
-                )
+        odd = [pair for pair in pairs if isinstance(pair, str) or len(pair) != 2]
+        if odd:
+            raise ValueError(
+                f"A bi-gram is two tokens; got {odd[0]!r}. Give pairs of ids, or of texts of one token each."
+            )
         tokenize = tokenize or tokenizer_of(reader.network)
         rows = [[_one_token(tokenize, x) if isinstance(x, str) else int(x) for x in pair] for pair in pairs]
         pairs = torch.tensor(rows, dtype=torch.long, device="cpu").reshape(-1, 2)
-    if (
-        pairs.ndim != 2
-        or pairs.shape[1] != 2
-        or not len(pairs)
-        or pairs.is_floating_point()
-        or pairs.dtype is torch.bool
-    ):
+    whole = not pairs.is_floating_point() and pairs.dtype is not torch.bool
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or not whole:
         raise ValueError(
             f"Pairs must be ids [pair, 2], one at least; got {pairs.dtype} {tuple(pairs.shape)}. Each row is a bi-gram."
         )
@@ -175,6 +170,14 @@ def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None
                 "Are they of another vocabulary?"
             )
     return pairs
+
+
+def with_shuffles(pairs: Int[Tensor, "pair 2"], count: int, seed: int) -> Int[Tensor, "list pair 2"]:
+    """A list of bi-grams, then `count` controls of it: the same first tokens, second tokens permuted."""
+    draw = np.random.default_rng(seed)
+    first, second = pairs.unbind(1)
+    seconds = [second, *(second[torch.from_numpy(draw.permutation(len(pairs)))] for _ in range(count))]
+    return torch.stack([torch.stack([first, other], dim=1) for other in seconds])
 
 
 def tokenizer_of(network: ResidualNetwork) -> Tokenize:
@@ -199,8 +202,5 @@ def _one_token(tokenize: Tokenize, text: str) -> int:
 
 def list_digest(ids: Int[Tensor, "row n"]) -> dict[str, Any]:
     """The length of a list of n-grams, and the sha256 of its ids in sorted order."""
-    rows = sorted(map(tuple, ids.tolist()))
-    return {
-        "count": len(rows),
-        "sha256": hashlib.sha256(torch.tensor(rows, device="cpu").numpy().tobytes()).hexdigest(),
-    }
+    rows = torch.tensor(sorted(ids.tolist()), device="cpu")
+    return {"count": len(rows), "sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest()}

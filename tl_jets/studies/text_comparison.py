@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +29,14 @@ from torch import Tensor
 
 from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.notebook import dataframe_html
+from tl_jets.core.results import Result
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
-from tl_jets.ngrams.streams import PathInput, mlp_steps
+from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.intervals import central
-from tl_jets.studies.overlap import pseudo_joint, share_found
-from tl_jets.studies.pairs import RowScores, list_digest
+from tl_jets.studies.overlap import check_unigram, pseudo_joint, share_found
+from tl_jets.studies.pairs import RowScores, list_digest, with_shuffles
 from tl_jets.studies.vocabularies import check_table
 
 NO_MODEL = "unigram (no model)"
@@ -53,7 +53,7 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextComparison(Shown):
+class TextComparison(Result):
     """Comparison of paths with the bi-grams of a text.
 
     Attributes:
@@ -90,31 +90,27 @@ class TextComparison(Shown):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per path: both measures, mean and 95% interval of their controls, and the verdict."""
-        rows = []
-        verdicts = self.verdicts
-        for i, label in enumerate(self.labels):
-            row: dict[str, Any] = {"path": label}
-            for name in ("hit", "correlation"):
-                control = getattr(self, f"{name}_control")[i].numpy()
-                row["hit_ratio" if name == "hit" else name] = float(
-                    (self.hit_ratio if name == "hit" else self.correlation)[i]
-                )
-                row |= {f"{name}_control": float(control.mean()) if len(control) else float("nan")}
-                row |= dict(zip((f"{name}_control_low", f"{name}_control_high"), central(control), strict=True))
-            rows.append(row | {"verdict": verdicts.get(label, "")})
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame({"path": self.labels})
+        measures = {
+            "hit": (self.hit_ratio, self.hit_control),
+            "correlation": (self.correlation, self.correlation_control),
+        }
+        for name, (values, controls) in measures.items():
+            frame["hit_ratio" if name == "hit" else name] = values.numpy()
+            frame[f"{name}_control"] = controls.mean(1).numpy()
+            frame[[f"{name}_control_low", f"{name}_control_high"]] = [central(row) for row in controls.numpy()]
+        return frame.assign(verdict=[self.verdicts.get(label, "") for label in self.labels])
 
     def summary(self) -> pd.DataFrame:
         """`to_dataframe` as text, with each control and its interval in one column."""
-        rows = []
-        for line in self.to_dataframe().to_dict("records"):
-            row = {"path": line["path"]}
-            for name, key in (("hit ratio", "hit"), ("rank correlation", "correlation")):
-                row[name] = f"{line['hit_ratio' if key == 'hit' else key]:.2f}"
-                mean, low, high = (line[f"{key}_control{end}"] for end in ("", "_low", "_high"))
-                row[f"{name}, shuffled"] = f"{mean:.2f} [{low:.2f}, {high:.2f}]" if not math.isnan(mean) else "n/a"
-            rows.append(row | {"verdict": line["verdict"]})
-        return pd.DataFrame(rows)
+        frame = self.to_dataframe()
+        shown = frame[["path"]].copy()
+        for title, name, key in (("hit ratio", "hit_ratio", "hit"), ("rank correlation", "correlation", "correlation")):
+            shown[title] = frame[name].map("{:.2f}".format)
+            ends = frame[[f"{key}_control", f"{key}_control_low", f"{key}_control_high"]].itertuples(index=False)
+            texts = ["n/a" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in ends]
+            shown[f"{title}, shuffled"] = texts
+        return shown.assign(verdict=frame["verdict"])
 
     def __repr__(self) -> str:
         shown = self.summary().to_string(index=False)
@@ -161,36 +157,39 @@ def compare_with_counts(
     """
     network = ResidualNetwork(model)
     _check_counts(counts, network)
-    if paths is None:
-        steps = mlp_steps(network)
-        paths = ["direct", *steps, *(["mlps"] if steps else [])]
+    paths = every_path(network) if paths is None else paths
     order = rank(counts.ids, counts.parts["count"])[:n]
     wanted = counts.ids[order]
     real = (counts.parts["count"] / counts.parts["context_count"]).log()[order]
-    unigram = _first_tokens(counts, network.decoder.d_vocab)
-    second = _second_tokens(counts, network.decoder.d_vocab)
+    unigram, second = (_frequencies(counts, place, network.decoder.d_vocab) for place in (0, 1))
     tables = best_joint(network, paths, unigram, len(order), progress=progress)
-    draw = np.random.default_rng(seed)
-    shuffles = [torch.from_numpy(draw.permutation(len(order))) for _ in range(controls)]
-    shuffled = [torch.stack([wanted[:, 0], wanted[shuffle, 1]], dim=1) for shuffle in shuffles]
-    rows = []
-    for label, table in tables.items():
-        scores, _ = RowScores(network, label).of(torch.cat([wanted, *shuffled]))
-        rows.append(_row(table.ids, scores.view(controls + 1, -1), [wanted, *shuffled], real))
-    independent = second.log()[torch.cat([wanted, *shuffled])[:, 1]].view(controls + 1, -1)
-    rows.append(_row(_best_products(unigram, second, len(order)), independent, [wanted, *shuffled], real))
-    hits, correlations = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in zip(*rows, strict=True))
-    return TextComparison(
-        labels=[*tables, NO_MODEL],
-        hit_ratio=hits[:, 0],
-        correlation=correlations[:, 0],
-        hit_control=hits[:, 1:],
-        correlation_control=correlations[:, 1:],
-        n=len(order),
-        tables=tables,
-        text=dict(counts.settings) | {"compared": list_digest(wanted)},
-        fingerprint=next(iter(tables.values())).fingerprint,
+    lists = with_shuffles(wanted, controls, seed)
+    every = lists.flatten(0, 1)
+    best = [*(table.ids for table in tables.values()), _best_products(unigram, second, len(order))]
+    scores = [*(RowScores(network, label).of(every)[0] for label in tables), second.log()[every[:, 1]]]
+    hits = torch.tensor(
+        [[share_found(ids, pairs) for pairs in lists] for ids in best], dtype=torch.float64, device="cpu"
     )
+    correlations = torch.stack([_correlations(values.view(len(lists), -1), real) for values in scores])
+    text = dict(counts.settings) | {"compared": list_digest(wanted)}
+    print_of_model = next(iter(tables.values())).fingerprint
+    measures = (hits[:, 0], correlations[:, 0], hits[:, 1:], correlations[:, 1:])
+    return TextComparison([*tables, NO_MODEL], *measures, len(order), tables, text, print_of_model)
+
+
+def every_path(network: ResidualNetwork) -> list[str]:
+    """`direct`, every MLP, and `mlps`."""
+    steps = mlp_steps(network)
+    return [DIRECT, *steps, *([MLPS] if steps else [])]
+
+
+def best_tables(
+    network: ResidualNetwork, paths: Sequence[PathInput], unigram: Tensor | None, n: int, **options: Any
+) -> dict[str, NgramTable]:
+    """The n best bi-grams of each path: by exact pseudo-joint with a unigram, or by log-probability without."""
+    if unigram is None:
+        return jet_bigrams_by_path(network, paths, top_k=n, **options)
+    return best_joint(network, paths, check_unigram(unigram, size=network.decoder.d_vocab), n, **options)
 
 
 def best_joint(
@@ -257,30 +256,18 @@ def _with_rows(joint: NgramTable, other: NgramTable, rows: list[int]) -> NgramTa
     )
 
 
-def _row(best: Tensor, scores: Tensor, lists: list[Tensor], real: Tensor) -> tuple[list[float], list[float]]:
-    """Hit ratios and rank correlations of the list and of its shuffled versions."""
-    hits = [share_found(best, pairs) for pairs in lists]
-    ranks = pd.Series(real.numpy()).rank().to_numpy()
-    return hits, [_correlation(pd.Series(row.numpy()).rank().to_numpy(), ranks) for row in scores]
+def _correlations(scores: Tensor, real: Tensor) -> Float[Tensor, " list"]:
+    """Rank correlations of each row of scores with `real`; NaN where either is constant."""
+    ranks = pd.DataFrame(scores.T.numpy()).rank()
+    varies = ranks.std(ddof=0) > 0
+    found = ranks.corrwith(pd.Series(real.numpy()).rank()) if len(real) > 1 else ranks.sum() * math.nan
+    return torch.tensor(found.where(varies).tolist(), dtype=torch.float64, device="cpu")
 
 
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 2 or not x.std() or not y.std():
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _first_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
-    total = torch.zeros(d_vocab, dtype=torch.float64, device="cpu").index_add_(
-        0, counts.ids[:, 0], counts.parts["count"]
-    )
-    return total / total.sum()
-
-
-def _second_tokens(counts: NgramTable, d_vocab: int) -> Float[Tensor, " d_vocab"]:
-    total = torch.zeros(d_vocab, dtype=torch.float64, device="cpu").index_add_(
-        0, counts.ids[:, 1], counts.parts["count"]
-    )
+def _frequencies(counts: NgramTable, place: int, d_vocab: int) -> Float[Tensor, " d_vocab"]:
+    """Relative frequency of every token in one column of a table of counts."""
+    total = torch.zeros(d_vocab, dtype=torch.float64, device="cpu")
+    total.index_add_(0, counts.ids[:, place], counts.parts["count"])
     return total / total.sum()
 
 
