@@ -121,10 +121,43 @@ RULES.update({operation: alike(operation) for operation in _ALIKE})
 # Shape. -------------------------------------------------------------------------------------------------------------
 
 
-@rule(aten.alias.default, aten.detach.default, aten.lift_fresh.default)
-def alias(x: Series) -> Series:
+def alias(x: Series) -> Tensor:
     """A new wrapper of the same storage."""
-    return Series(x.coefficients.view_as(x.coefficients))
+    return x.coefficients.view_as(x.coefficients)
+
+
+def reshape(x: Series, size: Sequence[int]) -> Tensor:
+    """Reshape, with a copy if needed."""
+    return x.coefficients.reshape(x.order + 1, *size)
+
+
+def spread(x: Series, dim: int, index: Tensor) -> tuple[int, Tensor]:
+    """An axis and an index along it, for the stacked tensor."""
+    return axis(dim, x.ndim), index.expand(x.order + 1, *index.shape)
+
+
+# The coefficients of the result.
+_SHAPED: dict[OpOverload, Callable[..., Tensor]] = {
+    aten.alias.default: alias,
+    aten.detach.default: alias,
+    aten.lift_fresh.default: alias,
+    aten.view.default: lambda x, size: x.coefficients.view(x.order + 1, *size),
+    aten.reshape.default: reshape,
+    aten._unsafe_view.default: reshape,
+    aten.permute.default: lambda x, dims: x.coefficients.permute(0, *(axis(dim, x.ndim) for dim in dims)),
+    aten.unsqueeze.default: lambda x, dim: x.coefficients.unsqueeze(axis(dim, x.ndim + 1)),
+    aten.squeeze.dims: lambda x, dims: x.coefficients.squeeze([axis(dim, x.ndim) for dim in dims] if x.ndim else []),
+    aten.expand.default: lambda x, size, **_: align(x, len(size)).expand(x.order + 1, *size),
+    aten.gather.default: lambda x, dim, index, **_: x.coefficients.gather(*spread(x, dim, index)),
+}
+
+
+def shaped(function: Callable[..., Tensor], x: Series, *args: Any, **kwargs: Any) -> Series:
+    """A series of the coefficients that a function gives."""
+    return Series(function(x, *args, **kwargs))
+
+
+RULES.update({operation: partial(shaped, function) for operation, function in _SHAPED.items()})
 
 
 @rule(aten.clone.default)
@@ -133,42 +166,6 @@ def clone(x: Series, *, memory_format: torch.memory_format | None = None) -> Ser
     if memory_format in (None, torch.preserve_format):
         return Series(x.coefficients.clone())
     return Series(x.coefficients.clone(memory_format=torch.contiguous_format))
-
-
-@rule(aten.view.default)
-def view(x: Series, size: Sequence[int]) -> Series:
-    """Reshape without a copy."""
-    return Series(x.coefficients.view(x.coefficients.shape[0], *size))
-
-
-@rule(aten._unsafe_view.default, aten.reshape.default)
-def reshape(x: Series, size: Sequence[int]) -> Series:
-    """Reshape, with a copy if needed."""
-    return Series(x.coefficients.reshape(x.coefficients.shape[0], *size))
-
-
-@rule(aten.permute.default)
-def permute(x: Series, dims: Sequence[int]) -> Series:
-    """Permute axes."""
-    return Series(x.coefficients.permute(0, *(axis(dim, x.ndim) for dim in dims)))
-
-
-@rule(aten.unsqueeze.default)
-def unsqueeze(x: Series, dim: int) -> Series:
-    """Insert an axis of length 1."""
-    return Series(x.coefficients.unsqueeze(axis(dim, x.ndim + 1)))
-
-
-@rule(aten.squeeze.dims)
-def squeeze(x: Series, dims: Sequence[int]) -> Series:
-    """Remove those of the given axes that have length 1."""
-    return Series(x.coefficients.squeeze([axis(dim, x.ndim) for dim in dims] if x.ndim else []))
-
-
-@rule(aten.expand.default)
-def expand(x: Series, size: Sequence[int], *, implicit: bool = False) -> Series:
-    """Repeat axes of length 1 without a copy."""
-    return Series(align(x, len(size)).expand(x.coefficients.shape[0], *size))
 
 
 @rule(aten.constant_pad_nd.default)
@@ -204,13 +201,6 @@ def index(x: Series, indices: Sequence[Tensor | None]) -> Series:
     return Series(torch.stack([aten.index(coefficient, indices) for coefficient in x.coefficients]))
 
 
-@rule(aten.gather.default)
-def gather(x: Series, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Series:
-    """Gather one index per element."""
-    place = axis(dim, x.ndim)
-    return Series(x.coefficients.gather(place, index.expand(x.coefficients.shape[0], *index.shape)))
-
-
 @rule(aten.scatter.src)
 def scatter(
     x: Tensor, dim: int, index: Tensor, src: Tensor, operation: Callable[..., Tensor] = Tensor.scatter
@@ -227,9 +217,8 @@ RULES[aten.scatter_add.default] = partial(scatter, operation=Tensor.scatter_add)
 @rule(aten.scatter.value)
 def scatter_value(x: Series, dim: int, index: Tensor, value: float | int) -> Series:
     """Scatter a number into c_0, with zeros above."""
-    place = axis(dim, x.ndim)
-    out = x.coefficients.scatter(place, index.expand(x.coefficients.shape[0], *index.shape), 0)
-    out[0].scatter_(place - 1, index, value)
+    out = x.coefficients.scatter(*spread(x, dim, index), 0)
+    out[0].scatter_(dim, index, value)
     return Series(out)
 
 

@@ -1,18 +1,14 @@
 r"""Check by ablation: do the logits of a component's own n-grams fall when the component is ablated?
 
-The best n-grams of the path through an MLP (or the skip-trigrams of a head) become prompts: all tokens but the last.
-The component is ablated, and the change of the last token's logit is compared with two controls: the same n-grams when
-**another component** of the same kind is ablated, and **last tokens shuffled** among the n-grams. The table is
-*confirmed* if the logits fall, and fall further than the mean of the other components and than shuffled last tokens.
+The best n-grams of the path through an MLP (or the skip-trigrams of a head) become prompts, all tokens but the last, that
+begin as the model's own do. The change of the last token's logit under ablation is compared with two controls: the same
+n-grams when **another component** of the same kind is ablated, and **last tokens shuffled** among the n-grams. The table
+is *confirmed* if the logits fall, and fall further than the mean of the other components and than shuffled last tokens.
 Other components that may cost these n-grams as much are `AblationCheck.rivals`: no evidence against the table, because
 an early ablation changes what every later component reads.
 
-Prompts begin as the model's own do (`<s> more` for the bi-gram ` more than`), so the component does not read exactly
-the stream that its table was computed from.
-
 **Intervals** are 95% percentile bootstraps over n-grams; differences are paired. N-grams that share a token are
 resampled together (`units`). Fewer than six units are not judged; below twenty the intervals are somewhat too narrow.
-Among many components that cost exactly as much, one in forty is reported to cost more.
 """
 
 from __future__ import annotations

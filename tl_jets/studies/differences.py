@@ -7,9 +7,8 @@ along one path, over all V x V pairs. A first pass in float32 bounds the change 
 (`tl_jets.studies.row_changes`). Rows that may hold one of the largest changes are then computed in float64, largest
 bound first, until no remaining row can. Models in float64 skip the first pass.
 
-Cost: V^2 d_model multiply-adds per model and a quarter of that, about two and a half bi-gram sweeps; a few times top_k
-rows in float64. For nearly equal models float32 cannot separate the rows, and all are computed in float64: four times
-as long. Memory: 0.3 GB for GPT-2 small.
+Cost: about two and a half bi-gram sweeps, and a few times top_k rows in float64; for nearly equal models, all rows in
+float64: four times as long. Memory: 0.3 GB for GPT-2 small.
 
 Example:
     >>> import tl_jets as tj

@@ -36,7 +36,7 @@ def bootstrap_interval(
     seed: int = 0,
     reduce: Reduce = "mean",
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of a mean or sum; too narrow for few units (with ten it covers about 90%).
+    """The 95% percentile bootstrap interval of a mean or sum; with ten units it covers about 90%.
 
     Args:
         values: Shape [value].
@@ -92,7 +92,7 @@ def bootstrap_intervals(
         batch=max(1, RESAMPLED // sums.size),
         confidence_level=CONFIDENCE,
         method="percentile",
-        random_state=np.random.default_rng(seed),
+        random_state=np.random.default_rng(seed),  # type: ignore[call-arg]
     ).confidence_interval
     return torch.from_numpy(np.stack([interval.low, interval.high]))
 

@@ -5,10 +5,9 @@ r"""Probability mass of a list of bi-grams along a path of the model: a knowledg
     \qquad \text{or} \qquad
     \frac{1}{n} \sum_{(z_1, z_2)} P(z_2 | z_1)\,\text{unigram}(z_1)
 
-over the user's list (or the sum instead of the mean). The controls are **shuffled lists**: the same first tokens, second
-tokens permuted. Their mass comes from common tokens, not from the list. If the list were a random shuffle, it would
-reach rank r or better among m controls with probability r / (m + 1). Use lists of ten or more bi-grams: of a list of
-three, every sixth shuffle is the list itself.
+over the user's list (or the sum). The controls are **shuffled lists**: the same first tokens, second tokens permuted. A
+random shuffle reaches rank r or better among m controls with probability r / (m + 1). Use lists of ten or more bi-grams:
+of a list of three, every sixth shuffle is the list itself.
 
 The 95% interval is a percentile bootstrap over the list's words, or bi-grams where these were given; words that share a
 bi-gram are resampled together. Duplicates count once, and order does not matter.
@@ -155,10 +154,9 @@ def mass(
     reader = RowScores(model, path)
     pairs, words_of, skipped = _read_list(reader, words, tokenize)
     distinct, place = pairs.unique(dim=0, return_inverse=True)  # sorted, whatever the order of the list
+    prior = 1.0 if unigram is None else check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
     scores = reader.of(with_shuffles(distinct, controls, seed).flatten(0, 1))[0].view(controls + 1, -1)
-    shares = scores.exp()
-    if unigram is not None:
-        shares *= check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
+    shares = scores.exp() * prior
     values = shares.mean(1) if reduce == "mean" else shares.sum(1)
     units, of_list = _units(place, words_of), shares[0]
     return Mass(

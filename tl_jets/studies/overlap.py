@@ -64,7 +64,7 @@ def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> Ngram
     ids, conditional = table.ids[known], table.scores[known]
     scores = conditional + prior[known]
     bound = torch.tensor(_bound_of_the_rest(table, unigram), dtype=torch.float64, device="cpu")
-    settings = dict(table.settings) | {
+    settings: dict[str, Any] = dict(table.settings) | {
         "score": "pseudo-joint",
         "unigram_sha256": hashlib.sha256(unigram.numpy().tobytes()).hexdigest(),
         "of": "all pairs, for the first exact_top rows; of the table that was given, for the others",
@@ -75,10 +75,10 @@ def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> Ngram
         ids,
         scores,
         names=table.names,
+        parts={"logprob": conditional, **{name: x[known] for name, x in table.parts.items()}},
         path=table.path,
         settings=settings,
         fingerprint=table.fingerprint,
-        parts={"logprob": conditional, **{name: x[known] for name, x in table.parts.items()}},
     )
 
 

@@ -89,8 +89,9 @@ class RowScores:
         scores = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         log_normalizers = torch.empty_like(scores)
         # Pairs by their first token, `ROWS` of which are evaluated at a time.
-        groups = row.argsort(stable=True).split(torch.bincount(row // ROWS).tolist())
-        for part, mine in zip(slices(len(first), ROWS), groups, strict=True):
+        parts = list(slices(len(first), ROWS))
+        chunk = torch.bucketize(row, torch.tensor([part.stop for part in parts], device="cpu"), right=True)
+        for part, mine in zip(parts, chunk.argsort(stable=True).split(chunk.bincount().tolist()), strict=True):
             found, normalizers = self.read(first[part])
             local = row[mine] - part.start
             scores[mine] = found.cpu()[local, pairs[mine, 1]]

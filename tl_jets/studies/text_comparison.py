@@ -8,10 +8,9 @@ Two controls: the same with the *second tokens shuffled* among the n bi-grams (t
 chance), and a row `unigram (no model)`, the bi-grams of two independent draws of the text's tokens.
 
 A measure is above its controls if it exceeds the row without a model and the 97.5% quantile of the shuffled lists (of
-fewer than 39 their maximum, which one more shuffle exceeds with probability 1 / (m + 1)). Only the verdict `hits and
-order`, both measures above, shows that a path knows which token follows which. On another text of its kind, a hit ratio
-p varies by about sqrt(p (1 - p) / n) and a correlation r by about (1 - r^2) / sqrt(n), or more where bi-grams share
-first tokens.
+fewer than 39 their maximum). Only the verdict `hits and order`, both measures above, shows that a path knows which token
+follows which. On another text of its kind, a hit ratio p varies by about sqrt(p (1 - p) / n) or more, a correlation r by
+about (1 - r^2) / sqrt(n).
 """
 
 from __future__ import annotations
@@ -90,24 +89,21 @@ class TextComparison(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per path: both measures, mean and 95% interval of their controls, and the verdict."""
-        frame = pd.DataFrame({"path": self.labels})
-        measures = {
-            "hit": (self.hit_ratio, self.hit_control),
-            "correlation": (self.correlation, self.correlation_control),
-        }
-        for name, (values, controls) in measures.items():
-            frame["hit_ratio" if name == "hit" else name] = values.numpy()
-            frame[f"{name}_control"] = controls.mean(1).numpy()
-            frame[[f"{name}_control_low", f"{name}_control_high"]] = [central(row) for row in controls.numpy()]
-        return frame.assign(verdict=[self.verdicts.get(label, "") for label in self.labels])
+        frame, verdicts = pd.DataFrame({"path": self.labels}), self.verdicts
+        for name, control in (("hit_ratio", "hit_control"), ("correlation", "correlation_control")):
+            controls = getattr(self, control)
+            frame[name] = getattr(self, name).numpy()
+            frame[control] = controls.mean(1).numpy()
+            frame[[f"{control}_low", f"{control}_high"]] = [central(row) for row in controls.numpy()]
+        return frame.assign(verdict=[verdicts.get(label, "") for label in self.labels])
 
     def summary(self) -> pd.DataFrame:
         """`to_dataframe` as text, with each control and its interval in one column."""
         frame = self.to_dataframe()
         shown = frame[["path"]].copy()
-        for title, name, key in (("hit ratio", "hit_ratio", "hit"), ("rank correlation", "correlation", "correlation")):
-            shown[title] = frame[name].map("{:.2f}".format)
-            ends = frame[[f"{key}_control", f"{key}_control_low", f"{key}_control_high"]].itertuples(index=False)
+        for title, name in (("hit ratio", "hit"), ("rank correlation", "correlation")):
+            shown[title] = frame["hit_ratio" if name == "hit" else name].map("{:.2f}".format)
+            ends = frame[[f"{name}_control", f"{name}_control_low", f"{name}_control_high"]].itertuples(index=False)
             texts = ["n/a" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in ends]
             shown[f"{title}, shuffled"] = texts
         return shown.assign(verdict=frame["verdict"])
@@ -235,9 +231,8 @@ def _rows_with_more(joint: NgramTable, n: int) -> list[int]:
     first, row = joint.ids[:, 0].unique(return_inverse=True)
     if len(joint) < n:
         return first.tolist()
-    last = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu").scatter_reduce_(
-        0, row, joint.scores, "amin"
-    )
+    last = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu")
+    last.scatter_reduce_(0, row, joint.scores, "amin")
     threshold = float(joint.scores[n - 1])
     return first[last >= threshold - TIE * (1 + abs(threshold))].tolist()
 
@@ -249,10 +244,8 @@ def _with_rows(joint: NgramTable, other: NgramTable, rows: list[int]) -> NgramTa
         torch.cat([kept.ids, other.ids]),
         torch.cat([kept.scores, other.scores]),
         names={**joint.names, **other.names},
-        path=joint.path,
-        settings=joint.settings,
-        fingerprint=joint.fingerprint,
         parts={name: torch.cat([x, other.parts[name]]) for name, x in kept.parts.items()},
+        **joint.header,
     )
 
 
