@@ -46,7 +46,7 @@ def bootstrap_interval(
         reduce: `"mean"` or `"sum"`.
 
     Returns:
-        Lower and upper end; NaN for fewer than two units or no resamples.
+        Lower and upper end; NaN for fewer than two units or resamples.
 
     Example:
         >>> import torch
@@ -74,7 +74,7 @@ def bootstrap_intervals(
     data = values.double().numpy()
     unit = np.arange(data.shape[1]) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
     n = int(unit.max(initial=-1)) + 1
-    if n < 2 or not resamples:
+    if n < 2 or resamples < 2:
         return torch.full((2, len(data)), math.nan, dtype=torch.float64, device="cpu")
     sums = np.stack([np.bincount(unit, series, minlength=n) for series in data])
     sizes = np.broadcast_to(np.bincount(unit, minlength=n), sums.shape)
