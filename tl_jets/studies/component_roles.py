@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
