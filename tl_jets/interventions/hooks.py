@@ -29,8 +29,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,25 +51,20 @@ Steps = LabelInput | Path | Sequence[LabelInput | Path]
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where a write is edited: a hook point, and the head or neuron on its third axis."""
+class _Site(NamedTuple):
+    """Where a write is edited: a hook point, and the head or neuron on its third axis (None: all of it)."""
 
     write: str
     layer: int
     point: str
-    head: int | None = None
-    neuron: int | None = None
+    part: int | None = None
 
     @property
-    def part(self) -> int | slice | None:
-        """The index on the third axis that leaves [batch, pos, size]; None for all of it."""
-        return self.head if self.neuron is None else slice(self.neuron, self.neuron + 1)
+    def is_head(self) -> bool:
+        return self.point.endswith("hook_z")
 
 
-def ablation_hooks(
-    model: Any, steps: Steps, *, mode: Mode = "zero", reference: Any = None, seed: int = 0
-) -> list[tuple[str, Callable[..., Tensor]]]:
+def ablation_hooks(model: Any, steps: Steps, *, mode: Mode = "zero", reference: Any = None, seed: int = 0) -> Hooks:
     """Hooks that ablate the writes of some steps together.
 
     Args:
@@ -105,10 +100,9 @@ def ablation_hooks(
             f"mode {mode!r} and {'no reference (pass reference=[prompts])' if reference is None else 'a reference'}."
         )
     if mode == "zero":
-        constants = _head_constants(network, {site.layer for site in sites if site.head is not None})
-        return [
-            _constant(site, torch.zeros((), device="cpu") if site.head is None else constants[site]) for site in sites
-        ]
+        at_zero = _heads_at_zero(network, {site.layer for site in sites if site.is_head})
+        nothing = torch.zeros((), device="cpu")
+        return [_constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites]
     values, valid = _writes(network, reference, sites)
     if mode == "mean":
         return [_constant(site, values[site][valid].mean(0)) for site in sites]
@@ -120,9 +114,7 @@ def ablation_hooks(
     return [_resampled(site, values[site], seed) for site in sites]
 
 
-def patch_hooks(
-    model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None
-) -> list[tuple[str, Callable[..., Tensor]]]:
+def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None) -> Hooks:
     """Hooks that replace the writes of some steps by those of another input, or by given tensors.
 
     Args:
@@ -164,7 +156,7 @@ def patch_hooks(
     return [_patched(site, values[site], valid) for site in sites]
 
 
-def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> list[tuple[str, Callable[..., Tensor]]]:
+def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> Hooks:
     """`[(hook_name, function)]` that subtracts one detached path from the last stream of one input.
 
     The vector is a source carried through the frozen linear parts of the path's steps (`tl_jets.core.frozen_network`).
@@ -239,95 +231,90 @@ def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
             raise NotImplementedError(
                 f"{label} is what no hook point carries alone; edit {step.layer}_{step.kind.split('_')[0]} instead."
             )
+        block = f"blocks.{step.layer}."
         if step.kind == "neuron":
-            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.mlp.hook_post", neuron=step.neuron))
-            continue
-        if step.kind == "head":
-            sites.append(_Site(step.write, step.layer, f"blocks.{step.layer}.attn.hook_z", step.head))
-            continue
-        for kind in ("attn", "mlp") if step.kind == "block" else (step.kind,):
-            if f"{step.layer}_{kind}" in known:
-                write = f"{step.layer}_{kind}_out"
-                sites.append(_Site(write, step.layer, f"blocks.{step.layer}.hook_{kind}_out"))
-        if step.kind == "block" and f"{step.layer}_attn" not in known:
+            sites.append(_Site(step.write, step.layer, block + "mlp.hook_post", step.neuron))
+        elif step.kind == "head":
+            sites.append(_Site(step.write, step.layer, block + "attn.hook_z", step.head))
+        elif step.kind == "block" and f"{step.layer}_attn" not in known:
             view: Any = network.view
             raise NotImplementedError(f"No hook point carries the write of {label} alone: {view.cannot(step)}.")
+        else:
+            for kind in ("attn", "mlp") if step.kind == "block" else (step.kind,):
+                if f"{step.layer}_{kind}" in known:
+                    sites.append(_Site(f"{step.layer}_{kind}_out", step.layer, f"{block}hook_{kind}_out"))
     if not sites:
         raise ValueError(f"An intervention needs at least one step; got {steps!r}.")
     _check_parts(network, sites)
     return list(dict.fromkeys(sites))
 
 
+def _probe(network: ResidualNetwork) -> Trace:
+    """A trace of the first and the last token of the vocabulary."""
+    ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
+    return network.trace(ends, attention_mask=torch.ones_like(ends))
+
+
+@torch.no_grad()
 def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
     """Check heads and neurons of the sites' layers against the model, once."""
     view: Any = network.view
     state = view.hook_state()
-    keys = {("heads" if s.neuron is None else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
+    keys = {("heads" if s.is_head else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
     if not view.checked.issuperset(keys):
-        with torch.no_grad():
-            ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
-            trace = network.at("head").trace(ends, attention_mask=torch.ones_like(ends))
-            for write in keys.values():
-                trace[write]
+        trace = _probe(network.at("head"))
+        for write in keys.values():
+            trace[write]
 
 
-def _head_constants(network: ResidualNetwork, layers: set[int]) -> dict[_Site, Float[Tensor, " d_head"]]:
-    """Every head's z for a zero normalized input; independent of the input if patterns sum to one."""
-    found: dict[_Site, Tensor] = {}
-    if not layers:
-        return found
+@torch.no_grad()
+def _heads_at_zero(network: ResidualNetwork, layers: set[int]) -> dict[int, Float[Tensor, "head d_head"]]:
+    """By layer, every head's z for a zero normalized input; independent of the input if patterns sum to one."""
+    found: dict[int, Tensor] = {}
     network = network.at("sublayer")
-    with torch.no_grad():
-        ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
-        trace = network.trace(ends, attention_mask=torch.ones_like(ends))
-        zero = torch.zeros_like(trace[network.streams[0]])
-        for layer in sorted(layers):
-            gamma, point = trace.gamma(f"{layer}_attn"), f"blocks.{layer}.attn.hook_z"
-            z = _grabbing(network, [point], lambda gamma=gamma: gamma(zero))[point][0]
-            if relative_error(z[0], z[1]) > tolerance(z.dtype):
-                raise NotImplementedError(
-                    f"A head at zero keeps its constant, one for all positions; in block {layer} of {network.view.name} it is not, "
-                    f"for its patterns do not sum to 1 (attention sinks). Use mode='mean' or 'resample'."
-                )
-            z = z[0]
-            found |= {_Site(f"L{layer}H{head}_out", layer, point, head): z[head] for head in range(len(z))}
+    trace = _probe(network) if layers else None
+    for layer in sorted(layers):
+        assert trace is not None
+        gamma, zero = trace.gamma(f"{layer}_attn"), torch.zeros_like(trace[network.streams[0]])
+        point = f"blocks.{layer}.attn.hook_z"
+        _, grabbed = _grabbing(network, [point], lambda gamma=gamma, zero=zero: gamma(zero))
+        z = grabbed[point][0]
+        if relative_error(z[0], z[1]) > tolerance(z.dtype):
+            raise NotImplementedError(
+                f"A head at zero keeps its constant, one for all positions; in block {layer} of {network.view.name} it is not, "
+                f"for its patterns do not sum to 1 (attention sinks). Use mode='mean' or 'resample'."
+            )
+        found[layer] = z[0]
     return found
 
 
+@torch.no_grad()
 def _writes(
     network: ResidualNetwork, source: Any, sites: list[_Site]
-) -> tuple[dict[_Site, Float[Tensor, "batch pos size"]], Bool[Tensor, "batch pos"]]:
+) -> tuple[dict[_Site, Float[Tensor, "batch pos *size"]], Bool[Tensor, "batch pos"]]:
     """The writes of an input at some sites, and which of its positions are real."""
-    points = list(dict.fromkeys(site.point for site in sites if site.part is not None))
-    mask = None
+    points = list({site.point for site in sites if site.part is not None})
+    trace, mask, grabbed = None, None, {}
     if isinstance(source, Trace):
         trace = source.on(network)
         if points:  # heads and neurons are read off another run of its input
             trace.check_model()
         source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
-    else:
-        trace = None
-    grabbed: dict[str, Tensor] = {}
-    with torch.no_grad():
-        if trace is None or points:
-            again: list[Trace] = []
-            grabbed = _grabbing(network, points, lambda: again.append(network.trace(source, attention_mask=mask)))
-            trace = trace or again[0]
-    values = {s: trace[s.write] if s.part is None else grabbed[s.point][:, :, s.part] for s in sites}
-    return values, trace.valid
+    if trace is None or points:
+        run, grabbed = _grabbing(network, points, lambda: network.trace(source, attention_mask=mask))
+        trace = trace or run
+    return {s: trace[s.write] if s.part is None else grabbed[s.point][:, :, s.part] for s in sites}, trace.valid
 
 
-def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Activations at some hook points during `run`."""
+def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
+    """What `run` returns, and the activations at some hook points meanwhile."""
     found: dict[str, Tensor] = {}
 
     def grab(tensor: Tensor, hook: Any, name: str) -> None:
         found[name] = tensor.detach()
 
-    hooks = [(name, lambda tensor, hook, name=name: grab(tensor, hook, name)) for name in points]
-    with network.view.hooks(hooks):  # type: ignore[attr-defined]
-        run()
-    return found
+    with network.view.hooks([(name, partial(grab, name=name)) for name in points]):  # type: ignore[attr-defined]
+        return run(), found
 
 
 def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_Site]) -> dict[_Site, Tensor]:
@@ -389,8 +376,9 @@ def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..
 
 def _patched(site: _Site, values: Tensor, where: Tensor) -> tuple[str, Callable[..., Tensor]]:
     def new(write: Tensor) -> Tensor:
-        _check_shape(write, values if len(values) > 1 else values.expand(len(write), -1, -1), "patch")
-        return torch.where(where[..., None].to(write.device), values.to(write), write)
+        _check_shape(write, values if len(values) > 1 else values.expand(len(write), *values.shape[1:]), "patch")
+        chosen = where.view(*where.shape, *[1] * (write.ndim - 2)).to(write.device)
+        return torch.where(chosen, values.to(write), write)
 
     return _hook(site, new)
 
