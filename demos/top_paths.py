@@ -60,7 +60,7 @@ def table(network: tj.ResidualNetwork, prompt: str, top: int) -> Table:
     tested = [*chosen, *drawn]
     ablated = tj.path_ablation(network, trace, tested)
     falls = dict(zip(tested, (-ablated.centered[:, 0, 0, 0]).tolist(), strict=True))
-    moving = [path for path in chosen if tj.Path.parse(path).n_writes]
+    moving = [path for path in chosen if tj.Path.parse(path).length]
     zeroed = dict(zip(moving, (-tj.ablation_effect(network, trace, moving).centered[:, 0, 0, 0]).tolist(), strict=True))
     answer = visible(token_text(network.tokenizer, int(every.model_top_ids[0, 0])))
     found = Table(title=f"{top} of {len(effects):,} detached paths to the answer {answer!r} after {prompt!r}")

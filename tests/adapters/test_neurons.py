@@ -306,7 +306,7 @@ def test_a_path_through_a_neuron_is_removed_where_it_arrives():
     hooks = without_path(model, tokens, path)
     network = ResidualNetwork(model, "head", neurons="L1N17")
     term = exponential_expansion(
-        network, linearize="detached", through=["L0H1", "L1N17"], max_writes=2, sources="embed"
+        network, linearize="detached", through=["L0H1", "L1N17"], max_length=2, sources="embed"
     )
     vector = term(tokens)[f"{path} > ln_final"]
     trace = network.trace(tokens)

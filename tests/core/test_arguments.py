@@ -56,7 +56,7 @@ READERS: dict[str, Callable[[Any, Any], Any]] = {
     "joint": tj.joint_jet_lens,
     "interactions": tj.interactions,
     "expansion": lambda net, trace: tj.jet_expand(net, "ln_final", centers=["embed"])(trace),
-    "paths": lambda net, trace: tj.exponential_expansion(net, linearize="detached", max_writes=1)(trace),
+    "paths": lambda net, trace: tj.exponential_expansion(net, linearize="detached", max_length=1)(trace),
     "sums": tj.path_sums,
     "jacobian": tj.detached_jacobian,
     "ablation": lambda net, trace: tj.ablation_effect(net, trace, "1_mlp"),

@@ -154,7 +154,7 @@ def test_targets_of_every_prompt():
     model = zoo.build(zoo.ModelSpec("gpt2", "bridge", "raw"))
     network, lists = tj.ResidualNetwork(model), [["w3", 9], [12, "w40"]]
     trace, rows = network.trace(TOKENS), [TOKENS[:1], TOKENS[1:]]
-    paths = tj.exponential_expansion(network, linearize="detached", max_writes=1)
+    paths = tj.exponential_expansion(network, linearize="detached", max_length=1)
     largest = tj.exponential_expansion(network, linearize="detached", top=3, rank="effect", targets=lists)
     take: dict[str, Any] = {
         "iterative": lambda x, t: tj.iterative_jet_lens(network, x, targets=t).target_logits[0].movedim(1, 0),

@@ -89,7 +89,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "load_tinycode": (lambda **o: tj.load_tinycode(**o), ("model_class",)),
     "path_sums": (lambda **o: tj.path_sums(network(), trace(), **o), ("by",)),
     "PathCache.statistics": (
-        lambda **o: tj.exponential_expansion(network(), linearize="detached", max_writes=1)(trace()).statistics(**o),
+        lambda **o: tj.exponential_expansion(network(), linearize="detached", max_length=1)(trace()).statistics(**o),
         ("by",),
     ),
     "Norm": (lambda kind: tj.Norm(kind), ("kind",)),
@@ -149,7 +149,7 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
     "jet_expand": (lambda **o: tj.jet_expand(network(), "ln_final", centers=["embed"], **o), {"order": 0}),
     "exponential_expansion": (
         lambda **o: tj.exponential_expansion(network(), **o),
-        {"order": 0, "max_writes": 0, "top": 1, "max_paths": 1},
+        {"order": 0, "max_length": 0, "top": 1, "max_paths": 1},
     ),
     "reorganized_expansion": (
         lambda **o: tj.reorganized_expansion(network(), "0_mlp", centers=["embed"], **o),

@@ -100,7 +100,7 @@ def test_top_tokens_say_what_they_take():
     """Some results take a number and give ids, some take a tokenizer and give texts; neither takes the other's."""
     network = ResidualNetwork(zoo.build(RAW[2]))
     tokenizer, prompt = network.tokenizer, "w3 w4 w5"
-    paths = tj.exponential_expansion(network, linearize="detached", max_writes=1)(prompt)
+    paths = tj.exponential_expansion(network, linearize="detached", max_length=1)(prompt)
     J = tj.detached_jacobian(network, prompt, output="logits")
     counted = [paths, jet_expand(network, "ln_final", centers="embed")(prompt), J, J.block_norms()]
     counted += [tj.detached_jacobian(network, prompt), tj.detached_spectra(network, prompt, k=2)]
@@ -154,7 +154,7 @@ def movable():
     lens = tj.iterative_jet_lens(network, trace, targets=[4])
     made = [lens, lens.measures, joint_jet_lens(network, trace), tj.path_sums(network, trace)]
     made += [jet_expand(network, "0_mlp", centers=["embed", "0_attn_out"])(trace), tj.interactions(network, trace)]
-    made += [tj.exponential_expansion(network, linearize="detached", max_writes=1)(trace)]
+    made += [tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)]
     made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
     made += [tj.ablation_effect(network, trace, ["0_mlp"]), tj.detached_jacobian(network, trace).svd(2)]
     return {type(result): result for result in made}

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork, Trace, detached_jacobian, jet_expand
 from tl_jets.calculus import full_precision
-from tl_jets.paths import evaluation as walk_module
+from tl_jets.paths import evaluation
 from tl_jets.paths import expansion as exponential_module
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.expansion import PathExpansion, exponential_expansion
-from tl_jets.paths.graph import Lattice, Source, count_text
+from tl_jets.paths.graph import PathGraph, Source, count_text
 
 D, V = 6, 11
 TOKENS = torch.tensor([[1, 7, 3], [0, 10, 4]])
@@ -69,7 +69,7 @@ THREE_STAGES = (
 )
 
 
-# The lattice: counting, listing, filtering -----------------------------------------------------------------------------
+# The graph: counting, listing, filtering -----------------------------------------------------------------------------
 
 
 def brute_force(
@@ -98,20 +98,20 @@ def test_counts_and_lists_are_those_of_brute_force(data):
     most = data.draw(st.none() | st.integers(0, 3))
     start = data.draw(st.integers(0, len(stages)))
     kept = tuple(tuple(step for step in steps if step not in avoiding) for steps in stages)
-    lattice = Lattice(kept, (Source("embed", start),), tuple(frozenset(labels) for labels in through), most)
+    graph = PathGraph(kept, (Source("embed", start),), tuple(frozenset(labels) for labels in through), most)
     wanted = brute_force(stages, start, through, avoiding, most)
-    listed = [(path.source, *path.steps) for path in lattice]
-    assert len(listed) == len(set(listed)) == lattice.count
+    listed = [(path.source, *path.steps) for path in graph]
+    assert len(listed) == len(set(listed)) == graph.count
     assert set(listed) == wanted
     assert [len(path) for path in listed] == sorted(len(path) for path in listed)
-    assert list(lattice.count_by_length) == [
-        sum(len(p) == n + 2 for p in wanted) for n in range(len(lattice.count_by_length))
+    assert list(graph.count_by_length) == [
+        sum(len(p) == n + 2 for p in wanted) for n in range(len(graph.count_by_length))
     ]
     for path in brute_force(stages, 0, [], set(), None):
-        assert (" > ".join(path) in lattice) == (path in wanted)
+        assert (" > ".join(path) in graph) == (path in wanted)
     # Prefixes before every stage that some path completes, and those that take a step of it.
     place = {step: i for i, steps in enumerate(stages) for step in steps}
-    for stage, (n, moving) in enumerate(lattice.prefixes()):
+    for stage, (n, moving) in enumerate(graph.prefixes()):
         before = (
             {tuple(step for step in path[1:-1] if place[step] < stage) for path in wanted} if stage >= start else set()
         )
@@ -157,8 +157,8 @@ def test_deep_networks_are_counted_and_listed_without_being_made():
     assert exact.count_by_length[:2] == (1 + 128 + 1, 128 + 127 * 128 // 2)
     assert detached(deep(), avoiding="attn", sources="embed").count == 2**64
     assert detached(deep(), through=["5_attn", "60_mlp"], sources="embed").count == 2**126
-    assert detached(deep(), max_writes=2, sources="embed").count == 1 + 128 + 128 * 127 // 2
-    assert detached(deep(), through="mlp", avoiding="attn", max_writes=1, sources="embed").count == 64
+    assert detached(deep(), max_length=2, sources="embed").count == 1 + 128 + 128 * 127 // 2
+    assert detached(deep(), through="mlp", avoiding="attn", max_length=1, sources="embed").count == 64
     text = str(exact)
     assert text.startswith("6.80e38 detached paths of callables, 128 stages\n  embed > ln_final\n")
     assert "3.40e38 from embed, 3.40e38 from 129 biases" in repr(exact)
@@ -168,8 +168,8 @@ def test_deep_networks_are_counted_and_listed_without_being_made():
 def test_paths_are_hashable_and_know_their_length():
     paths = list(detached(network(*THREE_STAGES)))
     assert len(set(paths)) == len(paths)
-    assert Path.parse("embed > 0_mlp > 1_mlp > ln_final").n_writes == 2
-    assert Path("ln_final_bias").n_writes == Path("embed", ("ln_final[1]",)).n_writes == 0
+    assert Path.parse("embed > 0_mlp > 1_mlp > ln_final").length == 2
+    assert Path("ln_final_bias").length == Path("embed", ("ln_final[1]",)).length == 0
 
 
 def test_filters_by_kind_of_transformers():
@@ -409,14 +409,14 @@ def test_left_padding_and_batches_change_no_path(spec):
     model = zoo.build(spec)
     net = ResidualNetwork(model)
     tokens, mask = zoo.padded(model, (7, 4))
-    paths = detached(net, max_writes=2)(tokens, attention_mask=mask)
+    paths = detached(net, max_length=2)(tokens, attention_mask=mask)
     assert paths.relative_remainder < 0.9
     for row, length in enumerate((7, 4)):
-        alone = detached(net, max_writes=2)(tokens[row : row + 1, -length:])
+        alone = detached(net, max_length=2)(tokens[row : row + 1, -length:])
         for path in alone:
             assert oracles.relative_error(paths[path][row : row + 1, -length:], alone[path]) < 1e-10, path
     assert paths.valid.tolist() == mask.bool().tolist()
-    last = detached(net, max_writes=2)(tokens, attention_mask=mask, positions=-1)
+    last = detached(net, max_length=2)(tokens, attention_mask=mask, positions=-1)
     assert last.truth.shape == (2, 1, model.cfg.d_model) and last.positions == [6]
     for path in paths:
         assert oracles.relative_error(last[path][:, 0], paths[path][:, -1]) < 1e-12
@@ -441,7 +441,7 @@ def test_edits_and_hooks_of_the_user_are_in_the_paths(spec):
     with model.hooks(hooks):
         trace = net.trace(tokens)
         paths = expansion(trace)
-        jets = exponential_expansion(net, order=1, max_writes=1)(trace)
+        jets = exponential_expansion(net, order=1, max_length=1)(trace)
     edit = "edit:blocks.1.hook_resid_pre"
     assert f"{edit} > 1_mlp > ln_final" in paths and f"{edit} > 1_mlp > ln_final" in jets
     assert f"{edit} > 0_mlp > ln_final" not in paths
@@ -487,13 +487,13 @@ def test_every_prefix_is_carried_once_and_chunks_change_nothing(monkeypatch):
     trace = net.trace(zoo.tokens(net.view.model, batch=2, pos=4))
     whole = detached(net, sources="embed")(trace)
     sizes: list[int] = []
-    plain = walk_module.through_stage
+    plain = evaluation.through_stage
 
-    def counted(lattice: Any, stages: Any, rows: Any, prefixes: Any, values: Tensor, stage: int) -> Any:
+    def counted(graph: Any, stages: Any, prefixes: Any, values: Tensor, stage: int) -> Any:
         sizes.append(len(prefixes))
-        return plain(lattice, stages, rows, prefixes, values, stage)
+        return plain(graph, stages, prefixes, values, stage)
 
-    monkeypatch.setattr(walk_module, "through_stage", counted)
+    monkeypatch.setattr(evaluation, "through_stage", counted)
     monkeypatch.setattr(exponential_module, "chunk_size", lambda like: 3)
     parts = detached(net, sources="embed")(trace)
     assert sum(sizes) == 2 ** len(net.stages) - 1 and max(sizes) == 3
@@ -508,8 +508,8 @@ def test_filters_change_no_path_and_the_rest_is_the_remainder():
     net = ResidualNetwork(zoo.build(spec))
     trace = net.trace(zoo.tokens(net.view.model, batch=2, pos=5))
     whole = detached(net)(trace)
-    some = detached(net, through=["0_mlp", "attn"], max_writes=3)(trace)
-    labels = [p for p in whole if "0_mlp > " in p and "_attn >" in p and Path.parse(p).n_writes <= 3]
+    some = detached(net, through=["0_mlp", "attn"], max_length=3)(trace)
+    labels = [p for p in whole if "0_mlp > " in p and "_attn >" in p and Path.parse(p).length <= 3]
     assert set(some) == set(labels) and 0 < len(labels) < len(whole)
     for path in some:
         assert oracles.relative_error(some[path], whole[path]) < 1e-12
@@ -568,7 +568,7 @@ def test_a_beam_goes_where_no_enumeration_can():
     paths = expansion(TOKENS, positions=-1)
     assert len(paths) == 12 and not paths.is_exhaustive
     assert all(path in expansion for path in paths)
-    filtered = detached(net, top=5, through=["3_block", "7_block"], max_writes=4, max_paths=400)(TOKENS, positions=-1)
+    filtered = detached(net, top=5, through=["3_block", "7_block"], max_length=4, max_paths=400)(TOKENS, positions=-1)
     assert len(filtered) == 5 and all("3_block" in p and "7_block" in p for p in filtered)
 
 
@@ -611,7 +611,7 @@ def test_jets_of_transformers_are_algorithm_1_composed(spec, granularity):
     if spec.processing != "raw" or (granularity == "head" and spec.name != "gpt2"):
         pytest.skip("one of each is enough")
     net = ResidualNetwork(zoo.build(spec), granularity)
-    options = {"max_writes": 1} if granularity == "head" else {}
+    options = {"max_length": 1} if granularity == "head" else {}
     trace = net.trace(zoo.tokens(net.view.model, batch=2, pos=4))
     paths = exponential_expansion(net, 1, **options)(trace)
     if granularity == "head":
@@ -656,19 +656,19 @@ def test_filters_keep_the_weights_and_renormalizing_spreads_them():
     trace = net.trace(TOKENS)
     for order in (0, 1):
         whole = exponential_expansion(net, order)(trace)
-        some = exponential_expansion(net, order, avoiding="attn", max_writes=1)(trace)
+        some = exponential_expansion(net, order, avoiding="attn", max_length=1)(trace)
         assert list(some) == ["embed > ln_final", "embed > 0_mlp > ln_final", "embed > 1_mlp > ln_final"]
         for path in some:
             assert oracles.relative_error(some[path], whole[path]) < 1e-13
         assert float(some.weights[0, 0, 0]) == pytest.approx(1 / 12)
-    spread = exponential_expansion(net, 1, avoiding="attn", max_writes=1, renormalize=True)(trace)
+    spread = exponential_expansion(net, 1, avoiding="attn", max_length=1, renormalize=True)(trace)
     assert float(spread.weights[:, 0, 0].sum()) == pytest.approx(1)
     # Only the embedding is expanded at the second stage: it has all of the weight.
     write, x, h = THREE_STAGES[1]["1_mlp"], trace["embed"], trace["1_pre"]
     inner = oracles.nested_jvp_coefficients(write, x, h - x, 1).sum(0)
     wanted = oracles.nested_jvp_coefficients(net.decoder.norm, inner, trace["final_post"] - inner, 1).sum(0) / 3
     assert oracles.relative_error(spread["embed > 1_mlp > ln_final"], wanted) < 1e-12
-    zeroth = exponential_expansion(net, 0, avoiding="attn", max_writes=1, renormalize=True)(trace)
+    zeroth = exponential_expansion(net, 0, avoiding="attn", max_length=1, renormalize=True)(trace)
     # At order 0 every kept term is divided: by 1 at the first stage, 2 at the second, 3 at the third and at the decoder.
     assert oracles.relative_error(zeroth["embed > 1_mlp > ln_final"], net.decoder.norm(write(x) / 2 / 3) / 3) < 1e-12
 
@@ -763,7 +763,7 @@ def test_check_notices_a_model_that_is_not_the_paths():
     with pytest.raises(ValueError, match="Look at `remainders`"):
         exponential_expansion(network(*THREE_STAGES))(TOKENS).check()
     with pytest.raises(ValueError, match="Look at `remainders`"):
-        detached(network(*THREE_STAGES), max_writes=1)(TOKENS).check()
+        detached(network(*THREE_STAGES), max_length=1)(TOKENS).check()
 
 
 # Errors ------------------------------------------------------------------------------------------------------------------
@@ -784,7 +784,7 @@ def test_errors_say_what_must_hold():
     expect(ValueError, "center_scale must be one of", center_scale="big")
     expect(ValueError, "top must be an integer >= 1; got 0", top=0)
     expect(TypeError, "max_paths must be an integer >= 1; got '3'", max_paths="3")
-    expect(ValueError, "max_writes must be None or an integer >= 0; got -1", max_writes=-1)
+    expect(ValueError, "max_length must be None or an integer >= 0; got -1", max_length=-1)
     expect(ValueError, "A filter must name steps, sources, or kinds of them; got '9_mlp'", through="9_mlp")
     expect(ValueError, "A filter must name steps, sources, or kinds of them; got 'head'", avoiding=["head"])
     expect(ValueError, "Paths start at sources: .* got '0_mlp'. Here the sources are 'embed'", sources="0_mlp")
@@ -792,7 +792,7 @@ def test_errors_say_what_must_hold():
     expect(ValueError, "are options of jets; detached paths have no weights", linearize="detached", renormalize=True)
     words = r"At most max_paths = 10 paths are evaluated; here are 12 \(by number of writes: 1 of 0, 4 of 1, 5 of 2"
     expect(ValueError, words, max_paths=10)
-    expect(ValueError, "Narrow them with max_writes=, through=, avoiding=", max_paths=10, top=3)
+    expect(ValueError, "Narrow them with max_length=, through=, avoiding=", max_paths=10, top=3)
     with pytest.raises(ValueError, match=r"here are 6\.80e38"):
         detached(deep())(TOKENS)
     with pytest.raises(ValueError, match=r"must have different labels; got .'0_mlp_bias'. more than once"):

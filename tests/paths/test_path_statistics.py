@@ -131,7 +131,7 @@ def test_depth_is_no_obstacle():
     components = path_sums(net, TOKENS)
     # A path from the embedding, or from one of the biases before, then any of the later stages.
     assert components.counts[0] == 2**63 and components.counts[63] == 2**63 + 2**63 - 1
-    few = detached(net, max_writes=1, sources="embed")(TOKENS).statistics(by="length")
+    few = detached(net, max_length=1, sources="embed")(TOKENS).statistics(by="length")
     only = path_lengths(net, TOKENS, sources="embed")
     assert oracles.relative_error(only.norm[:2], few.norm) < 1e-9
     assert len(only.labels) == 65
@@ -183,7 +183,7 @@ def test_averages_over_prompts_are_those_of_single_prompts(spec):
         single = np.stack([statistics.average()[name].to_numpy() for statistics in alone])
         wanted = (single * np.array(lengths)[:, None]).sum(0) / sum(lengths)
         assert table[name].to_numpy() == pytest.approx(wanted, rel=1e-8, abs=1e-10), name
-    paths = detached(net, max_writes=1)(prompts)
+    paths = detached(net, max_length=1)(prompts)
     assert len(paths.to_dataframe()) == len(paths) * sum(lengths)
     components = path_sums(net, prompts).average().set_index("component")
     assert components.loc["0_mlp", "share"] == pytest.approx(
@@ -199,7 +199,7 @@ def test_averages_over_prompts_are_those_of_single_prompts(spec):
 def test_statistics_of_a_slice_are_those_of_its_prompts(spec):
     net = ResidualNetwork(zoo.build(spec))
     prompts, measures = ["w5 w17 w8 w30", "w11 w6", "w40 w41 w42"], ["norm", "cosine", "share", "effect"]
-    expansion = detached(net, max_writes=1)
+    expansion = detached(net, max_length=1)
     many, alone = expansion(prompts), [expansion(prompt) for prompt in prompts]
     targets = torch.arange(15).reshape(3, 5) + 3
 
@@ -254,12 +254,12 @@ def test_tables_and_histograms():
     assert row.top_token.item() == str(int(found.top_ids[index, 1, 2]))
     average = found.average()
     assert list(average.columns) == [
-        *("path", "count", "n_writes", "norm", "cosine", "share", "effect", "effect:5", "size", "copies")
+        *("path", "count", "length", "norm", "cosine", "share", "effect", "effect:5", "size", "copies")
     ]
     assert average.effect[index] == pytest.approx(float(found.effect[index].mean()))
     assert average["effect:5"][index] == pytest.approx(float(found.effects[index, ..., 1].mean()))
     assert average["size"][index] == pytest.approx(float(found.effect[index].abs().mean()))
-    assert average.n_writes[index] == 1
+    assert average.length[index] == 1
     largest = found.largest(3)
     assert largest.effect.abs().tolist() == sorted(average.effect.abs(), reverse=True)[:3]
     counts = found.histogram(bins=7)
@@ -286,7 +286,7 @@ def test_errors_say_what_must_hold():
     net = network(*THREE_STAGES)
     with pytest.raises(ValueError, match="by must be one of"):
         statistics(by="token")
-    with pytest.raises(ValueError, match="by must be 'component' or 'source'"):
+    with pytest.raises(ValueError, match="by must be one of \('component', 'source'\)"):
         path_sums(net, TOKENS, by="length")
     with pytest.raises(ValueError, match="a step or source that is not avoided"):
         path_sums(net, TOKENS, avoiding=["attn", "mlp"])

@@ -102,8 +102,9 @@ def _expansion(options: argparse.Namespace, asked: Read, sources: list[str] | No
         raise UsageError(
             "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
         )
-    named = ("linearize", "through", "avoiding", "max_writes", "center_scale", "renormalize", "max_paths")
+    named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths")
     given = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
+    given["max_length"] = options.max_writes
     return exponential_expansion(asked.network, options.order if is_jet else None, **given)
 
 
@@ -114,7 +115,7 @@ def _drawn(
     if expansion.count > options.max_paths:
         return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
     # By name: otherwise constants that are zero here count against --max-paths.
-    sources = [source.label for source in expansion.lattice.sources]
+    sources = [source.label for source in expansion.graph.sources]
     every = _expansion(options, asked, sources)(asked.trace, positions=asked.position).statistics(targets=[target])
     effects = dict(zip(every.labels, every.effect[:, 0, 0].tolist(), strict=True))
     shown = {path for path in largest.labels if path != CONSTANT}
@@ -143,7 +144,7 @@ def _tested(record: dict[str, Any], falls: dict[str, float]) -> dict[str, Any]:
 
 def _path(asked: Read, paths: PathStatistics, i: int, falls: dict[str, float]) -> dict[str, Any]:
     label, at = paths.labels[i], (i, 0, 0)
-    record = {"path": label, "n_writes": 0 if label == CONSTANT else Path.parse(label).n_writes}
+    record = {"path": label, "n_writes": 0 if label == CONSTANT else Path.parse(label).length}
     record |= {name: float(getattr(paths, name)[at]) for name in ("effect", "norm", "cosine", "share")}
     record |= {"top": asked.token(int(paths.top_ids[at])), "is_answer": bool(paths.copies[at])}
     return _tested(record, falls)

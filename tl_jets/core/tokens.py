@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +58,11 @@ def decode(tokenizer: Any, ids: Tensor) -> Any:
     """Texts of ids as nested lists; None at padding (-1). Raises ValueError without a tokenizer."""
     if tokenizer is None:
         raise ValueError("Tokens are decoded with a tokenizer; the model has none. Pass tokenizer=...")
-    names = token_names(tokenizer, [ids])
+    return nested_texts(token_names(tokenizer, [ids]), ids)
+
+
+def nested_texts(names: Mapping[int, str], ids: Tensor) -> Any:
+    """Texts of ids as nested lists, from `token_names` of them; None at padding (-1)."""
 
     def nested(values: Any) -> Any:
         return [nested(value) for value in values] if isinstance(values, list) else names.get(values)

@@ -35,7 +35,7 @@ from tl_jets.core.labels import is_label
 from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
-from tl_jets.core.selection import Rows, TargetInput, read_targets
+from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
@@ -54,6 +54,7 @@ class AblationEffect(Result):
         centered: The same, less the change of the mean over the vocabulary.
         kl: KL(clean || ablated) of the model's own predictions, in nats.
         unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
     """
 
     labels: list[str]
@@ -66,7 +67,7 @@ class AblationEffect(Result):
     centered: Float[Tensor, "ablation batch pos target"]
     kl: Float[Tensor, "ablation batch pos"]
     unit: str
-    tokenizer: Any
+    token_names: dict[int, str]
 
     def __repr__(self) -> str:
         return (
@@ -81,14 +82,13 @@ class AblationEffect(Result):
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
-        names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
-        logit, centered, kl = self.logit.tolist(), self.centered.tolist(), self.kl.tolist()
-        rows = []
-        for i, b, p, t in torch.ones_like(self.logit).nonzero().tolist():
-            row = {"step": self.labels[i], "batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])]}
-            row |= {"target": names[int(self.target_ids[b, p, t])], "logit": logit[i][b][p][t]}
-            rows.append(row | {"centered": centered[i][b][p][t], "kl": kl[i][b][p]})
-        return pd.DataFrame(rows)
+        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
+        step, b, p, t = torch.ones_like(self.logit).nonzero().T
+        columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
+        columns |= {"pos": [self.positions[i] for i in p], "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
+        columns |= {name: getattr(self, name).flatten().tolist() for name in ("logit", "centered")}
+        return pd.DataFrame(columns | {"kl": self.kl[step, b, p].tolist()})
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def ablation_effect(
         steps: Ablations: each a step (as in `ablation_hooks`), or a `Path`, whose steps are ablated together. None for
             all steps of the network's granularity (attention and MLP sublayers for a model).
         mode: `"zero"`, `"mean"` or `"resample"`.
-        targets: Tokens whose logits are reported: strings or ids (the same everywhere), one list of them a prompt
-            (`[[" Paris"], [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best.
+        targets: Tokens whose logits are reported: strings or ids, one list of them a prompt, or ids [batch, pos, target];
+            None for the model's own best.
         reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
         seed: Seed of `"resample"`.
@@ -161,8 +161,8 @@ def effect_of(
     rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
-        ids, names = clean.argmax(-1, keepdim=True), ["<answer>"]
-    decoder = trace.decoder
+        ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
+    decoder, tokens = trace.decoder, trace.tokens.gather(1, places)
     logit, beyond, kl = [], [], []
     for found in ablated:
         change = found - clean
@@ -174,14 +174,14 @@ def effect_of(
         labels=labels,
         mode=mode,
         positions=[positions] if isinstance(positions, int) else list(positions),
-        tokens=trace.tokens.gather(1, places),
+        tokens=tokens,
         target_ids=ids,
         target_names=list(names),
         logit=torch.stack(logit),
         centered=torch.stack(beyond),
         kl=torch.stack(kl),
         unit=decoder.unit,
-        tokenizer=trace.network.tokenizer,
+        token_names=token_names(trace.network.tokenizer, [tokens, ids]),
     )
 
 

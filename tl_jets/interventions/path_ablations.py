@@ -58,8 +58,8 @@ def path_ablation(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what the steps are).
         prompts: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several, named as detached paths: a source (an embedding, an
-            edit, or a bias such as `3_mlp_bias`), and steps in the order of the network.
+        paths: `embed > 0_attn > 3_mlp > ln_final`, one or several: a source (an embedding, an edit, or a bias such as
+            `3_mlp_bias`), and steps in the order of the network.
         targets: Tokens whose logits are reported, as in `ablation_effect`; None for the model's own best token.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
         attention_mask: Passed to the model (left padding needs it).
@@ -85,16 +85,8 @@ def path_ablation(
         return decoder.logits(decoder.norm(rows)).double()
 
     found = (answers(final - _along(trace, path, sent)) for path in parsed)
-    return effect_of(
-        trace,
-        answers(final),
-        found,
-        [str(path) for path in wanted],
-        "path",
-        places,
-        positions=positions,
-        targets=targets,
-    )
+    labels = [str(path) for path in wanted]
+    return effect_of(trace, answers(final), found, labels, "path", places, positions=positions, targets=targets)
 
 
 def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:

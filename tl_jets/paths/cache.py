@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast, get_args
 
 import pandas as pd
 import torch
@@ -11,26 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.attribution import Yardstick
+from tl_jets.core.options import check_choice
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import TargetInput
 from tl_jets.jets.cache import Check, JetCache
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
-
-
-@runtime_checkable
-class PathsExpanded(Protocol):
-    """What a `PathCache` reads of its expansion."""
-
-    @property
-    def kind(self) -> str:
-        """`detached`, or `order-1 jet`."""
-        ...
-
-    @property
-    def linearize(self) -> str:
-        """`"jet"` or `"detached"`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +32,7 @@ class PathCache(JetCache):
         is_exhaustive: Whether all paths of the expansion were evaluated; False after a beam search.
     """
 
-    expansion: PathsExpanded  # pyright: ignore[reportIncompatibleVariableOverride]  # as far as a JetCache reads it
+    expansion: Any
     remainders: dict[str, float] = field(default_factory=dict)
     is_exhaustive: bool = True
 
@@ -92,6 +78,7 @@ class PathCache(JetCache):
         Raises:
             ValueError: A slice dropped the batch or position dimension, or left only padding.
         """
+        check_choice("by", by, get_args(By))
         rows = self.rows("Statistics")
         groups = _groups(self.paths, by)
         states, weights = self.stack(), self.weights[:, rows.keep][:, 0]
@@ -100,10 +87,9 @@ class PathCache(JetCache):
             weights = torch.stack([weights[index].sum() for index in groups.values()])
         yardstick = Yardstick.at(self.trace, rows, self.truth[self.valid], targets)
         counts = [len(index) for index in groups.values()]
-        writes = [path.n_writes for path in self.paths] if by == "path" else None
-        network, labels = self.trace.network, list(groups)
+        lengths = [path.length for path in self.paths] if by == "path" else None
         return statistics_of(
-            network, yardstick, self.tokens, labels, states, weights, by=by, counts=counts, n_writes=writes
+            self.trace, yardstick, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -111,25 +97,12 @@ class PathCache(JetCache):
         return self.statistics().to_dataframe()
 
     def check(self) -> Check:
-        """A `Check` with the largest relative difference between the logits of all paths and the model's.
+        """Compare the sum of all paths with the model's logits (detached), or with the plain jets (reorganized).
 
         Raises:
-            ValueError: Paths are missing, are jets (whose sum is not the model), or a slice left only padding.
+            ValueError: Paths are missing, are plain jets (whose sum is not the model), or a slice left only padding.
         """
-        self._require_real("check")
-        if (
-            self.expansion.linearize != "detached"
-            or not cast(Any, self.expansion).is_complete
-            or self.trace.logits is None
-        ):
-            raise ValueError(
-                "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
-                "or of a trace without logits. Look at `remainders`, or at relative_remainder."
-            )
-        found = self.trace.decoder.transformed(self.logits())
-        own = self.here(self.trace.logits).to(found)
-        error = float((found - own)[self.valid].abs().max() / own[self.valid].abs().max())
-        return Check(error, {}, 1)
+        return super().check()
 
     def _cut(self, cells: tuple[Any, ...], **where: Any) -> PathCache:
         found = cast(PathCache, super()._cut(cells, **where))
@@ -141,16 +114,14 @@ def _groups(paths: list[Path], by: By) -> dict[str, list[int]]:
     """Indices of the paths in each sum, by label."""
     found: dict[str, list[int]] = {}
     if by == "length":
-        found = {str(n): [] for n in range(max(path.n_writes for path in paths) + 1)}
+        found = {str(n): [] for n in range(max(path.length for path in paths) + 1)}
     for index, path in enumerate(paths):
-        if by == "path":
-            labels = [str(path)]
-        elif by == "length":
-            labels = [str(path.n_writes)]
-        elif by == "source":
-            labels = [path.source]
-        else:
-            labels = list(path.steps[: path.n_writes])
-        for label in labels:
+        labels_of = {
+            "path": [str(path)],
+            "length": [str(path.length)],
+            "source": [path.source],
+            "component": path.steps[: path.length],
+        }
+        for label in labels_of[by]:
             found.setdefault(label, []).append(index)
     return found

@@ -20,6 +20,10 @@ For a center that is rescaled to c_i x_i (`center_scale`), a_ii = 1 - c_i.
 The **control** replaces each component by a random vector of equal length and equal angle to the final stream, as the
 norm sees them, and keeps a and w. Interactions that it also shows come from lengths and angles alone.
 
+*Read before use*: where `rho` is above 1 the series diverges: compare `degrees` with `logit`. So the default of
+`center_scale` is not the paper's: on SmolLM2-135M the degrees sum to within 0.2 and 2.6 of logits of 17.5 and 19.0
+(`"match"` to 17 and 19, `"none"` to 8,000 and 12,000).
+
 ============  ==========================
 symbol        name here
 ============  ==========================
@@ -67,7 +71,7 @@ from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
-from tl_jets.jets.expand import jet_expand
+from tl_jets.jets.expand import Expansion, jet_expand
 from tl_jets.paths.reorganized import REST
 
 SHOWN = 10
@@ -92,6 +96,7 @@ class Interactions(Result):
         target_ids: The target, or the target and the token that it is compared with.
         target_names: The targets as requested; `<answer>` is the model's own best token.
         unit: Unit of all numbers: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
     """
 
     labels: list[str]
@@ -108,7 +113,7 @@ class Interactions(Result):
     target_ids: Int[Tensor, "batch pos target"]
     target_names: list[str | int]
     unit: str
-    tokenizer: Any
+    token_names: dict[int, str]
 
     @property
     def term(self) -> Float[Tensor, "batch pos"]:
@@ -132,12 +137,10 @@ class Interactions(Result):
 
     def average(self) -> pd.DataFrame:
         """One row per pair, averaged over real positions, largest first: first, second, effect, size, control."""
-        effect, control = (values[:, self.valid].double() for values in self._pairs()[2:])
+        table, effect, control = self._pairs()
+        effect, control = effect[:, self.valid].double(), control[:, self.valid].double()
         columns = {"effect": effect.mean(1), "size": effect.abs().mean(1), "control": control.abs().mean(1)}
-        first, second, *_ = self._pairs()
-        table = pd.DataFrame({"first": self._named(first), "second": self._named(second)})
-        for name, values in columns.items():
-            table[name] = values.tolist()
+        table = table.assign(**{name: values.tolist() for name, values in columns.items()})
         return table.sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
@@ -145,29 +148,23 @@ class Interactions(Result):
 
         Columns: first, second, batch, pos, token, target, effect (both entries of the matrix), control.
         """
-        names = token_names(tokenizer or self.tokenizer, [self.tokens, self.target_ids])
-        first, second, effect, control = self._pairs()
-        where = self.valid.nonzero().tolist()
+        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
+        pairs, effect, control = self._pairs()
         tables = []
-        for b, p in where:
-            table = pd.DataFrame({"first": self._named(first), "second": self._named(second)})
-            table["batch"], table["pos"] = b, self.positions[p]
-            table["token"] = names[int(self.tokens[b, p])]
-            table["target"] = " - ".join(names[token] for token in self.target_ids[b, p].tolist())
-            table["effect"], table["control"] = effect[:, b, p].tolist(), control[:, b, p].tolist()
-            tables.append(table)
+        for b, p in self.valid.nonzero().tolist():
+            target = " - ".join(names[token] for token in self.target_ids[b, p].tolist())
+            here = {"batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])], "target": target}
+            tables.append(pairs.assign(**here, effect=effect[:, b, p].tolist(), control=control[:, b, p].tolist()))
         table = pd.concat(tables, ignore_index=True)
         return table.sort_values("effect", key=abs, ascending=False, kind="stable").reset_index(drop=True)
 
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices of all unordered pairs, their effects, and those of the control [pair, batch, pos]."""
+    def _pairs(self) -> tuple[pd.DataFrame, Tensor, Tensor]:
+        """Names of all unordered pairs, their effects, and those of the control [pair, batch, pos]."""
         n = len(self.labels)
         first, second = torch.triu_indices(n, n, device="cpu")
         twice = torch.where(first == second, 1.0, 2.0)[:, None, None].to(self.matrix)
-        return first, second, twice * self.matrix[first, second], twice * self.control[first, second]
-
-    def _named(self, indices: Tensor) -> list[str]:
-        return [self.labels[i] for i in indices.tolist()]
+        pairs = {"first": [self.labels[i] for i in first], "second": [self.labels[i] for i in second]}
+        return pd.DataFrame(pairs), twice * self.matrix[first, second], twice * self.control[first, second]
 
 
 @torch.no_grad()
@@ -186,17 +183,13 @@ def interactions(
     attention_mask: Tensor | None = None,
     cache: Any = None,
 ) -> Interactions:
-    """Second-degree effects of pairs of components on a logit, or on a difference of two.
-
-    *Read before use*: where `rho` is above 1 (early, short centers) the series diverges: compare `degrees` with
-    `logit`. The default of `center_scale` is therefore not the paper's: on SmolLM2-135M the degrees sum to within 0.2
-    and 2.6 of logits of 17.5 and 19.0 (`"match"` to 17 and 19, `"none"` to 8,000 and 12,000).
+    """Second-degree effects of pairs of components on a logit, or on a difference of two: an `Interactions` in float64.
 
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        targets: The token whose logit is read: a string of one token, an id, one list a prompt (`[[" Paris"], [" Rome"]]`), or
-            ids [batch, pos] aligned with `positions`; None for the model's own best token at each position.
+        targets: The token whose logit is read: a string of one token, an id, one list a prompt, or ids [batch, pos]
+            aligned with `positions`; None for the model's own best token.
         minus: A token whose logit is subtracted, as `targets`; None for the logit itself.
         centers: Components, as in `jet_expand`; None for all summands of the final stream: embeddings, writes, edits.
         granularity: `"block"`, `"sublayer"` or `"head"`. None is `"sublayer"` for a model, and a network's own.
@@ -206,9 +199,6 @@ def interactions(
         seed: Seed of the random control.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
-
-    Returns:
-        An `Interactions`, computed in float64.
 
     Raises:
         ValueError: Bad labels, positions, weights or input, several targets per position, or a zero center.
@@ -221,38 +211,48 @@ def interactions(
     if centers is None:
         centers = [*network.components, *(label for stream in network.streams for label in trace.edits(stream))]
     expansion = jet_expand(network, DECODER_STEP, centers=centers, order=2, weights=weights, center_scale=center_scale)
-    values = torch.stack([rows.take(center.evaluate(trace)) for center in expansion.centers]).double()
-    h, norm = rows.take(trace[FINAL_STREAM]).double(), trace.decoder.norm
-    w = _weights(expansion.weights, rows, len(values))
-    scale = center_scale_factors(norm, values, h.expand_as(values), center_scale)
     along, ids, names = _directions(trace, rows, targets, minus)
-    directions = along[:, :-1]
-    sources = torch.cat([values, (h - values.sum(0))[None]])
-    series = norm_jet(norm, scale[..., None] * values, h.expand_as(values), 2)
-    left = norm(h) - torch.einsum("crd,cr->rd", series.value(2), w)
-    warn_of(DECODER_STEP, 2, float(left.norm() / norm(h).norm()), center_scale, float(series.rho.max()))
-    degrees = torch.einsum("kcrd,rd,cr->kr", series.coefficients(), directions, w)
-    plane = split_along(norm, sources, h)
-    random = random_directions(norm, h, sources.shape[:1], rows.places, seed)
-    random = plane.along[..., None] * plane.variate + plane.across[..., None] * random
-    matrix, control = (_matrix(norm, x, directions, w, scale) for x in (sources, random))
+    tokens = trace.tokens[:, rows.positions]
+    found = _second_degree(expansion, trace, rows, along, seed)
     return Interactions(
         labels=[*(str(center.path) for center in expansion.centers), REST],
-        matrix=rows.spread(matrix),
-        control=rows.spread(control),
-        degrees=rows.spread(degrees),
-        logit=rows.spread((norm(h) * directions).sum(-1) + along[:, -1]),
-        weights=rows.spread(w),
-        rho=rows.spread(series.rho),
+        **{name: rows.spread(values) for name, values in found.items()},
         center_scale=center_scale,
         positions=rows.positions,
-        tokens=trace.tokens[:, rows.positions],
+        tokens=tokens,
         valid=rows.keep,
         target_ids=ids,
         target_names=names,
         unit=trace.decoder.unit,
-        tokenizer=network.tokenizer,
+        token_names=token_names(network.tokenizer, [tokens, ids]),
     )
+
+
+def _second_degree(
+    expansion: Expansion, trace: Trace, rows: Rows, along: Float[Tensor, "row d_model_and_bias"], seed: int
+) -> dict[str, Tensor]:
+    """The numbers of an `Interactions`, read along a direction, at real positions [..., row]."""
+    norm, h = trace.decoder.norm, rows.take(trace[FINAL_STREAM]).double()
+    values = torch.stack([rows.take(center.evaluate(trace)) for center in expansion.centers]).double()
+    w = _weights(expansion.weights, rows, len(values))
+    scale = center_scale_factors(norm, values, h.expand_as(values), expansion.center_scale)
+    series = norm_jet(norm, scale[..., None] * values, h.expand_as(values), 2)
+    left = norm(h) - torch.einsum("crd,cr->rd", series.value(2), w)
+    remainder = float(left.norm() / norm(h).norm())
+    warn_of(DECODER_STEP, 2, remainder, expansion.center_scale, float(series.rho.max()))
+    sources = torch.cat([values, (h - values.sum(0))[None]])
+    plane = split_along(norm, sources, h)
+    random = random_directions(norm, h, sources.shape[:1], rows.places, seed)
+    random = plane.along[..., None] * plane.variate + plane.across[..., None] * random
+    directions = along[:, :-1]
+    return {
+        "matrix": _matrix(norm, sources, directions, w, scale),
+        "control": _matrix(norm, random, directions, w, scale),
+        "degrees": torch.einsum("kcrd,rd,cr->kr", series.coefficients(), directions, w),
+        "logit": (norm(h) * directions).sum(-1) + along[:, -1],
+        "weights": w,
+        "rho": series.rho,
+    }
 
 
 def _matrix(
@@ -283,14 +283,13 @@ def _matrix(
 
 def _weights(weights: str | Tensor, rows: Rows, n: int) -> Float[Tensor, "center row"]:
     """Weights of the centers at the selected positions, float64."""
-    shape = (n, len(rows.places))
     if isinstance(weights, str):
         if weights != "uniform":
             raise ValueError(f"weights must be 'uniform' or numbers on the simplex; got {weights!r}.")
-        return torch.full(shape, 1 / n, dtype=torch.float64, device=rows.keep.device)
+        weights = torch.full((n,), 1 / n, dtype=torch.float64, device=rows.keep.device)
     weights = weights.double().to(rows.keep.device)
     if weights.ndim == 1:
-        return weights[:, None].expand(shape)
+        return weights[:, None].expand(n, len(rows.places))
     return torch.stack([rows.take(weight) for weight in weights])
 
 

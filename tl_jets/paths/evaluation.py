@@ -1,32 +1,45 @@
-"""Evaluate the paths of a path graph: each prefix once, in chunks, depth first.
+"""Evaluate the paths of a path graph: all of them, each prefix once, or the largest, by a beam search over prefixes.
 
-Paths with a common prefix share its value. Stage by stage, all prefixes that take a step go through it in one batch. A
-batch larger than `chunk_size` is split and its parts are finished one after the other, so at most about stages x
-chunk_size streams are held. Prefixes that no path completes are not evaluated.
+**All paths.** Paths with a common prefix share its value. Stage by stage, all prefixes that take a step go through it
+in one batch. A batch larger than `chunk_size` is split and its parts are finished one after the other, so at most about
+stages x chunk_size streams are held. Prefixes that no path completes are not evaluated.
+
+**The largest** (`search`). After each stage the score of a prefix x is the larger of two sizes:
+
+- the size of the path that ends here: x through the frozen final norm and the unembedding;
+- the size of *all its completions together*: <g, x>, where the functional g (the effect on a target; for lengths, the
+  product with the model's logits) is pulled back exactly through every later stage, g_s = g_{s+1} + sum A_s' g_{s+1}.
+
+The search is greedy: a prefix with large completions that cancel may be lost. The sizes of the returned paths and the
+remainder are exact. Of the 20 largest of 1,024 paths of stories260K (four prompts, both ranks, the last position or
+all) a beam of 40 prefixes found all in 16 of 16 cases, one of 20 at least 17. Cost: a backward sweep for every position
+and target, then `width` prefixes per stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tl_jets.core.attribution import Rank, Yardstick
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, some
+from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
-from tl_jets.paths.graph import Lattice, Source, State, lattice_of
+from tl_jets.paths.graph import PathGraph, Source, State, path_graph
 from tl_jets.paths.jet_stages import JetStages
 
 # Evaluators of stages.
 Stages = FrozenNetwork | JetStages
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(NamedTuple):
     """The beginning of a path: its source and steps so far, and the state that its completions depend on."""
 
     path: Path
@@ -34,102 +47,181 @@ class Prefix:
 
 
 Prefixes = list[Prefix]
+Finish = Callable[[Prefixes, Tensor], None]
 
 
-def starts(lattice: Lattice, stages: Stages, stage: int) -> tuple[Prefixes, list[Tensor]]:
+def starts(graph: PathGraph, stages: Stages, stage: int) -> tuple[Prefixes, list[Tensor]]:
     """The sources that start at a stage and can be completed, with their values."""
     values = stages.sources
     found = [
-        Prefix(Path(source.label), (lattice.start(source), 0))
-        for source in lattice.sources
-        if source.start == stage and source.label in values and lattice.is_alive(stage, (lattice.start(source), 0))
+        Prefix(Path(source.label), graph.state(source))
+        for source in graph.sources
+        if source.start == stage and source.label in values and graph.is_alive(stage, graph.state(source))
     ]
     return found, [values[prefix.path.source] for prefix in found]
 
 
 def through_stage(
-    lattice: Lattice, stages: Stages, rows: Sequence[Sequence[int]], prefixes: Prefixes, values: Tensor, stage: int
+    graph: PathGraph, stages: Stages, prefixes: Prefixes, values: Tensor, stage: int
 ) -> tuple[Prefixes, Tensor]:
     """The prefixes after a stage, with their values: first those that skip it, then those that take one of its steps.
 
-    `rows` holds, by stage, the index of each step of the path graph among the stage's writes; `values` are
-    [path, batch, pos, d_model].
+    `values` are [path, batch, pos, d_model].
     """
-    onward = [dict(lattice.onward(stage, prefix.state)) for prefix in prefixes]
-    stay = [i for i, prefix in enumerate(prefixes) if lattice.is_alive(stage + 1, prefix.state)]
+    onward = [dict(graph.onward(stage, prefix.state)) for prefix in prefixes]
+    stay = [i for i, prefix in enumerate(prefixes) if graph.is_alive(stage + 1, prefix.state)]
     move = [i for i, steps in enumerate(onward) if steps]
     found, parts = [prefixes[i] for i in stay], [stages.kept(stage, values[stay])]
     if move:
-        writes = stages.writes(stage, values[move])
-        for index, step in enumerate(lattice.stages[stage]):
-            taken = [row for row, i in enumerate(move) if index in onward[i]]
-            found += [Prefix(prefixes[move[row]].path.then(step), onward[move[row]][index]) for row in taken]
-            parts.append(writes[rows[stage][index], taken])
+        writes, rows = stages.writes(stage, values[move]), taken_rows(graph, stages, stage)
+        for index, (step, row) in enumerate(zip(graph.stages[stage], rows, strict=True)):
+            taken = [n for n, i in enumerate(move) if index in onward[i]]
+            found += [Prefix(prefixes[move[n]].path.then(step), onward[move[n]][index]) for n in taken]
+            parts.append(writes[row, taken])
     return found, torch.cat(parts)
 
 
-def walk(
-    lattice: Lattice,
-    stages: Stages,
-    rows: Sequence[Sequence[int]],
-    chunk_size: int,
-    finish: Callable[[Prefixes, Tensor], None],
-) -> dict[int, Tensor]:
+def taken_rows(graph: PathGraph, stages: Stages, stage: int) -> list[int]:
+    """Indices of the path graph's steps among all writes of a stage."""
+    every = [step.label for step in stages.trace.network.stages[stage].steps]
+    return [every.index(step) for step in graph.stages[stage]]
+
+
+def evaluate(graph: PathGraph, stages: Stages, chunk_size: int, finish: Finish) -> dict[int, Tensor]:
     """Evaluate all paths in chunks of prefixes; return the sum of all prefixes before each stage, by index.
 
-    `rows` is as in `through_stage`; `finish` receives each finished path once, before the decoder.
+    `finish` receives each finished path once, before the decoder.
     """
     sums: dict[int, Tensor] = {}
 
     def go_on(prefixes: Prefixes, values: Tensor, stage: int) -> None:
         while True:
             sums[stage] = sums[stage] + values.sum(0) if stage in sums else values.sum(0)
-            if stage == len(lattice.stages):
+            if stage == len(graph.stages):
                 finish(prefixes, values)
                 return
             if len(prefixes) > chunk_size:
                 break
-            prefixes, values = through_stage(lattice, stages, rows, prefixes, values, stage)
+            prefixes, values = through_stage(graph, stages, prefixes, values, stage)
             stage += 1
             if not prefixes:
                 return
         for start in range(0, len(prefixes), chunk_size):
             part = slice(start, start + chunk_size)
-            following, carried = through_stage(lattice, stages, rows, prefixes[part], values[part], stage)
+            following, carried = through_stage(graph, stages, prefixes[part], values[part], stage)
             if following:
                 go_on(following, carried, stage + 1)
 
-    for stage in sorted({source.start for source in lattice.sources}):
-        prefixes, values = starts(lattice, stages, stage)
-        if prefixes and stage <= len(lattice.stages):
+    for stage in sorted({source.start for source in graph.sources}):
+        prefixes, values = starts(graph, stages, stage)
+        if prefixes and stage <= len(graph.stages):
             go_on(prefixes, torch.stack(values), stage)
     return sums
 
 
-def rows_of(lattice: Lattice, steps: Sequence[Sequence[str]]) -> list[list[int]]:
-    """By stage, the indices of the path graph's steps among all steps of the stage."""
-    return [[every.index(step) for step in kept] for kept, every in zip(lattice.stages, steps, strict=True)]
+@torch.no_grad()
+def search(
+    graph: PathGraph, frozen: FrozenNetwork, yardstick: Yardstick, rank: Rank, width: int, finish: Finish
+) -> None:
+    """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded."""
+    # g_s before every stage and the decoder, [many * out_pos, batch, pos, d_model], last first
+    final = yardstick.functionals(rank).to(frozen.final_scale)
+    functionals = [frozen.decode_transpose(final, yardstick.rows.positions).flatten(0, 1)]
+    for frozen_stage, steps in reversed(list(zip(frozen.stages, graph.stages, strict=True))):
+        g, taken = functionals[-1], [step.label in steps for step in frozen_stage.stage.steps]
+        functionals.append(g + frozen_stage.pulled_back(g, taken) if any(taken) else g)
+
+    def scores(prefixes: Prefixes, values: Tensor, functional: Tensor) -> Tensor:
+        states = frozen.decode(values, yardstick.rows.positions)
+        ends = yardstick.sizes(yardstick.augmented(states, values.new_zeros(len(values))), rank)
+        complete = torch.tensor([prefix.state[0] == 0 for prefix in prefixes], device=ends.device)
+        every = torch.einsum("gbtd,nbtd->ngb", functional, values).double().flatten(1)
+        together = every.norm(dim=-1) if rank == "length" else every.abs().sum(-1)
+        return torch.maximum(torch.where(complete, ends, 0), together)
+
+    prefixes: Prefixes = []
+    values = final.new_zeros(0, *functionals[0].shape[1:])
+    for stage in range(len(graph.stages) + 1):
+        joining, new = starts(graph, frozen, stage)
+        prefixes, values = prefixes + joining, torch.cat([values, *(value[None] for value in new)])
+        functional = functionals.pop()
+        if len(prefixes) > width:
+            order = scores(prefixes, values, functional).argsort(descending=True, stable=True)
+            keep = order[:width].sort().values
+            prefixes, values = [prefixes[i] for i in keep.tolist()], values[keep]
+        if stage < len(graph.stages) and prefixes:
+            prefixes, values = through_stage(graph, frozen, prefixes, values, stage)
+    if prefixes:
+        finish(prefixes, values)
 
 
-def with_edits(lattice: Lattice, trace: Trace) -> Lattice:
+class Collector:
+    """Finished paths: states [batch, out_pos, d_model] and multiples of b_U; with `top`, only so many of the largest."""
+
+    def __init__(
+        self,
+        graph: PathGraph,
+        split: Callable[[Path], list[Path]],
+        rows: Rows,
+        stages: Stages,
+        yardstick: Yardstick | None,
+        rank: Rank,
+        top: int | None,
+    ):
+        self.graph, self.split, self.rows, self.stages = graph, split, rows, stages
+        self.yardstick, self.rank, self.top = yardstick, rank, top
+        # State, multiple of b_U and size by path; with `top`, the largest first.
+        self.found: dict[str, tuple[Tensor, float, float]] = {}
+
+    def add(self, prefixes: Prefixes, values: Tensor) -> None:
+        """Decode and collect finished paths."""
+        for degree, (states, weight) in enumerate(self.stages.terms(values, self.rows.positions)):
+            self._take([self.split(prefix.path.then(DECODER_STEP))[degree] for prefix in prefixes], states, weight)
+
+    def add_constant(self) -> None:
+        """Collect the decoder's own constant, if it is one of the paths."""
+        prefixes, values = starts(self.graph, self.stages, len(self.graph.stages) + 1)
+        if prefixes:
+            self._take([prefix.path for prefix in prefixes], torch.stack(values)[:, :, self.rows.positions], 1.0)
+
+    def _take(self, paths: list[Path], states: Tensor, weight: float) -> None:
+        labels = [str(path) for path in paths]
+        if self.yardstick is None:
+            self.found |= {label: (state, weight, 0.0) for label, state in zip(labels, states, strict=True)}
+            return
+        parts = self.yardstick.augmented(states, states.new_full((len(states),), weight))
+        sizes = self.yardstick.sizes(parts, self.rank)
+        for label, state, size in zip(labels, states, sizes.tolist(), strict=True):
+            self.found[label] = state, weight, size
+        # Ties keep the earlier path; a view would hold the states of the others.
+        largest = sorted(self.found.items(), key=lambda item: -item[1][2])[: self.top]
+        self.found = {label: (state.clone(), weight, size) for label, (state, weight, size) in largest}
+
+    def terms(self, paths: Iterable[Path]) -> tuple[dict[str, Tensor], list[float]]:
+        """The collected states and multiples of b_U, in the order of `paths`, or by size with `top`."""
+        found = {str(path): self.found[str(path)] for path in paths} if self.top is None else self.found
+        return {label: state for label, (state, *_) in found.items()}, [weight for _, weight, _ in found.values()]
+
+
+def with_edits(graph: PathGraph, trace: Trace) -> PathGraph:
     """The path graph with an additional source for every hook edit of a stream of the trace."""
     found = [
         Source(label, place) for place, stream in enumerate(trace.network.streams) for label in trace.edits(stream)
     ]
-    known = {source.label for source in lattice.sources}
-    return replace(lattice, sources=(*lattice.sources, *(edit for edit in found if edit.label not in known)))
+    known = {source.label for source in graph.sources}
+    return replace(graph, sources=(*graph.sources, *(edit for edit in found if edit.label not in known)))
 
 
 def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int]]]:
-    """A path of the frozen network without its decoder, and the (stage, row) of each step.
+    """A detached path of a trace's network without the decoder, and the (stage, write) index of each step.
 
     Raises:
-        ValueError: Unknown source or step, steps out of order, or `ln_final_bias`, which is in no stream.
+        ValueError: An unknown source or step, steps out of order, or `ln_final_bias`, which is in no stream.
     """
     path = Path.parse(path) if isinstance(path, str) else path
     network = trace.network
-    lattice = with_edits(lattice_of(network.stages, network.sources, detached=True), trace)
-    starts = {source.label: source.start for source in lattice.sources if source.start <= len(network.stages)}
+    graph = with_edits(path_graph(network.stages, network.sources, detached=True), trace)
+    starts = {source.label: source.start for source in graph.sources if source.start <= len(network.stages)}
     if path.source not in starts:
         raise ValueError(
             f"A path starts at one of {some(starts)}, and is written `embed > 0_mlp > ln_final`; got {path.source!r}."

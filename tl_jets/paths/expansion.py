@@ -59,22 +59,22 @@ from tl_jets.core.attribution import Rank, Yardstick
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.network import ResidualNetwork, trace_of
-from tl_jets.core.options import check_integers
+from tl_jets.core.options import check_choice, check_integers, renamed
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.trace import Trace
+from tl_jets.jets.cache import Check, JetCache
 from tl_jets.paths.cache import PathCache
-from tl_jets.paths.collect import Best, Collector
-from tl_jets.paths.evaluation import rows_of, walk, with_edits
-from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
+from tl_jets.paths.evaluation import Collector, evaluate, search, with_edits
+from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
 from tl_jets.paths.jet_stages import JetStages, stage_weights
-from tl_jets.paths.top_paths import search
 
 MAX_PATHS = 4096
 SHOWN = 10
 
 
+@renamed(max_writes="max_length")
 def exponential_expansion(
     model: Any,
     order: int | None = None,
@@ -83,7 +83,7 @@ def exponential_expansion(
     through: str | Iterable[str] | None = None,
     avoiding: str | Iterable[str] | None = None,
     sources: str | Iterable[str] | None = None,
-    max_writes: int | None = None,
+    max_length: int | None = None,
     top: int | None = None,
     rank: Rank = "length",
     targets: TargetInput | None = None,
@@ -104,9 +104,9 @@ def exponential_expansion(
         through: Keep paths that pass through each of these (for a kind: through any step of it).
         avoiding: Keep paths that pass through none of these: `"attn"` gives the n-gram paths.
         sources: Keep paths that start here; None for embeddings, hook edits and, detached, biases.
-        max_writes: Keep paths with at most this many writes.
+        max_length: Keep paths with at most this many writes.
         top: Keep only the largest paths, largest first; the others are the remainder. Exact if the filters leave at
-            most `max_paths`; otherwise (detached only) a greedy beam search, see `tl_jets.paths.top_paths`.
+            most `max_paths`; otherwise (detached only) a greedy beam search, see `tl_jets.paths.evaluation`.
         rank: Size for `top`: `"length"` of the logits centered over the vocabulary, or `"effect"` on the targets.
         targets: Tokens for `rank="effect"`; None for the model's own best token.
         center_scale: Rescale the centers of jets: `"none"` (the paper's), `"match"` or `"orthogonal"`.
@@ -124,52 +124,15 @@ def exponential_expansion(
 
     Source: Chen et al., Algorithm 2.
     """
-    network = ResidualNetwork.of(model)
-    order = read_order(linearize, order, 1)
-    if rank not in get_args(Rank):
-        raise ValueError(f"rank must be one of {get_args(Rank)}; got {rank!r}.")
-    check_integers(1, top=1 if top is None else top, max_paths=max_paths)
-    if center_scale not in CENTER_SCALES:
-        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
-    if linearize == "detached" and (order or renormalize or split_degrees or center_scale != "none"):
-        raise ValueError(
-            "order, renormalize, split_degrees and center_scale are options of jets; detached paths have no weights, degrees, "
-            "centers or order. Leave them out, or use linearize='jet'."
-        )
-    if top is None and rank == "effect":
-        raise ValueError(
-            "rank says which paths top= keeps; got rank='effect' without top. Pass top=, or leave rank out."
-        )
-    if rank == "length" and targets is not None:
-        raise ValueError(
-            f"targets are what rank='effect' with top= reads; got {targets!r} without it. Leave them out, or give them to "
-            f"statistics(targets=...) of what is evaluated."
-        )
-    labels = {"through": through, "avoiding": avoiding, "sources": sources}
-    filters: dict[str, Any] = {
-        name: value if value is None or isinstance(value, str) else tuple(value) for name, value in labels.items()
-    }
-    filters["max_writes"] = max_writes
-    whole = lattice_of(network.stages, network.sources, detached=linearize == "detached")
-    found = PathExpansion(
-        network=network,
-        linearize=linearize,
-        order=order,
-        whole=whole,
-        lattice=narrowed(whole, network.stages, **filters),
-        filters=filters,
-        top=top,
-        rank=rank,
-        targets=targets,
-        center_scale=center_scale,
-        renormalize=renormalize,
-        split_degrees=split_degrees,
-        max_paths=max_paths,
-    )
-    if not found.count and not any("edit:" in str(value) for value in filters.values()):
-        raise ValueError(
-            f"Filters must leave a path; {_shown(filters)} leave none of {count_text(whole.count)}. Relax them."
-        )
+    network, order = ResidualNetwork.of(model), read_order(linearize, order, 1)
+    filters: dict[str, Any] = {"through": through, "avoiding": avoiding, "sources": sources}
+    filters = {key: names if isinstance(names, str | None) else tuple(names) for key, names in filters.items()}
+    filters["max_length"] = max_length
+    whole = path_graph(network.stages, network.sources, detached=linearize == "detached")
+    graph = narrowed(whole, network.stages, **filters)
+    jets = center_scale, renormalize, split_degrees
+    found = PathExpansion(network, linearize, order, whole, graph, filters, top, rank, targets, *jets, max_paths)
+    found.check_options()
     return found
 
 
@@ -177,14 +140,14 @@ def exponential_expansion(
 class PathExpansion:
     """The paths of a model that the filters keep, not yet evaluated: iterable, short ones first, lazily.
 
-    Fields are the options of `exponential_expansion`, `whole` (all paths) and `lattice` (those kept).
+    Fields are the options of `exponential_expansion`, `whole` (all paths) and `graph` (those kept).
     """
 
     network: ResidualNetwork
     linearize: Linearize
     order: int
-    whole: Lattice
-    lattice: Lattice
+    whole: PathGraph
+    graph: PathGraph
     filters: Mapping[str, Any]
     top: int | None = None
     rank: Rank = "length"
@@ -193,6 +156,31 @@ class PathExpansion:
     renormalize: bool = False
     split_degrees: bool = False
     max_paths: int = MAX_PATHS
+
+    def check_options(self) -> None:
+        """Raise for options that are bad or without effect, and for filters that leave no path."""
+        check_choice("rank", self.rank, get_args(Rank))
+        check_integers(1, top=1 if self.top is None else self.top, max_paths=self.max_paths)
+        check_choice("center_scale", self.center_scale, CENTER_SCALES)
+        of_jets = self.order or self.renormalize or self.split_degrees or self.center_scale != "none"
+        if self.linearize == "detached" and of_jets:
+            raise ValueError(
+                "order, renormalize, split_degrees and center_scale are options of jets; detached paths have no weights, degrees, "
+                "centers or order. Leave them out, or use linearize='jet'."
+            )
+        if self.top is None and self.rank == "effect":
+            raise ValueError(
+                "rank says which paths top= keeps; got rank='effect' without top. Pass top=, or leave rank out."
+            )
+        if self.rank == "length" and self.targets is not None:
+            raise ValueError(
+                f"targets are what rank='effect' with top= reads; got {self.targets!r} without it. Leave them out, or give "
+                f"them to statistics(targets=...) of what is evaluated."
+            )
+        if not self.count and not any("edit:" in str(value) for value in self.filters.values()):
+            raise ValueError(
+                f"Filters must leave a path; {_shown(self.filters)} leave none of {count_text(self.whole.count)}. Relax them."
+            )
 
     # Read by JetCache for an expansion of the decoder
     stage = None
@@ -206,12 +194,12 @@ class PathExpansion:
     @property
     def count(self) -> int:
         """Number of paths before `top`, an exact integer; includes paths from biases that may be zero."""
-        return self.degrees * self.lattice.count
+        return self.degrees * self.graph.count
 
     @property
     def count_by_length(self) -> tuple[int, ...]:
         """Number of paths with 0, 1, 2, ... writes."""
-        return tuple(self.degrees * n for n in self.lattice.count_by_length)
+        return tuple(self.degrees * n for n in self.graph.count_by_length)
 
     @property
     def kind(self) -> str:
@@ -221,18 +209,18 @@ class PathExpansion:
     @property
     def is_complete(self) -> bool:
         """Whether every path of the network is kept."""
-        return self.top is None and self.lattice.count == self.whole.count
+        return self.top is None and self.graph.count == self.whole.count
 
     def __iter__(self) -> Iterator[Path]:
-        for path in self.lattice:
+        for path in self.graph:
             yield from self.split(path)
 
     def __contains__(self, path: object) -> bool:
         wanted = Path.parse(str(path))
         if not self.split_degrees:
-            return wanted in self.lattice
+            return wanted in self.graph
         whole = Path(wanted.source, (*wanted.steps[:-1], DECODER_STEP))
-        return whole in self.lattice and wanted in self.split(whole)
+        return whole in self.graph and wanted in self.split(whole)
 
     def split(self, path: Path) -> list[Path]:
         """The terms of a path: the path itself, or one term per degree."""
@@ -241,13 +229,25 @@ class PathExpansion:
         steps = path.steps[:-1]
         return [Path(path.source, (*steps, f"{DECODER_STEP}[{degree}]")) for degree in range(self.degrees)]
 
+    def check(self, cache: JetCache) -> Check:
+        """The largest relative difference between the logits of all detached paths and the model's."""
+        trace, valid = cache.trace, cache.valid
+        if self.linearize != "detached" or not self.is_complete or trace.logits is None:
+            raise ValueError(
+                "check compares the sum of all detached paths with the model's logits; these are jets, or not all of them, "
+                "or of a trace without logits. Look at `remainders`, or at relative_remainder."
+            )
+        found = trace.decoder.transformed(cache.logits())
+        own = cache.here(trace.logits).to(found)
+        return Check(float((found - own)[valid].abs().max() / own[valid].abs().max()), {}, 1)
+
     def __repr__(self) -> str:
-        lattice = self.lattice
-        parts = {source.label: lattice.count_from([source.label]) for source in lattice.sources if not source.is_bias}
-        biases = [source.label for source in lattice.sources if source.is_bias]
-        texts = [f"{count_text(self.degrees * n)} from {label}" for label, n in parts.items()]
+        graph = self.graph
+        parts = {source.label: graph.starting_at([source.label]) for source in graph.sources if not source.is_bias}
+        texts = [f"{count_text(self.degrees * part.count)} from {label}" for label, part in parts.items()]
+        biases = [source.label for source in graph.sources if source.is_bias]
         if biases:
-            texts.append(f"{count_text(lattice.count_from(biases))} from {len(biases)} biases")
+            texts.append(f"{count_text(graph.starting_at(biases).count)} from {len(biases)} biases")
         chosen = "" if self.top is None else f"; the {self.top} largest by {self.rank}"
         return (
             f"PathExpansion({self.network.view.name}, {len(self.network.stages)} stages: {count_text(self.count)} {self.kind} "
@@ -300,7 +300,7 @@ class PathExpansion:
         known, key = trace.evaluated.setdefault(self, {}), tuple(rows.positions)
         if key not in known:
             whole = with_edits(self.whole, trace)
-            edited = replace(self, whole=whole, lattice=narrowed(whole, self.network.stages, **self.filters))
+            edited = replace(self, whole=whole, graph=narrowed(whole, self.network.stages, **self.filters))
             known[key] = edited._evaluate(trace, rows)
         return known[key]
 
@@ -308,36 +308,31 @@ class PathExpansion:
     def _evaluate(self, trace: Trace, rows: Rows) -> PathCache:
         self._check_count()
         stages = FrozenNetwork.of(trace) if self.linearize == "detached" else self._jets(trace)
-        live = replace(
-            self, whole=self.whole.starting_at(stages.sources), lattice=self.lattice.starting_at(stages.sources)
-        )
+        live = replace(self, whole=self.whole.starting_at(stages.sources), graph=self.graph.starting_at(stages.sources))
         if not live.count:
             raise ValueError(
                 f"Filters must leave a path that is not zero; {_shown(self.filters)} leave constants that are, here. Relax them."
             )
         # Without the constants that are zero, there may be few enough to evaluate all.
         beam = live._check_count()
-        truth, best = trace.decoder.norm(trace[FINAL_STREAM][:, rows.positions]), None
-        if self.top is not None:
-            best = Best.none(Yardstick.of(trace, rows, self.targets), self.rank, self.top, truth)
-        collector = Collector(live.lattice, live.split, rows, stages, best)
+        yardstick = None if self.top is None else Yardstick.of(trace, rows, self.targets)
+        collector = Collector(live.graph, live.split, rows, stages, yardstick, self.rank, self.top)
         sums: dict[int, Tensor] = {}
         if beam:
-            assert best is not None
+            assert yardstick is not None
             assert isinstance(stages, FrozenNetwork)
             width = max(2 * (self.top or 1), self.max_paths // max(1, len(self.network.stages)))
-            search(stages, live.lattice, best, width, collector.add)
+            search(live.graph, stages, yardstick, self.rank, width, collector.add)
         else:
-            steps = rows_of(live.lattice, [[step.label for step in stage.steps] for stage in self.network.stages])
-            sums = walk(live.lattice, stages, steps, chunk_size(trace[FINAL_STREAM]), collector.add)
+            sums = evaluate(live.graph, stages, chunk_size(trace[FINAL_STREAM]), collector.add)
         collector.add_constant()
         terms, weights = collector.terms(live)
-        weights = torch.as_tensor(weights, dtype=truth.dtype, device=truth.device)[:, None, None]
+        truth = trace.decoder.norm(trace[FINAL_STREAM][:, rows.positions])
         found = PathCache(
             expansion=live,
             trace=trace,
             terms=terms,
-            weights=weights.expand(-1, *truth.shape[:2]),
+            weights=truth.new_tensor(weights)[:, None, None].expand(-1, *truth.shape[:2]),
             truth=truth,
             positions=rows.positions,
             is_exhaustive=not beam,
@@ -346,14 +341,15 @@ class PathExpansion:
         for place in sorted(set(sums) - {0}):
             stream = trace[trace.network.streams[place]][trace.valid]
             remainders[trace.network.streams[place]] = float((stream - sums[place][trace.valid]).norm() / stream.norm())
-        if self.linearize == "jet" and self.lattice.count == self.whole.count:
-            of_all = {} if self.top is not None else {DECODER_STEP: found.relative_remainder}
-            place, worst = max((remainders | of_all).items(), key=lambda item: item[1], default=("", 0.0))
+        remainders[DECODER_STEP] = found.relative_remainder
+        if self.linearize == "jet" and self.graph.count == self.whole.count:
+            of_all = {name: x for name, x in remainders.items() if self.top is None or name != DECODER_STEP}
+            place, worst = max(of_all.items(), key=lambda item: item[1], default=("", 0.0))
             warn_of(f"all stages (at {place})", self.order, worst, self.center_scale)
-        return replace(found, remainders=remainders | {DECODER_STEP: found.relative_remainder})
+        return replace(found, remainders=remainders)
 
     def _jets(self, trace: Trace) -> JetStages:
-        counted = self.lattice if self.renormalize else self.whole
+        counted = self.graph if self.renormalize else self.whole
         weights = stage_weights(counted, order=self.order, renormalize=self.renormalize)
         return JetStages(trace, self.order, self.center_scale, weights, self.split_degrees)
 
@@ -366,7 +362,7 @@ class PathExpansion:
         lengths = ", ".join(f"{count_text(n)} of {i}" for i, n in enumerate(self.count_by_length[:5]))
         raise ValueError(
             f"At most max_paths = {self.max_paths:,} paths are evaluated; here are {count_text(self.count)} (by number of "
-            f"writes: {lengths}, ...). Narrow them with max_writes=, through=, avoiding= ('attn' leaves the n-gram paths) or "
+            f"writes: {lengths}, ...). Narrow them with max_length=, through=, avoiding= ('attn' leaves the n-gram paths) or "
             f"sources=; take a coarser granularity; detached, ask for top=; or raise max_paths. For sums over all paths "
             f"there are tl_jets.path_lengths and tl_jets.path_sums."
         )

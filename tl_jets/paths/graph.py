@@ -16,10 +16,10 @@ a polynomial in z, stored as a tuple of exact integer coefficients. Prefixes wit
 Cost: a count takes stages^2 integer additions per set of conditions; a listed path, one look-up per stage.
 
 Example:
-    >>> lattice = Lattice(stages=(("0_attn",), ("0_mlp",), ("1_attn",)), sources=(Source("embed", 0),))
-    >>> lattice.count, lattice.count_by_length
+    >>> graph = PathGraph(stages=(("0_attn",), ("0_mlp",), ("1_attn",)), sources=(Source("embed", 0),))
+    >>> graph.count, graph.count_by_length
     (8, (1, 3, 3, 1))
-    >>> for path in list(lattice)[:3]:
+    >>> for path in list(graph)[:3]:
     ...     print(path)
     embed > ln_final
     embed > 0_attn > ln_final
@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, Stage, Step, frozen_biases, some
@@ -55,19 +56,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Lattice:
-    """The path graph of some stages and sources. Iterate over it for the paths, short ones first.
+class PathGraph:
+    """The paths through some stages from some sources. Iterate over it for the paths, short ones first.
 
     Attributes:
         stages: Labels of the allowed steps, by stage.
         through: Conditions: a path passes through at least one label of each set.
-        max_writes: Largest number of writes in a path; None for any number.
+        max_length: Largest number of writes in a path; None for any number.
     """
 
     stages: tuple[tuple[str, ...], ...]
     sources: tuple[Source, ...]
     through: tuple[frozenset[str], ...] = ()
-    max_writes: int | None = None
+    max_length: int | None = None
 
     @property
     def count(self) -> int:
@@ -79,50 +80,43 @@ class Lattice:
         """Number of paths with 0, 1, 2, ... writes."""
         total: tuple[int, ...] = ()
         for source in self.sources:
-            total = _add(total, self.completions(source.start, self.start(source)))
-        return total if self.max_writes is None else total[: self.max_writes + 1]
+            total = _add(total, self.completions(source.start, self.state(source)[0]))
+        return total if self.max_length is None else total[: self.max_length + 1]
 
-    def count_from(self, sources: Iterable[str]) -> int:
-        """Number of paths that start at the given labels."""
-        return self.starting_at(sources).count
-
-    def starting_at(self, sources: Iterable[str]) -> Lattice:
+    def starting_at(self, sources: Iterable[str]) -> PathGraph:
         """The paths that start at the given labels."""
         wanted = set(sources)
         return replace(self, sources=tuple(source for source in self.sources if source.label in wanted))
 
     def __iter__(self) -> Iterator[Path]:
-        for n_writes in range(len(self.count_by_length)):
+        for length in range(len(self.count_by_length)):
             for source in self.sources:
-                for steps in self._exactly(source.start, self.start(source), n_writes):
+                for steps in self._exactly(source.start, self.state(source)[0], length):
                     decoded = source.start <= len(self.stages)
                     yield Path(source.label, (*steps, DECODER_STEP) if decoded else steps)
 
     def __contains__(self, path: object) -> bool:
         wanted = Path.parse(str(path))
-        for source in self.sources:
-            if source.label == wanted.source:
-                return self._has(source, wanted.steps)
-        return False
-
-    def _has(self, source: Source, steps: tuple[str, ...]) -> bool:
-        if source.start > len(self.stages):
-            return not steps and self.start(source) == 0
-        if not steps or steps[-1] != DECODER_STEP:
+        source = next((source for source in self.sources if source.label == wanted.source), None)
+        if source is None:
             return False
-        needs, place = self.start(source), source.start
-        for step in steps[:-1]:
+        (needs, _), place, steps = self.state(source), source.start, wanted.steps
+        if place <= len(self.stages):
+            if steps[-1:] != (DECODER_STEP,):
+                return False
+            steps = steps[:-1]
+        for step in steps:
             stage = self._stage_of.get(step, -1)
             if stage < place:
                 return False
-            needs, place = self.after(needs, step), stage + 1
-        return needs == 0 and (self.max_writes is None or len(steps) - 1 <= self.max_writes)
+            needs, place = self._after(needs, step), stage + 1
+        return needs == 0 and (self.max_length is None or len(steps) <= self.max_length)
 
-    def start(self, source: Source) -> int:
-        """The conditions that a path from a source has yet to meet, as bits."""
-        return self.after(2 ** len(self.through) - 1, source.label)
+    def state(self, source: Source) -> State:
+        """The state of a path at its source."""
+        return self._after(2 ** len(self.through) - 1, source.label), 0
 
-    def after(self, needs: int, label: str) -> int:
+    def _after(self, needs: int, label: str) -> int:
         """The remaining conditions after a path has passed through a label."""
         return needs & ~self._meets.get(label, 0)
 
@@ -133,7 +127,7 @@ class Lattice:
         key = (stage, needs)
         if key not in self._completions:
             total = self.completions(stage + 1, needs)
-            for left, n_steps in Counter(self.after(needs, step) for step in self.stages[stage]).items():
+            for left, n_steps in Counter(self._after(needs, step) for step in self.stages[stage]).items():
                 taken = self.completions(stage + 1, left)
                 total = _add(total, (0, *(n_steps * n for n in taken)) if taken else ())
             self._completions[key] = total
@@ -143,52 +137,46 @@ class Lattice:
         """Whether a prefix before a stage can be completed."""
         needs, used = state
         ways = self.completions(stage, needs)
-        return any(ways if self.max_writes is None else ways[: max(0, self.max_writes - used + 1)])
+        return any(ways if self.max_length is None else ways[: max(0, self.max_length - used + 1)])
 
     def onward(self, stage: int, state: State) -> list[tuple[int, State]]:
         """The steps of a stage that a prefix can take, by index, and its state after each."""
         needs, used = state
-        found = [(index, (self.after(needs, step), used + 1)) for index, step in enumerate(self.stages[stage])]
-        return [(index, after) for index, after in found if self.is_alive(stage + 1, after)]
+        found = [(index, (self._after(needs, step), used + 1)) for index, step in enumerate(self.stages[stage])]
+        return [(index, state) for index, state in found if self.is_alive(stage + 1, state)]
 
     def prefixes(self) -> list[tuple[int, int]]:
         """By stage, and for the decoder: the number of prefixes, and how many of them take a step of the stage."""
         found: list[tuple[int, int]] = []
         states: Counter[State] = Counter()
         for stage in range(len(self.stages) + 1):
-            for source in self.sources:
-                if source.start == stage and self.is_alive(stage, (self.start(source), 0)):
-                    states[self._counted((self.start(source), 0))] += 1
+            joining = (self.state(source) for source in self.sources if source.start == stage)
+            states.update(state for state in joining if self.is_alive(stage, state))
             if stage == len(self.stages):
-                found.append((states.total(), states.total()))
-                break
+                return [*found, (states.total(), states.total())]
             following: Counter[State] = Counter()
             moving = 0
             for state, n in states.items():
-                onward = self.onward(stage, state)
+                onward = [after for _, after in self.onward(stage, state)]
                 moving += n if onward else 0
-                kept = [state] if self.is_alive(stage + 1, state) else []
-                for after in [*kept, *(after for _, after in onward)]:
-                    following[self._counted(after)] += n
+                for needs, used in [*([state] if self.is_alive(stage + 1, state) else []), *onward]:
+                    # Without a limit, the number of writes does not matter.
+                    following[needs, used if self.max_length is not None else 0] += n
             found.append((states.total(), moving))
             states = following
         return found
 
-    def _counted(self, state: State) -> State:
-        """The state, without its number of writes where there is no limit."""
-        return state if self.max_writes is not None else (state[0], 0)
-
-    def _exactly(self, stage: int, needs: int, n_writes: int) -> Iterator[tuple[str, ...]]:
-        """The completions from a stage with exactly n_writes writes."""
+    def _exactly(self, stage: int, needs: int, length: int) -> Iterator[tuple[str, ...]]:
+        """The completions from a stage with so many writes."""
         ways = self.completions(stage, needs)
-        if n_writes >= len(ways) or not ways[n_writes]:
+        if length >= len(ways) or not ways[length]:
             return
-        if n_writes == 0:
+        if length == 0:
             yield ()
             return
         for place in range(stage, len(self.stages)):
             for step in self.stages[place]:
-                for rest in self._exactly(place + 1, self.after(needs, step), n_writes - 1):
+                for rest in self._exactly(place + 1, self._after(needs, step), length - 1):
                     yield (step, *rest)
 
     @cached_property
@@ -198,57 +186,54 @@ class Lattice:
     @cached_property
     def _meets(self) -> dict[str, int]:
         """The conditions that a label meets, as bits."""
-        found: dict[str, int] = {}
-        for index, labels in enumerate(self.through):
-            for label in labels:
-                found[label] = found.get(label, 0) | (1 << index)
-        return found
+        every = frozenset[str]().union(*self.through)
+        return {label: sum(1 << i for i, labels in enumerate(self.through) if label in labels) for label in every}
 
     @cached_property
     def _completions(self) -> dict[tuple[int, int], tuple[int, ...]]:
         return {}
 
 
-def lattice_of(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> Lattice:
+def path_graph(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> PathGraph:
     """The path graph of a network; for detached paths, with a source for every bias."""
     starts = [Source(label, 0) for label in sources]
     if not detached:
-        return Lattice(tuple(tuple(step.label for step in stage.steps) for stage in stages), tuple(starts))
+        return PathGraph(tuple(tuple(step.label for step in stage.steps) for stage in stages), tuple(starts))
     # The bias of a layer's attention depends on no stream: it is a source alone.
     steps = tuple(tuple(step.label for step in stage.steps if step.kind != "attn_bias") for stage in stages)
     for index, labels in enumerate(frozen_biases(stages)):
         starts += [Source(label, index + 1, True) for label, _ in labels]
     starts.append(Source(DECODER_STEP + BIAS, len(stages) + 1, True))
-    names = [source.label for source in starts] + [step for labels in steps for step in labels]
-    if len(set(names)) < len(names):
-        twice = sorted(name for name, n in Counter(names).items() if n > 1)
+    names = Counter([source.label for source in starts] + [step for labels in steps for step in labels])
+    twice = sorted(name for name, n in names.items() if n > 1)
+    if twice:
         raise ValueError(
             f"Sources, steps and the biases of steps must have different labels; got {twice} more than once."
         )
-    return Lattice(steps, tuple(starts))
+    return PathGraph(steps, tuple(starts))
 
 
 def narrowed(
-    lattice: Lattice,
+    graph: PathGraph,
     stages: Sequence[Stage],
     *,
     through: str | Iterable[str] | None = None,
     avoiding: str | Iterable[str] | None = None,
     sources: str | Iterable[str] | None = None,
-    max_writes: int | None = None,
-) -> Lattice:
-    """The paths through all of `through`, none of `avoiding`, from `sources`, with at most `max_writes` writes."""
-    if max_writes is not None and (isinstance(max_writes, bool) or not isinstance(max_writes, int) or max_writes < 0):
-        raise ValueError(f"max_writes must be None or an integer >= 0; got {max_writes!r}.")
-    taken = {step for labels in lattice.stages for step in labels}
+    max_length: int | None = None,
+) -> PathGraph:
+    """The paths through all of `through`, none of `avoiding`, from `sources`, with at most `max_length` writes."""
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 0):
+        raise ValueError(f"max_length must be None or an integer >= 0; got {max_length!r}.")
+    taken = {step for labels in graph.stages for step in labels}
     steps = [step for stage in stages for step in stage.steps if step.label in taken]
-    known = {source.label: source for source in lattice.sources}
+    known = {source.label: source for source in graph.sources}
     conditions = tuple(_labels(name, steps, known) for name in _names(through))
     avoided = frozenset[str]().union(*(_labels(name, steps, known) for name in _names(avoiding)))
     wanted = frozenset[str]().union(*(_labels(name, [], known) for name in _names(sources)))
-    chosen = [s for s in lattice.sources if s.label not in avoided and (sources is None or s.label in wanted)]
-    kept = tuple(tuple(step for step in labels if step not in avoided) for labels in lattice.stages)
-    return replace(lattice, stages=kept, sources=tuple(chosen), through=conditions, max_writes=max_writes)
+    chosen = [s for s in graph.sources if s.label not in avoided and (sources is None or s.label in wanted)]
+    kept = tuple(tuple(step for step in labels if step not in avoided) for labels in graph.stages)
+    return replace(graph, stages=kept, sources=tuple(chosen), through=conditions, max_length=max_length)
 
 
 def _names(names: str | Iterable[str] | None) -> list[str]:
@@ -284,8 +269,7 @@ def _is_of(step: Step, name: str) -> bool:
 
 def _add(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
     """The sum of two polynomials."""
-    long, short = (left, right) if len(left) >= len(right) else (right, left)
-    return tuple(a + b for a, b in zip(long, (*short, *[0] * (len(long) - len(short))), strict=True))
+    return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
 
 
 def count_text(count: int) -> str:

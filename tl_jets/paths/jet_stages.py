@@ -27,7 +27,7 @@ from tl_jets.calculus import CenterScale, Norm, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
-from tl_jets.paths.graph import Lattice
+from tl_jets.paths.graph import PathGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class JetStages:
         return values * center_scale_factors(self.norm, values, variate.expand_as(values), self.center_scale)[..., None]
 
 
-def stage_weights(lattice: Lattice, *, order: int, renormalize: bool) -> tuple[float, ...]:
+def stage_weights(graph: PathGraph, *, order: int, renormalize: bool) -> tuple[float, ...]:
     """1 / N_s by stage and for the decoder: of all paths, or of the kept ones."""
-    counts = [moving if renormalize and order else n for n, moving in lattice.prefixes()]
+    counts = [moving if renormalize and order else n for n, moving in graph.prefixes()]
     return tuple(1 / max(1, n) for n in counts)

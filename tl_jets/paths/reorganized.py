@@ -12,10 +12,12 @@ as a sum of sources, h = sum_j x_j + sum_m r_m (centers x_j; biases, edits and `
 Each plain term w_i J^1 gamma(x_i)(h) carries the whole stream; a path p_j carries only x_j. The sum and the remainder
 are those of the plain jets. On a linear network p_j = A x_j for any weights: the recursion gives eq. 5.
 
-On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64; the remainder and the rest are lengths
-relative to what the unembedding reads and to the last stream):
+On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64), with norm-matched centers, 29% of the
+plain paths decode to the model's own answer, and 1 of the 257 reorganized ones, `rest > ln_final`; the remainders are
+0.23 and 0.098 (without matching 73%, 1 path, 34 and 5.5). The size of `rest` shows how much of the model no path
+explains: 0.52 of the last stream's length (18 without matching).
 
-==========================================  =========  ====  =============================================
+============================  =========  ====  =============================================
 form                                        remainder  rest  paths that decode to the model's own answer
 ==========================================  =========  ====  =============================================
 plain jets, order 1                         34               73%
@@ -70,7 +72,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -225,15 +227,32 @@ class ReorganizedExpansion(Expansion):
         Raises:
             ValueError: Positions of an inner stage.
         """
-        found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
-        if positions is None:
-            return found
-        if not isinstance(found, ReorganizedPaths):
+        if positions is not None and self.stage is not None:
             raise ValueError(
                 f"positions are chosen where paths are decoded; these end at {self.steps[0]}. Slice them instead: "
                 f"apply_slice_to_pos_dim(...)."
             )
-        return found.at(positions)
+        found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
+        if positions is None:
+            return found
+        chosen = Rows.of(found.trace, positions).positions
+        return replace(found.apply_slice_to_pos_dim(chosen), positions=chosen)
+
+    def check(self, cache: JetCache) -> Check:
+        """Compare the sum of the paths with the plain jets, which are differentiated another way (Taylor arithmetic)."""
+        trace, keep = cache.trace, cache.trace.valid
+        if not cache.is_whole:
+            raise ValueError(
+                f"check needs a whole cache, [batch, pos] = {list(keep.shape)}; this one has {list(cache.truth.shape[:-1])}. "
+                f"Evaluate without positions, and do not slice."
+            )
+        own = ("network", "stage", "centers", "order", "weights", "objective", "center_scale", "linearize")
+        plain = Expansion(*(getattr(self, name) for name in own)).evaluate(trace)
+        # Sources that are not centers also pass through the identity; plain jets omit them.
+        others = [] if self.stage is None else [v for k, v in self.sources(trace).items() if k not in plain.terms]
+        found, wanted = cache.truth - cache.remainder, plain.truth - plain.remainder
+        wanted = wanted + sum(others, torch.zeros_like(wanted))
+        return Check(relative_error(found[keep], wanted[keep]), plain.check().slopes, 1)
 
     def sources(self, trace: Trace) -> dict[str, Float[Tensor, "batch pos d_model"]]:
         """All summands of the stream by name: the centers, the carried sources, then `rest`."""
@@ -265,7 +284,7 @@ class ReorganizedExpansion(Expansion):
             terms = self._named(trace, list(sources), values, paths, constants)
             following = trace.edits(self.network.next_stream(self.stage))
             truth = truth + sum(following.values(), torch.zeros_like(truth))
-            return ReorganizedCache(self, trace, {**terms, **following}, weights, truth, solution)
+            return JetCache(self, trace, {**terms, **following}, weights, truth, solution)
 
     def _inner_paths(self, trace: Trace, scaled: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Paths of all sources through the stage [step, source, ...], and gamma at zero [step, ...]."""
@@ -303,7 +322,7 @@ class ReorganizedExpansion(Expansion):
                 terms[label] = constant
         return terms
 
-    def _decoded(self, trace: Trace, paths: dict[str, Tensor], truth: Tensor) -> ReorganizedPaths:
+    def _decoded(self, trace: Trace, paths: dict[str, Tensor], truth: Tensor) -> PathCache:
         """The paths through the decoder, and its own bias, as a PathCache."""
         norm, b_U = trace.decoder.norm, trace.decoder.b_U
         terms = {str(Path.parse(label).then(DECODER_STEP)): path for label, path in paths.items()}
@@ -315,8 +334,8 @@ class ReorganizedExpansion(Expansion):
             stream, rest = trace[stage.stream][trace.valid], stage.sources(trace)[REST][trace.valid]
             remainders[stage.stream] = float(rest.norm() / stream.norm())
             stage = stage.previous
-        found = ReorganizedPaths(
-            expansion=self,  # pyright: ignore[reportArgumentType]  # as far as a PathCache reads it
+        found = PathCache(
+            expansion=self,
             trace=trace,
             terms=terms,
             weights=weights[:, None, None].expand(-1, *truth.shape[:-1]),
@@ -325,57 +344,6 @@ class ReorganizedExpansion(Expansion):
         )
         ordered = dict(reversed(remainders.items())) | {DECODER_STEP: found.relative_remainder}
         return replace(found, remainders=ordered)
-
-
-class ReorganizedCache(JetCache):
-    """The paths of an inner stage, by name; centers of the next expansion."""
-
-    def check(self) -> Check:
-        """Compare the sum of all paths with that of the plain jets, by Taylor arithmetic; see `JetCache.check`."""
-        return _check(self)
-
-
-class ReorganizedPaths(PathCache):
-    """Decoded paths, by name: a `PathCache`."""
-
-    def at(self, positions: int | Sequence[int]) -> ReorganizedPaths:
-        """The paths at some positions."""
-        rows = Rows.of(self.trace, positions)
-        sliced = cast(ReorganizedPaths, self.apply_slice_to_pos_dim(rows.positions))
-        return replace(sliced, positions=rows.positions)
-
-    def check(self) -> Check:
-        """Compare the sum of all paths with that of the plain jets, by Taylor arithmetic; see `JetCache.check`."""
-        return _check(self)
-
-
-def _check(cache: JetCache) -> Check:
-    """Compare the sum of the paths with the plain jets, which are differentiated another way."""
-    expansion, trace = cache.expansion, cache.trace
-    assert isinstance(expansion, ReorganizedExpansion)
-    network, keep = expansion.network, trace.valid
-    if not cache.is_whole:
-        raise ValueError(
-            f"check needs a whole cache, [batch, pos] = {list(keep.shape)}; this one has {list(cache.truth.shape[:-1])}. "
-            f"Evaluate without positions, and do not slice."
-        )
-    plain = jet_expand(
-        network,
-        expansion.steps[0],
-        centers=list(expansion.centers),
-        order=1,
-        weights=cast(Any, expansion.weights),
-        center_scale=expansion.center_scale,
-    )(trace)
-    # Sources that are not centers also pass through the identity; plain jets omit them.
-    identity = torch.zeros_like(cache.truth)
-    if expansion.stage is not None:
-        values = expansion.sources(trace)
-        identity = torch.stack(
-            [value for label, value in values.items() if label not in plain.terms] or [identity]
-        ).sum(0)
-    found, wanted = cache.truth - cache.remainder, plain.truth - plain.remainder + identity
-    return Check(relative_error(found[keep], wanted[keep]), plain.check().slopes, 1)
 
 
 def _is_rest(label: str) -> bool:

@@ -30,13 +30,15 @@ Example:
     (['0', '1', '2', '3'], [1, 3, 3, 1])
     >>> bool(torch.allclose(lengths.share.sum(0), torch.ones(1, 3, dtype=torch.float64)))
     True
+    >>> path_sums(model, torch.tensor([[0, 3]])).labels
+    ['0_mlp', '1_mlp', '2_mlp']
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -45,19 +47,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import Yardstick
+from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import BIAS, DECODER_STEP
 from tl_jets.core.readout import top_tokens
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
-from tl_jets.core.structure import Structure
-from tl_jets.core.tokens import decode, token_names
+from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
-from tl_jets.paths.evaluation import rows_of, with_edits
-from tl_jets.paths.graph import Lattice, count_text, lattice_of, narrowed
+from tl_jets.paths.evaluation import taken_rows, with_edits
+from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
 
 By = Literal["path", "length", "component", "source"]
 MEASURES = ("norm", "cosine", "share", "effect")
@@ -70,7 +73,7 @@ class PathStatistics(Result):
     Attributes:
         labels: Paths, path lengths, components or sources (see `by`), aligned to the part axis.
         counts: Number of paths in each part.
-        n_writes: By path, its number of writes; None for sums.
+        lengths: By path, its number of writes; None for sums.
         positions: Positions in the prompt, aligned to the pos axis.
         valid: Which `tokens` are real.
         norm: Length of the part's logits over that of the model's, both centered over the vocabulary.
@@ -80,12 +83,13 @@ class PathStatistics(Result):
         target_names: The targets as requested; `<answer>` is the model's own best token.
         top_ids: The part's best token; `model_top_ids` holds the model's.
         unit: Unit of effects: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
     """
 
     labels: list[str]
     by: By
     counts: list[int]
-    n_writes: list[int] | None
+    lengths: list[int] | None
     positions: list[int]
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
@@ -98,7 +102,7 @@ class PathStatistics(Result):
     top_ids: Int[Tensor, "part batch pos"]
     model_top_ids: Int[Tensor, "batch pos"]
     unit: str
-    tokenizer: Any
+    token_names: dict[int, str]
 
     def __repr__(self) -> str:
         return (
@@ -108,6 +112,12 @@ class PathStatistics(Result):
 
     def _body(self) -> str:
         return dataframe_html(self.largest(SHOWN_ROWS, "size"), total=len(self.labels), whole="average()")
+
+    @property
+    def n_writes(self) -> list[int] | None:
+        """The old name of `lengths`, for one release."""
+        warn_caller("n_writes is now lengths; the next release will drop the old name.", DeprecationWarning)
+        return self.lengths
 
     @property
     def effect(self) -> Float[Tensor, "part batch pos"]:
@@ -122,15 +132,18 @@ class PathStatistics(Result):
     def average(self) -> pd.DataFrame:
         """One row per part, averaged over all real positions of all prompts.
 
-        Columns: the part (`path`, `length`, ...), count, n_writes (of paths), norm, cosine, share, effect (on the first
+        Columns: the part (`path`, `length`, ...), count, length (of paths), norm, cosine, share, effect (on the first
         target; others as `effect:<name>`), size (mean absolute effect), copies (share of best tokens that are the model's).
         """
+
+        def mean(values: Tensor) -> list[float]:
+            return values.flatten(1).nanmean(1).tolist()
+
         table: dict[str, Any] = {self.by: self.labels, "count": self.counts}
-        if self.n_writes is not None:
-            table["n_writes"] = self.n_writes
-        table |= {name: _mean(getattr(self, name)) for name in MEASURES}
-        table |= {f"effect:{name}": _mean(self.effects[..., i]) for i, name in enumerate(self.target_names) if i}
-        table["size"] = _mean(self.effect.abs())
+        table |= {} if self.lengths is None else {"length": self.lengths}
+        table |= {name: mean(getattr(self, name)) for name in MEASURES}
+        table |= {f"effect:{name}": mean(self.effects[..., i]) for i, name in enumerate(self.target_names) if i}
+        table["size"] = mean(self.effect.abs())
         table["copies"] = (self.copies.flatten(1).sum(1).double() / self.valid.sum()).tolist()
         return pd.DataFrame(table)
 
@@ -147,16 +160,17 @@ class PathStatistics(Result):
 
         Args:
             measure: `"norm"`, `"cosine"`, `"share"` or `"effect"`.
-            bins: Number of bins, or their edges. For norms a number gives logarithmic bins between the extremes.
+            bins: Number of bins, or their edges. For norms a number gives logarithmic bins between the extremes, and
+                one more for norms that are zero, if there are any.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {MEASURES}; got {measure!r}.")
+        check_choice("measure", measure, MEASURES)
         values = getattr(self, measure)[:, self.valid].flatten().double().cpu().numpy()
         edges: Any = bins
         if isinstance(bins, int) and measure == "norm" and (values > 0).any():
-            values = values[values > 0]
-            edges = np.geomspace(values.min(), values.max() * (1 + 1e-9), bins + 1)
-            edges[0] = values.min()
+            least = values[values > 0].min()
+            edges = np.geomspace(least, values.max() * (1 + 1e-9), bins + 1)
+            edges[0] = least
+            edges = np.concatenate([[0.0], edges]) if (values == 0).any() else edges
         counts, edges = np.histogram(values, edges)
         return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
 
@@ -166,32 +180,28 @@ class PathStatistics(Result):
         Columns: the part (`path`, `length`, ...), batch, pos, token (read at that position), norm, cosine, share,
         target, effect, top_token (the part's best), is_answer (whether that is the model's own).
         """
-        tokenizer = tokenizer or self.tokenizer
-        names = token_names(tokenizer, [self.top_ids, self.tokens, self.target_ids])
-        columns = {name: getattr(self, name).tolist() for name in ("norm", "cosine", "share", "effects", "top_ids")}
-        targets, copies = self.target_ids.tolist(), self.copies.tolist()
-        rows = []
-        for i, label in enumerate(self.labels):
-            for b, p in self.valid.nonzero().tolist():
-                here = {self.by: label, "batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])]}
-                here |= {name: columns[name][i][b][p] for name in ("norm", "cosine", "share")}
-                for t, target in enumerate(targets[b][p]):
-                    row = here | {"target": names[target], "effect": columns["effects"][i][b][p][t]}
-                    rows.append(row | {"top_token": names[columns["top_ids"][i][b][p]], "is_answer": copies[i][b][p]})
-        return pd.DataFrame(rows)
+        names = self._names(tokenizer)
+        part, b, p, t = self.valid[None, :, :, None].expand_as(self.effects).nonzero().T.cpu()
+        texts = {"token": self.tokens[b, p], "target": self.target_ids[b, p, t], "top_token": self.top_ids[part, b, p]}
+        table = {self.by: [self.labels[i] for i in part], "batch": b, "pos": [self.positions[i] for i in p]}
+        table |= {"token": None, **{name: getattr(self, name)[part, b, p] for name in ("norm", "cosine", "share")}}
+        table |= {"target": None, "effect": self.effects[part, b, p, t], "top_token": None}
+        table |= {name: [names[i] for i in ids.tolist()] for name, ids in texts.items()}
+        table["is_answer"] = self.copies[part, b, p]
+        return pd.DataFrame({k: v.tolist() if isinstance(v, Tensor) else v for k, v in table.items()})
 
     def top_tokens(self, tokenizer: Any = None) -> dict[str, Any]:
         """The part's best token by label: {label: nested lists [batch][pos]}."""
-        return {label: decode(tokenizer or self.tokenizer, self.top_ids[i]) for i, label in enumerate(self.labels)}
+        names = self._names(tokenizer)
+        return {label: nested_texts(names, self.top_ids[i]) for i, label in enumerate(self.labels)}
 
-
-def _mean(values: Tensor) -> list[float]:
-    return values.flatten(1).nanmean(1).tolist()
+    def _names(self, tokenizer: Any) -> dict[int, str]:
+        return token_names(tokenizer, [self.top_ids, self.tokens, self.target_ids]) if tokenizer else self.token_names
 
 
 @torch.no_grad()
 def statistics_of(
-    network: Structure,
+    trace: Trace,
     yardstick: Yardstick,
     tokens: Int[Tensor, "batch out_pos"],
     labels: list[str],
@@ -200,20 +210,19 @@ def statistics_of(
     *,
     by: By,
     counts: list[int],
-    n_writes: list[int] | None = None,
+    lengths: list[int] | None = None,
 ) -> PathStatistics:
     """Measure parts, given by what the unembedding reads of them and their multiples of b_U."""
-    if by not in get_args(By):
-        raise ValueError(f"by must be one of {get_args(By)}; got {by!r}.")
     rows = yardstick.rows
-    parts = yardstick.augmented(states, bias_weights)
-    measured = yardstick.measure(parts)
-    best = top_tokens(network.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
+    measured = yardstick.measure(yardstick.augmented(states, bias_weights))
+    best = top_tokens(trace.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
+    top_ids = rows.spread(best.indices[..., 0], fill=-1)
+    answers = rows.spread(yardstick.answers, fill=-1)
     return PathStatistics(
         labels=labels,
         by=by,
         counts=counts,
-        n_writes=n_writes,
+        lengths=lengths,
         positions=rows.positions,
         tokens=tokens,
         valid=rows.keep,
@@ -223,10 +232,10 @@ def statistics_of(
         effects=measured["effect"],
         target_ids=yardstick.target_ids,
         target_names=yardstick.target_names,
-        top_ids=rows.spread(best.indices[..., 0], fill=-1),
-        model_top_ids=rows.spread(yardstick.answers, fill=-1),
-        unit=network.decoder.unit,
-        tokenizer=network.tokenizer,
+        top_ids=top_ids,
+        model_top_ids=answers,
+        unit=trace.decoder.unit,
+        token_names=token_names(trace.network.tokenizer, [top_ids, answers, tokens, yardstick.target_ids]),
     )
 
 
@@ -249,8 +258,8 @@ def path_lengths(
         avoiding: Steps, sources or kinds (`"attn"`) that paths do not pass through.
         sources: Where paths start; None for all.
         positions: Positions to read; None for all.
-        targets: Tokens to report the effect on: strings or ids (the same everywhere), one list of them a prompt
-            (`[[" Paris"], [" Rome"]]`), or ids [batch, pos, target]; None for the model's own best token.
+        targets: Tokens to report the effect on: strings or ids, one list of them a prompt, or ids [batch, pos, target];
+            None for the model's own best token.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
 
@@ -264,28 +273,16 @@ def path_lengths(
     Source: Elhage et al. 2021, path expansion; the frozen maps of Golden, arXiv 2505.24293. Cost: freezing (two
     evaluations of every stage), then stages^2 / 2 applications of a frozen stage.
     """
-    trace, rows, lattice, frozen = _frozen(model, text_or_tokens, positions, attention_mask, cache, avoiding, sources)
-    values = frozen.sources
-    like = trace[trace.network.streams[0]]
+    sums = _Sums.of(model, text_or_tokens, positions, attention_mask, cache, avoiding=avoiding, sources=sources)
+    graph, stages = sums.graph, sums.graph.stages
     with torch.no_grad():
-        by_length = like.new_zeros(len(lattice.stages) + 2, *like.shape)
-        steps = _rows(lattice, frozen)
-        for stage in range(len(lattice.stages) + 1):
-            for source in lattice.sources:
-                if source.start == stage and source.label in values:
-                    by_length[0] += values[source.label]
-            if stage < len(lattice.stages) and steps[stage]:
-                by_length[1 : stage + 2] += frozen.writes(stage, by_length[: stage + 1])[steps[stage]].sum(0)
-        states = frozen.decode(by_length[: len(lattice.count_by_length)], rows.positions)
-        weights = states.new_zeros(len(states))
-        constant = DECODER_STEP + BIAS
-        if constant in values and any(source.label == constant for source in lattice.sources):
-            states[0], weights[0] = states[0] + values[constant][:, rows.positions], 1.0
-    counts = list(lattice.count_by_length)
-    yardstick = Yardstick.of(trace, rows, targets)
-    labels = [str(n) for n in range(len(counts))]
-    tokens = trace.tokens[:, rows.positions]
-    return statistics_of(trace.network, yardstick, tokens, labels, states, weights, by="length", counts=counts)
+        by_length = sums.nothing.new_zeros(len(stages) + 2, *sums.nothing.shape)
+        for stage in range(len(stages) + 1):
+            by_length[0] += sum(sums.joining(stage).values(), sums.nothing)
+            if stage < len(stages) and stages[stage]:
+                by_length[1 : stage + 2] += sums.writes(stage, by_length[: stage + 1]).sum(0)
+    parts = {str(length): values for length, values in enumerate(by_length[: len(graph.count_by_length)])}
+    return sums.measured(parts, "length", list(graph.count_by_length), targets, constant="0")
 
 
 def path_sums(
@@ -320,73 +317,91 @@ def path_sums(
         NotImplementedError: The model cannot be frozen.
 
     Source: Elhage et al. 2021; Golden, arXiv 2505.24293. Cost: freezing, then components x stages / 2 frozen stages.
-
-    Example:
-        >>> from tl_jets import CallableModel, Decoder, Norm
-        >>> model = CallableModel(
-        ...     embed=torch.nn.Embedding(5, 4),
-        ...     stages=[{"0_mlp": torch.relu, "0_attn": torch.tanh}],
-        ...     decoder=Decoder(Norm("RMS"), torch.randn(4, 7), torch.zeros(7)),
-        ... )
-        >>> path_sums(model, torch.tensor([[0, 3]])).labels
-        ['0_mlp', '0_attn']
     """
-    if by not in ("component", "source"):
-        raise ValueError(f"by must be 'component' or 'source'; got {by!r}.")
-    trace, rows, lattice, frozen = _frozen(model, text_or_tokens, positions, attention_mask, cache, avoiding, None)
-    values = frozen.sources
-    every: dict[str, Tensor] = {}
+    check_choice("by", by, ("component", "source"))
+    sums = _Sums.of(model, text_or_tokens, positions, attention_mask, cache, avoiding=avoiding)
+    parts: dict[str, Tensor] = {}
     with torch.no_grad():
-        stream = torch.zeros_like(trace[trace.network.streams[0]])  # the sum of all prefixes
-        for stage, steps in enumerate([*_rows(lattice, frozen), []]):
-            joining = {s.label: values[s.label] for s in lattice.sources if s.start == stage and s.label in values}
-            stream = stream + sum(joining.values(), torch.zeros_like(stream))
-            every |= joining if by == "source" else {}
+        stream = sums.nothing  # the sum of all prefixes
+        for stage, steps in enumerate([*sums.graph.stages, ()]):
+            joining = sums.joining(stage)
+            stream = stream + sum(joining.values(), sums.nothing)
+            parts |= joining if by == "source" else {}
             if steps:
-                carried = torch.stack([*every.values(), stream])
-                writes = frozen.writes(stage, carried)[steps]
-                every = dict(zip(every, carried[:-1] + writes[:, :-1].sum(0), strict=True))
+                carried = torch.stack([*parts.values(), stream])
+                writes = sums.writes(stage, carried)
+                parts = dict(zip(parts, carried[:-1] + writes[:, :-1].sum(0), strict=True))
                 stream = stream + writes[:, -1].sum(0)
-                if by == "component":
-                    every |= dict(zip(lattice.stages[stage], writes[:, -1], strict=True))
-        if not every:
-            raise ValueError("path_sums needs a step or source that is not avoided; got none. Avoid less.")
-        states = frozen.decode(torch.stack(list(every.values())), rows.positions)
-        weights = states.new_zeros(len(states))
-        constant = DECODER_STEP + BIAS
-        if by == "source" and constant in values and any(source.label == constant for source in lattice.sources):
-            every[constant] = values[constant]
-            states = torch.cat([states, values[constant][None, :, rows.positions]])
-            weights = torch.cat([weights, weights.new_ones(1)])
-    counts = _counts(lattice, list(every), by)
-    yardstick, tokens = Yardstick.of(trace, rows, targets), trace.tokens[:, rows.positions]
-    return statistics_of(trace.network, yardstick, tokens, list(every), states, weights, by=by, counts=counts)
+                parts |= dict(zip(steps, writes[:, -1], strict=True)) if by == "component" else {}
+    if not parts:
+        raise ValueError("path_sums needs a step or source that is not avoided; got none. Avoid less.")
+    constant = DECODER_STEP + BIAS if by == "source" else None
+    return sums.measured(parts, by, None, targets, constant)
 
 
-def _counts(lattice: Lattice, labels: list[str], by: str) -> list[int]:
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """The frozen network of one input and the selected paths, whose sums go through the stages."""
+
+    trace: Trace
+    rows: Rows
+    graph: PathGraph
+    frozen: FrozenNetwork
+
+    @classmethod
+    def of(
+        cls, model: Any, text_or_tokens: Any, positions: Any, attention_mask: Any, cache: Any, **filters: Any
+    ) -> _Sums:
+        network = ResidualNetwork.of(model)
+        whole = path_graph(network.stages, network.sources, detached=True)
+        with torch.inference_mode(False):
+            trace = trace_of(network, text_or_tokens, attention_mask, cache)
+            if isinstance(text_or_tokens, Trace) and text_or_tokens.network is network:
+                trace = text_or_tokens  # which keeps the frozen network
+            graph = narrowed(with_edits(whole, trace), network.stages, **filters)
+            frozen = FrozenNetwork.of(trace)
+            return cls(trace, Rows.of(trace, positions), graph.starting_at(frozen.sources), frozen)
+
+    @property
+    def nothing(self) -> Tensor:
+        """The sum of no paths [batch, pos, d_model]."""
+        return torch.zeros_like(self.trace[self.trace.network.streams[0]])
+
+    def joining(self, stage: int) -> dict[str, Tensor]:
+        """The sources that start at a stage, by label."""
+        return {s.label: self.frozen.sources[s.label] for s in self.graph.sources if s.start == stage}
+
+    def writes(self, stage: int, values: Tensor) -> Tensor:
+        """The selected steps' linear writes of many values [step, value, batch, pos, d_model]."""
+        return self.frozen.writes(stage, values)[taken_rows(self.graph, self.frozen, stage)]
+
+    def measured(
+        self,
+        parts: dict[str, Tensor],
+        by: By,
+        counts: list[int] | None,
+        targets: TargetInput | None,
+        constant: str | None,
+    ) -> PathStatistics:
+        """Statistics of parts of the last stream; the decoder's own constant is added to the part `constant`."""
+        trace, positions = self.trace, self.rows.positions
+        states = dict(zip(parts, self.frozen.decode(torch.stack(list(parts.values())), positions), strict=True))
+        weights = dict.fromkeys(states, 0.0)
+        for value in self.joining(len(self.graph.stages) + 1).values() if constant else ():
+            states[constant] = states.get(constant, 0) + value[:, positions]
+            weights[constant] = 1.0
+        labels, every = list(states), torch.stack(list(states.values()))
+        counts = _counts(self.graph, labels, by) if counts is None else counts
+        yardstick, tokens = Yardstick.of(trace, self.rows, targets), trace.tokens[:, positions]
+        bias_weights = every.new_tensor([weights[label] for label in labels])
+        return statistics_of(trace, yardstick, tokens, labels, every, bias_weights, by=by, counts=counts)
+
+
+def _counts(graph: PathGraph, labels: list[str], by: str) -> list[int]:
     """Number of paths in each sum."""
     if by == "source":
-        return [lattice.count_from([label]) for label in labels]
-    before = [n for n, _ in lattice.prefixes()]
-    after = [sum(lattice.completions(stage + 1, 0)) for stage in range(len(lattice.stages))]
-    stage_of = {step: stage for stage, steps in enumerate(lattice.stages) for step in steps}
+        return [graph.starting_at([label]).count for label in labels]
+    before = [n for n, _ in graph.prefixes()]
+    after = [sum(graph.completions(stage + 1, 0)) for stage in range(len(graph.stages))]
+    stage_of = {step: stage for stage, steps in enumerate(graph.stages) for step in steps}
     return [before[stage_of[label]] * after[stage_of[label]] for label in labels]
-
-
-def _rows(lattice: Lattice, frozen: FrozenNetwork) -> list[list[int]]:
-    return rows_of(lattice, [[step.label for step in stage.stage.steps] for stage in frozen.stages])
-
-
-def _frozen(
-    model: Any, text_or_tokens: Any, positions: Any, attention_mask: Any, cache: Any, avoiding: Any, sources: Any
-) -> tuple[Trace, Rows, Lattice, FrozenNetwork]:
-    """The input's trace, its frozen network, and the selected paths."""
-    network = ResidualNetwork.of(model)
-    whole = lattice_of(network.stages, network.sources, detached=True)
-    with torch.inference_mode(False):
-        trace = trace_of(network, text_or_tokens, attention_mask, cache)
-        if isinstance(text_or_tokens, Trace) and text_or_tokens.network is network:
-            trace = text_or_tokens  # which keeps the frozen network
-        lattice = narrowed(with_edits(whole, trace), network.stages, avoiding=avoiding, sources=sources)
-        frozen = FrozenNetwork.of(trace)
-        return trace, Rows.of(trace, positions), lattice.starting_at(frozen.sources), frozen

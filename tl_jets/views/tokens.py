@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.numerals import number, precise
-from tl_jets.core.tokens import decode, token_names, visible
+from tl_jets.core.tokens import decode, visible
 from tl_jets.detached_map import DetachedJacobian
 from tl_jets.lenses import IterativeJetLens
 from tl_jets.paths.cache import PathCache
@@ -61,7 +61,7 @@ def lens_tokens(
     if lens.measures is None:
         raise ValueError("Tokens are colored by a measure; this lens was run without. Run it with measures=True.")
     places, k = places_of(lens, prompt, positions), order_index(lens, order)
-    names = token_names(lens.tokenizer, [lens.tokens, lens.top_ids[:, k, prompt]])
+    names = lens.token_names
     rows = []
     for i, label in enumerate(lens.labels):
         chips = []
@@ -115,7 +115,7 @@ def path_tokens(
     chosen: list[int] = list(range(len(statistics.labels)))
     if top is not None and top < len(chosen):
         chosen = values.abs().nanmean(1).argsort(descending=True, stable=True)[:top].tolist()
-    names = token_names(statistics.tokenizer, [statistics.tokens, statistics.top_ids, statistics.target_ids])
+    names = statistics.token_names
     scale = largest(value for i in chosen for value in values[i].tolist())
     rows = []
     for i in chosen:
