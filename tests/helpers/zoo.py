@@ -20,6 +20,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -40,6 +41,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+
+from tl_jets.core.tokens import token_names
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -673,3 +676,14 @@ def load_stories(world: World, dtype: torch.dtype = torch.float32, processing: P
             model = HookedTransformer(cfg, transformers.AutoTokenizer.from_pretrained(STORIES), move_to_device=False)
             _load(model, state, ModelSpec("llama", world, processing))
     return model.eval().requires_grad_(False)
+
+
+def renamed_tokens(result: Any, tokenizer: Any) -> Any:
+    """A result with the texts of another tokenizer; None for ids as texts."""
+    every = torch.arange(D_VOCAB, device="cpu")
+    return dataclasses.replace(result, token_names=token_names(tokenizer, [every]))
+
+
+def text_of(lens: Any, token: int) -> str:
+    """The text of a token in a lens."""
+    return (lens.texts(torch.tensor(token)) if hasattr(lens, "texts") else lens.token_names)[token]

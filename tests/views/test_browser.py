@@ -17,7 +17,7 @@ from hostile import HOSTILE, HostileTokenizer
 import tl_jets as tj
 from tl_jets import ResidualNetwork, views
 from tl_jets.core.numerals import precise
-from tl_jets.core.tokens import token_text, visible
+from tl_jets.core.tokens import visible
 from tl_jets.views import View, page
 
 SCHEMES = ("light", "dark")
@@ -79,7 +79,7 @@ def world(request):
     sums, table = tj.path_sums(network, trace), tj.jet_trigrams(network, 1, 0, top_k=20, progress=False)
     if request.param == "hostile":
         tokenizer = HostileTokenizer()
-        iterative, joint, sums = (replace(result, tokenizer=tokenizer) for result in (iterative, joint, sums))
+        iterative, joint, sums = (zoo.renamed_tokens(result, tokenizer) for result in (iterative, joint, sums))
         sums = replace(sums, target_names=[HOSTILE[1]])
         table = replace(table, names={token: HOSTILE[token % len(HOSTILE)] for token in table.names})
     made = {
@@ -92,7 +92,8 @@ def world(request):
         "top tokens of components": views.top_tokens(joint),
         "trigrams": views.trigram_heatmap(network, table, size=5),
     }
-    return {"iterative": iterative, "joint": joint, "trace": trace, "sums": sums, "table": table, "views": made}
+    found = {"iterative": iterative, "joint": joint, "trace": trace, "sums": sums, "table": table, "views": made}
+    return found | {"hostile": request.param == "hostile"}
 
 
 def hovered(page, place):
@@ -148,7 +149,7 @@ def test_a_pointer_brings_up_the_numbers(world, show):
     with show(world["views"]["lens table"].page()) as opened:
         for i, p in ((0, 0), (1, 2), (len(lens.labels) - 1, 1)):
             place = opened.locator("tbody tr").nth(i).locator("td").nth(p)
-            best = visible(token_text(lens.tokenizer, int(lens.top_ids[i, 1, 0, p, 0])))
+            best = visible(zoo.text_of(lens, int(lens.top_ids[i, 1, 0, p, 0])))
             assert place.locator("bdi").text_content() == best
             lines = hovered(opened, place).split("\n")
             assert lines[0] == f"{lens.labels[i]}, order 1, position {p}"
@@ -234,7 +235,7 @@ def test_the_lens_page(world, show, scheme):
     iterative, joint = world["iterative"], world["joint"]
     data = views.lens_data(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0])
     kinds = (joint.measures, joint.control, joint.uniform, joint.control_uniform)
-    name = lambda token: visible(token_text(iterative.tokenizer, int(token)))  # noqa: E731
+    name = lambda token: visible(zoo.text_of(iterative, int(token)))  # noqa: E731
     with show(views.lens_page(data | {"shown": 1}), scheme) as opened:
         assert opened.title() == f"tl-jets lens: {HOSTILE[0]}"
         chips = opened.locator("button.token")
@@ -266,14 +267,14 @@ def test_the_lens_page(world, show, scheme):
 
 
 def test_the_page_of_a_detached_lens_shows_effects(world, show):
-    trace, tokenizer = world["trace"], world["joint"].tokenizer
+    trace = world["trace"]
     targets = [int(token) for token in trace.tokens[0, :2]]
     lenses = (
         lens(trace.network, trace, linearize="detached", targets=targets)
         for lens in (tj.iterative_jet_lens, tj.joint_jet_lens)
     )
-    iterative, joint = (replace(lens, tokenizer=tokenizer) for lens in lenses)
-    name = lambda token: visible(token_text(tokenizer, token))  # noqa: E731
+    iterative, joint = (zoo.renamed_tokens(lens, HostileTokenizer()) if world["hostile"] else lens for lens in lenses)
+    name = lambda token: visible(zoo.text_of(joint, token))  # noqa: E731
     with show(views.lens_page(views.lens_data(iterative, joint) | {"shown": 1})) as opened:
         heads, *rows = (row.locator("th, td").all_text_contents() for row in opened.locator("#joint tr").all())
         assert heads == ["component", *(f"effect on {name(token)}" for token in targets), "its own best tokens"]

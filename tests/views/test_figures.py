@@ -16,7 +16,7 @@ import zoo
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork
-from tl_jets.core.tokens import token_text, visible
+from tl_jets.core.tokens import visible
 from tl_jets.views import figures
 from tl_jets.views.figures import axes
 
@@ -72,7 +72,7 @@ def test_a_joint_table_is_the_lens(joint):
     assert torch.allclose(torch.tensor(image.get_array().data), found.values[..., 0])
     low, high = image.get_clim()
     assert -low == high == pytest.approx(float(found.values.abs().max()))  # zero in the middle
-    name = lambda token: visible(token_text(joint.tokenizer, int(token)))  # noqa: E731
+    name = lambda token: visible(zoo.text_of(joint, int(token)))  # noqa: E731
     shown = words(ax, n)
     assert shown[:-1] == [[name(token) for token in row] for row in found.indices[..., 0]]
     assert shown[-1] == [name(token) for token in joint.model_top_ids[0, :n]]
@@ -101,7 +101,7 @@ def test_an_iterative_table_is_the_lens(iterative, order):
     shown = words(ax, n)
     for i in range(len(iterative.labels)):
         for p in range(n):
-            name = visible(token_text(iterative.tokenizer, int(iterative.top_ids[i, order, 0, p, 0])))
+            name = visible(zoo.text_of(iterative, int(iterative.top_ids[i, order, 0, p, 0])))
             assert shown[i][p] == (f"[{name}]" if iterative.borrowed[i, order, 0, p] else name)
     assert ticks(ax.yaxis) == [*iterative.labels, "model"] and "nats" in bar.get_ylabel()
     assert order == 0 or iterative.borrowed[:, order].any()
@@ -126,7 +126,7 @@ def test_a_lens_without_measures_has_no_colors(network, trace, iterative):
     bare = tj.iterative_jet_lens(network, trace, measures=False)
     figure = drawn(figures.lens_table(bare, order=1))
     assert len(figure.axes) == 1 and not figure.axes[0].images
-    assert words(figure.axes[0], 5)[0][0] == visible(token_text(bare.tokenizer, int(bare.top_ids[0, 1, 0, 0, 0])))
+    assert words(figure.axes[0], 5)[0][0] == visible(zoo.text_of(bare, int(bare.top_ids[0, 1, 0, 0, 0])))
     with pytest.raises(ValueError, match="needs them; this lens was run without"):
         figures.measures(bare)
 
@@ -303,10 +303,10 @@ def test_tokens_are_no_formulas(iterative, joint, network, trace):
 
     hostile = Formulas()
     sums = tj.path_sums(network, trace)
-    sums = replace(sums, tokenizer=hostile, target_names=["$a_{1$"], labels=["$a_{1$"] * len(sums.labels))
+    sums = replace(zoo.renamed_tokens(sums, hostile), target_names=["$a_{1$"], labels=["$a_{1$"] * len(sums.labels))
     for figure in (
-        figures.lens_table(replace(joint, tokenizer=hostile)),
-        figures.lens_table(replace(iterative, tokenizer=hostile)),
+        figures.lens_table(zoo.renamed_tokens(joint, hostile)),
+        figures.lens_table(zoo.renamed_tokens(iterative, hostile)),
         figures.path_shares(sums, measure="effect"),
         figures.lens_table(replace(joint, labels=["$a_{1$"] * len(joint.labels))),
         figures.measures(

@@ -20,7 +20,7 @@ import tl_jets as tj
 from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens, views
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number
-from tl_jets.core.tokens import token_text, visible
+from tl_jets.core.tokens import visible
 from tl_jets.views import View, lens_data, lens_page, page
 
 
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 def test_data_is_what_the_lenses_say(lenses):
     iterative, joint = lenses
     data = json.loads(json.dumps(lens_data(iterative, joint, model="m", prompt="p"), allow_nan=False))
-    name = lambda token: visible(token_text(iterative.tokenizer, int(token)))  # noqa: E731
+    name = lambda token: visible(zoo.text_of(iterative, int(token)))  # noqa: E731
     layer, order, batch, pos = 1, 2, 0, -1
     found = data["iterative"]
     assert found["labels"] == iterative.labels and found["orders"] == [0, 1, 2]
@@ -206,7 +206,7 @@ def test_a_lens_table_shows_the_lens(lenses):
         for i in range(len(iterative.labels)):
             for cell, p in zip(rows[1 + i][1:], places, strict=True):
                 best, numbers = cell[0].split("\n")
-                name = visible(token_text(iterative.tokenizer, int(iterative.top_ids[i, order, 1, p, 0])))
+                name = visible(zoo.text_of(iterative, int(iterative.top_ids[i, order, 1, p, 0])))
                 assert best == (f"[{name}]" if iterative.borrowed[i, order, 1, p] else name)
                 own, control = re.fullmatch(r"(\S+) \((\S+)\)", numbers).groups()
                 value = float(getattr(iterative.measures, measure)[i, order, 1, p])
@@ -240,7 +240,7 @@ def test_a_joint_table_shows_what_components_add(lenses, network):
         assert head[0].split("\n")[0] == label and close(head[0].split("\n")[1], float(joint.weights[i, 0].nanmean()))
         for cell, row, best_id in zip(cells, logits[i, :n], best_ids[i, :n].tolist(), strict=True):
             best, value = cell[0].split("\n")
-            assert best == visible(token_text(joint.tokenizer, best_id)) and close(value, float(row[best_id]))
+            assert best == visible(zoo.text_of(joint, best_id)) and close(value, float(row[best_id]))
             assert cell[2] == pytest.approx(float(row.max()) / largest, abs=2e-3) and cell[3] == "above"
     total = rows[1 + len(joint.labels)]
     kl, control = re.fullmatch(r"(\S+) \((\S+)\)", total[1][0].split("\n")[1]).groups()
@@ -276,7 +276,7 @@ def test_top_tokens(lenses):
                 lines, iterative.top_ids[i, order, 0, 1, :3], iterative.full_values[i, order, 0, 1, :3], strict=False
             ):
                 word, shown = line.rsplit(" ", 1)
-                assert visible(token_text(iterative.tokenizer, int(token_id))) in (word, word[1:-1])
+                assert visible(zoo.text_of(iterative, int(token_id))) in (word, word[1:-1])
                 assert close(shown, float(value))
     (rows,) = parsed(views.top_tokens(joint, k=4)).tables
     found = joint.contributions(4, places=[-1])
@@ -287,7 +287,7 @@ def test_top_tokens(lenses):
                 assert cell[0] == "\u2013"
                 continue
             word, shown = cell[0].rsplit(" ", 1)
-            assert word == visible(token_text(joint.tokenizer, int(token_id))) and close(shown, float(value))
+            assert word == visible(zoo.text_of(joint, int(token_id))) and close(shown, float(value))
 
 
 def test_lens_tokens(lenses):
@@ -298,7 +298,7 @@ def test_lens_tokens(lenses):
         for p in range(int(iterative.valid[0].sum())):
             text, hover, strength, _ = next(chips)
             value = float(iterative.remainder_norm[i, 1, 0, p])
-            assert text.split("\n")[0] == visible(token_text(iterative.tokenizer, int(iterative.tokens[0, p])))
+            assert text.split("\n")[0] == visible(zoo.text_of(iterative, int(iterative.tokens[0, p])))
             assert close(text.split("\n")[1].split(" ")[0], value) and hover.startswith(iterative.labels[i])
             assert strength == pytest.approx(1 - min(value, 1), abs=1e-3)
     assert next(chips, None) is None
@@ -430,8 +430,8 @@ def results(network, trace, lenses):
         "iterative, detached": iterative_jet_lens(network, trace, linearize="detached"),
         "iterative, one position": iterative_jet_lens(network, prompt, positions=-1),
         "joint": joint,
-        "no tokenizer": replace(iterative, tokenizer=None),
-        "joint, no tokenizer": replace(joint, tokenizer=None),
+        "no tokenizer": zoo.renamed_tokens(iterative, None),
+        "joint, no tokenizer": zoo.renamed_tokens(joint, None),
         "joint, detached": joint_jet_lens(network, trace, linearize="detached"),
         "joint, uniform": joint_jet_lens(network, trace, weights="uniform"),
         "measures": iterative.measures,
@@ -537,9 +537,9 @@ def test_a_page_joins_views_results_tables_figures_and_others(lenses, tmp_path):
 
 def test_hostile_tokens_stay_text_in_views(lenses, network, trace):
     hostile = HostileTokenizer()
-    iterative, joint = (replace(lens, tokenizer=hostile) for lens in lenses)
+    iterative, joint = (zoo.renamed_tokens(lens, hostile) for lens in lenses)
     sums = tj.path_sums(network, trace)
-    sums = replace(sums, tokenizer=hostile, target_names=[HOSTILE[1]], labels=HOSTILE[: len(sums.labels)])
+    sums = replace(zoo.renamed_tokens(sums, hostile), target_names=[HOSTILE[1]], labels=HOSTILE[: len(sums.labels)])
     parts = [
         *(views.lens_table(iterative), views.lens_table(joint), views.lens_tokens(iterative), views.path_tokens(sums)),
         *(views.top_tokens(iterative), views.top_tokens(joint), iterative, joint, sums, iterative.to_dataframe()),

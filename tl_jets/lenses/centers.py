@@ -22,9 +22,8 @@ from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
-from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.protocol import State
 from tl_jets.core.selection import Rows
+from tl_jets.core.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,55 +36,50 @@ class Centers:
         beta: Coefficients of w * h_L.
         rho: Radius ratios.
         constants: Multiple of the norm's bias and of b_U in each jet.
-        state: State of the weights that the jets were computed with.
     """
 
-    network: ResidualNetwork
+    trace: Trace
     rows: Rows
     jets: Float[Tensor, "center row d_model"]
     alpha: Float[Tensor, "center row"]
     beta: Float[Tensor, "center row"]
     rho: Float[Tensor, "center row"]
     constants: Float[Tensor, " center"]
-    state: State
 
     @property
     def decoder(self) -> Decoder:
         """The decoder of the jets; raises ValueError once its weights have changed."""
-        return self.network.decoder_at(self.state)
+        return self.trace.decoder
 
     @classmethod
-    def of(
-        cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale
-    ) -> Centers:
+    def of(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale) -> Centers:
         """Jets of an order at centers [center, row, d_model], rescaled by `scale`."""
-        norm, values = network.decoder.norm, values.double()
+        norm, values = trace.decoder.norm, values.double()
         variate = variate.double().expand_as(values)
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
         jets, constants = series.value(order), values.new_ones(len(values))
-        state = network.view.hook_state(-1)
-        return cls(network, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants, state)
+        return cls(trace, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
 
     @classmethod
-    def detached(cls, network: ResidualNetwork, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
+    def detached(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
         """The frozen final norm at many centers; the last one, zero, stands for its constant."""
-        norm, values = network.decoder.norm, values.double()
+        norm, values = trace.decoder.norm, values.double()
         linear = frozen_norm(norm, values, variate.double().expand_as(values))
         constants = values.new_zeros(len(values))
         constants[-1] = 1
         alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
-        found = cls(network, rows, values, alpha, beta, linear.rho, constants, network.view.hook_state(-1))
+        found = cls(trace, rows, values, alpha, beta, linear.rho, constants)
         return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
 
     def _with_constants(self, linear: Tensor) -> Tensor:
         """Add each center's multiple of the norm's bias to the linear part of its jet."""
-        bias = self.network.decoder.norm.bias
+        bias = self.decoder.norm.bias
         return linear if bias is None else linear + self.constants[:, None, None] * bias
 
     def randomized(self, values: Tensor, variate: Tensor, seed: int) -> Centers:
         """Jets at random centers of the same norms and angles to the final stream, thus the same alpha, beta, rho."""
-        norm = self.network.decoder.norm
+        norm = self.decoder.norm
         plane = split_along(norm, values, variate)
         jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
         jets *= (self.alpha * plane.across)[..., None]
@@ -94,9 +88,14 @@ class Centers:
 
     def effects(self, ids: Int[Tensor, "row target"]) -> Float[Tensor, "center row target"]:
         """Additive logits of targets minus the mean over the vocabulary, for every center's jet."""
-        columns = directions(self.network.decoder, ids)
+        columns = directions(self.decoder, ids)
         products = torch.einsum("crd,rtd->crt", self.jets, columns[..., :-1])
         return products + self.constants[:, None, None] * columns[..., -1]
+
+    @property
+    def bias_weights(self) -> Float[Tensor, "center row"]:
+        """The multiple of b_U in the logits of every jet."""
+        return self.constants[:, None].expand(self.jets.shape[:-1])
 
     def sum(self, weights: Float[Tensor, "row center"]) -> Float[Tensor, "row d_model"]:
         """sum_i w_i e_i."""

@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
@@ -33,14 +33,14 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.labels import LabelInput
-from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
+from tl_jets.core.lens_logits import Readings
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.core.measures import Measures, geometry_in_plane, random_directions, split_along, weighted
-from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.selection import Rows, TargetInput, check_options, model_logits, read_targets, stream_labels
-from tl_jets.core.tokens import decode, token_names
-from tl_jets.lenses.result import LensResult
+from tl_jets.core.selection import TargetInput, check_options, stream_labels
+from tl_jets.core.tokens import nested_texts
+from tl_jets.lenses.results import LensInput, LensResult, table
 
 # Fields with a layer axis.
 _LAYERED = {
@@ -49,7 +49,7 @@ _LAYERED = {
 }
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class IterativeJetLens(LensResult):
     """Readings of every layer at every order. Axes: [layer, order, batch, pos]; NaN (ids: -1) at padding.
 
@@ -77,33 +77,16 @@ class IterativeJetLens(LensResult):
         target_logits: Their additive logits [layer, order, batch, pos, target].
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
         unit: Unit of logits: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
     """
 
-    labels: list[str]
     orders: list[int]
-    positions: list[int]
-    tokens: Int[Tensor, "batch pos"]
-    valid: Bool[Tensor, "batch pos"]
-    center_scale: CenterScale
-    linearize: Linearize
     rho: Float[Tensor, "layer batch pos"]
     tail_bound: Float[Tensor, "layer order batch pos"]
     alpha: Float[Tensor, "layer order batch pos"]
     beta: Float[Tensor, "layer order batch pos"]
-    borrowed_share: Float[Tensor, "layer order batch pos"]
-    top_ids: Int[Tensor, "layer order batch pos k"]
-    full_values: Float[Tensor, "layer order batch pos k"]
-    own_values: Float[Tensor, "layer order batch pos k"]
-    own_top_ids: Int[Tensor, "layer order batch pos"] | None
-    model_top_ids: Int[Tensor, "batch pos"]
-    measures: Measures | None
-    control: Measures | None
-    target_ids: Tensor | None
-    target_names: list[str | int] | None
-    target_logits: Tensor | None
-    target_ranks: Tensor | None
-    unit: str
-    tokenizer: Any
+    target_logits: Float[Tensor, "layer order batch pos target"] | None
+    target_ranks: Int[Tensor, "layer order batch pos target"] | None
 
     def __getitem__(self, labels: str | Sequence[str]) -> IterativeJetLens:
         """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`. The layer axis stays."""
@@ -123,16 +106,10 @@ class IterativeJetLens(LensResult):
             f"{list(self.tokens.shape)}, center_scale={self.center_scale!r}{in_unit(self.unit)})"
         )
 
-    @property
-    def borrowed(self) -> Bool[Tensor, "layer order batch pos"]:
-        """Cells whose best token is not the own part's, but comes from the model's final stream."""
-        if self.own_top_ids is None:
-            raise AttributeError  # `__getattr__` says why
-        return (self.top_ids[..., 0] != self.own_top_ids) & self.valid
-
     def top_tokens(self, tokenizer: Any = None) -> dict[str, Any]:
         """Decoded best tokens by layer: {label: nested lists [order][batch][pos][k]}."""
-        return {label: decode(tokenizer or self.tokenizer, self.top_ids[i]) for i, label in enumerate(self.labels)}
+        names = self._names(tokenizer)
+        return {label: nested_texts(names, self.top_ids[i]) for i, label in enumerate(self.labels)}
 
     def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "layer order batch pos"]:
         """Ranks of one target (0 is the best token); None takes the only one."""
@@ -157,10 +134,10 @@ class IterativeJetLens(LensResult):
             "rho": self.rho[:, None].expand_as(self.alpha),
             "borrowed_share": self.borrowed_share,
         } | self._scores()
-        table = {name: values.flatten(-2).nanmean(-1) for name, values in columns.items()}
+        means = {name: values.flatten(-2).nanmean(-1) for name, values in columns.items()}
         return pd.DataFrame(
             [
-                {"layer": label, "order": order, **{name: float(values[i, k]) for name, values in table.items()}}
+                {"layer": label, "order": order, **{name: float(values[i, k]) for name, values in means.items()}}
                 for i, label in enumerate(self.labels)
                 for k, order in enumerate(self.orders)
             ]
@@ -185,30 +162,17 @@ class IterativeJetLens(LensResult):
             raise ValueError(
                 f"top_k must lie in 1..{self.top_ids.shape[-1]}, what the lens kept; got {top_k}. Run it with a larger one."
             )
-        tokenizer = tokenizer or self.tokenizer
-        arrays = {
-            name: getattr(self, name).cpu().numpy()
-            for name in ("top_ids", "full_values", "own_values", "borrowed_share")
-        }
-        scores = {name: values.cpu().numpy() for name, values in self._scores().items()}
-        names = token_names(tokenizer, [self.top_ids, self.tokens])
-        rows = []
-        cells = self.valid.nonzero().tolist()
-        tokens = self.tokens.cpu().numpy()
-        for i, label in enumerate(self.labels):
-            for k, order in enumerate(self.orders):
-                for b, p in cells:
-                    here = {"layer": label, "order": order, "batch": b, "pos": self.positions[p]}
-                    here["token"] = names[int(tokens[b, p])]
-                    shared = {"borrowed_share": arrays["borrowed_share"][i, k, b, p]}
-                    shared |= {name: values[i, k, b, p] for name, values in scores.items()}
-                    for rank, token in enumerate(arrays["top_ids"][i, k, b, p][:top_k]):
-                        row = {**here, "rank": rank, "token_index": token}
-                        row["token_string"] = names[token]
-                        row["logit"] = arrays["full_values"][i, k, b, p, rank]
-                        row["own_logit"] = arrays["own_values"][i, k, b, p, rank]
-                        rows.append(row | shared)
-        return pd.DataFrame(rows)
+        names = self._names(tokenizer)
+        kept = self.top_ids[..., :top_k]
+        *at, rank = self.valid[:, :, None].expand_as(kept).nonzero().T
+        layer, order, b, p = at
+        tokens = kept[(*at, rank)].tolist()
+        columns = {"layer": [self.labels[i] for i in layer], "order": [self.orders[i] for i in order], "batch": b}
+        columns |= {"pos": [self.positions[i] for i in p], "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"rank": rank, "token_index": tokens, "token_string": [names[i] for i in tokens]}
+        columns |= {"logit": self.full_values[(*at, rank)], "own_logit": self.own_values[(*at, rank)]}
+        scores = {"borrowed_share": self.borrowed_share, **self._scores()}
+        return table(columns | {name: values[tuple(at)] for name, values in scores.items()})
 
 
 def iterative_jet_lens(
@@ -261,87 +225,72 @@ def iterative_jet_lens(
     if linearize == "detached":
         check_detached(order=order, center_scale=center_scale)
     network = ResidualNetwork.of(model)
-    trace = trace_of(network, text_or_tokens, attention_mask, cache)
-    rows = Rows.of(trace, positions)
+    inputs = LensInput.of(network, text_or_tokens, positions, targets, attention_mask, cache)
     labels = stream_labels(network, layers, incl_mid)
-    decoder, norm = trace.decoder, trace.decoder.norm
-    ids, names = read_targets(network, targets, rows)
+    options = {"top_k": top_k, "measures": measures, "chunk_size": chunk_size}
     with torch.no_grad():
-        centers = torch.stack([rows.take(trace[label]) for label in labels]).double()
-        variate = rows.take(trace[FINAL_STREAM]).double()
-        every = variate.expand_as(centers)
-        scale = centers.new_ones(centers.shape[:-1])
-        if center_scale != "none":
-            scale = center_scale_factors(norm, centers, every, center_scale)
-        if linearize == "detached":
-            series = frozen_norm(norm, centers, every)
-        else:
-            series = norm_jet(norm, centers * scale[..., None], every, order)
-        alpha, beta = (series.alpha * scale).transpose(0, 1), series.beta.transpose(0, 1)
-        gamma = norm_jet(norm, variate, variate, 0).alpha[0]
-        for own in (i for i, label in enumerate(labels) if label == FINAL_STREAM):
-            # At the last stream, the model's answer is the own reading, at every order.
-            alpha, beta = alpha.clone(), beta.clone()
-            alpha[own], beta[own] = gamma, 0
-        plane = split_along(norm, centers, variate)
-        random = None
-        if measures and seed is not None:
-            random = random_directions(norm, variate, (), rows.places, seed)
-        dtype = trace[FINAL_STREAM].dtype
-        cast = lambda tensor: tensor.to(dtype)  # noqa: E731
-        mixture = Mixture(
-            own=cast(weighted(norm, norm.center(centers))),
-            shared=cast(weighted(norm, plane.variate)),
-            alpha=cast(alpha),
-            beta=cast(beta),
-            gamma=cast(gamma),
-            bias=norm.bias,
-        )
-        scan = scan_mixture(
-            decoder,
-            mixture,
-            top_k=top_k,
-            targets=None if ids is None else ids[rows.keep],
-            measures=measures,
-            control=None
-            if random is None
-            else Control(cast(weighted(norm, random)), cast(plane.along), cast(plane.across)),
-            model_logits=model_logits(trace, rows),
-            chunk_size=chunk_size,
-        )
-        found = geometry_in_plane(decoder, plane, None, alpha, beta, gamma)
-        borrowed = found.pop("borrowed_share")
-        own = Measures.of(rows.spread, found, scan) if measures else None
-        control = None
-        if random is not None and scan.control is not None:
-            of_random = geometry_in_plane(decoder, plane, random, alpha, beta, gamma)
-            of_random.pop("borrowed_share")
-            control = Measures.of(rows.spread, of_random, scan.control)
-        spread = rows.spread
-        return IterativeJetLens(
-            labels=labels,
-            orders=list(range(order + 1)),
-            positions=rows.positions,
-            tokens=trace.tokens[:, rows.positions],
-            valid=rows.keep,
-            center_scale=center_scale,
-            linearize=linearize,
-            rho=spread(series.rho),
-            tail_bound=spread(series.tail_bound.transpose(0, 1)),
-            alpha=spread(alpha),
-            beta=spread(beta),
-            borrowed_share=spread(borrowed),
-            top_ids=spread(scan.top.indices, -2, -1),
-            full_values=spread(scan.top.values, -2),
-            own_values=spread(scan.own_values, -2),
-            own_top_ids=None if scan.own_top1 is None else spread(scan.own_top1, fill=-1),
-            model_top_ids=spread(scan.model.top.indices[:, 0], fill=-1),
-            measures=own,
-            control=control,
-            target_ids=ids,
-            target_names=names,
-            target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
-            target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
-            unit=decoder.unit,
-            tokenizer=network.tokenizer,
-        )
+        return _read(inputs, labels, order, center_scale, linearize, seed if measures else None, options)
+
+
+def _read(
+    inputs: LensInput,
+    labels: list[str],
+    order: int,
+    center_scale: CenterScale,
+    linearize: Linearize,
+    seed: int | None,
+    options: dict[str, Any],
+) -> IterativeJetLens:
+    """The lens, with a control unless `seed` is None; `options` are those of the scan."""
+    rows, norm = inputs.rows, inputs.trace.decoder.norm
+    centers = torch.stack([rows.take(inputs.trace[label]) for label in labels]).double()
+    variate = inputs.variate.expand_as(centers)
+    if linearize == "detached":
+        scale, series = centers.new_ones(centers.shape[:-1]), frozen_norm(norm, centers, variate)
+    else:
+        scale = center_scale_factors(norm, centers, variate, center_scale)
+        series = norm_jet(norm, centers * scale[..., None], variate, order)
+    # At the last stream, the model's answer is the own reading, at every order.
+    is_last = torch.tensor([label == FINAL_STREAM for label in labels], device=scale.device)[:, None, None]
+    alpha = torch.where(is_last, inputs.gamma, (series.alpha * scale).transpose(0, 1))
+    beta = torch.where(is_last, 0, series.beta.transpose(0, 1))
+    plane = split_along(norm, centers, inputs.variate)
+    random = None if seed is None else random_directions(norm, inputs.variate, (), rows.places, seed)
+    ids = inputs.target_ids
+    scan = inputs.scan(
+        weighted(norm, norm.center(centers)),
+        alpha,
+        beta,
+        None if random is None else (weighted(norm, random), plane.along, plane.across),
+        targets=None if ids is None else ids[rows.keep],
+        **options,
+    )
+    borrowed, own = _measured(inputs, scan, plane, None, alpha, beta)
+    control = None if scan.control is None else _measured(inputs, scan.control, plane, random, alpha, beta)[1]
+    spread = rows.spread
+    return IterativeJetLens(
+        labels=labels,
+        orders=list(range(order + 1)),
+        center_scale=center_scale,
+        linearize=linearize,
+        rho=spread(series.rho),
+        tail_bound=spread(series.tail_bound.transpose(0, 1)),
+        alpha=spread(alpha),
+        beta=spread(beta),
+        borrowed_share=borrowed,
+        measures=own,
+        control=control,
+        target_names=inputs.target_names,
+        target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
+        target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
+        **inputs.fields(scan, ..., ids),
+    )
+
+
+def _measured(
+    inputs: LensInput, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor
+) -> tuple[Tensor, Measures | None]:
+    """The borrowed share of every cell, and its measures if they were read."""
+    found = geometry_in_plane(inputs.trace.decoder, plane, random, alpha, beta, inputs.gamma)
+    borrowed = inputs.rows.spread(found.pop("borrowed_share"))
+    return borrowed, None if read.kl is None else Measures.of(inputs.rows.spread, found, read)

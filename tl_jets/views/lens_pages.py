@@ -14,14 +14,13 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
 
 from tl_jets.core.measures import Measures
-from tl_jets.core.tokens import token_names, visible
+from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.pages import filled
 
@@ -55,9 +54,7 @@ def lens_data(
     if iterative.measures is None or iterative.control is None:
         raise ValueError("Measures are shown beside their controls; run the iterative lens with measures and a seed.")
     centers = joint.center_top_tokens(joint.top_ids.shape[-1])
-    texts = _Texts(iterative.tokenizer, (iterative.tokens, iterative.top_ids, iterative.model_top_ids, centers.indices))
-    texts.add(joint.top_ids)
-    texts.add(joint.target_ids)
+    texts = _Texts({**iterative.token_names, **joint.texts(centers.indices)})
     return {
         "tl_jets": version("tl-jets"),
         "model": model,
@@ -125,12 +122,8 @@ def lens_page(data: dict[str, Any]) -> str:
 class _Texts:
     """Convert ids to nested lists of visible texts."""
 
-    def __init__(self, tokenizer: Any, tensors: Iterable[Tensor]):
-        self.tokenizer = tokenizer
-        self.names: dict[int, str] = token_names(tokenizer, tensors)
-
-    def add(self, ids: Tensor) -> None:
-        self.names |= token_names(self.tokenizer, [ids])
+    def __init__(self, names: dict[int, str]):
+        self.names = names
 
     def __call__(self, ids: Tensor) -> Any:
         def nested(values: Any) -> Any:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.numerals import number, precise
-from tl_jets.core.tokens import token_names, visible
+from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
 from tl_jets.views.pages import View, view_of
@@ -91,7 +91,7 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
     kept = lens.top_ids.shape[-1]
     if k < 1 or (isinstance(lens, IterativeJetLens) and k > kept):
         raise ValueError(f"k must lie in 1..{kept}, what the lens kept; got {k}. Run it with a larger top_k.")
-    read = visible(token_names(lens.tokenizer, [lens.tokens[prompt, place]])[int(lens.tokens[prompt, place])])
+    read = visible(lens.token_names[int(lens.tokens[prompt, place])])
     where = f"after {read} (position {lens.positions[place]}{of_prompts(lens, prompt)})"
     if isinstance(lens, JointJetLens):
         return View(f"Best tokens of components {where}", _joint_best(lens, prompt, place, k))
@@ -163,7 +163,7 @@ def _order_name(lens: IterativeJetLens, index: int) -> str:
 
 
 def _iterative_table(lens: IterativeJetLens, k: int, measure: str, prompt: int, places: list[int]) -> View:
-    names = token_names(lens.tokenizer, [lens.top_ids[:, k, prompt], lens.tokens, lens.model_top_ids])
+    names = lens.token_names
     borrowed = None if lens.own_top_ids is None else lens.borrowed[:, k, prompt].tolist()
     rows = []
     for i, label in enumerate(lens.labels):
@@ -216,7 +216,7 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
     # The largest weights, in the order of the network.
     chosen = sorted(weights.mean(1).argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
-    names = token_names(lens.tokenizer, [found.indices, lens.tokens, lens.top_ids[..., 0], lens.model_top_ids])
+    names = lens.texts(found.indices)
     values, ids = found.values[..., 0].tolist(), found.indices[..., 0].tolist()
     scale = largest(value for row in values for value in row)
     rows = []
@@ -256,7 +256,7 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
 
 def _iterative_best(lens: IterativeJetLens, prompt: int, place: int, k: int) -> str:
     ids = lens.top_ids[:, :, prompt, place, :k]
-    names = token_names(lens.tokenizer, [lens.top_ids[:, :, prompt, place]])
+    names = lens.token_names
     borrowed = None if lens.own_top_ids is None else lens.borrowed[:, :, prompt, place].tolist()
     rows = []
     for i, label in enumerate(lens.labels):
@@ -283,7 +283,7 @@ def _iterative_best(lens: IterativeJetLens, prompt: int, place: int, k: int) -> 
 
 def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
     found = lens.contributions(k, prompt=prompt, places=[place])
-    names = token_names(lens.tokenizer, [found.indices, lens.top_ids[prompt, place]])
+    names = lens.texts(found.indices)
     values, ids = found.values[:, 0], found.indices[:, 0]
     scale = largest(values.flatten().tolist())
     rows = []

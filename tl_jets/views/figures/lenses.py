@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.tokens import token_names, visible
+from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.figures.axes import (
     COLORS,
@@ -76,7 +76,7 @@ def lens_table(
         k = order_index(lens, order)
         labels, texts, values = _iterative_cells(lens, k, prompt, places)
         title, bar = f"Iterative jet lens, order {lens.orders[k]}", "KL(model || lens), nats"
-    names = token_names(lens.tokenizer, [lens.tokens, lens.model_top_ids])
+    names = lens.token_names
     labels = [*labels, "model"]
     texts = [*texts, [visible(names[int(lens.model_top_ids[prompt, p])]) for p in places]]
     widest = max(len(word) for row in texts for word in row)
@@ -152,7 +152,7 @@ def _joint_cells(
     weights = lens.weights[:, prompt, places].mean(1)
     chosen = sorted(weights.argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
-    names = token_names(lens.tokenizer, [found.indices])
+    names = lens.texts(found.indices)
     labels = [f"{lens.labels[i]}  {float(weights[i]):.2f}" for i in chosen]
     texts = [[visible(names[best]) for best in row] for row in found.indices[..., 0].tolist()]
     return labels, texts, found.values[..., 0].tolist()
@@ -163,7 +163,7 @@ def _iterative_cells(
 ) -> tuple[list[str], list[list[str]], list[list[float]] | None]:
     """Layers, best tokens (borrowed ones in square brackets), and KL."""
     best = lens.top_ids[:, k, prompt, places, 0]
-    names = token_names(lens.tokenizer, [best])
+    names = lens.token_names
     texts = [[visible(names[token]) for token in row] for row in best.tolist()]
     if lens.own_top_ids is not None:
         borrowed = lens.borrowed[:, k, prompt, places].tolist()
