@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 import zoo
 from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, tanh_block
+from tl_jets.core.attribution import Yardstick
 from torch import Tensor
 
-from tl_jets import CallableModel, Norm, ResidualNetwork
-from tl_jets.core.attribution import Yardstick
+from tl_jets import CallableModel, Norm, Path, ResidualNetwork
 from tl_jets.core.selection import Rows
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
@@ -339,3 +340,26 @@ def test_best_tokens_of_parts_are_texts_of_their_largest_logits():
             assert [[text.strip() for text in row] for row in texts[label]] == [
                 [net.tokenizer.decode([token]).strip() for token in row] for row in best
             ]
+
+
+def test_norms_that_are_zero_have_a_bin_of_their_own():
+    found = statistics()
+    norm = found.norm.clone()
+    norm[3] = norm[5, 1, 2] = 0
+    counts = replace(found, norm=norm).histogram(bins=7)
+    assert len(counts) == 8 and counts["count"].sum() == norm.numel()
+    assert counts["count"][0] == 7 and counts.left[0] == 0 and counts.right[0] == norm[norm > 0].min()
+
+
+def test_old_names_work_for_one_release():
+    net = network(*THREE_STAGES)
+    with pytest.warns(DeprecationWarning, match="takes max_length= in place of max_writes="):
+        old = exponential_expansion(net, linearize="detached", max_writes=1)
+    assert list(old) == list(detached(net, max_length=1))
+    with pytest.warns(DeprecationWarning, match="in place of"), pytest.raises(TypeError, match="pass max_length alone"):
+        exponential_expansion(net, max_writes=1, max_length=1)
+    found = old(TOKENS).statistics()
+    with pytest.warns(DeprecationWarning, match="n_writes is now lengths"):
+        assert found.n_writes == found.lengths
+    with pytest.warns(DeprecationWarning, match=r"is now Path\.length"):
+        assert Path("embed", ("0_mlp", "ln_final")).n_writes == 1

@@ -28,8 +28,8 @@ about the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -40,7 +40,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm
-from tl_jets.core.decoder import Decoder
+from tl_jets.core.decoder import Decoder, Metric
 from tl_jets.core.lens_logits import Readings
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.results import Result
@@ -72,9 +72,9 @@ class Measures(Result):
         values = {**geometry, "kl": kl, "top1_agreement": read.top1_agreement[cells].to(kl.dtype)}
         return cls(**{name: spread(value) for name, value in values.items()})
 
-    def map(self, change: Any) -> Measures:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Measures:
         """The measures with `change` applied to each tensor."""
-        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return self._mapped(change)
 
     def mean(self) -> dict[str, Tensor]:
         """Averages over real positions of all prompts, by name: tensors [*axes]."""
@@ -158,64 +158,61 @@ def geometry_in_plane(
     Jets are L = alpha U(w * x) + beta U(w * y) + c, the model is T = gamma U(w * y) + c. The unit vectors `control`, if
     given, replace the direction of q.
     """
-    norm = decoder.norm
+    norm, metric = decoder.norm, decoder.metric(centered=True)
     along = plane.along[:, None]
     direction, length = (plane.orthogonal, 1) if control is None else (control, plane.across[:, None])
+    bias = torch.zeros_like(plane.variate[:1]) if norm.bias is None else norm.bias[None]
+    s, q, c = weighted(norm, plane.variate), weighted(norm, direction), metric.augment(bias, 1.0)
+    vectors = metric.augment(s, 0.0), metric.augment(q, 0.0), c
+    plain, centered = _grams(metric, *(v[:, None] if v.ndim > s.ndim else v for v in vectors))
+    # Coefficients of s, q and c: the lens, the model, their difference, the lens' own part, and the borrowed one.
     A, B = alpha * along + beta, alpha * length
-    found = {}
-    both = _inner_products(decoder, weighted(norm, plane.variate), weighted(norm, direction))
-    for centered, products in zip((False, True), both, strict=True):
-        ss, sq, qq, sc, qc, cc = (value if value.ndim == gamma.ndim else value[:, None] for value in products)
-        of_model = gamma.square() * ss + 2 * gamma * sc + cc
-        of_lens = A.square() * ss + B.square() * qq + cc + 2 * (A * B * sq + A * sc + B * qc)
-        cross = A * gamma * ss + A * sc + B * gamma * sq + B * qc + gamma * sc + cc
-        cosine = (cross / (of_model * of_lens).clamp_min(0).sqrt()).clamp(-1, 1)
-        if centered:
-            own = alpha.abs() * _length(along.square() * ss + 2 * along * length * sq + length**2 * qq)
-            borrowed = beta.abs() * _length(ss)
-            found["centered_cosine"] = cosine
-            found["borrowed_share"] = torch.where(borrowed == 0, 0, borrowed / (own + borrowed))
-        else:
-            short = gamma - A
-            remainder = short.square() * ss - 2 * short * B * sq + B.square() * qq
-            found["cosine"] = cosine
-            found["remainder_norm"] = _length(remainder) / _length(of_model)
-    return found
+    lens, model, short, own, lent = (A, B, 1), (gamma, 0, 1), (gamma - A, -B, 0), (along, length, 0), (1, 0, 0)
+    mine, lent = alpha.abs() * _length(centered, own), beta.abs() * _length(centered, lent)
+    return {
+        "cosine": _cosine(plain, lens, model),
+        "remainder_norm": _length(plain, short) / _length(plain, model),
+        "centered_cosine": _cosine(centered, lens, model),
+        "borrowed_share": torch.where(lent == 0, 0, lent / (mine + lent)),
+    }
 
 
 def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Remainder norm and both cosines of logits of `states` against `truth`, inputs of the unembedding."""
-    found = {}
     metric = decoder.metric(centered=True)
-    x, y = metric.augment(states, 1.0), metric.augment(truth, 1.0)
-    Mx, My = x @ metric.gram, y @ metric.gram
-    centered = [(My * y).sum(-1), (My * x).sum(-1), (Mx * x).sum(-1)]
-    x_mean, y_mean = x @ metric.mean, y @ metric.mean
-    plain = [
-        value + extra
-        for value, extra in zip(centered, (y_mean * y_mean, y_mean * x_mean, x_mean * x_mean), strict=True)
-    ]
-    for name, (yy, xy, xx) in (("cosine", plain), ("centered_cosine", centered)):
-        found[name] = (xy / (xx * yy).sqrt()).clamp(-1, 1)
-    found["remainder_norm"] = decoder.metric(False).norm(states.double() - truth.double(), 0.0) / _length(plain[0])
-    return found
+    plain, centered = _grams(metric, metric.augment(states, 1.0), metric.augment(truth, 1.0))
+    difference = decoder.metric(False).norm(states.double() - truth.double(), 0.0)
+    return {
+        "cosine": _cosine(plain, (1, 0), (0, 1)),
+        "centered_cosine": _cosine(centered, (1, 0), (0, 1)),
+        "remainder_norm": difference / _length(plain, (0, 1)),
+    }
 
 
-def _inner_products(decoder: Decoder, s: Tensor, q: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """<s,s>, <s,q>, <q,q>, <s,c>, <q,c>, <c,c> of plain and of centered logits; c is the norm's bias with b_U."""
-    metric = decoder.metric(centered=True)
-    gram, mean = metric.gram, metric.mean
-    bias = s.new_zeros(s.shape[-1]) if decoder.norm.bias is None else decoder.norm.bias.to(s)
-    biases = torch.cat([bias, bias.new_ones(1)])
-    c = biases @ gram
-    Ms, Mq = s @ gram[:-1, :-1], q @ gram[:-1, :-1]
-    ss = (Ms * s).sum(-1)
-    centered = (ss, (Ms * q).sum(-1), (Mq * q).sum(-1), s @ c[:-1], q @ c[:-1], (c @ biases).expand_as(ss))
-    s_mean, q_mean, c_mean = s @ mean[:-1], q @ mean[:-1], biases @ mean
-    extra = (s_mean**2, s_mean * q_mean, q_mean**2, s_mean * c_mean, q_mean * c_mean, c_mean**2)
-    return tuple(value + more for value, more in zip(centered, extra, strict=True)), centered
+# Inner products of some vectors, and a combination of these vectors.
+Gram = list[list[Tensor]]
+Combination = Sequence[Tensor | int]
 
 
-def _length(square: Tensor) -> Tensor:
+def _grams(metric: Metric, *vectors: Tensor) -> tuple[Gram, Gram]:
+    """Inner products of the plain and of the centered logits of vectors [..., d_model + 1], by the centered metric."""
+    images, means = [v @ metric.gram for v in vectors], [v @ metric.mean for v in vectors]
+    centered = [[(image * v).sum(-1) for v in vectors] for image in images]
+    n = range(len(vectors))
+    plain = [[centered[i][j] + means[i] * means[j] for j in n] for i in n]
+    return plain, centered
+
+
+def _product(gram: Gram, u: Combination, v: Combination) -> Tensor:
+    first, *others = (a * b * value for a, row in zip(u, gram, strict=True) for b, value in zip(v, row, strict=True))
+    return sum(others, first)
+
+
+def _length(gram: Gram, u: Combination) -> Tensor:
     # Rounding can leave the square of a null vector slightly below zero.
-    return square.clamp_min(0).sqrt()
+    return _product(gram, u, u).clamp_min(0).sqrt()
+
+
+def _cosine(gram: Gram, u: Combination, v: Combination) -> Tensor:
+    lengths = (_product(gram, u, u) * _product(gram, v, v)).clamp_min(0).sqrt()
+    return (_product(gram, u, v) / lengths).clamp(-1, 1)

@@ -22,6 +22,8 @@ from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import State
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 
@@ -36,20 +38,22 @@ class Centers:
         beta: Coefficients of w * h_L.
         rho: Radius ratios.
         constants: Multiple of the norm's bias and of b_U in each jet.
+        state: State of the hooks and weights that the jets were computed with.
     """
 
-    trace: Trace
+    network: ResidualNetwork
     rows: Rows
     jets: Float[Tensor, "center row d_model"]
     alpha: Float[Tensor, "center row"]
     beta: Float[Tensor, "center row"]
     rho: Float[Tensor, "center row"]
     constants: Float[Tensor, " center"]
+    state: State
 
     @property
     def decoder(self) -> Decoder:
         """The decoder of the jets; raises ValueError once its weights have changed."""
-        return self.trace.decoder
+        return self.network.decoder_at(self.state)
 
     @classmethod
     def of(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale) -> Centers:
@@ -59,7 +63,8 @@ class Centers:
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
         jets, constants = series.value(order), values.new_ones(len(values))
-        return cls(trace, rows, jets, series.alpha[-1] * factors, series.beta[-1], series.rho, constants)
+        alpha, state = series.alpha[-1] * factors, trace.recording.hook_state
+        return cls(trace.network, rows, jets, alpha, series.beta[-1], series.rho, constants, state)
 
     @classmethod
     def detached(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
@@ -69,7 +74,8 @@ class Centers:
         constants = values.new_zeros(len(values))
         constants[-1] = 1
         alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
-        found = cls(trace, rows, values, alpha, beta, linear.rho, constants)
+        state = trace.recording.hook_state
+        found = cls(trace.network, rows, values, alpha, beta, linear.rho, constants, state)
         return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
 
     def _with_constants(self, linear: Tensor) -> Tensor:

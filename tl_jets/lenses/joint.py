@@ -140,7 +140,7 @@ class JointJetLens(LensResult):
 
     def texts(self, ids: Int[Tensor, "*any"]) -> Mapping[int, str]:
         """Texts of any ids, while the model is there: those of `center_top_tokens` and `contributions`, too."""
-        return token_names(self._centers().trace.network.tokenizer, [ids]) | self.token_names
+        return token_names(self._centers().network.tokenizer, [ids]) | self.token_names
 
     def _centers(self) -> Centers:
         if self.centers is None:

@@ -96,7 +96,7 @@ class LensInput:
             "valid": self.rows.keep,
             "full_values": spread(scan.top.values[cells], -2),
             "own_values": spread(scan.own_values[cells], -2),
-            "unit": network.decoder.unit,
+            "unit": self.trace.decoder.unit,
             "token_names": token_names(network.tokenizer, ids),
         }
 

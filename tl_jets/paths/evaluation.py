@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -218,26 +217,18 @@ def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int
     Raises:
         ValueError: An unknown source or step, steps out of order, or `ln_final_bias`, which is in no stream.
     """
-    path = Path.parse(path) if isinstance(path, str) else path
-    network = trace.network
+    path = Path.parse(str(path))
+    network, steps = trace.network, path.steps[:-1] if path.steps[-1:] == (DECODER_STEP,) else path.steps
     graph = with_edits(path_graph(network.stages, network.sources, detached=True), trace)
-    starts = {source.label: source.start for source in graph.sources if source.start <= len(network.stages)}
+    starts = [source.label for source in graph.sources if source.start <= len(network.stages)]
     if path.source not in starts:
         raise ValueError(
             f"A path starts at one of {some(starts)}, and is written `embed > 0_mlp > ln_final`; got {path.source!r}."
         )
-    places = {
-        step.label: (place, row)
-        for place, stage in enumerate(network.stages)
-        for row, step in enumerate(stage.steps)
-        if step.kind != "attn_bias"
-    }
-    steps = path.steps[:-1] if path.steps[-1:] == (DECODER_STEP,) else path.steps
-    order = [places.get(step, (-1, 0)) for step in steps]
-    following = [starts[path.source] - 1, *(stage for stage, _ in order)]
-    if any(a >= b for a, b in pairwise(following)):
+    if Path(path.source, (*steps, DECODER_STEP)) not in graph:
         raise ValueError(
-            f"A path passes through steps of later and later stages, after its source, of {some(places)} at granularity "
-            f"{network.granularity!r}; got {str(path)!r}."
+            f"A path passes through steps of later and later stages, after its source, of {some(sum(graph.stages, ()))} at "
+            f"granularity {network.granularity!r}; got {str(path)!r}."
         )
-    return Path(path.source, steps), order
+    where = {step.label: (s, row) for s, stage in enumerate(network.stages) for row, step in enumerate(stage.steps)}
+    return Path(path.source, steps), [where[step] for step in steps]

@@ -23,7 +23,6 @@ detached                             1.5e-15     1%
 Source: Chen et al., *Jet Expansions of Residual Computation*, Algorithm 2, eq. 5; Golden, arXiv 2505.24293.
 
 Example:
-    >>> import torch
     >>> from tl_jets import CallableModel, Decoder, Norm
     >>> _ = torch.manual_seed(0)
     >>> W = torch.randn(2, 4, 4, dtype=torch.float64)

@@ -10,13 +10,11 @@ few vectors that go through the stages:
 - **sources**: an embedding, an edit or a bias, carried through all later stages.
 
 Shares of lengths sum to 1, and so do those of sources. Components overlap: their shares sum to the mean number of
-writes, sum_n n share_n. The constant of a write is a source (`3_mlp_bias`): a path from it has not passed through
-`3_mlp`. The measures are defined in `tl_jets.core.attribution`.
+writes, sum_n n share_n. The constant of a write is a source (`3_mlp_bias`), not a path through `3_mlp`.
 
 Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*; Golden (arXiv 2505.24293).
 
 Example:
-    >>> import torch
     >>> from tl_jets import CallableModel, Decoder, Norm
     >>> _ = torch.manual_seed(0)
     >>> W = torch.randn(3, 4, 4, dtype=torch.float64)
@@ -160,8 +158,7 @@ class PathStatistics(Result):
 
         Args:
             measure: `"norm"`, `"cosine"`, `"share"` or `"effect"`.
-            bins: Number of bins, or their edges. For norms a number gives logarithmic bins between the extremes, and
-                one more for norms that are zero, if there are any.
+            bins: Number of bins, or edges. For norms a number gives logarithmic bins, and one more if some are zero.
         """
         check_choice("measure", measure, MEASURES)
         values = getattr(self, measure)[:, self.valid].flatten().double().cpu().numpy()
@@ -226,10 +223,8 @@ def statistics_of(
         positions=rows.positions,
         tokens=tokens,
         valid=rows.keep,
-        norm=measured["norm"],
-        cosine=measured["cosine"],
-        share=measured["share"],
-        effects=measured["effect"],
+        effects=measured.pop("effect"),
+        **measured,
         target_ids=yardstick.target_ids,
         target_names=yardstick.target_names,
         top_ids=top_ids,
@@ -270,8 +265,7 @@ def path_lengths(
         ValueError: Bad labels, positions or input.
         NotImplementedError: The model cannot be frozen.
 
-    Source: Elhage et al. 2021, path expansion; the frozen maps of Golden, arXiv 2505.24293. Cost: freezing (two
-    evaluations of every stage), then stages^2 / 2 applications of a frozen stage.
+    Source: as the module. Cost: freezing (two evaluations of every stage), then stages^2 / 2 frozen stages.
     """
     sums = _Sums.of(model, text_or_tokens, positions, attention_mask, cache, avoiding=avoiding, sources=sources)
     graph, stages = sums.graph, sums.graph.stages
@@ -316,7 +310,7 @@ def path_sums(
         ValueError: Bad labels, positions or input.
         NotImplementedError: The model cannot be frozen.
 
-    Source: Elhage et al. 2021; Golden, arXiv 2505.24293. Cost: freezing, then components x stages / 2 frozen stages.
+    Source: as the module. Cost: freezing, then components x stages / 2 frozen stages.
     """
     check_choice("by", by, ("component", "source"))
     sums = _Sums.of(model, text_or_tokens, positions, attention_mask, cache, avoiding=avoiding)
@@ -349,13 +343,11 @@ class _Sums:
     frozen: FrozenNetwork
 
     @classmethod
-    def of(
-        cls, model: Any, text_or_tokens: Any, positions: Any, attention_mask: Any, cache: Any, **filters: Any
-    ) -> _Sums:
+    def of(cls, model: Any, text_or_tokens: Any, positions: Any, mask: Any, cache: Any, **filters: Any) -> _Sums:
         network = ResidualNetwork.of(model)
         whole = path_graph(network.stages, network.sources, detached=True)
         with torch.inference_mode(False):
-            trace = trace_of(network, text_or_tokens, attention_mask, cache)
+            trace = trace_of(network, text_or_tokens, mask, cache)
             if isinstance(text_or_tokens, Trace) and text_or_tokens.network is network:
                 trace = text_or_tokens  # which keeps the frozen network
             graph = narrowed(with_edits(whole, trace), network.stages, **filters)
