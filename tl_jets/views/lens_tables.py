@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
@@ -105,6 +106,8 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
     prompt = int(lens.valid.any(1).nonzero()[0, 0])
     places = places_of(lens, prompt, None, most=SHOWN_POSITIONS)
     if isinstance(lens, JointJetLens):
+        if lens.centers is None:  # loaded from a file
+            return View(repr(lens), dataframe_html(lens.to_dataframe()))
         positions = [lens.positions[place] for place in places]
         view = lens_table(lens, prompt=prompt, positions=positions, top=SHOWN_COMPONENTS)
         return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
