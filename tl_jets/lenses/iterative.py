@@ -170,9 +170,10 @@ class IterativeJetLens(LensResult):
         columns = {"layer": [self.labels[i] for i in layer], "order": [self.orders[i] for i in order], "batch": b}
         columns |= {"pos": [self.positions[i] for i in p], "token": [names[i] for i in self.tokens[b, p].tolist()]}
         columns |= {"rank": rank, "token_index": tokens, "token_string": [names[i] for i in tokens]}
-        columns |= {"logit": self.full_values[(*at, rank)], "own_logit": self.own_values[(*at, rank)]}
+        logits = {"logit": self.full_values, "own_logit": self.own_values}
+        columns |= {name: values[(*at, rank)].cpu().numpy() for name, values in logits.items()}
         scores = {"borrowed_share": self.borrowed_share, **self._scores()}
-        return table(columns | {name: values[tuple(at)] for name, values in scores.items()})
+        return table(columns | {name: values[tuple(at)].cpu().numpy() for name, values in scores.items()})
 
 
 def iterative_jet_lens(

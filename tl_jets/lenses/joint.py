@@ -228,6 +228,7 @@ def joint_jet_lens(
     check_choice("objective", objective, OBJECTIVES)
     if linearize == "detached":
         check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
+    weights = "optimal" if weights is None else weights
     network = ResidualNetwork.of(model, granularity)
     inputs = LensInput.of(network, text_or_tokens, positions, targets, attention_mask, cache)
     with torch.no_grad():
@@ -314,7 +315,7 @@ def _choose(
     centers: Centers, truth: Tensor, weights: Any, objective: Objective, uniform: Tensor
 ) -> tuple[Tensor, SimplexSolution | None]:
     """Weights [row, center], and the solution if they were optimized."""
-    if weights is None or (isinstance(weights, str) and weights == "optimal"):
+    if isinstance(weights, str) and weights == "optimal":
         jets, parts = centers.jets.split(CHUNK_SIZE, 1), truth.split(CHUNK_SIZE)
         solved = [decoder_weights(centers.decoder, *part, objective) for part in zip(jets, parts, strict=True)]
         solution = SimplexSolution.cat(solved)
