@@ -880,8 +880,8 @@ REFUSED = [
 ]
 REFUSED_BY_THE_ITERATIVE_LENS = [
     ({"chunk_size": 0}, ValueError, "chunk_size must be an integer >= 1; got 0"),
-    ({"layers": [0, "9_pre"]}, ValueError, r"layers must be 0\.\.2 or stream labels such as .*; got '9_pre'"),
-    ({"layers": [3]}, ValueError, r"layers must be 0\.\.2 or stream labels.*; got 3"),
+    ({"layers": [0, "9_pre"]}, ValueError, r"layers must be 0\.\.2, stream labels such as .*; got '9_pre'"),
+    ({"layers": [3]}, ValueError, r"layers must be 0\.\.2, stream labels.*; got 3"),
     ({"layers": []}, ValueError, "layers must name at least one stream; got none"),
     ({"layers": [True]}, ValueError, "layers must be .*; got True"),
     ({"layers": "0_attn_out"}, ValueError, "layers must be .*; got '0_attn_out'"),
