@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_jets import ResidualNetwork, iterative_jet_lens, load_tinydocs
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model
 
 PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play",

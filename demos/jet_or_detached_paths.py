@@ -25,7 +25,7 @@ from tl_jets import DivergenceWarning, ResidualNetwork
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import path_lengths
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model
 
 FORMS: dict[str, dict[str, Any]] = {
     "jets, order 0": {"order": 0},

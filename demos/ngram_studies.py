@@ -32,7 +32,7 @@ import tl_jets as tj
 from tl_jets.ngrams import jet_bigrams_by_path
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.tables import NgramTable, side_by_side
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model
 from tl_jets.studies import AblationCheck, ablation_check, compare_with_counts, diff, ngram_counts
 
 SHOWN = 20

@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 import tl_jets as tj
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.interventions.path_ablations import verdict
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model
 
 PROMPT = "This function is available on Unix and"
 

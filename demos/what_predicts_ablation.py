@@ -34,7 +34,7 @@ from torch import Tensor
 from tl_jets import ResidualNetwork, Trace, joint_jet_lens
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.paths.statistics import path_sums
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model
 
 STORIES = [
     "Once upon a time, there was a little girl named Lily. She loved to play",

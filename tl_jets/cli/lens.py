@@ -23,7 +23,7 @@ BAR, BAR_WIDTH = "\u2588", 20
 # Components below this weight share one row if there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 CONSTANT = f"{DECODER_STEP}_bias"
-TITLES = dict(zip(MEASURES, ("remainder", "cosine", "centered cos", "KL", "top-1 %"), strict=True))
+TITLES: dict[str, str] = dict(zip(MEASURES, ("remainder", "cosine", "centered cos", "KL", "top-1 %"), strict=True))
 
 
 def report(options: argparse.Namespace) -> Report:
@@ -118,7 +118,7 @@ def _joint(lens: JointJetLens, asked: Read) -> Table:
         rows.append({"component": label, **values(weight, effects[i]), "its own best tokens": _names(asked, top[i])})
     if hidden:
         rows.append({"component": f"{hidden} others", "weight": f"< {SMALL_WEIGHT}"})
-    total = {"component": "sum", **values(float(weights.sum()), effects.sum(0))}
+    total: dict[str, Any] = {"component": "sum", **values(float(weights.sum()), effects.sum(0))}
     total["its own best tokens"] = _answers(asked, lens.top_ids[at], bool(lens.borrowed[at]))
     said = f"the sum: KL {_beside(lens.kl[at], lens.control.kl[at])}"
     if is_detached:

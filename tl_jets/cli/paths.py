@@ -103,7 +103,7 @@ def _expansion(options: argparse.Namespace, asked: Read, sources: list[str] | No
             "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
         )
     named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths")
-    given = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
+    given: dict[str, Any] = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
     given["max_length"] = options.max_writes
     return exponential_expansion(asked.network, options.order if is_jet else None, **given)
 

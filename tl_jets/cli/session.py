@@ -24,8 +24,7 @@ from tl_jets.core.protocol import some
 from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.core.trace import Trace
-from tl_jets.pretrained import load_tinydocs
-from tl_jets.pretrained.loading import load_model
+from tl_jets.pretrained import load_model, load_tinydocs
 
 
 @dataclass(frozen=True)
