@@ -41,6 +41,7 @@ from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
 from tl_jets.calculus.norms import check_order
 from tl_jets.core.linear_map import GraphMap, LinearMap
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, frozen_biases
+from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 
 Linearize = Literal["jet", "detached"]
@@ -126,28 +127,28 @@ class FrozenNetwork:
         return self.stages[index].writes(values)
 
     def decode(
-        self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
+        self, values: Float[Tensor, "path batch pos d_model"], rows: Rows
     ) -> Float[Tensor, "path batch out_pos d_model"]:
         """D x at selected positions: the input of the unembedding from parts of the last stream, without biases."""
         norm = self.trace.decoder.norm
-        return norm.scale(norm.center(values[..., positions, :])) * self.final_scale[:, positions]
+        return norm.scale(norm.center(rows.at(values, 1))) * rows.at(self.final_scale)
 
     def terms(
-        self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
+        self, values: Float[Tensor, "path batch pos d_model"], rows: Rows
     ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
         """D x of every path, with bias weight 0: b_U is a path of its own."""
-        return [(self.decode(values, positions), 0.0)]
+        return [(self.decode(values, rows), 0.0)]
 
     def decode_transpose(
-        self, functionals: Float[Tensor, "many batch out_pos d_model"], positions: list[int]
+        self, functionals: Float[Tensor, "many batch out_pos d_model"], rows: Rows
     ) -> Float[Tensor, "many out_pos batch pos d_model"]:
         """D' u for functionals u of the unembedding's input, each at one of the positions."""
         norm, final = self.trace.decoder.norm, self.trace[FINAL_STREAM]
-        rows = norm.center(norm.scale(functionals)) * self.final_scale[:, positions]
-        found = final.new_zeros(len(rows), len(positions), *final.shape)
-        for index, position in enumerate(positions):
-            found[:, index, :, position] = rows[:, :, index]
-        return found
+        values = norm.center(norm.scale(functionals)) * rows.at(self.final_scale)
+        found = final.new_zeros(*values.shape[:3], *final.shape[1:])
+        batch, out_pos = torch.meshgrid(*map(torch.arange, rows.index.shape), indexing="ij")
+        found[:, batch, out_pos, rows.index] = values
+        return found.transpose(1, 2)
 
 
 def frozen_norm(norm: Norm, center: Float[Tensor, "*rows d_model"], variate: Float[Tensor, "*rows d_model"]) -> NormJet:

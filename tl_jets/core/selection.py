@@ -31,39 +31,67 @@ ANSWER = "<answer>"
 class Rows:
     """Flat index of the selected non-padding tokens, with scatter back to [batch, pos].
 
-    `positions` count from the start of the padded row, `places` in the prompt without padding; `keep` masks real ones.
+    Attributes:
+        positions: Positions among each prompt's real tokens, for results: one list if all prompts have the same, else
+            [batch, pos], -1 at padding.
+        index: The selected cells' positions in the padded rows [batch, pos].
+        keep: Which of them are real tokens [batch, pos].
+        places: Position of every row in its prompt [row].
     """
 
-    positions: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
+    index: Int[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
     places: Int[Tensor, " row"]
 
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
-        """The real tokens among `positions`; None for all."""
-        length = trace.valid.shape[1]
-        wanted = _read_positions(positions, length)
-        chosen = [position % length for position in wanted]
-        keep = trace.valid[:, chosen]
-        for place, position in enumerate(wanted):
-            if position < 0 and 0 < int(keep[:, place].sum()) < len(keep):
-                raise ValueError(
-                    f"Negative positions count from the end of the padded row; {position} is padding in prompts "
-                    f"{(~keep[:, place]).nonzero()[:, 0].tolist()}, which are shorter. Pass prompts of one length, or tokens "
-                    f"padded on the left with their attention_mask, or positions=None and choose by `valid`."
-                )
-        if not keep.any():
-            raise ValueError(f"positions must hold a real token; got {chosen}, all padding. Choose others.")
-        return cls(chosen, keep, (trace.valid.cumsum(1) - 1)[:, chosen][keep])
+        """The tokens at `positions` among each prompt's real tokens, -1 its last; None for all, as in the padded row."""
+        valid, lengths = trace.valid, trace.valid.sum(1)
+        if positions is None:
+            return cls.at_cells(valid, torch.arange(valid.shape[1], device=valid.device).expand(valid.shape))
+        wanted = torch.tensor(_read_positions(positions, lengths.tolist()), device=valid.device)
+        places = torch.where(wanted < 0, lengths[:, None] + wanted, wanted)
+        exists = (places >= 0) & (places < lengths[:, None])
+        # Real tokens first; what a shorter prompt does not have is its last padding.
+        order = (~valid).long().argsort(dim=1, stable=True)
+        return cls.at_cells(valid, order.gather(1, torch.where(exists, places, valid.shape[1] - 1)))
+
+    @classmethod
+    def at_cells(cls, valid: Bool[Tensor, "batch length"], index: Int[Tensor, "batch pos"]) -> Rows:
+        """The real tokens among the cells at `index` of the padded rows."""
+        keep = valid.gather(1, index)
+        places = (valid.cumsum(1) - 1).gather(1, index).masked_fill(~keep, -1)
+        common = places.amax(0)
+        is_common = bool(((places == common) | ~keep).all() and (common >= 0).all())
+        return cls(common.tolist() if is_common else places, index, keep, places[keep])
+
+    @property
+    def cells(self) -> list[int] | Tensor:
+        """`index`, as a list if it is the same for all prompts."""
+        return self.index[0].tolist() if bool((self.index == self.index[0]).all()) else self.index
+
+    def columns(self, what: str) -> list[int]:
+        """The positions in the padded row, which must be real and the same in every prompt."""
+        if not bool(self.keep.all()) or not bool((self.index == self.index[0]).all()):
+            raise ValueError(
+                f"{what} must be real tokens, at the same positions of the padded row in every prompt; got {self.index.tolist()}, "
+                f"of which {self.keep.tolist()} are real. Pass prompts of one length, or one at a time."
+            )
+        return self.index[0].tolist()
+
+    def at(self, values: Tensor, axis: int = 0) -> Tensor:
+        """[..., batch, pos, ...] -> [..., batch, out_pos, ...], padding included; `axis` is that of batch."""
+        batch = torch.arange(len(self.index), device=values.device)[:, None]
+        return values[(slice(None),) * axis + (batch, self.index.to(values.device))]
 
     def take(self, values: Tensor) -> Tensor:
         """[batch, pos, ...] -> [row, ...]."""
-        return values[:, self.positions][self.keep]
+        return self.at(values)[self.keep]
 
     def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
         """[batch, pos, ...] as a function of a slice of rows, which copies only those rows."""
-        batch, place = self.keep.nonzero(as_tuple=True)
-        positions = torch.tensor(self.positions, device=place.device)[place]
+        batch, positions = self.keep.nonzero()[:, 0], self.index[self.keep]
         return lambda rows: values[batch[rows], positions[rows]]
 
     def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:
@@ -90,10 +118,18 @@ def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
         raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
 
 
-def _read_positions(positions: Any, length: int) -> list[int]:
-    """The requested positions as integers."""
-    if positions is None:
-        return list(range(length))
+def positions_of(positions: Sequence[int] | Tensor, prompt: int) -> list[int]:
+    """The `positions` of a result that are of one prompt."""
+    return positions[prompt].tolist() if isinstance(positions, Tensor) else list(positions)
+
+
+def positions_at(positions: Sequence[int] | Tensor, batch: Tensor, cell: Tensor) -> list[int]:
+    """The `positions` of a result at some cells, within their prompts."""
+    return positions[batch, cell].tolist() if isinstance(positions, Tensor) else [positions[i] for i in cell.tolist()]
+
+
+def _read_positions(positions: Any, lengths: list[int]) -> list[int]:
+    """The requested positions as integers, checked against the prompts' numbers of real tokens."""
     try:
         wanted = [_index(positions)]
     except TypeError:
@@ -106,11 +142,16 @@ def _read_positions(positions: Any, length: int) -> list[int]:
             ) from error
     if not wanted:
         raise ValueError("positions must name at least one position; got none. Pass None for all.")
+    longest = max(lengths)
     for position in wanted:
-        if not -length <= position < length:
-            raise ValueError(f"positions must lie in {-length}..{length - 1} for this input; got {position}.")
-    if len({position % length for position in wanted}) < len(wanted):
-        raise ValueError(f"positions must be distinct, or averages would count some twice; got {wanted}.")
+        if not -longest <= position < longest:
+            raise ValueError(
+                f"positions must lie in {-longest}..{longest - 1} for this input; got {position}. They count real tokens."
+            )
+    for length in set(lengths):
+        found = [position % length for position in wanted if -length <= position < length]
+        if len(set(found)) < len(found):
+            raise ValueError(f"positions must be distinct, or averages would count some twice; got {wanted}.")
     return wanted
 
 

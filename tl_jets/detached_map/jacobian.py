@@ -249,7 +249,8 @@ def detached_jacobian(
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace` of the network.
         output: `"final_post"`, `"logits"` (before a final softcap), `"ln_final"` (input of the unembedding), another
             stream (`"3_pre"`) or a write (`"3_attn_out"`, `"L3H2_out"`).
-        positions: Output positions in the padded row, real tokens in every prompt; None for all.
+        positions: Output positions, counted among each prompt's real tokens; None for all. They must be the same
+            in the padded rows of all prompts, as in those of the result.
         wrt: `"embed"`, `"pos_embed"`, or a stream: with `output="3_mlp_out"`, `wrt="3_mid"` the map of one MLP.
         ordinary: Also compute the model's ordinary Jacobian.
         keep_graph: Keep the graph (True), or one stage's at a time and pay a forward pass per product (False). None
@@ -273,13 +274,8 @@ def detached_jacobian(
     with torch.inference_mode(False):
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         rows = Rows.of(trace, positions)
-        if not bool(rows.keep.all()):
-            raise ValueError(
-                f"positions must be real tokens in every prompt; {rows.positions} are padding in prompts "
-                f"{(~rows.keep).any(1).nonzero().flatten().tolist()}. Pass these one at a time, or padded on the left "
-                f"with an attention_mask."
-            )
-        chain = Chain(trace, wrt, [output], rows.positions)
+        places = rows.columns("positions of a map")
+        chain = Chain(trace, wrt, [output], places)
         (linear, bias), *_ = chain.maps(keep_graph)
         with torch.no_grad():
             bias = trace.decoder.logits(bias) if output == LOGITS else bias
@@ -292,7 +288,7 @@ def detached_jacobian(
     return DetachedJacobian(
         output=output,
         wrt=wrt,
-        positions=rows.positions,
+        positions=places,
         tokens=trace.tokens,
         value=value,
         bias=bias,

@@ -235,7 +235,7 @@ def detached_spectra(
         pairs = _pairs(network, maps)
         d_model = trace[FINAL_STREAM].shape[-1]
         sources = _check(trace, pairs, k, pos, d_model, max_bytes)
-        place = Rows.of(trace, position).positions
+        place = Rows.of(trace, position).columns("The position of a map")
         grams: dict[tuple[str, str], Tensor] = {}
         images: dict[tuple[str, str], Tensor] = {}
         written: dict[tuple[str, str], Tensor] = {}

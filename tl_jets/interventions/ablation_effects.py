@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, centered
@@ -35,7 +35,7 @@ from tl_jets.core.labels import is_label
 from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
-from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
+from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
@@ -59,7 +59,7 @@ class AblationEffect(Result):
 
     labels: list[str]
     mode: str
-    positions: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
     tokens: Int[Tensor, "batch pos"]
     target_ids: Int[Tensor, "batch pos target"]
     target_names: list[str | int]
@@ -85,7 +85,7 @@ class AblationEffect(Result):
         names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
         step, b, p, t = torch.ones_like(self.logit).nonzero().T
         columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
-        columns |= {"pos": [self.positions[i] for i in p], "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
         columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
         columns |= {name: getattr(self, name).flatten().tolist() for name in ("logit", "centered")}
         return pd.DataFrame(columns | {"kl": self.kl[step, b, p].tolist()})
@@ -128,10 +128,10 @@ def ablation_effect(
     network = hookable(model)
     trace = trace_of(network, prompts, attention_mask)
     mask = trace.recording.memo.get("attention_mask")
-    places = real_positions(trace.valid, positions)
+    rows = real_rows(trace, positions)
     if steps is None:
         steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
-    ablations = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
+    ablations: list[Any] = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
     if reference is not None and not isinstance(reference, Trace):
@@ -139,11 +139,11 @@ def ablation_effect(
 
     def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
         with network.view.hooks(hooks):  # type: ignore[attr-defined]
-            return additive_logits(network.trace(trace.tokens, attention_mask=mask), places)
+            return additive_logits(network.trace(trace.tokens, attention_mask=mask), rows.index)
 
     labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
     every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
-    return effect_of(trace, answers([]), every, labels, mode, places, positions=positions, targets=targets)
+    return effect_of(trace, answers([]), every, labels, mode, rows, targets=targets)
 
 
 def effect_of(
@@ -152,17 +152,15 @@ def effect_of(
     ablated: Iterable[Float[Tensor, "batch pos d_vocab"]],
     labels: list[str],
     mode: str,
-    places: Int[Tensor, "batch pos"],
+    rows: Rows,
     *,
-    positions: int | Sequence[int],
     targets: TargetInput | None,
 ) -> AblationEffect:
-    """The effects of ablations from additive logits, `clean` and `ablated`, at `places` of the trace, in float64."""
-    rows = Rows(places[0].tolist(), torch.ones_like(places, dtype=torch.bool), places.flatten())
+    """The effects of ablations from additive logits, `clean` and `ablated`, at some positions, in float64."""
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
         ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
-    decoder, tokens = trace.decoder, trace.tokens.gather(1, places)
+    decoder, tokens = trace.decoder, rows.at(trace.tokens)
     logit, beyond, kl = [], [], []
     for found in ablated:
         change = found - clean
@@ -173,7 +171,7 @@ def effect_of(
     return AblationEffect(
         labels=labels,
         mode=mode,
-        positions=[positions] if isinstance(positions, int) else list(positions),
+        positions=rows.positions,
         tokens=tokens,
         target_ids=ids,
         target_names=list(names),
@@ -185,12 +183,11 @@ def effect_of(
     )
 
 
-def real_positions(valid: Bool[Tensor, "batch pos"], positions: int | Sequence[int]) -> Int[Tensor, "batch out_pos"]:
-    """Indices in the padded rows of the requested positions of each prompt's real tokens."""
-    wanted = [positions] if isinstance(positions, int) else list(positions)
-    shortest = int(valid.sum(1).min())
-    if not wanted or not all(-shortest <= position < shortest for position in wanted):
+def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:
+    """The requested positions among each prompt's real tokens; ValueError if a prompt is too short for one."""
+    rows, shortest = Rows.of(trace, positions), int(trace.valid.sum(1).min())
+    if not bool(rows.keep.all()):
         raise ValueError(
-            f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {wanted}."
+            f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {positions}."
         )
-    return torch.stack([row.nonzero()[:, 0][wanted] for row in valid])
+    return rows

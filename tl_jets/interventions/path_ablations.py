@@ -39,7 +39,7 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.ablation_effects import AblationEffect, effect_of, real_positions
+from tl_jets.interventions.ablation_effects import AblationEffect, effect_of, real_rows
 from tl_jets.paths.evaluation import read_path
 
 
@@ -76,17 +76,16 @@ def path_ablation(
     if not wanted:
         raise ValueError("path_ablation needs at least one path; got none.")
     parsed = [read_path(trace, path)[0] for path in wanted]
-    places = real_positions(trace.valid, positions)
+    rows = real_rows(trace, positions)
     decoder, final = trace.decoder, trace[FINAL_STREAM]
     sent: dict[Path, Tensor] = {}
 
     def answers(stream: Tensor) -> Tensor:
-        rows = stream.gather(1, places[..., None].expand(-1, -1, stream.shape[-1]))
-        return decoder.logits(decoder.norm(rows)).double()
+        return decoder.logits(decoder.norm(rows.at(stream))).double()
 
     found = (answers(final - _along(trace, path, sent)) for path in parsed)
     labels = [str(path) for path in wanted]
-    return effect_of(trace, answers(final), found, labels, "path", places, positions=positions, targets=targets)
+    return effect_of(trace, answers(final), found, labels, "path", rows, targets=targets)
 
 
 def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:

@@ -123,7 +123,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
         truth: The approximated tensor: the stream that the stage produces, or the final norm's output.
         solution: The solved weights and their certificate; None for given or uniform weights.
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
-        positions: Indices of its positions, likewise.
+        positions: Indices of its positions in the padded rows, likewise; [batch, pos] where prompts differ.
     """
 
     expansion: Expanded
@@ -133,7 +133,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
     truth: Tensor
     solution: SimplexSolution | None = None
     prompts: list[int] | int | None = None
-    positions: list[int] | int | None = None
+    positions: list[int] | int | Tensor | None = None
 
     def __getitem__(self, path: str | Path) -> Tensor:
         try:
@@ -195,11 +195,16 @@ class JetCache(Shown, Mapping[str, Tensor]):
         """Whether the cache has all prompts and positions of the trace, in order."""
         shape = self.trace.valid.shape
         here = (self.prompts, self.positions)
-        return all(index in (None, list(range(size))) for index, size in zip(here, shape, strict=True))
+        pairs = zip(here, shape, strict=True)
+        return all(index is None or (isinstance(index, list) and index == list(range(size))) for index, size in pairs)
 
     def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
         """Index a tensor of the trace [batch, pos, *rest] at the cached cells: [*cells, *rest], on the cache's device."""
-        if self.positions is not None:
+        if isinstance(self.positions, Tensor):
+            batch = torch.arange(len(values), device=values.device)
+            places = self.positions.to(values.device)
+            values = values[batch[:, None] if places.ndim > 1 else batch, places]
+        elif self.positions is not None:
             values = values[:, self.positions]
         if self.prompts is not None:
             values = values[self.prompts]
@@ -253,14 +258,15 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
     def rows(self, what: str) -> Rows:
         """The real cells of a cache [batch, pos]; `what` names the caller in errors."""
-        positions = list(range(self.truth.shape[1])) if self.positions is None else self.positions
-        if isinstance(self.prompts, int) or isinstance(positions, int):
+        if self.truth.ndim != 3:
             raise ValueError(
                 f"{what} need a cache [batch, pos, d_model]; this one has shape {list(self.truth.shape)}. Slice with lists in "
                 f"place of ints, or take them first."
             )
         self._require_real(what)
-        return Rows(positions, self.valid, self.here(self.trace.valid.cumsum(1) - 1)[self.valid])
+        valid = self.trace.valid.to(self.truth.device)
+        every = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        return Rows.at_cells(valid if self.prompts is None else valid[self.prompts], self.here(every))
 
     def bias_weights(self) -> Float[Tensor, "path ..."]:
         """The multiple of b_U in each term's logits, in the order of `labels`: w_i; detached, 0 or 1."""
@@ -302,6 +308,10 @@ class JetCache(Shown, Mapping[str, Tensor]):
         index, positions = _read_slice("pos", pos_slice, self.positions, self.trace.tokens.shape[1])
         return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
 
+    def at_rows(self, rows: Rows) -> JetCache:
+        """Return a whole cache at selected positions of each prompt."""
+        return self._map(lambda tensor, leading: rows.at(tensor, leading), positions=rows.cells)
+
     def remove_batch_dim(self) -> JetCache:
         """Return the cache without its batch dimension, which must be 1."""
         if not isinstance(self.prompts, int) and self.truth.shape[0] != 1:
@@ -315,8 +325,8 @@ class JetCache(Shown, Mapping[str, Tensor]):
         """Index every tensor at `cells`; `where` sets the new prompts or positions."""
         return replace(self._map(lambda tensor, leading: tensor[(slice(None),) * leading + cells]), **where)
 
-    def _map(self, change: Any, *, solution: bool = True) -> JetCache:
-        """Apply `change(tensor, number of axes before the cells)` to every tensor but the trace's."""
+    def _map(self, change: Any, *, solution: bool = True, **where: Any) -> JetCache:
+        """Apply `change(tensor, number of axes before the cells)` to every tensor but the trace's; replace `where`."""
         solved = self.solution
         if solved is not None and solution:
             known = {field.name: getattr(solved, field.name) for field in fields(solved)}
@@ -327,6 +337,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
             weights=change(self.weights, 1),
             truth=change(self.truth, 0),
             solution=solved,
+            **where,
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -339,12 +350,12 @@ class JetCache(Shown, Mapping[str, Tensor]):
         norms = self.stack().norm(dim=-1)
         top = self.top_tokens(1).indices[..., 0] if self.is_decoded else None
         tokenizer, tokens = self.trace.network.tokenizer, self.tokens
-        positions = range(self.trace.tokens.shape[1]) if self.positions is None else self.positions
+        places = self.here(self.trace.valid.cumsum(1) - 1)
         rows = []
         for cell in map(tuple, self.valid.nonzero().tolist()):
             here = {
                 "batch": 0 if isinstance(self.prompts, int) else cell[0],
-                "pos": positions if isinstance(positions, int) else positions[cell[-1]],
+                "pos": int(places[cell]),
                 "token": token_text(tokenizer, int(tokens[cell])),
             }
             for index, path in enumerate(self.labels):
@@ -405,19 +416,22 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
 
 def _read_slice(
-    name: str, index: Any, chosen: list[int] | int | None, size: int
-) -> tuple[int | slice | list[Any], list[int] | int]:
+    name: str, index: Any, chosen: list[int] | int | Tensor | None, size: int
+) -> tuple[int | slice | list[Any], list[int] | int | Tensor]:
     """A slice as PyTorch takes it, and the entries of `chosen` (None: all of `size`) that it keeps."""
-    if isinstance(chosen, int):
+    if isinstance(chosen, int) or (isinstance(chosen, Tensor) and chosen.ndim < 2):
         raise ValueError(
             f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "
             f"write [index] for the int."
         )
     index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
-    left = torch.tensor(range(size) if chosen is None else chosen, device="cpu")[index]
+    size = size if chosen is None else chosen.shape[1] if isinstance(chosen, Tensor) else len(chosen)
+    left = torch.arange(size, device="cpu")[index]
     if left.ndim > 1 or not left.numel():
         raise ValueError(
-            f"A slice of the {name} dimension must keep some of its {size if chosen is None else len(chosen)} entries; "
+            f"A slice of the {name} dimension must keep some of its {size} entries; "
             f"{index!r} keeps {left.tolist()}. Pass an int, a slice, or indices."
         )
-    return index, left.tolist()
+    if isinstance(chosen, Tensor):
+        return index, chosen[:, left.to(chosen.device)]
+    return index, left.tolist() if chosen is None else torch.tensor(chosen, device="cpu")[left].tolist()

@@ -38,7 +38,7 @@ from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along, weighted
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.selection import TargetInput, check_options, stream_labels
+from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
 from tl_jets.core.tokens import nested_texts
 from tl_jets.lenses.results import LensInput, LensResult, table
 
@@ -168,7 +168,7 @@ class IterativeJetLens(LensResult):
         layer, order, b, p = at
         tokens = kept[(*at, rank)].tolist()
         columns = {"layer": [self.labels[i] for i in layer], "order": [self.orders[i] for i in order], "batch": b}
-        columns |= {"pos": [self.positions[i] for i in p], "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
         columns |= {"rank": rank, "token_index": tokens, "token_string": [names[i] for i in tokens]}
         logits = {"logit": self.full_values, "own_logit": self.own_values}
         columns |= {name: values[(*at, rank)].cpu().numpy() for name, values in logits.items()}
@@ -201,7 +201,7 @@ def iterative_jet_lens(
         text_or_tokens: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         order: Highest order k >= 0; None is 1.
         layers: Layers (l is `l_pre`; n_layers or -1 is `final_post`) or stream labels; None for all.
-        positions: Positions to read, negative ones from the end of the padded row; None for all.
+        positions: Positions to read among each prompt's real tokens, -1 its last; None for all.
         incl_mid: With `layers=None`, also read streams between attention and MLP.
         center_scale: Length of centers: `"none"` (the paper's), or `"match"` or `"orthogonal"`, whose series converge.
         linearize: `"jet"`, or `"detached"` (direct logit attribution), without order or center_scale.

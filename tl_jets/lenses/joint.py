@@ -41,7 +41,7 @@ from tl_jets.core.options import check_choice, renamed
 from tl_jets.core.protocol import FINAL_STREAM, Granularity
 from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.results import handle
-from tl_jets.core.selection import ANSWER, TargetInput, check_options
+from tl_jets.core.selection import ANSWER, TargetInput, check_options, positions_at
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.jets.expand import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import SimplexSolution
@@ -124,7 +124,7 @@ class JointJetLens(LensResult):
         [center, place, k], best first; NaN and -1 at padding.
         """
         centers, decoder = self._centers(), self._centers().decoder
-        wanted = list(range(len(self.positions))) if places is None else list(places)
+        wanted = list(range(self.tokens.shape[1])) if places is None else list(places)
         chosen = [self.labels.index(label) for label in (self.labels if labels is None else labels)]
         keep = centers.rows.keep
         here = keep[prompt, wanted]
@@ -164,7 +164,7 @@ class JointJetLens(LensResult):
         lens was loaded), target, effect.
         """
         center, b, p, t = self.valid[None, :, :, None].expand_as(self.effects).nonzero().T
-        columns = {"center": [self.labels[i] for i in center], "batch": b, "pos": [self.positions[i] for i in p]}
+        columns = {"center": [self.labels[i] for i in center], "batch": b, "pos": positions_at(self.positions, b, p)}
         numbers = () if self.linearize == "detached" else ("weights", "rho", "alpha", "beta")
         columns |= {"token": self.tokens[b, p], **{name: getattr(self, name)[center, b, p] for name in numbers}}
         names = self._names(tokenizer)

@@ -84,7 +84,7 @@ class LensInput:
         """The fields of a `LensResult` that a scan's `cells` give."""
         spread, network = self.rows.spread, self.trace.network
         found = {
-            "tokens": self.trace.tokens[:, self.rows.positions],
+            "tokens": self.rows.at(self.trace.tokens),
             "top_ids": spread(scan.top.indices[cells], -2, -1),
             "own_top_ids": None if scan.own_top1 is None else spread(scan.own_top1[cells], fill=-1),
             "model_top_ids": spread(scan.model.top.indices[:, 0], fill=-1),
@@ -114,7 +114,7 @@ class LensResult(Result):
     """
 
     labels: list[str]
-    positions: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     center_scale: CenterScale

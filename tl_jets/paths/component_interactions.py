@@ -68,7 +68,7 @@ from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.core.results import Result
-from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.selection import Rows, TargetInput, positions_of
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.expand import Expansion, jet_expand
@@ -107,7 +107,7 @@ class Interactions(Result):
     weights: Float[Tensor, "center batch pos"]
     rho: Float[Tensor, "center batch pos"]
     center_scale: CenterScale
-    positions: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     target_ids: Int[Tensor, "batch pos target"]
@@ -153,7 +153,12 @@ class Interactions(Result):
         tables = []
         for b, p in self.valid.nonzero().tolist():
             target = " - ".join(names[token] for token in self.target_ids[b, p].tolist())
-            here = {"batch": b, "pos": self.positions[p], "token": names[int(self.tokens[b, p])], "target": target}
+            here = {
+                "batch": b,
+                "pos": positions_of(self.positions, b)[p],
+                "token": names[int(self.tokens[b, p])],
+                "target": target,
+            }
             tables.append(pairs.assign(**here, effect=effect[:, b, p].tolist(), control=control[:, b, p].tolist()))
         table = pd.concat(tables, ignore_index=True)
         return table.sort_values("effect", key=abs, ascending=False, kind="stable").reset_index(drop=True)
@@ -193,7 +198,7 @@ def interactions(
         minus: A token whose logit is subtracted, as `targets`; None for the logit itself.
         centers: Components, as in `jet_expand`; None for all summands of the final stream: embeddings, writes, edits.
         granularity: `"block"`, `"sublayer"` or `"head"`. None is `"sublayer"` for a model, and a network's own.
-        positions: Positions to read in the padded row; None for all.
+        positions: Positions to read among each prompt's real tokens, -1 its last; None for all.
         weights: `"uniform"`, or numbers on the simplex, [center] or [center, batch, pos] of the whole input.
         center_scale: Rescale centers: `"orthogonal"`, `"match"` or `"none"` (the paper's), as in `jet_expand`.
         seed: Seed of the random control.
@@ -212,7 +217,7 @@ def interactions(
         centers = [*network.components, *(label for stream in network.streams for label in trace.edits(stream))]
     expansion = jet_expand(network, DECODER_STEP, centers=centers, order=2, weights=weights, center_scale=center_scale)
     along, ids, names = _directions(trace, rows, targets, minus)
-    tokens = trace.tokens[:, rows.positions]
+    tokens = rows.at(trace.tokens)
     found = _second_degree(expansion, trace, rows, along, seed)
     return Interactions(
         labels=[*(str(center.path) for center in expansion.centers), REST],

@@ -125,13 +125,13 @@ def search(
     """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded."""
     # g_s before every stage and the decoder, [many * out_pos, batch, pos, d_model], last first
     final = yardstick.functionals(rank).to(frozen.final_scale)
-    functionals = [frozen.decode_transpose(final, yardstick.rows.positions).flatten(0, 1)]
+    functionals = [frozen.decode_transpose(final, yardstick.rows).flatten(0, 1)]
     for frozen_stage, steps in reversed(list(zip(frozen.stages, graph.stages, strict=True))):
         g, taken = functionals[-1], [step.label in steps for step in frozen_stage.stage.steps]
         functionals.append(g + frozen_stage.pulled_back(g, taken) if any(taken) else g)
 
     def scores(prefixes: Prefixes, values: Tensor, functional: Tensor) -> Tensor:
-        states = frozen.decode(values, yardstick.rows.positions)
+        states = frozen.decode(values, yardstick.rows)
         ends = yardstick.sizes(yardstick.augmented(states, values.new_zeros(len(values))), rank)
         complete = torch.tensor([prefix.state[0] == 0 for prefix in prefixes], device=ends.device)
         every = torch.einsum("gbtd,nbtd->ngb", functional, values).double().flatten(1)
@@ -174,14 +174,14 @@ class Collector:
 
     def add(self, prefixes: Prefixes, values: Tensor) -> None:
         """Decode and collect finished paths."""
-        for degree, (states, weight) in enumerate(self.stages.terms(values, self.rows.positions)):
+        for degree, (states, weight) in enumerate(self.stages.terms(values, self.rows)):
             self._take([self.split(prefix.path.then(DECODER_STEP))[degree] for prefix in prefixes], states, weight)
 
     def add_constant(self) -> None:
         """Collect the decoder's own constant, if it is one of the paths."""
         prefixes, values = starts(self.graph, self.stages, len(self.graph.stages) + 1)
         if prefixes:
-            self._take([prefix.path for prefix in prefixes], torch.stack(values)[:, :, self.rows.positions], 1.0)
+            self._take([prefix.path for prefix in prefixes], self.rows.at(torch.stack(values), 1), 1.0)
 
     def _take(self, paths: list[Path], states: Tensor, weight: float) -> None:
         labels = [str(path) for path in paths]

@@ -296,7 +296,7 @@ class PathExpansion:
     def _remembered(self, trace: Trace, positions: int | Sequence[int] | None) -> PathCache:
         """Evaluate on a trace of the same network, or return the trace's earlier result."""
         rows = Rows.of(trace, positions)
-        known, key = trace.evaluated.setdefault(self, {}), tuple(rows.positions)
+        known, key = trace.evaluated.setdefault(self, {}), tuple(map(tuple, rows.index.tolist()))
         if key not in known:
             whole = with_edits(self.whole, trace)
             edited = replace(self, whole=whole, graph=narrowed(whole, self.network.stages, **self.filters))
@@ -326,14 +326,14 @@ class PathExpansion:
             sums = evaluate(live.graph, stages, chunk_size(trace[FINAL_STREAM]), collector.add)
         collector.add_constant()
         terms, weights = collector.terms(live)
-        truth = trace.decoder.norm(trace[FINAL_STREAM][:, rows.positions])
+        truth = trace.decoder.norm(rows.at(trace[FINAL_STREAM]))
         found = PathCache(
             expansion=live,
             trace=trace,
             terms=terms,
             weights=truth.new_tensor(weights)[:, None, None].expand(-1, *truth.shape[:2]),
             truth=truth,
-            positions=rows.positions,
+            positions=rows.cells,
             is_exhaustive=not beam,
         )
         remainders = {}

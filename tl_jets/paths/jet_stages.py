@@ -26,6 +26,7 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, Norm, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.paths.graph import PathGraph
 
@@ -66,10 +67,10 @@ class JetStages:
         return self.weights[index] * torch.stack([jet(gammas, x, variate, self.order).value for x in centers], 1)
 
     def terms(
-        self, values: Float[Tensor, "path batch pos d_model"], positions: list[int]
+        self, values: Float[Tensor, "path batch pos d_model"], rows: Rows
     ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
         """Weighted jets of the final norm at every path, whole or by degree, with their multiples of b_U."""
-        values, variate = values[..., positions, :], self.trace[FINAL_STREAM][:, positions]
+        values, variate = rows.at(values, 1), rows.at(self.trace[FINAL_STREAM])
         weight = self.weights[-1]
         series = norm_jet(self.norm, self._scaled(values, variate), variate.expand_as(values), self.order)
         if not self.split_degrees:

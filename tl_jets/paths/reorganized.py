@@ -72,7 +72,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -235,8 +235,9 @@ class ReorganizedExpansion(Expansion):
         found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
         if positions is None:
             return found
-        chosen = Rows.of(found.trace, positions).positions
-        return replace(found.apply_slice_to_pos_dim(chosen), positions=chosen)
+        rows = Rows.of(found.trace, positions)
+        found = cast(PathCache, found.at_rows(rows))
+        return replace(found, remainders=found.remainders | {DECODER_STEP: found.relative_remainder})
 
     def check(self, cache: JetCache) -> Check:
         """Compare the sum of the paths with the plain jets, which are differentiated another way (Taylor arithmetic)."""

@@ -54,7 +54,7 @@ from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import BIAS, DECODER_STEP
 from tl_jets.core.readout import top_tokens
 from tl_jets.core.results import Result
-from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
 from tl_jets.paths.evaluation import taken_rows, with_edits
@@ -88,7 +88,7 @@ class PathStatistics(Result):
     by: By
     counts: list[int]
     lengths: list[int] | None
-    positions: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
     tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     norm: Float[Tensor, "part batch pos"]
@@ -180,7 +180,7 @@ class PathStatistics(Result):
         names = self._names(tokenizer)
         part, b, p, t = self.valid[None, :, :, None].expand_as(self.effects).nonzero().T.cpu()
         texts = {"token": self.tokens[b, p], "target": self.target_ids[b, p, t], "top_token": self.top_ids[part, b, p]}
-        table = {self.by: [self.labels[i] for i in part], "batch": b, "pos": [self.positions[i] for i in p]}
+        table = {self.by: [self.labels[i] for i in part], "batch": b, "pos": positions_at(self.positions, b, p)}
         table |= {"token": None, **{name: getattr(self, name)[part, b, p] for name in ("norm", "cosine", "share")}}
         table |= {"target": None, "effect": self.effects[part, b, p, t], "top_token": None}
         table |= {name: [names[i] for i in ids.tolist()] for name, ids in texts.items()}
@@ -376,15 +376,15 @@ class _Sums:
         constant: str | None,
     ) -> PathStatistics:
         """Statistics of parts of the last stream; the decoder's own constant is added to the part `constant`."""
-        trace, positions = self.trace, self.rows.positions
-        states = dict(zip(parts, self.frozen.decode(torch.stack(list(parts.values())), positions), strict=True))
+        trace, rows = self.trace, self.rows
+        states = dict(zip(parts, self.frozen.decode(torch.stack(list(parts.values())), rows), strict=True))
         weights = dict.fromkeys(states, 0.0)
         for value in self.joining(len(self.graph.stages) + 1).values() if constant else ():
-            states[constant] = states.get(constant, 0) + value[:, positions]
+            states[constant] = states.get(constant, 0) + rows.at(value)
             weights[constant] = 1.0
         labels, every = list(states), torch.stack(list(states.values()))
         counts = _counts(self.graph, labels, by) if counts is None else counts
-        yardstick, tokens = Yardstick.of(trace, self.rows, targets), trace.tokens[:, positions]
+        yardstick, tokens = Yardstick.of(trace, rows, targets), rows.at(trace.tokens)
         bias_weights = every.new_tensor([weights[label] for label in labels])
         return statistics_of(trace, yardstick, tokens, labels, every, bias_weights, by=by, counts=counts)
 

@@ -17,6 +17,7 @@ import math
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_jets.core.measures import Measures
@@ -59,7 +60,7 @@ def lens_data(
         "tl_jets": version("tl-jets"),
         "model": model,
         "prompt": prompt,
-        "positions": list(iterative.positions),
+        "positions": torch.as_tensor(iterative.positions, device="cpu").tolist(),
         "tokens": texts(iterative.tokens),
         "answer": texts(iterative.model_top_ids),
         "unit": iterative.unit,

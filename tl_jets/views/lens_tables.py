@@ -23,6 +23,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number, precise
+from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
@@ -50,7 +51,7 @@ def lens_table(
         order: Order of an iterative lens; None for its highest.
         measure: Measure of an iterative lens, written under the token with its control; it colors the cell.
         prompt: Index of the prompt.
-        positions: Positions in the padded row, among those of the lens; None for all real ones.
+        positions: Positions in the prompt, among those of the lens; None for all real ones.
         top: Number of components of a joint lens to show, those with the largest weights; None for all.
 
     Raises:
@@ -68,7 +69,7 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
 
     Args:
         lens: An iterative or a joint lens.
-        position: Position in the padded row, among those of the lens; negative: from the prompt's last real token.
+        position: Position in the prompt, among those of the lens; negative: from the prompt's last real token.
         prompt: Index of the prompt.
         k: Number of tokens; for an iterative lens at most its `top_k`.
 
@@ -93,7 +94,7 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
     if k < 1 or (isinstance(lens, IterativeJetLens) and k > kept):
         raise ValueError(f"k must lie in 1..{kept}, what the lens kept; got {k}. Run it with a larger top_k.")
     read = visible(lens.token_names[int(lens.tokens[prompt, place])])
-    where = f"after {read} (position {lens.positions[place]}{of_prompts(lens, prompt)})"
+    where = f"after {read} (position {positions_of(lens.positions, prompt)[place]}{of_prompts(lens, prompt)})"
     if isinstance(lens, JointJetLens):
         return View(f"Best tokens of components {where}", _joint_best(lens, prompt, place, k))
     return View(f"Best tokens of layers {where}", _iterative_best(lens, prompt, place, k))
@@ -108,7 +109,7 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
     if isinstance(lens, JointJetLens):
         if lens.centers is None:  # loaded from a file
             return View(repr(lens), dataframe_html(lens.to_dataframe()))
-        positions = [lens.positions[place] for place in places]
+        positions = [positions_of(lens.positions, prompt)[place] for place in places]
         view = lens_table(lens, prompt=prompt, positions=positions, top=SHOWN_COMPONENTS)
         return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
     kinds = sorted({lens.orders[0], lens.orders[-1]})
@@ -126,7 +127,9 @@ def closeness(measure: str, value: float) -> float:
 def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place: int, names: dict[int, str]) -> str:
     """All numbers of one cell, one per line."""
     at = (layer, order, prompt, place)
-    lines = [f"{lens.labels[layer]}, order {lens.orders[order]}, position {lens.positions[place]}"]
+    lines = [
+        f"{lens.labels[layer]}, order {lens.orders[order]}, position {positions_of(lens.positions, prompt)[place]}"
+    ]
     for token_id, full, own in zip(
         *(values[at].tolist() for values in (lens.top_ids, lens.full_values, lens.own_values)), strict=True
     ):
@@ -208,8 +211,8 @@ def _legend(lens: IterativeJetLens, k: int, measure: str) -> str:
 def _read_heads(
     lens: IterativeJetLens | JointJetLens, prompt: int, places: list[int], names: dict[int, str], first: str
 ) -> list[str]:
-    read = [names[int(lens.tokens[prompt, p])] for p in places]
-    return [first, *(f"{token(name)}<small>{lens.positions[p]}</small>" for name, p in zip(read, places, strict=True))]
+    read, own = [names[int(lens.tokens[prompt, p])] for p in places], positions_of(lens.positions, prompt)
+    return [first, *(f"{token(name)}<small>{own[p]}</small>" for name, p in zip(read, places, strict=True))]
 
 
 def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | None) -> View:
@@ -222,13 +225,13 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
     names = lens.texts(found.indices)
     values, ids = found.values[..., 0].tolist(), found.indices[..., 0].tolist()
     scale = largest(value for row in values for value in row)
-    rows = []
+    rows, own = [], positions_of(lens.positions, prompt)
     for row, i in enumerate(chosen):
         label, mean = lens.labels[i], float(weights[i].mean())
         cells = [row_head(f"{text(label)}<small>{number(mean)}</small>", "weight, mean of the columns")]
         for value, best, weight, p in zip(values[row], ids[row], weights[i].tolist(), places, strict=True):
             hover = (
-                f"{label}, position {lens.positions[p]}\n{visible(names[best])}  contribution {precise(value)}\n"
+                f"{label}, position {own[p]}\n{visible(names[best])}  contribution {precise(value)}\n"
                 f"weight {precise(weight)}, alpha {precise(float(lens.alpha[i, prompt, p]))}, beta "
                 f"{precise(float(lens.beta[i, prompt, p]))}, rho {precise(float(lens.rho[i, prompt, p]))}"
             )

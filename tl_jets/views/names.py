@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tl_jets.core.measures import MEASURES
+from tl_jets.core.selection import positions_of
 
 MEASURE_NAMES = {
     "remainder_norm": "remainder",
@@ -28,18 +29,18 @@ def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: i
     Args:
         result: Has `positions`, `tokens` and `valid`.
         prompt: Index of the prompt.
-        positions: Positions in the padded row; None for all.
+        positions: Positions in the prompt; None for all.
         most: Keep only the last `most`.
     """
     n_prompts = len(result.tokens)
     if not 0 <= prompt < n_prompts:
         raise ValueError(f"prompt must lie in 0..{n_prompts - 1}, the prompts of the result; got {prompt}.")
-    wanted = list(result.positions) if positions is None else list(positions)
-    unknown = [position for position in wanted if position not in result.positions]
-    if unknown:
-        raise ValueError(f"positions must be among those of the result, {list(result.positions)}; got {unknown}.")
+    own = positions_of(result.positions, prompt)
+    wanted = range(len(own)) if positions is None else [own.index(p) for p in positions if p in own]
+    if positions is not None and len(wanted) < len(positions):
+        raise ValueError(f"positions must be among those of the result, {own}; got {list(positions)}.")
     valid = result.valid[prompt].tolist()
-    places = [place for place in map(list(result.positions).index, wanted) if valid[place]]
+    places = [place for place in wanted if valid[place]]
     if not places:
         raise ValueError(f"positions must hold a real token; those of prompt {prompt} are padding. Choose others.")
     return places if most is None else places[-most:]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.numerals import number, precise
+from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import decode, visible
 from tl_jets.detached_map import DetachedJacobian
 from tl_jets.lenses import IterativeJetLens
@@ -47,7 +48,7 @@ def lens_tokens(
         measure: `"kl"` (nats), `"cosine"`, `"centered_cosine"`, `"remainder_norm"` or `"top1_agreement"`.
         order: Order; None for the lens' highest.
         prompt: Index of the prompt.
-        positions: Positions in the padded row, among those of the lens; None for all real ones.
+        positions: Positions in the prompt, among those of the lens; None for all real ones.
 
     Raises:
         TypeError: It is not an iterative lens.
@@ -96,7 +97,7 @@ def path_tokens(
         measure: `"effect"` (on the centered logit of the first target), `"share"`, `"norm"` or `"cosine"`.
         top: Number of parts to show, those with the largest mean absolute measure; None for all in order.
         prompt: Index of the prompt.
-        positions: Positions in the padded row, among those of the result; None for all real ones.
+        positions: Positions in the prompt, among those of the result; None for all real ones.
 
     Raises:
         ValueError: Unknown measure, prompt or position, or top is below 1.
@@ -122,7 +123,7 @@ def path_tokens(
         chips = []
         for value, p in zip(values[i].tolist(), places, strict=True):
             at = (i, prompt, p)
-            lines = [f"{statistics.labels[i]}, position {statistics.positions[p]}"]
+            lines = [f"{statistics.labels[i]}, position {positions_of(statistics.positions, prompt)[p]}"]
             lines += [f"{name} {precise(float(getattr(statistics, name)[at]))}" for name in ("norm", "cosine", "share")]
             targets = zip(statistics.target_ids[prompt, p].tolist(), statistics.effects[at].tolist(), strict=True)
             lines += [f"effect on {visible(names[target])} {precise(effect)}" for target, effect in targets]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.views.figures.axes import (
@@ -50,7 +51,7 @@ def lens_table(
             brackets (no colors or brackets without measures).
         order: Order of an iterative lens; None for its highest.
         prompt: Index of the prompt.
-        positions: Positions in the padded row, among those of the lens; None for all real ones.
+        positions: Positions in the prompt, among those of the lens; None for all real ones.
         top: Number of components of a joint lens to show, those with the largest weights; None for all.
         ax: Axes to draw on; None for a new figure.
 
@@ -83,7 +84,7 @@ def lens_table(
     width = max(CELL_WIDTH, 0.075 * widest + 0.1)
     figure, (ax,) = new_panels(ax, 1, (width * len(places) + 2.0, CELL_HEIGHT * len(labels) + 1.0))
     draw_cells(ax, texts, values, diverging=isinstance(lens, JointJetLens), bar=bar)
-    read = [f"{visible(names[int(lens.tokens[prompt, p])])}\n{lens.positions[p]}" for p in places]
+    read = [f"{visible(names[int(lens.tokens[prompt, p])])}\n{positions_of(lens.positions, prompt)[p]}" for p in places]
     ax.set_xticks(range(len(places)), read, fontsize=SMALL, parse_math=False)
     ax.set_yticks(range(len(labels)), labels, fontsize=SMALL, parse_math=False)
     ax.xaxis.tick_top()
