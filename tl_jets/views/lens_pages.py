@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,21 @@ from tl_jets.views.pages import filled
 
 # Significant digits of numbers in pages and files.
 DIGITS = 6
+# Fields of the lenses that the data hold.
+SHARED = ("labels", "linearize", "center_scale", "rho", "alpha", "beta", "borrowed_share", "borrowed", "top_ids")
+SHARED += ("measures", "control")
+ITERATIVE = ("orders", "full_values", "own_values")
+JOINT = (
+    "order",
+    "objective",
+    "weights",
+    "gap",
+    "effective_rank",
+    "target_ids",
+    "effects",
+    "uniform",
+    "control_uniform",
+)
 
 
 def lens_data(
@@ -54,8 +70,12 @@ def lens_data(
         )
     if iterative.measures is None or iterative.control is None:
         raise ValueError("Measures are shown beside their controls; run the iterative lens with measures and a seed.")
-    centers = joint.center_top_tokens(joint.top_ids.shape[-1])
-    texts = _Texts({**iterative.token_names, **joint.texts(centers.indices)})
+    centers = joint.center_top_tokens(joint.top_ids.shape[-1]).indices
+    names = {**iterative.token_names, **joint.texts(centers)}
+
+    def texts(ids: Tensor) -> Any:
+        return _nested(ids.tolist(), lambda token: visible(names.get(token)))
+
     return {
         "tl_jets": version("tl-jets"),
         "model": model,
@@ -64,50 +84,15 @@ def lens_data(
         "tokens": texts(iterative.tokens),
         "answer": texts(iterative.model_top_ids),
         "unit": iterative.unit,
-        "iterative": {
-            "axes": ["layer", "order", "batch", "pos"],
-            "labels": list(iterative.labels),
-            "orders": list(iterative.orders),
-            "linearize": iterative.linearize,
-            "center_scale": iterative.center_scale,
-            "rho": _numbers(iterative.rho),
-            "alpha": _numbers(iterative.alpha),
-            "beta": _numbers(iterative.beta),
-            "borrowed_share": _numbers(iterative.borrowed_share),
-            "borrowed": iterative.borrowed.tolist(),
-            "top_ids": iterative.top_ids.tolist(),
-            "top_tokens": texts(iterative.top_ids),
-            "full_values": _numbers(iterative.full_values),
-            "own_values": _numbers(iterative.own_values),
-            "measures": _measures(iterative.measures),
-            "control": _measures(iterative.control),
-        },
+        "iterative": {"axes": ["layer", "order", "batch", "pos"], "top_tokens": texts(iterative.top_ids)}
+        | {name: _plain(getattr(iterative, name)) for name in (*SHARED, *ITERATIVE)},
         "joint": {
             "axes": ["center", "batch", "pos"],
-            "labels": list(joint.labels),
-            "order": joint.order,
-            "linearize": joint.linearize,
-            "objective": joint.objective,
-            "center_scale": joint.center_scale,
-            "weights": _numbers(joint.weights),
-            "gap": None if joint.gap is None else _numbers(joint.gap),
-            "effective_rank": None if joint.effective_rank is None else joint.effective_rank.tolist(),
-            "rho": _numbers(joint.rho),
-            "alpha": _numbers(joint.alpha),
-            "beta": _numbers(joint.beta),
-            "target_ids": joint.target_ids.tolist(),
             "targets": texts(joint.target_ids),
-            "effects": _numbers(joint.effects),
-            "borrowed_share": _numbers(joint.borrowed_share),
-            "borrowed": joint.borrowed.tolist(),
-            "center_top_tokens": texts(centers.indices),
-            "top_ids": joint.top_ids.tolist(),
+            "center_top_tokens": texts(centers),
             "top_tokens": texts(joint.top_ids),
-            "measures": _measures(joint.measures),
-            "uniform": _measures(joint.uniform),
-            "control": _measures(joint.control),
-            "control_uniform": _measures(joint.control_uniform),
-        },
+        }
+        | {name: _plain(getattr(joint, name)) for name in (*SHARED, *JOINT)},
     }
 
 
@@ -120,27 +105,18 @@ def lens_page(data: dict[str, Any]) -> str:
     return filled("lens.html", title=html.escape(title), data=text)
 
 
-class _Texts:
-    """Convert ids to nested lists of visible texts."""
-
-    def __init__(self, names: dict[int, str]):
-        self.names = names
-
-    def __call__(self, ids: Tensor) -> Any:
-        def nested(values: Any) -> Any:
-            return [nested(value) for value in values] if isinstance(values, list) else visible(self.names.get(values))
-
-        return nested(ids.tolist())
+def _plain(value: Any) -> Any:
+    """A field of a lens as plain values, with rounded numbers."""
+    if isinstance(value, Measures):
+        return {name: _plain(values) for name, values in value.items()}
+    return _nested(value.tolist() if isinstance(value, Tensor) else value, _rounded)
 
 
-def _measures(measures: Measures) -> dict[str, Any]:
-    return {name: _numbers(values) for name, values in measures.items()}
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _numbers(values: Tensor) -> Any:
-    def nested(value: Any) -> Any:
-        if isinstance(value, list):
-            return [nested(item) for item in value]
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-    return nested(values.tolist())
+def _nested(values: Any, change: Callable[[Any], Any]) -> Any:
+    return [_nested(value, change) for value in values] if isinstance(values, list) else change(values)
