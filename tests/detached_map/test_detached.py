@@ -13,9 +13,9 @@ import zoo
 from overwritten import first_stream
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, jet_expand
 from tl_jets.calculus import full_precision
-from tl_jets.detached_map import DetachedJacobian, detached, detached_jacobian
+from tl_jets.detached_map import DetachedJacobian, detached, detached_jacobian, detached_spectra
 
 CORE = zoo.available(zoo.CORE)
 # Every family; processed weights (folded norms, another mask) of the two that differ most.
@@ -448,3 +448,48 @@ def test_a_trained_model():
     assert J.ordinary_error > 0.1
     logits = J.contributions.sum(1) + J.bias
     assert torch.equal(logits.argmax(-1), model(J.tokens)[:, -1:].argmax(-1))
+
+
+@pytest.mark.parametrize("point", ["attn.hook_pattern", "ln1.hook_scale"])
+@pytest.mark.parametrize("spec", KINDS, ids=str)
+def test_a_hook_may_change_in_place_what_is_frozen(spec, point):
+    """Its change is made once, not again at every replay: the map is that of a hook which returns a new tensor."""
+    model = zoo.build(spec)
+    tokens, name = zoo.tokens(model, batch=1, pos=4), f"blocks.1.{point}"
+    if spec.world == "bridge" and point == "ln1.hook_scale":
+        pytest.skip("a bridge's own norm does not read a scale that was changed in place")
+
+    def in_place(values: Tensor, hook: Any) -> Tensor:
+        values *= 0.5
+        return values
+
+    found = []
+    for change in (in_place, lambda values, hook: values * 0.5):
+        network = ResidualNetwork(model)
+        with model.hooks([(name, change)]):
+            found.append(detached_jacobian(network, tokens, ordinary=False))
+    torch.testing.assert_close(found[0].materialize(), found[1].materialize(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0].bias, found[1].bias, rtol=1e-10, atol=1e-12)
+    if spec.world == "bridge":  # a HookedTransformer hooks a copy of what softmax saves
+        network = ResidualNetwork(model)
+        with model.hooks([(name, in_place)]), pytest.raises(ValueError, match="must return a new tensor"):
+            detached_jacobian(network, tokens)
+
+
+@pytest.mark.parametrize("of_a_parameter", [False, True])
+def test_a_step_that_writes_a_constant_has_a_zero_map(of_a_parameter):
+    W = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    constant = W[0, 0].clone().requires_grad_(of_a_parameter)
+    model = CallableModel(
+        torch.nn.Embedding(5, 4, dtype=torch.float64),
+        [{"0_mlp": lambda x: torch.nn.functional.silu(x @ W[0])}, {"1_mlp": lambda x: constant.expand_as(x)}],
+        Decoder(Norm("RMS"), W[1], torch.zeros(4, dtype=torch.float64)),
+    )
+    tokens = torch.tensor([[0, 3, 1]])
+    J = detached_jacobian(model, tokens, output="1_mlp_out", wrt="1_pre")
+    assert not bool(J.materialize().any()) and torch.equal(J.bias[0, 0], constant.detach())
+    assert not bool(J.apply(torch.ones(2, 1, 3, 4, dtype=torch.float64)).any())
+    assert detached_jacobian(model, tokens).reconstruction_error < 1e-14
+    terms = jet_expand(model, "1_mlp", centers=["embed", "0_mlp_out"], linearize="detached")(tokens)
+    assert terms.check().passed and terms.relative_remainder < 1e-14
+    assert float(detached_spectra(model, tokens, maps=[("1_pre", "1_mlp_out")], k=1).values) == 0

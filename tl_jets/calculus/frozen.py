@@ -85,7 +85,7 @@ class _Frozen(TorchFunctionMode):
         if self.replay is None:
             found = value()
             if self.record is not None:
-                self.record.append((name, found))
+                self.record.append((name, _copied(found)))
             return found
         recorded, found = next(self.replay, ("the end", None))
         if recorded != name or (like is not None and cast(Tensor, found).shape != like.shape):
@@ -93,7 +93,7 @@ class _Frozen(TorchFunctionMode):
                 f"A replay must make the recorded calls in their order, on tensors of the recorded shapes; it came to "
                 f"{name!r} where {recorded!r} was recorded. Replay the same function on an input of the same shape."
             )
-        return found
+        return _copied(found)
 
     def role(self, x: Any) -> _Role | None:
         return self.roles.get(x) if isinstance(x, Tensor) else None
@@ -102,6 +102,11 @@ class _Frozen(TorchFunctionMode):
         if role is not None and isinstance(x, Tensor):
             self.roles[x] = role
         return x
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a coefficient, which a hook may change in place."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def frozen(*, record: _Tape | None = None, replay: _Tape | None = None) -> TorchFunctionMode:

@@ -246,8 +246,7 @@ class GraphMap(LinearMap):
         """J' v as a function of v, differentiable."""
         weights = torch.zeros_like(self.value, requires_grad=True)
         with torch.inference_mode(False), torch.enable_grad():
-            (backward,) = torch.autograd.grad(self.value, self.point, weights, create_graph=True)
-        return backward, weights
+            return _gradient(self.value, self.point, weights, create_graph=True), weights
 
     def apply_rows(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
@@ -301,12 +300,27 @@ def _batched(outputs: Tensor, inputs: Tensor, vectors: Tensor, chunk_size: int) 
     for start in range(0, len(flat), chunk_size):
         chunk = slice(start, start + chunk_size)
         if len(flat[chunk]) == 1:
-            (found[start],) = torch.autograd.grad(outputs, inputs, flat[start], retain_graph=True)
+            found[start] = _gradient(outputs, inputs, flat[start], retain_graph=True)
         else:
-            (found[chunk],) = torch.autograd.grad(
-                outputs, inputs, flat[chunk], retain_graph=True, is_grads_batched=True
-            )
+            found[chunk] = _gradient(outputs, inputs, flat[chunk], retain_graph=True, is_grads_batched=True)
     return found.reshape(*many, *inputs.shape)
+
+
+def _gradient(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool) -> Tensor:
+    """The backward pass; 0 where the outputs are constant."""
+    found = None
+    try:
+        if outputs.requires_grad:
+            (found,) = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True, **options)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            f"A hook must return a new tensor where derivatives are taken; one changed in place what the backward pass needs "
+            f"({error}). Write `return pattern * 0.5` for `pattern *= 0.5`; the ordinary Jacobian is left out with "
+            f"ordinary=False."
+        ) from error
+    return inputs.new_zeros(*vectors.shape[: vectors.ndim - outputs.ndim], *inputs.shape) if found is None else found
 
 
 def _check_shape(vectors: Tensor, shape: tuple[int, ...]) -> None:

@@ -13,16 +13,14 @@ The bias goes through the same frozen stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.calculus import frozen
+from tl_jets.core.frozen_network import freeze
 from tl_jets.core.linear_map import CHUNK_SIZE, GraphMap, LinearMap
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.structure import Structure
@@ -50,22 +48,20 @@ class Part:
     is_frozen: bool = True
     kept: GraphMap | None = None
 
-    def graph(self, tape: list[tuple[str, Any]] | None = None) -> GraphMap:
-        """The derivative at the point; a tape records what is frozen."""
+    def graph(self) -> GraphMap:
+        """The derivative at the point."""
         if self.kept is not None:
             return self.kept
-        function = self.function()
+        if self.is_frozen:
+            return freeze(self.function(), self.point)[0]
         with torch.inference_mode(False), torch.enable_grad():
             point = self.point.detach().clone().requires_grad_()
-            with frozen(record=tape) if self.is_frozen else nullcontext():
-                return GraphMap(point, function(point))
+            return GraphMap(point, self.function()(point))
 
     def graph_and_bias(self, bias: Tensor) -> tuple[GraphMap, Tensor]:
         """The derivative, and the same frozen function of another input."""
-        tape: list[tuple[str, Any]] = []
-        graph, function = self.graph(tape), self.function()
-        with torch.inference_mode(False), torch.no_grad(), frozen(replay=tape):
-            return graph, function(bias)
+        graph, at = freeze(self.function(), self.point)
+        return graph, at(bias)
 
     def ordinary(self) -> Part:
         """The same function with nothing frozen."""

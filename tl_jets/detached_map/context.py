@@ -25,6 +25,7 @@ from torch import Tensor
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.calculus.modes import refuse_autocast
+from tl_jets.core.frozen_network import freeze
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.structure import unknown_model
 
@@ -76,29 +77,24 @@ def _check_affine(model: Any) -> None:
     tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=generator, device="cpu").to(
         next(model.parameters()).device
     )
-    tape: list[tuple[str, Any]] = []
     first: list[Tensor] = []
 
     def output(change: Callable[[Tensor], Tensor]) -> Tensor:
         with model.hooks([("blocks.0.hook_resid_pre", lambda stream, hook: change(stream))]):
             return model(tokens, return_type="logits")
 
-    def leaf(stream: Tensor) -> Tensor:
-        first.append(stream.detach().clone().requires_grad_())
-        return first[-1]
-
     with kept_of(model).lock, torch.inference_mode(False), _without_hooks(model), full_precision():
-        with torch.enable_grad(), frozen(record=tape):
-            found = output(leaf)
-        probe = torch.randn(found.shape, generator=generator, dtype=torch.float64, device="cpu").to(found)
-        (gradient,) = torch.autograd.grad(found, first[-1], probe)
+        with torch.no_grad():
+            output(lambda stream: first.append(stream.clone()) or stream)
+        linear, at = freeze(lambda x: output(lambda stream: x), first[0])
+        probe = torch.randn(linear.value.shape, generator=generator, dtype=torch.float64, device="cpu").to(linear.value)
+        gradient = linear.apply_transpose(probe)
         # Last, so that tensors kept by the model's components hold no graph.
-        with torch.no_grad(), frozen(replay=tape):
-            bias = output(torch.zeros_like)
-    parts = [gradient * first[-1].detach(), probe * bias, -probe * found.detach()]
+        bias = at(torch.zeros_like(first[0]))
+    parts = [gradient * first[0], probe * bias, -probe * linear.value.detach()]
     size = sum(float(part.double().square().sum()) for part in parts) ** 0.5
     error = abs(sum(float(part.double().sum()) for part in parts)) / size
-    if not error <= rounding(found.dtype):
+    if not error <= rounding(probe.dtype):
         raise NotImplementedError(not_affine(model, error))
 
 

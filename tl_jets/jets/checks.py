@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tl_jets.calculus import center_scale, frozen, jet
+from tl_jets.calculus import center_scale, jet
+from tl_jets.core.frozen_network import freeze_stacked
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
 from tl_jets.jets.cache import ACCURACY, Check, JetCache
 
@@ -88,8 +89,11 @@ def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Ex
 def _detached_terms(cache: JetCache) -> Iterator[_Expected]:
     """Centers, and differences and constants of the frozen stage evaluated forward."""
     expansion, trace, ones = cache.expansion, cache.trace, torch.ones_like(cache.weights[0])
-    frozen_gammas = _frozen(_gammas(cache), trace[expansion.stream])
-    constants = frozen_gammas(torch.zeros_like(trace[expansion.stream]))
+    gammas, stream = _gammas(cache), trace[expansion.stream]
+    with torch.inference_mode(False):
+        gammas(stream)  # values that a view computes once per input must not be frozen
+    frozen_gammas = freeze_stacked(gammas, stream)[1]
+    constants = frozen_gammas(torch.zeros_like(stream))
     labels = [(DECODER_STEP + BIAS, [0])]
     rows = {DECODER_STEP: 0}
     if expansion.stage is not None:
@@ -123,22 +127,6 @@ def _gammas(cache: JetCache) -> Gammas:
         return trace.stage_function(stage)
     norm = trace.decoder.norm
     return lambda x: norm(x)[None]
-
-
-def _frozen(gammas: Gammas, stream: Tensor) -> Gammas:
-    """The writes with norm scales, patterns and gates of the true stream."""
-    tape: list = []
-    with torch.inference_mode(False):
-        gammas(stream)  # values that a view computes once per input must not be frozen
-        # Gates are detected only where tensors are differentiated.
-        with torch.enable_grad(), frozen(record=tape):
-            gammas(stream.detach().clone().requires_grad_())
-
-    def evaluate(x: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad(), frozen(replay=tape):
-            return gammas(x.clone())
-
-    return evaluate
 
 
 def _slope(gammas: Gammas, center: Tensor, variate: Tensor, coefficients: Tensor, keep: Tensor) -> float | None:
