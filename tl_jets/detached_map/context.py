@@ -94,7 +94,7 @@ def _check_affine(model: Any) -> None:
     parts = [gradient * first[0], probe * bias, -probe * linear.value.detach()]
     size = sum(float(part.double().square().sum()) for part in parts) ** 0.5
     error = abs(sum(float(part.double().sum()) for part in parts)) / size
-    if not error <= rounding(probe.dtype):
+    if not error <= rounding(linear.value.dtype):
         raise NotImplementedError(not_affine(model, error))
 
 
