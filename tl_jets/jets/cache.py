@@ -168,7 +168,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
     @property
     def relative_remainder(self) -> float:
         """Norm of the remainder over the norm of `truth`, over real tokens."""
-        return float(self.remainder[self.valid].norm() / self.truth[self.valid].norm())
+        return float(self.remainder[self.valid].detach().norm() / self.truth[self.valid].detach().norm())
 
     @property
     def gap(self) -> Tensor | None:
