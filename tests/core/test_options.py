@@ -109,6 +109,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ngram_counts": (lambda **o: studies.ngram_counts([1, 2, 3, 4], n=2, **o), ("score",)),
     "pair_scores": (lambda **o: studies.pair_scores(network(), [[1, 2]], **o), ("score",)),
     "detached_tokens": (lambda **o: views.detached_tokens(detached(), **o), ("by",)),
+    "to_circuitsvis": (lambda **o: tj.to_circuitsvis(tj.path_sums(network(), trace()), **o), ("view",)),
     "trigram_heatmap": (lambda **o: views.trigram_heatmap(network(), trigrams(), **o), ("axes",)),
 }
 

@@ -99,3 +99,30 @@ def test_a_real_sentencepiece_tokenizer():
     texts = [token_text(tokenizer, token) for token in ids]
     assert "".join(texts).strip() == "Lily had a red ball"
     assert " had" in texts and " a" in texts
+
+
+def test_texts_are_decoded_once_and_anew_when_tokens_are_added():
+    class Growing(Tokenizer):
+        def __init__(self):
+            self.asked, self.words = 0, list(Tokenizer.words)
+
+        def __len__(self):
+            return len(self.words)
+
+        def decode(self, ids):
+            self.asked += 1
+            return super().decode(ids)
+
+        def convert_ids_to_tokens(self, token):
+            return None
+
+    tokenizer, ids = Growing(), torch.tensor([[0, 1, -1], [4, 1, 0]])
+    names = token_names(tokenizer, [ids])
+    assert names == {0: " the", 1: "ing", 4: "id:4"}
+    asked = tokenizer.asked
+    assert token_names(tokenizer, [ids[0]]) == {0: " the", 1: "ing"} and tokenizer.asked == asked
+    tokenizer.words[4] = "new"
+    tokenizer.words.append("more")
+    assert token_names(tokenizer, [ids, torch.tensor([9])]) == {0: " the", 1: "ing", 4: "new", 9: "more"}
+    other = Growing()
+    assert token_names(other, [ids]) == names and other.asked > 0

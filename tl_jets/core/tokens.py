@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
+
+# Decoding an id takes some 20 microseconds, and a lens of a real model names thousands.
+_DECODED: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -50,8 +54,23 @@ def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
             f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. How many tokens a result has was said "
             "when it was made (top_k)."
         )
-    ids = {token for tensor in tensors for token in tensor.unique().tolist()}
-    return {token: token_text(tokenizer, token) for token in sorted(ids) if token >= 0}
+    ids = {token for tensor in tensors for token in tensor.unique().tolist() if token >= 0}
+    known = _texts(tokenizer)
+    known.update((token, token_text(tokenizer, token)) for token in ids - known.keys())
+    return {token: known[token] for token in sorted(ids)}
+
+
+def _texts(tokenizer: Any) -> dict[int, str]:
+    """Texts of a tokenizer's ids that were decoded before; none once it has another length (tokens were added)."""
+    try:
+        length = len(tokenizer)
+        before, texts = _DECODED.get(tokenizer, (None, {}))
+    except TypeError:  # no length or no weak reference: nothing is kept
+        return {}
+    if before != length:
+        texts = {}
+        _DECODED[tokenizer] = length, texts
+    return texts
 
 
 def decode(tokenizer: Any, ids: Tensor) -> Any:
