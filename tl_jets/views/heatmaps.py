@@ -132,8 +132,8 @@ def _head_of(network: ResidualNetwork, trigrams: NgramTable) -> tuple[int, int]:
     found = re.fullmatch(r"L(\d+)H(\d+)", trigrams.path)
     if trigrams.settings.get("ngram") != "skip-trigram" or found is None or not len(trigrams):
         raise ValueError(
-            f"A heatmap is of a table of skip-trigrams of one head, with a row at least; got {trigrams._title()}. Make it with "
-            "jet_trigrams(model, layer, head)."
+            f"A heatmap is of a table of skip-trigrams of one head, with a row at least; got "
+            f"{repr(trigrams).splitlines()[0]}. Make it with jet_trigrams(model, layer, head)."
         )
     own = fingerprint(network)
     if trigrams.fingerprint != own:
