@@ -76,6 +76,11 @@ class Result(Shown):
         data = to_bytes(tensors or {"": torch.zeros(0)}, metadata=header)
         return write_atomically(file, lambda stream: stream.write(data))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy` take: everything but handles."""
+        dropped = {f.name: None for f in fields(self) if f.metadata.get("handle")}  # type: ignore[arg-type]
+        return {**self.__dict__, **dropped}
+
     def _mapped(self: Kind, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> Kind:
         """A copy with `change` applied to every tensor, or to those of the named fields."""
         wanted = [f.name for f in _saved_fields(self)] if names is None else names
@@ -141,6 +146,9 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         kind = "tensor" if isinstance(value, Tensor) else "table"
         tensors[name] = value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else _table_bytes(value)
         return {kind: name}
+    if isinstance(value, Result) and is_dataclass(value):  # before mappings: some results are both
+        own = {f.name: _encoded(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in _saved_fields(value)}
+        return {"result": [type(value).__module__, type(value).__qualname__], "fields": own}
     if isinstance(value, Mapping):
         return {
             "dict": [
@@ -150,9 +158,6 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         items = [_encoded(item, f"{name}[{i}]", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
-    if isinstance(value, Result) and is_dataclass(value):
-        own = {f.name: _encoded(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in _saved_fields(value)}
-        return {"result": [type(value).__module__, type(value).__qualname__], "fields": own}
     raise TypeError(
         f"A result is saved if it holds tensors, text, numbers and tables; {name} is a {type(value).__name__}."
     )

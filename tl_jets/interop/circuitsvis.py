@@ -129,16 +129,17 @@ def _table(
     result: Any, measure: str | None, labels: Any, order: int | None, target: str | int | None, prompt: int
 ) -> tuple[pd.DataFrame, str, str, str]:
     """The values [series, (pos, token)] of one measure and prompt; the names of series and measure; the rest in words."""
-    found = result.to_dataframe() if hasattr(result, "to_dataframe") else pd.DataFrame()
+    found: Any = result.to_dataframe() if hasattr(result, "to_dataframe") else pd.DataFrame()
     series = next((name for name in SERIES if name in found), None)
     if series is None or "token" not in found or "pos" not in found:
         raise TypeError(
             f"A circuitsvis view needs a result with values by token: a lens, path statistics, a JetCache, or a detached "
             f"Jacobian; got {type(result).__name__}."
         )
-    numbers = [name for name in found.columns[found.columns.get_loc("token") + 1 :] if _is_number(found[name])]
-    measure = next((name for name in DEFAULT_MEASURES if name in numbers), numbers[0]) if measure is None else measure
-    _check("measure", measure, numbers)
+    after_token = list(found.columns)[list(found.columns).index("token") + 1 :]
+    numbers = [name for name in after_token if _is_number(found[name])]
+    drawn = next((name for name in DEFAULT_MEASURES if name in numbers), numbers[0]) if measure is None else measure
+    _check("measure", drawn, numbers)
     if "rank" in found:
         found = found[found["rank"] == 0]
     about = ""
@@ -153,19 +154,19 @@ def _table(
         _check(name, wanted, there)
         place = found["order"] if name == "order" else found.groupby([series, "batch", "pos"], sort=False).cumcount()
         found = found[place == (wanted if name == "order" else there.index(wanted))]
-        if name == "order" or measure == "effect":
+        if name == "order" or drawn == "effect":
             about += f", {name} " + ("the model's own best token" if wanted == ANSWER else str(wanted))
     _check("prompt", prompt, sorted(set(found["batch"])))
     found = found[(found["batch"] == prompt) & found["pos"].notna()]
     found = found.assign(place=list(zip(found["pos"].astype(int), found["token"], strict=True)))
-    table = found.pivot(index=series, columns="place", values=measure)
+    table = found.pivot(index=series, columns="place", values=drawn)
     table = table.reindex(list(dict.fromkeys(found[series])))[sorted(table.columns)]
     if labels is not None:
         wanted_labels = [labels] if isinstance(labels, str | int) else list(labels)
         for label in wanted_labels:
             _check("labels", label, list(table.index))
         table = table.loc[wanted_labels]
-    return table, series, measure, about
+    return table, series, drawn, about
 
 
 def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) -> View:

@@ -135,7 +135,7 @@ class _Problem:
             return float(change @ ((logits + length * change).softmax(-1) - self.probs))
 
         whole = slope(0.0) >= 0 or slope(1.0) <= 0  # the first: only rounding is left
-        length = 1.0 if whole else brentq(slope, 0.0, 1.0, xtol=1e-14, rtol=1e-2)
+        length = 1.0 if whole else float(brentq(slope, 0.0, 1.0, xtol=1e-14, rtol=1e-2))  # type: ignore[arg-type]
         return normalize(weights + length * direction)
 
 

@@ -22,9 +22,9 @@ from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.frozen_network import frozen_norm
 from tl_jets.core.measures import random_directions, split_along
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import State
 from tl_jets.core.selection import Rows
+from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 
 
@@ -41,7 +41,7 @@ class Centers:
         state: State of the hooks and weights that the jets were computed with.
     """
 
-    network: ResidualNetwork
+    network: Structure
     rows: Rows
     jets: Float[Tensor, "center row d_model"]
     alpha: Float[Tensor, "center row"]

@@ -168,7 +168,8 @@ class Collector:
         top: int | None,
     ):
         self.graph, self.split, self.rows, self.stages = graph, split, rows, stages
-        self.yardstick, self.rank, self.top = yardstick, rank, top
+        self.yardstick, self.top = yardstick, top
+        self.rank: Rank = rank
         # State, multiple of b_U and size by path; with `top`, the largest first.
         self.found: dict[str, tuple[Tensor, float, float]] = {}
 

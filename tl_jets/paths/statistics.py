@@ -379,9 +379,10 @@ class _Sums:
         trace, rows = self.trace, self.rows
         states = dict(zip(parts, self.frozen.decode(torch.stack(list(parts.values())), rows), strict=True))
         weights = dict.fromkeys(states, 0.0)
-        for value in self.joining(len(self.graph.stages) + 1).values() if constant else ():
-            states[constant] = states.get(constant, 0) + rows.at(value)
-            weights[constant] = 1.0
+        if constant is not None:
+            for value in self.joining(len(self.graph.stages) + 1).values():
+                states[constant] = states.get(constant, 0) + rows.at(value)
+                weights[constant] = 1.0
         labels, every = list(states), torch.stack(list(states.values()))
         counts = _counts(self.graph, labels, by) if counts is None else counts
         yardstick, tokens = Yardstick.of(trace, rows, targets), rows.at(trace.tokens)

@@ -17,7 +17,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
@@ -209,7 +209,7 @@ def _legend(lens: IterativeJetLens, k: int, measure: str) -> str:
 
 
 def _read_heads(
-    lens: IterativeJetLens | JointJetLens, prompt: int, places: list[int], names: dict[int, str], first: str
+    lens: IterativeJetLens | JointJetLens, prompt: int, places: list[int], names: Mapping[int, str], first: str
 ) -> list[str]:
     read, own = [names[int(lens.tokens[prompt, p])] for p in places], positions_of(lens.positions, prompt)
     return [first, *(f"{token(name)}<small>{own[p]}</small>" for name, p in zip(read, places, strict=True))]
