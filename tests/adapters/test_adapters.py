@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_jets import ResidualNetwork, jet
-from tl_jets.adapters import base, heads
+from tl_jets.adapters import blocks, heads
 from tl_jets.adapters.reading import read_norm
 from tl_jets.calculus import full_precision
 
@@ -358,7 +358,7 @@ def test_norms_after_a_sublayer_are_read_before_hooks_come(spec, monkeypatch):
     points = points_of_post_norms(network, model)
     assert len(points) >= 4
     hooks = [(name, lambda tensor, hook: tensor) for name in points]
-    monkeypatch.setattr(base, "read_norm", None)  # nothing is read any more
+    monkeypatch.setattr(blocks, "read_norm", None)  # nothing is read any more
     with model.hooks(hooks):
         trace = network.trace(tokens)
         for label in labels:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, Stage, exponential_expansion, jet, jet_expand
 from tl_jets.calculus import full_precision
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.selection import Rows
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
 from tl_jets.paths.component_interactions import interactions
@@ -185,7 +186,7 @@ def test_chosen_neurons_are_steps_of_exact_paths(spec):
     assert paths.check().sum_error < TOLERANCE
     step = f"L{last}N5"
     through = sum(term for label, term in paths.items() if f"> {step} >" in label or label.startswith(f"{step}_bias"))
-    wanted = FrozenNetwork.of(trace).decode(trace[f"{step}_out"][None], [4])[0]
+    wanted = FrozenNetwork.of(trace).decode(trace[f"{step}_out"][None], Rows.of(trace, [-1]))[0]
     assert oracles.relative_error(through, wanted) < TOLERANCE
     only = exponential_expansion(network, linearize="detached", through=["L0N3", step], sources="embed")
     assert all("> L0N3 >" in str(path) and f"> {step} >" in str(path) for path in only) and only.count > 0

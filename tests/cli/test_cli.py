@@ -157,7 +157,7 @@ REFUSED = [
     ),
     (["--prompt", "a \udcff"], "the prompt must be UTF-8; got bytes that are not at character 2"),
     (["--linearize", "detached", "--order", "1"], "Detached terms take no order above 0"),
-    (["--layers", "17"], "layers must be 0..5 or stream labels"),
+    (["--layers", "17"], "layers must be 0..5, stream labels"),
     (["--target", "tiger lily"], "no single token reads 'tiger·lily'"),
 ]
 

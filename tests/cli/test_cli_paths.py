@@ -135,7 +135,7 @@ def test_filters_rank_and_granularity(capsys):
         "embed",
         "--no-components",
     )
-    found = numbers(capsys, *ASKED, *options, "--max-writes", "2", "--rank", "length", "--top", "50")
+    found = numbers(capsys, *ASKED, *options, "--max-length", "2", "--rank", "length", "--top", "50")
     labels = [row["path"] for row in found["paths"]]
     assert found["n_paths"] == len(labels) == 1 + 12  # alone, with one of 4 heads before, or of 8 after
     assert all("L1H2" in label and "mlp" not in label and label.count(">") <= 3 for label in labels)
@@ -156,7 +156,7 @@ def test_jets_are_said_to_copy_the_answer(capsys, network, trace):
     assert "other paths and the remainder" in text and "order-1 jet paths" in text
 
 
-@pytest.mark.parametrize("filters", [("--max-writes", "0"), ("--through", "0_attn"), ("--avoiding", "mlp")])
+@pytest.mark.parametrize("filters", [("--max-length", "0"), ("--through", "0_attn"), ("--avoiding", "mlp")])
 def test_what_filters_leave_out_is_not_called_other_paths(capsys, filters):
     text = run(capsys, *ASKED, *filters, "--top", "1", "--no-components")
     found = numbers(capsys, *ASKED, *filters, "--top", "1", "--no-components")

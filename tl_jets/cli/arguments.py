@@ -186,7 +186,13 @@ def _paths(add: Callable[..., Any]) -> None:
     add("--through", action="append", metavar="LABEL", help="keep paths through this")
     add("--avoiding", action="append", metavar="LABEL", help="keep paths that do not pass through this")
     add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
-    add("--max-writes", type=at_least(0), metavar="N", help="keep paths with at most N steps before the final norm")
+    add(
+        "--max-length",
+        "--max-writes",
+        type=at_least(0),
+        metavar="N",
+        help="keep paths with at most N steps before the final norm",
+    )
     add("--max-paths", type=at_least(1), default=MAX_PATHS, metavar="N", help="evaluate at most so many")
     add(
         "--linearize",

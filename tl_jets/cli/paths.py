@@ -104,7 +104,7 @@ def _expansion(options: argparse.Namespace, asked: Read, sources: list[str] | No
         )
     named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths")
     given: dict[str, Any] = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
-    given["max_length"] = options.max_writes
+    given["max_length"] = options.max_length
     return exponential_expansion(asked.network, options.order if is_jet else None, **given)
 
 
@@ -113,7 +113,7 @@ def _drawn(
 ) -> tuple[dict[str, float], str]:
     """Effects of as many random paths of comparable effect as there are largest ones, or why there are none."""
     if expansion.count > options.max_paths:
-        return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-writes"
+        return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-length"
     # By name: otherwise constants that are zero here count against --max-paths.
     sources = [source.label for source in expansion.graph.sources]
     every = _expansion(options, asked, sources)(asked.trace, positions=asked.position).statistics(targets=[target])
