@@ -73,7 +73,7 @@ class Result(Shown):
         about = {"format": FORMAT, "tl_jets": version("tl-jets"), "result": _encoded(self, "result", tensors)}
         header = {"tl_jets": json.dumps(about)}
         header["digest"] = _digest(header["tl_jets"], tensors)
-        data = to_bytes(tensors or {"": torch.zeros(0)}, metadata=header)
+        data = to_bytes(tensors or {"": torch.zeros(0, device="cpu")}, metadata=header)
         return write_atomically(file, lambda stream: stream.write(data))
 
     def __getstate__(self) -> dict[str, Any]:

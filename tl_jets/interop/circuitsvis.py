@@ -96,7 +96,7 @@ def to_circuitsvis(
     if view == "token_log_probs":
         return _token_log_probs(result, labels, prompt, top_k, height)
     table, series, measure, about = _table(result, measure, labels, order, target, prompt)
-    values = torch.tensor(table.to_numpy(dtype=float)).nan_to_num()  # [series, pos]
+    values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
     tokens, names = [_inert(token) for _, token in table.columns], [_inert(str(label)) for label in table.index]
     bound = max(float(values.abs().max()), 1e-7)
     title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
@@ -188,10 +188,12 @@ def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) 
     places = list(tables[0].columns)
     if any(list(table.columns) != places for table in tables):
         raise ValueError("Maps that are drawn together must be of the same prompt; these have different tokens.")
-    shares = torch.zeros(len(tables), len(places), len(places), dtype=torch.float64)
+    shares = torch.zeros(len(tables), len(places), len(places), dtype=torch.float64, device="cpu")
     rows = {pos: i for i, (pos, _) in enumerate(places)}
     for i, table in enumerate(tables):
-        shares[i, [rows[pos] for pos in table.index]] = torch.tensor(table.to_numpy(dtype=float)).nan_to_num()
+        shares[i, [rows[pos] for pos in table.index]] = torch.tensor(
+            table.to_numpy(dtype=float), device="cpu"
+        ).nan_to_num()
     bound = float(shares.abs().max())
     props = {
         "attention": shares,
