@@ -124,5 +124,7 @@ def test_texts_are_decoded_once_and_anew_when_tokens_are_added():
     tokenizer.words[4] = "new"
     tokenizer.words.append("more")
     assert token_names(tokenizer, [ids, torch.tensor([9])]) == {0: " the", 1: "ing", 4: "new", 9: "more"}
+    tokenizer.decode = lambda ids: "x" * len(ids)
+    assert token_names(tokenizer, [ids]) == dict.fromkeys((0, 1, 4), "x")
     other = Growing()
     assert token_names(other, [ids]) == names and other.asked > 0

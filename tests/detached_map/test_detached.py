@@ -330,7 +330,9 @@ def test_padding(world):
     assert len(J.to_dataframe()) == 6 + 4 + 2
     with pytest.raises(ValueError, match="real tokens"):
         detached_jacobian(network, tokens, attention_mask=mask, positions=0)
-    with pytest.raises(ValueError, match=r"padding in prompts \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"at the same positions of the padded row in every prompt; got \[\[3\], \[1\]\]"
+    ):
         detached_jacobian(network, ["w5 w6 w7", "w5"])
 
 

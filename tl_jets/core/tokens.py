@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 # Decoding an id takes some 20 microseconds, and a lens of a real model names thousands.
-_DECODED: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
+_DECODED: WeakKeyDictionary[Any, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -61,15 +61,15 @@ def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
 
 
 def _texts(tokenizer: Any) -> dict[int, str]:
-    """Texts of a tokenizer's ids that were decoded before; none once it has another length (tokens were added)."""
+    """Texts of a tokenizer's ids that were decoded before; none once tokens were added or `decode` is another."""
     try:
-        length = len(tokenizer)
+        state = len(tokenizer), getattr(tokenizer.decode, "__func__", tokenizer.decode)
         before, texts = _DECODED.get(tokenizer, (None, {}))
-    except TypeError:  # no length or no weak reference: nothing is kept
+    except (TypeError, AttributeError):  # no tokenizer, no length, or no weak reference: nothing is kept
         return {}
-    if before != length:
+    if before != state:
         texts = {}
-        _DECODED[tokenizer] = length, texts
+        _DECODED[tokenizer] = state, texts
     return texts
 
 
