@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def world(request):
     trace, short = network.trace(PROMPTS), network.trace(PROMPTS[:1])
     change = pytest.MonkeyPatch()
     if request.param == "hostile":
+        change.setattr("tl_jets.core.tokens._DECODED", WeakKeyDictionary())
         change.setattr("tl_jets.core.tokens.token_text", lambda tokenizer, token: HOSTILE[token % len(HOSTILE)])
     last = tj.jet_expand(network, "ln_final", centers=["embed", "0_mlp_out", "1_mlp_out"], linearize="detached")
     yield {

@@ -10,7 +10,7 @@ Example:
     >>> prompt = "This function is available on Unix and"
     >>> effect = ablation_effect(model, prompt, ["0_mlp", "L1H2"])
     >>> effect
-    AblationEffect(2 ablations, zero; 1 prompts at [-1]; of ['<answer>'])
+    AblationEffect(2 ablations, zero; 1 prompts at [7]; of ['<answer>'])
     >>> answer = effect.target_ids[0, 0, 0]
     >>> without = model.run_with_hooks(prompt, fwd_hooks=ablation_hooks(model, "L1H2"))
     >>> change = (without - model(prompt))[0, -1, answer].double()

@@ -19,7 +19,7 @@ Example:
     >>> prompt = "This function is available on Unix and"
     >>> effect = path_ablation(network, prompt, ["embed > 0_mlp > ln_final", "embed > 1_attn > 3_mlp > ln_final"])
     >>> effect
-    AblationEffect(2 ablations, path; 1 prompts at [-1]; of ['<answer>'])
+    AblationEffect(2 ablations, path; 1 prompts at [7]; of ['<answer>'])
     >>> bool((effect.centered < 0).any())
     True
 """
