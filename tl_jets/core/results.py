@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -77,9 +78,16 @@ class Result(Shown):
         return write_atomically(file, lambda stream: stream.write(data))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `pickle` and `copy` take: everything but handles."""
+        """What `pickle` takes: everything but handles."""
         dropped = {f.name: None for f in fields(self) if f.metadata.get("handle")}  # type: ignore[arg-type]
         return {**self.__dict__, **dropped}
+
+    def __copy__(self: Kind) -> Kind:
+        return replace(self)  # type: ignore[type-var]
+
+    def __deepcopy__(self: Kind, memo: dict[int, Any]) -> Kind:
+        """A copy of the data; handles are shared."""
+        return replace(self, **{f.name: deepcopy(getattr(self, f.name), memo) for f in _saved_fields(self)})  # type: ignore[type-var]
 
     def _mapped(self: Kind, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None) -> Kind:
         """A copy with `change` applied to every tensor, or to those of the named fields."""

@@ -218,14 +218,13 @@ def _token_log_probs(result: Any, labels: Any, prompt: int, top_k: int, height: 
     if labels is not None:
         _check("labels", labels, result.labels)
     _check("prompt", prompt, range(len(result.tokens)))
-    decoder, names = result.trace.decoder, result.trace.network.tokenizer
     real = result.valid[prompt]
     tokens = result.tokens[prompt][real]
-    logits = decoder.transformed(result.logits(labels)[prompt][real][:-1])
-    log_probs = logits.log_softmax(-1)
+    trace = result.traced("Log-probabilities")
+    log_probs = trace.decoder.transformed(result.logits(labels)[prompt][real][:-1]).log_softmax(-1)
     best = log_probs.topk(min(top_k, log_probs.shape[-1]), -1)
     own = log_probs.gather(-1, tokens[1:, None])
-    text = _names(names, [tokens, best.indices])
+    text = _names(trace.network.tokenizer, [tokens, best.indices])
     props = {
         "prompt": [text[token] for token in tokens.tolist()],
         "topKLogProbs": best.values,

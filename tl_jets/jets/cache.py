@@ -7,133 +7,91 @@ definition; `check` recomputes the terms independently.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_jets.calculus import CenterScale, norm_jet
+from tl_jets.calculus import norm_jet
 from tl_jets.core.attribution import Yardstick
-from tl_jets.core.notebook import SHOWN_ROWS, Shown, dataframe_html
+from tl_jets.core.network import trace_of
+from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.readout import TopTokens, top_tokens
+from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows, TargetInput
-from tl_jets.core.tokens import token_text
+from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
-from tl_jets.jets.centers import Center
+from tl_jets.jets.accuracy import Check
 from tl_jets.jets.simplex import SimplexSolution
+from tl_jets.jets.slices import SliceInput, read_slice
 
-# As in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
-SliceInput = int | slice | tuple[int, ...] | list[int] | Tensor
-# Relative tolerance of a check; float32 models reach about 1e-6.
-ACCURACY = 1e-4
+Kind = TypeVar("Kind", bound="JetCache")
 
 
-@dataclass(frozen=True)
-class Check:
-    """Result of `JetCache.check`.
-
-    Attributes:
-        sum_error: Largest difference between `truth` and the model, relative to the model's largest value.
-        slopes: For each center, the exponent with which the jet's error falls as the step shrinks; k + 1 for a jet of
-            order k. None where the error is within rounding.
-        order: k.
-        term_error: Largest difference between a term and its recomputation, relative to the term's largest summand or to
-            rounding; None if terms are not compared.
-    """
-
-    sum_error: float
-    slopes: dict[str, float | None]
-    order: int
-    term_error: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the errors are below 1e-4 and every slope is above k + 1/2."""
-        errors = [self.sum_error] if self.term_error is None else [self.sum_error, self.term_error]
-        return all(error < ACCURACY for error in errors) and all(
-            slope is None or slope > self.order + 0.5 for slope in self.slopes.values()
-        )
-
-
-@runtime_checkable
-class Expanded(Protocol):
-    """The members of an expansion that a cache reads."""
-
-    @property
-    def stage(self) -> Stage | None:
-        """The expanded stage; None for the decoder."""
-        ...
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """Labels of the expanded steps."""
-        ...
-
-    @property
-    def stream(self) -> str:
-        """Label of the stream that the stage reads."""
-        ...
-
-    @property
-    def centers(self) -> tuple[Center, ...]:
-        """The centers of the expansion."""
-        ...
-
-    @property
-    def center_scale(self) -> CenterScale:
-        """How centers are rescaled inside gamma."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """`order 1`, or `detached`."""
-        ...
-
-    @property
-    def order(self) -> int:
-        """The order of the jets."""
-        ...
-
-    @property
-    def linearize(self) -> str:
-        """`"jet"` or `"detached"`."""
-        ...
-
-    def check(self, cache: JetCache) -> Check:
-        """Recompute the terms and compare them."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class JetCache(Shown, Mapping[str, Tensor]):
+@dataclass(frozen=True, eq=False, repr=False)
+class JetCache(Result, Mapping[str, Tensor]):
     """The terms of an expansion on one input, by path.
 
+    A loaded or unpickled cache has no `expansion` and `trace`, which logits, attributions and `check` need: `with_model`.
+
     Attributes:
-        expansion: The expansion.
-        trace: The trace of the input.
         terms: Path -> weighted term, [batch, pos, d_model]; at the decoder the input of `W_U` (`logits` adds w_i b_U).
-        weights: w [center, batch, pos], in the order of `expansion.centers`. For detached terms of the decoder, the
+        weights: w [center, batch, pos], in the order of the expansion's centers. For detached terms of the decoder, the
             multiple of b_U of each term [path, batch, pos]: 1 for `ln_final_bias`, else 0.
         truth: The approximated tensor: the stream that the stage produces, or the final norm's output.
+        tokens: Token ids [batch, pos].
+        valid: Mask of real tokens; False at padding [batch, pos].
+        places: Position of each cell among its prompt's real tokens; -1 at padding [batch, pos].
+        kind: `order 1`, or `detached`.
+        steps: Labels of the expanded steps.
+        is_decoded: Whether these are terms of the decoder, which have logits.
+        token_names: Texts of the ids in `tokens`.
         solution: The solved weights and their certificate; None for given or uniform weights.
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
         positions: Indices of its positions in the padded rows, likewise; [batch, pos] where prompts differ.
+        expansion: The expansion.
+        trace: The trace of the input.
     """
 
-    expansion: Expanded
-    trace: Trace
     terms: dict[str, Tensor]
     weights: Tensor
     truth: Tensor
+    tokens: Int[Tensor, "*cells"]
+    valid: Bool[Tensor, "*cells"]
+    places: Int[Tensor, "*cells"]
+    kind: str
+    steps: list[str]
+    is_decoded: bool
+    token_names: dict[int, str]
     solution: SimplexSolution | None = None
     prompts: list[int] | int | None = None
     positions: list[int] | int | Tensor | None = None
+    expansion: Any = handle()
+    trace: Any = handle()
+
+    @classmethod
+    def of(cls: type[Kind], expansion: Any, trace: Trace, terms: dict[str, Tensor], **data: Any) -> Kind:
+        """The cache of an expansion on a trace; `data` are weights, truth, and other fields that are not None."""
+        found = cls(
+            terms=terms,
+            tokens=trace.tokens,
+            valid=trace.valid,
+            places=(trace.valid.cumsum(1) - 1).masked_fill(~trace.valid, -1),
+            kind=expansion.kind,
+            steps=list(expansion.steps),
+            is_decoded=expansion.stage is None,
+            token_names=token_names(trace.network.tokenizer, [trace.tokens]),
+            expansion=expansion,
+            trace=trace,
+            **data,
+        )
+        return replace(found, **{name: found.here(getattr(found, name)) for name in ("tokens", "valid", "places")})
 
     def __getitem__(self, path: str | Path) -> Tensor:
         try:
@@ -151,8 +109,8 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return (
-            f"JetCache({len(self)} terms of {list(self.truth.shape)} for {', '.join(self.expansion.steps[:3])}, "
-            f"{self.expansion.kind}; relative remainder {self.relative_remainder:.3g})"
+            f"JetCache({len(self)} terms of {list(self.truth.shape)} for {', '.join(self.steps[:3])}, {self.kind}; "
+            f"relative remainder {self.relative_remainder:.3g})"
         )
 
     @property
@@ -176,24 +134,9 @@ class JetCache(Shown, Mapping[str, Tensor]):
         return None if self.solution is None else self.solution.gap
 
     @property
-    def is_decoded(self) -> bool:
-        """Whether these are terms of the decoder, which have logits."""
-        return self.expansion.stage is None
-
-    @property
-    def tokens(self) -> Int[Tensor, "*cells"]:
-        """Token ids of the cached positions."""
-        return self.here(self.trace.tokens)
-
-    @property
-    def valid(self) -> Bool[Tensor, "*cells"]:
-        """Mask of real tokens; False at padding."""
-        return self.here(self.trace.valid)
-
-    @property
     def is_whole(self) -> bool:
         """Whether the cache has all prompts and positions of the trace, in order."""
-        shape = self.trace.valid.shape
+        shape = self.traced("Comparisons with the input").valid.shape
         here = (self.prompts, self.positions)
         pairs = zip(here, shape, strict=True)
         return all(index is None or (isinstance(index, list) and index == list(range(size))) for index, size in pairs)
@@ -245,14 +188,15 @@ class JetCache(Shown, Mapping[str, Tensor]):
             True
         """
         rows = self.rows("Attributions")
-        decoder, final = self.trace.decoder, self.here(self.trace[FINAL_STREAM])[self.valid]
+        trace = self.traced("Attributions")
+        decoder, final = trace.decoder, self.here(trace[FINAL_STREAM])[self.valid]
         norm = decoder.norm
         states, weights = self.stack()[:, self.valid], self.weights[:1, self.valid] * 0
         if self.is_decoded:
             weights = self.bias_weights()[:, self.valid]
         else:
             states = norm.scale(norm_jet(norm, final, final, 0).alpha[0][:, None] * norm.center(states))
-        yardstick = Yardstick.at(self.trace, rows, norm(final), targets)
+        yardstick = Yardstick.at(trace, rows, norm(final), targets)
         parts = decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
         return rows.spread(yardstick.effects(parts), axis=1)
 
@@ -264,7 +208,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
                 f"place of ints, or take them first."
             )
         self._require_real(what)
-        valid = self.trace.valid.to(self.truth.device)
+        valid = self.traced(what).valid.to(self.truth.device)
         every = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         return Rows.at_cells(valid if self.prompts is None else valid[self.prompts], self.here(every))
 
@@ -276,7 +220,7 @@ class JetCache(Shown, Mapping[str, Tensor]):
     def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
         """Additive logits (before a final softcap) of one path with its share w_i of b_U, or of the sum of all terms."""
         self._require_decoded("logits")
-        decoder = self.trace.decoder
+        decoder = self.traced("Logits").decoder
         if path is None:
             return decoder.logits(self.stack().sum(0))
         return decoder.logits(self[path], self.weights[self.labels.index(str(path))])
@@ -284,12 +228,38 @@ class JetCache(Shown, Mapping[str, Tensor]):
     def top_tokens(self, k: int = 5) -> TopTokens:
         """The k largest additive logits of every path, values and token ids [path, batch, pos, k]; reads W_U in chunks."""
         self._require_decoded("top tokens")
-        return top_tokens(self.trace.decoder, self.stack(), bias_weight=self.weights, k=k)
+        return top_tokens(self.traced("Top tokens").decoder, self.stack(), bias_weight=self.weights, k=k)
 
-    def to(self, device_or_dtype: Any) -> JetCache:
-        """Return a cache on another device or in another dtype; a dtype does not apply to `solution`."""
-        numbers = isinstance(device_or_dtype, torch.dtype)
-        return self._map(lambda tensor, leading: tensor.to(device_or_dtype), solution=not numbers)
+    def to(self: Kind, device_or_dtype: Any) -> Kind:
+        """A cache on another device, or with terms, weights and truth in another dtype."""
+        if not isinstance(device_or_dtype, torch.dtype):
+            return super().to(device_or_dtype)
+        return self._mapped(lambda values: values.to(device_or_dtype), ["terms", "weights", "truth"])
+
+    def with_model(self: Kind, expansion: Any, text_or_tokens: Any) -> Kind:
+        """A loaded cache with its expansion and trace.
+
+        Args:
+            expansion: The same expansion, made again.
+            text_or_tokens: The whole input that was expanded, before any slice: prompts, token ids, or a `Trace`.
+
+        Raises:
+            ValueError: Another expansion, or other tokens at the cached cells; `check` compares the rest.
+        """
+        found = replace(self, expansion=expansion, trace=trace_of(expansion.network, text_or_tokens))
+        given = (expansion.kind, list(expansion.steps), expansion.stage is None)
+        try:
+            same = torch.equal(found.here(found.trace.tokens.cpu()), self.tokens)
+            same = same and torch.equal(found.here(found.trace.valid.cpu()), self.valid)
+        except IndexError:
+            same = False
+        if not same or given != (self.kind, self.steps, self.is_decoded):
+            raise ValueError(
+                f"with_model takes the expansion of the cache ({self.kind} of {', '.join(self.steps[:3])}) and its whole input; "
+                f"got {given[0]} of {', '.join(given[1][:3])}, and {'the same' if same else 'other'} tokens. Pass the prompts "
+                f"that were expanded, all of them and in order."
+            )
+        return found
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
         """Return the cache of some prompts; an int drops the batch dimension.
@@ -300,17 +270,17 @@ class JetCache(Shown, Mapping[str, Tensor]):
         Raises:
             ValueError: There is no batch dimension, or nothing is left.
         """
-        index, prompts = _read_slice("batch", batch_slice, self.prompts, len(self.trace.tokens))
+        index, prompts = read_slice("batch", batch_slice, self.prompts, len(self.truth))
         return self._cut((index,), prompts=prompts)
 
     def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> JetCache:
         """Return the cache of some positions, likewise; an int drops the position dimension."""
-        index, positions = _read_slice("pos", pos_slice, self.positions, self.trace.tokens.shape[1])
+        index, positions = read_slice("pos", pos_slice, self.positions, self.truth.shape[-2])
         return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
 
     def at_rows(self, rows: Rows) -> JetCache:
         """Return a whole cache at selected positions of each prompt."""
-        return self._map(lambda tensor, leading: rows.at(tensor, leading), positions=rows.cells)
+        return self._at(rows.at, positions=rows.cells)
 
     def remove_batch_dim(self) -> JetCache:
         """Return the cache without its batch dimension, which must be 1."""
@@ -323,46 +293,36 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
     def _cut(self, cells: tuple[Any, ...], **where: Any) -> JetCache:
         """Index every tensor at `cells`; `where` sets the new prompts or positions."""
-        return replace(self._map(lambda tensor, leading: tensor[(slice(None),) * leading + cells]), **where)
+        return self._at(lambda tensor, leading: tensor[(slice(None),) * leading + cells], **where)
 
-    def _map(self, change: Any, *, solution: bool = True, **where: Any) -> JetCache:
-        """Apply `change(tensor, number of axes before the cells)` to every tensor but the trace's; replace `where`."""
-        solved = self.solution
-        if solved is not None and solution:
-            known = {field.name: getattr(solved, field.name) for field in fields(solved)}
-            solved = replace(solved, **{name: change(v, 0) for name, v in known.items() if isinstance(v, Tensor)})
-        return replace(
-            self,
-            terms={path: change(term, 0) for path, term in self.terms.items()},
-            weights=change(self.weights, 1),
-            truth=change(self.truth, 0),
-            solution=solved,
-            **where,
-        )
+    def _at(self, change: Callable[[Tensor, int], Tensor], **where: Any) -> JetCache:
+        """Apply `change(tensor, number of axes before the cells)` to every tensor; replace `where`."""
+        names = ("terms", "truth", "tokens", "valid", "places", "solution")
+        found = self._mapped(lambda tensor: change(tensor, 0), names)
+        return replace(found, weights=change(self.weights, 1), **where)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per path and real position: path, batch, pos, token, weight, norm, and top_token if decoded.
+        """One row per path and real position: path, batch, pos, token, weight, norm, and with the decoder's, top_token.
 
         `batch` indexes the cached prompts, `pos` the positions of the prompt. `norm` is the term's length in d_model, `weight`
         that of its center (1 for identity terms of order >= 1 and detached terms).
         """
         weights = self._term_weights()
         norms = self.stack().norm(dim=-1)
-        top = self.top_tokens(1).indices[..., 0] if self.is_decoded else None
-        tokenizer, tokens = self.trace.network.tokenizer, self.tokens
-        places = self.here(self.trace.valid.cumsum(1) - 1)
+        top = self.top_tokens(1).indices[..., 0] if self.is_decoded and self.trace is not None else None
+        best = {} if top is None else token_names(self.traced("Top tokens").network.tokenizer, [top])
         rows = []
         for cell in map(tuple, self.valid.nonzero().tolist()):
             here = {
                 "batch": 0 if isinstance(self.prompts, int) else cell[0],
-                "pos": int(places[cell]),
-                "token": token_text(tokenizer, int(tokens[cell])),
+                "pos": int(self.places[cell]),
+                "token": self.token_names[int(self.tokens[cell])],
             }
             for index, path in enumerate(self.labels):
                 row = {"path": path, **here}
                 row |= {"weight": float(weights[index][cell]), "norm": float(norms[index][cell])}
                 if top is not None:
-                    row["top_token"] = token_text(tokenizer, int(top[index][cell]))
+                    row["top_token"] = best[int(top[index][cell])]
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -377,11 +337,11 @@ class JetCache(Shown, Mapping[str, Tensor]):
 
     def _term_weights(self) -> Tensor:
         """The weight of each term, in the order of `labels`."""
-        if self.expansion.linearize == "detached":
+        if self.kind == "detached":
             return torch.ones_like(self.weights[:1]).expand(len(self), *self.weights.shape[1:])
-        parts = [self.weights] * len(self.expansion.steps)
-        if self.expansion.stage is not None:
-            parts = [self.weights if self.expansion.order == 0 else torch.ones_like(self.weights), *parts]
+        parts = [self.weights] * len(self.steps)
+        if not self.is_decoded:
+            parts = [self.weights if self.kind == "order 0" else torch.ones_like(self.weights), *parts]
         parts.append(
             torch.ones_like(self.weights[:1]).expand(len(self) - sum(map(len, parts)), *self.weights.shape[1:])
         )
@@ -399,7 +359,17 @@ class JetCache(Shown, Mapping[str, Tensor]):
         Cost: one jet and two evaluations of the stage per center; detached, one evaluation.
         """
         self._require_real("check")
+        self.traced("Checks")
         return self.expansion.check(self)
+
+    def traced(self, what: str) -> Trace:
+        """The trace; raises ValueError in a loaded cache, where `what` needs it."""
+        if self.trace is None or self.expansion is None:
+            raise ValueError(
+                f"{what} need the model, which a loaded cache does not hold. Give it back: "
+                f"cache.with_model(expansion, prompts)."
+            )
+        return self.trace
 
     def _require_real(self, what: str) -> None:
         if not self.valid.any():
@@ -410,28 +380,6 @@ class JetCache(Shown, Mapping[str, Tensor]):
     def _require_decoded(self, what: str) -> None:
         if not self.is_decoded:
             raise ValueError(
-                f"{what.capitalize()} belong to terms of the decoder; these are terms of {self.expansion.steps[0]}. Use "
+                f"{what.capitalize()} belong to terms of the decoder; these are terms of {self.steps[0]}. Use "
                 f"them as centers: jet_expand(model, {DECODER_STEP!r}, centers=expansion)."
             )
-
-
-def _read_slice(
-    name: str, index: Any, chosen: list[int] | int | Tensor | None, size: int
-) -> tuple[int | slice | list[Any], list[int] | int | Tensor]:
-    """A slice as PyTorch takes it, and the entries of `chosen` (None: all of `size`) that it keeps."""
-    if isinstance(chosen, int) or (isinstance(chosen, Tensor) and chosen.ndim < 2):
-        raise ValueError(
-            f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "
-            f"write [index] for the int."
-        )
-    index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
-    size = size if chosen is None else chosen.shape[1] if isinstance(chosen, Tensor) else len(chosen)
-    left = torch.arange(size, device="cpu")[index]
-    if left.ndim > 1 or not left.numel():
-        raise ValueError(
-            f"A slice of the {name} dimension must keep some of its {size} entries; "
-            f"{index!r} keeps {left.tolist()}. Pass an int, a slice, or indices."
-        )
-    if isinstance(chosen, Tensor):
-        return index, chosen[:, left.to(chosen.device)]
-    return index, left.tolist() if chosen is None else torch.tensor(chosen, device="cpu")[left].tolist()

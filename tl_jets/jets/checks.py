@@ -29,7 +29,8 @@ from torch import Tensor
 from tl_jets.calculus import center_scale, jet
 from tl_jets.core.frozen_network import freeze_stacked
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
-from tl_jets.jets.cache import ACCURACY, Check, JetCache
+from tl_jets.jets.accuracy import ACCURACY, Check
+from tl_jets.jets.cache import JetCache
 
 # Tolerance for terms near zero, in units of the last place of `truth`.
 ROUNDING = 32

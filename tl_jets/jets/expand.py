@@ -78,7 +78,6 @@ from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.core.decoder import Decoder
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
 from tl_jets.core.labels import LabelInput, is_label
@@ -86,17 +85,13 @@ from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.trace import Trace
-from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.accuracy import Check
+from tl_jets.jets.cache import JetCache
 from tl_jets.jets.centers import Center, Function, Label, Term
 from tl_jets.jets.checks import check_terms
-from tl_jets.jets.simplex import SimplexSolution, gram, simplex_qp
-from tl_jets.jets.simplex_kl import simplex_kl
+from tl_jets.jets.decoder_weights import OBJECTIVES, Objective, decoder_weights
+from tl_jets.jets.simplex import gram, simplex_qp
 from tl_jets.jets.weights import read_weights
-
-Objective = Literal["l2", "centered_l2", "kl"]
-OBJECTIVES: tuple[Objective, ...] = ("l2", "centered_l2", "kl")
-# Tokens whose logits at all centers are held at once.
-KL_TOKENS = 8
 
 
 def jet_expand(
@@ -307,7 +302,7 @@ class Expansion:
         if self.stage is not None:
             edits = trace.edits(self.network.next_stream(self.stage))
             terms, truth = {**terms, **edits}, truth + sum(edits.values(), torch.zeros_like(truth))
-        return JetCache(self, trace, terms, weights, truth, solution)
+        return JetCache.of(self, trace, terms, weights=weights, truth=truth, solution=solution)
 
     def _terms(self, weights: Tensor, jets: Tensor, values: Tensor) -> list[Tensor]:
         """Identity terms, then jets, in the order of `terms`."""
@@ -364,42 +359,6 @@ class Expansion:
                 metric = torch.eye(parts.shape[-1], dtype=parts.dtype, device=parts.device)
                 solution = simplex_qp(gram(parts - target, metric), target.square().sum(-1))
         return solution.weights.movedim(-1, 0).to(truth.dtype), solution
-
-
-def decoder_weights(decoder: Decoder, jets: Tensor, truth: Tensor, objective: Objective) -> SimplexSolution:
-    """Optimal weights of an expansion of the final norm, per token.
-
-    Args:
-        decoder: Final norm and unembedding.
-        jets: e_i = J^k norm(x_i)(h_L), [center, batch, pos, d_model].
-        truth: norm(h_L), [batch, pos, d_model].
-        objective: `"l2"`, `"centered_l2"` or `"kl"`.
-
-    Returns:
-        A `SimplexSolution` with weights [batch, pos, center] and the certificate `gap`.
-    """
-    if objective == "kl":
-        return _kl_weights(decoder, jets, truth)
-    metric = decoder.metric(centered=objective == "centered_l2")
-    jets64, truth64 = jets.double(), truth.double()
-    # The weights sum to one, so b_U cancels in all differences.
-    H = gram(jets64 - truth64, metric.gram[:-1, :-1])
-    return simplex_qp(H, metric.norm(truth64).square())
-
-
-def _kl_weights(decoder: Decoder, jets: Tensor, truth: Tensor) -> SimplexSolution:
-    """Weights that minimize KL(model || expansion), in nats, per token."""
-    shape = truth.shape[:-1]
-    if decoder.transform is not None:
-        raise NotImplementedError(
-            "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
-            "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
-        )
-    dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the precision of the model's logits
-    rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)
-    target = torch.log_softmax(decoder.logits(truth), -1)
-    chunks = zip(rows.split(KL_TOKENS, 1), target.split(KL_TOKENS), strict=True)
-    return SimplexSolution.cat([simplex_kl(decoder.logits(part), aim) for part, aim in chunks]).reshape(*shape)
 
 
 def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:

@@ -43,7 +43,7 @@ from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.results import handle
 from tl_jets.core.selection import ANSWER, TargetInput, check_options, positions_at
 from tl_jets.core.tokens import nested_texts, token_names
-from tl_jets.jets.expand import OBJECTIVES, Objective, decoder_weights
+from tl_jets.jets.decoder_weights import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import SimplexSolution
 from tl_jets.jets.weights import read_weights, uniform_weights
 from tl_jets.lenses.centers import Centers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
@@ -15,7 +16,8 @@ from tl_jets.core.options import check_choice
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import TargetInput
-from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.accuracy import Check
+from tl_jets.jets.cache import JetCache
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
 
@@ -26,20 +28,18 @@ class PathCache(JetCache):
     Attributes:
         expansion: The evaluated expansion. It lists the paths of `labels`, or more if only the largest were kept.
         weights: Multiple of b_U in each path: 1 / N for jets; detached, 1 for `ln_final_bias` and 0 for all others.
-        positions: Positions in the prompt, aligned to the out_pos axis.
         remainders: By stream, |stream - sum of all evaluated prefixes| / |stream| over all real tokens. `ln_final` is
             that of the kept paths at `positions`; a beam search and a slice of the prompts give `ln_final` only.
         is_exhaustive: Whether all paths of the expansion were evaluated; False after a beam search.
     """
 
-    expansion: Any
     remainders: dict[str, float] = field(default_factory=dict)
     is_exhaustive: bool = True
 
     def __repr__(self) -> str:
         chosen = "" if self.is_exhaustive else ", by beam search"
         return (
-            f"PathCache({len(self):,} {self.expansion.kind} paths of {list(self.truth.shape)}{chosen}; relative remainder "
+            f"PathCache({len(self):,} {self.kind} paths of {list(self.truth.shape)}{chosen}; relative remainder "
             f"{self.relative_remainder:.3g})"
         )
 
@@ -49,18 +49,18 @@ class PathCache(JetCache):
         return [Path.parse(label) for label in self.labels]
 
     @property
-    def remainder(self) -> Float[Tensor, "*batch out_pos d_model"]:
+    def remainder(self) -> Float[Tensor, "*cells d_model"]:
         """What the unembedding reads, less all paths; it also carries the rest of b_U."""
         return self.truth - sum(self.terms.values(), torch.zeros_like(self.truth))
 
-    def remainder_logits(self) -> Float[Tensor, "*batch out_pos d_vocab"]:
+    def remainder_logits(self) -> Float[Tensor, "*cells d_vocab"]:
         """The model's additive logits less those of all paths."""
-        return self.trace.decoder.logits(self.remainder, 1 - self.weights.sum(0))
+        return self.traced("Logits").decoder.logits(self.remainder, 1 - self.weights.sum(0))
 
-    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*batch out_pos d_vocab"]:
+    def logits(self, path: str | Path | None = None) -> Float[Tensor, "*cells d_vocab"]:
         """Additive logits (before a final softcap) of one path, or of the sum of all."""
         if path is None:
-            return self.trace.decoder.logits(self.truth - self.remainder, self.weights.sum(0))
+            return self.traced("Logits").decoder.logits(self.truth - self.remainder, self.weights.sum(0))
         return super().logits(path)
 
     def statistics(self, *, by: By = "path", targets: TargetInput | None = None) -> PathStatistics:
@@ -79,17 +79,17 @@ class PathCache(JetCache):
             ValueError: A slice dropped the batch or position dimension, or left only padding.
         """
         check_choice("by", by, get_args(By))
-        rows = self.rows("Statistics")
+        trace, rows = self.traced("Statistics"), self.rows("Statistics")
         groups = _groups(self.paths, by)
         states, weights = self.stack(), self.weights[:, rows.keep][:, 0]
         if by != "path":
             states = torch.stack([states[index].sum(0) for index in groups.values()])
             weights = torch.stack([weights[index].sum() for index in groups.values()])
-        yardstick = Yardstick.at(self.trace, rows, self.truth[self.valid], targets)
+        yardstick = Yardstick.at(trace, rows, self.truth[self.valid], targets)
         counts = [len(index) for index in groups.values()]
         lengths = [path.length for path in self.paths] if by == "path" else None
         return statistics_of(
-            self.trace, yardstick, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
+            trace, yardstick, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -104,8 +104,8 @@ class PathCache(JetCache):
         """
         return super().check()
 
-    def _cut(self, cells: tuple[Any, ...], **where: Any) -> PathCache:
-        found = cast(PathCache, super()._cut(cells, **where))
+    def _at(self, change: Callable[[Tensor, int], Tensor], **where: Any) -> PathCache:
+        found = cast(PathCache, super()._at(change, **where))
         known = self.remainders if found.prompts == self.prompts else {}
         return replace(found, remainders=known | {DECODER_STEP: found.relative_remainder})
 

@@ -63,7 +63,8 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.trace import Trace
-from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.accuracy import Check
+from tl_jets.jets.cache import JetCache
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.evaluation import Collector, evaluate, search, with_edits
 from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
@@ -327,10 +328,10 @@ class PathExpansion:
         collector.add_constant()
         terms, weights = collector.terms(live)
         truth = trace.decoder.norm(rows.at(trace[FINAL_STREAM]))
-        found = PathCache(
-            expansion=live,
-            trace=trace,
-            terms=terms,
+        found = PathCache.of(
+            live,
+            trace,
+            terms,
             weights=truth.new_tensor(weights)[:, None, None].expand(-1, *truth.shape[:2]),
             truth=truth,
             positions=rows.cells,

@@ -72,7 +72,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -86,7 +86,8 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
-from tl_jets.jets.cache import Check, JetCache
+from tl_jets.jets.accuracy import Check
+from tl_jets.jets.cache import JetCache
 from tl_jets.jets.centers import Center
 from tl_jets.jets.expand import Expansion, jet_expand
 from tl_jets.paths.cache import PathCache
@@ -235,9 +236,7 @@ class ReorganizedExpansion(Expansion):
         found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
         if positions is None:
             return found
-        rows = Rows.of(found.trace, positions)
-        found = cast(PathCache, found.at_rows(rows))
-        return replace(found, remainders=found.remainders | {DECODER_STEP: found.relative_remainder})
+        return found.at_rows(Rows.of(found.trace, positions))
 
     def check(self, cache: JetCache) -> Check:
         """Compare the sum of the paths with the plain jets, which are differentiated another way (Taylor arithmetic)."""
@@ -285,7 +284,7 @@ class ReorganizedExpansion(Expansion):
             terms = self._named(trace, list(sources), values, paths, constants)
             following = trace.edits(self.network.next_stream(self.stage))
             truth = truth + sum(following.values(), torch.zeros_like(truth))
-            return JetCache(self, trace, {**terms, **following}, weights, truth, solution)
+            return JetCache.of(self, trace, {**terms, **following}, weights=weights, truth=truth, solution=solution)
 
     def _inner_paths(self, trace: Trace, scaled: Tensor, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Paths of all sources through the stage [step, source, ...], and gamma at zero [step, ...]."""
@@ -335,10 +334,10 @@ class ReorganizedExpansion(Expansion):
             stream, rest = trace[stage.stream][trace.valid], stage.sources(trace)[REST][trace.valid]
             remainders[stage.stream] = float(rest.norm() / stream.norm())
             stage = stage.previous
-        found = PathCache(
-            expansion=self,
-            trace=trace,
-            terms=terms,
+        found = PathCache.of(
+            self,
+            trace,
+            terms,
             weights=weights[:, None, None].expand(-1, *truth.shape[:-1]),
             truth=truth,
             positions=list(range(truth.shape[1])),
