@@ -173,6 +173,12 @@ def test_another_model_input_or_expansion_is_refused(net, cut):
     for other in others:
         with pytest.raises(ValueError, match=r"with_model takes .* and its whole input; got .* other tokens"):
             loaded.with_model(expansion, other)
+    elsewhere = net.trace(PROMPTS).tokens.clone()
+    elsewhere[:, 0] = elsewhere[:, 0] % 40 + 3  # only the cached tokens are the same
+    for name in ("stage", "decoder", "detached decoder", "paths"):
+        last = pickle.loads(pickle.dumps(SLICES["last tokens"](EXPANSIONS[name](net)(PROMPTS))))
+        with pytest.raises(ValueError, match="other tokens or weights"):
+            last.with_model(EXPANSIONS[name](net), net.trace(elsewhere, attention_mask=net.trace(PROMPTS).valid.long()))
     for kind in ("stage", "detached decoder"):
         with pytest.raises(ValueError, match=r"with_model takes the expansion of the cache \(order 1 of ln_final\)"):
             loaded.with_model(EXPANSIONS[kind](net), PROMPTS)

@@ -34,6 +34,10 @@ from tl_jets.jets.slices import SliceInput, read_slice
 Kind = TypeVar("Kind", bound="JetCache")
 
 
+# Rounding of a forward pass on another machine, relative: in float32 and float64, in 16 bits.
+SAME = (1e-4, 2e-2)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class JetCache(Result, Mapping[str, Tensor]):
     """The terms of an expansion on one input, by path.
@@ -244,22 +248,31 @@ class JetCache(Result, Mapping[str, Tensor]):
             text_or_tokens: The whole input that was expanded, before any slice: prompts, token ids, or a `Trace`.
 
         Raises:
-            ValueError: Another expansion, or other tokens at the cached cells; `check` compares the rest.
+            ValueError: Another expansion, or other tokens or activations at the cached cells; `check` compares the terms.
         """
         found = replace(self, expansion=expansion, trace=trace_of(expansion.network, text_or_tokens))
         given = (expansion.kind, list(expansion.steps), expansion.stage is None)
         try:
             same = torch.equal(found.here(found.trace.tokens.cpu()), self.tokens)
             same = same and torch.equal(found.here(found.trace.valid.cpu()), self.valid)
+            same = same and found._truth_is_the_traces()
         except IndexError:
             same = False
         if not same or given != (self.kind, self.steps, self.is_decoded):
             raise ValueError(
                 f"with_model takes the expansion of the cache ({self.kind} of {', '.join(self.steps[:3])}) and its whole input; "
-                f"got {given[0]} of {', '.join(given[1][:3])}, and {'the same' if same else 'other'} tokens. Pass the prompts "
-                f"that were expanded, all of them and in order."
+                f"got {given[0]} of {', '.join(given[1][:3])}, and {'the same' if same else 'other'} tokens or weights. Pass the "
+                f"prompts that were expanded, all of them and in order."
             )
         return found
+
+    def _truth_is_the_traces(self) -> bool:
+        """Whether the trace gives `truth` at the cached cells, up to rounding: tokens elsewhere and weights count, too."""
+        trace, stage = self.trace, self.expansion.stage
+        following = FINAL_STREAM if stage is None else self.expansion.network.next_stream(stage)
+        found = trace.decoder.norm(trace[following]) if stage is None else trace[following]
+        exact, kept = self.here(found)[self.valid].double(), self.truth[self.valid].double()
+        return float((exact - kept).norm()) <= SAME[torch.finfo(self.truth.dtype).bits == 16] * float(kept.norm())
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
         """Return the cache of some prompts; an int drops the batch dimension.
