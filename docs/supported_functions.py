@@ -84,7 +84,7 @@ GROUPS = {
         torch.atleast_3d(m) | torch.block_diag(m, m) | torch.broadcast_to(s, (2, 3)) | torch.cat([x, Y]) | torch.chunk(x, 2, -1)[1]
         torch.column_stack([m, m]) | torch.combinations(s) | torch.cartesian_prod(s, s) | torch.concat([x, x]) | torch.diag(s)
         torch.diag_embed(x) | torch.diagflat(s) | torch.diagonal(x, 0, 1, 2) | torch.diagonal_scatter(m[:, :3], A3) | torch.dstack([x, x])
-        torch.dsplit(x, 2)[1] | torch.empty_like(x) * 0 + x | torch.flatten(x) | torch.flip(x, [0]) | torch.fliplr(m) | torch.flipud(m)
+        torch.dsplit(x, 2)[1] | torch.empty_like(x).zero_() + x | torch.flatten(x) | torch.flip(x, [0]) | torch.fliplr(m) | torch.flipud(m)
         torch.gather(x, 2, IDS3) | torch.hsplit(x, 3)[1] | torch.hstack([x, x]) | torch.index_add(x, 1, IDS, Y) | torch.index_copy(x, 1, IDS1, x * 2)
         torch.index_fill(x, 1, IDS, 0.3) | torch.index_put(x, (IDS1[:2],), x * 2) | torch.index_reduce(x, 1, IDS1, x * 2, "mean")
         torch.index_select(x, 1, IDS) | torch.masked_fill(x, MASK, 0.3) | torch.masked_scatter(x, MASK, x * 2) | torch.masked_select(x, MASK)

@@ -489,7 +489,7 @@ def test_help_teaches(name):
     for action in parser._actions:
         assert action.help
         for option in action.option_strings:
-            assert re.search(rf"^  (-h, |--prepend-bos, )?{option}\b", text, re.MULTILINE), option
+            assert re.search(rf"^  (-h, |--prepend-bos, |--max-length N, )?{option}\b", text, re.MULTILINE), option
         if action.default not in (None, argparse.SUPPRESS) and action.nargs != 0:
             assert f"(default: {action.default})" in " ".join(text.split())
 
