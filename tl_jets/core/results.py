@@ -1,7 +1,8 @@
-"""`Result`: base of everything that an analysis returns, tensors with labels that move, save and load together; `load`.
+"""`Result`: base of what analyses return, tensors with labels that move, save and load together; `load`.
 
 A result is a frozen dataclass whose fields hold tensors, text, numbers, DataFrames, other results, and lists, tuples and
-dicts of these: no model and no function. So it can be copied, pickled, moved to a device, and saved to one safetensors file.
+dicts of these. So it can be copied, pickled, moved to a device, and saved to one safetensors file. What belongs to a running
+model is a `handle`, which is neither pickled nor saved.
 
 Example:
     >>> import tempfile
