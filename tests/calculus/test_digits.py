@@ -199,7 +199,7 @@ def test_a_function_that_is_random_or_has_a_state_is_refused():
 
 
 def test_a_wrong_rule_is_refused(monkeypatch):
-    from tl_jets.calculus.table import RULES
+    from tl_jets.calculus.series import RULES
 
     monkeypatch.setitem(RULES, torch.ops.aten.sin.default, lambda x: Series(x.coefficients * 1.01))
     x = torch.tensor([0.5, 1.0])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_jets.calculus import Series
 from tl_jets.calculus.rules_structure import lift
-from tl_jets.calculus.table import RULES, rule
+from tl_jets.calculus.series import RULES, rule
 
 aten = torch.ops.aten
 TABLE = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "supported_functions.py"))

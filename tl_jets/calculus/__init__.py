@@ -12,8 +12,6 @@ Example:
 
 # Importing the rule modules fills the table.
 import tl_jets.calculus.rules_arithmetic
-import tl_jets.calculus.rules_elementary
-import tl_jets.calculus.rules_inplace
 import tl_jets.calculus.rules_layers
 import tl_jets.calculus.rules_matrices
 import tl_jets.calculus.rules_nonlinear

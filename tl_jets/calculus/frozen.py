@@ -39,7 +39,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -49,6 +49,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tl_jets.calculus.modes import is_in_place, name_of
 from tl_jets.calculus.series import Series
 
 # The role of a tensor: a multiplicative factor, or the output of an activation.
@@ -70,7 +71,7 @@ class _Frozen(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(_name(func))
+        rule = _RULES.get(name_of(func))
         if rule is None:
             return func(*args, **kwargs)
         if not args:
@@ -139,11 +140,6 @@ def frozen(*, record: _Tape | None = None, replay: _Tape | None = None) -> Torch
     return _Frozen(record, replay)
 
 
-@cache
-def _name(func: Callable[..., Any]) -> str:
-    return getattr(func, "__name__", "")
-
-
 def _positional(kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Rewrite `softmax(input=x, dim=-1)` as `softmax(x, dim=-1)`."""
     for name in ("input", "self", "query"):
@@ -169,9 +165,7 @@ def _straight_through(value: Tensor, linear: Tensor) -> Tensor:
 
 
 def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
-    name = _name(func)
-    named = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-    return named or kwargs.get("inplace") is True or any(item is True for item in args[1:])
+    return is_in_place(name_of(func)) or kwargs.get("inplace") is True or any(item is True for item in args[1:])
 
 
 def _value(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -191,7 +185,7 @@ def _given_back(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
 
 def _detach(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Make a scale, pattern or factor constant."""
-    result = mode.kept(_name(func), lambda: _value(func, args, kwargs))
+    result = mode.kept(name_of(func), lambda: _value(func, args, kwargs))
     return mode.mark(_given_back(func, args, kwargs, result), "factor")
 
 
@@ -210,7 +204,7 @@ def _activation(
         at_zero = func(beside.clone(), *args[1:], **kwargs) / beside
         return torch.where(here.abs() < beside.abs(), at_zero, value / here)
 
-    linear = x * mode.kept(_name(func), slope, like=x)
+    linear = x * mode.kept(name_of(func), slope, like=x)
     result = linear if value is None else _straight_through(value, linear)
     return mode.mark(_given_back(func, args, kwargs, result), role)
 
@@ -227,7 +221,7 @@ def _clamp(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
 
 def _fused_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
     """Make the scale of `layer_norm` or `rms_norm` constant."""
-    centers = _name(func) == "layer_norm"
+    centers = name_of(func) == "layer_norm"
     names = ("input", "normalized_shape", "weight", *(("bias",) if centers else ()), "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
     x, weight, bias = given["input"], given.get("weight"), given.get("bias")
@@ -235,7 +229,7 @@ def _fused_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     dims = list(range(-len(list(given["normalized_shape"])), 0))
     x = x - x.mean(dims, keepdim=True) if centers else x
-    linear = x * mode.kept(_name(func), lambda: torch.rsqrt(x.detach().pow(2).mean(dims, keepdim=True) + eps))
+    linear = x * mode.kept(name_of(func), lambda: torch.rsqrt(x.detach().pow(2).mean(dims, keepdim=True) + eps))
     linear = linear if weight is None else linear * weight
     linear = linear if bias is None else linear + bias
     return linear if mode.replay is not None else _straight_through(func(*args, **kwargs), linear)
@@ -243,7 +237,7 @@ def _fused_norm(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict
 
 def _attention(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     def attend(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
-        return func(*mode.kept(_name(func), lambda: (query.detach(), key.detach())), *rest, **options)
+        return func(*mode.kept(name_of(func), lambda: (query.detach(), key.detach())), *rest, **options)
 
     return attend(*args, **kwargs)
 
@@ -254,7 +248,7 @@ def _divide(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str
     if not isinstance(denominator, Tensor):
         return mode.mark(func(*args, **kwargs), mode.role(args[0]))
     gate = mode.role(denominator) is not None and denominator.shape == args[0].shape
-    constant = mode.kept(_name(func), denominator.detach, like=denominator)
+    constant = mode.kept(name_of(func), denominator.detach, like=denominator)
     result = func(args[0], constant, *args[2:], **{key: value for key, value in kwargs.items() if key != "other"})
     return mode.mark(result, mode.role(args[0]) or ("activation" if gate else None))
 
@@ -274,7 +268,7 @@ def _multiply(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[s
     # Prefer a factor to an activation; of two alike freeze the right one, so a square keeps half of its derivative.
     index = 0 if roles[1] is None or (roles[0] == "factor" and roles[1] == "activation") else 1
     tagged, partner = args[index], args[1 - index]
-    constant = mode.kept(_name(func), lambda: tagged.detach() if _is_live(partner) else None)
+    constant = mode.kept(name_of(func), lambda: tagged.detach() if _is_live(partner) else None)
     if constant is None:
         return mode.mark(func(*args, **kwargs), mode.role(tagged))
     if _in_place(func, args, kwargs):
@@ -295,7 +289,7 @@ def _power(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
     if exponent in (0.5, -0.5, -1):
         return _detach(mode, func, args, kwargs)
     if exponent == 2 and mode.role(args[0]) == "activation" and not _in_place(func, args, kwargs):
-        linear = args[0] * mode.kept(_name(func), args[0].detach)
+        linear = args[0] * mode.kept(name_of(func), args[0].detach)
         result = linear if mode.replay is not None else _straight_through(func(*args, **kwargs), linear)
         return mode.mark(result, "activation")
     return func(*args, **kwargs)

@@ -68,7 +68,7 @@ class _FullPrecision(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _name(func)
+        name = name_of(func)
         if name in _NO_ARITHMETIC:
             return func(*args, **kwargs)
         half, dtype = _look(args)
@@ -77,7 +77,7 @@ class _FullPrecision(TorchFunctionMode):
             half, dtype = half or half_too, dtype or dtype_too
         if half:
             # An in-place operation must write to its target, not to a promoted copy.
-            kept = 1 if _in_place(name) else 0
+            kept = 1 if is_in_place(name) else 0
             args = (*args[:kept], *(_cast(item, _promote) for item in args[kept:]))
             kwargs = {key: _cast(item, _promote) if key != "out" else item for key, item in kwargs.items()}
         if name in _CASTS and isinstance(args[0], Tensor):
@@ -109,11 +109,13 @@ def full_precision() -> TorchFunctionMode:
 
 
 @cache
-def _name(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a PyTorch function or method."""
     return getattr(func, "__name__", "")
 
 
-def _in_place(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
 
 

@@ -21,8 +21,7 @@ from torch._decomp import decomposition_table
 
 from tl_jets.calculus import recurrences
 from tl_jets.calculus.rules_structure import align, axes, axis, terms_of, value_of
-from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import RULES, rule
+from tl_jets.calculus.series import RULES, Series, rule
 
 aten = torch.ops.aten
 Number = float | int

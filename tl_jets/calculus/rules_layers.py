@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from tl_jets.calculus.rules_structure import lift, terms_of
-from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import RULES, rule
+from tl_jets.calculus.series import RULES, Series, rule
 
 aten = torch.ops.aten
 

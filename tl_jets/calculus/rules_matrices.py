@@ -20,8 +20,7 @@ from torch import Tensor
 
 from tl_jets.calculus import recurrences
 from tl_jets.calculus.rules_structure import constant, lift, terms_of
-from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import rule
+from tl_jets.calculus.series import Series, rule
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Rules of shapes, indexing, joining, masks, predicates and constants, which move numbers without arithmetic.
+"""Rules of shapes, indexing, joining, masks, writing, predicates and constants, which move numbers without arithmetic.
 
 They act on the stacked tensor with every axis shifted by one. Constants (`where`, `masked_fill`, padding) enter c_0,
 with zeros above. Predicates and sizes read c_0.
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from tl_jets.calculus.series import Series
-from tl_jets.calculus.table import RULES, rule
+from tl_jets.calculus.series import RULES, Series, rule, writable
 
 aten = torch.ops.aten
 
@@ -313,3 +312,60 @@ def make_constant(operation: OpOverload, x: Series, *args: Any, **kwargs: Any) -
 
 RULES.update({operation: partial(look_at_value, operation) for operation in _LOOKS_AT_VALUE})
 RULES.update({operation: partial(make_constant, operation) for operation in _MAKES_CONSTANT})
+
+
+# Writing into a series: `x[...] = y`, `copy_`, `fill_`. ----------------------------------------------------------------
+# A plain value is written to c_0, with zeros above. Other in-place operations copy their result back (`series.py`).
+
+
+@rule(aten.copy_.default, aten.fill_.Tensor)
+def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
+    """Overwrite x with `source`; a plain source is a constant."""
+    target = writable(x, "copy_")
+    if isinstance(source, Series):
+        terms_of(target, source)
+        target.coefficients.copy_(align(source, x.ndim), non_blocking)
+    else:
+        target.coefficients[0].copy_(source, non_blocking)
+        target.coefficients[1:].zero_()
+    return target
+
+
+@rule(aten.copy.default, aten.fill.Tensor)
+def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Series:
+    """`source`, broadcast to the shape of x."""
+    terms = terms_of(x, source)
+    return copy_(Series(lift(x, terms).clone()), source, non_blocking)
+
+
+@rule(aten.fill.Scalar)
+def fill(x: Series, value: float | int) -> Series:
+    """A constant number in the shape of x."""
+    out = torch.zeros_like(x.coefficients)
+    out[0].fill_(value)
+    return Series(out)
+
+
+@rule(aten.index_put_.default, aten._index_put_impl_.default)
+def index_put_(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Series:
+    """Write or add `values` at index lists and masks."""
+    target = writable(x, "index_put_")
+    terms = terms_of(target, values)
+    # Write each order separately: index lists may move axes, and the axis of orders must stay first.
+    for order in range(terms):
+        if isinstance(values, Series):
+            aten.index_put_(target.coefficients[order], indices, values.coefficients[order], accumulate)
+        elif order == 0:
+            aten.index_put_(target.coefficients[0], indices, values, accumulate)
+        elif not accumulate:
+            aten.index_put_(target.coefficients[order], indices, torch.zeros_like(values), False)
+    return target
+
+
+@rule(aten.index_put.default)
+def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Series:
+    """A copy of x with `values` at index lists and masks."""
+    terms = terms_of(x, values)
+    return index_put_(Series(lift(x, terms).clone()), indices, values, accumulate)

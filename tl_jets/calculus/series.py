@@ -3,7 +3,7 @@
 For a function f, a point x and a direction v, f(x + t v) = c_0 + c_1 t + ... + c_k t^k + O(t^{k+1}) with
 c_j = D^j f(x)[v, ..., v] / j! (Griewank & Walther 2008, *Evaluating Derivatives*, ch. 13). A `Series` has the shape,
 dtype and device of f(x) and holds all c_j. Each aten operation is replaced by its rule in
-`tl_jets.calculus.table.RULES`, or decomposed by PyTorch into operations that have one.
+`RULES`, which the `rules_*` modules fill on import, or decomposed by PyTorch into operations that have one.
 
 | symbol | variable |
 |---|---|
@@ -21,7 +21,8 @@ Example:
             [1., 0.]])
 """
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,12 +31,39 @@ from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
 from tl_jets.calculus.norms import check_order
-from tl_jets.calculus.table import RULES
+
+Rule = Callable[..., Any]
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+# A rule takes the arguments of its aten overload, at least one of them a `Series`, and returns what the overload returns.
+RULES: dict[OpOverload, Rule] = {}
 
 _RECURRENT = {kind + cell for kind in ("rnn_tanh", "rnn_relu", "gru", "lstm") for cell in ("", "_cell")}
 # PyTorch's decomposition of this is wrong if a row of targets ends before its last column (torch 2.13).
 _ANOTHER_FUNCTION = {torch.ops.aten.multilabel_margin_loss_forward.default}
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def rule(*overloads: OpOverload) -> Callable[[AnyRule], AnyRule]:
+    """Decorator that registers a function in `RULES` for aten overloads such as `torch.ops.aten.add.Tensor`, unchanged.
+
+    Raises:
+        ValueError: An overload already has a rule.
+    """
+
+    def enter(function: AnyRule) -> AnyRule:
+        for overload in overloads:
+            # A reloaded module, as in a notebook, may register its rules again.
+            known = RULES.get(overload)
+            name = getattr(known, "__qualname__", "one of a table")
+            if known is not None and name != function.__qualname__:
+                raise ValueError(
+                    f"an aten overload has one rule; {overload} has {name} already. Remove one of the two."
+                )
+            RULES[overload] = function
+        return function
+
+    return enter
 
 
 class Series(Tensor):
@@ -185,7 +213,7 @@ class _NoRuleError(NotImplementedError):
 def _refuse(func: OpOverload) -> NoReturn:
     raise _NoRuleError(
         f"every operation on a Series has a Taylor rule; {func} has none. Write the function with other operations, "
-        "or add a rule with tl_jets.calculus.table.rule."
+        "or add a rule with tl_jets.calculus.series.rule."
     )
 
 

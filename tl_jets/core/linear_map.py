@@ -187,15 +187,15 @@ class LinearMap(ABC):
         keep = slice(None)
         if pos is not None:
             check_integers(-in_shape[0], pos=pos)
-            if not -in_shape[0] <= pos < in_shape[0]:
+            if pos >= in_shape[0]:
                 raise ValueError(f"pos must lie in {-in_shape[0]}..{in_shape[0] - 1}; got {pos}.")
             keep, in_shape = slice(pos % in_shape[0], pos % in_shape[0] + 1), [1, in_shape[1]]
         shape = (math.prod(out_shape), math.prod(in_shape))
-        if not 1 <= k < min(shape):
+        if k >= min(shape):
             raise ValueError(
                 f"k must lie in 1..{min(shape) - 1} here; got {k}. For all of them take the SVD of materialize()."
             )
-        if not 0 <= prompt < batch:
+        if prompt >= batch:
             raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
 
         def product(apply: Callable[[Tensor], Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
@@ -221,9 +221,7 @@ class LinearMap(ABC):
         start = np.random.default_rng(seed).standard_normal(min(shape))
         squares, found = scipy.sparse.linalg.eigsh(operator, k=k, v0=start)
         short = torch.from_numpy(np.ascontiguousarray(found[:, np.argsort(-squares)].T)).to(self.point)
-        long = self.point.new_empty(k, max(shape))
-        for row, vector in zip(long, short, strict=True):
-            row.copy_(across(vector))
+        long = torch.stack([across(vector) for vector in short])
         values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
         # Orthonormal to rounding: what they are multiplied by is not, in float32.
         basis, scales = torch.linalg.qr(long.double().mT)
