@@ -262,6 +262,38 @@ def test_effects_are_differences_of_logits(spec):
     assert ablation_effect(ResidualNetwork(model, "head"), prompts[0]).labels[:3] == ["L0H0", "L0H1", "L0H2"]
 
 
+@pytest.mark.parametrize("spec", models("gpt2"), ids=str)
+def test_ablations_at_some_positions_are_patches_of_zeros_there(spec):
+    model = zoo.build(spec)
+    tokens = zoo.tokens(model)
+    clean = logits(model, tokens)
+
+    def zero_at_2(tensor, hook):
+        return torch.cat([tensor[:, :2], torch.zeros_like(tensor[:, 2:3]), tensor[:, 3:]], 1)
+
+    expected = logits(model, tokens, [("blocks.0.hook_mlp_out", zero_at_2)])
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    mask[:, 2] = True
+    for positions in (2, [2 - tokens.shape[1]], mask):
+        found = logits(model, tokens, ablation_hooks(model, "0_mlp", positions=positions))
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert torch.equal(found[:, :2], clean[:, :2]) and (found[:, 2] - clean[:, 2]).abs().max() > 1e-3
+    whole = logits(model, tokens, ablation_hooks(model, ["0_mlp", "L1H2"], positions=range(tokens.shape[1])))
+    torch.testing.assert_close(whole, logits(model, tokens, ablation_hooks(model, ["0_mlp", "L1H2"])), **CLOSE)
+    # Counted among real tokens: the last of each prompt.
+    prompts = ["w5 w7 w9", "w4 w5 w6 w8 w30 w31"]
+    effect = ablation_effect(model, prompts, ["0_mlp", "L1H2"], ablated_positions=-1)
+    alone = [ablation_effect(model, prompt, ["0_mlp", "L1H2"], ablated_positions=-1).logit for prompt in prompts]
+    torch.testing.assert_close(effect.logit, torch.cat(alone, 1), **CLOSE)
+    ids = model.to_tokens(prompts[0])
+    last = logits(model, ids, ablation_hooks(model, "0_mlp", positions=-1)) - logits(model, ids)
+    torch.testing.assert_close(effect.logit[0, 0, 0, 0], last[0, -1, effect.target_ids[0, 0, 0]], **CLOSE)
+    with pytest.raises(ValueError, match="positions must lie in the input's 7; got 9"):
+        model.run_with_hooks(tokens, fwd_hooks=ablation_hooks(model, "0_mlp", positions=9))
+    with pytest.raises(ValueError, match=r"A mask of positions must be .* here; got \[1, 7\]"):
+        model.run_with_hooks(tokens, fwd_hooks=ablation_hooks(model, "0_mlp", positions=mask[:1]))
+
+
 @pytest.mark.parametrize("spec", models("llama"), ids=str)
 def test_without_path_takes_one_frozen_path_off_the_last_stream(spec):
     model = zoo.build(spec)

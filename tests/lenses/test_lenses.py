@@ -457,17 +457,18 @@ def test_prompts_of_unequal_length(spec, lens_of):
     for row, prompt in enumerate(prompts):
         alone = lens_of(net, prompt, order=1)
         same(alone, lens, (..., slice(row, row + 1), slice(0, alone.tokens.shape[1])), 1e-7, 1e-8)
-    averages = lens.average()
-    if lens_of is iterative_jet_lens:
-        cell = averages[(averages.layer == "1_pre") & (averages.order == 1)].iloc[0]
-        assert cell.kl == pytest.approx(float(lens.kl[1, 1][lens.valid].mean()))
-        assert cell.control_kl == pytest.approx(float(lens.control.kl[1, 1][lens.valid].mean()))
-        assert cell.rho == pytest.approx(float(lens.rho[1][lens.valid].mean()))
-        assert cell.borrowed_share == pytest.approx(float(lens.borrowed_share[1, 1][lens.valid].mean()))
-    else:
-        assert averages.weights.tolist() == ["weighted", "uniform", "control", "control_uniform"]
-        for row, kind in enumerate((lens.measures, lens.uniform, lens.control, lens.control_uniform)):
-            assert averages.kl[row] == pytest.approx(float(kind.kl[lens.valid].mean()))
+    without_bos = lens.valid & (torch.arange(lens.valid.shape[1]) > 0)
+    for averages, kept in ((lens.average(), without_bos), (lens.average(include_sinks=True), lens.valid)):
+        if lens_of is iterative_jet_lens:
+            cell = averages[(averages.layer == "1_pre") & (averages.order == 1)].iloc[0]
+            assert cell.kl == pytest.approx(float(lens.kl[1, 1][kept].mean()))
+            assert cell.control_kl == pytest.approx(float(lens.control.kl[1, 1][kept].mean()))
+            assert cell.rho == pytest.approx(float(lens.rho[1][kept].mean()))
+            assert cell.borrowed_share == pytest.approx(float(lens.borrowed_share[1, 1][kept].mean()))
+        else:
+            assert averages.weights.tolist() == ["weighted", "uniform", "control", "control_uniform"]
+            for row, kind in enumerate((lens.measures, lens.uniform, lens.control, lens.control_uniform)):
+                assert averages.kl[row] == pytest.approx(float(kind.kl[kept].mean()))
     rows = lens.to_dataframe()
     assert set(zip(rows.batch, rows.pos, strict=True)) == {(b, p) for b, n in enumerate((6, 3, 2)) for p in range(n)}
 

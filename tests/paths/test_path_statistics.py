@@ -179,17 +179,17 @@ def test_averages_over_prompts_are_those_of_single_prompts(spec):
     assert many.valid.sum(1).tolist() == lengths and many.share[0][~many.valid].isnan().all()
     assert (many.top_ids[:, ~many.valid] == -1).all()
     alone = [path_lengths(net, prompt) for prompt in prompts]
-    table = many.average()
+    table = many.average(include_sinks=True)
     for name in ("norm", "cosine", "share", "effect", "size", "copies"):
-        single = np.stack([statistics.average()[name].to_numpy() for statistics in alone])
+        single = np.stack([statistics.average(include_sinks=True)[name].to_numpy() for statistics in alone])
         wanted = (single * np.array(lengths)[:, None]).sum(0) / sum(lengths)
         assert table[name].to_numpy() == pytest.approx(wanted, rel=1e-8, abs=1e-10), name
     paths = detached(net, max_length=1)(prompts)
     assert len(paths.to_dataframe()) == len(paths) * sum(lengths)
-    components = path_sums(net, prompts).average().set_index("component")
+    components = path_sums(net, prompts).average(include_sinks=True).set_index("component")
     assert components.loc["0_mlp", "share"] == pytest.approx(
         sum(
-            n * path_sums(net, p).average().set_index("component").loc["0_mlp", "share"]
+            n * path_sums(net, p).average(include_sinks=True).set_index("component").loc["0_mlp", "share"]
             for n, p in zip(lengths, prompts, strict=True)
         )
         / sum(lengths)

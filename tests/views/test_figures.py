@@ -131,6 +131,11 @@ def test_a_lens_without_measures_has_no_colors(network, trace, iterative):
         figures.measures(bare)
 
 
+def counted(lens):
+    """Positions that averages are over: not BOS."""
+    return lens.valid & (lens.tokens != 1)
+
+
 def test_measures_stand_beside_their_controls(iterative):
     names = ["centered_cosine", "kl"]
     figure = drawn(figures.measures(iterative, names=names))
@@ -138,7 +143,7 @@ def test_measures_stand_beside_their_controls(iterative):
         assert len(ax.lines) == 2 * len(iterative.orders)
         for k in range(len(iterative.orders)):
             for line, kind in zip(ax.lines[2 * k : 2 * k + 2], (iterative.measures, iterative.control), strict=True):
-                wanted = getattr(kind, name)[:, k][:, iterative.valid].mean(1)
+                wanted = getattr(kind, name)[:, k][:, counted(iterative)].mean(1)
                 kept = torch.tensor([not math.isnan(y) for y in line.get_ydata()])
                 assert torch.allclose(torch.tensor(line.get_ydata(), dtype=wanted.dtype)[kept], wanted[kept])
                 assert bool(kept.all()) or (ax.get_yscale() == "log" and float(wanted[~kept].max()) < 1e-6)
@@ -153,7 +158,7 @@ def test_measures_against_the_order(iterative):
     ax, *_ = drawn(figures.measures(iterative, names=["cosine"], against="order")).axes
     assert [line.get_label() for line in ax.lines[::2]] == iterative.labels and ticks(ax.xaxis) == ["0", "1", "2"]
     for i, line in enumerate(ax.lines[::2]):
-        wanted = iterative.cosine[i][:, iterative.valid].mean(1)
+        wanted = iterative.cosine[i][:, counted(iterative)].mean(1)
         assert torch.allclose(torch.tensor(line.get_ydata()), wanted)
 
 
@@ -162,7 +167,9 @@ def test_measures_without_a_control_and_of_a_joint_lens(network, trace, joint):
     assert all(len(ax.lines) == 2 for ax in drawn(figures.measures(alone)).axes)
     ax, *_ = drawn(figures.measures(joint, names=["kl"])).axes
     kinds = (joint.measures, joint.uniform, joint.control, joint.control_uniform)
-    assert [bar.get_height() for bar in ax.patches] == pytest.approx([float(kind.mean()["kl"]) for kind in kinds])
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx(
+        [float(kind.kl[counted(joint)].mean()) for kind in kinds]
+    )
     assert ticks(ax.xaxis) == ["weighted", "uniform", "control", "control\nuniform"]
     assert len({bar.get_facecolor() for bar in ax.patches}) == 4
 
@@ -176,7 +183,7 @@ def test_the_caller_sets_scale_and_legend(iterative):
         assert ax.get_yscale() == "log" and ax.get_legend() is None and ticks(ax.xaxis) == ["0", "1", "2"]
     (ax,) = drawn(figures.measures(iterative, names=["kl"], log=False)).axes
     assert ax.get_yscale() == "linear" and ax.get_legend() is not None
-    assert list(ax.lines[0].get_ydata()) == pytest.approx(iterative.kl[:, 0][:, iterative.valid].mean(1).tolist())
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(iterative.kl[:, 0][:, counted(iterative)].mean(1).tolist())
     figures.measures(iterative, names=["kl"], log=False, ax=panels[0])
     assert panels[0].get_yscale() == "linear"
     panels[0].set_yscale("log")  # the axes' own scale, too, is the caller's

@@ -30,19 +30,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, centered
+from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.labels import is_label
 from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
+from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AblationEffect(Result):
+class AblationEffect(Averaged, Result):
     """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos].
 
     Attributes:
@@ -55,6 +57,7 @@ class AblationEffect(Result):
         kl: KL(clean || ablated) of the model's own predictions, in nats.
         unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
     """
 
     labels: list[str]
@@ -68,17 +71,18 @@ class AblationEffect(Result):
     kl: Float[Tensor, "ablation batch pos"]
     unit: str
     token_names: dict[int, str]
+    sinks: Sinks | None = None
 
     def __repr__(self) -> str:
         return (
             f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
-            f"of {self.target_names}{in_unit(self.unit)})"
+            f"of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
         )
 
-    def average(self) -> pd.DataFrame:
-        """One row per ablation, averaged over prompts, positions and targets: step, logit, centered, kl."""
-        columns = {name: getattr(self, name).flatten(1).mean(1).tolist() for name in ("logit", "centered", "kl")}
-        return pd.DataFrame({"step": self.labels, **columns})
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Columns step, logit, centered, kl; logits averaged over targets, too."""
+        columns = {"logit": self.logit.mean(-1), "centered": self.centered.mean(-1), "kl": self.kl}
+        return [{"step": label} for label in self.labels], columns
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
@@ -101,6 +105,7 @@ def ablation_effect(
     targets: TargetInput | None = None,
     reference: Any = None,
     positions: int | Sequence[int] = -1,
+    ablated_positions: int | Sequence[int] | None = None,
     seed: int = 0,
     attention_mask: Tensor | None = None,
 ) -> AblationEffect:
@@ -116,6 +121,7 @@ def ablation_effect(
             None for the model's own best.
         reference: For `"mean"` and `"resample"`, as in `ablation_hooks`.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
+        ablated_positions: Positions at which the steps are ablated, counted in the same way; None for all.
         seed: Seed of `"resample"`.
         attention_mask: Passed to the model (left padding needs it).
 
@@ -142,7 +148,11 @@ def ablation_effect(
             return additive_logits(network.trace(trace.tokens, attention_mask=mask), rows.index)
 
     labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
-    every = (answers(ablation_hooks(network, a, mode=mode, reference=reference, seed=seed)) for a in ablations)
+    options: dict[str, Any] = {"mode": mode, "reference": reference, "seed": seed}
+    if ablated_positions is not None:
+        where = real_rows(trace, ablated_positions).index
+        options["positions"] = torch.zeros_like(trace.valid).scatter(1, where, True)
+    every = (answers(ablation_hooks(network, a, **options)) for a in ablations)
     return effect_of(trace, answers([]), every, labels, mode, rows, targets=targets)
 
 
@@ -180,6 +190,7 @@ def effect_of(
         kl=torch.stack(kl),
         unit=decoder.unit,
         token_names=token_names(trace.network.tokenizer, [tokens, ids]),
+        sinks=Sinks.of(trace, rows),
     )
 
 

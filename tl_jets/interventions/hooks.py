@@ -44,11 +44,11 @@ from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import ARROW, Path
 from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
 from tl_jets.core.trace import Trace
+from tl_jets.interventions.places import Hooks, only_at
 from tl_jets.paths.evaluation import read_path
 
 Mode = Literal["zero", "mean", "resample"]
 Steps = LabelInput | Path | Sequence[LabelInput | Path]
-Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 
 class _Site(NamedTuple):
@@ -64,7 +64,15 @@ class _Site(NamedTuple):
         return self.point.endswith("hook_z")
 
 
-def ablation_hooks(model: Any, steps: Steps, *, mode: Mode = "zero", reference: Any = None, seed: int = 0) -> Hooks:
+def ablation_hooks(
+    model: Any,
+    steps: Steps,
+    *,
+    mode: Mode = "zero",
+    reference: Any = None,
+    positions: int | Sequence[int] | Bool[Tensor, "batch pos"] | None = None,
+    seed: int = 0,
+) -> Hooks:
     """Hooks that ablate the writes of some steps together.
 
     Args:
@@ -72,6 +80,7 @@ def ablation_hooks(model: Any, steps: Steps, *, mode: Mode = "zero", reference: 
         steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes, or a `Path`.
         mode: `"zero"`, `"mean"` or `"resample"` (see the module).
         reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        positions: Where writes are ablated: positions in the padded row, or a mask [batch, pos]; None for everywhere.
         seed: Chooses the reference prompt of each prompt under `"resample"`: the same one for all steps.
 
     Returns:
@@ -102,16 +111,16 @@ def ablation_hooks(model: Any, steps: Steps, *, mode: Mode = "zero", reference: 
     if mode == "zero":
         at_zero = _heads_at_zero(network, {site.layer for site in sites if site.is_head})
         nothing = torch.zeros((), device="cpu")
-        return [_constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites]
+        return only_at(positions, [_constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites])
     values, valid = _writes(network, reference, sites)
     if mode == "mean":
-        return [_constant(site, values[site][valid].mean(0)) for site in sites]
+        return only_at(positions, [_constant(site, values[site][valid].mean(0)) for site in sites])
     if not bool(valid.all()):
         raise ValueError(
             "A reference to resample from must have prompts of one length, the input's, as writes are taken at the same "
             "positions; got some padding. Choose prompts of equal length, or mode='mean'."
         )
-    return [_resampled(site, values[site], seed) for site in sites]
+    return only_at(positions, [_resampled(site, values[site], seed) for site in sites])
 
 
 def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None) -> Hooks:

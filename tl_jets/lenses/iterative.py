@@ -78,6 +78,7 @@ class IterativeJetLens(LensResult):
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
         unit: Unit of logits: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
     """
 
     orders: list[int]
@@ -103,7 +104,7 @@ class IterativeJetLens(LensResult):
         kind = f"orders 0..{self.orders[-1]}" if self.linearize == "jet" else self.linearize
         return (
             f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, {kind}, tokens "
-            f"{list(self.tokens.shape)}, center_scale={self.center_scale!r}{in_unit(self.unit)})"
+            f"{list(self.tokens.shape)}, center_scale={self.center_scale!r}{in_unit(self.unit)}{self._left_out()})"
         )
 
     def top_tokens(self, tokenizer: Any = None) -> dict[str, Any]:
@@ -128,20 +129,9 @@ class IterativeJetLens(LensResult):
             raise ValueError(f"target must be one of {self.target_names}; got {target!r}.")
         return values[..., self.target_names.index(target)]
 
-    def average(self) -> pd.DataFrame:
-        """Measures and controls averaged over real positions, per layer and order (Chen et al., figure 3, bottom)."""
-        columns = {
-            "rho": self.rho[:, None].expand_as(self.alpha),
-            "borrowed_share": self.borrowed_share,
-        } | self._scores()
-        means = {name: values.flatten(-2).nanmean(-1) for name, values in columns.items()}
-        return pd.DataFrame(
-            [
-                {"layer": label, "order": order, **{name: float(values[i, k]) for name, values in means.items()}}
-                for i, label in enumerate(self.labels)
-                for k, order in enumerate(self.orders)
-            ]
-        )
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        columns = {"rho": self.rho[:, None].expand_as(self.alpha), "borrowed_share": self.borrowed_share}
+        return [{"layer": x, "order": order} for x in self.labels for order in self.orders], columns | self._scores()
 
     def _scores(self) -> dict[str, Tensor]:
         """The measures [layer, order, batch, pos], each followed by its control."""

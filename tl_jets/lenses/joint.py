@@ -35,7 +35,7 @@ from tl_jets.core.attribution import mean_logits
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.core.measures import Measures, geometry
+from tl_jets.core.measures import MEASURES, Measures, geometry
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, renamed
 from tl_jets.core.protocol import FINAL_STREAM, Granularity
@@ -73,6 +73,7 @@ class JointJetLens(LensResult):
         control: The same for random centers, with their own optimal weights if the lens' weights are optimized.
         control_uniform: The same for random centers with uniform weights; `control` shows what optimal weights gain.
         token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
     """
 
     order: int
@@ -96,7 +97,8 @@ class JointJetLens(LensResult):
         kind = f"order {self.order}" if self.linearize == "jet" else self.linearize
         return (
             f"JointJetLens({len(self.labels)} centers, {kind}, tokens {list(self.tokens.shape)}, "
-            f"objective={self.objective!r}, center_scale={self.center_scale!r}{in_unit(self.unit)})"
+            f"objective={self.objective!r}, center_scale={self.center_scale!r}{in_unit(self.unit)}"
+            f"{self._left_out()})"
         )
 
     def top_tokens(self, tokenizer: Any = None) -> Any:
@@ -149,13 +151,11 @@ class JointJetLens(LensResult):
             )
         return self.centers
 
-    def average(self) -> pd.DataFrame:
-        """Measures of the sum, of uniform weights and of both controls, averaged over real positions."""
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         kinds = {"weighted": self.measures, "uniform": self.uniform}
         kinds |= {"control": self.control, "control_uniform": self.control_uniform}
-        means = {kind: measures.mean() for kind, measures in kinds.items()}
-        rows = [{"weights": kind, **{name: float(v) for name, v in mean.items()}} for kind, mean in means.items()]
-        return pd.DataFrame(rows)
+        columns = {name: torch.stack([getattr(own, name) for own in kinds.values()]) for name in MEASURES}
+        return [{"weights": kind} for kind in kinds], columns
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per center, batch, real position and target.

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
+from tl_jets.core.averages import Averaged
 from tl_jets.core.frozen_network import Linearize
 from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, scan_mixture
 from tl_jets.core.measures import MEASURES, Measures, weighted
@@ -20,6 +21,7 @@ from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, model_logits, read_targets
+from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 
@@ -94,6 +96,7 @@ class LensInput:
         return found | {
             "positions": self.rows.positions,
             "valid": self.rows.keep,
+            "sinks": Sinks.of(self.trace, self.rows),
             "full_values": spread(scan.top.values[cells], -2),
             "own_values": spread(scan.own_values[cells], -2),
             "unit": self.trace.decoder.unit,
@@ -107,7 +110,7 @@ def _measure(name: str) -> property:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LensResult(Result):
+class LensResult(Averaged, Result):
     """Base of the results of both lenses, whose docstrings say what the fields are.
 
     Each measure is also an attribute: `lens.kl`.
@@ -131,6 +134,7 @@ class LensResult(Result):
     target_names: list[str | int] | None
     unit: str
     token_names: dict[int, str]
+    sinks: Sinks | None = None
 
     remainder_norm, cosine, centered_cosine, kl, top1_agreement = map(_measure, MEASURES)
 

@@ -45,6 +45,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import Yardstick
+from tl_jets.core.averages import Averaged
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
@@ -55,6 +56,7 @@ from tl_jets.core.protocol import BIAS, DECODER_STEP
 from tl_jets.core.readout import top_tokens
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, positions_at
+from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
 from tl_jets.paths.evaluation import taken_rows, with_edits
@@ -65,7 +67,7 @@ MEASURES = ("norm", "cosine", "share", "effect")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics(Result):
+class PathStatistics(Averaged, Result):
     """Measures of parts of the model's logits. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
@@ -82,6 +84,7 @@ class PathStatistics(Result):
         top_ids: The part's best token; `model_top_ids` holds the model's.
         unit: Unit of effects: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
     """
 
     labels: list[str]
@@ -101,11 +104,12 @@ class PathStatistics(Result):
     model_top_ids: Int[Tensor, "batch pos"]
     unit: str
     token_names: dict[int, str]
+    sinks: Sinks | None = None
 
     def __repr__(self) -> str:
         return (
             f"PathStatistics({len(self.labels):,} parts by {self.by}, {count_text(sum(self.counts))} paths; tokens "
-            f"{list(self.tokens.shape)}; effect on {self.target_names}{in_unit(self.unit)})"
+            f"{list(self.tokens.shape)}; effect on {self.target_names}{in_unit(self.unit)}{self._left_out()})"
         )
 
     def _body(self) -> str:
@@ -127,27 +131,18 @@ class PathStatistics(Result):
         """Whether the part's best token is the model's own answer."""
         return (self.top_ids == self.model_top_ids) & self.valid
 
-    def average(self) -> pd.DataFrame:
-        """One row per part, averaged over all real positions of all prompts.
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Measures, effects on further targets, `size` (mean absolute effect), `copies` (best tokens that are the model's)."""
+        lengths = [{}] * len(self.labels) if self.lengths is None else [{"length": length} for length in self.lengths]
+        parts = zip(self.labels, self.counts, lengths, strict=True)
+        columns = {name: getattr(self, name) for name in MEASURES}
+        columns |= {f"effect:{name}": self.effects[..., i] for i, name in enumerate(self.target_names) if i}
+        columns |= {"size": self.effect.abs(), "copies": self.copies.to(self.effect.dtype)}
+        return [{self.by: label, "count": count, **length} for label, count, length in parts], columns
 
-        Columns: the part (`path`, `length`, ...), count, length (of paths), norm, cosine, share, effect (on the first
-        target; others as `effect:<name>`), size (mean absolute effect), copies (share of best tokens that are the model's).
-        """
-
-        def mean(values: Tensor) -> list[float]:
-            return values.flatten(1).nanmean(1).tolist()
-
-        table: dict[str, Any] = {self.by: self.labels, "count": self.counts}
-        table |= {} if self.lengths is None else {"length": self.lengths}
-        table |= {name: mean(getattr(self, name)) for name in MEASURES}
-        table |= {f"effect:{name}": mean(self.effects[..., i]) for i, name in enumerate(self.target_names) if i}
-        table["size"] = mean(self.effect.abs())
-        table["copies"] = (self.copies.flatten(1).sum(1).double() / self.valid.sum()).tolist()
-        return pd.DataFrame(table)
-
-    def largest(self, k: int = 20, measure: str = "effect") -> pd.DataFrame:
-        """The rows of `average` with the k largest absolute values of a column, largest first."""
-        table = self.average()
+    def largest(self, k: int = 20, measure: str = "effect", **options: Any) -> pd.DataFrame:
+        """The rows of `average` (with its options) with the k largest absolute values of a column, largest first."""
+        table = self.average(**options)
         if measure not in table:
             raise ValueError(f"measure must be a column of the table, {list(table.columns)}; got {measure!r}.")
         order = table[measure].abs().sort_values(ascending=False, kind="stable").index[:k]
@@ -231,6 +226,7 @@ def statistics_of(
         model_top_ids=answers,
         unit=trace.decoder.unit,
         token_names=token_names(trace.network.tokenizer, [top_ids, answers, tokens, yardstick.target_ids]),
+        sinks=Sinks.of(trace, rows),
     )
 
 

@@ -1,100 +1,14 @@
-"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit.
-
-Example:
-    >>> import torch
-    >>> low, high = bootstrap_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]), resamples=1000, seed=0)
-    >>> 1 <= low < 2.5 < high <= 4
-    True
-"""
+"""Intervals of draws; those of means and sums are in `tl_jets.core.intervals`."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
 
 import numpy as np
-import scipy.stats
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from tl_jets.core.measures import check_seed
-from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.intervals import CONFIDENCE, Reduce, bootstrap_interval, bootstrap_intervals
 
-Reduce = Literal["mean", "sum"]
-
-CONFIDENCE = 0.95
-# Size of a batch of resampled values.
-RESAMPLED = 2**22
-
-
-def bootstrap_interval(
-    values: Float[Tensor, " value"],
-    *,
-    units: Int[Tensor, " value"] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    reduce: Reduce = "mean",
-) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of a mean or sum; with ten units it covers about 90%.
-
-    Args:
-        values: Shape [value].
-        units: Unit of each value; units are resampled whole (cluster bootstrap). None: independent. Shape [value].
-        resamples: Number of resamples, with replacement.
-        seed: Random seed.
-        reduce: `"mean"` or `"sum"`.
-
-    Returns:
-        Lower and upper end; NaN for fewer than two units or resamples.
-
-    Example:
-        >>> import torch
-        >>> values, words = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1])
-        >>> bootstrap_interval(values, units=words)  # two words, not six values
-        (0.0, 1.0)
-    """
-    options: dict[str, Any] = {"units": units, "resamples": resamples, "seed": seed, "reduce": reduce}
-    low, high = bootstrap_intervals(values.unsqueeze(0), **options)[:, 0].tolist()
-    return low, high
-
-
-def bootstrap_intervals(
-    values: Float[Tensor, "series value"],
-    *,
-    units: Int[Tensor, " value"] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    reduce: Reduce = "mean",
-) -> Float[Tensor, "2 series"]:
-    """`bootstrap_interval` of each row of `values` [series, value], from the same resamples: ends [2, series]."""
-    check_integers(0, resamples=resamples)
-    check_seed(seed)
-    check_choice("reduce", reduce, get_args(Reduce))
-    data = values.double().numpy()
-    unit = np.arange(data.shape[1]) if units is None else np.unique(units.numpy(), return_inverse=True)[1]
-    n = int(unit.max(initial=-1)) + 1
-    if n < 2 or resamples < 2:
-        return torch.full((2, len(data)), math.nan, dtype=torch.float64, device="cpu")
-    sums = np.stack([np.bincount(unit, series, minlength=n) for series in data])
-    sizes = np.broadcast_to(np.bincount(unit, minlength=n), sums.shape)
-
-    def statistic(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-        return sums.sum(axis) / (sizes.sum(axis) if reduce == "mean" else 1)
-
-    interval = scipy.stats.bootstrap(
-        (sums, sizes),
-        statistic,
-        axis=-1,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, RESAMPLED // sums.size),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng(seed),  # type: ignore[call-arg]
-    ).confidence_interval
-    return torch.from_numpy(np.stack([interval.low, interval.high]))
+__all__ = ["Reduce", "bootstrap_interval", "bootstrap_intervals", "central"]
 
 
 def central(values: np.ndarray) -> tuple[float, float]:
