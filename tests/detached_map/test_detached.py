@@ -13,6 +13,7 @@ import zoo
 from overwritten import first_stream
 from torch import Tensor
 
+import tl_jets
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, jet_expand
 from tl_jets.calculus import full_precision
 from tl_jets.detached_map import DetachedJacobian, detached, detached_jacobian, detached_spectra
@@ -495,3 +496,25 @@ def test_a_step_that_writes_a_constant_has_a_zero_map(of_a_parameter):
     terms = jet_expand(model, "1_mlp", centers=["embed", "0_mlp_out"], linearize="detached")(tokens)
     assert terms.check().passed and terms.relative_remainder < 1e-14
     assert float(detached_spectra(model, tokens, maps=[("1_pre", "1_mlp_out")], k=1).values) == 0
+
+
+@pytest.mark.parametrize("output", ["final_post", "logits"])
+def test_a_map_saves_and_loads(output, tmp_path):
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    tokens = zoo.tokens(model, batch=2, pos=5)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0  # padded on the left: the positions read, 3 and 4, are others among the real tokens
+    J = detached_jacobian(model, tokens, output=output, positions=[-2, -1], attention_mask=mask)
+    found = tl_jets.load(J.save(tmp_path / "map.safetensors"))
+    assert torch.equal(found.contributions, J.contributions) and found.labels == J.labels
+    assert found.reconstruction_error == J.reconstruction_error and "loaded" in repr(found) and found._repr_html_()
+    kept, table = found.to_dataframe(), J.to_dataframe()
+    assert kept["top_tokens"].isna().all()
+    assert kept.drop(columns="top_tokens").equals(table.drop(columns="top_tokens"))
+    with pytest.raises(ValueError, match="Products with the map need the model"):
+        found.apply(torch.zeros(2, 5, 4))
+    again = found.with_model(model, tokens, attention_mask=mask)
+    assert again.positions == J.positions and again.to_dataframe().equals(table)
+    with pytest.raises(ValueError, match="the whole input"):
+        found.with_model(model, tokens.flip(0), attention_mask=mask)
+    assert found.to("meta").contributions.device.type == "meta"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 
+import tl_jets
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.detached_map import detached_jacobian
 
@@ -105,6 +106,21 @@ def test_plain_callables_are_written_only():
     assert norms.read is None and set(norms.top_tokens(2)) == {"written"} and len(norms.to_dataframe(k=2)) == 2
     with pytest.raises(ValueError, match="W_E"):
         norms.top_rows(2, 2)
+
+
+def test_block_norms_save_and_load(model, tmp_path):
+    network, tokens = ResidualNetwork(model), zoo.tokens(model, batch=1, pos=4)
+    J = detached_jacobian(network, tokens, ordinary=False)
+    norms = J.block_norms(pos=1)
+    found = tl_jets.load(norms.save(tmp_path / "norms.safetensors"))
+    assert torch.equal(found.matrix, norms.matrix) and torch.equal(found.read, norms.read)
+    assert (
+        found.to_dataframe(k=3)
+        .drop(columns="token_string")
+        .equals(norms.to_dataframe(k=3).drop(columns="token_string"))
+    )
+    with pytest.raises(ValueError, match="Rows as tokens need the model"):
+        found.top_rows(2, 2)
 
 
 def test_an_embedding_that_is_edited_is_refused(model):

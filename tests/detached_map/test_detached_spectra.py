@@ -10,6 +10,7 @@ import torch
 import zoo
 from torch import Tensor
 
+import tl_jets
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.detached_map import detached_jacobian, detached_spectra
 
@@ -189,3 +190,21 @@ def test_a_trained_model():
     assert float(ranks[0]) > float(ranks[-1]) and float(ranks[-1]) < 5
     assert bool((overlaps[1:] > overlaps[:-1]).all())
     assert float(spectra.explained[-1]) > 4 * spectra.chance
+
+
+def test_spectra_save_and_load(model, tmp_path):
+    tokens = zoo.tokens(model, batch=1, pos=4)
+    spectra = detached_spectra(model, tokens, maps="layers", k=2, position=2)
+    found = tl_jets.load(spectra.save(tmp_path / "spectra.safetensors"))
+    assert found.labels == spectra.labels and torch.equal(found.overlap(), spectra.overlap())
+    assert set(found.to_dataframe()["top_tokens"]) == {None} and found.projection_path()["top_token"].isna().all()
+    with pytest.raises(ValueError, match="Tokens of directions need the model"):
+        found.top_tokens()
+    assert found.with_model(model, tokens).to_dataframe().equals(spectra.to_dataframe())
+    for other in (tokens.flip(1), tokens[:, :2]):
+        with pytest.raises(ValueError, match="the whole input"):
+            found.with_model(model, other)
+    with torch.no_grad():
+        model.blocks[0].mlp.b_out.add_(0.5)
+    with pytest.raises(ValueError, match="the weights of before"):
+        found.with_model(model, tokens)

@@ -41,6 +41,7 @@ from torch import Tensor
 from tl_jets.calculus import Norm, NormJet, frozen, norm_jet
 from tl_jets.calculus.norms import check_order
 from tl_jets.core.linear_map import GraphMap, LinearMap
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, Stage, frozen_biases
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
@@ -210,8 +211,7 @@ def affine_labels(stage: Stage | None) -> tuple[list[str], list[str]]:
 
 def read_order(linearize: Linearize, order: Any, default: int) -> int:
     """The requested order, or the default; 0 for detached terms, which have no order."""
-    if linearize not in get_args(Linearize):
-        raise ValueError(f"linearize must be one of {get_args(Linearize)}; got {linearize!r}.")
+    check_choice("linearize", linearize, get_args(Linearize))
     if order is None:
         return 0 if linearize == "detached" else default
     check_order(order)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_jets.calculus import CENTER_SCALES
 from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.options import check_integers
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import check_text
@@ -114,8 +114,7 @@ def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:
 def check_options(center_scale: str, top_k: Any, chunk_size: Any) -> None:
     """Raise for invalid lens options; the message names the option."""
     check_integers(1, top_k=top_k, chunk_size=chunk_size)
-    if center_scale not in CENTER_SCALES:
-        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
+    check_choice("center_scale", center_scale, CENTER_SCALES)
 
 
 def positions_of(positions: Sequence[int] | Tensor, prompt: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.labels import LabelInput, read_label
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import (
     DECODER_STEP,
     FINAL_STREAM,
@@ -35,8 +36,7 @@ class Structure:
     """A model as a sequence of stages on one stream, with a decoder: `ResidualNetwork` without traces."""
 
     def __init__(self, model: Any, granularity: Granularity = "sublayer", neurons: str | Sequence[str] = ()):
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}; got {granularity!r}.")
+        check_choice("granularity", granularity, GRANULARITIES)
         self.granularity: Granularity = granularity
         self.view: ModelView = model.view if isinstance(model, Structure) else _view(model)
         self.checks: set[Hashable] = getattr(model if isinstance(model, Structure) else self.view, "checks", set())

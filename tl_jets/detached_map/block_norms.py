@@ -21,7 +21,6 @@ each of d_model rows, and two products of the vocabulary with J_t, in chunks: d_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +31,21 @@ from torch import Tensor
 
 from tl_jets.core.linear_map import LinearMap
 from tl_jets.core.logit_reader import check_k
-from tl_jets.core.notebook import Shown
 from tl_jets.core.readout import TopTokens
-from tl_jets.core.tokens import decode, token_names
+from tl_jets.core.results import Result, handle
+from tl_jets.core.tokens import token_names
 from tl_jets.detached_map.chain import LOGITS
-from tl_jets.detached_map.decoding import Directions
+from tl_jets.detached_map.decoding import Directions, of_model
 
 # Chunk size over the vocabulary.
 TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockNorms(Shown):
+class BlockNorms(Result):
     """Norms of the rows and columns of one block J_t, by coordinate and by token.
+
+    A loaded one has no `directions`: rows and columns are not decoded, and tokens are named with a tokenizer.
 
     Attributes:
         centered: Whether the mean over the vocabulary is subtracted from logits.
@@ -52,6 +53,7 @@ class BlockNorms(Shown):
         written: |w_v' J_t| by token, in logits per unit of the input.
         read: |J_t e_v| by token, in units of the output (logits: their length); None without an embedding.
         own: The input itself at this position.
+        directions: Decodes directions at this input.
     """
 
     wrt: str
@@ -65,7 +67,7 @@ class BlockNorms(Shown):
     written: Float[Tensor, " d_vocab"]
     read: Float[Tensor, " d_vocab"] | None
     own: Float[Tensor, " d_model"]
-    directions: Directions
+    directions: Any = handle()
 
     def __repr__(self) -> str:
         size = list(self.matrix.shape)
@@ -82,16 +84,19 @@ class BlockNorms(Shown):
         """The n largest rows [n], in the sign of the prompt's own input, and the k nearest embeddings [n, k] (cosines)."""
         units = self.row_norms.topk(n).indices
         rows = self.matrix[units]
-        return units, self.directions.nearest(_signed(rows, rows @ self.own), k)
+        return units, of_model(self.directions, "Rows as tokens").nearest(_signed(rows, rows @ self.own), k)
 
     def top_columns(self, n: int = 8, k: int = 5) -> tuple[Tensor, TopTokens]:
         """The n largest columns [n], in the sign of the prompt's input, and the k tokens that each raises most [n, k]."""
         units = self.column_norms.topk(n).indices
-        return units, self.directions.raised(_signed(self.matrix[:, units].T, self.own[units]), k)
+        return units, of_model(self.directions, "Columns as tokens").raised(
+            _signed(self.matrix[:, units].T, self.own[units]), k
+        )
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 10) -> pd.DataFrame:
         """One row per side and token: side, rank, token_index, token_string, norm, relative (to the median token)."""
-        tokenizer = tokenizer or self.directions.trace.network.tokenizer
+        if tokenizer is None and self.directions is not None:
+            tokenizer = self.directions.trace.network.tokenizer
         rows = []
         for side, best in self.top_tokens(k).items():
             median = float((self.written if side == "written" or self.read is None else self.read).median())
@@ -103,13 +108,12 @@ class BlockNorms(Shown):
 
     def coordinates(self, tokenizer: Any = None, n: int = 8, k: int = 5) -> pd.DataFrame:
         """The largest rows and columns, decoded: side (row, column), rank, coordinate, norm, top_tokens."""
-        tokenizer = tokenizer or self.directions.trace.network.tokenizer
         rows = []
         for side, norms, (units, best) in (
             ("row", self.row_norms, self.top_rows(n, k)),
             ("column", self.column_norms, self.top_columns(n, k)),
         ):
-            texts: Sequence[Any] = best.indices.tolist() if tokenizer is None else decode(tokenizer, best.indices)
+            texts = self.directions.texts(best.indices, tokenizer)
             for rank, unit in enumerate(units.tolist()):
                 here = {"side": side, "rank": rank, "coordinate": unit, "norm": float(norms[unit])}
                 rows.append(here | {"top_tokens": texts[rank]})

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import norm_jet
@@ -19,6 +20,7 @@ from tl_jets.core.decoder import Decoder
 from tl_jets.core.logit_reader import check_k
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.readout import TopTokens, top_tokens
+from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.chain import LOGITS
 
@@ -67,6 +69,11 @@ class Directions:
         best = cosines.topk(k)
         return TopTokens(best.values, best.indices)
 
+    def texts(self, ids: Int[Tensor, "*many"], tokenizer: Any = None) -> Any:
+        """Texts of ids as nested lists; the ids themselves where neither the caller nor the model has a tokenizer."""
+        tokenizer = tokenizer or self.trace.network.tokenizer
+        return ids.tolist() if tokenizer is None else decode(tokenizer, ids)
+
     @property
     def has_embedding(self) -> bool:
         """Whether there is an embedding matrix: not in a network of plain callables."""
@@ -92,3 +99,23 @@ class Directions:
                 f"it normalizes its embeddings, or a hook edits them. Its input directions are not read."
             )
         return factor * W_E
+
+
+def of_model(held: Any, what: str) -> Any:
+    """A handle of a result; raises ValueError in a loaded one, where `what` needs the model."""
+    if held is None:
+        raise ValueError(
+            f"{what} need the model, which a loaded result does not hold. Give it back: result.with_model(model, prompts)."
+        )
+    return held
+
+
+def check_same(tokens: Tensor, values: Tensor, trace: Trace, found: Tensor) -> None:
+    """Raise ValueError unless a trace has the tokens of a loaded result, and its values up to rounding."""
+    exact, kept = found.double().cpu(), values.double().cpu()
+    same = torch.equal(trace.tokens.cpu(), tokens.cpu()) and exact.shape == kept.shape
+    if not same or not float((exact - kept).norm()) <= 1e-4 * float(kept.norm()):
+        raise ValueError(
+            "with_model takes the model and the whole input that the result was made of; got others. Pass the same prompts, "
+            "in their order, and the weights of before."
+        )

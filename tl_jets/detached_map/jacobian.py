@@ -40,66 +40,77 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.core.markup import text
 from tl_jets.core.network import ResidualNetwork, trace_of
-from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.readout import TopTokens
+from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
-from tl_jets.core.tokens import decode, token_names, visible
+from tl_jets.core.tokens import token_names, visible
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.block_norms import BlockNorms, block_norms
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
 from tl_jets.detached_map.context import not_affine, rounding
-from tl_jets.detached_map.decoding import Directions
+from tl_jets.detached_map.decoding import Directions, check_same, of_model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DetachedJacobian(Shown):
+class DetachedJacobian(Result):
     """A model as an exact linear map at one input: value = sum_t J_t e_t + bias.
+
+    A loaded one has numbers only; `map`, `ordinary` and `trace`, with which it multiplies and decodes, come `with_model`.
 
     Attributes:
         positions: Output positions in the prompt, aligned to the out_pos axis.
         value: The model's own output there, before a final softcap.
         bias: The frozen map at zero, computed by a pass of its own.
+        reconstruction_error: |J e + bias - value| / |value|; `ordinary_error` is that of the ordinary Jacobian.
+        token_names: Texts of the ids in `tokens`.
+        parts: The contributions of a loaded result; None before.
         map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
         ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
-        reconstruction_error: |J e + bias - value| / |value|; `ordinary_error` is that of the ordinary Jacobian.
+        trace: The trace of the input.
     """
 
     output: str
     wrt: str
     positions: list[int]
     tokens: Int[Tensor, "batch pos"]
+    valid: Bool[Tensor, "batch pos"]
     value: Float[Tensor, "batch out_pos width"]
     bias: Float[Tensor, "batch out_pos width"]
-    map: ComposedMap
-    ordinary: ComposedMap | None
     reconstruction_error: float
     ordinary_error: float | None
-    trace: Trace = field(repr=False)
+    token_names: dict[int, str]
+    parts: Float[Tensor, "batch pos out_pos width"] | None = None
+    map: Any = handle()
+    ordinary: Any = handle()
+    trace: Any = handle()
 
     def __repr__(self) -> str:
         ordinary = "" if self.ordinary_error is None else f" (ordinary Jacobian: {self.ordinary_error:.1e})"
+        size = "loaded" if self.map is None else f"{size_text(self.map.n_bytes)} as a matrix"
+        shape = list(self.tokens.shape if self.map is None else self.map.in_shape)
         return (
-            f"DetachedJacobian({self.wrt} {list(self.map.in_shape)} -> {self.output} {list(self.map.out_shape)}, "
-            f"positions {self.positions}; reconstruction error {self.reconstruction_error:.1e}{ordinary}; "
-            f"{size_text(self.map.n_bytes)} as a matrix)"
+            f"DetachedJacobian({self.wrt} {shape} -> {self.output} {list(self.value.shape)}, "
+            f"positions {self.positions}; reconstruction error {self.reconstruction_error:.1e}{ordinary}; {size})"
         )
 
     def _body(self) -> str:
-        if "_contributions" in self.__dict__:
+        if "_contributions" in self.__dict__ or self.parts is not None:
             return dataframe_html(self.to_dataframe())
         say = "What each token gives: to_dataframe(), or tl_jets.views.detached_tokens; two backward passes a position, once."
         return f"<p>{text(say)}</p>"
@@ -107,44 +118,68 @@ class DetachedJacobian(Shown):
     @property
     def labels(self) -> list[str]:
         """The input positions with the first prompt's tokens, aligned to the pos axis: `0 Once`, `1 ·upon`."""
-        names = token_names(self.trace.network.tokenizer, [self.tokens])
-        return [f"{pos} {visible(names[token])}" for pos, token in enumerate(self.tokens[0].tolist())]
+        return [f"{pos} {visible(self.token_names[token])}" for pos, token in enumerate(self.tokens[0].tolist())]
 
     def apply(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch out_pos width"]:
         """J u, see `LinearMap.apply`."""
-        return self.map.apply(vectors, chunk_size=chunk_size)
+        return self._map.apply(vectors, chunk_size=chunk_size)
 
     def apply_transpose(
         self, vectors: Float[Tensor, "*many batch out_pos width"], *, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "*many batch pos d_model"]:
         """J' v, see `LinearMap.apply_transpose`."""
-        return self.map.apply_transpose(vectors, chunk_size=chunk_size)
+        return self._map.apply_transpose(vectors, chunk_size=chunk_size)
 
     def materialize(
         self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
     ) -> Float[Tensor, "batch out_pos width pos d_model"]:
         """J as a matrix, see `LinearMap.materialize`."""
-        return self.map.materialize(max_bytes=max_bytes, chunk_size=chunk_size)
+        return self._map.materialize(max_bytes=max_bytes, chunk_size=chunk_size)
+
+    @property
+    def _map(self) -> ComposedMap:
+        return of_model(self.map, "Products with the map")
 
     @cached_property
     def _contributions(self) -> Tensor:
         """J_t e_t before the readout [pos, batch, out_pos, rows]."""
-        point = self.map.point.detach()
+        linear = self._map
+        point = linear.point.detach()
         batch, pos, d_model = point.shape
-        found = self.map.value.new_empty(pos, *self.map.value.shape)
+        found = linear.value.new_empty(pos, *linear.value.shape)
         for start in range(0, pos, CHUNK_SIZE):
             index = torch.arange(start, min(start + CHUNK_SIZE, pos), device=point.device)
             alone = point.new_zeros(len(index), batch, pos, d_model)
             alone[index - start, :, index] = point[:, index].transpose(0, 1)
-            found[index] = self.map.apply_rows(alone)
+            found[index] = linear.apply_rows(alone)
         return found
 
     @property
     def contributions(self) -> Float[Tensor, "batch pos out_pos width"]:
         """J_t e_t; with `bias` they sum to the output. Costs two backward passes per position, once."""
-        return self.map.read(self._contributions).transpose(0, 1)
+        if self.parts is not None:
+            return self.parts
+        return self._map.read(self._contributions).transpose(0, 1).to(self.value)
+
+    def save(self, file: str | Path) -> Path:
+        """Save the numbers, contributions included, to one safetensors file, see `Result.save`."""
+        return Result.save(replace(self, parts=self.contributions), file)
+
+    def with_model(self, model: Any, text_or_tokens: Any, **options: Any) -> DetachedJacobian:
+        """A loaded result made again by `detached_jacobian` with this model, input and further options.
+
+        Raises:
+            ValueError: The input or the model is another.
+        """
+        places = self.valid.cumsum(1)[:, self.positions] - 1
+        if not bool((places == places[0]).all()):  # padded on the left: count from the end
+            places = places - self.valid.sum(1, keepdim=True)
+        options |= {"output": self.output, "wrt": self.wrt, "positions": places[0].tolist()}
+        found = detached_jacobian(model, text_or_tokens, **options)
+        check_same(self.tokens, self.value, found.trace, found.value)
+        return found
 
     def top_tokens(self, k: int = 5) -> TopTokens:
         """The k tokens that every input position raises most [batch, pos, out_pos, k]: additive logits and ids.
@@ -157,11 +192,11 @@ class DetachedJacobian(Shown):
     @property
     def directions(self) -> Directions:
         """Decodes directions of the output and of the input as tokens."""
-        return Directions(self.trace, self.output)
+        return Directions(of_model(self.trace, "Tokens of directions"), self.output)
 
     def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
         """The k largest singular values and vectors of a prompt's matrix or an input position's, see `LinearMap.svd`."""
-        return self.map.svd(k, prompt=prompt, pos=pos, seed=seed)
+        return self._map.svd(k, prompt=prompt, pos=pos, seed=seed)
 
     def decode_left(self, vectors: SingularVectors, k: int = 5) -> TopTokens:
         """The k tokens that every left singular vector raises most [vector, out_pos, k]."""
@@ -198,20 +233,25 @@ class DetachedJacobian(Shown):
         pos, out_pos = pos % length, out_pos % length
         index = self.positions.index(out_pos)
         return block_norms(
-            self.map, self.directions, self.wrt, prompt=prompt, pos=pos, out_pos=out_pos, index=index, centered=centered
+            self._map,
+            self.directions,
+            self.wrt,
+            prompt=prompt,
+            pos=pos,
+            out_pos=out_pos,
+            index=index,
+            centered=centered,
         )
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 3) -> pd.DataFrame:
         """One row per prompt, output position and input position, and one for the bias (its `pos` is None).
 
         Columns: batch, out_pos, pos, token, norm (length of the contribution), share (its projection on the output,
-        over the squared length; shares sum to 1), top_tokens (what it raises most).
+        over the squared length; shares sum to 1), top_tokens (what it raises most; None in a loaded result).
         """
-        tokenizer = tokenizer or self.trace.network.tokenizer
-        names = token_names(tokenizer, [self.tokens])
-        best = self.top_tokens(k).indices
-        best = best.tolist() if tokenizer is None else decode(tokenizer, best)
-        contributions, valid = self.contributions, self.trace.valid.tolist()
+        names = token_names(tokenizer, [self.tokens]) if tokenizer else self.token_names
+        best = None if self.trace is None else self.directions.texts(self.top_tokens(k).indices, tokenizer)
+        contributions, valid = self.contributions, self.valid.tolist()
         squared = self.value.square().sum(-1)
         lengths = contributions.norm(dim=-1).tolist()
         shares = ((contributions * self.value[:, None]).sum(-1) / squared[:, None]).tolist()
@@ -224,7 +264,9 @@ class DetachedJacobian(Shown):
                 for t, token in enumerate(prompt):
                     if valid[b][t]:
                         numbers = {"norm": lengths[b][t][o], "share": shares[b][t][o]}
-                        rows.append(here | {"pos": t, "token": names[token]} | numbers | {"top_tokens": best[b][t][o]})
+                        rows.append(
+                            here | {"pos": t, "token": names[token]} | numbers | {"top_tokens": best and best[b][t][o]}
+                        )
                 numbers = {"norm": bias_lengths[b][o], "share": bias_shares[b][o]}
                 rows.append(here | {"pos": None, "token": "bias"} | numbers | {"top_tokens": None})
         return pd.DataFrame(rows)
@@ -273,29 +315,43 @@ def detached_jacobian(
     output, wrt = network.label(output), network.label(wrt)
     with torch.inference_mode(False):
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
-        rows = Rows.of(trace, positions)
-        places = rows.columns("positions of a map")
+        places = Rows.of(trace, positions).columns("positions of a map")
         chain = Chain(trace, wrt, [output], places)
         (linear, bias), *_ = chain.maps(keep_graph)
         with torch.no_grad():
             bias = trace.decoder.logits(bias) if output == LOGITS else bias
-            value = chain.truth(output)
-            error = _error(linear, bias, value)
-            ordinary_map = linear.ordinary() if ordinary else None
-            ordinary_error = None if ordinary_map is None else _error(ordinary_map, bias, value)
+            return _measured(trace, output, wrt, places, linear, bias, chain.truth(output), ordinary)
+
+
+def _measured(
+    trace: Trace,
+    output: str,
+    wrt: str,
+    positions: list[int],
+    linear: ComposedMap,
+    bias: Tensor,
+    value: Tensor,
+    ordinary: bool,
+) -> DetachedJacobian:
+    """The result for a map, after a check that the model is affine."""
+    network, error = trace.network, _error(linear, bias, value)
+    ordinary_map = linear.ordinary() if ordinary else None
+    ordinary_error = None if ordinary_map is None else _error(ordinary_map, bias, value)
     if not error <= max(rounding(value.dtype), 10 * trace.recording.accuracy):
         raise NotImplementedError(not_affine(getattr(network.view, "model", network.view), error))
     return DetachedJacobian(
         output=output,
         wrt=wrt,
-        positions=places,
+        positions=positions,
         tokens=trace.tokens,
+        valid=trace.valid,
         value=value,
         bias=bias,
-        map=linear,
-        ordinary=ordinary_map,
         reconstruction_error=error,
         ordinary_error=ordinary_error,
+        token_names=token_names(network.tokenizer, [trace.tokens]),
+        map=linear,
+        ordinary=ordinary_map,
         trace=trace,
     )
 

@@ -40,7 +40,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -50,21 +50,21 @@ from torch import Tensor
 
 from tl_jets.core.linear_map import MAX_BYTES, size_text
 from tl_jets.core.network import ResidualNetwork, trace_of
-from tl_jets.core.notebook import Shown, dataframe_html
+from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.readout import TopTokens
+from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
-from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace
-from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap, sweep
-from tl_jets.detached_map.decoding import Directions
+from tl_jets.detached_map.chain import LOGITS, Chain, sweep
+from tl_jets.detached_map.decoding import Directions, check_same, of_model
 
 Maps = Literal["cumulative", "layers"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DetachedSpectra(Shown):
+class DetachedSpectra(Result):
     """The leading singular values and left directions of several detached maps of one prompt.
 
     Attributes:
@@ -74,6 +74,7 @@ class DetachedSpectra(Shown):
         stable_rank: frobenius^2 / values[0]^2; 0 for a map that is zero (an MLP alone, between two positions).
         left: Left singular vectors, in the sign of the prompt's own input.
         written: The model's own value at each output; `final` is the final stream at the position.
+        trace: The trace of the prompt. A loaded result has none: its directions are decoded after `with_model`.
     """
 
     wrt: list[str]
@@ -87,7 +88,7 @@ class DetachedSpectra(Shown):
     left: Float[Tensor, "map vector d_model"]
     written: Float[Tensor, "map d_model"]
     final: Float[Tensor, " d_model"]
-    trace: Trace = field(repr=False)
+    trace: Any = handle()
 
     def __repr__(self) -> str:
         ranks = ", ".join(f"{rank:.2f}" for rank in self.stable_rank[:4].tolist())
@@ -126,7 +127,7 @@ class DetachedSpectra(Shown):
 
         Returns:
             One row per map and vector: wrt, output, vector, onto_0, ..., onto_{n-1} (cosines), inside (sum of their
-            squares), chance (that of a random direction), top_token (its id without a tokenizer).
+            squares), chance (that of a random direction), top_token (its id without a tokenizer; None in a loaded result).
 
         Raises:
             ValueError: No such map, or n is not in 1..k.
@@ -136,16 +137,14 @@ class DetachedSpectra(Shown):
         if not 1 <= n <= self.left.shape[1]:
             raise ValueError(f"n must lie in 1..{self.left.shape[1]}, the directions kept; got {n}.")
         cosines = self.projections(onto)[:, :n, :n].tolist()
-        tokenizer = tokenizer or self.trace.network.tokenizer
-        best = self.top_tokens(1).indices[:, :n, 0]
-        texts = best.tolist() if tokenizer is None else decode(tokenizer, best)
+        texts = self._texts(1, tokenizer)
         rows = []
         for i, (wrt, output) in enumerate(zip(self.wrt, self.outputs, strict=True)):
             for vector, along in enumerate(cosines[i]):
                 row = {"wrt": wrt, "output": output, "vector": vector}
                 row |= {f"onto_{j}": cosine for j, cosine in enumerate(along)}
                 row |= {"inside": sum(cosine**2 for cosine in along), "chance": n / self.left.shape[2]}
-                rows.append(row | {"top_token": texts[i][vector]})
+                rows.append(row | {"top_token": texts and texts[i][vector][0]})
         return pd.DataFrame(rows)
 
     def overlap(self, onto: int | str = -1) -> Float[Tensor, " map"]:
@@ -165,17 +164,30 @@ class DetachedSpectra(Shown):
 
     def top_tokens(self, k: int = 5) -> TopTokens:
         """The k tokens that every left direction raises most, through the final norm's linear part [map, vector, k]."""
-        return Directions(self.trace, FINAL_STREAM).raised(self.left, k)
+        return self._directions.raised(self.left, k)
+
+    @property
+    def _directions(self) -> Directions:
+        return Directions(of_model(self.trace, "Tokens of directions"), FINAL_STREAM)
+
+    def _texts(self, k: int, tokenizer: Any) -> list[list[list[Any]]] | None:
+        """The texts of `top_tokens(k)`; None in a loaded result."""
+        return None if self.trace is None else self._directions.texts(self.top_tokens(k).indices, tokenizer)
+
+    def with_model(self, model: Any, text_or_tokens: Any) -> DetachedSpectra:
+        """A loaded result with its trace, so that directions decode; ValueError for another input or model."""
+        trace = trace_of(ResidualNetwork.of(model), text_or_tokens)
+        found = trace[FINAL_STREAM]
+        check_same(self.tokens, self.final, trace, found[0, self.position] if self.position < found.shape[1] else found)
+        return replace(self, trace=trace)
 
     def to_dataframe(self, tokenizer: Any = None, k: int = 5) -> pd.DataFrame:
         """One row per map and vector.
 
         Columns: wrt, output, vector, value, relative (to the map's largest), stable_rank, overlap (with the last map),
-        explained, explained_own, chance, top_tokens.
+        explained, explained_own, chance, top_tokens (None in a loaded result).
         """
-        tokenizer = tokenizer or self.trace.network.tokenizer
-        best = self.top_tokens(k).indices
-        texts = best.tolist() if tokenizer is None else decode(tokenizer, best)
+        texts = self._texts(k, tokenizer)
         by_map = {name: getattr(self, name).tolist() for name in ("stable_rank", "explained", "explained_own")} | {
             "overlap": self.overlap().tolist()
         }
@@ -185,7 +197,7 @@ class DetachedSpectra(Shown):
                 row = {"wrt": wrt, "output": output, "vector": vector, "value": value}
                 row["relative"] = value / max(float(self.values[i, 0]), 1e-300)
                 row |= {name: values[i] for name, values in by_map.items()}
-                rows.append(row | {"chance": self.chance, "top_tokens": texts[i][vector]})
+                rows.append(row | {"chance": self.chance, "top_tokens": texts and texts[i][vector]})
         return pd.DataFrame(rows)
 
     def _index(self, which: int | str) -> int:
@@ -233,20 +245,10 @@ def detached_spectra(
     with torch.inference_mode(False), torch.no_grad():
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         pairs = _pairs(network, maps)
-        d_model = trace[FINAL_STREAM].shape[-1]
-        sources = _check(trace, pairs, k, pos, d_model, max_bytes)
+        sources = _sources(trace, k, pos, max_bytes)
         place = Rows.of(trace, position).columns("The position of a map")
-        grams: dict[tuple[str, str], Tensor] = {}
-        images: dict[tuple[str, str], Tensor] = {}
-        written: dict[tuple[str, str], Tensor] = {}
-        for wrt in dict.fromkeys(wrt for wrt, _ in pairs):
-            outputs = [output for start, output in pairs if start == wrt]
-            chain = Chain(trace, wrt, outputs, place)
-            linear = {(wrt, output): found for output, (found, _) in zip(outputs, chain.maps(), strict=True)}
-            written |= {(wrt, output): chain.truth(output)[0, 0] for output in outputs}
-            for source in sources:
-                _add(linear, source, grams, images)
-        values, left, frobenius = zip(*(_decomposed(grams[pair], images[pair], k) for pair in pairs), strict=True)
+        found = _accumulated(trace, pairs, sources, place)
+        values, left, frobenius = zip(*(_decomposed(*found[pair][:2], k) for pair in pairs), strict=True)
         dtype = trace[FINAL_STREAM].dtype
         top, whole = torch.stack(values), torch.stack(frobenius)
         return DetachedSpectra(
@@ -259,7 +261,7 @@ def detached_spectra(
             frobenius=whole.to(dtype),
             stable_rank=(whole / top[:, 0]).square().nan_to_num(0.0).to(dtype),
             left=torch.stack(left).to(dtype),
-            written=torch.stack([written[pair] for pair in pairs]),
+            written=torch.stack([found[pair][2] for pair in pairs]),
             final=trace[FINAL_STREAM][0, place[0]],
             trace=trace,
         )
@@ -290,11 +292,9 @@ def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check(
-    trace: Trace, pairs: Sequence[tuple[str, str]], k: int, pos: int | None, d_model: int, max_bytes: int | None
-) -> list[int]:
+def _sources(trace: Trace, k: int, pos: int | None, max_bytes: int | None) -> list[int]:
     """Check the options; return the input positions to evaluate."""
-    batch, length = trace.tokens.shape
+    (batch, length), d_model = trace.tokens.shape, trace[FINAL_STREAM].shape[-1]
     if batch != 1:
         raise ValueError(f"Spectra are of one prompt; got {batch}. Pass them one at a time.")
     if not 1 <= k <= d_model:
@@ -310,20 +310,27 @@ def _check(
     return list(range(length)) if pos is None else [pos % length]
 
 
-def _add(
-    linear: dict[tuple[str, str], ComposedMap], source: int, grams: dict[Any, Tensor], images: dict[Any, Tensor]
-) -> None:
-    """Add the contributions of one input position to every map's J J' and J e."""
-    point = next(iter(linear.values())).point
-    d_model = point.shape[-1]
-    units = point.new_zeros(d_model, *point.shape)
-    each = torch.arange(d_model, device=point.device)
-    units[each, 0, source, each] = 1
-    pairs = sorted(linear, key=lambda pair: len(linear[pair].parts))
-    for pair, rows in zip(pairs, sweep([linear[pair] for pair in pairs], units), strict=True):
-        columns = rows[:, 0, 0].double()  # J_t', a row an input coordinate
-        grams[pair] = grams.get(pair, 0) + columns.T @ columns
-        images[pair] = images.get(pair, 0) + point[0, source].double() @ columns
+def _accumulated(
+    trace: Trace, pairs: Sequence[tuple[str, str]], sources: Sequence[int], place: list[int]
+) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
+    """By map: J J' and J e over some input positions, and the model's own value at the output."""
+    found = {}
+    for wrt in dict.fromkeys(wrt for wrt, _ in pairs):
+        outputs = [output for start, output in pairs if start == wrt]
+        chain = Chain(trace, wrt, outputs, place)
+        maps = [linear for linear, _ in chain.maps()]
+        order = sorted(range(len(maps)), key=lambda i, maps=maps: len(maps[i].parts))
+        d_model, sums = chain.point.shape[-1], {}
+        for source in sources:
+            units = chain.point.new_zeros(d_model, *chain.point.shape)
+            each = torch.arange(d_model, device=units.device)
+            units[each, 0, source, each] = 1
+            for i, rows in zip(order, sweep([maps[i] for i in order], units), strict=True):
+                columns = rows[:, 0, 0].double()  # J_t', a row an input coordinate
+                gram, image = sums.get(i, (0, 0))
+                sums[i] = gram + columns.T @ columns, image + chain.point[0, source].double() @ columns
+        found |= {(wrt, output): (*sums[i], chain.truth(output)[0, 0]) for i, output in enumerate(outputs)}
+    return found
 
 
 def _decomposed(gram: Tensor, image: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

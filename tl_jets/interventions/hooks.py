@@ -41,6 +41,7 @@ from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.options import check_choice
 from tl_jets.core.path import ARROW, Path
 from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
 from tl_jets.core.trace import Trace
@@ -100,8 +101,7 @@ def ablation_hooks(
     """
     network = hookable(model)
     sites = _sites(network, steps)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)}; got {mode!r}.")
+    check_choice("mode", mode, get_args(Mode))
     check_seed(seed)
     if (reference is None) != (mode == "zero"):
         raise ValueError(

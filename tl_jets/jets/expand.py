@@ -38,10 +38,7 @@ Example:
     The two-block example of the paper, four distinct paths:
 
     >>> import torch
-    >>> from tl_jets.calculus import Norm
-    >>> from tl_jets.core.decoder import Decoder
-    >>> from tl_jets.adapters.callables import CallableModel
-    >>> from tl_jets.core.network import ResidualNetwork
+    >>> from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
     >>> _ = torch.manual_seed(0)
     >>> W = torch.randn(2, 4, 4, dtype=torch.float64)
     >>> network = ResidualNetwork(CallableModel(
@@ -82,6 +79,7 @@ from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
 from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.options import check_choice
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.trace import Trace
@@ -142,40 +140,18 @@ def jet_expand(
     step = network.label(step)
     stage = None if step in (DECODER_STEP, FINAL_STREAM) else network.stage(step)
     order = read_order(linearize, order, 1)
-    if center_scale not in CENTER_SCALES:
-        raise ValueError(f"center_scale must be one of {CENTER_SCALES}; got {center_scale!r}.")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {OBJECTIVES}; got {objective!r}.")
+    check_choice("center_scale", center_scale, CENTER_SCALES)
+    check_choice("objective", objective, OBJECTIVES)
     if linearize == "detached":
         check_detached(order=order, weights=weights, objective=objective, center_scale=center_scale)
-    weights = "uniform" if weights is None else weights
-    chosen = tuple(_read_centers(network, centers))
-    names = [str(center.path) for center in chosen]
-    if not chosen:
-        raise ValueError("An expansion needs at least one center; got none. Pass a label such as 'embed'.")
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"Centers must have different names; got {twice} more than once.")
-    if isinstance(weights, str):
-        if weights not in ("uniform", "optimal"):
-            raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
-    else:
-        weights = read_weights(weights, len(chosen))
-    is_optimized = stage is None and isinstance(weights, str) and weights == "optimal"
-    if objective != "centered_l2" and not is_optimized:
+    chosen = _chosen_centers(network, centers, affine_labels(stage)[1] if linearize == "detached" else [])
+    given = _chosen_weights(weights, len(chosen))
+    if objective != "centered_l2" and not (stage is None and isinstance(given, str) and given == "optimal"):
         raise ValueError(
             f"objective is what weights='optimal' minimize at the decoder, {DECODER_STEP!r}; got {objective!r} at {step!r} with "
-            f"{weights if isinstance(weights, str) else 'given'} weights. Leave it out."
+            f"{given if isinstance(given, str) else 'given'} weights. Leave it out."
         )
-    found = Expansion(network, stage, chosen, order, weights, objective, center_scale, linearize)
-    if linearize == "detached":
-        taken = sorted(set(names).intersection(map(str, found.constants)))
-        if taken:
-            raise ValueError(
-                f"Centers and the constants of a frozen stage must have different names; {taken} are both. Constants of "
-                f"earlier stages are terms of detached expansions of these."
-            )
-    return found
+    return Expansion(network, stage, chosen, order, given, objective, center_scale, linearize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,21 +269,20 @@ class Expansion:
         if self.linearize == "detached":
             linear, constants = affine_terms(trace, self.stage, values)
             parts = [*([] if self.stage is None else values), *linear.flatten(0, 1), *constants]
-            weights, solution = self._detached_weights(truth), None
+            # 1 for every center; at the decoder the multiples of b_U, 0 and for the constant 1.
+            given = [float(self.stage is not None)] * len(self.centers) + ([1.0] if self.stage is None else [])
+            weights, solution = truth.new_tensor(given)[:, None, None].expand(-1, *truth.shape[:2]), None
         else:
             jets = self._jets(trace, values)
             weights, solution = self._weights(trace, jets.sum(0), identity, truth)
-            parts = self._terms(weights[..., None].to(jets.dtype), jets, values)
+            scale = weights[..., None].to(jets.dtype)
+            parts = [] if self.stage is None else list(values if self.order >= 1 else scale * values)
+            parts += [term for jets_of_step in jets for term in scale * jets_of_step]
         terms = dict(zip([str(term) for term in self.terms], parts, strict=True))
         if self.stage is not None:
             edits = trace.edits(self.network.next_stream(self.stage))
             terms, truth = {**terms, **edits}, truth + sum(edits.values(), torch.zeros_like(truth))
         return JetCache.of(self, trace, terms, weights=weights, truth=truth, solution=solution)
-
-    def _terms(self, weights: Tensor, jets: Tensor, values: Tensor) -> list[Tensor]:
-        """Identity terms, then jets, in the order of `terms`."""
-        parts = [] if self.stage is None else list(values if self.order >= 1 else weights * values)
-        return parts + [term for jets_of_step in jets for term in weights * jets_of_step]
 
     def _jets(self, trace: Trace, values: Tensor) -> Tensor:
         """Unweighted J^k gamma(x_i)(h), [step, center, batch, pos, d_model]."""
@@ -328,11 +303,6 @@ class Expansion:
                 jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)
         trace.memo[key] = self.centers, jets
         return jets
-
-    def _detached_weights(self, truth: Tensor) -> Tensor:
-        """1 for every center; at the decoder the multiples of b_U, 0 and for the constant 1."""
-        values = [float(self.stage is not None)] * len(self.centers) + ([1.0] if self.stage is None else [])
-        return truth.new_tensor(values)[:, None, None].expand(-1, *truth.shape[:2])
 
     def _weights(self, trace: Trace, jets: Tensor, identity: Tensor, truth: Tensor) -> tuple[Tensor, Any]:
         """Weights [center, batch, pos], and the solution if they are optimal."""
@@ -359,6 +329,35 @@ class Expansion:
                 metric = torch.eye(parts.shape[-1], dtype=parts.dtype, device=parts.device)
                 solution = simplex_qp(gram(parts - target, metric), target.square().sum(-1))
         return solution.weights.movedim(-1, 0).to(truth.dtype), solution
+
+
+def _chosen_centers(network: ResidualNetwork, centers: Any, constants: list[str]) -> tuple[Center, ...]:
+    """The centers of an expansion, whose names and those of its constants differ."""
+    chosen = tuple(_read_centers(network, centers))
+    if not chosen:
+        raise ValueError("An expansion needs at least one center; got none. Pass a label such as 'embed'.")
+    names = [str(center.path) for center in chosen]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Centers must have different names; got {twice} more than once.")
+    taken = sorted(set(names).intersection(constants))
+    if taken:
+        raise ValueError(
+            f"Centers and the constants of a frozen stage must have different names; {taken} are both. Constants of "
+            f"earlier stages are terms of detached expansions of these."
+        )
+    return chosen
+
+
+def _chosen_weights(weights: Any, n: int) -> str | Tensor:
+    """The name of a choice of weights, or given weights of n centers."""
+    if weights is None:
+        return "uniform"
+    if not isinstance(weights, str):
+        return read_weights(weights, n)
+    if weights not in ("uniform", "optimal"):
+        raise ValueError(f"weights must be 'uniform', 'optimal' or numbers; got {weights!r}.")
+    return weights
 
 
 def _read_centers(network: ResidualNetwork, centers: Any) -> Iterable[Center]:

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import pandas as pd
+
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.numerals import number, precise
 from tl_jets.core.selection import positions_of
-from tl_jets.core.tokens import decode, visible
+from tl_jets.core.tokens import visible
 from tl_jets.detached_map import DetachedJacobian
 from tl_jets.lenses import IterativeJetLens
 from tl_jets.paths.cache import PathCache
@@ -166,24 +168,22 @@ def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", p
     frame: Any = jacobian.to_dataframe(k=k)
     frame = frame[frame["batch"] == prompt]
     scale = largest(frame[by])
-    tokenizer = jacobian.trace.network.tokenizer
     rows = []
     for out_pos, group in frame.groupby("out_pos", sort=False):
         chips = []
         for row in group.itertuples(index=False):
-            value, bias = getattr(row, by), row.top_tokens is None
+            value, bias = getattr(row, by), bool(pd.isna(row.pos))
             lines = [
                 "bias" if bias else f"position {int(row.pos)}",
                 f"share {precise(row.share)}, norm {precise(row.norm)}",
             ]
-            if not bias:
+            if row.top_tokens is not None:
                 raised = [visible(str(each)) for each in row.top_tokens]
                 lines.append(f"raises {' '.join(raised)}")
             name = "bias" if bias else row.token
             chips.append(_chip(name, _shown(by, value), _color(by, value, scale), "\n".join(lines)))
-        read = jacobian.tokens[prompt, out_pos]
-        shown = str(int(read)) if tokenizer is None else decode(tokenizer, read[None])[0]
-        rows.append([row_head(f"{token(shown)}<small>{out_pos}</small>"), _strip(chips)])
+        read = jacobian.token_names[int(jacobian.tokens[prompt, out_pos])]
+        rows.append([row_head(f"{token(read)}<small>{out_pos}</small>"), _strip(chips)])
     what = f"shares, which sum to 1 with the bias. {_SIGNS}" if by == "share" else "lengths of the contributions. "
     caption = f"What each input token gives to the output at a position: {what}Full color is {number(scale)}."
     title = f"Detached map {jacobian.wrt} > {jacobian.output}: {by} of each token{of_prompts(jacobian, prompt)}"
