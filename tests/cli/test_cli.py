@@ -41,7 +41,7 @@ def stories(monkeypatch):
 
 def run(capsys, monkeypatch, *options: str, columns: int = 120) -> list[str]:
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert cli.main(["lens", "--model", "stories", "--prompt", PROMPT, *options]) == 0
+    assert cli.main(["lens", "--model", "stories", "--prompt", PROMPT, "--all", *options]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out.splitlines()
@@ -87,10 +87,14 @@ def test_lens_prints_what_the_lenses_say(capsys, monkeypatch, stories, columns):
     kls = [number(float(each.kl[0, -1])) for each in (joint, joint.control, joint.uniform, joint.control_uniform)]
     assert "the sum: KL {} ({}); uniform weights: KL {} ({})".format(*kls) in lines
     averages = row(lines, "joint", "Averages")
-    mean, control = joint.measures.mean(), joint.control.mean()
+    counted = joint.valid & (joint.tokens != 1)  # without BOS
+    mean, control = (
+        {name: float(values[counted].mean()) for name, values in own.items()} for own in (joint.measures, joint.control)
+    )
     for name in ("remainder_norm", "cosine", "centered_cosine", "kl"):
-        assert f"{number(float(mean[name]))} ({number(float(control[name]))})" in averages
-    assert f"{100 * float(mean['top1_agreement']):.0f} ({100 * float(control['top1_agreement']):.0f})" in averages
+        assert f"{number(mean[name])} ({number(control[name])})" in averages
+    assert f"{100 * mean['top1_agreement']:.0f} ({100 * control['top1_agreement']:.0f})" in averages
+    assert any(line.strip() == f"averages leave out 1 of {joint.tokens.shape[1]} positions: 1 BOS" for line in lines)
     for entry in ("order", "[token]", "borrowed", "KL (control)", "rho", "joint", "remainder"):
         assert any(line.startswith(f"{entry}  ") for line in lines), entry
 
@@ -116,7 +120,7 @@ def test_every_order_is_shown(capsys, monkeypatch, stories):
 
 
 def test_options_without_a_command_are_those_of_lens(capsys, stories):
-    assert cli.main(["--model", "stories", "--prompt", PROMPT, "--top-k", "1"]) == 0
+    assert cli.main(["--model", "stories", "--prompt", PROMPT, "--top-k", "1", "--all"]) == 0
     assert "Iterative jet lens" in capsys.readouterr().out
 
 
@@ -230,7 +234,7 @@ def test_a_damaged_model_is_one_line(capsys, tmp_path):
 
 def test_as_a_module():
     """The real process, loader and all: nothing on standard error, and the tables on standard output."""
-    command = [sys.executable, "-m", "tl_jets", "lens", "--model", str(zoo.STORIES), "--prompt", "The dog"]
+    command = [sys.executable, "-m", "tl_jets", "lens", "--model", str(zoo.STORIES), "--prompt", "The dog", "--all"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -507,7 +511,11 @@ def test_examples_of_the_help_are_commands(name):
 @pytest.mark.parametrize(
     ("name", "functions", "own"),
     [
-        ("lens", (iterative_jet_lens, joint_jet_lens, BOS), {"joint_order", "no_embeddings"}),
+        (
+            "lens",
+            (iterative_jet_lens, joint_jet_lens, BOS),
+            {"joint_order", "no_embeddings", "all", "averages", "explain"},
+        ),
         ("paths", (tl_jets.exponential_expansion, ResidualNetwork, BOS), {"ablate", "no_components", "seed"}),
         ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores"}),
         ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed"}),

@@ -77,7 +77,7 @@ def test_a_joint_table_is_the_lens(joint):
     assert shown[:-1] == [[name(token) for token in row] for row in found.indices[..., 0]]
     assert shown[-1] == [name(token) for token in joint.model_top_ids[0, :n]]
     labels = [
-        f"{label}  {weight:.2f}" for label, weight in zip(joint.labels, joint.weights[:, 0, :n].mean(1), strict=True)
+        f"{label}  {weight:.2f}" for label, weight in zip(joint.labels, joint.weights[:, 0, 1:n].mean(1), strict=True)
     ]
     assert ticks(ax.yaxis) == [*labels, "model"]
     assert ticks(ax.xaxis) == [f"{name(token)}\n{p}" for p, token in enumerate(joint.tokens[0, :n])]

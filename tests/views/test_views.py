@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
@@ -237,7 +238,8 @@ def test_a_joint_table_shows_what_components_add(lenses, network):
     largest = float(logits[:, :n].amax(-1).abs().max())
     for i, label in enumerate(joint.labels):
         head, *cells = rows[1 + i]
-        assert head[0].split("\n")[0] == label and close(head[0].split("\n")[1], float(joint.weights[i, 0].nanmean()))
+        mean = float(joint.weights[i, 0, 1:n].mean())  # without BOS
+        assert head[0].split("\n")[0] == label and close(head[0].split("\n")[1], mean)
         for cell, row, best_id in zip(cells, logits[i, :n], best_ids[i, :n].tolist(), strict=True):
             best, value = cell[0].split("\n")
             assert best == visible(zoo.text_of(joint, best_id)) and close(value, float(row[best_id]))
@@ -498,6 +500,31 @@ def test_lenses_without_measures_or_control_say_so(results):
     assert "No control" in alone and "bluer" in alone
     assert "detached" in detached
     assert "n/a" not in detached.split("<script>")[0].split("</style>")[1].replace("rho", "")
+
+
+def test_a_lens_in_a_notebook_begins_with_its_verdict_and_the_layers_that_change():
+    network = ResidualNetwork(deep_model())
+    lens = tj.iterative_jet_lens(network, torch.tensor([[3, 1, 4, 1]]), order=1)
+    shown = lens._repr_html_()
+    assert all(line in html.unescape(shown) for line in lens.verdict().lines)
+    assert "Shown: 12 of 21 layers" in shown
+    for rows in Cells(shown).tables:
+        labels = [row[0][0] for row in rows[1:]]
+        assert len(labels) == 13 and labels[0] == "0_pre" and labels[-2:] == ["final_post", "model"]
+    assert len(Cells(shown).tables) == 2
+
+
+def deep_model():
+    """Twenty random blocks."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(20, 8, 8, dtype=torch.float64, generator=generator)
+    embedding = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+    W_U = torch.randn(8, 11, dtype=torch.float64, generator=generator)
+    return tj.CallableModel(
+        embed=lambda tokens: embedding[tokens],
+        stages=[{f"{i}_mlp": lambda x, i=i: torch.tanh(x @ W[i])} for i in range(20)],
+        decoder=tj.Decoder(tj.Norm("RMS"), W_U, torch.zeros(11, dtype=torch.float64)),
+    )
 
 
 def test_the_head_of_a_table_is_shown_and_the_rest_named():

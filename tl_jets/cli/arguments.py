@@ -150,7 +150,7 @@ def _lens(add: Callable[..., Any]) -> None:
         "--layers",
         action="append",
         metavar="LAYER",
-        help="read this stream only (3, -1, 3_pre, 3_mid); repeat it for more",
+        help="read this stream only (3, -1, 3_pre, 3_mid), or a range of layers (20:30, without 30); repeat it for more",
     )
     add("--granularity", choices=GRANULARITIES, default="sublayer", help="components of the joint lens")
     add("--no-embeddings", action="store_true", help="leave the embeddings out of the components")
@@ -164,6 +164,9 @@ def _lens(add: Callable[..., Any]) -> None:
     )
     add("--top-k", type=at_least(1), default=3, metavar="N", help="best tokens a row")
     add("--seed", **SEED, help="of the random controls")
+    add("--all", action="store_true", help="show every layer and order, the joint lens, averages, and what they mean")
+    add("--averages", action="store_true", help="also show averages over the prompt's positions, without sinks")
+    add("--explain", action="store_true", help="also say what the numbers mean")
     add("--svg", metavar="FILE", help="also write the two lenses as a picture")
 
 

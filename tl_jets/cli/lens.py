@@ -1,4 +1,4 @@
-"""`tl-jets lens`: both jet lenses of a prompt."""
+"""`tl-jets lens`: both jet lenses of a prompt; `lens_summary` is what is shown first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_jets.cli.lens_summary import more_draws, spoken, summary
 from tl_jets.cli.report import Report, Table, header, plain
-from tl_jets.cli.session import Read, read, read_token, steps
+from tl_jets.cli.session import Read, UsageError, read, read_token, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import LOGITS_UNIT, in_unit
 from tl_jets.core.measures import MEASURES
@@ -23,55 +24,99 @@ BAR, BAR_WIDTH = "\u2588", 20
 # Components below this weight share one row if there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 CONSTANT = f"{DECODER_STEP}_bias"
+# Options that further controls share with the lens.
+KINDS = ("center_scale", "linearize", "seed")
 TITLES: dict[str, str] = dict(zip(MEASURES, ("remainder", "cosine", "centered cos", "KL", "top-1 %"), strict=True))
 
 
 def report(options: argparse.Namespace) -> Report:
-    """Both lenses of one prompt."""
+    """The first answer, or both lenses of one prompt."""
     shared = {name: getattr(options, name) for name in ("center_scale", "linearize", "top_k", "seed")}
-    with steps(4) as step:
+    files = any(getattr(options, kind) for kind in ("json", "html", "svg"))
+    is_whole = options.all or options.averages or files
+    with steps(5) as step:
         asked = read(options, options.granularity, step)
         network, trace = asked.network, asked.trace
-        layers = [int(label) if label.lstrip("-").isdecimal() else label for label in options.layers or []] or None
         targets = [read_token(network, target) for target in options.target or []] or None
+        shared |= {"targets": targets, "positions": None if is_whole else [asked.position]}
+        place = asked.position if is_whole else 0
         step("iterative jet lens")
         iterative = iterative_jet_lens(
             network,
             trace,
             order=options.order,
-            layers=layers,
+            layers=read_layers(options.layers, sum(label.endswith("_pre") for label in network.streams)),
             incl_mid=options.incl_mid,
-            targets=targets,
             **shared,
         )
-        step("joint jet lens")
-        joint = joint_jet_lens(
-            network,
-            trace,
-            order=options.joint_order,
-            embeddings=not options.no_embeddings,
-            weights=options.weights,
-            objective=options.objective,
-            targets=targets,
-            **shared,
-        )
-    data = header("lens") | lens_data(iterative, joint, model=options.model, prompt=asked.prompt)
-    tables = [_iterative(iterative, asked), _joint(joint, asked), _averages(iterative, joint)]
-    if targets is not None:
-        tables.insert(2, _targets(iterative, asked))
+        joint = None
+        if is_whole:
+            step("joint jet lens")
+            joint = joint_jet_lens(
+                network,
+                trace,
+                order=options.joint_order,
+                embeddings=not options.no_embeddings,
+                weights=options.weights,
+                objective=options.objective,
+                **shared,
+            )
+        step("controls")
+        draws = more_draws(iterative, asked, **{name: shared[name] for name in KINDS})
+        tables = [] if options.all else summary(iterative, place, asked, options, draws)
+    names = legend("lens", *_legend(iterative)) if options.all or options.explain else {}
+    answer = asked.token(int(iterative.model_top_ids[0, place]))
+    heading, data, verdict = asked.asked(options.model, answer), header("lens"), spoken(iterative, place, draws)
+    if joint is None:
+        return Report(data, heading, _with_targets(tables, iterative, place, asked), names, verdict=verdict)
+    whole = [_iterative(iterative, asked), _joint(joint, asked)]
+    data |= _data(options, iterative, joint, asked) if files else {}
+    if options.all:
+        tables = whole
+    tables = _with_targets(tables, iterative, place, asked)
+    if options.all or options.averages:
+        tables = [*tables, _averages(iterative, joint)]
+    return Report(
+        data,
+        heading,
+        tables,
+        names,
+        page=lambda: lens_page(plain(data) | {"shown": asked.position}),
+        picture=whole,
+        verdict=verdict,
+    )
+
+
+def read_layers(given: list[str] | None, n_layers: int) -> list[int | str] | None:
+    """Layers by number or label; `20:30` stands for the layers from 20 up to 30, without it, as in Python."""
+    chosen: list[int | str] = []
+    for text in given or []:
+        ends = text.split(":")
+        if len(ends) == 2 and all(not end or end.lstrip("-").isdecimal() for end in ends):
+            start, stop, _ = slice(*(int(end) if end else None for end in ends)).indices(n_layers + 1)
+            if start >= stop:
+                raise UsageError(f"--layers {text} names no layer of 0..{n_layers}")
+            chosen += range(start, stop)
+        else:
+            chosen.append(int(text) if text.lstrip("-").isdecimal() else text)
+    return chosen or None
+
+
+def _with_targets(tables: list[Table], lens: IterativeJetLens, place: int, asked: Read) -> list[Table]:
+    """The tables with that of the targets, if there are any, after the second."""
+    return tables if lens.target_ids is None else [*tables[:2], _targets(lens, place, asked), *tables[2:]]
+
+
+def _data(options: argparse.Namespace, iterative: IterativeJetLens, joint: JointJetLens, asked: Read) -> dict[str, Any]:
+    """The numbers of both lenses."""
+    data = lens_data(iterative, joint, model=options.model, prompt=asked.prompt)
+    if iterative.target_ids is not None:
         data["iterative"] |= {
-            "targets": [asked.token(target) for target in targets],
+            "targets": [asked.token(target) for target in iterative.target_ids[0, 0].tolist()],
             "target_ranks": iterative.target_ranks,
             "target_logits": iterative.target_logits,
         }
-    return Report(
-        data,
-        asked.asked(options.model, asked.token(int(iterative.model_top_ids[0, asked.position]))),
-        tables,
-        legend("lens", *_legend(iterative)),
-        page=lambda: lens_page(plain(data) | {"shown": asked.position}),
-        picture=2,
-    )
+    return data
 
 
 def _iterative(lens: IterativeJetLens, asked: Read) -> Table:
@@ -108,7 +153,7 @@ def _joint(lens: JointJetLens, asked: Read) -> Table:
 
     rows: list[dict[str, Any]] = []
     hidden = 0
-    top = lens.center_top_tokens(lens.top_ids.shape[-1]).indices[:, 0, asked.position]
+    top = lens.contributions(lens.top_ids.shape[-1], places=[asked.position]).indices[:, 0]
     for i, (label, weight) in enumerate(zip(lens.labels, weights.tolist(), strict=True)):
         if is_detached and label == CONSTANT and not effects[i].any():
             continue  # the model has no such constant
@@ -130,11 +175,9 @@ def _joint(lens: JointJetLens, asked: Read) -> Table:
     return Table(title, rows, [total], [said])
 
 
-def _targets(lens: IterativeJetLens, asked: Read) -> Table:
+def _targets(lens: IterativeJetLens, place: int, asked: Read) -> Table:
     """A row for every layer and order: ranks and logits of the targets."""
-    ids, logits, ranks = (
-        getattr(lens, f"target_{name}")[..., 0, asked.position, :] for name in ("ids", "logits", "ranks")
-    )
+    ids, logits, ranks = (getattr(lens, f"target_{name}")[..., 0, place, :] for name in ("ids", "logits", "ranks"))
     names = _headings(asked, ids)
     rows = []
     for i, k, row in _cells(lens):
@@ -162,7 +205,8 @@ def _averages(iterative: IterativeJetLens, joint: JointJetLens) -> Table:
     for label, (own, control) in kinds.items():
         mean = {**frame.loc[own], **frame.loc[control].add_prefix("control_")}
         sums.append({"layer": label, "order": _order(joint.linearize, joint.order)} | measures(mean))
-    return Table("Averages over the prompt's positions: measure (control)", rows, sums)
+    said = "" if iterative.sinks is None else iterative.sinks.said(iterative.valid)
+    return Table("Averages over the prompt's positions: measure (control)", rows, sums, [said] if said else [])
 
 
 def _cells(lens: IterativeJetLens) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -201,6 +245,6 @@ def _legend(lens: IterativeJetLens) -> list[str]:
     """The entries of the legend that the tables need."""
     softcap = [] if lens.unit == LOGITS_UNIT else ["softcap"]
     if lens.linearize == "detached":
-        return ["detached", "effect", "KL (control)", "remainder", "not here", *softcap]
+        return ["verdict", "detached", "effect", "KL (control)", "remainder", "not here", *softcap]
     borrowed = ["[token]", "borrowed"] if lens.orders[-1] > 0 else []
-    return ["order", *borrowed, "KL (control)", "rho", "joint", "remainder", *softcap]
+    return ["verdict", "order", *borrowed, "KL (control)", "rho", "joint", "remainder", *softcap]

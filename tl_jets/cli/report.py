@@ -79,7 +79,8 @@ class Report:
         on_page: Tables of the page, if they are others.
         views: Makes further views of the page.
         page: Makes a page that replaces the usual one.
-        picture: Number of first tables in the picture.
+        picture: Tables in the picture.
+        verdict: What the terminal says first.
     """
 
     data: Mapping[str, Any]
@@ -89,7 +90,8 @@ class Report:
     on_page: Sequence[Table] | None = None
     views: Callable[[], Sequence[View]] = tuple
     page: Callable[[], str] | None = None
-    picture: int = 0
+    picture: Sequence[Table] = ()
+    verdict: Sequence[str] = ()
 
     @property
     def command(self) -> str:
@@ -114,14 +116,16 @@ class Report:
     def svg(self) -> str:
         """The heading and the first tables as a picture, without external fonts."""
         console = Terminal(record=True, file=io.StringIO(), width=PICTURE_WIDTH)
-        console.print(_heading(self), *(_drawn(table) for table in self.tables[: self.picture]))
+        console.print(_heading(self), *map(_drawn, self.picture))
         picture = console.export_svg(title=f"tl-jets {self.command}")
         return re.sub(r"@font-face\s*\{[^}]*\}\s*", "", picture)
 
     def show(self) -> None:
         """Print heading, tables and legend."""
         console = Terminal()
-        for part in (_heading(self), *map(_drawn, self.tables), _entries("How to read this", self.legend)):
+        said = [Text(_cell(line), style="bold") for line in self.verdict]
+        legend = [_entries("How to read this", self.legend)] if self.legend else []
+        for part in (*said, _heading(self), *map(_drawn, self.tables), *legend):
             console.print(part)
 
 

@@ -73,6 +73,8 @@ passes on most.
 # A key may name a variant of its entry, "score|logit": only the part before the bar is shown.
 LEGENDS: dict[str, dict[str, str]] = {
     "lens": {
+        "verdict": "A layer says something of its own if its KL is below that of nine in ten of 8 controls, and below their "
+        "median by a fifth. The answer leads where order 0 has it first.",
         "order": "The final norm's Taylor polynomial of this degree around the layer's stream, taken at the final stream, then "
         "unembedded. Order 0 is the logit lens. Of higher orders a part is the model's own final stream.",
         "[token]": "Borrowed: the answer comes from that part; what is the layer's own says something else.",

@@ -107,4 +107,4 @@ def _averaged(values: Tensor, chosen: Bool[Tensor, "batch pos"], spread: bool) -
 
 def middle(values: Tensor) -> Tensor:
     """The median over the last axis without NaN; of an even number of values the mean of the middle two."""
-    return values.double().nanquantile(0.5, dim=-1)
+    return values.double().nanquantile(0.5, dim=-1) if values.numel() else values.new_zeros(values.shape[:-1])

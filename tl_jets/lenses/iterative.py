@@ -41,6 +41,7 @@ from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
 from tl_jets.core.tokens import nested_texts
 from tl_jets.lenses.results import LensInput, LensResult, table
+from tl_jets.lenses.verdicts import Verdict, verdict_of
 
 # Fields with a layer axis.
 _LAYERED = {
@@ -128,6 +129,38 @@ class IterativeJetLens(LensResult):
         if target not in self.target_names:
             raise ValueError(f"target must be one of {self.target_names}; got {target!r}.")
         return values[..., self.target_names.index(target)]
+
+    def verdict(
+        self, *, prompt: int | None = None, place: int | None = None, controls: Sequence[Tensor] = ()
+    ) -> Verdict:
+        """Whether readings beat their controls, converge, and have the answer, by layer and in words.
+
+        Args:
+            prompt: Index of a prompt; None for all.
+            place: Index along the pos axis; None for all. Attention sinks are left out unless nothing else is there.
+            controls: `control.kl` of the same lens with other seeds: further draws.
+
+        Example:
+            >>> import tl_jets as tj
+            >>> lens = iterative_jet_lens(tj.load_tinydocs(), "This function is available on Unix and")
+            >>> lens.verdict().lines[0].split(";")[1]
+            ' its series diverges at 2 of 4 layers (0_pre..1_pre).'
+        """
+        chosen = torch.zeros_like(self.valid)
+        chosen[slice(None) if prompt is None else prompt, slice(None) if place is None else place] = True
+        cells = self.valid & chosen
+        kept = cells if self.sinks is None else cells & ~self.sinks.mask
+        kept = kept if bool(kept.any()) else cells
+        draws = [*([] if self.control is None else [self.control.kl]), *controls]
+        return verdict_of(
+            self.labels,
+            self.orders,
+            rho=self.rho[:, kept],
+            leads=(self.top_ids[:, 0, ..., 0] == self.model_top_ids)[:, kept],
+            kl=None if self.measures is None else self.measures.kl[..., kept],
+            controls=[draw[..., kept] for draw in draws],
+            is_detached=self.linearize == "detached",
+        )
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         columns = {"rho": self.rho[:, None].expand_as(self.alpha), "borrowed_share": self.borrowed_share}

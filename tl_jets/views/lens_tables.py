@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
 from tl_jets.core.notebook import dataframe_html
@@ -26,11 +28,12 @@ from tl_jets.core.numerals import number, precise
 from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+from tl_jets.lenses.verdicts import changing
+from tl_jets.views.names import MEASURE_NAMES, check_measure, mean_weights, of_prompts, places_of
 from tl_jets.views.pages import View, view_of
 
 # Limits of a lens shown in a notebook.
-SHOWN_POSITIONS, SHOWN_COMPONENTS = 8, 16
+SHOWN_POSITIONS, SHOWN_COMPONENTS, SHOWN_LAYERS = 8, 16, 12
 # Larger KLs (nats) have no color.
 FAR = 10.0
 
@@ -103,7 +106,10 @@ def top_tokens(lens: IterativeJetLens | JointJetLens, *, position: int = -1, pro
 @view_of.register(IterativeJetLens)
 @view_of.register(JointJetLens)
 def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
-    """The notebook view: the first prompt's last positions, lowest and highest order, the largest components."""
+    """The notebook view: a verdict, and of the first prompt's last positions the layers or components that matter.
+
+    Of an iterative lens: the lowest and the highest order, the layers where something changes at the last position.
+    """
     prompt = int(lens.valid.any(1).nonzero()[0, 0])
     places = places_of(lens, prompt, None, most=SHOWN_POSITIONS)
     if isinstance(lens, JointJetLens):
@@ -112,9 +118,18 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
         positions = [positions_of(lens.positions, prompt)[place] for place in places]
         view = lens_table(lens, prompt=prompt, positions=positions, top=SHOWN_COMPONENTS)
         return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
-    kinds = sorted({lens.orders[0], lens.orders[-1]})
-    tables = [_iterative_table(lens, lens.orders.index(order), "kl", prompt, places) for order in kinds]
-    return View(repr(lens), "".join(f"<p>{text(view.title)}</p>{view.html}" for view in tables))
+    ends = [0, -1] if len(lens.orders) > 1 else [0]
+    best = lens.top_ids[:, :, prompt, places[-1], 0][:, ends]
+    kl = torch.zeros(best.shape) if lens.measures is None else lens.measures.kl[:, :, prompt, places[-1]][:, ends]
+    shown = [lens.labels[i] for i in changing(kl, best.tolist(), SHOWN_LAYERS)]
+    tables = [_iterative_table(lens[shown], k % len(lens.orders), "kl", prompt, places) for k in ends]
+    said = [*lens.verdict().lines]
+    if len(shown) < len(lens.labels):
+        said.append(
+            f"Shown: {len(shown)} of {len(lens.labels)} layers, where something changes; all: lens_table(lens)."
+        )
+    parts = [f"<p>{text(line)}</p>" for line in said] + [f"<p>{text(view.title)}</p>{view.html}" for view in tables]
+    return View(repr(lens), "".join(parts))
 
 
 def closeness(measure: str, value: float) -> float:
@@ -218,17 +233,21 @@ def _read_heads(
 def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | None) -> View:
     if top is not None and top < 1:
         raise ValueError(f"top must be 1 or more, or None for all components; got {top}.")
-    weights = lens.weights[:, prompt, places]
+    weights, means = lens.weights[:, prompt, places], mean_weights(lens, prompt, places)
     # The largest weights, in the order of the network.
-    chosen = sorted(weights.mean(1).argsort(descending=True, stable=True)[:top].tolist())
+    chosen = sorted(means.argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
     names = lens.texts(found.indices)
     values, ids = found.values[..., 0].tolist(), found.indices[..., 0].tolist()
     scale = largest(value for row in values for value in row)
     rows, own = [], positions_of(lens.positions, prompt)
     for row, i in enumerate(chosen):
-        label, mean = lens.labels[i], float(weights[i].mean())
-        cells = [row_head(f"{text(label)}<small>{number(mean)}</small>", "weight, mean of the columns")]
+        label, mean = lens.labels[i], float(means[i])
+        cells = [
+            row_head(
+                f"{text(label)}<small>{number(mean)}</small>", "weight, mean of the columns without attention sinks"
+            )
+        ]
         for value, best, weight, p in zip(values[row], ids[row], weights[i].tolist(), places, strict=True):
             hover = (
                 f"{label}, position {own[p]}\n{visible(names[best])}  contribution {precise(value)}\n"

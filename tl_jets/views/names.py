@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from tl_jets.core.measures import MEASURES
 from tl_jets.core.selection import positions_of
+from tl_jets.lenses import JointJetLens
 
 MEASURE_NAMES = {
     "remainder_norm": "remainder",
@@ -49,3 +53,9 @@ def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: i
 def of_prompts(result: Any, prompt: int) -> str:
     """`, prompt 2 of 3`, if there are several."""
     return f", prompt {prompt + 1} of {len(result.tokens)}" if len(result.tokens) > 1 else ""
+
+
+def mean_weights(lens: JointJetLens, prompt: int, places: list[int]) -> Float[Tensor, " center"]:
+    """Weights of a joint lens averaged over some positions of a prompt, without attention sinks unless all are sinks."""
+    counted = [] if lens.sinks is None else [place for place in places if not lens.sinks.mask[prompt, place]]
+    return lens.weights[:, prompt, counted or places].mean(1)

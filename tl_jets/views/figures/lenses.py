@@ -24,7 +24,7 @@ from tl_jets.views.figures.axes import (
     short_legend,
 )
 from tl_jets.views.lens_tables import order_index
-from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, check_measure, mean_weights, of_prompts, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ def _joint_cells(
     lens: JointJetLens, prompt: int, places: list[int], top: int | None
 ) -> tuple[list[str], list[list[str]], list[list[float]]]:
     """Row labels with weights, best tokens, and what is added to their logits."""
-    weights = lens.weights[:, prompt, places].mean(1)
+    weights = mean_weights(lens, prompt, places)
     chosen = sorted(weights.argsort(descending=True, stable=True)[:top].tolist())
     found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
     names = lens.texts(found.indices)
