@@ -21,6 +21,7 @@ import tl_jets
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.intervals import bootstrap_intervals, central
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.streams import mlp_steps
@@ -46,11 +47,10 @@ from tl_jets.studies import (
     track_by_path,
     unigram_probabilities,
 )
-from tl_jets.studies.intervals import bootstrap_intervals, central
 from tl_jets.studies.pairs import RowScores
 from tl_jets.studies.row_changes import RowChanges
 from tl_jets.studies.text_comparison import NO_MODEL, _best_products
-from tl_jets.studies.vocabularies import Vocabulary
+from tl_jets.studies.vocabularies import check_vocabulary
 
 V = 61
 FAMILIES = [spec for spec in zoo.available(["gpt2", "llama", "gemma2", "pythia"]) if spec.processing == "raw"]
@@ -894,7 +894,7 @@ def test_diff_refuses_other_vocabularies(as_users_run_it):
     tokenizer = zoo.tokenizer()
     words = {f"x{i}" if i == 7 else word: i for word, i in tokenizer.get_vocab().items()}
     with pytest.raises(ValueError, match=r"2 entries of the tokenizers .* differ, such as \['w7', 'x7'\]"):
-        Vocabulary(V, dict(tokenizer.get_vocab())).check(Vocabulary(V, words))
+        check_vocabulary((V, dict(tokenizer.get_vocab())), (V, words))
     other.tokenizer = None
     with pytest.raises(ValueError, match="has no tokenizer"):
         diff(model, other)

@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit.
+"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit; intervals of draws.
 
 Example:
     >>> import torch
@@ -95,3 +95,20 @@ def bootstrap_intervals(
         random_state=np.random.default_rng(seed),  # type: ignore[call-arg]
     ).confidence_interval
     return torch.from_numpy(np.stack([interval.low, interval.high]))
+
+
+def central(values: np.ndarray) -> tuple[float, float]:
+    """Interval that contains another draw from the same distribution with 95% probability; NaN without draws.
+
+    The k-th smallest of m draws is the k / (m + 1) quantile, as a new draw falls into each of the m + 1 gaps with equal
+    probability. A 2.5% tail needs 39 draws; with fewer, the ends are the minimum and maximum, and a new draw lies
+    outside with probability 2 / (m + 1).
+    """
+    m = len(values)
+    if not m or np.isnan(values).any():
+        return math.nan, math.nan
+    # Rounded: a draw is its own quantile.
+    ranks = np.round((m + 1) * np.array([1 - CONFIDENCE, 1 + CONFIDENCE]) / 2, 9)
+    places = np.clip(ranks - 1, 0, m - 1)
+    low, high = np.interp(places, np.arange(m), np.sort(values))
+    return float(low), float(high)

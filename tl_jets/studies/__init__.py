@@ -7,12 +7,12 @@ Example:
     Mass(mean of P(z2|z1) over 3 bi-grams, path mlps: 0.3738 [0.245, 0.498])
 """
 
+from tl_jets.core.intervals import bootstrap_interval
 from tl_jets.studies.ablation_checks import AblationCheck, ablation_check
 from tl_jets.studies.checkpoints import Track, track, track_by_path
 from tl_jets.studies.component_roles import Roles, roles
 from tl_jets.studies.counts import ngram_counts, unigram_probabilities
 from tl_jets.studies.differences import ModelDiff, diff
-from tl_jets.studies.intervals import bootstrap_interval
 from tl_jets.studies.masses import Mass, mass
 from tl_jets.studies.overlap import hit_ratio, pseudo_joint
 from tl_jets.studies.pairs import RowScores, pair_scores

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
+from tl_jets.core.intervals import bootstrap_intervals
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
@@ -38,7 +39,6 @@ from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.ngrams import jet_bigrams
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import jet_trigrams
-from tl_jets.studies.intervals import bootstrap_intervals
 from tl_jets.studies.vocabularies import check_table
 
 OWN, SHUFFLED = "own", "shuffled"
@@ -215,11 +215,11 @@ def ablation_check(
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         step: An MLP (`3_mlp`), a head (`L3H2`), or, with a table, an attention sublayer.
-        table: N-grams of the component (skip-trigrams of distance 1); None computes them.
+        table: Its n-grams (skip-trigrams of distance 1); None computes them.
         top_k: Number of n-grams, the first of a table.
         mode: Replacement of the ablated write: `"zero"`, or `"mean"` over a reference (see `ablation_hooks`).
         reference: For `"mean"`: a prompt, prompts, token ids [batch, pos], or a `Trace`.
-        others: Components to compare with: labels, or the number to draw of the same kind; None for all of them.
+        others: Components to compare with: labels, or the number to draw of the same kind; None for all.
         n_random: Number of shuffles of the last tokens.
         logit: `"centered"` over the vocabulary, or `"raw"`.
         prepend_bos: Whether prompts begin with the beginning-of-sequence token; None for the model's default.
@@ -228,9 +228,9 @@ def ablation_check(
 
     Raises:
         ValueError: Unknown step, an attention sublayer without a table, or an invalid option.
-        NotImplementedError: A network of plain callables, or skip-trigrams of another distance.
+        NotImplementedError: Plain callables, or skip-trigrams of another distance.
 
-    Source: Chen et al., arXiv 2410.06024, section 5.1; controls are ours. Cost: two forward passes per component.
+    Source: Chen et al., arXiv 2410.06024, section 5.1; controls are ours. Cost: two forward passes a component.
 
     Example:
         >>> import tl_jets as tj
@@ -248,15 +248,13 @@ def ablation_check(
     table = _own_ngrams(network, step, kinds[step], table, top_k)
     prompts = _prompts(network, table, prepend_bos)
     draw = np.random.default_rng(seed)
-    components = [step, *_others(kinds, step, others, draw)]
+    labels = [step, *_others(kinds, step, others, draw)]
+    mask = torch.ones_like(prompts)  # every id is a token here, those of padding too
+    given: dict[str, Any] = {"attention_mask": mask, "mode": mode, "reference": reference, "seed": seed}
     targets = _targets(table.ids[:, -1], n_random, draw)
-    # Every id is a token here, those of padding too.
-    given: dict[str, Any] = {"targets": targets, "attention_mask": torch.ones_like(prompts), "mode": mode, "seed": seed}
-    effect = ablation_effect(network, prompts, components, reference=reference, **given)
+    effect = ablation_effect(network, prompts, labels, targets=targets, **given)
     change = (effect.centered if logit == "centered" else effect.logit)[:, :, 0].cpu()
-    return AblationCheck(
-        step, components, table, prompts, change[..., 0], change[..., 1:], mode, logit, bootstrap, seed
-    )
+    return AblationCheck(step, labels, table, prompts, change[..., 0], change[..., 1:], mode, logit, bootstrap, seed)
 
 
 def _kinds(network: ResidualNetwork, step: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.overlap import hit_ratio, share_found
 from tl_jets.studies.pairs import PairInput, RowScores, read_pairs, with_shuffles
 from tl_jets.studies.text_comparison import best_tables, every_path
-from tl_jets.studies.vocabularies import Vocabulary
+from tl_jets.studies.vocabularies import check_vocabulary, vocabulary_of
 
 Checkpoint = str | int
 Loader = Callable[[Any], Any]
@@ -161,8 +161,8 @@ def track_by_path(
     scores: dict[str, list[Tensor]] = {}
     tables: dict[str, list[NgramTable]] = {}
     for name, network in _one_at_a_time(models, checkpoints):
-        vocabulary = vocabulary or Vocabulary.of(network)
-        vocabulary.check(Vocabulary.of(network), f"checkpoint {name!r}")
+        vocabulary = vocabulary or vocabulary_of(network)
+        check_vocabulary(vocabulary, vocabulary_of(network), f"checkpoint {name!r}")
         paths = paths or every_path(network)
         labels = list(VocabularyStreams(network, paths).paths)
         if len(labels) < len(paths):

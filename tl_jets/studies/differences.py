@@ -39,7 +39,7 @@ from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.token_ids import read_tokens
 from tl_jets.studies.pairs import ROWS, RowScores
 from tl_jets.studies.row_changes import CHUNK, Change, RowChanges, RowsMoved
-from tl_jets.studies.vocabularies import Vocabulary
+from tl_jets.studies.vocabularies import check_vocabulary, vocabulary_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,57 +111,44 @@ def diff(
             f'change must be "probability" or "logprob", and at_least in 0..1; got {change!r} and {at_least}.'
         )
     before, after = RowScores(a, path), RowScores(b, path)
-    Vocabulary.of(before.network).check(Vocabulary.of(after.network))
+    check_vocabulary(vocabulary_of(before.network), vocabulary_of(after.network))
     first = read_tokens("rows", rows, min(before.n_tokens, after.n_tokens))
-    screened = _screened(before, after, first, change, at_least, progress)
-    movers = {"rise": _Movers(top_k), "fall": _Movers(top_k)}
-    kl = _read_exactly(before, after, first, change, at_least, movers, screened, progress)
+    changes = RowChanges(before, after, change=change, at_least=at_least)
+    moved = _screened(changes, first, progress)
+    movers = _read_exactly(changes, first, moved, top_k, progress)
     settings = {"ngram": "bi-grams that changed", "change": change, "top_k": top_k, "at_least": at_least}
-    settings |= {
-        "before": before.fingerprint,
-        "after": after.fingerprint,
-        "rows": "all" if rows is None else len(first),
-    }
-    rises, falls = (found.table(after, settings | {"score": name}) for name, found in movers.items())
-    return ModelDiff(rises, falls, first, kl.clamp_min(0), after.path, (before.fingerprint, after.fingerprint))
+    settings |= {"before": before.fingerprint, "after": after.fingerprint}
+    settings |= {"rows": "all" if rows is None else len(first)}
+    rises, falls = (
+        x.table(after, settings | {"score": name}) for x, name in zip(movers, ("rise", "fall"), strict=True)
+    )
+    return ModelDiff(rises, falls, first, moved.kl.clamp_min(0), after.path, (before.fingerprint, after.fingerprint))
 
 
 def _bar(total: int, progress: bool) -> Any:
     return tqdm(total=total, unit="token", delay=1, leave=False, disable=None if progress else True)
 
 
-def _screened(
-    before: RowScores, after: RowScores, first: Tensor, change: Change, at_least: float | int, progress: bool
-) -> RowsMoved | None:
-    """Bounds and KL of all rows in float32; None for models in float64."""
-    if any(x.network.decoder.compute_dtype(x.streams.embed(first[:1])) is not torch.float32 for x in (before, after)):
-        return None
-    screen = RowChanges(before, after, change=change, at_least=at_least)
+def _screened(changes: RowChanges, first: Tensor, progress: bool) -> RowsMoved:
+    """Bounds and KL of all rows in float32; infinite for models in float64, whose rows are all read exactly."""
+    if any(side.scores.streams.dtype is not torch.float32 for side in changes.sides):
+        unknown = torch.full((3, len(first)), math.inf, dtype=torch.float64, device="cpu")
+        return RowsMoved(*unknown)
     found = []
     with _bar(len(first), progress) as bar:
         for part in slices(len(first), CHUNK):
-            found.append(screen.read(first[part]))
+            found.append(changes.read(first[part]))
             bar.update(len(first[part]))
     return RowsMoved(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _read_exactly(
-    before: RowScores,
-    after: RowScores,
-    first: Tensor,
-    change: Change,
-    at_least: float | int,
-    movers: dict[str, _Movers],
-    screened: RowsMoved | None,
-    progress: bool,
-) -> Float[Tensor, " row"]:
-    """Add the rows that may hold a largest change, largest bound first, to `movers`; KL of all rows."""
-    unknown = torch.full((len(first),), math.inf, dtype=torch.float64, device="cpu")
-    rise, fall, kl = screened or (unknown, unknown, unknown.clone())
+def _read_exactly(changes: RowChanges, first: Tensor, moved: RowsMoved, top_k: int, progress: bool) -> list[_Movers]:
+    """The largest rises and falls; reads rows that may hold one, largest bound first, and fills in infinite KL."""
+    movers = [_Movers(top_k), _Movers(top_k)]
     unread = torch.ones(len(first), dtype=torch.bool, device="cpu")
-    floor = torch.tensor(float(at_least), dtype=torch.float64, device="cpu").log()
-    with _bar(len(first), progress and screened is None) as bar:
-        for found, bound in zip(movers.values(), (rise, fall), strict=True):
+    unknown = moved.kl.isinf()
+    with _bar(len(first), progress and bool(unknown.all())) as bar:
+        for found, bound in zip(movers, (moved.rise, moved.fall), strict=True):
             for part in bound.argsort(descending=True, stable=True).split(ROWS):
                 if not float(bound[part[0]]) > found.least:
                     break
@@ -169,16 +156,13 @@ def _read_exactly(
                 if not len(part):
                     continue
                 unread[part] = False
-                old, new = before.read(first[part])[0].cpu(), after.read(first[part])[0].cpu()
-                p, q = old.exp(), new.exp()
-                delta = q - p if change == "probability" else new - old
-                delta[torch.maximum(old, new) < floor] = 0
-                movers["rise"].add(first[part], delta, old, new)
-                movers["fall"].add(first[part], delta.neg_(), old, new)
-                if screened is None:
-                    kl[part] = (p * (old - new)).sum(1)
+                before, after, change = changes.exact(first[part])
+                movers[0].add(first[part], change, before, after)
+                movers[1].add(first[part], change.neg_(), before, after)
+                if bool(unknown[part].any()):
+                    moved.kl[part] = (before.exp() * (before - after)).sum(1)
                     bar.update(len(part))
-    return kl
+    return movers
 
 
 class _Movers:
@@ -187,28 +171,27 @@ class _Movers:
     def __init__(self, top_k: int):
         self.top_k = top_k
         self.ids = torch.empty(0, 2, dtype=torch.long, device="cpu")
-        self.scores, self.before, self.after = (torch.empty(0, dtype=torch.float64, device="cpu") for _ in range(3))
+        # Change, and log-probabilities before and after.
+        self.values = torch.empty(0, 3, dtype=torch.float64, device="cpu")
 
     @property
     def least(self) -> float:
         """Threshold for a new pair, lowered slightly to keep ties after rounding."""
-        return float(self.scores[-1]) * (1 - 1e-9) if len(self.scores) == self.top_k else 0.0
+        return float(self.values[-1, 0]) * (1 - 1e-9) if len(self.values) == self.top_k else 0.0
 
-    def add(self, first: Tensor, change: Tensor, before: Tensor, after: Tensor) -> None:
-        """Add the changes [row, d_vocab] of some first tokens."""
+    def add(self, first: Tensor, *values: Tensor) -> None:
+        """Add the changes and log-probabilities [row, d_vocab] of some first tokens."""
         least = self.least
-        flat = change.flatten()
+        flat = values[0].flatten()
         if int((flat > least).sum()) > self.top_k:
             least = float(flat.topk(self.top_k).values[-1]) * (1 - 1e-9)
-        place = ((flat > 0) & (flat >= least)).nonzero()[:, 0]
-        row, column = place // change.shape[1], place % change.shape[1]
+        row, column = ((values[0] > 0) & (values[0] >= least)).nonzero().unbind(1)
         ids = torch.cat([self.ids, torch.stack([first[row], column], dim=1)])
-        found = [(self.scores, flat[place]), (self.before, before[row, column]), (self.after, after[row, column])]
-        joined = [torch.cat(pair) for pair in found]
-        order = rank(ids, joined[0])[: self.top_k]
-        self.ids = ids[order]
-        self.scores, self.before, self.after = (values[order] for values in joined)
+        joined = torch.cat([self.values, torch.stack([x[row, column] for x in values], dim=1)])
+        order = rank(ids, joined[:, 0])[: self.top_k]
+        self.ids, self.values = ids[order], joined[order]
 
     def table(self, reader: RowScores, settings: dict[str, Any]) -> NgramTable:
         """The pairs, with the log-probabilities of both models."""
-        return reader.table(self.ids, self.scores, {"before": self.before, "after": self.after}, **settings)
+        change, before, after = self.values.T
+        return reader.table(self.ids, change, {"before": before, "after": after}, **settings)

@@ -35,12 +35,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from tl_jets.core.intervals import Reduce, bootstrap_interval, central
 from tl_jets.core.measures import check_seed
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.studies.intervals import Reduce, bootstrap_interval, central
 from tl_jets.studies.overlap import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of, with_shuffles
 

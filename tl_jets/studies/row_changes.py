@@ -84,6 +84,14 @@ class RowChanges:
         check_finite(moved.kl, first)
         return moved
 
+    def exact(self, first: Int[Tensor, " row"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities before and after, and changes (0 where both are below `at_least`): float64 [row, d_vocab]."""
+        before, after = (side.scores.read(first)[0].cpu() for side in self.sides)
+        change = after.exp().sub_(before.exp()) if self.change == "probability" else after - before
+        floor = torch.tensor(float(self.at_least), dtype=torch.float64, device="cpu").log()
+        change[torch.maximum(before, after) < floor] = 0
+        return before, after, change
+
     def _moved(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds and KL of a slice of the rows, small enough for the CPU caches."""
         (before, p, before_total), (after, q, after_total) = (side.probabilities(part) for side in self.sides)

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.intervals import central
 from tl_jets.core.logit_reader import rank
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
@@ -33,7 +34,6 @@ from tl_jets.core.results import Result
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.studies.intervals import central
 from tl_jets.studies.overlap import check_unigram, pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest, with_shuffles
 from tl_jets.studies.vocabularies import check_table

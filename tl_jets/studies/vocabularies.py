@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.tables import NgramTable
 
+# Size, and ids of the tokenizer's entries; None without a tokenizer.
+Vocabulary = tuple[int, dict[str, int] | None]
 # Number of a table's ids that are compared, evenly spaced.
 SAMPLE = 1000
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Size `d_vocab` of the output vocabulary, and ids of the tokenizer's entries; None without a tokenizer."""
+def vocabulary_of(model: Any) -> Vocabulary:
+    """The size of a model's output vocabulary, and the ids of its tokenizer's entries."""
+    network = ResidualNetwork(model)
+    tokenizer = network.tokenizer
+    return network.decoder.d_vocab, None if tokenizer is None else dict(tokenizer.get_vocab())
 
-    d_vocab: int
-    ids: dict[str, int] | None = field(repr=False)
 
-    @classmethod
-    def of(cls, model: Any) -> Vocabulary:
-        """The vocabulary of a model."""
-        network = ResidualNetwork(model)
-        tokenizer = network.tokenizer
-        return cls(network.decoder.d_vocab, None if tokenizer is None else dict(tokenizer.get_vocab()))
-
-    def check(self, other: Vocabulary, name: str = "the other model") -> None:
-        """Raise ValueError unless another model's ids mean the same tokens."""
-        if self.d_vocab != other.d_vocab:
-            raise ValueError(
-                f"Models must share one vocabulary; this one has {self.d_vocab} tokens, {name} {other.d_vocab}. Compare "
-                "checkpoints of one tokenizer."
-            )
-        if (self.ids is None) != (other.ids is None):
-            raise ValueError(
-                f"Models must share one vocabulary, which their tokenizers tell; one of this and {name} has no tokenizer. "
-                "Load both with it, or both without."
-            )
-        if self.ids is not None and other.ids is not None and self.ids != other.ids:
-            different = {token for token, _ in self.ids.items() ^ other.ids.items()}
-            raise ValueError(
-                f"Models must share one vocabulary; {len(different)} entries of the tokenizers of this one and {name} differ, "
-                f"such as {sorted(different)[:3]}. Compare checkpoints of one tokenizer."
-            )
+def check_vocabulary(own: Vocabulary, other: Vocabulary, name: str = "the other model") -> None:
+    """Raise ValueError unless another model's ids mean the same tokens."""
+    (size, ids), (other_size, other_ids) = own, other
+    if size != other_size:
+        problem = f"this one has {size} tokens, {name} {other_size}. Compare checkpoints of one tokenizer."
+    elif ids is None or other_ids is None:
+        if ids is other_ids:
+            return
+        problem = f"their tokenizers tell it, and one of this and {name} has no tokenizer. Load both with it, or both without."
+    elif ids != other_ids:
+        different = sorted({token for token, _ in ids.items() ^ other_ids.items()})
+        problem = (
+            f"{len(different)} entries of the tokenizers of this one and {name} differ, such as {different[:3]}. Compare "
+            "checkpoints of one tokenizer."
+        )
+    else:
+        return
+    raise ValueError(f"Models must share one vocabulary; {problem}")
 
 
 def check_table(table: NgramTable, network: ResidualNetwork) -> None:

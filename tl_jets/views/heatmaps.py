@@ -21,15 +21,16 @@ Example:
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, token
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.numerals import number, precise
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import fingerprint
 from tl_jets.ngrams.tables import NgramTable
@@ -38,6 +39,11 @@ from tl_jets.views.pages import View
 
 Axes = Literal["key_query", "key_output", "query_output"]
 PLACES = {"key": 0, "query": 1, "output": 2}
+VALUES = {
+    "key_query": "A(key | query)",
+    "key_output": "log P(output | key)",
+    "query_output": "A(key | query) + log P(output | key)",
+}
 
 
 def trigram_heatmap(
@@ -68,63 +74,60 @@ def trigram_heatmap(
         >>> "log P" in trigram_heatmap(model, table, axes="key_output", size=3).html
         True
     """
-    if axes not in get_args(Axes):
-        raise ValueError(f"axes must be one of {get_args(Axes)}; got {axes!r}.")
-    if size < 1:
-        raise ValueError(f"size must be 1 or more; got {size}.")
+    check_choice("axes", axes, tuple(VALUES))
+    check_integers(1, size=size)
     network = ResidualNetwork(model)
     layer, head = _head_of(network, trigrams)
-    if key is not None and axes != "query_output":
-        raise ValueError(f"key is for axes='query_output', where one key is held fixed; got axes={axes!r}.")
+    fixed = ""
     if axes == "query_output":
-        trigrams = trigrams[:] if key is None else trigrams[key]
-        if not len(trigrams):
-            raise ValueError(f"key must be the first token of a trigram in the table; got {key!r}, which begins none.")
-        trigrams = trigrams.where(id_1=int(trigrams.ids[0, 0]))
-    row_name, column_name = axes.split("_")
-    rows, columns = (_first(trigrams, PLACES[name], size) for name in (row_name, column_name))
+        trigrams = _of_one_key(trigrams, key)
+        fixed = f" of key {visible(trigrams.names[int(trigrams.ids[0, 0])])}"
+    elif key is not None:
+        raise ValueError(f"key is for axes='query_output', where one key is held fixed; got axes={axes!r}.")
+    ids = {name: _first(trigrams, PLACES[name], size) for name in axes.split("_")}
+    settings: Any = {name: trigrams.settings[name] for name in ("distance", "normalize")}
+    (row_name, rows), (column_name, columns) = ids.items()
     triples = trigrams.ids[0].repeat(len(rows), len(columns), 1)
     triples[..., PLACES[row_name]] = torch.tensor(rows, device="cpu")[:, None]
     triples[..., PLACES[column_name]] = torch.tensor(columns, device="cpu")
-    settings: Any = {name: trigrams.settings[name] for name in ("distance", "normalize")}
     attention, log_prob = trigram_parts(network, layer, head, triples.flatten(0, 1), **settings)
-    what, values = {
-        "key_query": ("A(key | query)", attention),
-        "key_output": ("log P(output | key)", log_prob),
-        "query_output": ("A(key | query) + log P(output | key)", attention + log_prob),
-    }[axes]
+    values = {"key_query": attention, "key_output": log_prob, "query_output": attention + log_prob}[axes]
+    names = {name: [trigrams.names[token_id] for token_id in of_axis] for name, of_axis in ids.items()}
     is_probability = axes == "key_output" or settings["normalize"] != "none"
-    fixed = f" of key {visible(trigrams.names[int(trigrams.ids[0, 0])])}" if axes == "query_output" else ""
-    names = [[trigrams.names[token_id] for token_id in ids] for ids in (rows, columns)]
-    grid = values.reshape(len(rows), len(columns)).tolist()
-    cells, scale = _cells(grid, names, (row_name, column_name, what), is_probability)
-    color = "orange is above zero, blue below"
-    if is_probability:
-        color = f"bluer is a larger probability, full color is {number(scale)}"
+    body, color = _cells(values.view(len(rows), len(columns)), names, VALUES[axes], is_probability)
     caption = (
         f"Rows are {row_name} tokens, columns {column_name} tokens; nats, at distance {settings['distance']}, normalize="
         f"{settings['normalize']}; {color}."
     )
-    heads = [f"{row_name} \\ {column_name}", *map(token, names[1])]
-    return View(f"{trigrams.path}: {what}{fixed}", table(heads, cells, caption=caption))
+    heads = [f"{row_name} \\ {column_name}", *map(token, names[column_name])]
+    return View(f"{trigrams.path}: {VALUES[axes]}{fixed}", table(heads, body, caption=caption))
 
 
-def _cells(
-    grid: list[list[float]], names: list[list[str]], what: tuple[str, str, str], is_probability: bool
-) -> tuple[list[list[str]], float]:
-    """Rows of cells with their head, and the value of full color."""
-    colored = [[math.exp(value) if is_probability else value for value in row] for row in grid]
-    scale = largest(value for row in colored for value in row)
+def _of_one_key(trigrams: NgramTable, key: int | str | None) -> NgramTable:
+    """The skip-trigrams of one key token."""
+    found = trigrams if key is None else trigrams[key]
+    if not len(found):
+        raise ValueError(f"key must be the first token of a trigram in the table; got {key!r}, which begins none.")
+    return found.where(id_1=int(found.ids[0, 0]))
+
+
+def _cells(grid: Tensor, names: dict[str, list[str]], what: str, is_probability: bool) -> tuple[list[list[str]], str]:
+    """Rows of cells with their head, and the meaning of colors in words."""
+    shares = grid.exp() if is_probability else grid
+    scale = largest(shares.flatten().tolist())
+    (row_name, row_texts), (column_name, column_texts) = names.items()
     body = []
-    for first, values, shares in zip(names[0], grid, colored, strict=True):
-        cells = [row_head(token(first))]
-        for second, value, share in zip(names[1], values, shares, strict=True):
-            lines = [f"{what[0]} {visible(first)}", f"{what[1]} {visible(second)}", f"{what[2]} {precise(value)}"]
+    for row, values, row_shares in zip(row_texts, grid.tolist(), shares.tolist(), strict=True):
+        cells = [row_head(token(row))]
+        for column, value, share in zip(column_texts, values, row_shares, strict=True):
+            lines = [f"{row_name} {visible(row)}", f"{column_name} {visible(column)}", f"{what} {precise(value)}"]
             lines += [f"probability {precise(share)}"] if is_probability else []
             color = rising(share / scale) if is_probability else diverging(value, scale)
             cells.append(cell(number(value), color, hover="\n".join(lines)))
         body.append(cells)
-    return body, scale
+    if is_probability:
+        return body, f"bluer is a larger probability, full color is {number(scale)}"
+    return body, "orange is above zero, blue below"
 
 
 def _head_of(network: ResidualNetwork, trigrams: NgramTable) -> tuple[int, int]:

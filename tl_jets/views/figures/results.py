@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from tl_jets.detached_map import DetachedSpectra
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.statistics import MEASURES, PathStatistics
@@ -92,11 +94,10 @@ def learning_curves(
         track: Result of `tl_jets.studies.track` (one path) or `track_by_path` (several).
         pairs: One path: bi-grams with lines of their own beside the mean of all; None for the first six. Several paths:
             bi-grams that each path's mean is taken over; None for all. A mapping of groups gives a panel each.
-        log: Logarithmic scale of checkpoints that includes zero, for steps that double.
+        log: Logarithmic scale of numeric checkpoints that includes zero, for steps that double.
 
     Returns:
-        The figure: a panel of hit ratios if there is a reference (dashed: shuffled), and panels of log-probabilities
-        (nats). Numeric checkpoints are on a numeric scale.
+        A panel of hit ratios if there is a reference (dashed: shuffled), and panels of log-probabilities (nats).
 
     Raises:
         ValueError: Unknown bi-gram, no path, or a logarithmic scale for checkpoints that are not numbers from 0 up.
@@ -111,63 +112,74 @@ def learning_curves(
         >>> [line.get_label() for line in learning_curves(track).axes[0].lines]
         ['·more ·than', 'mean of all 1']
     """
+    is_one = isinstance(track, Track)
     tracks = {track.path: track} if isinstance(track, Track) else dict(track)
     if not tracks:
         raise ValueError("learning_curves draws the tracks of at least one path; got none.")
-    first, is_one = next(iter(tracks.values())), isinstance(track, Track)
+    first = next(iter(tracks.values()))
     title = f"path {first.path}" if is_one else "by path"
     if pairs is None:
         pairs = first.pairs[: len(COLORS)] if is_one else first.pairs
-    groups = dict(pairs) if isinstance(pairs, Mapping) else {title: pairs}
-    unknown = [pair for group in groups.values() for pair in group if pair not in first.pairs]
-    if unknown:
-        raise ValueError(f"pairs must be among those that were tracked, {first.pairs[:12]}; got {unknown}.")
-    n_scores = len(groups) if first.pairs else 0
-    figure, panels = new_panels(None, (first.n > 0) + n_scores, (4.2, 2.8))
+    groups = _groups(first, pairs if isinstance(pairs, Mapping) else {title: pairs})
     numeric = all(isinstance(name, (int, float)) for name in first.checkpoints)
     x: list[Any] = list(first.checkpoints) if numeric else list(range(len(first.checkpoints)))
     if log and not (numeric and min(x) >= 0 and max(x) > 0):
         raise ValueError(f"On a logarithmic scale checkpoints must be numbers from 0 up; got {first.checkpoints[:12]}.")
+    figure, panels = new_panels(None, (first.n > 0) + len(groups), (4.2, 2.8))
     if first.n:
-        panel = panels[0]
-        for i, (path, each) in enumerate(tracks.items()):
-            _curve(panel, x, each.hit_ratio, i, "hit ratio" if is_one else path)
-        lines = list(panel.lines)
-        for i, each in enumerate(tracks.values()):
-            if each.hit_control.shape[1]:
-                color = lines[i].get_color()
-                panel.plot(x, each.hit_control.mean(1).tolist(), ls="--", lw=1, color=color, label="control")
-        short_legend(panel, lines, panel.lines[len(lines) :][:1], most=len(lines))
-        panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])
-        panel.set_ylabel(f"share of the reference's {first.n:,} best", fontsize=SMALL + 1)
-        panel.set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
-    for panel, (name, group) in zip(panels[len(panels) - n_scores :], groups.items(), strict=False):
-        chosen = [first.pairs.index(pair) for pair in group]
+        _hit_ratios(panels[0], x, {"hit ratio": first} if is_one else tracks)
+        panels[0].set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
+    for panel, (name, group) in zip(panels[first.n > 0 :], groups.items(), strict=True):
         if is_one:
-            for i, pair in enumerate(group):
-                _curve(panel, x, first.scores[:, chosen[i]], i, pair)
-            mean = first.scores.mean(1).tolist()
-            panel.plot(x, mean, color="0.1", lw=2, label=f"mean of all {len(first.pairs):,}")
+            _curves(panel, x, {first.pairs[i]: first.scores[:, i] for i in group})
         else:
-            for i, (path, each) in enumerate(tracks.items()):
-                _curve(panel, x, each.scores[:, chosen].mean(1), i, path)
+            _curves(panel, x, {path: each.scores[:, group].mean(1) for path, each in tracks.items()})
+        if is_one:
+            panel.plot(x, first.scores.mean(1).tolist(), color="0.1", lw=2, label=f"mean of all {len(first.pairs):,}")
         panel.set_ylabel("log-probability (nats)", fontsize=SMALL + 1)
         panel.set_title(name, fontsize=SMALL + 1, loc="left", parse_math=False)
         short_legend(panel, panel.lines, most=len(panel.lines))
     for panel in panels:
-        if log:
-            panel.set_xscale("symlog", linthresh=min(step for step in x if step > 0), linscale=0.3)
-        if not numeric:
-            panel.set_xticks(x, [str(name) for name in first.checkpoints], rotation=30, ha="right", parse_math=False)
-        panel.set_xlabel("checkpoint", fontsize=SMALL + 1)
-        plain(panel)
+        _checkpoint_axis(panel, x, log, [] if numeric else [str(name) for name in first.checkpoints])
     return figure
 
 
-def _curve(panel: Axes, x: list[Any], values: Any, index: int, label: str) -> None:
-    """Draw a line over checkpoints; six colors and six markers give 36 distinct lines."""
-    marker = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
-    panel.plot(x, values.tolist(), lw=1.2, ms=4, color=COLORS[index % len(COLORS)], marker=marker, label=label)
+def _checkpoint_axis(panel: Axes, x: list[Any], log: bool, names: list[str]) -> None:
+    """Scale and name the horizontal axis."""
+    if log:
+        panel.set_xscale("symlog", linthresh=min(step for step in x if step > 0), linscale=0.3)
+    if names:
+        panel.set_xticks(x, names, rotation=30, ha="right", parse_math=False)
+    panel.set_xlabel("checkpoint", fontsize=SMALL + 1)
+    plain(panel)
+
+
+def _groups(track: Track, pairs: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """Places of each group's bi-grams among those that were tracked; none if none were."""
+    unknown = [pair for group in pairs.values() for pair in group if pair not in track.pairs]
+    if unknown:
+        raise ValueError(f"pairs must be among those that were tracked, {track.pairs[:12]}; got {unknown}.")
+    groups = pairs.items() if track.pairs else ()
+    return {name: [track.pairs.index(pair) for pair in group] for name, group in groups}
+
+
+def _hit_ratios(panel: Axes, x: list[Any], tracks: Mapping[str, Track]) -> None:
+    """Draw hit ratios by label, and the means of their controls (dashed)."""
+    _curves(panel, x, {label: track.hit_ratio for label, track in tracks.items()})
+    lines = list(panel.lines)
+    for line, track in zip(lines, tracks.values(), strict=True):
+        if track.hit_control.shape[1]:
+            panel.plot(x, track.hit_control.mean(1).tolist(), ls="--", lw=1, color=line.get_color(), label="control")
+    short_legend(panel, lines, panel.lines[len(lines) :][:1], most=len(lines))
+    panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])
+    panel.set_ylabel(f"share of the reference's {next(iter(tracks.values())).n:,} best", fontsize=SMALL + 1)
+
+
+def _curves(panel: Axes, x: list[Any], curves: Mapping[str, Tensor]) -> None:
+    """Draw lines over checkpoints by label; six colors and six markers give 36 distinct lines."""
+    for i, (label, values) in enumerate(curves.items()):
+        marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
+        panel.plot(x, values.tolist(), lw=1.2, ms=4, color=COLORS[i % len(COLORS)], marker=marker, label=label)
 
 
 def spectra(spectra: DetachedSpectra) -> Figure:
