@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.core.decoder import Decoder, Metric
     from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.core.linear_map import LinearMap, SingularVectors
+    from tl_jets.core.logit_reader import TopTokens
     from tl_jets.core.measures import Measures
     from tl_jets.core.network import ResidualNetwork
     from tl_jets.core.protocol import Stage, Step
-    from tl_jets.core.readout import TopTokens
     from tl_jets.core.results import Result, load
     from tl_jets.core.trace import Trace
     from tl_jets.detached_map import (
@@ -104,7 +104,7 @@ _PLACES = {
     "tl_jets.core.measures": ("Measures",),
     "tl_jets.core.network": ("ResidualNetwork",),
     "tl_jets.core.protocol": ("Stage", "Step"),
-    "tl_jets.core.readout": ("TopTokens",),
+    "tl_jets.core.logit_reader": ("TopTokens",),
     "tl_jets.core.results": ("Result", "load"),
     "tl_jets.core.trace": ("Trace",),
     "tl_jets.core.divergence": ("DivergenceWarning",),

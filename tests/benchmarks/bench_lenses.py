@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tl_jets import ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.jets.decoder_weights import decoder_weights
+from tl_jets.jets.weights import decoder_weights
 
 N_TOKENS, D_MODEL, D_VOCAB = 32, 768, 50257
 

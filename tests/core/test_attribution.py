@@ -18,7 +18,7 @@ from tl_jets.core.attribution import Yardstick, additive_logits
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.selection import Rows
 from tl_jets.interventions.path_ablations import verdict
-from tl_jets.paths.jet_stages import JetStages
+from tl_jets.paths.evaluation import JetStages
 
 TOKENS = torch.tensor([[5, 9, 30, 12, 7], [3, 41, 2, 8, 22]])
 TARGETS = [7, 12]

@@ -15,7 +15,7 @@ import tl_jets.core.logit_reader as reader
 from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.lens_logits import Control, Mixture, scan_mixture
-from tl_jets.core.readout import top_tokens
+from tl_jets.core.logit_reader import top_tokens
 
 TRANSFORMS = {"none": None, "softcap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: 0.3 * x}
 

@@ -1,14 +1,21 @@
 """Common base of the HookedTransformer and TransformerBridge views: recording, connecting, replaying.
 
 A gamma is evaluated by *replay*: the model's own submodules are called on another stream with the arguments (masks,
-rotary tables) of the recorded forward pass, so all hooks inside them fire. Changes by hooks on the streams themselves
-(`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`) are recorded as edits, `edit:<hook>`, and belong to no gamma. If
-a model is spread over several devices, all results are on the device of `W_U`; a replay runs on the device of its
-block.
+rotary tables) of the recorded forward pass, so all hooks inside them fire. If a model is spread over several devices,
+all results are on the device of `W_U`; a replay runs on the device of its block.
+
+Streams, writes and edits of a recorded pass must add up. A stream that differs from the sum of what was written to it is
+an edit, `edit:<hook>`, if a user's hook is on it (`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`), and belongs to
+no gamma; otherwise the architecture writes to the stream in a way that is not understood, and is refused.
+
+A ready cache is read in place of a forward pass. As streams of another input would also add up, the model runs up to its
+first attention's write: the first stream (tokens and positions) and this write (mask) must equal the cache's at real
+tokens. A step of a later layer is compared with the cache when it is evaluated elsewhere (`tl_jets.core.trace`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +24,10 @@ import torch
 from torch import Tensor
 
 from tl_jets.adapters.blocks import Blocks, saver, under_lock
-from tl_jets.adapters.connecting import connect
-from tl_jets.adapters.heads import head_writes
 from tl_jets.adapters.inputs import read_input, read_text
-from tl_jets.adapters.neurons import neuron_step, neuron_writes
-from tl_jets.adapters.ready_cache import read_cache
-from tl_jets.core.protocol import Granularity, Recording, Stage, Step, tolerance
+from tl_jets.adapters.parts import head_writes, neuron_step, neuron_writes
+from tl_jets.adapters.reading import working_dtype
+from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
 
 
 class TransformerLensView(Blocks):
@@ -151,3 +156,132 @@ class TransformerLensView(Blocks):
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; returned as is if already there, to preserve Taylor tensors and wrappers."""
     return tensor if tensor.device == device else tensor.to(device)
+
+
+def connect(view: Blocks, recording: Recording, saved: dict[str, Tensor], hooked: set[str]) -> None:
+    """Fill in sources, streams, writes and edits from activations by hook name; `hooked` are those with user hooks."""
+    missing = [name for name in view.block_names() if name not in saved]
+    if missing:
+        raise NotImplementedError(
+            f"Streams and writes must pass their hooks; in {view.name} nothing passed {missing[:3]} ({len(missing)} in all). "
+            f"Its blocks do something else, so it is refused."
+        )
+    saved = {
+        name: value.to(view.device, view.dtype if value.is_floating_point() else value.dtype)
+        for name, value in saved.items()
+    }
+    name = "blocks.0.hook_resid_pre"
+    first = saved[name]
+    recording.sources.update(view.read_sources(saved, first, name in hooked))
+    total = sum(recording.sources.values(), torch.zeros_like(first))
+    _arrive(recording, hooked, "0_pre", total, first, name)
+    for layer in range(view.n_layers):
+        expected = _pass_block(view, recording, saved, hooked, layer)
+        post = saved[f"blocks.{layer}.hook_resid_post"]
+        is_last = layer == view.n_layers - 1
+        following = FINAL_STREAM if is_last else f"{layer + 1}_pre"
+        _arrive(recording, hooked, following, expected, post, f"blocks.{layer}.hook_resid_post")
+        if is_last:
+            recording.streams[FINAL_STREAM] = post
+        else:
+            name = f"blocks.{layer + 1}.hook_resid_pre"
+            _arrive(recording, hooked, following, post, saved[name], name)
+
+
+def _pass_block(view: Blocks, recording: Recording, saved: dict[str, Tensor], hooked: set[str], layer: int) -> Tensor:
+    """Fill in the streams and writes of a block; returns its first stream plus all that it writes."""
+    block = f"blocks.{layer}.hook_"
+    stream = recording.streams[f"{layer}_pre"] = saved[block + "resid_pre"]
+    if layer in view.opaque:
+        if block + "resid_post" in hooked:
+            raise ValueError(
+                f"An edit of a stream must be told from what the block wrote; block {layer} of {view.name} is one write, and a "
+                f"hook is on {block}resid_post. Put it on hook_resid_pre of the next block, or take it off."
+            )
+        recording.writes[f"{layer}_block_out"] = saved[block + "resid_post"] - stream
+        return saved[block + "resid_post"]
+    recording.writes[f"{layer}_attn_out"] = saved[block + "attn_out"]
+    expected = stream + saved[block + "attn_out"]
+    if not view.has_mlp(layer):
+        return expected
+    recording.writes[f"{layer}_mlp_out"] = saved[block + "mlp_out"]
+    if not view.is_parallel(layer):
+        if view.edits_mid() or block + "resid_mid" not in hooked:
+            mid = saved[block + "resid_mid"]
+            _arrive(recording, hooked, f"{layer}_mid", expected, mid, block + "resid_mid")
+            expected = mid
+        recording.streams[f"{layer}_mid"] = expected
+    return expected + saved[block + "mlp_out"]
+
+
+def _arrive(recording: Recording, hooked: set[str], stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
+    """Record an edit of a stream by `hook`, or refuse a stream that is not the sum of what was written to it."""
+    difference = found - expected
+    size = _largest(recording, found)
+    if not math.isfinite(size):
+        raise ValueError(
+            f"Every stream must be finite; {stream} holds NaN or infinity. Look at the model's weights, its "
+            f"precision (float16 overflows), and the hooks on it."
+        )
+    error = _largest(recording, difference) / max(size, 1e-30)
+    if hook in hooked:
+        recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference
+    elif not error <= recording.accuracy:
+        raise ValueError(
+            f"A stream must be the sum of what was written to it; {stream} differs by {error:.1e} (relative) "
+            f"and no hook on {hook} explains it. This architecture writes to the stream in a way that is not "
+            f"understood, so it is refused."
+        )
+
+
+def _largest(recording: Recording, values: Tensor) -> float:
+    """Largest absolute value at real tokens; NaN and infinity survive."""
+    return float((values if bool(recording.valid.all()) else values[recording.valid]).abs().max())
+
+
+FIRST_STREAM = "blocks.0.hook_resid_pre"
+
+
+def read_cache(
+    view: Blocks, cache: Any, tokens: Tensor, attention_mask: Tensor | None, valid: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """A cache's activations by hook name, and their allowed relative error.
+
+    `cache` maps hook names to tensors, of any precision and on any device. The input is `tokens` with `attention_mask`;
+    `valid` is True at real tokens.
+
+    Raises:
+        ValueError: A stream or a write is missing, or the cache is of another input.
+    """
+    missing = [name for name in view.stream_names if name.startswith("blocks") and name not in cache]
+    if missing:
+        raise ValueError(
+            f"A cache must hold every stream and write; it lacks {missing[:3]} ({len(missing)} in all). Make it "
+            f"with model.run_with_cache(tokens) and no names_filter."
+        )
+    saved = {name: cache[name].detach() for name in view.stream_names if name in cache}
+    first = saved[FIRST_STREAM]
+    if first.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"A cache must be of the same tokens with its batch dimension, {tuple(tokens.shape)}; got streams of "
+            f"shape {tuple(first.shape)}."
+        )
+    is_half = any(working_dtype(dtype) is not dtype for dtype in (view.native_dtype, first.dtype))
+    accuracy = 1e-2 if is_half else 1e-5
+    first_write = next(name for name in view.stream_names if name.startswith("blocks.0") and name != FIRST_STREAM)
+    own, _, _ = view.forward(tokens, attention_mask, until=first_write)
+    # In half-precision models attention also rounds scores.
+    for name, allowed in ((FIRST_STREAM, accuracy), (first_write, 16 * accuracy)):
+        wanted, found = (values[name].to(view.device, view.dtype) for values in (own, saved))
+        size = wanted.abs().amax(-1)
+        size = size if name == FIRST_STREAM else torch.maximum(size, size[valid.to(size.device)].max())
+        errors = (found - wanted).abs().amax(-1) / size.clamp_min(torch.finfo(wanted.dtype).tiny)
+        wrong = (~(errors <= allowed) & valid.to(size.device)).nonzero()
+        if len(wrong):
+            row, position = wrong[0].tolist()
+            raise ValueError(
+                f"A cache must be of the same input; this one's {name} is not the model's, first at prompt {row}, position "
+                f"{position} (off by {float(errors[row, position]):.1e}, relative). Make it of these tokens, with this "
+                f"attention_mask and under the hooks that are active now, or leave it out."
+            )
+    return own | saved, accuracy

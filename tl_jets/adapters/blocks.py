@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from tl_jets.adapters.kept import kept_of
 from tl_jets.adapters.reading import (
     read_norm,
     refuse_training,
@@ -24,9 +25,39 @@ from tl_jets.adapters.reading import (
     working_dtype,
 )
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.changes import look
+from tl_jets.core.changes import Watch, look
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import State, Step
+
+
+@dataclass(eq=False)
+class Kept:
+    """Values computed from a model, by the state of its weights and hooks; must not reference the model.
+
+    Attributes:
+        lock: Held by a thread while it has hooks on the model or evaluates its modules.
+        watches: Watches of its weights: outside the blocks, then by block.
+        checked: Heads and neurons that were compared with the model.
+        replays: Stages, and the decoder, that were compared with the model.
+        decoder: State of the weights outside the blocks, and the decoder read then, with its metrics.
+    """
+
+    lock: Any = field(default_factory=threading.RLock)
+    watches: list[Watch] = field(default_factory=list)
+    checked: set[Hashable] = field(default_factory=set)
+    replays: set[Hashable] = field(default_factory=set)
+    decoder: tuple[int, Decoder] | None = None
+
+
+_KEPT: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
+
+
+def kept_of(model: Any) -> Kept:
+    """The kept values of a TransformerLens model."""
+    kept = _KEPT.setdefault(model, Kept())
+    kept.watches += [Watch() for _ in range(1 + len(model.blocks) - len(kept.watches))]
+    return kept
+
 
 Sublayer = Literal["attn", "mlp"]
 

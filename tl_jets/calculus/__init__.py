@@ -20,7 +20,7 @@ import tl_jets.calculus.rules_structure  # noqa: F401
 from tl_jets.calculus.frozen import frozen
 from tl_jets.calculus.jet import Jet, jet
 from tl_jets.calculus.modes import full_precision
-from tl_jets.calculus.norms import CENTER_SCALES, CenterScale, Norm, NormJet, center_scale, norm_jet
+from tl_jets.calculus.norms import CENTER_SCALES, CenterScale, Norm, NormJet, center_scale, norm_jet, rescaled
 from tl_jets.calculus.series import Series
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "full_precision",
     "jet",
     "norm_jet",
+    "rescaled",
 ]

@@ -280,6 +280,15 @@ def center_scale(
     return factor.to(center.dtype)
 
 
+def rescaled(
+    norm: Norm, centers: Float[Tensor, "*many d_model"], variate: Float[Tensor, "*#many d_model"], mode: CenterScale
+) -> Float[Tensor, "*many d_model"]:
+    """Centers times their `center_scale` toward a variate."""
+    if mode == "none":
+        return centers
+    return centers * center_scale(norm, centers, variate.expand_as(centers), mode)[..., None]
+
+
 def _centered(norm: Norm, center: Tensor, variate: Tensor) -> tuple[Tensor, Tensor]:
     """Both points in float64, after `norm.center`."""
     if center.shape != variate.shape:

@@ -43,8 +43,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.logit_reader import top_tokens
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.readout import top_tokens
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
 from tl_jets.core.trace import Trace
 

@@ -314,6 +314,13 @@ class Decoder:
             yield chunk
 
 
+def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """The model's own logits of some rows, in float64."""
+    logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
+    decoder.project(states.double(), logits)
+    return decoder.transformed(logits.add_(decoder.constant(None, torch.float64)))
+
+
 def in_unit(unit: str) -> str:
     """Suffix that states a unit after a measured quantity; empty for plain logits."""
     return "" if unit == LOGITS_UNIT else f", in {unit}"

@@ -57,8 +57,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, check_rows, check_sizes, slices
-from tl_jets.core.readout import TopTokens
+from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, TopTokens, check_k, check_rows, slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +203,7 @@ def scan_mixture(
         ValueError: Shapes disagree, a target is not a token, a size is out of range, or a control has no measures.
     """
     decoder.check_states(mixture.own)
-    check_sizes(top_k, decoder.d_vocab, chunk_size)
+    check_k(top_k, decoder.d_vocab, chunk_size)
     targets = _checked_targets(targets, mixture.own.shape[1], decoder.d_vocab)
     if control is not None:
         control.check(mixture, measures)

@@ -1,13 +1,14 @@
 """The engine for logits over W_U: best tokens, normalizers, expectations, ranks, and bounds of rounding errors.
 
-`Reader` reads rows of logits, padded to whole blocks; the lenses (`lens_logits`), `readout.top_tokens`, n-grams and
-comparisons of models use it. `CHUNK_SIZE` rows of d_vocab logits are held at once.
+`Reader` reads rows of logits, padded to whole blocks; `top_tokens`, the lenses (`lens_logits`), n-grams and comparisons
+of models use it. `CHUNK_SIZE` rows of d_vocab logits are held at once. Ties go to the smallest token id.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.tokens import decode
 
 # Vocabulary-sized rows held at once; for fewer rows, reading W_U dominates the product.
 CHUNK_SIZE = 448
@@ -245,13 +247,6 @@ class Reader:
         return (states.shape[1] + 32) * roundoff * length * column + 8 * roundoff * bias
 
 
-def exact_logits(decoder: Decoder, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """The model's own logits of some rows, in float64."""
-    logits = torch.empty(len(states), decoder.d_vocab, dtype=torch.float64, device=states.device)
-    decoder.project(states.double(), logits)
-    return decoder.transformed(logits.add_(decoder.constant(None, torch.float64)))
-
-
 def log_parts(logits: Float[Tensor, "row column"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """The largest logit of each row, and log1p(sum of exp(others - largest)); log-normalizers are their sum."""
     top, position = logits.max(1)
@@ -326,18 +321,80 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> 
         )
 
 
-def check_k(k: Any, d_vocab: int) -> None:
-    """Raise unless k is a number of tokens; catches a tokenizer, which other results' `top_tokens` take."""
+def check_k(k: Any, d_vocab: int, chunk_size: int = 1) -> None:
+    """Raise unless k is a number of tokens and chunk_size one of rows; catches a tokenizer, which some tables take."""
     if not hasattr(k, "__index__"):
         raise TypeError(
             f"k must be the number of tokens; got {type(k).__name__}. For their texts: top_tokens(k).texts(tokenizer)."
         )
     if not 1 <= k <= d_vocab:
         raise ValueError(f"k must be between 1 and d_vocab = {d_vocab}, got {k}. Ask for fewer tokens.")
-
-
-def check_sizes(k: int, d_vocab: int, chunk_size: int) -> None:
-    """Raise ValueError unless k and chunk_size are in range."""
-    check_k(k, d_vocab)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}. It counts rows of d_vocab logits.")
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """The best tokens of each logit vector, best first, ties by smallest id; returned by `top_tokens(k)`.
+
+    Attributes:
+        values: Additive logits unless stated otherwise [*rows, k].
+        indices: Token ids [*rows, k].
+    """
+
+    values: Float[Tensor, "*rows k"]
+    indices: Int[Tensor, "*rows k"]
+
+    def texts(self, tokenizer: Any) -> Any:
+        """The tokens as texts, nested lists of shape [*rows, k], by a Hugging Face tokenizer; None at padding."""
+        return decode(tokenizer, self.indices)
+
+
+@torch.no_grad()
+def top_tokens(
+    decoder: Decoder,
+    states: Float[Tensor, "*rows d_model"],
+    bias_weight: float | Float[Tensor, "*#rows"] = 1.0,
+    k: int = 5,
+    *,
+    log_probs: bool = False,
+    chunk_size: int = CHUNK_SIZE,
+) -> TopTokens:
+    """The k best tokens of each state (an input of the unembedding) [*rows, k], `chunk_size` rows at once.
+
+    Args:
+        decoder: The model's decoder.
+        states: Inputs of the unembedding [*rows, d_model].
+        bias_weight: Multiple of `b_U`: a number, or one per row [*rows].
+        k: Number of tokens.
+        log_probs: Return log-probabilities (after the model's transform) instead of additive logits.
+        chunk_size: Rows of d_vocab logits held at once.
+
+    Raises:
+        ValueError: The width of `states` is not d_model, k or chunk_size is out of range, or a state is not finite.
+    """
+    decoder.check_states(states)
+    check_k(k, decoder.d_vocab, chunk_size)
+    check_rows("states", states, tuple(states.shape), "*rows, d_model")
+    rows = states.shape[:-1]
+    reader = Reader(decoder, decoder.compute_dtype(states), states.device)
+    flat = states.reshape(-1, decoder.d_model)
+    weights = torch.as_tensor(bias_weight, dtype=reader.dtype, device=states.device).expand(rows).reshape(-1, 1)
+    values = torch.empty(len(flat), k, dtype=reader.dtype, device=states.device)
+    indices = torch.empty(len(flat), k, dtype=torch.long, device=states.device)
+    bias = decoder.constant(None, reader.dtype)
+    buffer = reader.buffer(min(chunk_size, len(flat)))
+    for chunk in slices(len(flat), chunk_size):
+        decoder.project(flat[chunk], buffer[: chunk.stop - chunk.start, : decoder.d_vocab])
+        for part in slices(chunk.stop - chunk.start, reader.scratch_rows):
+            cells = slice(chunk.start + part.start, chunk.start + part.stop)
+            logits = buffer[part]
+            logits[:, : decoder.d_vocab].addcmul_(weights[cells], bias)
+            reader.floor(logits)
+            values[cells], indices[cells] = reader.top(logits, k)
+            if log_probs:
+                values[cells] = decoder.transformed(values[cells])
+                shift = reader.shift(logits, values[cells, 0])
+                log_total = (shift + total_of(logits.exp2_()).log2()) / reader.log2_e
+                values[cells] -= log_total.to(reader.dtype).unsqueeze(-1)
+    return TopTokens(values.reshape(*rows, k), indices.reshape(*rows, k))

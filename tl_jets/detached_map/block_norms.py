@@ -30,8 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.linear_map import LinearMap
-from tl_jets.core.logit_reader import check_k
-from tl_jets.core.readout import TopTokens
+from tl_jets.core.logit_reader import TopTokens, check_k
 from tl_jets.core.results import Result, handle
 from tl_jets.core.tokens import token_names
 from tl_jets.detached_map.chain import LOGITS

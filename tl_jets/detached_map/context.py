@@ -58,7 +58,7 @@ def detached(model: Any) -> Iterator[None]:
 
 def _check_affine(model: Any) -> None:
     """Check v'output = (J'v)'x + v'bias for a random v, with x the first stream."""
-    from tl_jets.adapters.kept import kept_of
+    from tl_jets.adapters.blocks import kept_of
     from tl_jets.adapters.reading import refuse_unsupported, unreplayable
 
     if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from tl_jets.calculus import norm_jet
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import check_k
+from tl_jets.core.logit_reader import TopTokens, check_k, top_tokens
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
-from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.chain import LOGITS

@@ -52,11 +52,11 @@ from torch import Tensor
 
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
+from tl_jets.core.logit_reader import TopTokens
 from tl_jets.core.markup import text
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.readout import TopTokens
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
 from tl_jets.core.tokens import token_names, visible

@@ -49,11 +49,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.linear_map import MAX_BYTES, size_text
+from tl_jets.core.logit_reader import TopTokens
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
-from tl_jets.core.readout import TopTokens
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tl_jets.calculus import norm_jet
 from tl_jets.core.attribution import Yardstick
+from tl_jets.core.logit_reader import TopTokens, top_tokens
 from tl_jets.core.network import trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
-from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.tokens import token_names

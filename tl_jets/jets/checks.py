@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tl_jets.calculus import center_scale, jet
+from tl_jets.calculus import jet, rescaled
 from tl_jets.core.frozen_network import freeze_stacked
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, relative_error
 from tl_jets.jets.accuracy import ACCURACY, Check
@@ -79,7 +79,7 @@ def _jet_terms(cache: JetCache, slopes: dict[str, float | None]) -> Iterator[_Ex
         value = center.evaluate(trace)
         if stage is not None:
             yield str(center.path), ones if expansion.order else weight, value[None]
-        point = value * center_scale(norm, value, variate, expansion.center_scale)[..., None]
+        point = rescaled(norm, value, variate, expansion.center_scale)
         coefficients = jet(gammas, point, variate, expansion.order).coefficients
         slopes[str(center.path)] = _slope(gammas, point, variate, coefficients, trace.valid)
         for index, step in enumerate(expansion.steps):

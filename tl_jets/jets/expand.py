@@ -73,8 +73,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet
-from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import CENTER_SCALES, CenterScale, jet, norm_jet, rescaled
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import Linearize, affine_labels, affine_terms, check_detached, read_order
 from tl_jets.core.labels import LabelInput, is_label
@@ -87,9 +86,8 @@ from tl_jets.jets.accuracy import Check
 from tl_jets.jets.cache import JetCache
 from tl_jets.jets.centers import Center, Function, Label, Term
 from tl_jets.jets.checks import check_terms
-from tl_jets.jets.decoder_weights import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import gram, simplex_qp
-from tl_jets.jets.weights import read_weights
+from tl_jets.jets.weights import OBJECTIVES, Objective, decoder_weights, read_weights
 
 
 def jet_expand(
@@ -242,9 +240,8 @@ class Expansion:
         if remainder > 1:
             norm, variate = found.trace.decoder.norm, found.trace[self.stream][found.valid]
             values = torch.stack([center.evaluate(found.trace)[found.valid] for center in self.centers])
-            every = variate.expand_as(values)
-            scale = center_scale_factors(norm, values, every, self.center_scale)
-            rho = norm_jet(norm, values * scale[..., None], every, 0).rho
+            scaled = rescaled(norm, values, variate, self.center_scale)
+            rho = norm_jet(norm, scaled, variate.expand_as(values), 0).rho
             warn_of(", ".join(self.steps[:3]), self.order, remainder, self.center_scale, float(rho.max()))
 
     def evaluate(self, trace: Trace) -> JetCache:
@@ -293,11 +290,9 @@ class Expansion:
             return jets
         norm, variate = trace.decoder.norm, trace[self.stream]
         with torch.no_grad():
-            every = variate.expand_as(values)
-            if self.center_scale != "none":
-                values = values * center_scale_factors(norm, values, every, self.center_scale)[..., None]
+            values = rescaled(norm, values, variate, self.center_scale)
             if self.stage is None:
-                jets = norm_jet(norm, values, every, self.order).value(self.order)[None]
+                jets = norm_jet(norm, values, variate.expand_as(values), self.order).value(self.order)[None]
             else:
                 gammas = trace.stage_function(self.stage)
                 jets = torch.stack([jet(gammas, center, variate, self.order).value for center in values], 1)

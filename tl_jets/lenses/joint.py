@@ -34,18 +34,16 @@ from tl_jets.calculus import CenterScale
 from tl_jets.core.attribution import mean_logits
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
-from tl_jets.core.logit_reader import CHUNK_SIZE
+from tl_jets.core.logit_reader import CHUNK_SIZE, TopTokens, top_tokens
 from tl_jets.core.measures import MEASURES, Measures, geometry
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, renamed
 from tl_jets.core.protocol import FINAL_STREAM, Granularity
-from tl_jets.core.readout import TopTokens, top_tokens
 from tl_jets.core.results import handle
 from tl_jets.core.selection import ANSWER, TargetInput, check_options, positions_at
 from tl_jets.core.tokens import nested_texts, token_names
-from tl_jets.jets.decoder_weights import OBJECTIVES, Objective, decoder_weights
 from tl_jets.jets.simplex import SimplexSolution
-from tl_jets.jets.weights import read_weights, uniform_weights
+from tl_jets.jets.weights import OBJECTIVES, Objective, decoder_weights, read_weights, uniform_weights
 from tl_jets.lenses.centers import Centers
 from tl_jets.lenses.results import LensInput, LensResult, table
 

@@ -8,7 +8,7 @@ The score of query token z2 for key token z1, `distance` places earlier, and the
 
 q, k and v are outputs of the layer's modules (pre-norm, biases, query and key norms, clipping, hooks) for a single
 token at position 0, without positional embedding. v(0) is the value of the zero stream, so a head's write has no
-constant (`tl_jets.adapters.heads`). M is the rotary embedding times the attention scale; tau is the softcap, if any.
+constant (`tl_jets.adapters.parts`). M is the rotary embedding times the attention scale; tau is the softcap, if any.
 
 | symbol | variable |
 |---|---|
@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
-from tl_jets.adapters.heads import check_heads
+from tl_jets.adapters.parts import check_heads
 from tl_jets.calculus import full_precision
 from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import Reader, check_finite, exact_logits, log_parts, rank, rounded, slices, total_of
+from tl_jets.core.decoder import Decoder, exact_logits
+from tl_jets.core.logit_reader import Reader, check_finite, log_parts, rank, rounded, slices, total_of
 from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score
 from tl_jets.ngrams.shards import ALONE, Processes
 

@@ -19,20 +19,72 @@ and target, then `width` prefixes per stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.calculus import CenterScale, jet, norm_jet, rescaled
 from tl_jets.core.attribution import Rank, Yardstick
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, some
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, some
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.paths.graph import PathGraph, Source, State, path_graph
-from tl_jets.paths.jet_stages import JetStages
+
+
+@dataclass(frozen=True, eq=False)
+class JetStages:
+    """Algorithm 2's stages at one input: jets of order k, `weights` 1 / N_s by stage and for the decoder."""
+
+    trace: Trace
+    order: int
+    center_scale: CenterScale
+    weights: tuple[float, ...]
+    split_degrees: bool
+
+    @cached_property
+    def sources(self) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        """Embeddings and edits, by label."""
+        trace = self.trace
+        found = {label: trace[label] for label in trace.network.sources}
+        for stream in trace.network.streams:
+            found |= trace.edits(stream)
+        return found
+
+    def kept(self, index: int, values: Tensor) -> Tensor:
+        """The identity terms of prefixes that skip a stage."""
+        return values if self.order else self.weights[index] * values
+
+    def writes(self, index: int, values: Float[Tensor, "path batch pos d_model"]) -> Tensor:
+        """The weighted jets of a stage's steps at every prefix [write, path, batch, pos, d_model]."""
+        stage = self.trace.network.stages[index]
+        gammas, variate = self.trace.stage_function(stage), self.trace[stage.stream]
+        centers = rescaled(self.trace.decoder.norm, values, variate, self.center_scale)
+        return self.weights[index] * torch.stack([jet(gammas, x, variate, self.order).value for x in centers], 1)
+
+    def terms(
+        self, values: Float[Tensor, "path batch pos d_model"], rows: Rows
+    ) -> list[tuple[Float[Tensor, "path batch out_pos d_model"], float]]:
+        """Weighted jets of the final norm at every path, whole or by degree, with their multiples of b_U."""
+        values, variate = rows.at(values, 1), rows.at(self.trace[FINAL_STREAM])
+        weight, norm = self.weights[-1], self.trace.decoder.norm
+        centers = rescaled(norm, values, variate, self.center_scale)
+        series = norm_jet(norm, centers, variate.expand_as(values), self.order)
+        if not self.split_degrees:
+            return [(weight * series.value(), weight)]
+        return [(weight * c, 0.0 if degree else weight) for degree, c in enumerate(series.coefficients())]
+
+
+def stage_weights(graph: PathGraph, *, order: int, renormalize: bool) -> tuple[float, ...]:
+    """1 / N_s by stage and for the decoder: of all paths, or of the kept ones."""
+    counts = [moving if renormalize and order else n for n, moving in graph.prefixes()]
+    return tuple(1 / max(1, n) for n in counts)
+
 
 # Evaluators of stages.
 Stages = FrozenNetwork | JetStages

@@ -66,9 +66,8 @@ from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
 from tl_jets.jets.cache import JetCache
 from tl_jets.paths.cache import PathCache
-from tl_jets.paths.evaluation import Collector, evaluate, search, with_edits
+from tl_jets.paths.evaluation import Collector, JetStages, evaluate, search, stage_weights, with_edits
 from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
-from tl_jets.paths.jet_stages import JetStages, stage_weights
 
 MAX_PATHS = 4096
 SHOWN = 10

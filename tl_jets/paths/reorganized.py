@@ -12,12 +12,9 @@ as a sum of sources, h = sum_j x_j + sum_m r_m (centers x_j; biases, edits and `
 Each plain term w_i J^1 gamma(x_i)(h) carries the whole stream; a path p_j carries only x_j. The sum and the remainder
 are those of the plain jets. On a linear network p_j = A x_j for any weights: the recursion gives eq. 5.
 
-On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64), with norm-matched centers, 29% of the
-plain paths decode to the model's own answer, and 1 of the 257 reorganized ones, `rest > ln_final`; the remainders are
-0.23 and 0.098 (without matching 73%, 1 path, 34 and 5.5). The size of `rest` shows how much of the model no path
-explains: 0.52 of the last stream's length (18 without matching).
+On the embedded model (8 sublayers, 256 paths; one prompt of 8 tokens, float64):
 
-============================  =========  ====  =============================================
+==========================================  =========  ====  =============================================
 form                                        remainder  rest  paths that decode to the model's own answer
 ==========================================  =========  ====  =============================================
 plain jets, order 1                         34               73%
@@ -26,7 +23,7 @@ plain jets, order 1, norm-matched centers   0.23             29%
 reorganized, norm-matched centers           0.098      0.52  1 of 257, `rest > ln_final`
 ==========================================  =========  ====  =============================================
 
-The size of `rest`, which holds the model's answer, shows how much of the model no path explains.
+The length of `rest`, which holds the model's answer, over that of the last stream shows what no path explains.
 
 ============================  =====================================================================================
 source                        what it is
@@ -37,13 +34,11 @@ source                        what it is
 `rest`                        h less all others: remainders of earlier jets, or omitted centers; carried
 ============================  =====================================================================================
 
-==============  =================================================
-symbol          name here
-==============  =================================================
-gamma           `trace.stage_function(stage)`
-D gamma(x) u    `tl_jets.paths.tangents`
-x_i, w_i        `centers`, `weights`
-==============  =================================================
+`Tangents` and `norm_paths` have D gamma(x) u. For the final norm, with x and u centered if it centers, s = (mean(x^2) +
+eps)^(-1/2), and its weight apart,
+
+.. math::
+    D\gamma(x) u = s u - s^3 x \, \mathrm{mean}(x u), \qquad \gamma(x) - D\gamma(x) x = s^3 \, \mathrm{mean}(x^2) \, x .
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, eq. 5, Lemma 1; the regrouping is ours. Cost: for N
 centers and M sources, N evaluations of the stage and N M directional derivatives, as batched backward passes.
@@ -70,16 +65,19 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.calculus import CenterScale
-from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.calculus import CenterScale, Norm, Series, rescaled
+from tl_jets.calculus.rules_structure import lift
+from tl_jets.core.frozen_network import chunk_size
+from tl_jets.core.linear_map import GraphMap
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.path import Path
@@ -92,7 +90,6 @@ from tl_jets.jets.centers import Center
 from tl_jets.jets.expand import Expansion, jet_expand
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.graph import count_text
-from tl_jets.paths.tangents import Tangents, norm_paths
 
 REST = "rest"
 MAX_CENTERS = 256
@@ -234,9 +231,7 @@ class ReorganizedExpansion(Expansion):
                 f"apply_slice_to_pos_dim(...)."
             )
         found = super().__call__(text_or_tokens, attention_mask=attention_mask, cache=cache)
-        if positions is None:
-            return found
-        return found.at_rows(Rows.of(found.trace, positions))
+        return found if positions is None else found.at_rows(Rows.of(found.trace, positions))
 
     def check(self, cache: JetCache) -> Check:
         """Compare the sum of the paths with the plain jets, which are differentiated another way (Taylor arithmetic)."""
@@ -246,8 +241,7 @@ class ReorganizedExpansion(Expansion):
                 f"check needs a whole cache, [batch, pos] = {list(keep.shape)}; this one has {list(cache.truth.shape[:-1])}. "
                 f"Evaluate without positions, and do not slice."
             )
-        own = ("network", "stage", "centers", "order", "weights", "objective", "center_scale", "linearize")
-        plain = Expansion(*(getattr(self, name) for name in own)).evaluate(trace)
+        plain = Expansion(*(getattr(self, field.name) for field in fields(Expansion))).evaluate(trace)
         # Sources that are not centers also pass through the identity; plain jets omit them.
         others = [] if self.stage is None else [v for k, v in self.sources(trace).items() if k not in plain.terms]
         found, wanted = cache.truth - cache.remainder, plain.truth - plain.remainder
@@ -262,7 +256,9 @@ class ReorganizedExpansion(Expansion):
             carried |= self.previous.evaluate(trace).terms
         elif tuple(found) == self.network.sources:
             carried |= trace.edits(self.stream)
-        found |= {label: value for label, value in carried.items() if label not in found and not _is_rest(label)}
+        found |= {
+            label: value for label, value in carried.items() if label not in found and Path.parse(label).source != REST
+        }
         return found | {REST: trace[self.stream] - torch.stack(list(found.values())).sum(0)}
 
     def _evaluate(self, trace: Trace) -> JetCache:
@@ -274,9 +270,7 @@ class ReorganizedExpansion(Expansion):
             # The sum of the jets is that of the plain form, so the optimal weights are the same.
             jets = self._jets(trace, values[:n]).sum(0) if self.weights == "optimal" else values[:n]
             weights, solution = self._weights(trace, jets, values[:n], truth)
-            scaled = values[:n]
-            if self.center_scale != "none":
-                scaled = scaled * center_scale_factors(norm, scaled, h.expand_as(scaled), self.center_scale)[..., None]
+            scaled = rescaled(norm, values[:n], h, self.center_scale)
             if self.stage is None:
                 paths = norm_paths(norm, scaled, values, weights[..., None].to(values))
                 return self._decoded(trace, dict(zip(sources, paths, strict=True)), truth)
@@ -346,5 +340,58 @@ class ReorganizedExpansion(Expansion):
         return replace(found, remainders=ordered)
 
 
-def _is_rest(label: str) -> bool:
-    return Path.parse(label).source == REST
+class Tangents:
+    """Values and directional derivatives of a stage at one point after another, from the graph of one evaluation.
+
+    At the first point one direction is compared with Taylor arithmetic, which replaces the graph if they differ.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+        self.by_graph: bool | None = None
+
+    def __call__(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x) [step, ...] and D f(x) u [step, direction, ...]."""
+        if self.by_graph is None:
+            self.by_graph = self._agrees(x, directions[-1])
+        return self._graph(x, directions) if self.by_graph else self._series(x, directions)
+
+    def _agrees(self, x: Tensor, direction: Tensor) -> bool:
+        _, wanted = self._series(x, direction[None])
+        try:
+            _, found = self._graph(x, torch.stack([direction, direction]))  # two: as a batch
+        except (RuntimeError, NotImplementedError):
+            return False
+        return relative_error(found[:, 0], wanted[:, 0]) < (1e-8 if x.dtype is torch.float64 else 1e-3)
+
+    def _graph(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
+            value = self.function(point)
+            linear = GraphMap(point, rearrange(value, "write ... d_model -> ... (write d_model)"))
+        found = linear.apply_rows(directions, chunk_size=chunk_size(x))
+        return value.detach(), rearrange(found, "... (write d_model) -> write ... d_model", write=len(value))
+
+    def _series(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        found = [self.function(Series.line(x, direction, 1)) for direction in directions]
+        coefficients = torch.stack([lift(out, 2) for out in found], 2)
+        return coefficients[0, :, 0], coefficients[1]
+
+
+def norm_paths(
+    norm: Norm,
+    centers: Float[Tensor, "center *row d_model"],
+    values: Float[Tensor, "source *row d_model"],
+    weights: Float[Tensor, "center *row 1"],
+) -> Float[Tensor, "source *row d_model"]:
+    """Paths of all sources (centers first) through the final norm, without its bias; `weights` are the centers'."""
+    x, u, w = norm.center(centers.double()), norm.center(values.double()), weights.double()
+    if norm.kind == "none":
+        return norm.scale(u.to(values))
+    a = x.pow(2).mean(-1, keepdim=True)
+    s = (a + norm.eps).rsqrt()
+    overlaps = torch.einsum("n...d,m...d->nm...", x, u) / x.shape[-1]
+    paths = (w * s).sum(0) * u - torch.einsum("nm...,n...d->m...d", overlaps, w * s.pow(3) * x)
+    # norm(x) - D norm(x) x = s^3 mean(x^2) x
+    paths[: len(x)] += w * s.pow(3) * a * x
+    return norm.scale(paths.to(values))

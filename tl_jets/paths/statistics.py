@@ -49,11 +49,11 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.logit_reader import top_tokens
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import BIAS, DECODER_STEP
-from tl_jets.core.readout import top_tokens
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.sinks import Sinks

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.logit_reader import check_finite, exact_logits, log_parts, slices
+from tl_jets.core.decoder import exact_logits
+from tl_jets.core.logit_reader import check_finite, log_parts, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
