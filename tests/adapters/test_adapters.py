@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_jets import ResidualNetwork, jet
-from tl_jets.adapters import blocks, heads
+from tl_jets.adapters import blocks, parts
 from tl_jets.adapters.reading import read_norm
 from tl_jets.calculus import full_precision
 
@@ -246,13 +246,13 @@ def test_heads_that_are_not_the_models_are_refused(spec, monkeypatch):
     """The bias is what heads leave of the write, so that any heads add up to it: what they leave must not read the stream."""
     model = zoo.build(spec)
     tokens = zoo.tokens(model)
-    grab = heads._z_and_out
+    grab = parts._z_and_out
 
     def reordered(view: Any, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
         z, out = grab(view, calls, layer, stream)
         return (z.flip(2) if layer == 1 else z), out
 
-    monkeypatch.setattr(heads, "_z_and_out", reordered)
+    monkeypatch.setattr(parts, "_z_and_out", reordered)
     trace = ResidualNetwork(model, "head").trace(tokens)
     assert trace["L0H1_out"].shape == trace["0_pre"].shape
     with pytest.raises(NotImplementedError, match=NOT_THE_SUM):

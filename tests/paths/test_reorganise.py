@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork, jet_expand
 from tl_jets.calculus import full_precision
-from tl_jets.paths import tangents as module
+from tl_jets.paths import reorganized as module
 from tl_jets.paths.reorganized import reorganized_expansion
 
 D, V, BATCH, POS = 6, 11, 2, 3

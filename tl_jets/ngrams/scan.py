@@ -41,8 +41,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import BLOCK, LOG2_E, Reader, check_finite, exact_logits, log_parts, rank, slices
+from tl_jets.core.decoder import Decoder, exact_logits
+from tl_jets.core.logit_reader import BLOCK, LOG2_E, Reader, check_finite, log_parts, rank, slices
 from tl_jets.ngrams.shards import ALONE, Processes
 
 Score = Literal["logprob", "logit"]
