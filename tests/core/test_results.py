@@ -125,8 +125,6 @@ def test_top_tokens_say_what_they_take():
 
 # Tables of n-grams stay on the CPU, in the results of studies, too.
 TABLES = {"NgramTable", "Roles", "AblationCheck", "Mass", "ModelDiff", "TextComparison", "Track"}
-# Bound to the model, which they read when asked.
-STAY = {"DetachedJacobian", "DetachedSpectra", "BlockNorms"}
 
 
 def classes_of(kind: Any) -> set[Any]:
@@ -159,14 +157,15 @@ def movable():
     made += [tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)]
     made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
     made += [jet_expand(network, "ln_final", centers=["embed", "0_attn_out"], weights="optimal")(trace).solution]
-    made += [tj.ablation_effect(network, trace, ["0_mlp"]), tj.detached_jacobian(network, trace).svd(2)]
+    J = tj.detached_jacobian(network, trace)
+    made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]
+    made += [tj.detached_spectra(network, "w3 w4 w5", k=2)]
     return {type(result): result for result in made}
 
 
 def test_every_result_moves_or_is_known_to_stay(movable):
     for kind in (kind for kind in classes_of(Shown) if hasattr(sys.modules[kind.__module__], kind.__name__)):
-        assert issubclass(kind, tuple(movable)) != (kind.__name__ in STAY | TABLES), kind
-        assert hasattr(kind, "to") != (kind.__name__ in STAY), kind
+        assert issubclass(kind, tuple(movable)) != (kind.__name__ in TABLES) and hasattr(kind, "to"), kind
 
 
 def test_all_tensors_of_a_result_move(movable):
