@@ -49,6 +49,7 @@ SLOW = {
     "test_pretrained",
     "test_readme",
     "test_shards",
+    "test_smollm2",
     "test_studies",
     "test_sweep_states",
     "test_trigram_sweeps",
