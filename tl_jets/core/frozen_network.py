@@ -259,15 +259,24 @@ def _check_affine(trace: Trace, found: FrozenStage, truth: Tensor) -> None:
     linear = found.writes(stream.detach()[None])[:, 0]
     size = max(float(stream[valid].norm()), float(truth[:, valid].norm()))
     error = float((linear + found.constants - truth)[:, valid].norm()) / size
-    accuracy = max(1e-10 if stream.dtype is torch.float64 else 1e-4, 10 * trace.recording.accuracy)
-    labels = ", ".join(step.label for step in stage.steps[:3])
-    if not error <= accuracy:
-        view = trace.network.view
-        cfg = getattr(getattr(view, "model", None), "cfg", None)
-        names = [getattr(cfg, name, None) for name in ("original_architecture", "architecture")]
-        called = ", ".join([view.name, *(str(name) for name in names if name)])
-        raise NotImplementedError(
-            f"A stage must come out affine with its norm scales, attention patterns and gates frozen; {labels} of {called} "
-            f"is off by {error:.1e} (relative), so something in it multiplies what depends on the input and is none of the "
-            f"three, or differentiates itself. Its paths are not exact: use linearize='jet', and report the model's name."
-        )
+    if not error <= max(rounding(stream.dtype), 10 * trace.recording.accuracy):
+        view, labels = trace.network.view, ", ".join(step.label for step in stage.steps[:3])
+        raise NotImplementedError(not_affine(f"{labels} of {view.name}", getattr(view, "model", None), error))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Largest relative error of a frozen function due to rounding."""
+    return 1e-10 if dtype is torch.float64 else 1e-4
+
+
+def not_affine(what: str, model: Any, error: float) -> str:
+    """The error message for a part of a model, or all of it, that is not affine when frozen."""
+    cfg = getattr(model, "cfg", None)
+    names = [getattr(cfg, name, None) for name in ("model_name", "original_architecture", "architecture")]
+    called = ", ".join(str(name) for name in names if name) or "a custom model"
+    return (
+        f"A stage and a model must come out affine with norm scales, attention patterns and gates frozen; {what} ({called}) is "
+        f"off by {error:.1e} (relative), so something in it multiplies what depends on the input and is none of the three, or "
+        f"differentiates itself (torch.autograd.Function). It has no exact linear form: use linearize='jet' where there is a "
+        f"choice, and report the model's name."
+    )

@@ -25,7 +25,7 @@ from torch import Tensor
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.calculus import frozen, full_precision
 from tl_jets.calculus.modes import refuse_autocast
-from tl_jets.core.frozen_network import freeze
+from tl_jets.core.frozen_network import freeze, not_affine, rounding
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.structure import unknown_model
 
@@ -95,24 +95,7 @@ def _check_affine(model: Any) -> None:
     size = sum(float(part.double().square().sum()) for part in parts) ** 0.5
     error = abs(sum(float(part.double().sum()) for part in parts)) / size
     if not error <= rounding(linear.value.dtype):
-        raise NotImplementedError(not_affine(model, error))
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Largest relative error due to rounding."""
-    return 1e-10 if dtype is torch.float64 else 1e-4
-
-
-def not_affine(model: Any, error: float) -> str:
-    """The error message for a model that is not affine."""
-    cfg = getattr(model, "cfg", None)
-    names = [getattr(cfg, name, None) for name in ("model_name", "original_architecture", "architecture")]
-    called = ", ".join(str(name) for name in names if name) or getattr(model, "name", "a custom model")
-    return (
-        f"A model must come out affine with its norm scales, attention patterns and gates frozen; {type(model).__name__} "
-        f"({called}) is off by {error:.1e} (relative), so something in it multiplies what depends on the input and is none "
-        f"of the three, or differentiates itself (torch.autograd.Function). It cannot be detached; please report its name."
-    )
+        raise NotImplementedError(not_affine(type(model).__name__, model, error))
 
 
 @contextmanager

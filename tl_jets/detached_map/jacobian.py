@@ -50,6 +50,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.core.frozen_network import not_affine, rounding
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.core.logit_reader import TopTokens
@@ -63,7 +64,6 @@ from tl_jets.core.tokens import token_names, visible
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.block_norms import BlockNorms, block_norms
 from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
-from tl_jets.detached_map.context import not_affine, rounding
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
 
 
@@ -338,7 +338,7 @@ def _measured(
     ordinary_map = linear.ordinary() if ordinary else None
     ordinary_error = None if ordinary_map is None else _error(ordinary_map, bias, value)
     if not error <= max(rounding(value.dtype), 10 * trace.recording.accuracy):
-        raise NotImplementedError(not_affine(getattr(network.view, "model", network.view), error))
+        raise NotImplementedError(not_affine(network.view.name, getattr(network.view, "model", None), error))
     return DetachedJacobian(
         output=output,
         wrt=wrt,
