@@ -16,7 +16,6 @@ from tl_jets.core.measures import (
     geometry_in_plane,
     random_directions,
     split_along,
-    weighted,
 )
 
 D, V, LAYERS, ORDERS, ROWS = 7, 40, 3, 2, 5
@@ -57,7 +56,7 @@ def test_geometry_in_the_plane_of_the_jet(kind, plain, control):
     found = geometry_in_plane(dec, plane, random, alpha, beta, gamma)
     if control:
         centers = plane.along[..., None] * plane.variate + plane.across[..., None] * random
-    x, y = (weighted(dec.norm, dec.norm.center(value)) for value in (centers, variate))
+    x, y = (dec.norm.scale(dec.norm.center(value)) for value in (centers, variate))
     constant = dec.b_U if dec.norm.bias is None else dec.norm.bias @ dec.W_U + dec.b_U
     own, borrowed = alpha[..., None] * (x @ dec.W_U)[:, None], beta[..., None] * (y @ dec.W_U)
     truth, lens = gamma[:, None] * (y @ dec.W_U) + constant, own + borrowed + constant

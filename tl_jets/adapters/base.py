@@ -40,7 +40,6 @@ class TransformerLensView(Blocks):
 
     def forget_replay(self, layer: int) -> None:
         """Clean up the model's modules after a replay."""
-        del layer
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
         """The stages of the model at a granularity."""
@@ -67,7 +66,6 @@ class TransformerLensView(Blocks):
 
     def fills_cache(self, tokens: Tensor) -> bool:
         """Whether attention fills a key-value cache passed to it."""
-        del tokens
         return True
 
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:

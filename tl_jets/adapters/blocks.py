@@ -307,8 +307,7 @@ class Blocks(ABC):
         post = self.post_norm(layer, which)
         if post is not None and post.kind != "none":
             centered = post.center(out)
-            parts = post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps)
-            parts = parts if post.weight is None else parts * post.weight
+            parts = post.scale(post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps))
         return parts * self._scale(layer)
 
     def post_bias(self, layer: int) -> Tensor | None:

@@ -45,7 +45,6 @@ class CallableModel:
 
     def stages(self, granularity: Granularity) -> tuple[Stage, ...]:
         """The given stages, the same at every granularity."""
-        del granularity
         return tuple(
             Stage(f"{layer}_pre", tuple(Step(label, layer, "callable") for label in stage))
             for layer, stage in enumerate(self.gammas)
@@ -53,11 +52,9 @@ class CallableModel:
 
     def fine_step(self, label: str) -> Step | None:
         """Plain functions have no neurons."""
-        del label
 
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
         """Plain functions read no text."""
-        del text, prepend_bos
         raise ValueError("Text needs a model with a tokenizer; plain callables have none. Pass what `embed` takes.")
 
     def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
@@ -82,16 +79,13 @@ class CallableModel:
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
         """The stage's writes at any stream, stacked."""
-        del recording
         gammas = self.gammas[stage.steps[0].layer]
         return torch.stack([gammas[step.label](stream) for step in stage.steps])
 
     def hook_state(self, layer: int | None = None) -> State:
         """Plain functions carry no hooks."""
-        del layer
         return ()
 
     def follow(self, *, everywhere: bool = True) -> State:
         """Nothing is kept of plain functions."""
-        del everywhere
         return ()

@@ -146,7 +146,6 @@ class FrozenNetwork:
 
     def kept(self, index: int, values: Tensor) -> Tensor:
         """The part of the values that bypasses a stage unchanged: all of it."""
-        del index
         return values
 
     def writes(self, index: int, values: Float[Tensor, "path batch pos d_model"]) -> Tensor:

@@ -145,11 +145,6 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be an integer >= 0; got {seed}. Another integer is another draw.")
 
 
-def weighted(norm: Norm, states: Tensor) -> Tensor:
-    """The norm's weight times states."""
-    return states if norm.weight is None else states * norm.weight
-
-
 def geometry_in_plane(
     decoder: Decoder, plane: Plane, control: Tensor | None, alpha: Tensor, beta: Tensor, gamma: Tensor
 ) -> dict[str, Tensor]:
@@ -162,7 +157,7 @@ def geometry_in_plane(
     along = plane.along[:, None]
     direction, length = (plane.orthogonal, 1) if control is None else (control, plane.across[:, None])
     bias = torch.zeros_like(plane.variate[:1]) if norm.bias is None else norm.bias[None]
-    s, q, c = weighted(norm, plane.variate), weighted(norm, direction), metric.augment(bias, 1.0)
+    s, q, c = norm.scale(plane.variate), norm.scale(direction), metric.augment(bias, 1.0)
     vectors = metric.augment(s, 0.0), metric.augment(q, 0.0), c
     plain, centered = _grams(metric, *(v[:, None] if v.ndim > s.ndim else v for v in vectors))
     # Coefficients of s, q and c: the lens, the model, their difference, the lens' own part, and the borrowed one.

@@ -107,12 +107,10 @@ class _Steering:
 
     def read(self, stream: Tensor, hook: Any) -> None:
         """Record the stream that the map reads."""
-        del hook
         self.arriving, self.is_placed = stream.clone(), False  # a hook that comes later may write to it
 
     def place(self, pattern: Tensor, hook: Any) -> None:
         """Append the stream to the cached positions, or start a new prompt."""
-        del hook
         assert self.arriving is not None
         keys, queries = pattern.shape[-1], pattern.shape[-2]
         self.is_placed = True
@@ -136,7 +134,6 @@ class _Steering:
 
     def mix(self, value: Tensor, hook: Any) -> Tensor:
         """Mix the model's own value with the map's at the steered positions."""
-        del hook
         if self.seen is None or not self.is_placed:
             raise ValueError("Steering needs the attention pattern's hook to tell a cache, and it did not fire.")
         total, queries = self.seen.shape[1], value.shape[1]

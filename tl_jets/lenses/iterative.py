@@ -35,7 +35,7 @@ from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, 
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.lens_logits import Readings
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along, weighted
+from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
@@ -282,10 +282,10 @@ def _read(
     random = None if seed is None else random_directions(norm, inputs.variate, (), rows.places, seed)
     ids = inputs.target_ids
     scan = inputs.scan(
-        weighted(norm, norm.center(centers)),
+        norm.scale(norm.center(centers)),
         alpha,
         beta,
-        None if random is None else (weighted(norm, random), plane.along, plane.across),
+        None if random is None else (norm.scale(random), plane.along, plane.across),
         targets=None if ids is None else ids[rows.keep],
         **options,
     )

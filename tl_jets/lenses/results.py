@@ -16,7 +16,7 @@ from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.core.averages import Averaged
 from tl_jets.core.frozen_network import Linearize
 from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, scan_mixture
-from tl_jets.core.measures import MEASURES, Measures, weighted
+from tl_jets.core.measures import MEASURES, Measures
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
@@ -59,7 +59,7 @@ class LensInput:
     def shared(self) -> Float[Tensor, "row d_model"]:
         """The final stream as the norm sees it, times the norm's weight: the model's own answer in every jet."""
         norm = self.trace.decoder.norm
-        return weighted(norm, norm.center(self.variate))
+        return norm.scale(norm.center(self.variate))
 
     @cached_property
     def gamma(self) -> Float[Tensor, " row"]:

@@ -63,7 +63,7 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import ANSWER, Yardstick
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
-from tl_jets.core.measures import random_directions, split_along, weighted
+from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
@@ -272,7 +272,7 @@ def _matrix(
     if norm.kind == "none":
         return x.new_zeros(len(sources), len(sources), len(x))
     inner = x @ x.mT / x.shape[-1]
-    along = (x * weighted(norm, directions)[:, None]).sum(-1)
+    along = (x * norm.scale(directions)[:, None]).sum(-1)
     c, w = scale.T, weights.T
     s = (c.square() * inner.diagonal(dim1=-2, dim2=-1)[:, :n] + norm.eps).rsqrt()
     a = x.new_ones(len(x), n, n + 1)
