@@ -24,12 +24,11 @@ from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
-from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.selection import Rows, SliceInput, TargetInput, read_slice
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
 from tl_jets.jets.simplex import SimplexSolution
-from tl_jets.jets.slices import SliceInput, read_slice
 
 Kind = TypeVar("Kind", bound="JetCache")
 
