@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from get_model import ROOT
 from torch.func import jvp
 
 import tl_jets as tj
@@ -68,6 +69,15 @@ def test_the_sink_is_at_the_start_and_averages_are_sane_without_it(network, many
     assert with_sinks.kl["12_pre", 0] != without.kl["12_pre", 0]
     table = lens.average(spread=True, group_by=["a", "b", "a"])
     assert table.kl_median.notna().all() and len(table) == 2 * len(lens.labels) * 2
+
+
+def test_the_page_on_sinks_holds_what_its_demo_prints(folder):
+    done = subprocess.run([sys.executable, ROOT / "demos/attention_sinks.py", folder], capture_output=True, text=True)
+    (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs/pages/sinks.md").read_text(), re.DOTALL)
+    numbers = re.compile(r"(?<![\w.])\d[\d,]*\.?\d*(?![\w.])")
+    values = [[float(x.replace(",", "")) for x in numbers.findall(text)] for text in (done.stdout, shown)]
+    assert len(values[0]) > 100 and values[0] == pytest.approx(values[1], rel=0.03, abs=0.1)
+    assert numbers.sub("#", "".join(done.stdout.split())) == numbers.sub("#", "".join(shown.split()))
 
 
 def test_the_verdict_names_the_layers(network, trace):
