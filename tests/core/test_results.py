@@ -152,7 +152,14 @@ def movable():
     network = ResidualNetwork(zoo.build(RAW[2]))
     trace: Trace = network.trace(["w3 w4 w5", "w6 w7 w8"])
     lens = tj.iterative_jet_lens(network, trace, targets=[4])
-    made = [lens, lens.measures, lens.sinks, joint_jet_lens(network, trace), tj.path_sums(network, trace)]
+    made = [
+        lens,
+        lens.measures,
+        lens.sinks,
+        lens.verdict(),
+        joint_jet_lens(network, trace),
+        tj.path_sums(network, trace),
+    ]
     made += [jet_expand(network, "0_mlp", centers=["embed", "0_attn_out"])(trace), tj.interactions(network, trace)]
     made += [tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)]
     made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
