@@ -99,3 +99,15 @@ def test_layers_where_something_changes():
     best = [[1], [1], [1], [1], [1], [2], [2], [3]]
     assert changing(values, best, 8) == list(range(8))
     assert changing(values, best, 5) == [0, 3, 5, 6, 7]
+
+
+def test_the_first_layer_that_leads_is_found_by_looking():
+    net = tj.ResidualNetwork(tj.load_tinydocs())
+    lens = tj.iterative_jet_lens(net, ["This function is available on Unix and", "If the file does"], order=1)
+    found = lens.first_leads()
+    wanted = torch.full_like(found, -1)
+    for order, b, pos in lens.valid[None].expand_as(found).nonzero().tolist():
+        answer, layers = int(lens.model_top_ids[b, pos]), lens.top_ids[:, order, b, pos, 0].tolist()
+        wanted[order, b, pos] = next(i for i in range(len(layers) + 1) if all(token == answer for token in layers[i:]))
+    assert torch.equal(found, wanted) and (found == -1).any() and len(found[0].unique()) > 2
+    assert (lens[["0_pre"]].first_leads()[0][lens.valid] == 1).any(), "after the last layer: it never leads"

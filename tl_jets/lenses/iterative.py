@@ -113,6 +113,15 @@ class IterativeJetLens(LensResult):
         names = self._names(tokenizer)
         return {label: nested_texts(names, self.top_ids[i]) for i, label in enumerate(self.labels)}
 
+    def first_leads(self) -> Int[Tensor, "order batch pos"]:
+        """Index of the layer from which on every layer's best token is the model's; -1 at padding.
+
+        `len(labels)` where not even the last layer's is. Borrowed answers count: order 0 has none.
+        """
+        leads = self.top_ids[..., 0] == self.model_top_ids
+        found = len(self.labels) - leads.flip(0).long().cumprod(0).sum(0)
+        return found.masked_fill(~self.valid, -1)
+
     def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "layer order batch pos"]:
         """Ranks of one target (0 is the best token); None takes the only one."""
         return self._of_target(self.target_ranks, target)
