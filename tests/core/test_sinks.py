@@ -9,7 +9,7 @@ import zoo
 from torch.nn.functional import silu
 
 import tl_jets as tj
-from tl_jets.core.averages import averages
+from tl_jets.core.averages import averages, middle
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.paths.statistics import path_sums
 
@@ -103,3 +103,9 @@ def test_averages_of_what_is_missing():
     valid = torch.ones(1, 3, dtype=torch.bool)
     row = averages([{}], {"rho": values}, valid, spread=True).iloc[0]
     assert row.rho == 2.5 and row.rho_median == 2.5 and np.isnan(row.rho_low)
+
+
+def test_medians_of_many_values():
+    values = torch.randn(3, 2**23, generator=torch.Generator().manual_seed(0))  # more than torch.quantile takes
+    assert middle(values).numpy() == pytest.approx(np.median(values.double().numpy(), -1))
+    assert middle(torch.tensor([[1.0, 2.0, float("nan"), 5.0, 9.0], [float("nan")] * 5])).tolist()[0] == 3.5
