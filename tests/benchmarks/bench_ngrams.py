@@ -108,7 +108,6 @@ def main() -> None:
     if screens:
         print(f"rows scanned in float32 after all: {screened.scanned} of {screened.screened}")
         print(f"the same table with screening: {torch.equal(scan.finish().ids, screened.finish().ids)}")
-        screened.close()
     for screen in (None, "bf16"):
         peak = live_memory.peak_bytes(lambda s=screen: jet_bigrams(model, rows=range(2 * CHUNK_CPU), screen=s))
         print(f"peak extra memory, screen={screen!r}: {peak / 1e6:.0f} MB")

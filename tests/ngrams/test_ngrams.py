@@ -85,7 +85,6 @@ def assert_best(best, expected, k, tolerance):
 def scan_all(scan, states, ids, chunk):
     for start in range(0, len(ids), chunk):
         scan.add(states[start : start + chunk], ids[start : start + chunk])
-    scan.close()
     return scan.finish()
 
 

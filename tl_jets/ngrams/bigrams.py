@@ -8,17 +8,12 @@ embedding, and upsilon the model's decoder: final norm, unembedding, bias, softc
 of the decoder at the embedding. Tables are exact, and no V x V matrix is stored (`tl_jets.ngrams.scan`).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), section on jet n-grams, footnote 4.
-
 Cost: V^2 d_model multiply-adds a path (GPT-2 small: 40 forward passes of 1,024 tokens) plus about a tenth, and the
 path's MLPs on V tokens. Memory: about 60 MB for GPT-2 small; screening also holds `W_U` in bfloat16.
 
 Example:
     >>> import tl_jets as tj
-    >>> model = tj.load_tinydocs()
-    >>> table = jet_bigrams(model, "mlps", top_k=100)
-    >>> len(table), table.n, table.path
-    (100, 2, 'mlps')
-    >>> list(jet_bigrams_by_path(model, "each_mlp", top_k=3))      # one sweep over the vocabulary
+    >>> list(jet_bigrams_by_path(tj.load_tinydocs(), "each_mlp", top_k=3))      # one sweep over the vocabulary
     ['0_mlp', '1_mlp', '2_mlp', '3_mlp']
 """
 
@@ -41,14 +36,13 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.jobs import SUFFIX, Job, State, Sweep, finish, save_tables, saved_tables
+from tl_jets.ngrams.jobs import Job, State, Sweep, finish
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.shards import ALONE, Distributed, Processes
-from tl_jets.ngrams.streams import PathInput, VocabularyStreams, mlp_steps
+from tl_jets.ngrams.streams import PathInput, TokenIds, VocabularyStreams, described, mlp_steps, read_tokens
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 
 Per = Literal["global", "row"]
 Paths = Literal["each_mlp"] | Sequence[PathInput]
@@ -116,52 +110,27 @@ def jet_bigrams(
 
 
 def jet_bigrams_by_path(
-    model: Any,
-    paths: Paths = "each_mlp",
-    *,
-    top_k: int = 100,
-    per: Per = "global",
-    rows: TokenIds | None = None,
-    columns: TokenIds | None = None,
-    score: Score = "logprob",
-    chunk_size: int | None = None,
-    screen: Screen | None = "auto",
-    progress: bool = True,
-    folder: str | Path | None = None,
-    distributed: Distributed = False,
+    model: Any, paths: Paths = "each_mlp", *, folder: str | Path | None = None, **options: Any
 ) -> dict[str, NgramTable]:
-    """The best bi-grams of several paths in one sweep, which embeds each token once.
+    """The best bi-grams of several paths by path, in one sweep, which embeds each token once.
 
     Args:
         model: A model or a `ResidualNetwork`.
         paths: `"each_mlp"` for each MLP alone, or a list of paths as in `jet_bigrams`.
-        top_k: Number of bi-grams a path.
-        per: See `jet_bigrams`, also for the arguments below and for the errors.
-        rows: Ids of the first tokens.
-        columns: Ids of the second tokens.
-        score: `"logprob"` or `"logit"`.
-        chunk_size: First tokens scanned at a time.
-        screen: Screening in bfloat16.
-        progress: Show a bar.
         folder: Folder for the tables, `<path>.parquet`. Existing tables are loaded and an unfinished sweep is resumed.
-        distributed: Divide the rows among processes.
-
-    Returns:
-        Tables by path.
+        **options: Options of `jet_bigrams` (`top_k` bi-grams a path), without `save`; errors are those of it, too.
     """
-    options = {"top_k": top_k, "per": per, "rows": rows, "columns": columns, "score": score, "progress": progress}
-    options |= {"chunk_size": chunk_size, "screen": screen, "distributed": distributed}
     plan = BigramSweep.planned(model, paths, saves=folder is not None, **options)
     labels = list(plan.streams.paths)
     if folder is None:
         return plan.run(labels, None)
-    files = {label: Path(folder) / f"{label}{SUFFIX}" for label in labels}
-    tables = plan.processes.first(lambda: saved_tables(files, plan.header))
+    tables = plan.load(folder, labels)
     missing = [label for label in labels if label not in tables]
     if missing:
         state = Path(folder) / "unfinished.state"
-        tables |= plan.run(missing, state)
-        plan.processes.first(lambda: save_tables({files[label]: tables[label] for label in missing}, state))
+        found = plan.run(missing, state)
+        plan.save(folder, found.values(), state)
+        tables |= found
     return {label: tables[label] for label in labels}
 
 
@@ -187,7 +156,9 @@ def bigram_log_normalizers(
     chunk_size: int | None = None,
     distributed: Distributed = False,
 ) -> Float[Tensor, " row"]:
-    """Log-normalizers (log sum exp of the logits) after each first token; errors as in `jet_bigrams`.
+    """Log-normalizers (log sum exp of the logits) after each first token, in nats. Shape [row].
+
+    They are float64 numbers with the accuracy of the working precision. Errors are those of `jet_bigrams`.
 
     Args:
         model: A model or a `ResidualNetwork`.
@@ -195,9 +166,6 @@ def bigram_log_normalizers(
         rows: Ids of the first tokens; None for all.
         chunk_size: First tokens at a time.
         distributed: Divide the rows among processes.
-
-    Returns:
-        Nats, in float64, with the accuracy of the working precision. Shape [row].
     """
     plan = BigramSweep.planned(model, [path], rows=rows, chunk_size=chunk_size, screen=None, distributed=distributed)
     (label,) = plan.streams.paths
@@ -320,7 +288,10 @@ class BigramSweep(Sweep):
     def job(self, name: str | None = None) -> Job:
         """The job of the only path, named as it by default."""
         (label,) = self.streams.paths
-        run = lambda state: self.run([label], state)[label]  # noqa: E731
+
+        def run(state: Path | None) -> NgramTable:
+            return self.run([label], state)[label]
+
         return Job(name or label, run, **self.header(label), processes=self.processes)
 
     @torch.no_grad()
@@ -356,7 +327,6 @@ class BigramSweep(Sweep):
                 if processes.first(state.is_due):
                     self._collect(scans, everywhere=False)
                     processes.first(partial(state.save, done, partial(_named, scans)))
-        processes.exchange(lambda: [scan.close() for scan in scans.values()])
         self._collect(scans, everywhere=True)
         return {label: self._table(label, scan.finish(processes)) for label, scan in scans.items()}
 

@@ -8,12 +8,10 @@ Cost: d_head V multiply-adds a row, and about as much time again for three or fo
 
 Example:
     >>> import torch
-    >>> _ = torch.manual_seed(0)
-    >>> factors = Factors(torch.randn(5, 2), torch.randn(2, 30))
+    >>> factors = Factors(torch.eye(2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]))
     >>> best, normalizer = best_log_prob(factors, factors.rows)
-    >>> logits = (factors.rows @ factors.columns).double()
-    >>> bool(torch.allclose(best, logits.log_softmax(1).amax(1))), bool(torch.allclose(normalizer, logits.logsumexp(1)))
-    (True, True)
+    >>> bool(torch.allclose(normalizer, factors.columns.double().logsumexp(1)))
+    True
 """
 
 from __future__ import annotations

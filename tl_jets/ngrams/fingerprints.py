@@ -1,12 +1,10 @@
 """Fingerprints of models: they identify the weights that a table was computed from.
 
 The fingerprint is a sha256 over all parameters, buffers (rotary frequencies) and the decoder's tensors: name, shape,
-dtype, the integer sum of the bit patterns, and `SAMPLES` evenly spaced entries of each. It also covers the
-configuration's numbers and switches (epsilons, rotary base, caps) and which hook points carry hooks. A change of one
-bit of one weight changes the sum, which does not depend on the device or the number of threads.
-
-It does not cover what a hook does, nor plain functions of a `CallableModel`. Cost: one pass over the weights (GPT-2
-small: about 0.1 s).
+dtype, the integer sum of the bit patterns, and `SAMPLES` evenly spaced entries of each; over the configuration's numbers
+and switches (epsilons, rotary base, caps); and over which hook points carry hooks. A change of one bit of one weight
+changes the sum, which does not depend on the device. It does not cover what a hook does, nor plain functions of a
+`CallableModel`. Cost: one pass over the weights (GPT-2 small: about 0.1 s).
 """
 
 from __future__ import annotations

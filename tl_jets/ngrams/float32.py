@@ -1,7 +1,6 @@
 """Float32 matrix products in full precision, whatever the global settings of torch allow.
 
-TF32, `torch.set_float32_matmul_precision("medium")` and backend settings round factors to 10 or 7 bits, which breaks
-the error bounds of n-gram sweeps.
+TF32, `torch.set_float32_matmul_precision("medium")` and the like round factors, which breaks the error bounds of sweeps.
 """
 
 from __future__ import annotations

@@ -13,19 +13,11 @@ constant (`tl_jets.adapters.parts`). M is the rotary embedding times the attenti
 | symbol | variable |
 |---|---|
 | q, k, v - v(0) | `HeadVectors.query`, `key`, `value` |
-| M k | `ScoreMap.keys(k)` |
-| M at distance 0 times k | `ScoreMap.own_keys(k)` |
+| M k; M at distance 0 times k | `ScoreMap.keys(k)`; `ScoreMap.own_keys(k)` |
 | tau | `ScoreMap.cap` |
 | W_O, then norms, then W_U | `decoded_writes` |
 
 Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (distance + 1) tokens of forward passes.
-
-Example:
-    >>> import tl_jets as tj
-    >>> heads = HeadReader(tj.load_tinydocs(), 0)
-    >>> vectors = heads.vectors(torch.arange(3), [1, 2])
-    >>> vectors.query.shape == (2, 3, heads.view.cfg.d_head), heads.scores(distance=2).cap
-    (True, None)
 """
 
 from __future__ import annotations
@@ -178,7 +170,7 @@ class HeadReader:
             if cap is not None and data.shown is None:
                 continue
             for pairs, rotation in rotations(data.query.shape[-1], getattr(self.view.cfg, "rotary_dim", None)):
-                found = data.fit(pairs, cap, rotation, distance)
+                found = data.fit(pairs, cap, rotation)
                 if data.error(found) <= max(FIT_ERROR, tolerance(self.view.native_dtype) / 16):
                     return found
         raise NotImplementedError(

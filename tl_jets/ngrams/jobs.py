@@ -10,12 +10,9 @@ come from a generator, which loads one model at a time:
 Example:
     >>> import tempfile, tl_jets as tj
     >>> from tl_jets.ngrams import bigram_job
-    >>> model = tj.load_tinydocs()
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     first = sweep([bigram_job(model, "mlps", top_k=5)], folder)
-    ...     again = sweep([bigram_job(model, "mlps", top_k=5), bigram_job(model, "direct", top_k=5)], folder)
-    >>> list(again), first["mlps"].digest == again["mlps"].digest
-    (['mlps', 'direct'], True)
+    ...     list(sweep([bigram_job(tj.load_tinydocs(), path, top_k=5) for path in ("mlps", "direct")], folder))
+    ['mlps', 'direct']
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -44,7 +41,6 @@ from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.tables import NgramTable
 
-Key = TypeVar("Key")
 Kind = TypeVar("Kind", bound="Sweep")
 SUFFIX = ".parquet"
 STATE_FORMAT = 2
@@ -120,17 +116,32 @@ class Sweep:
         """The header of a path's table."""
         return {"path": path, "settings": self.settings, "fingerprint": self.fingerprint}
 
+    def load(self, folder: str | Path, paths: Iterable[str]) -> dict[str, NgramTable]:
+        """The tables of `paths` that are in a folder, which is created if needed."""
+
+        def load() -> dict[str, NgramTable]:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tables = {path: saved(_file(folder, path), self.header(path)) for path in paths}
+            return {path: table for path, table in tables.items() if table is not None}
+
+        return self.processes.first(load)
+
+    def save(self, folder: str | Path, tables: Collection[NgramTable], state: Path | None = None) -> None:
+        """Save finished tables in a folder, then delete the file of their unfinished state."""
+        self.processes.first(lambda: save(tables, [_file(folder, table.path) for table in tables], state))
+
+
+def _file(folder: str | Path, name: str) -> Path:
+    return Path(folder) / f"{name}{SUFFIX}"
+
 
 def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> dict[str, NgramTable]:
-    """Compute and save every table that does not exist yet.
+    """Compute and save every table that does not exist yet; returns all of them, by the names of their jobs.
 
     Args:
         jobs: Jobs in the order to run, with distinct names.
         folder: Folder of the tables; created if needed.
         progress: Show a bar in a terminal.
-
-    Returns:
-        All tables, by the names of their jobs.
 
     Raises:
         ValueError: An existing file is damaged or belongs to another job or (unfinished states) to another version of
@@ -146,7 +157,7 @@ def sweep(jobs: Iterable[Job], folder: str | Path, *, progress: bool = True) -> 
     for job in tqdm(jobs, total=total, unit="table", delay=1, leave=False, disable=None if progress else True):
         if job.name in tables:
             raise ValueError(f"Jobs must have names of their own; {job.name!r} comes twice. Give name=...")
-        tables[job.name] = finish(job, folder / f"{job.name}{SUFFIX}")
+        tables[job.name] = finish(job, _file(folder, job.name))
     return tables
 
 
@@ -159,7 +170,7 @@ def finish(job: Job, file: str | Path) -> NgramTable:
         return table
     table = job.run(state)
     assert table.header == job.header, "a job makes the table that it announces"
-    job.processes.first(lambda: save_tables({file: table}, state))
+    job.processes.first(lambda: save([table], [file], state))
     return table
 
 
@@ -177,17 +188,9 @@ def saved(file: Path, header: Mapping[str, Any], state: Path | None = None) -> N
     return table
 
 
-def saved_tables(files: Mapping[Key, Path], header: Callable[[Key], Mapping[str, Any]]) -> dict[Key, NgramTable]:
-    """The tables whose files exist; creates their folders."""
-    for file in files.values():
-        file.parent.mkdir(parents=True, exist_ok=True)
-    tables = {key: saved(file, header(key)) for key, file in files.items()}
-    return {key: table for key, table in tables.items() if table is not None}
-
-
-def save_tables(tables: Mapping[Path, NgramTable], state: Path | None = None) -> None:
-    """Save finished tables, and delete the file of their unfinished state."""
-    for file, table in tables.items():
+def save(tables: Iterable[NgramTable], files: Iterable[Path], state: Path | None) -> None:
+    """Save finished tables, then delete the file of their unfinished state."""
+    for table, file in zip(tables, files, strict=True):
         table.save(file)
     if state is not None:
         state.unlink(missing_ok=True)
@@ -208,8 +211,8 @@ def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path
 class State:
     """A file with the unfinished state of a table, from which a killed process resumes; no state without a `file`.
 
-    It holds a line with the digest of the rest, a line of JSON (header, versions of tl-jets and of this format, number
-    of finished rows), and tensors as safetensors. Files of other versions are refused.
+    It holds the digest of the rest, JSON (header, versions of tl-jets and of this format, number of finished rows), and
+    tensors as safetensors. Files of other versions are refused.
     """
 
     def __init__(self, file: Path | None, header: Mapping[str, Any]):
@@ -224,10 +227,7 @@ class State:
         return self.load()
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
-        """The number of finished rows and the tensors, 0 and none without a file; ValueError for other files.
-
-        Only reads: the state may be that of a running sweep.
-        """
+        """The number of finished rows and the tensors (0 and none without a file), only read; ValueError for other files."""
         if self.file is None or not self.file.exists():
             return 0, {}
         try:

@@ -144,9 +144,6 @@ class RowScan:
         """Read some rows; see `TopScan.add`."""
         self.found.append(self.reader.read(states, ids))
 
-    def close(self) -> None:
-        """End of rows; nothing is pending."""
-
     def finish(self, processes: Processes = ALONE) -> BestPairs:
         """All rows' best tokens, best first; the work is not divided."""
         del processes

@@ -19,17 +19,11 @@ Example:
     >>> import torch
     >>> from tl_jets.calculus import Norm
     >>> from tl_jets.core.decoder import Decoder
-    >>> _ = torch.manual_seed(0)
-    >>> decoder = Decoder(Norm("none"), torch.randn(4, 300), torch.randn(300))
-    >>> states = torch.randn(50, 4)
-    >>> scan = TopScan(decoder, 5)
-    >>> for start in (0, 20, 40):
-    ...     scan.add(states[start : start + 20], torch.arange(start, min(start + 20, 50)))
-    >>> best = scan.finish()
-    >>> table = decoder.logits(states.double()).log_softmax(-1)
-    >>> values, pairs = table.flatten().topk(5)
-    >>> best.ids.tolist() == [[int(i) // 300, int(i) % 300] for i in pairs], bool(torch.allclose(best.scores, values))
-    (True, True)
+    >>> decoder = Decoder(Norm("none"), torch.eye(3), torch.zeros(3))
+    >>> scan = TopScan(decoder, 1, score="logit")
+    >>> scan.add(torch.tensor([[1.0, 2.0, 3.0], [4.0, 6.0, 5.0]]), torch.tensor([7, 8]))
+    >>> scan.finish().ids.tolist()
+    [[8, 1]]
 """
 
 from __future__ import annotations
@@ -64,17 +58,6 @@ class BestPairs(NamedTuple):
     ids: Int[Tensor, "pair 2"]
     scores: Float[Tensor, " pair"]
     log_normalizers: Float[Tensor, " pair"]
-
-
-class RowsRead(NamedTuple):
-    """Binary log-normalizers (None if not computed), which include the `offset` added to all logits.
-
-    `next_offset` is for the next rows; NaN if no offset suits all rows.
-    """
-
-    log_normalizers: Float[Tensor, " row"] | None
-    offset: float
-    next_offset: float
 
 
 class Tiles:
@@ -125,21 +108,25 @@ class Tiles:
 
     def read(
         self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = 0.0
-    ) -> RowsRead:
-        """Read some rows and fill `maxima`, in binary logarithms; `offset` is the `next_offset` of the rows before."""
+    ) -> tuple[Float[Tensor, " row"] | None, float, float]:
+        """Read some rows and fill `maxima`, in binary logarithms, starting with the `offset` for the next rows from before.
+
+        Returns binary log-normalizers (None if not computed), the offset that they include and that was added to all
+        logits, and the offset for the next rows (NaN if none suits all rows).
+        """
         x = self.scaled(states)
         if not self.normalize:
             self._log_sums(x, maxima, 0.0)
-            return RowsRead(None, 0.0, 0.0)
+            return None, 0.0, 0.0
         if math.isfinite(offset):
             found = self._log_sums(x, maxima, offset)
             if bool(((found > LEAST_SUM) & (found < LARGEST_SUM)).all()):
-                return RowsRead(found.to(self.dtype), offset, offset)
+                return found.to(self.dtype), offset, offset
         # Usually at most once a sweep: read the rows again minus their maxima, and choose an offset.
         found = self._log_sums(x, maxima, None)
         least, largest = (float(y) for y in found.aminmax())
         suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
-        return RowsRead(found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan)
+        return found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan
 
     def _log_sums(self, x: Tensor, maxima: Tensor, offset: float | None) -> Tensor:
         """Logarithms of sums of 2^(logit + offset), minus running maxima if it is None; fills `maxima`."""
@@ -242,9 +229,6 @@ class TopScan:
         if len(self.kept.lower) > self.k:
             self.threshold = max(self.threshold, float(self.kept.lower.topk(self.k).values[-1]))
         self.kept = self.kept.where(self.kept.upper >= self.threshold)
-
-    def close(self) -> None:
-        """End of rows; nothing is pending."""
 
     def state(self) -> dict[str, Tensor]:
         """Blocks kept so far, for `restore`."""

@@ -9,11 +9,6 @@ turns pairs of coordinates, M has two unknowns a pair. The log-ratio of two atte
 
 determines them by least squares in float64, for each way to pair coordinates. The pairing that reproduces the model is
 kept; if none does, the model is refused. `bias` comes from an ALiBi slope.
-
-Example:
-    >>> import torch
-    >>> [words for _, words in rotations(4, None)]
-    ['none', 'halves of 4', 'neighbours of 4', 'halves of 2', 'neighbours of 2']
 """
 
 from __future__ import annotations
@@ -36,7 +31,6 @@ class ScoreMap:
     distance 0. `bias` is what the model adds to scores at the distance minus what it adds at 0 (ALiBi).
     """
 
-    distance: int
     scale: Float[Tensor, " d_head"]
     turn: Float[Tensor, " d_head"]
     partner: Int[Tensor, " d_head"]
@@ -71,7 +65,7 @@ class ScoreSample:
     log_weights: Float[Tensor, "pair head 2"]
     shown: Float[Tensor, "pair head 2"] | None
 
-    def fit(self, pairs: Tensor, cap: float | None, rotation: str, distance: int) -> ScoreMap:
+    def fit(self, pairs: Tensor, cap: float | None, rotation: str) -> ScoreMap:
         """Least-squares fit on three quarters of the data, for the coordinate pairs `pairs` [2, rotated pair]."""
         i, j = pairs
         n_pairs, d_head, n_heads = len(i), self.query.shape[-1], self.query.shape[1]
@@ -106,7 +100,7 @@ class ScoreSample:
         turn, partner = torch.zeros_like(scale), torch.arange(d_head, device=scale.device)
         for one, other, sign in ((i, j, 1), (j, i, -1)):
             scale[one], own_scale[one], turn[one], partner[one] = cos, own_cos, sign * sin, other
-        return ScoreMap(distance, scale, turn, partner, own_scale, bias, cap, rotation)
+        return ScoreMap(scale, turn, partner, own_scale, bias, cap, rotation)
 
     def error(self, found: ScoreMap) -> float:
         """Largest error of the log-ratio of weights over all data, relative to the largest log-ratio."""
@@ -118,7 +112,12 @@ class ScoreSample:
 
 
 def rotations(d_head: int, rotary_dim: int | None) -> Iterator[tuple[Tensor, str]]:
-    """Ways to pair coordinates, likely ones first: none, then halves and neighbours of the first r coordinates."""
+    """Ways to pair coordinates, likely ones first: none, then halves and neighbours of the first r coordinates.
+
+    Example:
+        >>> [words for _, words in rotations(4, None)]
+        ['none', 'halves of 4', 'neighbours of 4', 'halves of 2', 'neighbours of 2']
+    """
     yield torch.empty(2, 0, dtype=torch.long, device="cpu"), "none"
     likely = [rotary_dim or d_head, d_head, d_head // 2, d_head // 4]
     for size in dict.fromkeys([*likely, *range(d_head, 0, -1)]):

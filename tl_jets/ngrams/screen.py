@@ -8,8 +8,7 @@ With x^ and u^ the rounded state and (centered) column, a logit is off by at mos
 the residuals, then the rounding of the result (2^-8 of the row's largest logit, which is known). Columns are centered
 over the vocabulary, which changes no log-probability. A row is skipped if the upper bound of its best log-probability
 is below the threshold of the scan (`tl_jets.ngrams.scan`), so the result is the same. Other rows wait; those with the
-highest bounds are scanned first, since they raise the threshold most. A scan that has to scan most of its rows stops
-screening. Memory: `W_U` in bfloat16, and the states of waiting rows.
+highest bounds are scanned first. A scan that has to scan most of its rows stops screening.
 """
 
 from __future__ import annotations
@@ -142,14 +141,10 @@ class ScreenedScan:
             self.scanned += len(first.ids)
             self._drop()
 
-    def close(self) -> None:
-        """End of rows: scan the waiting ones and free the table."""
+    def finish(self, processes: Processes = ALONE) -> BestPairs:
+        """The best pairs of all rows, after which none may be added; see `TopScan.finish`."""
         self._scan_waiting()
         self.tiles.table = self.tiles.table.new_empty(0, 0)
-
-    def finish(self, processes: Processes = ALONE) -> BestPairs:
-        """The best pairs of all rows; see `TopScan.finish`."""
-        self._scan_waiting()
         return self.scan.finish(processes)
 
     def state(self) -> dict[str, Tensor]:

@@ -14,11 +14,6 @@ Only process 0 reads and writes files, and any number of processes can resume an
 **Skip-trigrams.** Each process searches one head at a time; the two passes of left-over heads are divided.
 
 Cost: the slowest process's share. Memory: the model in each process; with `per="row"` all rows' best tokens in each.
-
-Example:
-    >>> alone = Processes.of(False)
-    >>> alone.size, alone.exchange(lambda: 17), alone.map(abs, [-1, 2, -3])
-    (1, [17], [1, 2, 3])
 """
 
 from __future__ import annotations

@@ -12,16 +12,15 @@ path                   stream of token z, decoded by the model's own decoder    
 `"mlps"`               x := x + gamma_l_mlp(x) from x = W_E[z], over all MLPs         `mlps`
 =====================  =============================================================  ====================
 
-Labels are also accepted as paths. W_E[z] is the model's `embed` source, with any scale or norm before the first block.
-The MLPs are the model's own modules, replayed with their hooks (`tl_jets.adapters`); attention is not evaluated.
-
-Cost: an embedding and the path's MLPs per token, and one forward pass on one-token prompts for the self-check.
+W_E[z] is the model's `embed` source, with any scale or norm before the first block. The MLPs are the model's own
+modules, replayed with their hooks (`tl_jets.adapters`); attention is not evaluated.
+Cost: an embedding and the path's MLPs per token, and forward passes on one-token prompts for the self-check.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ DIRECT, MLPS = "direct", "mlps"
 STREAM_ROWS = 512
 
 PathInput = str | Sequence[str]
+TokenIds = Sequence[int] | Int[Tensor, " token"]
 
 
 class VocabularyStreams:
@@ -52,7 +52,7 @@ class VocabularyStreams:
 
     Attributes:
         network: The network at sublayer granularity.
-        paths: Steps of each path by label; None for `mlps`.
+        paths: Steps of each path by label.
         n_tokens: Number of tokens that the model embeds.
         trace: A run on `prompts` prompts of one token, for the arguments of replays.
         device: Device of the streams.
@@ -90,11 +90,10 @@ class VocabularyStreams:
     @full_float32()
     def stream(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
         """The streams at the end of a path, before the final norm, of tokens with these embeddings."""
-        steps = self.paths[label]
         stream = embed
-        for step in self._mlps if steps is None else steps:
+        for step in self.paths[label]:
             write = self._write(step, stream)
-            stream = stream + write if steps is None else write
+            stream = stream + write if label == MLPS else write
         return stream
 
     def states(self, embed: Float[Tensor, "token d_model"], label: str) -> Float[Tensor, "token d_model"]:
@@ -102,10 +101,6 @@ class VocabularyStreams:
         decoder, parts = self.network.decoder, slices(len(embed), STREAM_ROWS)
         state = torch.cat([decoder.norm(self.stream(embed[part], label)) for part in parts])
         return state.to(decoder.compute_dtype(state))
-
-    @cached_property
-    def _mlps(self) -> list[str]:
-        return mlp_steps(self.network)
 
     def _write(self, step: str, stream: Tensor) -> Tensor:
         return self.network.view.writes(self.trace.recording, self.alone(step), stream.unsqueeze(1))[0, :, 0]
@@ -124,7 +119,7 @@ class VocabularyStreams:
             )
         found = self.embed(torch.cat([ids, torch.arange(min(self.n_tokens, 5), device="cpu")]))
         self._agree("embed", found[:2], self.trace["embed"][:2, 0])
-        for step in {step for steps in self.paths.values() for step in (self._mlps if steps is None else steps)}:
+        for step in {step for steps in self.paths.values() for step in steps}:
             self.trace.stage_function(self.network.stage(step))  # compares the replay with what the model wrote
             self._agree(step, self._write(step, found)[:2], self._write(step, found[:2]))
 
@@ -143,8 +138,8 @@ def mlp_steps(network: ResidualNetwork) -> list[str]:
     return [x.label for x in steps if x.kind == "mlp" or (x.kind == "callable" and x.label.endswith("_mlp"))]
 
 
-def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str] | None]:
-    """A path's label and steps; None stands for all MLPs with their identities."""
+def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str]]:
+    """A path's label and steps."""
     known = mlp_steps(network)
     if path == MLPS:
         whole = [step.label for step in network.steps if step.kind == "block"]
@@ -157,7 +152,7 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> tuple[str, list[str
             raise ValueError(
                 f'"{MLPS}" needs a model with MLPs; this one has none. Its only bi-gram path is "{DIRECT}".'
             )
-        return MLPS, None
+        return MLPS, known
     if isinstance(path, str):  # a label
         steps = [] if path == DIRECT else [step.strip() for step in path.split(ARROW.strip())]
     else:
@@ -186,3 +181,26 @@ def _count_tokens(network: ResidualNetwork) -> int:
     if "embed" not in view.embeds:
         raise ValueError(f'A network of callables must name its token embedding "embed"; it has {list(view.embeds)}.')
     return int(getattr(view.embeds["embed"], "num_embeddings", network.decoder.d_vocab))
+
+
+def read_tokens(
+    name: str, ids: TokenIds | None, size: int, device: torch.device | str = "cpu"
+) -> Int[Tensor, " token"]:
+    """Sorted, distinct token ids, None for all; ValueError, with `name`, unless they are ids below `size`."""
+    if ids is None:
+        return torch.arange(size, device=device)
+    if not isinstance(ids, Tensor) and any(isinstance(token, str) for token in ids):
+        raise ValueError(f"{name} must be token ids; got {ids!r}. `model.to_single_token` gives a token's id.")
+    found = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device=device)
+    if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
+        raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
+    if int(found.min()) < 0 or int(found.max()) >= size:
+        raise ValueError(f"{name} must be ids in 0..{size - 1}; got {int(found.min())}..{int(found.max())}.")
+    return found.long().unique()
+
+
+def described(ids: Tensor | None, given: Any) -> str | dict[str, Any]:
+    """A short description of a subset of tokens: their number and hash, or "all"."""
+    if given is None or ids is None:
+        return "all"
+    return {"count": len(ids), "sha256": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()}

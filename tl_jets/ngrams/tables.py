@@ -1,10 +1,8 @@
 """Tables of n-grams, best first, and their Parquet files.
 
 The columns are `id_1 .. id_n`, `token_1 .. token_n`, `score`, and further numbers (`parts`). A table carries its path,
-settings and the model's fingerprint (`tl_jets.ngrams.fingerprints`). Tables are comparable if their settings are equal.
-
-pandas, DuckDB, polars and datasets read the files. Everything but the columns is JSON in the schema's metadata; nothing
-is unpickled. Saving is atomic, and loading refuses a file that is truncated or changed.
+settings and the model's fingerprint; tables are comparable if their settings are equal. pandas, DuckDB, polars and
+datasets read the files, in which everything but the columns is JSON in the schema's metadata; nothing is unpickled.
 
 Example:
     >>> import torch
@@ -74,8 +72,8 @@ class NgramTable(Result):
         note: Which tokens a look-up did not find; not saved.
 
     Raises:
-        ValueError: Shapes disagree, ids are not integers, a score is NaN, an id has no name, a part has the name of
-            another column, or the settings are not JSON.
+        ValueError: Shapes disagree, ids are not integers or have no name, a score is NaN, a part has the name of another
+            column, or the settings are not JSON.
     """
 
     ids: Int[Tensor, "row n"]
@@ -120,12 +118,10 @@ class NgramTable(Result):
                 raise ValueError(
                     f"The names of ids must be texts; id {token} has {self.names[token]!r}. See tokens.token_names."
                 )
-        names = {token: writable(self.names[token]) for token in present}
-        parts = {name: x.detach().cpu().double() for name, x in self.parts.items()}
-        scores = self.scores.detach().cpu().double()
-        for name, value in zip(
-            ("ids", "scores", "names", "settings", "parts"), (ids, scores, names, settings, parts), strict=True
-        ):
+        own: dict[str, Any] = {"ids": ids, "settings": settings, "scores": self.scores.detach().cpu().double()}
+        own["names"] = {token: writable(self.names[token]) for token in present}
+        own["parts"] = {name: x.detach().cpu().double() for name, x in self.parts.items()}
+        for name, value in own.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -216,13 +212,11 @@ class NgramTable(Result):
             ValueError: There is no such column.
 
         Example:
-            >>> table = NgramTable.ranked(
-            ...     torch.tensor([[0, 1], [0, 2]]), torch.tensor([-1.0, -2.0]), names={0: "a", 1: "b", 2: "c"}, path="direct"
-            ... )
-            >>> table.where(id_1=0, token_2=["c", "B"])
-            NgramTable(1 bi-grams by log-probability; path direct): none of these 2 bi-grams has 'B' as token_2; 'b' is a token_2
-              token_1 token_2  score
-            0       a       c   -2.0
+            >>> given = {"names": {0: "a", 1: "b", 2: "c"}, "path": "direct"}
+            >>> table = NgramTable.ranked(torch.tensor([[0, 1], [0, 2]]), torch.tensor([-1.0, -2.0]), **given)
+            >>> found = table.where(id_1=0, token_2=["c", "B"])
+            >>> len(found), found.note
+            (1, "none of these 2 bi-grams has 'B' as token_2; 'b' is a token_2")
         """
         keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
         notes = [self.note] if self.note else []
@@ -234,17 +228,18 @@ class NgramTable(Result):
         for name, wanted in columns.items():
             if name not in known:
                 raise ValueError(f"A condition must be on a column, one of {known}; got {name!r}.")
+            kind, _, place = name.partition("_")
+            column = self.ids[:, int(place) - 1]
             values: list[Any] = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
-            column = self.ids[:, int(name.removeprefix("id_").removeprefix("token_")) - 1]
-            is_text = name.startswith("token")
-            named = {value: self._named(value, column) if is_text else [value] for value in values}
-            ids = torch.tensor([token for known in named.values() for token in known], dtype=torch.long, device="cpu")
-            found = torch.isin(column, ids)
-            absent = [value for value in named if not (named[value] if is_text else bool(found.any()))]
-            absent = absent if len(self) else []
-            notes += [self._absence(value, name) for value in absent[:NOTED]]
+            of_value = {value: self._named(value, column) if kind == "token" else [value] for value in values}
+            ids = torch.tensor(
+                [token for found in of_value.values() for token in found], dtype=torch.long, device="cpu"
+            )
+            keep &= torch.isin(column, ids)
+            present = set(column.tolist())
+            absent = [value for value, found in of_value.items() if len(self) and present.isdisjoint(found)]
+            notes += [self._absence(value, f"token_{place}") for value in absent[:NOTED]]
             notes += [f"{len(absent) - NOTED} more are not there"] if len(absent) > NOTED else []
-            keep &= found
         return replace(self._rows(keep.nonzero()[:, 0]), note="; ".join(notes))
 
     def _named(self, text: str, column: Int[Tensor, " row"]) -> list[int]:
@@ -262,10 +257,9 @@ class NgramTable(Result):
             tokens = [t for t, text in self.names.items() if text.strip().casefold() == wanted.strip().casefold()]
             for other, column in zip(self._columns("token"), self.ids.T, strict=True):
                 alike[other] = sorted({self.names[token] for token in tokens if bool((column == token).any())})
-        column = name.replace("id", "token")
         others = "".join(f"; {', '.join(map(repr, texts))} is a {other}" for other, texts in alike.items() if texts)
         text = repr(wanted) if isinstance(wanted, str) else f"id {wanted}"
-        return f"none of these {len(self):,} {self._kind} has {text} as {column}{others}"
+        return f"none of these {len(self):,} {self._kind} has {text} as {name}{others}"
 
     def _mapped(self, change: Any, names: Any = None) -> NgramTable:
         """Tables stay on the CPU when the result that holds them moves."""

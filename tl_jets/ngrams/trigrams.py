@@ -16,34 +16,25 @@ and the model's own decoder upsilon. `normalize` chooses A:
 
 **The join.** Given z1, the score is a function of z2 plus one of z3. Sort both, best first. **Lemma**: none of the K
 best triples pairs the i-th best z2 with the j-th best z3 of its z1 where i j > K: the pairs of the first i with the
-first j are all at least as good (ties by ids). So a z1 has at most K (1 + ln K) candidates, and most have none:
+first j are all at least as good (ties by ids).
 
 1. *Keys.* One pass over all query-key scores gives each query's log-normalizer and an upper bound of each key's best A.
 2. *Outputs.* The best log P of keys by decreasing bound, until the bound is below the K-th best triple (log P <= 0).
 3. *Join.* For keys whose bounds together reach the K-th best: pairs i j <= K above it, from float64 logits.
 
-**Exactness.** Passes 1 and 2 give bounds, which include the rounding of their products. Joined triples have rounded
-normalizers, so more than K are kept and scored again in float64; if the K-th score does not exceed the last kept one by
-four times the largest rounding error seen, the search is repeated with twice as many. The table is exact for float64
-models, and for float32 ones up to the rounding of queries, keys and values (scores to about 1e-6).
+**Exactness.** The bounds include the rounding of their products. Joined triples have rounded normalizers, so more than
+K are kept and scored again in float64; if the K-th score does not exceed the last kept one by four times the largest
+rounding error seen, the search is repeated with twice as many. The table is exact for float64 models, and for float32
+ones up to the rounding of queries, keys and values (scores to about 1e-6).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK
-and OV circuits). The normalized A, the distance and the exact join are ours.
-
-Cost: at most 2 V^2 d_head multiply-adds a head (a bi-gram sweep has V^2 d_model), and the layer's attention on V
-tokens. Memory: queries, keys and values of the heads read at once (at most 512 MB), and 24 V d_head numbers a head.
-
-Example:
-    >>> import tl_jets as tj
-    >>> table = jet_trigrams(tj.load_tinydocs(), 1, 0, top_k=5)
-    >>> table.path, table.n, sorted(table.parts)
-    ('L1H0', 3, ['attention', 'log_prob'])
+and OV circuits). The normalized A, the distance and the exact join are ours. Cost: at most 2 V^2 d_head multiply-adds a
+head, and the layer's attention on V tokens. Memory: at most 512 MB of queries, keys and values, and 24 V d_head numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -57,11 +48,11 @@ from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
-from tl_jets.ngrams.jobs import SUFFIX, Job, Sweep, saved_tables
+from tl_jets.ngrams.jobs import Job, Sweep
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
 from tl_jets.ngrams.shards import ALONE, Distributed, Processes
+from tl_jets.ngrams.streams import TokenIds, described, read_tokens
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.token_ids import TokenIds, described, read_tokens
 
 # Elements of queries, keys and values held at once.
 HELD = 2**27
@@ -114,8 +105,7 @@ def jet_trigrams(
     """The best skip-trigrams of heads of one layer, exact over all V^3 triples.
 
     Args:
-        model: A model or a `ResidualNetwork`. Hooks inside steps must depend on the token alone; those on
-            streams are refused.
+        model: A model or a `ResidualNetwork`. Hooks inside steps must depend on the token alone; those on streams are refused.
         layer: The layer.
         head: A head, for one table; several heads, or None for all, for tables by head.
         top_k: Number of triples a head.
@@ -138,20 +128,18 @@ def jet_trigrams(
     Example:
         >>> import tl_jets as tj
         >>> tables = jet_trigrams(tj.load_tinydocs(), 0, [0, 2], top_k=3, distance=2, rows=range(40, 60))
-        >>> [(head, len(table)) for head, table in tables.items()]
-        [(0, 3), (2, 3)]
+        >>> [(head, len(table), sorted(table.parts)) for head, table in tables.items()]
+        [(0, 3, ['attention', 'log_prob']), (2, 3, ['attention', 'log_prob'])]
     """
     options = {"top_k": top_k, "distance": distance, "normalize": normalize, "rows": rows, "progress": progress}
     plan = TrigramSweep.planned(model, layer, head, saves=folder is not None, distributed=distributed, **options)
-    found: dict[int, NgramTable] = {}
-    if folder is not None:
-        files = {index: Path(folder) / f"{plan.path(index)}{SUFFIX}" for index in plan.chosen}
-        found |= plan.processes.first(lambda: saved_tables(files, lambda index: plan.header(plan.path(index))))
-    for index, table in plan.tables([index for index in plan.chosen if index not in found]):
-        found[index] = table
+    paths = {index: plan.path(index) for index in plan.chosen}
+    found = {} if folder is None else plan.load(folder, paths.values())
+    for table in plan.tables([index for index, path in paths.items() if path not in found]):
+        found[table.path] = table
         if folder is not None:
-            plan.processes.first(partial(table.save, files[index]))
-    return found[head] if isinstance(head, int) else {index: found[index] for index in plan.chosen}
+            plan.save(folder, [table])
+    return found[paths[head]] if isinstance(head, int) else {index: found[path] for index, path in paths.items()}
 
 
 @torch.no_grad()
@@ -171,7 +159,7 @@ def trigram_job(model: Any, layer: int, head: int, *, name: str | None = None, *
     (index,) = plan.chosen
 
     def run(state: Path | None) -> NgramTable:  # no unfinished state: a head is quick
-        ((_, table),) = plan.tables([index])
+        (table,) = plan.tables([index])
         return table
 
     return Job(name or plan.path(index), run, **plan.header(plan.path(index)), processes=plan.processes)
@@ -187,7 +175,7 @@ def trigram_scores(
     distance: int = 1,
     normalize: Normalize = "vocab",
 ) -> Float[Tensor, " triple"]:
-    """Scores of given skip-trigrams, as in `jet_trigrams`.
+    """Scores of given skip-trigrams, as in `jet_trigrams`: nats, float64. Shape [triple].
 
     Args:
         model: A model or a `ResidualNetwork`.
@@ -197,9 +185,6 @@ def trigram_scores(
         distance: See `jet_trigrams`, also for the errors.
         normalize: See `jet_trigrams`.
 
-    Returns:
-        Nats, float64. Shape [triple].
-
     Raises:
         ValueError: `triples` are not ids [triple, 3].
 
@@ -207,9 +192,8 @@ def trigram_scores(
 
     Example:
         >>> import tl_jets as tj
-        >>> model = tj.load_tinydocs()
-        >>> table = jet_trigrams(model, 1, 0, top_k=3)
-        >>> bool(torch.allclose(trigram_scores(model, 1, 0, table.ids), table.scores))
+        >>> table = jet_trigrams(tj.load_tinydocs(), 1, 0, top_k=3)
+        >>> bool(torch.allclose(trigram_scores(tj.load_tinydocs(), 1, 0, table.ids), table.scores))
         True
     """
     attention, log_prob = trigram_parts(model, layer, head, triples, distance=distance, normalize=normalize)
@@ -218,16 +202,10 @@ def trigram_scores(
 
 @torch.no_grad()
 def trigram_parts(
-    model: Any,
-    layer: int,
-    head: int,
-    triples: Sequence[Sequence[int]] | Int[Tensor, "triple 3"],
-    *,
-    distance: int = 1,
-    normalize: Normalize = "vocab",
+    model: Any, layer: int, head: int, triples: Sequence[Sequence[int]] | Int[Tensor, "triple 3"], **options: Any
 ) -> tuple[Float[Tensor, " triple"], Float[Tensor, " triple"]]:
     """A(key | query) and log P(output | key) of given skip-trigrams, the summands of `trigram_scores`; float64."""
-    plan = TrigramSweep(model, layer, head, distance=distance, normalize=normalize)
+    plan = TrigramSweep(model, layer, head, **options)
     reader = plan.reader
     (index,) = plan.chosen
     ids = torch.as_tensor(triples, device=reader.device)
@@ -292,7 +270,7 @@ class TrigramSweep(Sweep):
         return f"L{self.reader.layer}H{head}"
 
     @torch.no_grad()
-    def tables(self, heads: Sequence[int]) -> Iterator[tuple[int, NgramTable]]:
+    def tables(self, heads: Sequence[int]) -> Iterator[NgramTable]:
         """Tables of heads as they are finished; as many heads at a time as there are processes."""
         processes, n_tokens = self.processes, self.reader.n_tokens
         # The processes divide the work of each left-over head.
@@ -312,20 +290,15 @@ class TrigramSweep(Sweep):
 
             for _ in range(0, whole, processes.size):
                 for head, best in processes.exchange(search_next):
-                    yield head, self._table(head, *best)
+                    yield self._table(head, *best)
             for head, maps in processes.agree(lambda: list(self.maps(heads[whole:])), lambda _: {}):
-                yield head, self._table(head, *search(maps, processes))
+                yield self._table(head, *search(maps, processes))
 
     def _table(self, head: int, ids: Tensor, attention: Tensor, log_prob: Tensor) -> NgramTable:
         """The table of a head's best triples."""
-        return NgramTable.ranked(
-            ids,
-            attention + log_prob,
-            names=token_names(self.network.tokenizer, [ids]),
-            **self.header(self.path(head)),
-            parts={"attention": attention, "log_prob": log_prob},
-            top_k=self.top_k,
-        )
+        about = {"names": token_names(self.network.tokenizer, [ids]), **self.header(self.path(head))}
+        parts = {"attention": attention, "log_prob": log_prob}
+        return NgramTable.ranked(ids, attention + log_prob, parts=parts, top_k=self.top_k, **about)
 
     def maps(self, heads: Sequence[int]) -> Iterator[tuple[int, HeadMaps]]:
         """The maps of heads, one after another; `HELD` limits how many are read at once."""

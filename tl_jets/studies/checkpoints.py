@@ -2,13 +2,6 @@
 
 A generator of (step, copy of the model) may follow a training run: it is advanced after each evaluation. The control of
 the hit ratio shuffles the reference's second tokens.
-
-Example:
-    >>> import tl_jets as tj
-    >>> loaders = {"docs": tj.load_tinydocs, "docs again": tj.load_tinydocs}
-    >>> found = track(lambda name: loaders[name](), list(loaders), pairs=[(" more", " than")], path="mlps", reference="last", n=20)
-    >>> found.hit_ratio.tolist()
-    [1.0, 1.0]
 """
 
 from __future__ import annotations

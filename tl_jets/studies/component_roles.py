@@ -104,13 +104,11 @@ def roles(
     Raises:
         ValueError: No MLP, or `counts` of another vocabulary or with fewer than n bi-grams; see `jet_bigrams`.
 
-    Source: Chen et al., arXiv 2410.06024, section 5.1 (roles of components; table 1). Cost: one sweep over the
-    vocabulary per path; less per head.
+    Source: Chen et al., arXiv 2410.06024, section 5.1 (table 1). Cost: a sweep over the vocabulary per path; less per head.
 
     Example:
         >>> import tl_jets as tj
-        >>> found = roles(tj.load_tinydocs(), n=20)
-        >>> found.labels
+        >>> roles(tj.load_tinydocs(), n=20).labels
         ['direct', '0_mlp', '1_mlp', '2_mlp', '3_mlp', 'mlps']
     """
     check_integers(1, n=n)

@@ -21,9 +21,8 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -32,11 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.logit_reader import rank, slices
-from tl_jets.core.options import check_integers
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
-from tl_jets.ngrams.streams import PathInput
+from tl_jets.ngrams.streams import PathInput, TokenIds, read_tokens
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.token_ids import read_tokens
 from tl_jets.studies.pairs import ROWS, RowScores
 from tl_jets.studies.row_changes import CHUNK, Change, RowChanges, RowsMoved
 from tl_jets.studies.vocabularies import check_vocabulary, vocabulary_of
@@ -85,7 +83,7 @@ def diff(
     top_k: int = 100,
     change: Change = "probability",
     at_least: float | int = 0,
-    rows: Sequence[int] | Int[Tensor, " row"] | None = None,
+    rows: TokenIds | None = None,
     progress: bool = True,
 ) -> ModelDiff:
     """The bi-grams that changed most from model a to model b; unchanged pairs are left out.
@@ -106,10 +104,9 @@ def diff(
     Source: Chen et al., arXiv 2410.06024, section 5.3 (effects of fine-tuning).
     """
     check_integers(1, top_k=top_k)
-    if change not in ("probability", "logprob") or not 0 <= at_least <= 1:
-        raise ValueError(
-            f'change must be "probability" or "logprob", and at_least in 0..1; got {change!r} and {at_least}.'
-        )
+    check_choice("change", change, get_args(Change))
+    if not 0 <= at_least <= 1:
+        raise ValueError(f"at_least must be a probability, 0..1; got {at_least}.")
     before, after = RowScores(a, path), RowScores(b, path)
     check_vocabulary(vocabulary_of(before.network), vocabulary_of(after.network))
     first = read_tokens("rows", rows, min(before.n_tokens, after.n_tokens))

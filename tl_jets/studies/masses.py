@@ -11,12 +11,6 @@ of a list of three, every sixth shuffle is the list itself.
 
 The 95% interval is a percentile bootstrap over the list's words, or bi-grams where these were given; words that share a
 bi-gram are resampled together. Duplicates count once, and order does not matter.
-
-Example:
-    >>> import tl_jets as tj
-    >>> found = mass(tj.load_tinydocs(), [(" more", " than"), (" such", " as"), (" has", " been")], path="mlps", controls=20)
-    >>> found.size, found.mean > found.control_mean
-    (3, True)
 """
 
 from __future__ import annotations

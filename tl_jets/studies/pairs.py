@@ -4,15 +4,7 @@ r"""Exact scores of given bi-grams, the basis of the other studies.
     \text{score}(z_2 | z_1) = \log \mathrm{softmax}\bigl(\upsilon(x_{\text{path}}(z_1))\bigr)_{z_2}
 
 as in `tl_jets.ngrams.bigrams`, with equal results. Each distinct first token is evaluated once in float64, `ROWS` at a
-time, so that no V x V matrix is stored.
-
-Cost: distinct first tokens * d_vocab * d_model multiply-adds in float64; memory about 3 * `ROWS` rows of logits.
-
-Example:
-    >>> import tl_jets as tj
-    >>> table = pair_scores(tj.load_tinydocs(), [(" more", " than"), (" more", " of")], path="mlps")
-    >>> [table.names[i] for i in table.ids[0].tolist()]
-    [' more', ' than']
+time, so that no V x V matrix is stored. Cost: distinct first tokens * d_vocab * d_model multiply-adds in float64.
 """
 
 from __future__ import annotations
@@ -30,6 +22,7 @@ from torch import Tensor
 from tl_jets.core.decoder import exact_logits
 from tl_jets.core.logit_reader import check_finite, log_parts, slices
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_choice
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
 from tl_jets.ngrams.scan import SCORES, Score
@@ -52,18 +45,12 @@ class RowScores:
         path: A path, as in `jet_bigrams`.
         score: `"logprob"` (nats) or `"logit"`.
 
-    Attributes:
-        network: The network at sublayer granularity.
-        d_vocab: Number of second tokens.
-        n_tokens: Number of first tokens.
-
     Raises:
         ValueError: The path mixes positions or does not exist, or `score` is unknown.
     """
 
     def __init__(self, model: Any, path: PathInput = "direct", *, score: Score = "logprob"):
-        if score not in SCORES:
-            raise ValueError(f"score must be one of {SCORES}; got {score!r}.")
+        check_choice("score", score, SCORES)
         self.streams = VocabularyStreams(model, [path])
         (self.path,) = self.streams.paths
         self.network, self.score = self.streams.network, score
@@ -103,15 +90,9 @@ class RowScores:
         self, ids: Int[Tensor, "pair 2"], scores: Float[Tensor, " pair"], parts: dict[str, Tensor], **settings: Any
     ) -> NgramTable:
         """A table of bi-grams along this path, best first."""
-        return NgramTable.ranked(
-            ids,
-            scores,
-            names=token_names(self.network.tokenizer, [ids]),
-            path=self.path,
-            settings={"ngram": "given bi-grams", "score": self.score} | settings,
-            fingerprint=self.fingerprint,
-            parts=parts,
-        )
+        settings = {"ngram": "given bi-grams", "score": self.score} | settings
+        about = {"path": self.path, "settings": settings, "fingerprint": self.fingerprint}
+        return NgramTable.ranked(ids, scores, names=token_names(self.network.tokenizer, [ids]), parts=parts, **about)
 
 
 def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", score: Score = "logprob") -> NgramTable:
@@ -133,8 +114,9 @@ def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", sco
 
     Example:
         >>> import tl_jets as tj
-        >>> pair_scores(tj.load_tinydocs(), [[40, 41], [7, 9]], path=["0_mlp", "3_mlp"]).ids.shape
-        torch.Size([2, 2])
+        >>> table = pair_scores(tj.load_tinydocs(), [(" more", " than"), (" more", " of")], path="mlps")
+        >>> [table.names[i] for i in table.ids[0].tolist()]
+        [' more', ' than']
     """
     reader = RowScores(model, path, score=score)
     ids = read_pairs(reader, pairs)

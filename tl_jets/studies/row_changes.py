@@ -9,17 +9,8 @@ logit, plus that of a sum):
 
 sums of nonnegative terms. Where a row moved little, q - p cancels, and the last form is used (`CLOSE`). The remaining
 error is that of d relative to d: float32 logits of size 10 have an error of about 1e-6. Only rows with the largest
-bounds need float64 (`tl_jets.studies.differences`).
-
-Cost: one product with `W_U` per model and a quarter of that for the rest. Memory: two times `CHUNK` rows of logits.
-
-Example:
-    >>> import torch, tl_jets as tj
-    >>> from tl_jets.studies.pairs import RowScores
-    >>> docs, code = (RowScores(load(), "mlps") for load in (tj.load_tinydocs, tj.load_tinycode))
-    >>> found = RowChanges(docs, code).read(torch.tensor([40, 41, 42]))
-    >>> found.rise.shape, bool((found.kl > 0).all())
-    (torch.Size([3]), True)
+bounds need float64 (`tl_jets.studies.differences`). Cost: one product with `W_U` per model and a quarter of that for
+the rest. Memory: two times `CHUNK` rows of logits.
 """
 
 from __future__ import annotations

@@ -145,10 +145,8 @@ def compare_with_counts(
 
     Example:
         >>> import tl_jets as tj
-        >>> from tl_jets.studies import ngram_counts
-        >>> model = tj.load_tinydocs()
-        >>> counts = ngram_counts(model.to_tokens("The server returns the number of bytes.", prepend_bos=False)[0])
-        >>> compare_with_counts(model, counts, paths=["mlps"], controls=3).labels
+        >>> counts = tj.studies.ngram_counts([5, 6, 7, 5, 6])
+        >>> compare_with_counts(tj.load_tinydocs(), counts, paths=["mlps"], controls=3).labels
         ['mlps', 'unigram (no model)']
     """
     network = ResidualNetwork(model)

@@ -32,17 +32,8 @@ DIGITS = 6
 SHARED = ("labels", "linearize", "center_scale", "rho", "alpha", "beta", "borrowed_share", "borrowed", "top_ids")
 SHARED += ("measures", "control")
 ITERATIVE = ("orders", "full_values", "own_values")
-JOINT = (
-    "order",
-    "objective",
-    "weights",
-    "gap",
-    "effective_rank",
-    "target_ids",
-    "effects",
-    "uniform",
-    "control_uniform",
-)
+JOINT = ("order", "objective", "weights", "gap", "effective_rank", "target_ids", "effects")
+JOINT += ("uniform", "control_uniform")
 
 
 def lens_data(
