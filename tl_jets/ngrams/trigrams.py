@@ -246,11 +246,10 @@ class TrigramSweep(Sweep):
         self.top_k, self.progress, self.processes = top_k, progress, processes
         # At most the number of all triples.
         self.held = min(top_k, len(self.keys) * reader.n_tokens * reader.network.decoder.d_vocab)
-        check_fits(
-            self.held * (TRIPLE_BYTES + TABLE_BYTES * len(self.chosen)),
-            f"The {self.held:,} best skip-trigrams of {len(self.chosen)} {'head' if len(self.chosen) == 1 else 'heads'}",
-            "Take a smaller top_k, or fewer heads at a time.",
-        )
+        n_heads = len(self.chosen)
+        what = f"The {self.held:,} best skip-trigrams of {n_heads} {'head' if n_heads == 1 else 'heads'}"
+        bytes_held = self.held * (TRIPLE_BYTES + TABLE_BYTES * n_heads)
+        check_fits(bytes_held, what, "Take a smaller top_k, or fewer heads at a time.")
         self.settings = {
             "ngram": "skip-trigram",
             "score": "score" if normalize == "none" else "logprob",

@@ -112,8 +112,8 @@ def track(
         ValueError: Neither pairs nor a reference; no checkpoint; different vocabularies; a reference with fewer than
             n bi-grams; or a `folder` without a reference, with unsuitable file names, or with other tables.
 
-    Source: Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours. Cost: per checkpoint, a
-    sweep over the vocabulary if there is a reference, and the first tokens of `pairs`.
+    Source: Chen et al., arXiv 2410.06024, section 5.2 (training dynamics); the control is ours.
+    Cost: per checkpoint, a sweep over the vocabulary if there is a reference, and the first tokens of `pairs`.
     """
     options: dict[str, Any] = {"pairs": pairs, "reference": reference, "n": n, "unigram": unigram, "controls": controls}
     options |= {"seed": seed, "progress": progress, "folder": folder}

@@ -128,6 +128,5 @@ def roles(
     of_heads: dict[str, NgramTable] = {}
     for layer in sorted({step.layer for step in network.at("head").steps if step.kind == "head"}) if heads else ():
         of_heads |= {table.path: table for table in jet_trigrams(network, layer, top_k=n, progress=progress).values()}
-    return Roles(
-        components, list(tables), tables, torch.tensor(overlap, dtype=torch.float64, device="cpu"), n, of_heads
-    )
+    shares = torch.tensor(overlap, dtype=torch.float64, device="cpu")
+    return Roles(components, list(tables), tables, shares, n, of_heads)

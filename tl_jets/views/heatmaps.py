@@ -10,13 +10,6 @@
 
 All cells are computed exactly as in `jet_trigrams`, also those whose trigrams are not in the table. The table's tokens
 are the axes, so a selection of it chooses them: `table.where(token_1=" not")`.
-
-Example:
-    >>> import tl_jets as tj
-    >>> model = tj.load_tinydocs()
-    >>> table = tj.jet_trigrams(model, 1, 0, top_k=100)
-    >>> trigram_heatmap(model, table).title.split(":")[0]
-    'L1H0'
 """
 
 from __future__ import annotations
