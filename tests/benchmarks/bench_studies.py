@@ -18,11 +18,12 @@ from collections.abc import Callable
 import torch
 
 from tl_jets import CallableModel, Decoder, Norm
+from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.ngrams.bigrams import CHUNK_CPU
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.studies import diff
 from tl_jets.studies.pairs import RowScores
-from tl_jets.studies.row_changes import CHUNK, RowChanges
+from tl_jets.studies.row_changes import RowChanges
 
 D_MODEL, D_VOCAB, TOP_K = 768, 50257, 100
 
@@ -56,7 +57,7 @@ def main() -> None:
             scan.add(model.decoder.norm(embed.weight[ids]), ids)
 
     def read(ids: torch.Tensor) -> None:
-        for part in ids.split(CHUNK):
+        for part in ids.split(CHUNK_SIZE):
             changes.read(part)
 
     seconds: list[tuple[tuple[float, float], tuple[float, float]]] = []

@@ -59,7 +59,7 @@ def digests(tables: Any) -> dict[str, str]:
 def small_chunks(monkeypatch):
     """States are saved after every chunk, and chunks are small where nobody says how large."""
     monkeypatch.setattr("tl_jets.ngrams.jobs.STATE_SECONDS", 0.0)
-    for name in ("CHUNK_CPU", "CHUNK_PER_ROW"):
+    for name in ("CHUNK_CPU", "CHUNK_SIZE"):
         monkeypatch.setattr(f"tl_jets.ngrams.bigrams.{name}", 6)
 
 

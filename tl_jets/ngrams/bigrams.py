@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.free_memory import check_fits
-from tl_jets.core.logit_reader import BLOCK, LOG2_E, check_finite, slices
+from tl_jets.core.logit_reader import BLOCK, CHUNK_SIZE, LOG2_E, check_finite, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.tokens import token_names
@@ -47,9 +47,8 @@ from tl_jets.ngrams.tables import NgramTable
 Per = Literal["global", "row"]
 Paths = Literal["each_mlp"] | Sequence[PathInput]
 
-# Rows per chunk of a scan.
+# Rows per chunk of a scan; where their logits are held, `CHUNK_SIZE`.
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
-CHUNK_PER_ROW = 320
 # Bytes of a bi-gram while its table is sorted, and in each path's results.
 PAIR_BYTES, FOUND_BYTES = 48, 64
 # Minimum number of multiply-adds for which measuring the speed of bfloat16 pays off.
@@ -219,7 +218,7 @@ class BigramSweep(Sweep):
         self.progress, self.processes = progress, processes
         self.rows = read_tokens("rows", rows, self.streams.n_tokens, self.device)
         self.columns = None if columns is None else read_tokens("columns", columns, self.decoder.d_vocab, self.device)
-        default = CHUNK_PER_ROW if per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
+        default = CHUNK_SIZE if per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         self.chunk_size = processes.chunk_size(len(self.rows), default) if chunk_size is None else chunk_size
         check_integers(1, top_k=top_k, chunk_size=self.chunk_size)
         self.settings = {

@@ -27,6 +27,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -232,12 +233,12 @@ class NgramTable(Result):
             column = self.ids[:, int(place) - 1]
             values: list[Any] = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
             of_value = {value: self._named(value, column) if kind == "token" else [value] for value in values}
-            ids = torch.tensor(
-                [token for found in of_value.values() for token in found], dtype=torch.long, device="cpu"
-            )
-            keep &= torch.isin(column, ids)
-            present = set(column.tolist())
-            absent = [value for value, found in of_value.items() if len(self) and present.isdisjoint(found)]
+            ids = torch.tensor(list(chain.from_iterable(of_value.values())), dtype=torch.long, device="cpu")
+            found = torch.isin(column, ids)
+            keep &= found
+            # Of alternative ids, one suffices; every text should be there.
+            met = {value: bool(tokens if kind == "token" else found.any()) for value, tokens in of_value.items()}
+            absent = [value for value in met if len(self) and not met[value]]
             notes += [self._absence(value, f"token_{place}") for value in absent[:NOTED]]
             notes += [f"{len(absent) - NOTED} more are not there"] if len(absent) > NOTED else []
         return replace(self._rows(keep.nonzero()[:, 0]), note="; ".join(notes))

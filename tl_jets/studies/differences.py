@@ -8,7 +8,7 @@ along one path, over all V x V pairs. A first pass in float32 bounds the change 
 bound first, until no remaining row can. Models in float64 skip the first pass.
 
 Cost: about two and a half bi-gram sweeps, and a few times top_k rows in float64; for nearly equal models, all rows in
-float64: four times as long. Memory: 0.3 GB for GPT-2 small.
+float64: four times as long. Memory: twice `CHUNK_SIZE` rows of logits.
 
 Example:
     >>> import tl_jets as tj
@@ -30,13 +30,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.core.logit_reader import rank, slices
+from tl_jets.core.logit_reader import CHUNK_SIZE, rank, slices
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
 from tl_jets.ngrams.streams import PathInput, TokenIds, read_tokens
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.pairs import ROWS, RowScores
-from tl_jets.studies.row_changes import CHUNK, Change, RowChanges, RowsMoved
+from tl_jets.studies.row_changes import Change, RowChanges, RowsMoved
 from tl_jets.studies.vocabularies import check_vocabulary, vocabulary_of
 
 
@@ -133,7 +133,7 @@ def _screened(changes: RowChanges, first: Tensor, progress: bool) -> RowsMoved:
         return RowsMoved(*unknown)
     found = []
     with _bar(len(first), progress) as bar:
-        for part in slices(len(first), CHUNK):
+        for part in slices(len(first), CHUNK_SIZE):
             found.append(changes.read(first[part]))
             bar.update(len(first[part]))
     return RowsMoved(*(torch.cat(parts) for parts in zip(*found, strict=True)))

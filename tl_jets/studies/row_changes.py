@@ -10,7 +10,7 @@ logit, plus that of a sum):
 sums of nonnegative terms. Where a row moved little, q - p cancels, and the last form is used (`CLOSE`). The remaining
 error is that of d relative to d: float32 logits of size 10 have an error of about 1e-6. Only rows with the largest
 bounds need float64 (`tl_jets.studies.differences`). Cost: one product with `W_U` per model and a quarter of that for
-the rest. Memory: two times `CHUNK` rows of logits.
+the rest. Memory: two times `CHUNK_SIZE` rows of logits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from tl_jets.studies.pairs import RowScores
 
 Change = Literal["probability", "logprob"]
 
-# First tokens whose logits are held at a time, per model: products of fewer rows are slower.
-CHUNK = 320
 # Numbers processed at a time: they fit the caches of two cores, or fill an accelerator.
 SCRATCH_CPU, SCRATCH_DEVICE = 2**17, 2**25
 # Below this KL (nats), q - p is too inexact.
