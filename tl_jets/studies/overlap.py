@@ -70,7 +70,8 @@ def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> Ngram
         "left_out": int((~known).sum()),
     }
     parts = {"logprob": conditional, **{name: x[known] for name, x in table.parts.items()}}
-    return NgramTable.ranked(ids, scores, names=table.names, parts=parts, **table.header | {"settings": settings})
+    about: dict[str, Any] = {**table.header, "settings": settings, "names": table.names}
+    return NgramTable.ranked(ids, scores, parts=parts, **about)
 
 
 def _bound_of_the_rest(table: NgramTable, unigram: Tensor) -> float:
