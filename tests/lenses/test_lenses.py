@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens, load
 from tl_jets.calculus import full_precision
 from tl_jets.cli import parser
 from tl_jets.core.measures import MEASURES, Measures, random_directions
@@ -812,6 +812,31 @@ def test_a_lens_is_indexed_by_layers_moves_and_completes(spec):
         moved = result.to("meta")
         assert moved.kl.device.type == moved.top_ids.device.type == "meta" and result.kl.device.type == "cpu"
         assert {"kl", "cosine", "to", "top_ids"} <= set(dir(result))
+
+
+@by_spec(SMALL)
+def test_a_lens_is_indexed_by_names_of_transformer_lens(spec, tmp_path):
+    """The layer that a name means has the stream of that name in TransformerLens' own cache."""
+    model, net, tokens, _ = setting(spec)
+    with full_precision():
+        _, cache = model.run_with_cache(tokens)
+    computed, norm = iterative_jet_lens(net, tokens, order=0, center_scale="none"), net.decoder.norm
+    for lens in (computed, load(computed.save(tmp_path / "lens.safetensors"))):
+        for name in [
+            ("resid_pre", 0),
+            ("resid_pre", -1),
+            ("resid_post", 0),
+            ("resid_post", -1),
+            "blocks.1.hook_resid_pre",
+        ]:
+            own = norm(cache[name]) @ net.decoder.W_U + net.decoder.b_U
+            wanted = own.topk(lens.top_ids.shape[-1]).values
+            torch.testing.assert_close(lens[name].full_values[0, 0][lens.valid], wanted[lens.valid])
+        assert lens[[("resid_post", 0), "0_pre"]].labels == ["1_pre", "0_pre"]
+        for wrong in (("resid_pre", 99), "blocks.0.hook_nothing", ("mlp_out", 0)):
+            with pytest.raises(ValueError, match=r"TransformerLens' names|indexed by its layers"):
+                lens[wrong]
+    assert not torch.equal(computed["resid_pre", 0].full_values, computed["resid_post", 0].full_values)
 
 
 @by_spec(GPT2)

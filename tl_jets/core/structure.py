@@ -97,6 +97,11 @@ class Structure:
         return tuple(dict.fromkeys(own + finer))
 
     @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self._n_layers
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None."""
         return self.view.tokenizer

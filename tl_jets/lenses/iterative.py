@@ -32,7 +32,7 @@ from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
-from tl_jets.core.labels import LabelInput
+from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.lens_logits import Readings
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along
@@ -80,6 +80,7 @@ class IterativeJetLens(LensResult):
         unit: Unit of logits: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        n_layers: Number of blocks of the model.
     """
 
     orders: list[int]
@@ -90,9 +91,11 @@ class IterativeJetLens(LensResult):
     target_logits: Float[Tensor, "layer order batch pos target"] | None
     target_ranks: Int[Tensor, "layer order batch pos target"] | None
 
-    def __getitem__(self, labels: str | Sequence[str]) -> IterativeJetLens:
-        """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`. The layer axis stays."""
-        wanted: Any = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
+    def __getitem__(self, labels: LabelInput | Sequence[LabelInput]) -> IterativeJetLens:
+        """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`, `lens["resid_pre", 3]`. The layer axis stays."""
+        wanted: Any = [labels] if is_label(labels) or not isinstance(labels, Iterable) else list(labels)
+        if self.n_layers is not None:
+            wanted = [read_label(label, self.n_layers) if is_label(label) else label for label in wanted]
         unknown = [label for label in wanted if label not in self.labels]
         if unknown or not wanted:
             raise ValueError(

@@ -72,6 +72,7 @@ class JointJetLens(LensResult):
         control_uniform: The same for random centers with uniform weights; `control` shows what optimal weights gain.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        n_layers: Number of blocks of the model.
     """
 
     order: int

@@ -100,6 +100,7 @@ class LensInput:
             "full_values": spread(scan.top.values[cells], -2),
             "own_values": spread(scan.own_values[cells], -2),
             "unit": self.trace.decoder.unit,
+            "n_layers": network.n_layers,
             "token_names": token_names(network.tokenizer, ids),
         }
 
@@ -135,6 +136,7 @@ class LensResult(Averaged, Result):
     unit: str
     token_names: dict[int, str]
     sinks: Sinks | None = None
+    n_layers: int | None = None
 
     remainder_norm, cosine, centered_cosine, kl, top1_agreement = map(_measure, MEASURES)
 
