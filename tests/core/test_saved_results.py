@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -78,6 +81,25 @@ def test_every_field_comes_back(saved):
         assert torch.equal(found.isnan(), wanted.isnan())
     pd.testing.assert_frame_equal(loaded.table, result.table)
     pd.testing.assert_frame_equal(loaded.inner.table, result.inner.table)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_pickles_hold_every_field_but_no_model(saved, how):
+    """`pickle` and `torch.save` give a result whose file has the digest of the first one's: of all tensors and fields."""
+    result, file = saved
+    if how == "pickle":
+        copy = pickle.loads(pickle.dumps(result))
+    else:
+        stream = io.BytesIO()
+        torch.save(result, stream)
+        stream.seek(0)
+        copy = torch.load(stream, weights_only=False)
+    assert copy.model is None and result.model is not None
+    about = []
+    for path in (file, copy.save(file.with_name("copy"))):
+        with safe_open(path, "pt") as opened:
+            about.append(opened.metadata())
+    assert about[0] == about[1] and len(about[0]["digest"]) == 64
 
 
 def test_a_result_moves_with_all_its_tensors_and_without_its_model(saved):
