@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tl_jets as tj
@@ -130,9 +132,42 @@ def test_foreign_files_are_refused(tmp_path, data):
     file.write_bytes(data)
     with pytest.raises(ValueError, match="something else, or damaged"):
         tj.load(file)
-    save_file({"weight": torch.zeros(2)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="something else, or damaged"):
-        tj.load(file)
+    for metadata in ({"format": "pt"}, None):
+        save_file({"weight": torch.zeros(2)}, file, metadata=metadata)
+        with pytest.raises(
+            ValueError, match=r"damaged \(a safetensors file of another program, without tl-jets metadata"
+        ):
+            tj.load(file)
+
+
+def test_what_a_newer_version_wrote_is_named(saved):
+    """A field more, here in an inner result, or another format; digest and version are the writer's."""
+    from tl_jets.core.results import _digest
+
+    file, this = saved[1], version("tl-jets")
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["tl_jets"])
+    tensors = load_file(file)
+
+    def written(change):
+        newer = json.loads(json.dumps(about)) | {"tl_jets": "9.8.7"}
+        change(newer)
+        text = json.dumps(newer)
+        save_file(tensors, file, metadata={"tl_jets": text, "digest": _digest(text, tensors)})
+        return tj.load(file)
+
+    assert written(lambda newer: None).labels == saved[0].labels
+    said = rf"result\.safetensors' was written by tl-jets 9\.8\.7; this is {re.escape(this)}, which does not know "
+    for change, unknown in [
+        (
+            lambda newer: newer["result"]["fields"]["inner"]["fields"].update(hue=1),
+            r"the fields \['hue'\] of its Everything",
+        ),
+        (lambda newer: newer["result"]["fields"].update(b=1, a=[2]), r"the fields \['a', 'b'\] of its Everything"),
+        (lambda newer: newer.update(format=2), "its format 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"{said}{unknown}. Update tl-jets"):
+            written(change)
 
 
 @pytest.mark.parametrize("named", [["os", "system"], ["tl_jets.core.decoder", "Decoder"], ["tl_jets.nowhere", "X"]])

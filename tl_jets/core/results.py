@@ -47,6 +47,10 @@ FORMAT = 1
 OTHER_FILES = {b"PAR1": ("tl_jets.ngrams.tables", "NgramTable")}
 
 
+class _UnknownError(Exception):
+    """What a file that is whole holds, but this version does not know."""
+
+
 def handle() -> Any:
     """A field for what belongs to the running model (a decoder, say): neither saved nor moved; None in a loaded result."""
     return field(default=None, repr=False, compare=False, metadata={"handle": True})
@@ -103,7 +107,7 @@ def load(file: str | Path) -> Any:
         file: What `Result.save` or `NgramTable.save` wrote.
 
     Raises:
-        ValueError: The file is damaged, of another program, or of a version that this one does not read.
+        ValueError: The file is damaged, of another program, or holds what this version does not know.
         OSError: The file cannot be read.
 
     Example: in the docstring of `tl_jets.core.results`.
@@ -112,18 +116,24 @@ def load(file: str | Path) -> Any:
     if data[:4] in OTHER_FILES:
         module, name = OTHER_FILES[data[:4]]
         return getattr(import_module(module), name).load(file)
+    about: dict[str, Any] = {}
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         tensors = from_bytes(data)
         tensors.pop("", None)
+        if "tl_jets" not in header:
+            raise ValueError("a safetensors file of another program, without tl-jets metadata")
         if header["digest"] != _digest(header["tl_jets"], tensors):
             raise ValueError("its digest is not that of what it holds")
         about = json.loads(header["tl_jets"])
         if about["format"] != FORMAT:
-            raise ValueError(
-                f"it has format {about['format']}, of tl-jets {about['tl_jets']}; this version reads {FORMAT}"
-            )
+            raise _UnknownError(f"its format {about['format']}")
         return _decoded(about["result"], tensors)
+    except _UnknownError as error:
+        raise ValueError(
+            f"{str(file)!r} was written by tl-jets {about['tl_jets']}; this is {version('tl-jets')}, which does not know "
+            f"{error}. Update tl-jets."
+        ) from error
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, ImportError, RecursionError) as error:
         raise ValueError(
             f"`load` reads what `save` of a result wrote; {str(file)!r} is something else, or damaged ({error})."
@@ -190,6 +200,9 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind = getattr(import_module(module), name) if module.startswith("tl_jets.") else None
     if not (isinstance(kind, type) and issubclass(kind, Result)):
         raise ValueError(f"{module}.{name} is no result of this version")
+    unknown = sorted(value["fields"].keys() - {f.name for f in _saved_fields(kind)})
+    if unknown:
+        raise _UnknownError(f"the fields {unknown} of its {name}")
     return kind(**{key: _decoded(item, tensors) for key, item in value["fields"].items()})
 
 
