@@ -223,7 +223,7 @@ def test_what_a_trace_gave_is_not_decoded_with_other_weights():
         lambda: jets.logit_attrs(TARGETS),
         lambda: found.statistics(),
         lambda: expansion.evaluate(other),
-        lambda: JetStages(trace, 0, "none", (1.0,) * 9, False).norm,
+        lambda: JetStages(trace, 0, "none", (1.0,) * 9, False).terms(trace["embed"][None], rows),
         lambda: FrozenNetwork.of(other),
     ):
         with pytest.raises(ValueError, match="changed since"):

@@ -120,7 +120,11 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
         return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
     ends = [0, -1] if len(lens.orders) > 1 else [0]
     best = lens.top_ids[:, :, prompt, places[-1], 0][:, ends]
-    kl = torch.zeros(best.shape) if lens.measures is None else lens.measures.kl[:, :, prompt, places[-1]][:, ends]
+    kl = (
+        torch.zeros(best.shape, device="cpu")
+        if lens.measures is None
+        else lens.measures.kl[:, :, prompt, places[-1]][:, ends]
+    )
     shown = [lens.labels[i] for i in changing(kl, best.tolist(), SHOWN_LAYERS)]
     tables = [_iterative_table(lens[shown], k % len(lens.orders), "kl", prompt, places) for k in ends]
     said = [*lens.verdict().lines]
