@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         detached_jacobian,
         detached_spectra,
     )
+    from tl_jets.interop.activation_caches import to_activation_cache
     from tl_jets.interop.circuitsvis import to_circuitsvis
     from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
     from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
@@ -89,6 +90,7 @@ __all__ = [
     "side_by_side",
     "steering_hooks",
     "studies",
+    "to_activation_cache",
     "to_circuitsvis",
     "trigram_scores",
     "views",
@@ -116,6 +118,7 @@ _PLACES = {
         "detached_jacobian",
         "detached_spectra",
     ),
+    "tl_jets.interop.activation_caches": ("to_activation_cache",),
     "tl_jets.interop.circuitsvis": ("to_circuitsvis",),
     "tl_jets.interventions.ablation_effects": ("AblationEffect", "ablation_effect"),
     "tl_jets.interventions.hooks": ("ablation_hooks", "patch_hooks", "without_path"),

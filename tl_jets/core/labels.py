@@ -76,3 +76,17 @@ def read_label(label: LabelInput, n_layers: int) -> str:
     if name != "resid_post":
         return f"{layer}_{_KINDS[name]}"
     return FINAL_STREAM if layer == n_layers - 1 else f"{layer + 1}_pre"
+
+
+def hook_names(label: str, n_layers: int) -> list[str]:
+    """TransformerLens' hooks of a stream, a write or a source: none, one, or two for a stream between blocks.
+
+    Example:
+        >>> hook_names("1_pre", 2), hook_names("1_mlp_out", 2), hook_names("L0H2_out", 2)
+        (['blocks.1.hook_resid_pre', 'blocks.0.hook_resid_post'], ['blocks.1.hook_mlp_out'], [])
+    """
+    hooks = [f"blocks.{layer}.hook_{kind}" for layer in range(n_layers) for kind in _KINDS] + [
+        f"hook_{s}" for s in _SOURCES
+    ]
+    found = [hook for hook in hooks if read_label(hook, n_layers) == label]
+    return sorted(found, key=lambda hook: hook.endswith("post"))

@@ -1,0 +1,140 @@
+"""`to_activation_cache`: a trace, or the terms of a stage, as TransformerLens' own `ActivationCache`.
+
+TransformerLens' patching, `decompose_resid`, `accumulated_resid` and `stack_head_results` then run on them unchanged.
+
+Example: the model with one term in place of an MLP, by TransformerLens' own hooks
+    >>> import tl_jets as tj
+    >>> model = tj.load_tinydocs()
+    >>> prompt = "This function is available on Unix and"
+    >>> terms = tj.jet_expand(model, "3_mlp", centers=["embed", "3_attn_out"], linearize="detached")(prompt)
+    >>> cache = to_activation_cache(terms, paths=terms.labels[:1])
+    >>> put = lambda stream, hook: cache[hook.name]
+    >>> logits = model.run_with_hooks(prompt, fwd_hooks=[("blocks.3.hook_resid_post", put)])
+    >>> torch.equal(cache["resid_post", 3], terms[terms.labels[0]])
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from tl_jets.calculus import norm_jet
+from tl_jets.core.labels import hook_names
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.trace import Trace
+from tl_jets.jets.cache import JetCache
+
+
+class CheckedActivationCache(ActivationCache):
+    """An `ActivationCache` whose `logit_attrs` refuses a final norm with a gain, which TransformerLens leaves out."""
+
+    gain_is_folded = True
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in TransformerLens; raises ValueError where the final norm has a gain."""
+        if not self.gain_is_folded:
+            raise ValueError(
+                "TransformerLens' logit_attrs needs the gain of ln_final folded into W_U; this model has one of its own, which "
+                "would be left out. Fold it (enable_compatibility_mode, fold_ln=True), or use JetCache.logit_attrs or "
+                "joint_jet_lens(linearize='detached'), which take it."
+            )
+        return super().logit_attrs(*args, **kwargs)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """As in TransformerLens."""
+        found = super().apply_slice_to_batch_dim(batch_slice)
+        return _cache(found.cache_dict, self.model, self.gain_is_folded, found.has_batch_dim)
+
+
+@torch.no_grad()
+def to_activation_cache(
+    result: Trace | JetCache, *, paths: Sequence[str | Path] | None = None, include_remainder: bool = False
+) -> ActivationCache:
+    """A trace or a `JetCache` as a TransformerLens `ActivationCache` of the same run.
+
+    It holds `hook_embed`, `hook_pos_embed`, `hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`, `hook_attn_out` and
+    `hook_mlp_out` of every block, where the model has them; `attn.hook_result`, if the network has granularity `"head"`;
+    and `ln_final.hook_scale`. On raw weights a head's result here leaves out what biases of its values and of the norm
+    before it give, the same at every position, which is in `<layer>_attn_bias`; TransformerLens' own has it.
+
+    For a `JetCache` the sum of its terms, or of some, takes the place of the stream that its stage writes to, under each
+    of that stream's names; everything else is the run's own. A `TransformerBridge` reads `hook_resid_mid` in the MLP
+    only: an edit there does not change what the block passes on.
+
+    Args:
+        result: A trace, or the cache of a stage's expansion with its trace.
+        paths: Terms of a `JetCache` that count; None for all.
+        include_remainder: Whether what all terms leave over is added, so that all paths give the model's own stream.
+
+    Returns:
+        The cache; values [batch, pos, d_model], at the cells of the `JetCache`. Its `logit_attrs` refuses models whose
+        final norm has a gain, which TransformerLens leaves out.
+
+    Raises:
+        TypeError: Neither a trace nor a `JetCache`; a trace is given terms.
+        ValueError: Terms of the decoder, whose input to `W_U` has no hook; a slice that dropped an axis; no TransformerLens
+            model; a cache without its trace.
+        KeyError: A path that the cache does not have.
+
+    Cost:
+        Nothing beyond the trace; below heads, their writes once.
+
+    Example: in the docstring of `tl_jets.interop.activation_caches`.
+    """
+    if isinstance(result, Trace):
+        if paths is not None or include_remainder:
+            raise TypeError("A trace has no terms; `paths` and `include_remainder` are for a JetCache.")
+        return _of_trace(result)
+    if not isinstance(result, JetCache):
+        raise TypeError(f"to_activation_cache takes a Trace or a JetCache; got {type(result).__name__}.")
+    if result.is_decoded or result.truth.ndim != 3:
+        what = "terms of the decoder" if result.is_decoded else f"a cache of shape {list(result.truth.shape)}"
+        raise ValueError(
+            f"to_activation_cache needs the terms of a stage inside the model, [batch, pos, d_model]; got {what}. The input of "
+            f"W_U has no hook in TransformerLens; use `logits` and `logit_attrs` of the JetCache."
+        )
+    trace = result.traced("An ActivationCache")
+    found = _of_trace(trace)
+    values = {name: result.here(value) for name, value in found.cache_dict.items()}
+    total = result.stack(None if paths is None else list(paths)).sum(0)
+    total = total + result.remainder if include_remainder else total
+    following = result.expansion.network.next_stream(result.expansion.stage)
+    values |= dict.fromkeys(_names(following, trace.network.n_layers, found.model), total)
+    return _cache(values, found.model, found.gain_is_folded)
+
+
+def _of_trace(trace: Trace) -> CheckedActivationCache:
+    """Streams, writes, heads and the final scale of a run under TransformerLens' names."""
+    network = trace.network
+    model = getattr(network.view, "model", None)
+    if model is None:
+        raise ValueError("An ActivationCache is of a TransformerLens model; this network is one of plain callables.")
+    labels = (*network.sources, *network.at("sublayer").streams, *(step.write for step in network.at("sublayer").steps))
+    values = {name: trace[label] for label in labels for name in _names(label, network.n_layers, model)}
+    heads: dict[int, list[Tensor]] = {}
+    for step in network.steps:
+        if step.kind == "head":
+            heads.setdefault(step.layer, []).append(trace[step.write])
+    values |= {f"blocks.{layer}.attn.hook_result": torch.stack(own, -2) for layer, own in heads.items()}
+    norm, final = trace.decoder.norm, trace[FINAL_STREAM]
+    if norm.kind != "none":
+        values["ln_final.hook_scale"] = 1 / norm_jet(norm, final, final, 0).alpha[0][..., None].to(final.dtype)
+    return _cache(values, model, norm.weight is None or bool((norm.weight == 1).all()))
+
+
+def _names(label: str, n_layers: int, model: Any) -> list[str]:
+    """The names of an activation: TransformerLens' and, on a bridge, that of the module whose hook it is."""
+    names = [name for name in hook_names(label, n_layers) if name in model.hook_dict]
+    return list(dict.fromkeys([*names, *(model.hook_dict[name].name for name in names)]))
+
+
+def _cache(values: dict[str, Tensor], model: Any, gain_is_folded: bool, has_batch_dim: bool = True) -> Any:
+    found = CheckedActivationCache(values, model, has_batch_dim=has_batch_dim)
+    found.gain_is_folded = gain_is_folded
+    return found
