@@ -98,31 +98,52 @@ def to_circuitsvis(
     table, series, measure, about = _table(result, measure, labels, order, target, prompt)
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
     tokens, names = [_inert(token) for _, token in table.columns], [_inert(str(label)) for label in table.index]
-    bound = max(float(values.abs().max()), 1e-7)
     title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
-    if view == "colored_tokens":
-        if len(names) != 1:
-            raise ValueError(f"colored_tokens draws one of the {series}s {list(table.index)[:12]}; pass labels=...")
-        low = -bound if bool((values < 0).any()) else 0.0
-        props = {"tokens": tokens, "values": values[0], "minValue": low, "maxValue": bound}
-        return _framed(f"{measure} of {table.index[0]}{about}", "ColoredTokens", props, height or 120)
     if view == "topk_tokens":
-        k = min(top_k, len(tokens))
-        best, worst = values.topk(k, 1), values.topk(k, 1, largest=False)
-        props = {"tokens": [tokens], "firstDimensionName": series, "thirdDimensionName": measure}
-        props |= {"firstDimensionLabels": names, "sampleLabels": [f"prompt {prompt}"]}
-        for name, found in (("topk", best), ("bottomk", worst)):
-            order_of = slice(None) if name == "topk" else slice(None, None, -1)
-            for what, part in (("Vals", found.values), ("Idxs", found.indices)):
-                props[f"{name}{what}"] = [[[[x] for x in row[order_of]] for row in part.tolist()]]
-        return _framed(title, "TopkTokens", props, height or 420)
+        return _framed(
+            title, "TopkTokens", _topk_tokens(values, tokens, names, series, measure, prompt, top_k), height or 420
+        )
     if view == "text_neuron_activations":
         props = {"tokens": tokens, "activations": values.T[:, None].tolist(), "firstDimensionName": "Measure"}
         props |= {"secondDimensionName": series, "firstDimensionLabels": [measure], "secondDimensionLabels": names}
         return _framed(title, "TextNeuronActivations", props, height or 220)
-    low = [-bound if bool((values < 0).any()) else -1e-7] * len(names)
+    return _colored_tokens(view, title, series, values, tokens, names, height)
+
+
+def _colored_tokens(
+    view: CircuitsView | None,
+    title: str,
+    series: str,
+    values: Tensor,
+    tokens: list[str],
+    names: list[str],
+    height: int | None,
+) -> View:
+    """Tokens colored by a series, or by several with a button for each; colors are symmetric around 0 if there are signs."""
+    bound = max(float(values.abs().max()), 1e-7)
+    is_signed = bool((values < 0).any())
+    if view == "colored_tokens":
+        if len(names) != 1:
+            raise ValueError(f"colored_tokens draws one of the {series}s {names[:12]}; pass labels=...")
+        props = {"tokens": tokens, "values": values[0], "minValue": -bound if is_signed else 0.0, "maxValue": bound}
+        return _framed(f"{title}: {names[0]}", "ColoredTokens", props, height or 120)
+    low = [-bound if is_signed else -1e-7] * len(names)
     props = {"tokens": tokens, "values": values.T, "labels": names, "positiveBounds": [bound] * len(names)}
     return _framed(title, "ColoredTokensMulti", props | {"negativeBounds": low}, height or 220 + 24 * len(names))
+
+
+def _topk_tokens(
+    values: Tensor, tokens: list[str], names: list[str], series: str, measure: str, prompt: int, top_k: int
+) -> dict[str, Any]:
+    """The largest and smallest tokens of every series, as circuitsvis takes them."""
+    k = min(top_k, len(tokens))
+    props: dict[str, Any] = {"tokens": [tokens], "firstDimensionName": series, "thirdDimensionName": measure}
+    props |= {"firstDimensionLabels": names, "sampleLabels": [f"prompt {prompt}"]}
+    for name, found in (("topk", values.topk(k, 1)), ("bottomk", values.topk(k, 1, largest=False))):
+        for what, part in (("Vals", found.values), ("Idxs", found.indices)):
+            rows = part.tolist() if name == "topk" else part.flip(1).tolist()
+            props[f"{name}{what}"] = [[[[x] for x in row] for row in rows]]
+    return props
 
 
 def _table(
