@@ -839,6 +839,29 @@ def test_a_lens_is_indexed_by_names_of_transformer_lens(spec, tmp_path):
     assert not torch.equal(computed["resid_pre", 0].full_values, computed["resid_post", 0].full_values)
 
 
+@by_spec(SMALL)
+def test_a_joint_lens_is_indexed_by_names_of_transformer_lens(spec, tmp_path):
+    """The effects of a component are those of TransformerLens' own activation, through the norm at its own scale."""
+    model, net, tokens, _ = setting(spec)
+    with full_precision():
+        _, cache = model.run_with_cache(tokens)
+    computed, norm = (
+        joint_jet_lens(net, tokens, granularity="sublayer", linearize="detached", targets=[3, 5]),
+        net.decoder.norm,
+    )
+    final = norm.center(cache["resid_post", -1])
+    scale = (final.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
+    for joint in (computed, load(computed.save(tmp_path / "joint.safetensors"))):
+        for name in (("mlp_out", -1), "blocks.0.hook_attn_out", "hook_embed"):
+            logits = norm.scale(norm.center(cache[name]) * scale) @ net.decoder.W_U
+            wanted = (logits - logits.mean(-1, keepdim=True))[..., [3, 5]]
+            torch.testing.assert_close(joint[name][joint.valid], wanted[joint.valid].double())
+        assert torch.equal(joint["0_mlp_out"], joint["mlp_out", 0])
+        for wrong in (("mlp_out", 99), "blocks.0.hook_nothing", ("resid_pre", 0), "0_mlp"):
+            with pytest.raises(ValueError, match=r"TransformerLens' names|indexed by one of its components"):
+                joint[wrong]
+
+
 @by_spec(GPT2)
 def test_top_tokens_and_repr(spec):
     _, net, _, _ = setting(spec)

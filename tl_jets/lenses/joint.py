@@ -34,6 +34,7 @@ from tl_jets.calculus import CenterScale
 from tl_jets.core.attribution import mean_logits
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
+from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.logit_reader import CHUNK_SIZE, TopTokens, top_tokens
 from tl_jets.core.measures import MEASURES, Measures, geometry
 from tl_jets.core.network import ResidualNetwork
@@ -99,6 +100,13 @@ class JointJetLens(LensResult):
             f"objective={self.objective!r}, center_scale={self.center_scale!r}{in_unit(self.unit)}"
             f"{self._left_out()})"
         )
+
+    def __getitem__(self, label: LabelInput) -> Float[Tensor, "batch pos target"]:
+        """The effects of one component: `joint["3_mlp_out"]`, `joint["mlp_out", 3]`, `joint["blocks.3.hook_mlp_out"]`."""
+        wanted = label if self.n_layers is None or not is_label(label) else read_label(label, self.n_layers)
+        if wanted not in self.labels:
+            raise ValueError(f"A joint lens is indexed by one of its components, {self.labels}; got {label!r}.")
+        return self.effects[self.labels.index(wanted)]
 
     def top_tokens(self, tokenizer: Any = None) -> Any:
         """Decoded best tokens of the weighted sum, nested lists [batch][pos][k]."""
