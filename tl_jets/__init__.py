@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import views as views
     from tl_jets.adapters.callables import CallableModel
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
+    from tl_jets.core.concatenation import concat
     from tl_jets.core.decoder import Decoder, Metric
     from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.core.linear_map import LinearMap, SingularVectors
@@ -66,6 +67,7 @@ __all__ = [
     "ablation_effect",
     "ablation_hooks",
     "bigram_log_normalizers",
+    "concat",
     "detached",
     "detached_jacobian",
     "detached_spectra",
@@ -101,6 +103,7 @@ __all__ = [
 _PLACES = {
     "tl_jets.adapters.callables": ("CallableModel",),
     "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
+    "tl_jets.core.concatenation": ("concat",),
     "tl_jets.core.decoder": ("Decoder", "Metric"),
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
     "tl_jets.core.measures": ("Measures",),

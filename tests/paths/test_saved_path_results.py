@@ -70,5 +70,5 @@ def test_a_loaded_joint_lens_decodes_no_single_components(tmp_path):
     loaded = tj.load(lens.save(tmp_path / "lens.safetensors"))
     assert "token_string" in lens.to_dataframe() and "token_string" not in loaded.to_dataframe()
     for call in (loaded.center_top_tokens, loaded.contributions):
-        with pytest.raises(ValueError, match="which a loaded lens is without"):
+        with pytest.raises(ValueError, match="which a loaded or concatenated lens is without"):
             call()

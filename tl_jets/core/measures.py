@@ -55,11 +55,11 @@ class Measures(Result):
     All tensors have one shape [*axes, batch, pos].
     """
 
-    remainder_norm: Float[Tensor, "*cells"]
-    cosine: Float[Tensor, "*cells"]
-    centered_cosine: Float[Tensor, "*cells"]
-    kl: Float[Tensor, "*cells"]
-    top1_agreement: Float[Tensor, "*cells"]
+    remainder_norm: Float[Tensor, "*cells batch pos"]
+    cosine: Float[Tensor, "*cells batch pos"]
+    centered_cosine: Float[Tensor, "*cells batch pos"]
+    kl: Float[Tensor, "*cells batch pos"]
+    top1_agreement: Float[Tensor, "*cells batch pos"]
 
     @classmethod
     def of(

@@ -62,9 +62,7 @@ class Rows:
         """The real tokens among the cells at `index` of the padded rows."""
         keep = valid.gather(1, index)
         places = (valid.cumsum(1) - 1).gather(1, index).masked_fill(~keep, -1)
-        common = places.amax(0)
-        is_common = bool(((places == common) | ~keep).all() and (common >= 0).all())
-        return cls(common.tolist() if is_common else places, index, keep, places[keep])
+        return cls(shared_positions(places, keep), index, keep, places[keep])
 
     @property
     def cells(self) -> list[int] | Tensor:
@@ -101,6 +99,15 @@ class Rows:
         out[self.keep] = moved
         axis = axis % values.ndim
         return out.movedim((0, 1), (axis, axis + 1))
+
+
+def shared_positions(
+    places: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"]
+) -> list[int] | Int[Tensor, "batch pos"]:
+    """`Rows.positions` from the place of every cell in its prompt, -1 at padding."""
+    common = places.amax(0)
+    is_common = bool(((places == common) | ~keep).all() and (common >= 0).all())
+    return common.tolist() if is_common else places
 
 
 def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:

@@ -154,7 +154,7 @@ class JointJetLens(LensResult):
     def _centers(self) -> Centers:
         if self.centers is None:
             raise ValueError(
-                "Single components are decoded by the model, which a loaded lens is without. Run the lens."
+                "Single components are decoded by the model, which a loaded or concatenated lens is without. Run the lens."
             )
         return self.centers
 
