@@ -78,15 +78,16 @@ def read_label(label: LabelInput, n_layers: int) -> str:
     return FINAL_STREAM if layer == n_layers - 1 else f"{layer + 1}_pre"
 
 
-def hook_names(label: str, n_layers: int) -> list[str]:
-    """TransformerLens' hooks of a stream, a write or a source: none, one, or two for a stream between blocks.
+def hook_names(n_layers: int) -> dict[str, list[str]]:
+    """TransformerLens' hooks of every stream, write and source, by label; a stream between blocks has two.
 
     Example:
-        >>> hook_names("1_pre", 2), hook_names("1_mlp_out", 2), hook_names("L0H2_out", 2)
-        (['blocks.1.hook_resid_pre', 'blocks.0.hook_resid_post'], ['blocks.1.hook_mlp_out'], [])
+        >>> names = hook_names(2)
+        >>> names["1_pre"], names["1_mlp_out"]
+        (['blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'], ['blocks.1.hook_mlp_out'])
     """
-    hooks = [f"blocks.{layer}.hook_{kind}" for layer in range(n_layers) for kind in _KINDS] + [
-        f"hook_{s}" for s in _SOURCES
-    ]
-    found = [hook for hook in hooks if read_label(hook, n_layers) == label]
-    return sorted(found, key=lambda hook: hook.endswith("post"))
+    found: dict[str, list[str]] = {}
+    hooks = [f"blocks.{layer}.hook_{kind}" for layer in range(n_layers) for kind in _KINDS]
+    for hook in [*(f"hook_{source}" for source in _SOURCES), *hooks]:
+        found.setdefault(read_label(hook, n_layers), []).append(hook)
+    return found

@@ -105,7 +105,7 @@ def to_activation_cache(
     total = result.stack(None if paths is None else list(paths)).sum(0)
     total = total + result.remainder if include_remainder else total
     following = result.expansion.network.next_stream(result.expansion.stage)
-    values |= dict.fromkeys(_names(following, trace.network.n_layers, found.model), total)
+    values |= dict.fromkeys(_names(trace.network.n_layers, found.model)[following], total)
     return _cache(values, found.model, found.gain_is_folded)
 
 
@@ -116,7 +116,8 @@ def _of_trace(trace: Trace) -> CheckedActivationCache:
     if model is None:
         raise ValueError("An ActivationCache is of a TransformerLens model; this network is one of plain callables.")
     labels = (*network.sources, *network.at("sublayer").streams, *(step.write for step in network.at("sublayer").steps))
-    values = {name: trace[label] for label in labels for name in _names(label, network.n_layers, model)}
+    names = _names(network.n_layers, model)
+    values = {name: trace[label] for label in labels for name in names.get(label, ())}
     heads: dict[int, list[Tensor]] = {}
     for step in network.steps:
         if step.kind == "head":
@@ -128,10 +129,13 @@ def _of_trace(trace: Trace) -> CheckedActivationCache:
     return _cache(values, model, norm.weight is None or bool((norm.weight == 1).all()))
 
 
-def _names(label: str, n_layers: int, model: Any) -> list[str]:
-    """The names of an activation: TransformerLens' and, on a bridge, that of the module whose hook it is."""
-    names = [name for name in hook_names(label, n_layers) if name in model.hook_dict]
-    return list(dict.fromkeys([*names, *(model.hook_dict[name].name for name in names)]))
+def _names(n_layers: int, model: Any) -> dict[str, list[str]]:
+    """The names of activations by label: TransformerLens' and, on a bridge, those of the modules whose hooks they are."""
+    points = model.hook_dict
+    there = {label: [hook for hook in hooks if hook in points] for label, hooks in hook_names(n_layers).items()}
+    return {
+        label: list(dict.fromkeys([*hooks, *(points[hook].name for hook in hooks)])) for label, hooks in there.items()
+    }
 
 
 def _cache(values: dict[str, Tensor], model: Any, gain_is_folded: bool, has_batch_dim: bool = True) -> Any:
