@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 import tl_jets as tj
 from tl_jets import CallableModel, Decoder, Norm
-from tl_jets.ngrams import bigram_job, jobs, shards, sweep
+from tl_jets.core import processes
+from tl_jets.ngrams import bigram_job, jobs, sweep
 
 TABLE = {"top_k": 150, "chunk_size": 40, "progress": False}
 
@@ -94,7 +95,7 @@ def normalizers(distributed):
 
 def refusals(rank):
     """Message of each refusal, and how many tokens were read until then; a sweep afterwards must still work."""
-    shards.PERIOD = 0.2
+    processes.PERIOD = 0.2
     cases = {
         "options": (model(), {"top_k": 3 + rank}),
         "model": (model(seed=rank), {}),
@@ -125,7 +126,7 @@ def job(distributed, seconds=0.0):
 
 def finish(folder, distributed, seconds=0.0):
     """A sweep whose state is saved whenever processes meet, and they meet after every chunk."""
-    with patch.object(jobs, "STATE_SECONDS", 0.0), patch.object(shards, "PERIOD", 0.0):
+    with patch.object(jobs, "STATE_SECONDS", 0.0), patch.object(processes, "PERIOD", 0.0):
         return sweep([job(distributed, seconds)], folder, progress=False)
 
 

@@ -17,9 +17,9 @@ import sharded
 import torch
 
 import tl_jets as tj
-from tl_jets.ngrams import shards
+from tl_jets.core import processes
+from tl_jets.core.processes import Processes
 from tl_jets.ngrams.jobs import State
-from tl_jets.ngrams.shards import Processes
 from tl_jets.ngrams.tables import NgramTable
 
 TESTS = Path(__file__).parents[1]
@@ -164,5 +164,5 @@ def test_chunks_are_as_many_for_every_process():
         most = max(len(range(rank * chunk, rows, size * chunk)) for rank in range(size))
         assert most * chunk <= rows / size + 16 * most
     assert Processes().chunk_size(50257, 1024) == 1024
-    assert Processes(0, 2, None).pace(4, 0.5) == 4 * 2 * shards.PERIOD
+    assert Processes(0, 2, None).pace(4, 0.5) == 4 * 2 * processes.PERIOD
     assert Processes().pace(1, 1e-6) == 1

@@ -38,7 +38,7 @@ AXES = ["batch", "pos"]
 MOST_CHARACTERS = 200
 
 
-def concat(results: Iterable[Kind]) -> Kind:
+def concat(results: Iterable[Kind], *, rows: Sequence[Sequence[int]] | None = None) -> Kind:
     """The results of several batches of prompts as one result, prompts in order.
 
     Equal to one call on all prompts, up to rounding; resampled ablations draw within each call. What results do not hold
@@ -48,10 +48,11 @@ def concat(results: Iterable[Kind]) -> Kind:
     Args:
         results: Results of one kind and one set of options: `IterativeJetLens`, `JointJetLens`, `PathStatistics` or
             `AblationEffect`. Targets that differ by prompt are passed to the calls as ids [batch, pos, target].
+        rows: Place of each result's prompts in the whole, each place once; None: one result after another.
 
     Raises:
         TypeError: Results of several kinds, or of one without an `average`.
-        ValueError: No results, or a label or an option differs; the message names it.
+        ValueError: No results, a label or an option differs, or `rows` are not one place a prompt; the message names it.
 
     Cost: a copy of all tensors.
 
@@ -60,22 +61,37 @@ def concat(results: Iterable[Kind]) -> Kind:
     parts: list[Any] = list(results)
     if not parts:
         raise ValueError("concat needs at least one result; got none.")
-    kinds = list(dict.fromkeys(type(part) for part in parts))
-    if len(kinds) > 1 or not isinstance(parts[0], Averaged):
+    check_joinable(parts)
+    lengths = [part.tokens.shape[1] for part in parts]
+    if len(set(lengths)) > 1 and not hasattr(parts[0], "valid"):
+        raise ValueError(
+            f"{type(parts[0]).__name__} has no padding, so all must have as many positions; got {min(lengths)} and {max(lengths)}."
+        )
+    return _joined(parts, max(lengths), _places(parts, rows))
+
+
+def check_joinable(results: Sequence[Any]) -> None:
+    """Raise TypeError unless the results are of one kind that `concat` joins."""
+    kinds = list(dict.fromkeys(type(result) for result in results))
+    if len(kinds) > 1 or not isinstance(results[0], Averaged):
         raise TypeError(
             "concat joins lenses, path statistics or ablation effects, all of one kind; got "
             f"{', '.join(kind.__name__ for kind in kinds)}."
         )
-    lengths = [part.tokens.shape[1] for part in parts]
-    if len(set(lengths)) > 1 and not hasattr(parts[0], "valid"):
-        raise ValueError(
-            f"{kinds[0].__name__} has no padding, so all must have as many positions; got {min(lengths)} and {max(lengths)}."
-        )
-    return _joined(parts, max(lengths))
 
 
-def _joined(parts: Sequence[Any], length: int, prefix: str = "") -> Any:
-    """One result of several of one kind, whose position axis is padded to `length`."""
+def _places(parts: Sequence[Any], rows: Sequence[Sequence[int]] | None) -> list[Tensor]:
+    """Places of each part's prompts in the whole."""
+    sizes = [len(part.tokens) for part in parts]
+    if rows is None:
+        return list(torch.arange(sum(sizes), device="cpu").split(sizes))
+    if [len(own) for own in rows] != sizes or sorted(i for own in rows for i in own) != list(range(sum(sizes))):
+        raise ValueError(f"rows must hold each of 0..{sum(sizes) - 1} once, {sizes} a result; got {rows!r}.")
+    return [torch.tensor(list(own), device="cpu") for own in rows]
+
+
+def _joined(parts: Sequence[Any], length: int, rows: Sequence[Tensor], prefix: str = "") -> Any:
+    """One result of several of one kind, whose position axis is padded to `length`; `rows` as from `_places`."""
     kind, found = type(parts[0]), {}
     # Settings first: they say better than shapes what differs.
     for field in sorted(fields(kind), key=lambda field: isinstance(getattr(parts[0], field.name), Tensor | Result)):
@@ -83,13 +99,13 @@ def _joined(parts: Sequence[Any], length: int, prefix: str = "") -> Any:
         if field.metadata.get("handle"):
             found[field.name] = None
         elif name == "positions":
-            found[field.name] = _positions(parts, length)
+            found[field.name] = _positions(parts, length, rows)
         elif name == "token_names":
             found[field.name] = _token_names(values)
         elif all(isinstance(value, Tensor) for value in values):
-            found[field.name] = _stacked(name, values, batch_axes(kind)[field.name], length)
+            found[field.name] = _stacked(name, values, batch_axes(kind)[field.name], length, rows)
         elif all(isinstance(value, Result) for value in values):
-            found[field.name] = _joined(values, length, f"{name}.")
+            found[field.name] = _joined(values, length, rows, f"{name}.")
         else:
             found[field.name] = _same(name, values)
     return kind(**found)
@@ -109,21 +125,22 @@ def batch_axes(kind: type) -> dict[str, int]:
     return found
 
 
-def _stacked(name: str, values: Sequence[Tensor], axis: int, length: int) -> Tensor:
-    """Tensors [..., batch, pos, ...] joined along the batch `axis`, after padding pos to `length`."""
+def _stacked(name: str, values: Sequence[Tensor], axis: int, length: int, rows: Sequence[Tensor]) -> Tensor:
+    """Tensors [..., batch, pos, ...] in one whose pos is `length`: each value's prompts along `axis` at its `rows`."""
     first = values[0]
     fill = False if first.dtype is torch.bool else float("nan") if first.is_floating_point() else -1
-    padded = []
-    for value in values:
+    shape = list(first.shape)
+    shape[axis], shape[axis + 1] = sum(map(len, rows)), length
+    whole = first.new_full(shape, fill)
+    for value, own in zip(values, rows, strict=True):
         if (value.dtype, value.device, _others(value, axis)) != (first.dtype, first.device, _others(first, axis)):
             raise ValueError(
                 f"{name} must have one dtype, device and shape in all results, but for batch (axis {axis}) and pos; got "
                 f"{_said(first)} and {_said(value)}."
             )
-        shape = list(value.shape)
-        shape[axis + 1] = length - shape[axis + 1]
-        padded.append(torch.cat([value, value.new_full(shape, fill)], axis + 1))
-    return torch.cat(padded, axis)
+        part = whole.narrow(axis + 1, 0, value.shape[axis + 1])
+        part.index_copy_(axis, own.to(value.device), value)
+    return whole
 
 
 def _others(value: Tensor, axis: int) -> list[int]:
@@ -133,14 +150,15 @@ def _others(value: Tensor, axis: int) -> list[int]:
     return shape
 
 
-def _positions(parts: Sequence[Any], length: int) -> list[int] | Tensor:
+def _positions(parts: Sequence[Any], length: int, rows: Sequence[Tensor]) -> list[int] | Tensor:
     """Positions as one call gives them: a list if all prompts have the same, else [batch, pos]."""
     keep = [getattr(part, "valid", torch.ones_like(part.tokens, dtype=torch.bool)) for part in parts]
     places = [
         torch.as_tensor(part.positions, device=real.device).expand(real.shape).masked_fill(~real, -1)
         for part, real in zip(parts, keep, strict=True)
     ]
-    return shared_positions(_stacked("positions", places, -2, length), _stacked("valid", keep, -2, length))
+    at = -2, length, rows
+    return shared_positions(_stacked("positions", places, *at), _stacked("valid", keep, *at))
 
 
 def _token_names(values: Sequence[dict[int, str]]) -> dict[int, str]:

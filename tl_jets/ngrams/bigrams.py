@@ -34,13 +34,13 @@ from tl_jets.core.free_memory import check_fits
 from tl_jets.core.logit_reader import BLOCK, CHUNK_SIZE, LOG2_E, check_finite, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import Job, State, Sweep, finish
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
-from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.streams import PathInput, TokenIds, VocabularyStreams, described, mlp_steps, read_tokens
 from tl_jets.ngrams.tables import NgramTable
 

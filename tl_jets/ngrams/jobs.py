@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from tl_jets.core.atomic_files import check_writable, remove_leftovers, write_atomically
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.ngrams.fingerprints import fingerprint
-from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.tables import NgramTable
 
 Kind = TypeVar("Kind", bound="Sweep")

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.logit_reader import LOG2_E, rank
+from tl_jets.core.processes import ALONE, Processes
 from tl_jets.ngrams.factors import EXACT_ROWS, TILE_ROWS, Factors, best_log_prob, log_softmax_at, normalizers
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.shards import ALONE, Processes
 
 Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")

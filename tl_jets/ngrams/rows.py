@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tl_jets.core.decoder import Decoder, exact_logits
 from tl_jets.core.logit_reader import Reader, check_finite, log_parts, rank, rounded, slices, total_of
+from tl_jets.core.processes import ALONE, Processes
 from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score
-from tl_jets.ngrams.shards import ALONE, Processes
 
 # Candidates beyond the k best, since float32 may misorder them.
 SPARE = 8

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tl_jets.core.decoder import Decoder, exact_logits
 from tl_jets.core.logit_reader import BLOCK, LOG2_E, Reader, check_finite, log_parts, rank, slices
-from tl_jets.ngrams.shards import ALONE, Processes
+from tl_jets.core.processes import ALONE, Processes
 
 Score = Literal["logprob", "logit"]
 SCORES: tuple[Score, ...] = ("logprob", "logit")

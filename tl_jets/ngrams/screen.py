@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.processes import ALONE, Processes
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
-from tl_jets.ngrams.shards import ALONE, Processes
 
 Screen = Literal["auto", "bf16"]
 

@@ -45,12 +45,12 @@ from tqdm import tqdm
 
 from tl_jets.core.free_memory import check_fits
 from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
 from tl_jets.ngrams.jobs import Job, Sweep
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
-from tl_jets.ngrams.shards import ALONE, Distributed, Processes
 from tl_jets.ngrams.streams import TokenIds, described, read_tokens
 from tl_jets.ngrams.tables import NgramTable
 

@@ -1,10 +1,13 @@
-"""Divides a sweep among processes, which all return the same table.
+"""Divides a sweep, or many prompts, among processes, which all return the same result.
 
 Use one process a device, on any number of machines, started by `torchrun`; every process loads the model:
 
     # torchrun --nproc-per-node 2 sweep.py
     torch.distributed.init_process_group("gloo")  # or "nccl", after torch.cuda.set_device(...)
     table = tj.jet_bigrams(model, "mlps", top_k=100, distributed=True, save="mlps.parquet")
+    lens = tj.over_prompts(tj.iterative_jet_lens, model, prompts, distributed=True)
+
+**Prompts.** Process i mod n reads batch i; at the end all exchange their results (`tl_jets.core.over_prompts`).
 
 **Bi-grams.** Process i mod n reads chunk i of the rows. At the end all processes exchange their candidates
 (`tl_jets.ngrams.scan`) and divide the float64 scoring, so the table is that of one process, up to the rounding of
