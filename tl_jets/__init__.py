@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import views as views
     from tl_jets.adapters.callables import CallableModel
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
+    from tl_jets.circuits.attribution_patching import attribution_patching
+    from tl_jets.circuits.faithfulness import CircuitFaithfulness, circuit_faithfulness
     from tl_jets.core.concatenation import concat
     from tl_jets.core.decoder import Decoder, Metric
     from tl_jets.core.divergence import DivergenceWarning
@@ -46,6 +48,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
     from tl_jets.ngrams.tables import NgramTable, side_by_side
     from tl_jets.paths.cache import PathCache
+    from tl_jets.paths.circuit import Circuit
     from tl_jets.paths.component_interactions import Interactions, interactions
     from tl_jets.paths.expansion import PathExpansion, exponential_expansion
     from tl_jets.paths.reorganized import ReorganizedExpansion, reorganized_expansion
@@ -56,6 +59,7 @@ __version__ = version("tl-jets")
 
 __all__ = [
     "CallableModel",
+    "Circuit",
     "Decoder",
     "DivergenceWarning",
     "JetCache",
@@ -66,7 +70,9 @@ __all__ = [
     "Trace",
     "ablation_effect",
     "ablation_hooks",
+    "attribution_patching",
     "bigram_log_normalizers",
+    "circuit_faithfulness",
     "concat",
     "detached",
     "detached_jacobian",
@@ -103,6 +109,8 @@ __all__ = [
 _PLACES = {
     "tl_jets.adapters.callables": ("CallableModel",),
     "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
+    "tl_jets.circuits.attribution_patching": ("attribution_patching",),
+    "tl_jets.circuits.faithfulness": ("CircuitFaithfulness", "circuit_faithfulness"),
     "tl_jets.core.concatenation": ("concat",),
     "tl_jets.core.decoder": ("Decoder", "Metric"),
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
@@ -138,6 +146,7 @@ _PLACES = {
     ),
     "tl_jets.ngrams.tables": ("NgramTable", "side_by_side"),
     "tl_jets.paths.cache": ("PathCache",),
+    "tl_jets.paths.circuit": ("Circuit",),
     "tl_jets.paths.component_interactions": ("Interactions", "interactions"),
     "tl_jets.paths.expansion": ("PathExpansion", "exponential_expansion"),
     "tl_jets.paths.reorganized": ("ReorganizedExpansion", "reorganized_expansion"),
@@ -147,6 +156,7 @@ _PLACES = {
 _ROOMS = (
     "adapters",
     "calculus",
+    "circuits",
     "core",
     "detached_map",
     "interop",

@@ -18,6 +18,7 @@ from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import TargetInput
 from tl_jets.jets.accuracy import Check
 from tl_jets.jets.cache import JetCache
+from tl_jets.paths.circuit import Circuit
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
 
@@ -91,6 +92,21 @@ class PathCache(JetCache):
         return statistics_of(
             trace, yardstick, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
         )
+
+    def to_circuit(
+        self, k: int | None = None, *, targets: TargetInput | None = None, by_position: bool = False
+    ) -> Circuit:
+        """The edges of the k paths with the largest effects, as a `Circuit`.
+
+        Args:
+            k: Number of paths; None for all.
+            targets: Whose effect; of two targets, the first less the second; None for the model's own best token.
+            by_position: Whether edges after a path's last attention are at the position that is read, not at all.
+
+        Raises:
+            ValueError: by_position with paths read at several positions.
+        """
+        return self.statistics(targets=targets).to_circuit(k, by_position=by_position)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per path and real position, in the order of `labels`: see `PathStatistics.to_dataframe`."""

@@ -1,7 +1,6 @@
 """Shares of the logits of paths, path lengths, components and sources, without listing the paths.
 
-In a frozen network (`tl_jets.core.frozen_network`) every stage is affine, so sums over exponentially many paths are a
-few vectors that go through the stages:
+In a frozen network (`tl_jets.core.frozen_network`) every stage is affine, so sums over all paths take a few vectors:
 
 - **lengths**: multiply every write by z; the coefficient of z^n at the end is the sum of all paths with n writes. Stage
   by stage v_n := v_n + A_s v_{n-1}: at most L + 1 vectors, O(L^2) stage applications.
@@ -59,6 +58,7 @@ from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
+from tl_jets.paths.circuit import Circuit, circuit_of
 from tl_jets.paths.evaluation import taken_rows, with_edits
 from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
 
@@ -186,6 +186,10 @@ class PathStatistics(Averaged, Result):
         """The part's best token by label: {label: nested lists [batch][pos]}."""
         names = self._names(tokenizer)
         return {label: nested_texts(names, self.top_ids[i]) for i, label in enumerate(self.labels)}
+
+    def to_circuit(self, k: int | None = None, *, by_position: bool = False) -> Circuit:
+        """The `Circuit` of the k paths of largest effect (of two targets: their difference), as `PathCache.to_circuit`."""
+        return circuit_of(self, k, by_position)
 
     def _names(self, tokenizer: Any) -> dict[int, str]:
         return token_names(tokenizer, [self.top_ids, self.tokens, self.target_ids]) if tokenizer else self.token_names

@@ -1,0 +1,1 @@
+"""Circuits: what edges carry from clean to corrupted prompts, measured and estimated."""
