@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.core.logit_reader import TopTokens
     from tl_jets.core.measures import Measures
     from tl_jets.core.network import ResidualNetwork
+    from tl_jets.core.prompts import over_prompts
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.results import Result, load
     from tl_jets.core.trace import Trace
@@ -90,6 +91,7 @@ __all__ = [
     "load_tinycode",
     "load_tinydocs",
     "norm_jet",
+    "over_prompts",
     "patch_hooks",
     "path_ablation",
     "path_lengths",
@@ -116,6 +118,7 @@ _PLACES = {
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
     "tl_jets.core.measures": ("Measures",),
     "tl_jets.core.network": ("ResidualNetwork",),
+    "tl_jets.core.prompts": ("over_prompts",),
     "tl_jets.core.protocol": ("Stage", "Step"),
     "tl_jets.core.logit_reader": ("TopTokens",),
     "tl_jets.core.results": ("Result", "load"),

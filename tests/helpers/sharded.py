@@ -16,8 +16,11 @@ import torch.distributed as dist
 import tl_jets as tj
 from tl_jets import CallableModel, Decoder, Norm
 from tl_jets.core import processes
+from tl_jets.core.prompts import token_bytes
 from tl_jets.ngrams import bigram_job, jobs, sweep
 
+PROMPTS = ("A list of", "This function is available on Unix and", "If the file", "The", "A file is opened in")
+TARGETS = [[" is"], [" Windows"], [" was"], [" a"], [" is"]]
 TABLE = {"top_k": 150, "chunk_size": 40, "progress": False}
 
 
@@ -93,6 +96,13 @@ def normalizers(distributed):
     return tj.bigram_log_normalizers(model(), "mlps", chunk_size=37, distributed=distributed)
 
 
+def lens(distributed, prompts=PROMPTS, **options):
+    """A lens of prompts of unequal length, in batches of at most 20 tokens."""
+    network = tj.ResidualNetwork(tj.load_tinydocs())
+    options |= {"max_bytes": 20 * token_bytes(network), "distributed": distributed}
+    return tj.over_prompts(tj.iterative_jet_lens, network, list(prompts), targets=TARGETS, **options)
+
+
 def refusals(rank):
     """Message of each refusal, and how many tokens were read until then; a sweep afterwards must still work."""
     processes.PERIOD = 0.2
@@ -105,12 +115,16 @@ def refusals(rank):
         "a head": (tj.load_tinydocs(), {"head": rank}),
         "a file": (model(), {"save": "/nowhere/table.parquet"}),
         "a file on one": (model(), {"save": "/nowhere/table.parquet"} if rank else {}),
+        "prompts": (None, {"prompts": (*PROMPTS[:4], "Others" if rank else "These")}),
+        "options of a lens": (None, {"top_k": 3 + rank}),
     }
     found = {}
     for name, (own, options) in cases.items():
         Slow.seen.clear()
         try:
-            if "head" in options:
+            if own is None:
+                lens(True, **options)
+            elif "head" in options:
                 tj.jet_trigrams(own, 0, options["head"], distributed=True)
             else:
                 tj.jet_bigrams(own, options.pop("path", "direct"), **options, progress=False, distributed=True)
@@ -143,6 +157,7 @@ def main():
     report["normalizers"] = normalizers(True).tolist()
     for name, table in (tables(True) | trigrams(True)).items():
         table.save(folder / f"{name}.{rank}")
+    lens(True).save(folder / f"lens.{rank}")
     report["resumed"] = {name: table.digest for name, table in finish(folder / "resumed", True).items()}
     alone = dist.new_group([1], backend="gloo")
     report["group"] = tj.jet_bigrams(model(), top_k=5, distributed=alone).digest if rank == 1 else ""

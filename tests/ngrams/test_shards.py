@@ -103,6 +103,15 @@ def test_log_normalizers(together, one_thread):
         )
 
 
+def test_both_processes_return_the_lens_of_one(together, one_thread):
+    whole = sharded.lens(False)
+    for rank in (0, 1):
+        found = tj.load(together[0] / f"lens.{rank}")
+        assert found.labels == whole.labels and torch.equal(found.tokens, whole.tokens)
+        for name in ("top_ids", "target_ranks", "alpha", "full_values"):
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 def test_processes_of_a_smaller_group_need_no_others(together, one_thread):
     _, reports = together
     assert reports[1]["group"] == tj.jet_bigrams(sharded.model(), top_k=5).digest
@@ -120,6 +129,8 @@ def test_processes_of_a_smaller_group_need_no_others(together, one_thread):
             ["RuntimeError: Every process", "ValueError: A bi-gram path must be a function of one token"],
         ),
         ("a row", ["this failed: 1 (ValueError: no stream at token 81)", "ValueError: no stream at token 81"]),
+        ("prompts", ["processes 0 and 1 have prompts '"] * 2),
+        ("options of a lens", ["have options \"{'top_k': 3}\" and \"{'top_k': 4}\""] * 2),
         ("a file on one", ["processes 0 and 1 have saves False and True"] * 2),
         ("a file", ["FileNotFoundError: ", "this failed: 0 (FileNotFoundError: "]),
     ],

@@ -221,7 +221,7 @@ def read_targets(
         raise ValueError("targets must name at least one token; got none. Pass None for no targets.")
     lists = [list(name) for name in names if isinstance(name, (list, tuple)) or getattr(name, "ndim", 0) == 1]
     if not lists:
-        found = torch.tensor([single_token(network, name) for name in names], device=device)
+        found = torch.tensor([_single_token(network, name) for name in names], device=device)
         return found.expand(*shape, -1), names
     n = len(lists[0])
     if len(lists) != len(names) or len(lists) != shape[0] or not n or any(len(own) != n for own in lists):
@@ -229,12 +229,11 @@ def read_targets(
             f"Targets of single prompts are one list a prompt, all of one length: {shape[0]} lists here, as in "
             f"targets=[[' Paris'], [' Rome']] of two prompts; got {targets!r}."
         )
-    found = torch.tensor([[single_token(network, name) for name in own] for own in lists], device=device)
+    found = torch.tensor([[_single_token(network, name) for name in own] for own in lists], device=device)
     return found[:, None].expand(*shape, -1), lists[0] if len(lists) == 1 else list(range(n))
 
 
-def single_token(network: Structure, target: Any) -> int:
-    """The id of a target; TypeError or ValueError unless it is one token."""
+def _single_token(network: Structure, target: Any) -> int:
     token, d_vocab = _token_id(network, target), network.decoder.d_vocab
     if not 0 <= token < d_vocab:
         raise ValueError(f"targets must be token ids in 0..{d_vocab - 1}, or strings of one; got {target!r}.")
