@@ -18,10 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tl_jets.adapters.blocks import Blocks, saver, under_lock
 from tl_jets.adapters.inputs import read_input, read_text
@@ -132,6 +134,22 @@ class TransformerLensView(Blocks):
                     yield
             finally:
                 self.forget_replay(layer)
+
+    def repeated(self, recording: Recording, count: int, layer: int) -> Recording:
+        """The recording for replays of one block on `count` streams stacked along the batch axis."""
+        if count == 1:
+            return recording
+        batch = len(recording.tokens)
+
+        def repeat(value: Any) -> Any:
+            is_batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch > 1
+            return value.repeat(count, *[1] * (value.ndim - 1)) if is_batched else value
+
+        def of_block(values: Any) -> dict[Any, Any]:
+            keys = [key for key in values if key == layer or (isinstance(key, tuple) and layer in key)]
+            return {key: tree_map(repeat, values[key]) for key in keys}
+
+        return replace(recording, calls=of_block(self.calls_of(recording)), memo=of_block(recording.memo))
 
     def calls_of(self, recording: Recording) -> Any:
         """Call arguments of the recorded forward pass; recorded on first use if the trace came from a cache."""

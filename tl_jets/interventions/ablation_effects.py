@@ -20,8 +20,9 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -35,12 +36,22 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.labels import is_label
 from tl_jets.core.network import trace_of
 from tl_jets.core.path import Path
+from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.hooks import Hooks, Mode, Steps, ablation_hooks, hookable
+from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
+from tl_jets.interventions.places import Hooks
+from tl_jets.interventions.replays import (
+    NotReplayedError,
+    can_replay,
+    final_streams,
+    first_stage,
+    logits_of,
+    stack_size,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,31 +140,54 @@ def ablation_effect(
         ValueError: Bad steps, mode, reference, positions, targets or input; or the streams do not follow the edit.
         NotImplementedError: A network of plain callables, which has no hooks.
 
-    Cost: a forward pass per ablation, one for the clean answers, and the reference's.
+    Cost: a forward pass, the reference's, and the stages after each ablation, of many ablations at once; where they
+    cannot be replayed (`tl_jets.interventions.replays`) a forward pass per ablation.
     """
     network = hookable(model)
     trace = trace_of(network, prompts, attention_mask)
-    mask = trace.recording.memo.get("attention_mask")
+    if trace.logits is None:  # a cache, which need not be exact
+        trace = network.trace(trace.tokens, attention_mask=trace.recording.memo.get("attention_mask"))
     rows = real_rows(trace, positions)
     if steps is None:
         steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
     ablations: list[Any] = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
-    if reference is not None and not isinstance(reference, Trace):
-        reference = network.trace(reference)
+    labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
+    where = None
+    if ablated_positions is not None:
+        where = torch.zeros_like(trace.valid).scatter(1, real_rows(trace, ablated_positions).index, True)
+    hooks = hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)
+    order = sorted(range(len(hooks)), key=lambda i: first_stage(trace, hooks[i]))
+    clean, ablated = _answers(trace, [hooks[i] for i in order], rows)
+    found = effect_of(trace, clean, ablated, [labels[i] for i in order], mode, rows, targets=targets)
+    back = torch.tensor(order, device=found.logit.device).argsort()
+    changes = {name: getattr(found, name)[back] for name in ("logit", "centered", "kl")}
+    return replace(found, labels=labels, **changes)
 
-    def answers(hooks: Hooks) -> Float[Tensor, "batch pos d_vocab"]:
+
+def _answers(trace: Trace, runs: list[Hooks], rows: Rows) -> tuple[Tensor, Iterator[Tensor]]:
+    """Additive logits [batch, out_pos, d_vocab] of the clean run, and of each run in the order of `first_stage`."""
+    if can_replay(trace, first_stage(trace, runs[0])):
+        size = stack_size(trace)
+        with suppress(NotReplayedError):
+            first = final_streams(trace, runs[:size], check=True)
+            clean = next(logits_of(trace, trace[FINAL_STREAM][None], rows))
+            return clean, _replayed_answers(trace, first, runs[size:], rows)
+    network, mask = trace.network, trace.recording.memo.get("attention_mask")
+
+    def hooked(hooks: Hooks) -> Tensor:
         with network.view.hooks(hooks):  # type: ignore[attr-defined]
             return additive_logits(network.trace(trace.tokens, attention_mask=mask), rows.index)
 
-    labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
-    options: dict[str, Any] = {"mode": mode, "reference": reference, "seed": seed}
-    if ablated_positions is not None:
-        where = real_rows(trace, ablated_positions).index
-        options["positions"] = torch.zeros_like(trace.valid).scatter(1, where, True)
-    every = (answers(ablation_hooks(network, a, **options)) for a in ablations)
-    return effect_of(trace, answers([]), every, labels, mode, rows, targets=targets)
+    return hooked([]), map(hooked, runs)
+
+
+def _replayed_answers(trace: Trace, first: Tensor, runs: list[Hooks], rows: Rows) -> Iterator[Tensor]:
+    yield from logits_of(trace, first, rows)
+    for start in range(0, len(runs), stack_size(trace)):
+        finals = final_streams(trace, runs[start : start + stack_size(trace)])
+        yield from logits_of(trace, finals, rows)
 
 
 def effect_of(
@@ -172,11 +206,12 @@ def effect_of(
         ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
     decoder, tokens = trace.decoder, rows.at(trace.tokens)
     logit, beyond, kl = [], [], []
+    before = decoder.transformed(clean).log_softmax(-1)
     for found in ablated:
         change = found - clean
         logit.append(change.gather(-1, ids))
         beyond.append(centered(change, ids))
-        before, after = (decoder.transformed(logits).log_softmax(-1) for logits in (clean, found))
+        after = decoder.transformed(found).log_softmax(-1)
         kl.append((before.exp() * (before - after)).sum(-1))
     return AblationEffect(
         labels=labels,

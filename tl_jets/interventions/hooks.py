@@ -29,8 +29,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,31 +37,17 @@ from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.frozen_network import FrozenNetwork
-from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.options import check_choice
-from tl_jets.core.path import ARROW, Path
-from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import some
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.places import Hooks, only_at
+from tl_jets.interventions.sites import Site, Steps, check_parts, grabbing, heads_at_zero, sites_of
 from tl_jets.paths.evaluation import read_path
 
 Mode = Literal["zero", "mean", "resample"]
-Steps = LabelInput | Path | Sequence[LabelInput | Path]
-
-
-class _Site(NamedTuple):
-    """Where a write is edited: a hook point, and the head or neuron on its third axis (None: all of it)."""
-
-    write: str
-    layer: int
-    point: str
-    part: int | None = None
-
-    @property
-    def is_head(self) -> bool:
-        return self.point.endswith("hook_z")
 
 
 def ablation_hooks(
@@ -99,8 +84,17 @@ def ablation_hooks(
         >>> [name for name, function in hooks]
         ['blocks.0.attn.hook_z', 'blocks.2.hook_mlp_out']
     """
+    return hooks_of_each(model, [steps], mode=mode, reference=reference, positions=positions, seed=seed)[0]
+
+
+def hooks_of_each(
+    model: Any, ablations: Sequence[Steps], *, mode: Mode, reference: Any, positions: Any, seed: int
+) -> list[Hooks]:
+    """The `ablation_hooks` of each of several ablations, from one run of the reference."""
     network = hookable(model)
-    sites = _sites(network, steps)
+    each = [sites_of(network, steps) for steps in ablations]
+    sites = list(dict.fromkeys(site for own in each for site in own))
+    check_parts(network, sites)
     check_choice("mode", mode, get_args(Mode))
     check_seed(seed)
     if (reference is None) != (mode == "zero"):
@@ -109,18 +103,21 @@ def ablation_hooks(
             f"mode {mode!r} and {'no reference (pass reference=[prompts])' if reference is None else 'a reference'}."
         )
     if mode == "zero":
-        at_zero = _heads_at_zero(network, {site.layer for site in sites if site.is_head})
+        at_zero = heads_at_zero(network, {site.layer for site in sites if site.is_head})
         nothing = torch.zeros((), device="cpu")
-        return only_at(positions, [_constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites])
-    values, valid = _writes(network, reference, sites)
-    if mode == "mean":
-        return only_at(positions, [_constant(site, values[site][valid].mean(0)) for site in sites])
-    if not bool(valid.all()):
-        raise ValueError(
-            "A reference to resample from must have prompts of one length, the input's, as writes are taken at the same "
-            "positions; got some padding. Choose prompts of equal length, or mode='mean'."
-        )
-    return only_at(positions, [_resampled(site, values[site], seed) for site in sites])
+        hooks = {s: _constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites}
+    else:
+        values, valid = _writes(network, reference, sites)
+        if mode == "mean":
+            hooks = {site: _constant(site, values[site][valid].mean(0)) for site in sites}
+        elif bool(valid.all()):
+            hooks = {site: _resampled(site, values[site], seed) for site in sites}
+        else:
+            raise ValueError(
+                "A reference to resample from must have prompts of one length, the input's, as writes are taken at the same "
+                "positions; got some padding. Choose prompts of equal length, or mode='mean'."
+            )
+    return [only_at(positions, [hooks[site] for site in own]) for own in each]
 
 
 def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Sequence[int] | None = None) -> Hooks:
@@ -146,7 +143,8 @@ def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Seque
         >>> patched = model.run_with_hooks("This function is available on Unix and", fwd_hooks=hooks)
     """
     network = hookable(model)
-    sites = _sites(network, steps)
+    sites = sites_of(network, steps)
+    check_parts(network, sites)
     if isinstance(source, Tensor) and source.is_floating_point():
         source = {site.write: source for site in sites} if len(sites) == 1 else {}
     if isinstance(source, Mapping) and "input_ids" not in source:
@@ -219,88 +217,10 @@ def hookable(model: Any) -> ResidualNetwork:
     return network
 
 
-def _sites(network: ResidualNetwork, steps: Steps) -> list[_Site]:
-    """Where the writes of some steps are edited, without duplicates."""
-    known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}
-    known |= {step.label: step for step in network.steps}
-    by_write = {step.write: step for step in known.values()}
-    labels: list[str] = []
-    every: Any = [steps] if is_label(steps) or isinstance(steps, Path) else steps
-    for step in every:
-        path = Path.parse(step) if isinstance(step, str) and ARROW in step else step
-        labels += [s for s in path.steps if s != DECODER_STEP] if isinstance(path, Path) else [network.label(path)]
-    sites: list[_Site] = []
-    for label in labels:
-        step = known.get(label) or by_write.get(label) or network.view.fine_step(label)
-        if step is None:
-            raise ValueError(
-                f"A step to edit is one of {some(known, 40)}, a neuron (L0N17), or its write; got {label!r}."
-            )
-        if step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
-            raise NotImplementedError(
-                f"{label} is what no hook point carries alone; edit {step.layer}_{step.kind.split('_')[0]} instead."
-            )
-        block = f"blocks.{step.layer}."
-        if step.kind == "neuron":
-            sites.append(_Site(step.write, step.layer, block + "mlp.hook_post", step.neuron))
-        elif step.kind == "head":
-            sites.append(_Site(step.write, step.layer, block + "attn.hook_z", step.head))
-        elif step.kind == "block" and f"{step.layer}_attn" not in known:
-            view: Any = network.view
-            raise NotImplementedError(f"No hook point carries the write of {label} alone: {view.cannot(step)}.")
-        else:
-            for kind in ("attn", "mlp") if step.kind == "block" else (step.kind,):
-                if f"{step.layer}_{kind}" in known:
-                    sites.append(_Site(f"{step.layer}_{kind}_out", step.layer, f"{block}hook_{kind}_out"))
-    if not sites:
-        raise ValueError(f"An intervention needs at least one step; got {steps!r}.")
-    _check_parts(network, sites)
-    return list(dict.fromkeys(sites))
-
-
-def _probe(network: ResidualNetwork) -> Trace:
-    """A trace of the first and the last token of the vocabulary."""
-    ends = torch.tensor([[0, network.decoder.d_vocab - 1]], device="cpu")
-    return network.trace(ends, attention_mask=torch.ones_like(ends))
-
-
-@torch.no_grad()
-def _check_parts(network: ResidualNetwork, sites: list[_Site]) -> None:
-    """Check heads and neurons of the sites' layers against the model, once."""
-    view: Any = network.view
-    state = view.hook_state()
-    keys = {("heads" if s.is_head else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
-    if not view.checked.issuperset(keys):
-        trace = _probe(network.at("head"))
-        for write in keys.values():
-            trace[write]
-
-
-@torch.no_grad()
-def _heads_at_zero(network: ResidualNetwork, layers: set[int]) -> dict[int, Float[Tensor, "head d_head"]]:
-    """By layer, every head's z for a zero normalized input; independent of the input if patterns sum to one."""
-    found: dict[int, Tensor] = {}
-    network = network.at("sublayer")
-    trace = _probe(network) if layers else None
-    for layer in sorted(layers):
-        assert trace is not None
-        gamma, zero = trace.gamma(f"{layer}_attn"), torch.zeros_like(trace[network.streams[0]])
-        point = f"blocks.{layer}.attn.hook_z"
-        _, grabbed = _grabbing(network, [point], lambda gamma=gamma, zero=zero: gamma(zero))
-        z = grabbed[point][0]
-        if relative_error(z[0], z[1]) > tolerance(z.dtype):
-            raise NotImplementedError(
-                f"A head at zero keeps its constant, one for all positions; in block {layer} of {network.view.name} it is not, "
-                f"for its patterns do not sum to 1 (attention sinks). Use mode='mean' or 'resample'."
-            )
-        found[layer] = z[0]
-    return found
-
-
 @torch.no_grad()
 def _writes(
-    network: ResidualNetwork, source: Any, sites: list[_Site]
-) -> tuple[dict[_Site, Float[Tensor, "batch pos *size"]], Bool[Tensor, "batch pos"]]:
+    network: ResidualNetwork, source: Any, sites: list[Site]
+) -> tuple[dict[Site, Float[Tensor, "batch pos *size"]], Bool[Tensor, "batch pos"]]:
     """The writes of an input at some sites, and which of its positions are real."""
     points = list({site.point for site in sites if site.part is not None})
     trace, mask, grabbed = None, None, {}
@@ -310,27 +230,16 @@ def _writes(
             trace.check_model()
         source, mask = trace.tokens, trace.recording.memo.get("attention_mask")
     if trace is None or points:
-        run, grabbed = _grabbing(network, points, lambda: network.trace(source, attention_mask=mask))
+        run, grabbed = grabbing(network, points, lambda: network.trace(source, attention_mask=mask))
         trace = trace or run
     return {s: trace[s.write] if s.part is None else grabbed[s.point][:, :, s.part] for s in sites}, trace.valid
 
 
-def _grabbing(network: ResidualNetwork, points: list[str], run: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
-    """What `run` returns, and the activations at some hook points meanwhile."""
-    found: dict[str, Tensor] = {}
-
-    def grab(tensor: Tensor, hook: Any, name: str) -> None:
-        found[name] = tensor.detach()
-
-    with network.view.hooks([(name, partial(grab, name=name)) for name in points]):  # type: ignore[attr-defined]
-        return run(), found
-
-
-def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_Site]) -> dict[_Site, Tensor]:
+def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[Site]) -> dict[Site, Tensor]:
     """Tensors given by the caller, by site."""
-    found: dict[_Site, Tensor] = {}
+    found: dict[Site, Tensor] = {}
     for label, value in source.items():
-        own = _sites(network, label)
+        own = sites_of(network, label)
         if len(own) != 1 or own[0].part is not None:
             raise NotImplementedError(
                 f"A tensor is the write of an attention or MLP sublayer; {label} is not one (a head's write spans d_head "
@@ -359,7 +268,7 @@ def _given(network: ResidualNetwork, source: Mapping[str, Tensor], sites: list[_
     return found
 
 
-def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
+def _hook(site: Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[..., Tensor]]:
     def edit(write: Tensor, hook: Any = None) -> Tensor:
         # A copy of its own, laid out as the model's: hooks that come later may write to it.
         edited, part = write.clone(), slice(None) if site.part is None else site.part
@@ -369,11 +278,11 @@ def _hook(site: _Site, new: Callable[[Tensor], Tensor]) -> tuple[str, Callable[.
     return site.point, edit
 
 
-def _constant(site: _Site, value: Tensor) -> tuple[str, Callable[..., Tensor]]:
+def _constant(site: Site, value: Tensor) -> tuple[str, Callable[..., Tensor]]:
     return _hook(site, lambda write: value.to(write).expand_as(write))
 
 
-def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..., Tensor]]:
+def _resampled(site: Site, values: Tensor, seed: int) -> tuple[str, Callable[..., Tensor]]:
     def new(write: Tensor) -> Tensor:
         _check_shape(write[:1], values[:1], "resample")
         # The same rows at every site: a prompt's writes come from one reference prompt.
@@ -383,7 +292,7 @@ def _resampled(site: _Site, values: Tensor, seed: int) -> tuple[str, Callable[..
     return _hook(site, new)
 
 
-def _patched(site: _Site, values: Tensor, where: Tensor) -> tuple[str, Callable[..., Tensor]]:
+def _patched(site: Site, values: Tensor, where: Tensor) -> tuple[str, Callable[..., Tensor]]:
     def new(write: Tensor) -> Tensor:
         _check_shape(write, values if len(values) > 1 else values.expand(len(write), *values.shape[1:]), "patch")
         chosen = where.view(*where.shape, *[1] * (write.ndim - 2)).to(write.device)
