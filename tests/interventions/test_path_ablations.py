@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, detached_jacobian, exponential_expansion
 from tl_jets.calculus import full_precision
+from tl_jets.interventions import replays
 from tl_jets.interventions.path_ablations import path_ablation
 
 FAMILIES = zoo.available(["gpt2", "llama", "gemma2"])
@@ -26,9 +27,10 @@ def network(*functions, norm: str = "none") -> ResidualNetwork:
     return ResidualNetwork(CallableModel(embed, stages, Decoder(Norm(norm), normal(D, 9, seed=2), normal(9, seed=3))))
 
 
+@pytest.mark.parametrize("where", [None, [1, -2]])
 @pytest.mark.parametrize("spec", FAMILIES, ids=str)
-def test_it_is_what_overwriting_the_streams_gives(spec):
-    """embed > 0_mlp > 1_mlp, by three runs whose streams hooks overwrite."""
+def test_it_is_what_overwriting_the_streams_gives(spec, where):
+    """embed > 0_mlp > 1_mlp, by three runs whose streams hooks overwrite; from all positions, or from some."""
     model = zoo.build(spec)
     net = ResidualNetwork(model)
     tokens = zoo.tokens(model, batch=2, pos=6)
@@ -57,13 +59,38 @@ def test_it_is_what_overwriting_the_streams_gives(spec):
         return box[-1]
 
     h0, h1 = trace["0_mid"], trace["1_mid"]
-    first = write(0, h0) - write(0, h0 - trace["embed"])
-    second = write(1, h1) - write(1, h1 - first)
+    source = torch.zeros_like(trace["embed"])
+    chosen = slice(None) if where is None else where
+    source[:, chosen] = trace["embed"][:, chosen]
+    first = write(0, h0) - write(0, h0 - source)
+    second, other = (write(1, h1) - write(1, h1 - sent) for sent in (first, source))
     final = trace["final_post"]
-    change = (logits(final - second) - logits(final))[:, -2:]
-    found = path_ablation(net, trace, "embed > 0_mlp > 1_mlp > ln_final", positions=[-2, -1], targets=[3, 11])
-    assert relative_error(found.logit[0], change[..., [3, 11]]) < 1e-9
-    assert relative_error(found.centered[0], (change - change.mean(-1, keepdim=True))[..., [3, 11]]) < 1e-9
+    paths = ["embed > 0_mlp > 1_mlp > ln_final", "embed > 1_mlp > ln_final", "embed > 0_mlp > ln_final"]
+    found = path_ablation(net, trace, paths, positions=[-2, -1], ablated_positions=where, targets=[3, 11])
+    for row, sent in enumerate((second, other, first)):
+        change = (logits(final - sent) - logits(final))[:, -2:]
+        assert relative_error(found.logit[row], change[..., [3, 11]]) < 1e-9
+        assert relative_error(found.centered[row], (change - change.mean(-1, keepdim=True))[..., [3, 11]]) < 1e-9
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "head"])
+@pytest.mark.parametrize("spec", [spec for spec in FAMILIES if spec.processing == "raw"], ids=str)
+def test_prefixes_that_are_evaluated_together_are_those_one_by_one(spec, granularity, monkeypatch):
+    model = zoo.build(spec)
+    net = ResidualNetwork(model, granularity)
+    tokens = zoo.tokens(model)
+    steps = ["L0H1", "L0H3", "0_mlp"] if granularity == "head" else ["0_attn", "0_mlp"]
+    last = ["L1H0", "1_mlp"] if granularity == "head" else ["1_attn", "1_mlp"]
+    paths = [f"embed > {a} > {b} > ln_final" for a in steps for b in last]
+    together = path_ablation(net, tokens, paths)
+    alone = torch.cat([path_ablation(net, tokens, path).logit for path in paths])
+    assert relative_error(together.logit, alone) < 1e-9
+    monkeypatch.setattr(replays, "check_clean", refuse)
+    assert relative_error(path_ablation(net, tokens, paths).logit, alone) < 1e-9
+
+
+def refuse(*args):
+    raise replays.NotReplayedError
 
 
 @pytest.mark.parametrize("spec", zoo.available(["gpt2"]), ids=str)

@@ -27,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, centered
@@ -154,9 +154,7 @@ def ablation_effect(
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
     labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
-    where = None
-    if ablated_positions is not None:
-        where = torch.zeros_like(trace.valid).scatter(1, real_rows(trace, ablated_positions).index, True)
+    where = None if ablated_positions is None else cells_of(trace, ablated_positions)
     hooks = hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)
     order = sorted(range(len(hooks)), key=lambda i: first_stage(trace, hooks[i]))
     clean, ablated = _answers(trace, [hooks[i] for i in order], rows)
@@ -237,3 +235,8 @@ def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:
             f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {positions}."
         )
     return rows
+
+
+def cells_of(trace: Trace, positions: int | Sequence[int]) -> Bool[Tensor, "batch pos"]:
+    """Whether a cell of the padded rows is at one of the positions, counted as in `real_rows`."""
+    return torch.zeros_like(trace.valid).scatter(1, real_rows(trace, positions).index, True)

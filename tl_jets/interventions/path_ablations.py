@@ -27,10 +27,11 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.core.frozen_network import FrozenNetwork
@@ -39,7 +40,8 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.ablation_effects import AblationEffect, effect_of, real_rows
+from tl_jets.interventions.ablation_effects import AblationEffect, cells_of, effect_of, real_rows
+from tl_jets.interventions.replays import changes_without, logits_of, stack_size
 from tl_jets.paths.evaluation import read_path
 
 
@@ -51,6 +53,7 @@ def path_ablation(
     *,
     targets: TargetInput | None = None,
     positions: int | Sequence[int] = -1,
+    ablated_positions: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
 ) -> AblationEffect:
     """An `AblationEffect` of each of some paths, in mode `"path"` (path patching with zero).
@@ -62,42 +65,55 @@ def path_ablation(
             `3_mlp_bias`), and steps in the order of the network.
         targets: Tokens whose logits are reported, as in `ablation_effect`; None for the model's own best token.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
+        ablated_positions: Positions of the source from which a path is ablated, counted in the same way; None for all.
         attention_mask: Passed to the model (left padding needs it).
 
     Raises:
         ValueError: Unknown source or step, steps out of order, or `ln_final_bias`; bad positions, targets or input.
         NotImplementedError: A path from a bias in a model that cannot be frozen (see `exponential_expansion`).
 
-    Cost: a stage evaluation for every prefix of the paths, each once, and the unembedding for every path.
+    Cost: two evaluations of each stage that the paths pass through, more if many prefixes end in one (each is evaluated
+    once, together with the others), and the unembedding for every path.
     """
     network = ResidualNetwork.of(model)
     trace = trace_of(network, prompts, attention_mask)
     wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not wanted:
         raise ValueError("path_ablation needs at least one path; got none.")
-    parsed = [read_path(trace, path)[0] for path in wanted]
+    parsed = [read_path(trace, path) for path in wanted]
     rows = real_rows(trace, positions)
-    decoder, final = trace.decoder, trace[FINAL_STREAM]
+    where = None if ablated_positions is None else cells_of(trace, ablated_positions)
+    sent, final = _sent(trace, parsed, where), trace[FINAL_STREAM]
+
+    def answers() -> Iterator[Tensor]:
+        for start in range(0, len(parsed), stack_size(trace)):
+            ends = [sent[path] for path, _ in parsed[start : start + stack_size(trace)]]
+            yield from logits_of(trace, final - torch.stack(ends), rows)
+
+    clean = next(logits_of(trace, final[None], rows))
+    return effect_of(trace, clean, answers(), [str(path) for path in wanted], "path", rows, targets=targets)
+
+
+def _sent(
+    trace: Trace, paths: list[tuple[Path, list[tuple[int, int]]]], where: Bool[Tensor, "batch pos"] | None
+) -> dict[Path, Float[Tensor, "batch pos d_model"]]:
+    """What arrives at the ends of paths and of their prefixes, by path, if sources are sent from some positions only."""
     sent: dict[Path, Tensor] = {}
-
-    def answers(stream: Tensor) -> Tensor:
-        return decoder.logits(decoder.norm(rows.at(stream))).double()
-
-    found = (answers(final - _along(trace, path, sent)) for path in parsed)
-    labels = [str(path) for path in wanted]
-    return effect_of(trace, answers(final), found, labels, "path", rows, targets=targets)
-
-
-def _along(trace: Trace, path: Path, sent: dict[Path, Tensor]) -> Tensor:
-    """What arrives at the end of a path [batch, pos, d_model]; prefixes are evaluated once."""
-    if path not in sent:
-        if not path.steps:
-            sent[path] = _source(trace, path.source)
-        else:
-            *before, last = path.steps
-            gamma, stream = trace.gamma(last), trace[trace.network.stage(last).stream]
-            sent[path] = gamma(stream) - gamma(stream - _along(trace, Path(path.source, tuple(before)), sent))
-    return sent[path]
+    ends: dict[int, dict[Path, tuple[Path, int]]] = {}
+    for path, order in paths:
+        prefix = Path(path.source)
+        if prefix not in sent:
+            source = _source(trace, path.source)
+            sent[prefix] = source if where is None else torch.where(where[..., None], source, 0.0)
+        for step, (stage, row) in zip(path.steps, order, strict=True):
+            ends.setdefault(stage, {})[prefix.then(step)] = prefix, row
+            prefix = prefix.then(step)
+    for stage in sorted(ends):
+        before = list(dict.fromkeys(prefix for prefix, _ in ends[stage].values()))
+        found = changes_without(trace, trace.network.stages[stage], torch.stack([sent[prefix] for prefix in before]))
+        changes = dict(zip(before, found, strict=True))
+        sent |= {path: changes[prefix][row] for path, (prefix, row) in ends[stage].items()}
+    return sent
 
 
 def _source(trace: Trace, label: str) -> Tensor:

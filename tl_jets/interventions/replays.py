@@ -9,6 +9,7 @@ cannot be replayed or the user has hooks on the model, runs are hooked forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.protocol import FINAL_STREAM, Stage, relative_error
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
@@ -42,12 +44,17 @@ def first_stage(trace: Trace, hooks: Hooks) -> int:
     return min(found)
 
 
+def is_hooked(trace: Trace) -> bool:
+    """Whether the trace is of a model with hooks of the user."""
+    return any(hooks for hooks, _ in trace.recording.hook_state)
+
+
 def can_replay(trace: Trace, start: int) -> bool:
     """Whether all stages from `start` on can be replayed, and the user has no hooks on the model."""
     view: Any = trace.network.view
-    if any(hooks for hooks, _ in trace.recording.hook_state):
-        return False
-    return not any(view.cannot(step) for stage in view.stages("sublayer")[start:] for step in stage.steps)
+    return not is_hooked(trace) and not any(
+        view.cannot(step) for stage in view.stages("sublayer")[start:] for step in stage.steps
+    )
 
 
 def stack_size(trace: Trace) -> int:
@@ -95,6 +102,27 @@ def replayed(
         if count == 1:
             raise
         raise NotReplayedError from error
+
+
+def changes_without(
+    trace: Trace, stage: Stage, removed: Float[Tensor, "many batch pos d_model"]
+) -> Float[Tensor, "many write batch pos d_model"]:
+    """What the stage's writes lose without each of some parts of their stream: gamma(h) - gamma(h - part)."""
+    gammas, true, writes = trace.stage_function(stage), trace[stage.stream], trace.writes(stage)
+    if not is_hooked(trace) and not isinstance(trace.network.view, CallableModel):
+        with suppress(NotReplayedError):
+            size = max(1, stack_size(trace) // len(stage.steps))
+            return torch.cat([_stacked_changes(trace, stage, writes, chunk) for chunk in removed.split(size)])
+    clean = gammas(true)
+    return torch.stack([clean - gammas(true - part) for part in removed])
+
+
+def _stacked_changes(trace: Trace, stage: Stage, true: Tensor, removed: Tensor) -> Tensor:
+    stream = trace[stage.stream]
+    streams = torch.cat([stream[None], stream - removed])
+    writes = replayed(trace, stage, streams.flatten(0, 1)).unflatten(1, streams.shape[:2])
+    check_clean(trace, writes[:, 0].sum(0), true.sum(0))
+    return (writes[:, :1] - writes[:, 1:]).transpose(0, 1)
 
 
 def check_clean(trace: Trace, found: Tensor, true: Tensor) -> None:
