@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit; intervals of draws.
+"""Percentile bootstrap intervals of means and sums (Efron 1979), optionally clustered by unit; of medians; of draws.
 
 Example:
     >>> import torch
@@ -95,6 +95,24 @@ def bootstrap_intervals(
         random_state=np.random.default_rng(seed),  # type: ignore[call-arg]
     ).confidence_interval
     return torch.from_numpy(np.stack([interval.low, interval.high]))
+
+
+def median_intervals(values: Float[Tensor, "series value"]) -> Float[Tensor, "2 series"]:
+    """95% intervals of the medians of independent values, by order statistics: ends [2, series]; NaN below six values.
+
+    Between the k-th smallest and the k-th largest value lies the median, unless fewer than k values are on one side of it:
+    with probability 1 - 2 P(B < k), B binomial of n draws at 1/2. Source: David and Nagaraja, *Order Statistics*, 7.1.
+
+    Example:
+        >>> median_intervals(torch.arange(10.0)[None]).tolist()
+        [[1.0], [8.0]]
+    """
+    n = values.shape[-1]
+    k = int(scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5))
+    if k < 1:
+        return torch.full((2, len(values)), math.nan, dtype=torch.float64, device="cpu")
+    ordered = values.double().sort(-1).values
+    return torch.stack([ordered[:, k - 1], ordered[:, n - k]])
 
 
 def central(values: np.ndarray) -> tuple[float, float]:

@@ -41,6 +41,7 @@ from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
 from tl_jets.core.tokens import nested_texts
 from tl_jets.lenses.results import LensInput, LensResult, table
+from tl_jets.lenses.trajectories import leads_from, trajectory_table
 from tl_jets.lenses.verdicts import Verdict, verdict_of
 
 # Fields with a layer axis.
@@ -121,9 +122,29 @@ class IterativeJetLens(LensResult):
 
         `len(labels)` where not even the last layer's is. Borrowed answers count: order 0 has none.
         """
-        leads = self.top_ids[..., 0] == self.model_top_ids
-        found = len(self.labels) - leads.flip(0).long().cumprod(0).sum(0)
+        found = len(self.labels) - leads_from(self.top_ids[..., 0] == self.model_top_ids).long().sum(0)
         return found.masked_fill(~self.valid, -1)
+
+    def trajectories(self, *, include_sinks: bool = False) -> pd.DataFrame:
+        """One row per layer, order and target: its rank, and whether it leads, over the positions of all prompts.
+
+        Columns: layer, order, target, `rank_median` over prompts (each by the median of its positions; 0 is the best token)
+        with its 95% interval `rank_low`, `rank_high`; `leads`, the share of positions at which the target is the best token
+        from this layer on, with its interval `leads_low`, `leads_high`; and `control_leads`, the share at which the model's
+        own answer is the random center's best token from this layer on.
+
+        Args:
+            include_sinks: Whether BOS and positions of outlying streams (`sinks`) count, too.
+
+        Raises:
+            ValueError: No targets, or no positions but sinks.
+        """
+        if self.target_ranks is None or self.target_names is None:
+            raise ValueError("Trajectories are of targets; pass targets=... when the lens is run, or use answer_lens.")
+        index = [{"layer": label, "order": order} for label in self.labels for order in self.orders]
+        kept = self.valid if include_sinks or self.sinks is None else self.valid & ~self.sinks.mask
+        control = None if self.control is None else self.control.top1_agreement == 1
+        return trajectory_table(index, self.target_ranks, self.target_names, kept, control)
 
     def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "layer order batch pos"]:
         """Ranks of one target (0 is the best token); None takes the only one."""
