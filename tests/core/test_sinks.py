@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,38 @@ def test_medians_are_of_whole_prompts_and_of_each_alone(network):
     with pytest.raises(ValueError, match="no attention sink; here all are BOS or have outlying streams"):
         only.average()
     assert only.average(include_sinks=True).kl.notna().all()
+
+
+def test_means_of_measures_and_interactions_leave_out_sinks(network):
+    others = PROMPTS != 0
+    for lens in (tj.iterative_jet_lens(network, PROMPTS), tj.joint_jet_lens(network, PROMPTS)):
+        for name, values in lens.measures.items():
+            assert torch.allclose(lens.measures.mean()[name], values[..., others].mean(-1))
+            assert torch.allclose(lens.measures.mean(include_sinks=True)[name], values.mean((-2, -1)))
+    pairs = tj.interactions(network, PROMPTS, positions=None)
+    first = pairs.average().iloc[0]
+    i, j = pairs.labels.index(first["first"]), pairs.labels.index(first["second"])
+    wanted = pairs.matrix[i, j] + (pairs.matrix[j, i] if i != j else 0)
+    assert first["effect"] == pytest.approx(float(wanted[others].mean()))
+    assert first["size"] == pytest.approx(float(wanted[others].abs().mean()))
+    assert "leave out 1 of 15 positions" in repr(pairs)
+    assert len(tj.concat([pairs, pairs]).average()) == len(pairs.average())
+
+
+def test_what_is_shown_of_sinks_alone(network):
+    """A position that is a sink is shown if it is the only one; views choose parts by the other positions."""
+    only = PROMPTS[1:2], 1
+    pairs, sums = (of(network, only[0], positions=only[1]) for of in (tj.interactions, path_sums))
+    assert pairs.only_sinks and pairs.counted.all() and "leave out 1 of 1" in repr(pairs)
+    assert str(pairs).count("\n") == 1 + len(pairs.average(include_sinks=True))
+    assert "<table" in sums._repr_html_() and not path_sums(network, PROMPTS).only_sinks
+    lens = tj.iterative_jet_lens(network, only[0], positions=only[1])
+    assert torch.equal(lens.measures.mean()["kl"], lens.kl[..., 0, 0])
+    effects = torch.zeros(len(sums.labels), 1, 5, 1, dtype=torch.float64)
+    effects[0, 0, 1], effects[1, 0, 2] = 100, 1  # the first part is large at the sink only
+    sums = replace(path_sums(network, PROMPTS[1:2]), effects=effects)
+    assert sums.labels[1] in tj.views.path_tokens(sums, top=1).html
+    assert sums.labels[0] not in tj.views.path_tokens(sums, top=1).html
 
 
 def test_saved_results_keep_their_sinks(network, tmp_path):

@@ -48,6 +48,16 @@ def test_importing_loads_neither_torch_nor_any_room():
     assert in_a_fresh_process(code).strip() == "[]"
 
 
+def test_a_name_of_other_tools_loads_its_own_module_only():
+    code = "import sys, tl_jets as tj; tj.to_activation_cache; print('circuitsvis' in sys.modules)"
+    assert in_a_fresh_process(code).split()[-1] == "False"
+    assert [getattr(tl_jets.interop, name) for name in tl_jets.interop.__all__] == [
+        getattr(tl_jets, name) for name in tl_jets.interop.__all__
+    ]
+    with pytest.raises(AttributeError, match="no attribute 'to_nothing'; its names are"):
+        _ = tl_jets.interop.to_nothing
+
+
 def test_a_deep_import_knows_the_models_of_transformer_lens():
     code = (
         "from tl_jets.pretrained import load_tinydocs; from tl_jets.core.network import ResidualNetwork; "

@@ -216,7 +216,7 @@ def _legend(ax):
 def test_path_shares(network, trace):
     sums = tj.path_sums(network, trace)
     ax, *_ = drawn(figures.path_shares(sums, measure="effect", top=4)).axes
-    cells = sums.effect[:, sums.valid]
+    cells = sums.effect[:, sums.valid & ~sums.sinks.mask]
     order = cells.mean(1).abs().argsort(descending=True)[:4].tolist()
     assert ticks(ax.yaxis) == [sums.labels[i] for i in order]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx(cells[order].mean(1).tolist())
@@ -227,7 +227,8 @@ def test_path_shares(network, trace):
     ax, *_ = drawn(figures.path_shares(lengths)).axes
     assert ticks(ax.yaxis) == lengths.labels
     widths = [bar.get_width() for bar in ax.patches]
-    assert widths == pytest.approx(lengths.share[:, lengths.valid].mean(1).tolist()) and sum(widths) == pytest.approx(1)
+    shares = lengths.share[:, lengths.valid & ~lengths.sinks.mask]
+    assert widths == pytest.approx(shares.mean(1).tolist()) and sum(widths) == pytest.approx(1)
     one = tj.exponential_expansion(network, linearize="detached")(trace, positions=1)
     ax, *_ = drawn(figures.path_shares(one, top=3)).axes
     assert len(ax.patches) == 3

@@ -44,9 +44,23 @@ class Averaged:
             ValueError: `group_by` is not one label per prompt, or a group has no positions but sinks.
         """
         index, columns = self._columns()
-        valid = getattr(self, "valid", torch.ones_like(self.tokens, dtype=torch.bool))
-        kept = valid if include_sinks or self.sinks is None else valid & ~self.sinks.mask
+        kept = self._valid if include_sinks or self.sinks is None else self._valid & ~self.sinks.mask
         return averages(index, columns, kept, group_by=group_by, spread=spread)
+
+    @property
+    def counted(self) -> Bool[Tensor, "batch pos"]:
+        """Real positions that are no attention sinks; all real ones if nothing else is there."""
+        kept = self._valid if self.sinks is None else self._valid & ~self.sinks.mask
+        return kept if bool(kept.any()) else self._valid
+
+    @property
+    def only_sinks(self) -> bool:
+        """Whether all real positions are attention sinks, so that `average` needs `include_sinks=True`."""
+        return self.sinks is not None and bool((self.counted & self.sinks.mask).any())
+
+    @property
+    def _valid(self) -> Bool[Tensor, "batch pos"]:
+        return getattr(self, "valid", torch.ones_like(self.tokens, dtype=torch.bool))
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """The first entries of every row, and the values [*rows, batch, pos] by name."""
@@ -54,9 +68,7 @@ class Averaged:
 
     def _left_out(self) -> str:
         """What a repr says of sinks: empty if nothing is left out."""
-        said = (
-            "" if self.sinks is None else self.sinks.said(getattr(self, "valid", torch.ones_like(self.tokens).bool()))
-        )
+        said = "" if self.sinks is None else self.sinks.said(self._valid)
         return said and f"; {said}"
 
 

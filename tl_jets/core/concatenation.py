@@ -46,8 +46,8 @@ def concat(results: Iterable[Kind], *, rows: Sequence[Sequence[int]] | None = No
     (`JointJetLens.center_top_tokens`) is gone, as in a loaded result.
 
     Args:
-        results: Results of one kind and one set of options: `IterativeJetLens`, `JointJetLens`, `PathStatistics` or
-            `AblationEffect`. Targets that differ by prompt are passed to the calls as ids [batch, pos, target].
+        results: Results of one kind and one set of options: `IterativeJetLens`, `JointJetLens`, `PathStatistics`,
+            `AblationEffect` or `Interactions`. Targets that differ by prompt are passed to the calls as ids [batch, pos, target].
         rows: Place of each result's prompts in the whole, each place once; None: one result after another.
 
     Raises:
@@ -75,7 +75,7 @@ def check_joinable(results: Sequence[Any]) -> None:
     kinds = list(dict.fromkeys(type(result) for result in results))
     if len(kinds) > 1 or not isinstance(results[0], Averaged):
         raise TypeError(
-            "concat joins lenses, path statistics or ablation effects, all of one kind; got "
+            "concat joins lenses, path statistics, ablation effects or interactions, all of one kind; got "
             f"{', '.join(kind.__name__ for kind in kinds)}."
         )
 

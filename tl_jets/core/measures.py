@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm
@@ -44,6 +44,8 @@ from tl_jets.core.decoder import Decoder, Metric
 from tl_jets.core.lens_logits import Readings
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.results import Result
+from tl_jets.core.selection import Rows
+from tl_jets.core.sinks import Sinks
 
 MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement")
 
@@ -52,7 +54,7 @@ MEASURES = ("remainder_norm", "cosine", "centered_cosine", "kl", "top1_agreement
 class Measures(Result):
     """How close logits are to the model's, by the measures in the module's table; NaN at padding.
 
-    All tensors have one shape [*axes, batch, pos].
+    All tensors have one shape [*axes, batch, pos]. `sinks` are the positions that `mean` leaves out, attention sinks.
     """
 
     remainder_norm: Float[Tensor, "*cells batch pos"]
@@ -60,25 +62,31 @@ class Measures(Result):
     centered_cosine: Float[Tensor, "*cells batch pos"]
     kl: Float[Tensor, "*cells batch pos"]
     top1_agreement: Float[Tensor, "*cells batch pos"]
+    sinks: Bool[Tensor, "batch pos"] | None = None
 
     @classmethod
-    def of(
-        cls, spread: Callable[[Tensor], Tensor], geometry: dict[str, Tensor], read: Readings, cells: Any = ...
-    ) -> Measures:
-        """Measures of selected cells; `spread` maps rows back to [batch, pos]."""
+    def of(cls, rows: Rows, geometry: dict[str, Tensor], read: Readings, sinks: Sinks, cells: Any = ...) -> Measures:
+        """Measures of selected cells, of the selected rows of a trace."""
         if read.kl is None:
             raise ValueError("Measures need a scan with measures=True; this one was run without.")
         kl = read.kl[cells]
         values = {**geometry, "kl": kl, "top1_agreement": read.top1_agreement[cells].to(kl.dtype)}
-        return cls(**{name: spread(value) for name, value in values.items()})
+        return cls(**{name: rows.spread(value) for name, value in values.items()}, sinks=sinks.mask)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Measures:
         """The measures with `change` applied to each tensor."""
-        return self._mapped(change)
+        return self._mapped(change, MEASURES)
 
-    def mean(self) -> dict[str, Tensor]:
-        """Averages over real positions of all prompts, by name: tensors [*axes]."""
-        return {name: getattr(self, name).flatten(-2).nanmean(-1) for name in MEASURES}
+    def mean(self, *, include_sinks: bool = False) -> dict[str, Tensor]:
+        """Averages over the positions of all prompts, without attention sinks, by name: tensors [*axes].
+
+        If all positions are sinks, they count. `lens.average()` has the same numbers as a table.
+        """
+        sinks = None if include_sinks else self.sinks
+        if sinks is not None and bool((self.kl.isnan() | sinks).all()):
+            sinks = None
+        found = {name: value if sinks is None else value.masked_fill(sinks, torch.nan) for name, value in self.items()}
+        return {name: value.flatten(-2).nanmean(-1) for name, value in found.items()}
 
     def _headline(self) -> str:
         return f"Measures of cells {list(self.kl.shape)}"

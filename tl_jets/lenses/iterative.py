@@ -47,7 +47,7 @@ from tl_jets.lenses.verdicts import Verdict, verdict_of
 # Fields with a layer axis.
 _LAYERED = {
     *("rho", "tail_bound", "alpha", "beta", "borrowed_share", "top_ids", "full_values", "own_values", "own_top_ids"),
-    *("measures", "control", "target_logits", "target_ranks"),
+    *("target_logits", "target_ranks"),
 }
 
 
@@ -103,7 +103,9 @@ class IterativeJetLens(LensResult):
                 f"A lens is indexed by its layers, {self.labels}; got {labels!r}. Its tensors take numbers."
             )
         index = [self.labels.index(label) for label in wanted]
-        return replace(self._mapped(lambda values: values[index], _LAYERED), labels=wanted)
+        measures = [x if x is None else x.map(lambda values: values[index]) for x in (self.measures, self.control)]
+        found = self._mapped(lambda values: values[index], _LAYERED)
+        return replace(found, labels=wanted, measures=measures[0], control=measures[1])
 
     def __repr__(self) -> str:
         kind = f"orders 0..{self.orders[-1]}" if self.linearize == "jet" else self.linearize
@@ -182,8 +184,7 @@ class IterativeJetLens(LensResult):
         chosen = torch.zeros_like(self.valid)
         chosen[slice(None) if prompt is None else prompt, slice(None) if place is None else place] = True
         cells = self.valid & chosen
-        kept = cells if self.sinks is None else cells & ~self.sinks.mask
-        kept = kept if bool(kept.any()) else cells
+        kept = cells & self.counted if bool((cells & self.counted).any()) else cells
         draws = [*([] if self.control is None else [self.control.kl]), *controls]
         return verdict_of(
             self.labels,
@@ -350,4 +351,4 @@ def _measured(
     """The borrowed share of every cell, and its measures if they were read."""
     found = geometry_in_plane(inputs.trace.decoder, plane, random, alpha, beta, inputs.gamma)
     borrowed = inputs.rows.spread(found.pop("borrowed_share"))
-    return borrowed, None if read.kl is None else Measures.of(inputs.rows.spread, found, read)
+    return borrowed, None if read.kl is None else Measures.of(inputs.rows, found, read, inputs.sinks)

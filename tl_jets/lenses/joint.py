@@ -295,7 +295,7 @@ def _weighted(
     scan = inputs.scan(own, torch.ones_like(beta), beta, top_k=top_k)
     close = geometry(decoder, total, truth)
     read = {
-        name: Measures.of(spread, {key: values[i] for key, values in close.items()}, scan, (i, 0))
+        name: Measures.of(inputs.rows, {key: values[i] for key, values in close.items()}, scan, inputs.sinks, (i, 0))
         for name, i in place.items()
     }
     lent, mine = (decoder.metric(centered=True).norm(values[0], 0.0) for values in (shared, own))

@@ -62,6 +62,11 @@ class LensInput:
         return norm.scale(norm.center(self.variate))
 
     @cached_property
+    def sinks(self) -> Sinks:
+        """The attention sinks among the rows."""
+        return Sinks.of(self.trace, self.rows)
+
+    @cached_property
     def gamma(self) -> Float[Tensor, " row"]:
         """Coefficient of `shared` in the model's own logits."""
         return norm_jet(self.trace.decoder.norm, self.variate, self.variate, 0).alpha[0]
@@ -96,7 +101,7 @@ class LensInput:
         return found | {
             "positions": self.rows.positions,
             "valid": self.rows.keep,
-            "sinks": Sinks.of(self.trace, self.rows),
+            "sinks": self.sinks,
             "full_values": spread(scan.top.values[cells], -2),
             "own_values": spread(scan.own_values[cells], -2),
             "unit": self.trace.decoder.unit,

@@ -61,6 +61,7 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import ANSWER, Yardstick
+from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.measures import random_directions, split_along
@@ -69,6 +70,7 @@ from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, positions_of
+from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.expand import Expansion, jet_expand
@@ -78,7 +80,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interactions(Result):
+class Interactions(Averaged, Result):
     """Second-degree effects of pairs of components on a logit; NaN at padding.
 
     Logits are additive (before a final softcap) and centered over the vocabulary.
@@ -97,6 +99,7 @@ class Interactions(Result):
         target_names: The targets as requested; `<answer>` is the model's own best token.
         unit: Unit of all numbers: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
     """
 
     labels: list[str]
@@ -114,6 +117,7 @@ class Interactions(Result):
     target_names: list[str | int]
     unit: str
     token_names: dict[int, str]
+    sinks: Sinks | None = None
 
     @property
     def term(self) -> Float[Tensor, "batch pos"]:
@@ -121,27 +125,28 @@ class Interactions(Result):
         return self.degrees[2]
 
     def __repr__(self) -> str:
-        term, logit = (float(value[self.valid].mean()) for value in (self.term, self.logit))
+        term, logit = (float(value[self.counted].mean()) for value in (self.term, self.logit))
         names = " - ".join(ANSWER if name == ANSWER else repr(name) for name in self.target_names)
         return (
             f"Interactions({len(self.labels) - 1} components and rest, {len(self.tokens)} prompts at {self.positions}; of "
-            f"{names}; second degree {term:.3g} of {logit:.3g}{in_unit(self.unit)})"
+            f"{names}; second degree {term:.3g} of {logit:.3g}{in_unit(self.unit)}{self._left_out()})"
         )
 
     def __str__(self) -> str:
-        table = self.average().head(SHOWN)[["first", "second", "effect", "size", "control"]]
+        table = self.average(include_sinks=self.only_sinks).head(SHOWN)
         return f"{self!r}\n{table.to_string(index=False, float_format='{:.3g}'.format)}"
 
     def _body(self) -> str:
-        return dataframe_html(self.average(), whole="average()")
+        return dataframe_html(self.average(include_sinks=self.only_sinks), whole="average()")
 
-    def average(self) -> pd.DataFrame:
-        """One row per pair, averaged over real positions, largest first: first, second, effect, size, control."""
-        table, effect, control = self._pairs()
-        effect, control = effect[:, self.valid].double(), control[:, self.valid].double()
-        columns = {"effect": effect.mean(1), "size": effect.abs().mean(1), "control": control.abs().mean(1)}
-        table = table.assign(**{name: values.tolist() for name, values in columns.items()})
+    def average(self, **options: Any) -> pd.DataFrame:
+        """One row per pair, largest first: first, second, effect, size, control; options as in `Averaged.average`."""
+        table = super().average(**options)
         return table.sort_values("size", ascending=False, kind="stable").reset_index(drop=True)
+
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        pairs, effect, control = self._pairs()
+        return pairs.to_dict("records"), {"effect": effect, "size": effect.abs(), "control": control.abs()}
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per pair, prompt and real position, the largest effect first.
@@ -230,6 +235,7 @@ def interactions(
         target_names=names,
         unit=trace.decoder.unit,
         token_names=token_names(network.tokenizer, [tokens, ids]),
+        sinks=Sinks.of(trace, rows),
     )
 
 

@@ -113,7 +113,8 @@ class PathStatistics(Averaged, Result):
         )
 
     def _body(self) -> str:
-        return dataframe_html(self.largest(SHOWN_ROWS, "size"), total=len(self.labels), whole="average()")
+        table = self.largest(SHOWN_ROWS, "size", include_sinks=self.only_sinks)
+        return dataframe_html(table, total=len(self.labels), whole="average()")
 
     @property
     def n_writes(self) -> list[int] | None:

@@ -55,7 +55,11 @@ def of_prompts(result: Any, prompt: int) -> str:
     return f", prompt {prompt + 1} of {len(result.tokens)}" if len(result.tokens) > 1 else ""
 
 
+def counted_of(result: Any, prompt: int, places: list[int]) -> list[int]:
+    """The places that are no attention sinks; all if there are no others."""
+    return [place for place in places if bool(result.counted[prompt, place])] or places
+
+
 def mean_weights(lens: JointJetLens, prompt: int, places: list[int]) -> Float[Tensor, " center"]:
     """Weights of a joint lens averaged over some positions of a prompt, without attention sinks unless all are sinks."""
-    counted = [] if lens.sinks is None else [place for place in places if not lens.sinks.mask[prompt, place]]
-    return lens.weights[:, prompt, counted or places].mean(1)
+    return lens.weights[:, prompt, counted_of(lens, prompt, places)].mean(1)

@@ -28,7 +28,7 @@ from tl_jets.paths.cache import PathCache
 from tl_jets.paths.statistics import MEASURES as PATH_MEASURES
 from tl_jets.paths.statistics import PathStatistics
 from tl_jets.views.lens_tables import closeness, describe, order_index
-from tl_jets.views.names import MEASURE_NAMES, check_measure, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, check_measure, counted_of, of_prompts, places_of
 from tl_jets.views.pages import View
 
 Contribution = Literal["share", "norm"]
@@ -97,7 +97,7 @@ def path_tokens(
     Args:
         paths: `PathStatistics`, or a whole `PathCache` (cost: a product with the unembedding).
         measure: `"effect"` (on the centered logit of the first target), `"share"`, `"norm"` or `"cosine"`.
-        top: Number of parts to show, those with the largest mean absolute measure; None for all in order.
+        top: Number of parts to show, those with the largest mean absolute measure outside attention sinks; None for all in order.
         prompt: Index of the prompt.
         positions: Positions in the prompt, among those of the result; None for all real ones.
 
@@ -117,7 +117,8 @@ def path_tokens(
     values = getattr(statistics, measure)[:, prompt, places].double()
     chosen: list[int] = list(range(len(statistics.labels)))
     if top is not None and top < len(chosen):
-        chosen = values.abs().nanmean(1).argsort(descending=True, stable=True)[:top].tolist()
+        counted = [places.index(place) for place in counted_of(statistics, prompt, places)]
+        chosen = values[:, counted].abs().nanmean(1).argsort(descending=True, stable=True)[:top].tolist()
     names = statistics.token_names
     scale = largest(value for i in chosen for value in values[i].tolist())
     rows = []

@@ -102,7 +102,7 @@ def measures(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """Distance of a lens from the model, averaged over all real positions, each measure with its control.
+    """Distance of a lens from the model, averaged over positions without attention sinks, each measure with its control.
 
     Args:
         lens: A lens with measures. A joint lens gives bars: its weights and uniform ones (blue), and random centers with
@@ -178,7 +178,7 @@ def _iterative_cells(
 
 def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log: bool | None) -> None:
     """Draw one measure of an iterative lens, and its control."""
-    table = lens.average()
+    table = lens.average(include_sinks=lens.only_sinks)
     by_order = against == "layer"
     lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
     column, other = ("order", "layer") if by_order else ("layer", "order")
@@ -219,7 +219,7 @@ def _spans_decades(values: np.ndarray) -> bool:
 
 def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
     """Draw one measure of a joint lens, of uniform weights (light), and of random centers with either (gray)."""
-    table = lens.average()
+    table = lens.average(include_sinks=lens.only_sinks)
     panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.55", "0.8"], width=0.6)
     panel.set_xticks(range(len(table)), [kind.replace("_", "\n") for kind in table["weights"]])
     plain(panel)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 def path_shares(
     paths: PathStatistics | PathCache, *, measure: str = "share", top: int | None = 20, ax: Axes | None = None
 ) -> Figure:
-    """Bars of mean contributions of paths over all real positions, with standard deviations, largest first.
+    """Bars of mean contributions of paths over positions, with standard deviations, largest first.
+
+    Attention sinks (`statistics.sinks`) are left out, as in `PathStatistics.average`, unless nothing else is there.
 
     Args:
         paths: Statistics by path, component, source, or length (bars stay in order), or a whole `PathCache`.
@@ -53,7 +55,7 @@ def path_shares(
     check_measure(measure, MEASURES)
     if top is not None and top < 1:
         raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
-    cells = getattr(statistics, measure)[:, statistics.valid].double()
+    cells = getattr(statistics, measure)[:, statistics.counted].double()
     means = cells.nanmean(1)
     order = range(len(means))
     if statistics.by != "length":
