@@ -67,7 +67,7 @@ def test_every_function_takes_them(spec):
 
 @pytest.mark.parametrize(
     "name",
-    ["blocks.0.attn.hook_z", "blocks.9.hook_mlp_out", "hook_tokens", ("z", 0, "attn"), ("mlp_out", 9), ("mlp_out",)],
+    ["blocks.9.attn.hook_z", "blocks.9.hook_mlp_out", "hook_tokens", ("z", 9, "attn"), ("mlp_out", 9), ("mlp_out",)],
 )
 def test_what_names_no_label_is_refused_with_what_does(name):
     network = tj.ResidualNetwork(zoo.build(zoo.available(["gpt2"])[0]))
@@ -75,6 +75,14 @@ def test_what_names_no_label_is_refused_with_what_does(name):
     assert name not in trace
     for read in (network.stage, trace.__getitem__, trace.gamma):
         with pytest.raises(ValueError, match=r"hook_resid_pre.*\('resid_post', -1\)"):
+            read(name)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.hook_z", ("z", 0, "attn")])
+def test_what_is_inside_a_block_is_no_stage(name):
+    network = tj.ResidualNetwork(zoo.build(zoo.available(["gpt2"])[0]))
+    for read in (network.stage, network.trace(TOKENS).gamma):
+        with pytest.raises(ValueError, match=r"hook_resid_pre.*\('z', 0\).*Trace"):
             read(name)
 
 

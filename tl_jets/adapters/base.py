@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from tl_jets.adapters.activations import inner_activation, inner_stage
 from tl_jets.adapters.blocks import Blocks, saver, under_lock
 from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.parts import head_writes, neuron_step, neuron_writes
 from tl_jets.adapters.reading import working_dtype
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
 
 
@@ -65,6 +67,14 @@ class TransformerLensView(Blocks):
     def fine_step(self, label: str) -> Step | None:
         """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label or write label names, or None."""
         return neuron_step(self, label)
+
+    def inner_stage(self, label: LabelInput) -> tuple[str, Stage] | None:
+        """The hook inside a block that a name of TransformerLens means, and the attention or MLP around it; or None."""
+        return inner_stage(self, label)
+
+    def inner(self, recording: Recording, hook: str, stage: Stage, stream: Tensor) -> Tensor:
+        """The activation at a hook, with its stage evaluated at a stream."""
+        return inner_activation(self, recording, hook, stage, stream)
 
     def fills_cache(self, tokens: Tensor) -> bool:
         """Whether attention fills a key-value cache passed to it."""

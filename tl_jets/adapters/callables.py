@@ -53,6 +53,13 @@ class CallableModel:
     def fine_step(self, label: str) -> Step | None:
         """Plain functions have no neurons."""
 
+    def inner_stage(self, label: Any) -> tuple[str, Stage] | None:
+        """Plain functions have no hooks inside."""
+
+    def inner(self, recording: Recording, hook: str, stage: Stage, stream: Tensor) -> Tensor:
+        """Plain functions have no hooks inside."""
+        raise NotImplementedError("Plain callables have no hooks.")
+
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
         """Plain functions read no text."""
         raise ValueError("Text needs a model with a tokenizer; plain callables have none. Pass what `embed` takes.")

@@ -53,7 +53,7 @@ def head_writes(view: Blocks, recording: Recording, calls: Any, layer: int, stre
     if key not in recording.memo:
         zero = torch.zeros(stream.shape, dtype=view.dtype, device=stream.device)
         recording.memo[key] = _z_and_out(view, calls, layer, zero)[0]
-    heads = view.shares(layer, "attn", _through_output(view, layer, z - recording.memo[key]), out)
+    heads = view.shares(layer, "attn", through_output(view, layer, z - recording.memo[key]), out)
     write = view.finish_attn(layer, out)
     return torch.cat([heads, (write - heads.sum(0))[None]])
 
@@ -75,7 +75,7 @@ def _z_and_out(view: Blocks, calls: Any, layer: int, stream: Tensor) -> tuple[Te
     return grabbed[-1], out
 
 
-def _through_output(view: Blocks, layer: int, z: Tensor) -> Tensor:
+def through_output(view: Blocks, layer: int, z: Tensor) -> Tensor:
     """Output of W_O per head [head, batch, pos, d_model]."""
     W_O = view.blocks[layer].attn.W_O.to(view.dtype)
     return einsum(z, W_O, "batch pos head d_head, head d_head d_model -> head batch pos d_model")
@@ -95,7 +95,7 @@ def check_heads(view: Blocks, recording: Recording, calls: Any, layer: int) -> N
     def left(stream: Tensor) -> tuple[Tensor, Tensor]:
         """Attention minus heads, before and after the post-norm [2, real token, d_model], and the sizes of both."""
         z, out = _z_and_out(view, calls, layer, stream)
-        heads, write = _through_output(view, layer, z), view.finish_attn(layer, out)
+        heads, write = through_output(view, layer, z), view.finish_attn(layer, out)
         remains = torch.stack([out - heads.sum(0), write - view.shares(layer, "attn", out, out)])
         sizes = torch.stack([heads[:, valid].abs().max(), write[valid].abs().max()])
         return remains[:, valid], sizes

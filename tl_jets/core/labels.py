@@ -43,6 +43,11 @@ def is_label(value: Any) -> TypeGuard[LabelInput]:
     return len(value) in (2, 3) and value[0] in _KINDS and isinstance(value[1], Integral)
 
 
+def is_hook_name(value: Any) -> bool:
+    """Whether a value is TransformerLens' name of an activation: `blocks.0.attn.hook_z`, `hook_embed`, ("z", 0)."""
+    return isinstance(value, tuple) or (isinstance(value, str) and value.startswith(("blocks.", "hook_")))
+
+
 def read_label(label: LabelInput, n_layers: int) -> str:
     """The label that a name of TransformerLens means; other strings are returned as they are.
 
@@ -50,7 +55,7 @@ def read_label(label: LabelInput, n_layers: int) -> str:
         ValueError: A hook or tuple that names no stream, write or source, or a layer that the model does not have.
         TypeError: Neither a string nor a tuple.
     """
-    if isinstance(label, str) and not label.startswith(("blocks.", "hook_")):
+    if isinstance(label, str) and not is_hook_name(label):
         return label
     if not isinstance(label, (str, tuple)):
         raise TypeError(f"A label must be a string, or a tuple such as ('mlp_out', 3); got {label!r}.")
@@ -71,7 +76,7 @@ def read_label(label: LabelInput, n_layers: int) -> str:
         raise ValueError(
             f"TransformerLens' names of a stream, a write or a source are hook_embed, hook_pos_embed, and blocks.0 to "
             f"blocks.{n_layers - 1} with {hooks}, or tuples such as ('mlp_out', 3) and ('resid_post', -1); got {label!r}. Heads "
-            f"and neurons are 'L0H2_out' and 'L0N17_out'."
+            f"and neurons are 'L0H2_out' and 'L0N17_out'; what is inside a block, ('z', 0) or ('pattern', 3), is read from a Trace."
         )
     if name != "resid_post":
         return f"{layer}_{_KINDS[name]}"

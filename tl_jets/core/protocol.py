@@ -110,6 +110,14 @@ class ModelView(Protocol):
         """The neuron (`L3N17`) or MLP bias (`3_mlp_bias`) that a label or write label names, or None."""
         ...
 
+    def inner_stage(self, label: Any) -> tuple[str, Stage] | None:
+        """The hook inside a block that TransformerLens' name (`("z", 0)`) means, and the stage around it; or None."""
+        ...
+
+    def inner(self, recording: Recording, hook: str, stage: Stage, stream: Tensor) -> Tensor:
+        """The activation [batch, ...] at a hook inside a block, with its stage evaluated at a stream."""
+        ...
+
     def tokenize(self, text: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
         """Token ids of text, and a mask of real tokens [batch, pos]."""
         ...

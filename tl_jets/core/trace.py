@@ -26,8 +26,9 @@ class Trace:
 
     Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
     (`trace["embed"]`) and edits, or by TransformerLens' names (`trace["mlp_out", 3]`); values have shape [batch, pos,
-    d_model]. Writes of neurons (`trace["L3N17_out"]`) and of MLP biases (`trace["3_mlp_bias"]`) are not in `labels`,
-    and evaluated on request.
+    d_model]. Writes of neurons (`trace["L3N17_out"]`), MLP biases (`trace["3_mlp_bias"]`) and TransformerLens' names of what
+    is inside a block (`trace["z", 0]`, `trace["pattern", 3]`, `trace["blocks.0.mlp.hook_post"]`, `trace["q0"]`) are not in
+    `labels`, and evaluated on request, at the cost of the layer.
 
     Attributes:
         network: The residual network.
@@ -57,12 +58,17 @@ class Trace:
         return (*self.network.labels, *edits)
 
     def __contains__(self, label: object) -> bool:
-        return (isinstance(label, str) and label in self.labels) or label in self.network
+        return (isinstance(label, str) and label in self.labels) or label in self.network or self._is_inside(label)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.labels)
 
-    def __getitem__(self, label: LabelInput) -> Float[Tensor, "batch pos d_model"]:
+    def __getitem__(self, label: LabelInput) -> Float[Tensor, "batch second *rest"]:
+        inner = self.network.view.inner_stage(label)
+        if inner is not None:
+            hook, stage = inner
+            self.on(self.network.at("sublayer")).stage_function(stage)  # checks the replay
+            return self.network.view.inner(self.recording, hook, stage, self[stage.stream])
         record, label = self.recording, self.network.label(label)
         for table in (record.sources, record.streams, record.writes, *record.edits.values()):
             if label in table:
@@ -75,6 +81,13 @@ class Trace:
         if part is not None:
             return self.writes(part)[0]
         raise ValueError(f"A label must be one of {some(self.labels)}, or a neuron's write; got {label!r}.")
+
+    def _is_inside(self, label: Any) -> bool:
+        """Whether TransformerLens has a hook inside a block by this name that can be read."""
+        try:
+            return self.network.view.inner_stage(label) is not None
+        except NotImplementedError:
+            return False
 
     def _fine_stage(self, label: str) -> Stage | None:
         """The stage of the single neuron or MLP bias whose write has this label, or None."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_jets.calculus import norm_jet
 from tl_jets.core.attribution import Yardstick
+from tl_jets.core.labels import LabelInput, is_hook_name
 from tl_jets.core.logit_reader import TopTokens, top_tokens
 from tl_jets.core.network import trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
@@ -28,6 +29,7 @@ from tl_jets.core.selection import Rows, SliceInput, TargetInput, read_slice
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
+from tl_jets.jets.activations import activation
 from tl_jets.jets.simplex import SimplexSolution
 
 Kind = TypeVar("Kind", bound="JetCache")
@@ -96,13 +98,13 @@ class JetCache(Result, Mapping[str, Tensor]):
         )
         return replace(found, **{name: found.here(getattr(found, name)) for name in ("tokens", "valid", "places")})
 
-    def __getitem__(self, path: str | Path) -> Tensor:
-        try:
-            return self.terms[str(path)]
-        except KeyError:
-            raise KeyError(
-                f"No term {str(path)!r}; the terms are {list(self.terms)[:12]} ({len(self)} in all)."
-            ) from None
+    def __getitem__(self, key: LabelInput | Path) -> Tensor:
+        """A term by its path, or an activation of the run by TransformerLens' name: `cache["z", 0]`."""
+        if str(key) in self.terms:
+            return self.terms[str(key)]
+        if isinstance(key, Path) or not is_hook_name(key):
+            raise KeyError(f"No term {str(key)!r}; the terms are {list(self.terms)[:12]} ({len(self)} in all).")
+        return activation(self, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.terms)
