@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         detached_jacobian,
         detached_spectra,
     )
+    from tl_jets.flows import Flow, flow
     from tl_jets.interop.activation_caches import to_activation_cache
     from tl_jets.interop.circuitsvis import to_circuitsvis
     from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
@@ -79,6 +80,7 @@ __all__ = [
     "detached_jacobian",
     "detached_spectra",
     "exponential_expansion",
+    "flow",
     "interactions",
     "iterative_jet_lens",
     "jet",
@@ -132,6 +134,7 @@ _PLACES = {
         "detached_jacobian",
         "detached_spectra",
     ),
+    "tl_jets.flows": ("Flow", "flow"),
     "tl_jets.interop.activation_caches": ("to_activation_cache",),
     "tl_jets.interop.circuitsvis": ("to_circuitsvis",),
     "tl_jets.interventions.ablation_effects": ("AblationEffect", "ablation_effect"),
@@ -162,6 +165,7 @@ _ROOMS = (
     "circuits",
     "core",
     "detached_map",
+    "flows",
     "interop",
     "interventions",
     "jets",

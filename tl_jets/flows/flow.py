@@ -1,0 +1,263 @@
+r"""Flow: what an intervention does to a target, through every component, exactly.
+
+A clean run has streams h and writes w; an intervened one (ablation, patch, steering, another prompt) h + dh and w + dw. A
+target F of the final stream gives a covector, which every stage's secant map S (`tl_jets.flows.secants`) carries back:
+
+.. math::
+    g_L = \int_0^1 \nabla F(h_L + t\, dh_L)\, dt, \qquad g_s = g_{s+1} + S_s^\top g_{s+1}, \qquad
+    \text{flow}_m = \langle g_{s+1}, dw_m \rangle .
+
+Each stage is an instance of the fundamental theorem of calculus, so that at every cut of the network flows add up to the
+effect F(intervened) - F(clean): what streams carry, and what the intervention writes later. The only error is that of the
+nodes. It is known stage by stage (the **gap**), and nodes are added where it is open.
+
+Flow answers how much of the effect goes through a component's write when all others respond as they did. Path patching
+asks what happens if one component alone is restored; where an intervention is mild the two agree, which `check` measures.
+With one node at the clean run flow is attribution patching. It is a jet of order 1 with centers between two runs.
+
+Source: Chen et al. (arXiv 2410.06024), Lemma 1 (centers may be anywhere); conductance, Dhamdhere et al. 2018; attribution
+patching, Nanda 2023, Syed et al. 2023; EAP-IG, Hanna et al. 2024; path patching, Wang et al. 2022.
+
+Example:
+    >>> import tl_jets as tj
+    >>> model = tj.load_tinydocs()
+    >>> found = tj.flow(model, "This function is available on Unix and", tj.ablation_hooks(model, "0_mlp"))
+    >>> bool(found.closed.all()), found.labels[0], bool((found.edit.sum(0) - found.effect).abs() < 0.01 * found.effect.abs())
+    (True, '0_mlp_out', True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tl_jets.core.caller import warn_caller
+from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.options import check_integers
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
+from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.sinks import Sinks
+from tl_jets.core.tokens import token_names
+from tl_jets.flows.checks import path_patched
+from tl_jets.flows.results import Flow
+from tl_jets.flows.secants import FIRST_NODES, PulledBack, pull_back
+from tl_jets.flows.targets import Measure, Target, read_target
+from tl_jets.flows.two_runs import TwoRuns
+from tl_jets.interventions.ablation_effects import real_rows
+
+
+def flow(
+    model: Any,
+    prompts: Any,
+    intervention: Any,
+    *,
+    targets: TargetInput | None = None,
+    against: TargetInput | None = None,
+    measure: Measure = "centered",
+    positions: int | Sequence[int] = -1,
+    granularity: Granularity | None = None,
+    nodes: int | Literal["auto"] = "auto",
+    tolerance: float = 0.01,
+    by_position: bool = False,
+    check: int = 0,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+) -> Flow:
+    """A `Flow`: an intervention's effect on targets, divided over the components that it passes.
+
+    Args:
+        model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` (of chosen neurons, say).
+        prompts: The clean input: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        intervention: TransformerLens hooks, `[(hook_name, function)]` (as of `ablation_hooks`, `patch_hooks`,
+            `steering_hooks`); or another input with as many tokens in every prompt; or a `Trace` of it.
+        targets: Tokens whose centered logits are explained; None for the clean run's best.
+        against: One token for each target: the logit difference, target - against, is explained.
+        measure: `"centered"` (logits, less the mean over the vocabulary), or `"kl"`: KL(clean || intervened), in nats.
+        positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
+        granularity: `"block"`, `"sublayer"` or `"head"`; None for the network's own (`"sublayer"` for a model).
+        nodes: `"auto"`: doubled, stage by stage, until all gaps together are within the tolerance, at most 64; or a number
+            for all stages.
+        tolerance: The share of the effect that gaps may have, in absolute sum.
+        by_position: Whether to return flows by the position of the write, too.
+        check: How many components are verified by path patching: the largest, and as many random ones.
+        seed: Chooses the random ones.
+        attention_mask: Passed to the model (left padding needs it).
+
+    Raises:
+        ValueError: Inputs of different lengths or padding, hooks that differ between two passes, or bad options.
+        NotImplementedError: A stage that cannot be evaluated on other streams (routed experts, quantized weights).
+
+    Warns:
+        UserWarning: An effect stays open: its gap is above the tolerance.
+
+    Cost: two forward passes (three for hooks), and one through the changed stages; and 2 to 5 forward-backward passes
+    through them for a mild intervention, 60 where an attention sink is moved. All components at once. `check`: two forward
+    passes a component.
+    """
+    network = ResidualNetwork.of(model, granularity)
+    clean = trace_of(network, prompts, attention_mask)
+    check_integers(0, check=check)
+    if nodes != "auto":
+        check_integers(1, nodes=nodes)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is a share of the effect above 0; got {tolerance!r}.")
+    rows = real_rows(clean, positions)
+    runs = TwoRuns(network, clean, intervention)
+    target = read_target(clean, rows, targets, against, measure)
+    sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position)
+    sweep.run()
+    found = sweep.result("kl" if measure == "kl" else "centered" if against is None else "logit difference")
+    still_open = int((~found.closed).sum())
+    if still_open:
+        warn_caller(
+            f"{still_open} of {found.closed.numel()} effects stay open: the error of the nodes is up to "
+            f"{100 * float(found.gap_share.max()):.3g}% of the effect, above the tolerance of {100 * tolerance:.3g}%. Flows of "
+            f"open effects explain nothing; take nodes='auto', or a smaller intervention.",
+            UserWarning,
+        )
+    return path_patched(found, runs, rows, target, check, seed) if check else found
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """One sweep backwards through the stages; lists are filled from the last stage to the first.
+
+    Covectors have the axes [cell, batch, length, d_model], with one cell for each read position and target.
+    """
+
+    runs: TwoRuns
+    rows: Rows
+    target: Target
+    nodes: int | None
+    tolerance: float
+    by_position: bool
+    labels: list[str] = field(default_factory=list)
+    flow: list[Tensor] = field(default_factory=list)
+    edit: list[Tensor] = field(default_factory=list)
+    direct: list[Tensor] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    gaps: list[Tensor] = field(default_factory=list)
+    carried: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Carry the target's gradients back to the first stream that changed."""
+        base, left = self.runs.base, len(self.runs.base.stages)
+        self.clean, self.effect = self._values()
+        covectors = self.last = self._from_target(left + 1)
+        for stage in reversed(base.stages):
+            self._edits_of_stream(base.next_stream(stage), covectors)
+            change = self.runs.change(stage)
+            self._components([step.write for step in change.steps], covectors, change.writes, change.edits)
+            point, difference = self.runs.stream(stage.stream)
+            if not bool(difference.any()):
+                return
+            function = self.runs.clean.stage_function(stage)
+            true = products(covectors, change.writes - change.edits).sum(0)
+            first = max(FIRST_NODES, self.counts[-1] // 2)
+            pulled = pull_back(
+                lambda stream, function=function: function(stream).sum(0),
+                point, difference, covectors, true, self._allowed(left), nodes=self.nodes, first=first,
+            )  # fmt: skip
+            covectors, left = covectors + pulled.covectors, left - 1
+            self._stage(stage.stream, pulled, products(covectors, difference[None])[0])
+        self._edits_of_stream(base.stages[0].stream, covectors)
+        self._added(self.runs.sources(), covectors)
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """The target's clean values and its change, [cell, batch]."""
+        clean, other = (self.target(self.rows.at(run[FINAL_STREAM])) for run in (self.runs.clean, self.runs.other))
+        return tuple(values.movedim(0, -1).flatten(0, 1) for values in (clean, other - clean))  # type: ignore[return-value]
+
+    def _from_target(self, left: int) -> Tensor:
+        """The covectors of the final stream."""
+        point, change = self.runs.stream(FINAL_STREAM)
+        shape = (*self.rows.index.shape, self.target.ids.shape[-1])
+        ones = torch.eye(shape[1] * shape[2], dtype=torch.float64, device=point.device)
+        cells = ones.view(-1, 1, *shape[1:]).expand(-1, *shape)
+        pulled = pull_back(
+            lambda stream: self.target(self.rows.at(stream)),
+            point, change, cells, self.effect, self._allowed(left), nodes=self.nodes,
+        )  # fmt: skip
+        self._stage(DECODER_STEP, pulled, products(pulled.covectors, change[None])[0])
+        return pulled.covectors
+
+    def _allowed(self, left: int) -> Tensor:
+        """The gap that a stage may have: what is left of the tolerance, divided by a quarter of the stages left."""
+        spent = torch.stack(self.gaps).abs().sum(0) if self.gaps else 0.0
+        return (self.tolerance * self.effect.abs() - spent).clamp_min(0) * min(1.0, 4 / left)
+
+    def _stage(self, label: str, pulled: PulledBack, carried: Tensor) -> None:
+        self.stages.append(label)
+        self.gaps.append(pulled.gap)
+        self.carried.append(carried)
+        self.counts.append(pulled.nodes)
+        self.evaluations.append(pulled.evaluations)
+
+    def _edits_of_stream(self, stream: str, covectors: Tensor) -> None:
+        self._added(self.runs.stream_edits(stream), covectors)
+
+    def _added(self, changes: dict[str, Tensor], covectors: Tensor) -> None:
+        """Components that are the intervention itself."""
+        if changes:
+            stacked = torch.stack(list(changes.values()))
+            self._components(list(changes), covectors, stacked, stacked)
+
+    def _components(self, labels: list[str], covectors: Tensor, changes: Tensor, edits: Tensor) -> None:
+        """Those of the components that changed, from the last to the first."""
+        changed = changes.flatten(1).any(1).nonzero()[:, 0].flip(0)
+        self.labels += [labels[i] for i in changed]
+        self.flow += products(covectors, changes, by_position=self.by_position)[changed]
+        self.edit += products(covectors, edits)[changed]
+        self.direct += products(self.last, changes)[changed]
+
+    def result(self, measure: str) -> Flow:
+        """The sweep as a result."""
+        runs, ids = self.runs, self.target.ids
+        shape = ids.shape[1:]
+
+        def shaped(values: list[Tensor]) -> Tensor:
+            """[*, cell, batch, ...] -> [*, batch, pos, target, ...], from the first to the last."""
+            stacked = torch.stack(values[::-1]) if values else self.effect.new_zeros(0, *self.effect.shape)
+            return stacked.unflatten(1, shape).movedim(3, 1)
+
+        every = shaped(self.flow)
+        tokens = self.rows.at(runs.clean.tokens)
+        return Flow(
+            labels=self.labels[::-1],
+            flow=every.sum(-1) if every.ndim > 4 else every,
+            edit=shaped(self.edit),
+            direct=shaped(self.direct),
+            effect=shaped([self.effect])[0],
+            clean=shaped([self.clean])[0],
+            stages=self.stages[::-1],
+            gap=shaped(self.gaps),
+            carried=shaped(self.carried),
+            nodes=self.counts[::-1],
+            evaluations=self.evaluations[::-1],
+            positions=self.rows.positions,
+            tokens=tokens,
+            target_ids=ids,
+            target_names=self.target.names,
+            unit=self.target.unit,
+            measure=measure,
+            tolerance=self.tolerance,
+            token_names=token_names(runs.network.tokenizer, [tokens, ids]),
+            by_position=every if every.ndim > 4 else None,
+            sinks=Sinks.of(runs.clean, self.rows),
+        )
+
+
+def products(covectors: Tensor, changes: Tensor, *, by_position: bool = False) -> Tensor:
+    """Inner products of covectors [cell, batch, length, d_model] with changes [part, batch, length, d_model].
+
+    [part, cell, batch], or [part, cell, batch, length]; float64.
+    """
+    letters = "pcbl" if by_position else "pcb"
+    return torch.einsum(f"cbld,pbld->{letters}", covectors.double(), changes.double())

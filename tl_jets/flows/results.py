@@ -1,0 +1,185 @@
+"""`Flow`: an intervention's effect on targets, divided over the components that it passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.core.averages import Averaged
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.results import Result
+from tl_jets.core.selection import positions_at
+from tl_jets.core.sinks import Sinks
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Flow(Averaged, Result):
+    """Flows of an intervention. Axes: [component, batch, pos, target] and [stage, batch, pos, target], float64.
+
+    Attributes:
+        labels: Components that changed, in the order of the network: sources, `edit:<hook>`, writes.
+        flow: The part of the effect that passes through each component, from wherever it came. Components in series carry
+            the same effect one after another; across any cut of the network flows add up.
+        edit: The part of `flow` that starts at the component, as the intervention itself writes there; all of them add up
+            to the effect.
+        direct: The part that goes from the component straight to the final norm; all of them add up to the effect.
+        effect: Target in the intervened run, less target in the clean run [batch, pos, target].
+        clean: Target in the clean run.
+        stages: Labels of the streams from which stages read, and `ln_final`, in the order of the network, from the first
+            that changed.
+        gap: Error of each stage's nodes, the only error of flows; all of them add up to the sum of `edit` less the effect.
+        carried: The part of the effect that each of these streams carries.
+        nodes: Nodes of each stage.
+        evaluations: Evaluations of each stage and its gradients, in all tries.
+        positions: Positions that are read, among each prompt's real tokens (-1 is its last).
+        target_names: The targets as requested; `<answer>` is the clean run's best token.
+        unit: Unit of the target: `"logits"`, `"logits before the softcap"` or `"nats"`.
+        measure: `"centered"`, `"logit difference"` or `"kl"`.
+        tolerance: The share of the effect above which an effect is open.
+        by_position: `flow` by the position of the write [component, batch, pos, target, write_pos], if requested.
+        check: Flows beside path patching (`tl_jets.flows.checks`), one row per mediator, prompt, position and target; None
+            without a check.
+        token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
+    """
+
+    labels: list[str]
+    flow: Float[Tensor, "component batch pos target"]
+    edit: Float[Tensor, "component batch pos target"]
+    direct: Float[Tensor, "component batch pos target"]
+    effect: Float[Tensor, "batch pos target"]
+    clean: Float[Tensor, "batch pos target"]
+    stages: list[str]
+    gap: Float[Tensor, "stage batch pos target"]
+    carried: Float[Tensor, "stage batch pos target"]
+    nodes: list[int]
+    evaluations: list[int]
+    positions: list[int] | Int[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    unit: str
+    measure: str
+    tolerance: float
+    token_names: dict[int, str]
+    by_position: Float[Tensor, "component batch pos target write_pos"] | None = None
+    check: pd.DataFrame | None = None
+    sinks: Sinks | None = None
+
+    def __repr__(self) -> str:
+        said = (
+            f"effect {float(self.effect.mean()):+.3g}" if self.effect.numel() == 1 else f"{self.effect.numel()} effects"
+        )
+        still = "" if bool(self.closed.all()) else f"; {int((~self.closed).sum())} OPEN: their flows explain nothing"
+        return (
+            f"Flow({said} on {self.target_names}{in_unit(self.unit)}; {len(self.labels)} components; gap "
+            f"{100 * float(self.gap_share.max()):.2g}% of the effect, {self.passes:.1f} passes{still}; {self._checked()})"
+        )
+
+    def _checked(self) -> str:
+        if self.check is None:
+            return "not checked by path patching"
+        rank, error = (float(self.agreement()[name].median()) for name in ("spearman", "relative_error"))
+        return f"{self.check['component'].nunique()} mediators path patched: Spearman {rank:.2f}, relative error {error:.2f}"
+
+    @property
+    def gap_share(self) -> Float[Tensor, "batch pos target"]:
+        """The stages' absolute gaps in sum, as a share of the effect; 0 where both are 0."""
+        total = self.gap.abs().sum(0)
+        return torch.where(total == 0, 0.0, total / self.effect.abs())
+
+    @property
+    def closed(self) -> Bool[Tensor, "batch pos target"]:
+        """Whether the gap is within the tolerance; flows of other effects are no explanation."""
+        return self.gap_share <= self.tolerance
+
+    @property
+    def passes(self) -> float:
+        """Cost in forward-backward passes through the stages that changed."""
+        return sum(self.evaluations) / max(1, len(self.stages))
+
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Columns component, flow, edit, direct, averaged over targets, too."""
+        columns = {name: getattr(self, name).mean(-1) for name in ("flow", "edit", "direct")}
+        return [{"component": label} for label in self.labels], columns
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per component, prompt, position and target.
+
+        Columns: component, batch, pos, target; flow, share (of the effect), edit, direct; effect, gap (as a share of the
+        effect), closed.
+        """
+        c, b, p, t = torch.ones_like(self.flow).nonzero().T
+        index = {
+            "component": [self.labels[i] for i in c],
+            "batch": b.tolist(),
+            "pos": positions_at(self.positions, b, p),
+        }
+        index["target"] = [self.target(*cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        values = {"flow": self.flow, "share": self.flow / self.effect, "edit": self.edit, "direct": self.direct}
+        values |= {"effect": self.effect, "gap": self.gap_share, "closed": self.closed}
+        columns = {name: v.expand_as(self.flow).flatten().tolist() for name, v in values.items()}
+        return pd.DataFrame(index | columns)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k components of the largest absolute flow for each prompt, position and target, without open effects.
+
+        Raises:
+            ValueError: Every effect is open.
+        """
+        frame = self.to_dataframe()
+        frame = frame[frame["closed"]]
+        if frame.empty:
+            raise ValueError(
+                f"Flows explain an effect if their gap is at most {self.tolerance:.2%} of it; here it is "
+                f"{self.gap_share.min():.2%} or more. Take nodes='auto', or a smaller intervention."
+            )
+        order = frame["flow"].abs().sort_values(ascending=False).index
+        return frame.loc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
+
+    def cuts(self) -> pd.DataFrame:
+        """The certificate: at each stream, what it carries and what is edited later, less the effect.
+
+        One row per stage, prompt, position and target, from the last: stage, batch, pos, target, carried, edited_later, gap
+        (of all stages from here on, in the target's unit), nodes.
+        """
+        s, b, p, t = torch.ones_like(self.gap).nonzero().T
+        gap = self.gap.flip(0).cumsum(0).flip(0)
+        later = self.effect + gap - self.carried
+        index = {"stage": [self.stages[i] for i in s], "batch": b.tolist(), "pos": positions_at(self.positions, b, p)}
+        index["target"] = [self.target(*cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        values = {"carried": self.carried, "edited_later": later, "gap": gap}
+        columns = {name: v.flatten().tolist() for name, v in values.items()}
+        return pd.DataFrame(index | columns | {"nodes": [self.nodes[i] for i in s]}).iloc[::-1].reset_index(drop=True)
+
+    def agreement(self) -> pd.DataFrame:
+        """Flows against path patching, one row per prompt, position and target.
+
+        Columns: batch, pos, target, mediators, spearman (rank correlation) and relative_error (sum of absolute errors over
+        sum of absolute true values), against the mean of both mediations of `check`.
+
+        Raises:
+            ValueError: The flow was not checked.
+        """
+        if self.check is None:
+            raise ValueError("Agreement is with path patching; this flow was not checked. Pass check=20, say.")
+        rows = []
+        for cell, own in self.check.groupby(["batch", "pos", "target"], sort=False):
+            found, true = own["flow"], own["mediated"]
+            error = float((found - true).abs().sum() / true.abs().sum())
+            rank = float(found.corr(true, method="spearman")) if len(own) > 1 else float("nan")
+            named = dict(zip(["batch", "pos", "target"], cell, strict=True))  # type: ignore[call-overload]
+            rows.append({**named, "mediators": len(own), "spearman": rank, "relative_error": error})
+        return pd.DataFrame(rows)
+
+    def target(self, batch: int, pos: int, target: int) -> str:
+        """The text of a target."""
+        name = self.target_names[target]
+        if self.measure != "centered":
+            return str(name)
+        return self.token_names[int(self.target_ids[batch, pos, target])]

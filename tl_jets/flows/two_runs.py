@@ -1,0 +1,161 @@
+"""Two runs of a model on inputs of one shape: clean, and under an intervention.
+
+With h a stream, w a write and gamma a stage's function in the clean run, the intervened run has h + dh and w + dw. What
+the intervention itself writes at a stage, its **edit**, is what the stage's own function does not explain:
+
+    dw = gamma(h + dh) - gamma(h) + edit.
+
+An ablation or patch of a write is an edit of its stage, steering an edit of a stream, another prompt a change of the
+sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.protocol import FINAL_STREAM, Stage, Step, relative_error
+from tl_jets.core.trace import Trace
+
+Hooks = list[tuple[Any, Callable[..., Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What changed at a stage: the writes' changes, and the part that the intervention itself wrote."""
+
+    steps: tuple[Step, ...]
+    writes: Float[Tensor, "write batch pos d_model"]
+    edits: Float[Tensor, "write batch pos d_model"]
+
+
+class TwoRuns:
+    """A clean run of `network`, whose granularity says what the components are, and the same under an intervention.
+
+    Attributes:
+        network: The network of the components.
+        base: The network whose stages are stepped through: without heads and neurons.
+        clean, other: The traces on `base`; `other` must not be replayed, for its hooks are off.
+        hooks: The hooks of the intervention; empty for another input.
+    """
+
+    def __init__(self, network: ResidualNetwork, clean: Trace, intervention: Any):
+        self.network = network
+        self.base = _base(network)
+        self.clean = clean.on(self.base)
+        self.hooks, self.other = self._intervened(intervention)
+        if self.other.tokens.shape != clean.tokens.shape or not torch.equal(self.other.valid, clean.valid):
+            raise ValueError(
+                f"Both runs must have the same numbers of prompts and tokens, and the same padding; got "
+                f"{self.other.valid.sum(1).tolist()} tokens by prompt, and {clean.valid.sum(1).tolist()} in the clean run. "
+                f"Choose prompts that have the same number of tokens."
+            )
+
+    def _intervened(self, intervention: Any) -> tuple[Hooks, Trace]:
+        hooks = read_hooks(intervention)
+        if hooks is None:
+            return [], trace_of(self.base, intervention)
+        first, second = self.run(hooks), self.run(hooks)
+        error = relative_error(second[FINAL_STREAM][first.valid], first[FINAL_STREAM][first.valid])
+        if not error <= first.recording.accuracy:
+            raise ValueError(
+                f"An intervention must do the same in every forward pass; two passes under these hooks differ by {error:.1e} "
+                f"(relative). Seed what they draw, and let them keep nothing from earlier passes."
+            )
+        return hooks, first
+
+    def run(self, hooks: Hooks, tokens_of: Trace | None = None) -> Trace:
+        """A trace of the clean input (or of another trace's) under some hooks."""
+        of = self.clean if tokens_of is None else tokens_of
+        with self.base.view.hooks(hooks) if hooks else nullcontext():  # type: ignore[attr-defined]
+            return self.base.trace(of.tokens, attention_mask=of.recording.memo.get("attention_mask"))
+
+    def stream(self, label: str) -> tuple[Tensor, Tensor]:
+        """A clean stream and its change [batch, pos, d_model]; padding does not change."""
+        return self.clean[label], self._real(self.other[label] - self.clean[label])
+
+    def sources(self) -> dict[str, Tensor]:
+        """Changes of the sources, by label, without those that are the same."""
+        found = {label: self._real(self.other[label] - self.clean[label]) for label in self.base.sources}
+        return {label: change for label, change in found.items() if bool(change.any())}
+
+    def stream_edits(self, stream: str) -> dict[str, Tensor]:
+        """Changes of what hooks add to a stream, by label."""
+        before, after = self.clean.edits(stream), self.other.edits(stream)
+        zero = torch.zeros_like(self.clean[stream])
+        found = {
+            name: self._real(after.get(name, zero) - before.get(name, zero))
+            for name in dict.fromkeys([*before, *after])
+        }
+        return {label: change for label, change in found.items() if bool(change.any())}
+
+    @torch.no_grad()
+    def change(self, stage: Stage) -> Change:
+        """The change of a stage of `base`, by component of `network`."""
+        before, after = self.clean.writes(stage), self.other.writes(stage)
+        own = self.clean.stage_function(stage)(self.other[stage.stream])
+        fine = next((s for s in self.network.stages if s.stream == stage.stream), stage)
+        if fine.steps == stage.steps:
+            return Change(stage.steps, self._real(after - before), self._real(after - own))
+        function = Trace(self.network, self.clean.recording).stage_function(fine)
+        at_clean, at_other = function(self.clean[stage.stream]), function(self.other[stage.stream])
+        edits = self._divided(stage, fine, at_other, after, own)
+        return Change(fine.steps, self._real(at_other + edits - at_clean), self._real(edits))
+
+    def _divided(self, stage: Stage, fine: Stage, at_other: Tensor, after: Tensor, own: Tensor) -> Tensor:
+        """The edits of heads or neurons: their own if hooks edit them, else on the last part of the edited sublayer."""
+        edits = torch.zeros_like(at_other)
+        if not relative_error(own[:, self.clean.valid], after[:, self.clean.valid]) > self.clean.recording.accuracy:
+            return edits
+        if self.hooks:
+            try:
+                with self.base.view.hooks(self.hooks):  # type: ignore[attr-defined]
+                    found = self.network.view.writes(self.other.recording, fine, self.other[stage.stream])
+                edits = found - at_other
+            except NotImplementedError:  # the hooks edit the sum of heads, or what their neurons write
+                pass
+        for index, step in enumerate(stage.steps):
+            parts = [i for i, part in enumerate(fine.steps) if _sublayer(part) == step.label]
+            edits[parts[-1]] += after[index] - (at_other + edits)[parts].sum(0)
+        return edits
+
+    def _real(self, change: Tensor) -> Tensor:
+        """A change [..., batch, pos, d_model] without padding."""
+        return change.masked_fill(~self.clean.valid[..., None], 0.0)
+
+
+def read_hooks(intervention: Any) -> Hooks | None:
+    """The hooks of an intervention, or None if it is an input: `[(hook_name, function)]` or one such pair."""
+    pairs = [intervention] if _is_hook(intervention) else intervention
+    if isinstance(pairs, Sequence) and not isinstance(pairs, str) and len(pairs) and all(_is_hook(p) for p in pairs):
+        return list(pairs)
+    if isinstance(pairs, (list, tuple)) and (not len(pairs) or any(_is_hook(p) for p in pairs)):
+        raise ValueError(
+            f"An intervention is a list of TransformerLens hooks, [(hook_name, function)], or another input of the model; got "
+            f"{intervention!r}."
+        )
+    return None
+
+
+def _is_hook(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and callable(value[1])
+
+
+def _base(network: ResidualNetwork) -> ResidualNetwork:
+    """The network without heads and neurons."""
+    if network.granularity == "block":
+        return network
+    return ResidualNetwork(network, "sublayer")
+
+
+def _sublayer(step: Step) -> str:
+    """The label of the sublayer that a head, neuron or constant belongs to."""
+    kind = {"head": "attn", "attn_bias": "attn", "neuron": "mlp", "mlp_rest": "mlp", "mlp_bias": "mlp"}.get(step.kind)
+    return step.label if kind is None else f"{step.layer}_{kind}"
