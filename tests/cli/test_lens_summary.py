@@ -10,8 +10,7 @@ from commands import share_models
 
 import tl_jets as tj
 from tl_jets import cli
-from tl_jets.cli.lens import read_layers
-from tl_jets.cli.session import UsageError
+from tl_jets.cli.session import UsageError, read_layers
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.tokens import token_text, visible
 

@@ -136,6 +136,12 @@ def _add_input(parser: argparse.ArgumentParser, *, prompt: bool) -> None:
 
 
 def _lens(add: Callable[..., Any]) -> None:
+    add(
+        "--prompts",
+        metavar="FILE",
+        help='read many prompts, not one: a line each, or in a file .jsonl {"prompt": ..., "answer": TOKEN}; without answers '
+        "they are the model's own",
+    )
     add("--order", **ORDER, help="highest order of the iterative lens (default: 1; detached 0)")
     add("--joint-order", **ORDER, default=0, help="order of the joint lens")
     add(

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_jets.cli import lens_prompts
 from tl_jets.cli.lens_summary import more_draws, spoken, summary
 from tl_jets.cli.report import Report, Table, header, plain
-from tl_jets.cli.session import Read, UsageError, read, read_token, steps
+from tl_jets.cli.session import Read, read, read_layers, read_token, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import LOGITS_UNIT, in_unit
 from tl_jets.core.measures import MEASURES
@@ -30,7 +31,9 @@ TITLES: dict[str, str] = dict(zip(MEASURES, ("remainder", "cosine", "centered co
 
 
 def report(options: argparse.Namespace) -> Report:
-    """The first answer, or both lenses of one prompt."""
+    """The first answer, or both lenses of one prompt; of many with `--prompts`."""
+    if options.prompts is not None:
+        return lens_prompts.report(options)
     shared = {name: getattr(options, name) for name in ("center_scale", "linearize", "top_k", "seed")}
     files = any(getattr(options, kind) for kind in ("json", "html", "svg"))
     is_whole = options.all or options.averages or files
@@ -85,21 +88,6 @@ def report(options: argparse.Namespace) -> Report:
         picture=whole,
         verdict=verdict,
     )
-
-
-def read_layers(given: list[str] | None, n_layers: int) -> list[int | str] | None:
-    """Layers by number or label; `20:30` stands for the layers from 20 up to 30, without it, as in Python."""
-    chosen: list[int | str] = []
-    for text in given or []:
-        ends = text.split(":")
-        if len(ends) == 2 and all(not end or end.lstrip("-").isdecimal() for end in ends):
-            start, stop, _ = slice(*(int(end) if end else None for end in ends)).indices(n_layers + 1)
-            if start >= stop:
-                raise UsageError(f"--layers {text} names no layer of 0..{n_layers}")
-            chosen += range(start, stop)
-        else:
-            chosen.append(int(text) if text.lstrip("-").isdecimal() else text)
-    return chosen or None
 
 
 def _with_targets(tables: list[Table], lens: IterativeJetLens, place: int, asked: Read) -> list[Table]:

@@ -144,6 +144,21 @@ def _quiet() -> Iterator[None]:
             of_transformers.enable_progress_bar()
 
 
+def read_layers(given: list[str] | None, n_layers: int) -> list[int | str] | None:
+    """Layers by number or label; `20:30` stands for the layers from 20 up to 30, without it, as in Python."""
+    chosen: list[int | str] = []
+    for text in given or []:
+        ends = text.split(":")
+        if len(ends) == 2 and all(not end or end.lstrip("-").isdecimal() for end in ends):
+            start, stop, _ = slice(*(int(end) if end else None for end in ends)).indices(n_layers + 1)
+            if start >= stop:
+                raise UsageError(f"--layers {text} names no layer of 0..{n_layers}")
+            chosen += range(start, stop)
+        else:
+            chosen.append(int(text) if text.lstrip("-").isdecimal() else text)
+    return chosen or None
+
+
 def read_token(network: Structure, given: str, n_tokens: int | None = None) -> int:
     """The id of a single token, given as its text, as in the tables, or as `id:317`.
 

@@ -92,6 +92,10 @@ LEGENDS: dict[str, dict[str, str]] = {
         "KL (control)": "KL(model || lens) in nats, 0 is best. In round brackets: the same for one random vector of the "
         "layer's length and angle to the final stream, which has that much of the answer and nothing else of the layer; a KL "
         "no better is no evidence about the layer. One draw scatters by tens of percent: compare averages.",
+        "rank": "Of the answers to --prompts among all tokens, 1 is the best: median over prompts, with its 95% interval. Its "
+        "control, other's, is the answer to another prompt, which a layer that has read nothing ranks as well.",
+        "leads": "Share of prompts whose answer is a layer's best token from that layer on. In round brackets: the same for "
+        "random vectors and the model's own answer.",
         "remainder": "Length of what is missing from the model's logits, relative to theirs. top-1 %: how often both have the "
         "same best token.",
         "not here": "What a component gives through later ones: `tl-jets paths`. What the model would lose without it: an "
@@ -145,6 +149,7 @@ examples:
   tl-jets lens
   tl-jets lens --model ./my-model --prompt "The Eiffel Tower is in" --order 2
   tl-jets lens --linearize detached --granularity head   # direct attribution
+  tl-jets lens --model ./my-model --prompts prompts.txt --order 0
   tl-jets lens --target " reported" --json - | jq .iterative.labels
 """,
     "paths": """\

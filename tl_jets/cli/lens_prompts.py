@@ -1,0 +1,221 @@
+"""`tl-jets lens --prompts FILE`: where the answers of many prompts come first, and what components give to them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_jets.cli.prompt_files import read_prompts
+from tl_jets.cli.report import Report, Table, header
+from tl_jets.cli.session import UsageError, load_network, read_layers, read_token, steps
+from tl_jets.cli.texts import legend
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.intervals import bootstrap_intervals, median_intervals
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.numerals import signed
+from tl_jets.core.prompts import over_prompts
+from tl_jets.core.selection import ANSWER
+from tl_jets.core.tokens import visible
+from tl_jets.lenses import IterativeJetLens, JointJetLens, answer_lens, joint_jet_lens
+from tl_jets.lenses.answers import OTHER_ANSWER
+from tl_jets.lenses.trajectories import leads_from
+from tl_jets.lenses.verdicts import changing
+
+# How many layers, components and characters of a prompt are shown.
+LAYERS, COMPONENTS, WIDTH = 12, 8, 30
+# Options of a single prompt, with their defaults.
+SINGLE = {
+    "prompt": None,
+    "target": None,
+    "weights": None,
+    "joint_order": 0,
+    "objective": "centered_l2",
+    "averages": False,
+}
+
+
+def report(options: argparse.Namespace) -> Report:
+    """Both lenses over the prompts of a file."""
+    for name, usual in SINGLE.items():
+        if getattr(options, name) != usual:
+            raise UsageError(f"--{name.replace('_', '-')} is of a single prompt, and --prompts of many; leave one out")
+    prompts, given = read_prompts(options.prompts)
+    with steps(1) as step:
+        step("loading TransformerLens and the model")
+        network = load_network(options.model, options.granularity)
+    tokens = network.tokenize(prompts, prepend_bos=options.prepend_bos)
+    lengths = tokens["attention_mask"].sum(1).tolist()
+    _check_position(options, lengths)
+    answers = None if given is None else [_answer(network, options.prompts, *each) for each in enumerate(given, 1)]
+    lens = answer_lens(
+        network,
+        tokens,
+        answers,
+        position=options.position,
+        layers=read_layers(options.layers, network.n_layers),
+        top_k=1,
+        **{name: getattr(options, name) for name in ("order", "incl_mid", "center_scale", "linearize", "seed")},
+    )
+    assert lens.target_ids is not None, "it follows the answers"
+    one = over_prompts(
+        joint_jet_lens,
+        network,
+        tokens,
+        linearize="detached",
+        positions=options.position,
+        embeddings=not options.no_embeddings,
+        targets=lens.target_ids[:, 0, :1].tolist(),
+        top_k=1,
+    )
+    where = "last position" if options.position == -1 else f"position {options.position}"
+    asked = {
+        "model": options.model,
+        "prompts": f"{len(prompts)} of {options.prompts}, {min(lengths)} to {max(lengths)} tokens, read at the {where}",
+        "answers": "of the file" if given else "the model's own",
+    }
+    by_prompt = _by_prompt(lens, prompts)
+    data = header("lens", model=options.model, prompts=options.prompts, position=options.position)
+    data |= {
+        "trajectories": lens.trajectories().to_dict("records"),
+        "components": _components(one),
+        "by_prompt": by_prompt,
+    }
+    tables = [_layer_table(lens, every=options.all or bool(options.layers)), _component_table(one, data["components"])]
+    whole = [*tables, _prompt_table(by_prompt)]
+    names = legend("lens", "verdict", "rank", "leads", "effect") if options.all or options.explain else {}
+    verdict = [*lens.verdict().lines, _first(lens)]
+    return Report(data, asked, whole if options.all else tables, names, on_page=whole, picture=tables, verdict=verdict)
+
+
+def _check_position(options: argparse.Namespace, lengths: Sequence[int]) -> None:
+    """Raise UsageError unless every prompt has the position."""
+    for line, length in enumerate(lengths, 1):
+        if not -length <= options.position < length:
+            raise UsageError(
+                f"--position must lie in every prompt; got {options.position}, and line {line} of {options.prompts!r} has "
+                f"{length} tokens"
+            )
+
+
+def _answer(network: ResidualNetwork, file: str, line: int, text: str) -> int:
+    """The id of a line's answer."""
+    try:
+        return read_token(network, text)
+    except UsageError as error:
+        raise UsageError(f"the answer of line {line} of {file!r}: {error}") from error
+
+
+def _led(lens: IterativeJetLens) -> Tensor:
+    """Index of the layer from which on each prompt's answer leads [order, batch]; the number of layers if none."""
+    assert lens.target_ranks is not None, "it follows the answers"
+    return len(lens.labels) - leads_from(lens.target_ranks[:, :, :, 0, 0] == 0).long().sum(0)
+
+
+def _first(lens: IterativeJetLens) -> str:
+    """From where on the answer leads in most prompts, in words: the lowest order, without sinks."""
+    kept = lens.valid[:, 0] if lens.sinks is None else (lens.valid & ~lens.sinks.mask)[:, 0]
+    found = _led(lens)[0, kept].double().sort().values
+    names = [*lens.labels, "nowhere"]
+    low, high = median_intervals(found[None])[:, 0].tolist()
+    said = "" if low != low else f" (95%: {names[int(low)]}..{names[int(high)]})"
+    never = int((found == len(lens.labels)).sum())
+    text = (
+        f"In more than half of {len(found)} prompts the answer leads from {names[int(found[len(found) // 2])]} on{said}"
+    )
+    return f"{text}; in {never} it leads nowhere." if never else f"{text}."
+
+
+def _layer_table(lens: IterativeJetLens, every: bool) -> Table:
+    """A row for each of some layers: ranks of both answers, and how often the answer leads from there on."""
+    rows = lens.trajectories().set_index(["target", "order", "layer"])
+    ends = list(dict.fromkeys([lens.orders[0], lens.orders[-1]]))
+    medians = torch.tensor([[rows.loc[(ANSWER, k, label)].rank_median + 1 for k in ends] for label in lens.labels])
+    shown = range(len(lens.labels)) if every else changing(medians, [[0]] * len(lens.labels), LAYERS)
+    found = []
+    for i in shown:
+        row: dict[str, Any] = {"layer": lens.labels[i]}
+        for k in ends:
+            own, other = (rows.loc[(name, k, lens.labels[i])] for name in (ANSWER, OTHER_ANSWER))
+            name = "detached" if lens.linearize == "detached" else f"order {k}"
+            row[f"rank, {name}"] = f"{_rank(own.rank_median)} ({_rank(own.rank_low)}..{_rank(own.rank_high)})"
+            row[f"other's, {name}"] = _rank(other.rank_median)
+            row[f"leads, {name}"] = f"{own.leads:.0%} ({own.control_leads:.0%})"
+        found.append(row)
+    some = "" if len(found) == len(lens.labels) else f", where it changes: {len(found)} of {len(lens.labels)} layers"
+    notes = [
+        "rank: 1 is the best, median over prompts (95%); other's: another prompt's answer; leads: from there on (random)"
+    ]
+    said = "" if lens.sinks is None else lens.sinks.said(lens.valid)
+    return Table(f"The answer's rank by layer{some}", found, notes=[*notes, *([said] if said else [])])
+
+
+def _rank(rank: float) -> str:
+    """A rank that begins with 1."""
+    return "?" if rank != rank else f"{rank + 1:,.0f}"
+
+
+def _components(lens: JointJetLens) -> list[dict[str, Any]]:
+    """What every component adds to the answer: mean over prompts with its 95% interval, and how often it is above zero."""
+    kept = lens.valid[:, 0] if lens.sinks is None else (lens.valid & ~lens.sinks.mask)[:, 0]
+    effects = lens.effects[:, kept, 0, 0].double()
+    low, high = bootstrap_intervals(effects)
+    columns = {"effect": effects.mean(1), "low": low, "high": high, "raises": (effects > 0).double().mean(1)}
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        {"component": label, **dict(zip(columns, own, strict=True))}
+        for label, own in zip(lens.labels, values, strict=True)
+    ]
+
+
+def _component_table(lens: JointJetLens, rows: list[dict[str, Any]]) -> Table:
+    """The components with the largest mean effects, in the order of the model, and the sum of all."""
+    largest = sorted(range(len(rows)), key=lambda i: -abs(rows[i]["effect"]))[:COMPONENTS]
+    found = [
+        {
+            "component": row["component"],
+            "mean effect": signed(row["effect"]),
+            "95%": f"{signed(row['low'])} to {signed(row['high'])}",
+            "raises it in": f"{row['raises']:.0%}",
+        }
+        for row in (rows[i] for i in sorted(largest))
+    ]
+    total, shown = sum(row["effect"] for row in rows), sum(rows[i]["effect"] for i in largest)
+    sums = [{"component": f"all {len(rows)}", "mean effect": signed(total)}]
+    if len(rows) > len(found):
+        sums.insert(0, {"component": f"{len(rows) - len(found)} others", "mean effect": signed(total - shown)})
+    title = f"What components add to the answer's logit{in_unit(lens.unit)}, exactly: the {len(found)} largest"
+    return Table(title, found, sums, ["--all: every layer, and every prompt; --json, --html FILE"])
+
+
+def _by_prompt(lens: IterativeJetLens, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Each prompt with its answer, what the model says, and the layer from which on the answer leads, by order."""
+    assert lens.target_ids is not None, "it follows the answers"
+    names, led = [*lens.labels, None], _led(lens)
+
+    def token(i: int) -> dict[str, Any]:
+        return {"token": visible(lens.token_names[i]), "id": i}
+
+    return [
+        {
+            "prompt": prompt,
+            "answer": token(int(lens.target_ids[b, 0, 0])),
+            "model_says": token(int(lens.model_top_ids[b, 0])),
+            "leads_from": {str(order): names[int(led[k, b])] for k, order in enumerate(lens.orders)},
+        }
+        for b, prompt in enumerate(prompts)
+    ]
+
+
+def _prompt_table(by_prompt: list[dict[str, Any]]) -> Table:
+    """A row for every prompt."""
+    rows = []
+    for found in by_prompt:
+        shown = visible(found["prompt"]).replace("\u00b7", " ")
+        row = {"prompt": shown if len(shown) <= WIDTH else f"\u2026{shown[-WIDTH + 1 :]}"}
+        row |= {"answer": found["answer"]["token"], "the model says": found["model_says"]["token"]}
+        rows.append(row | {f"leads from, order {k}": label or "nowhere" for k, label in found["leads_from"].items()})
+    return Table("Every prompt", rows)
