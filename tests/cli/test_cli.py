@@ -513,7 +513,7 @@ def test_examples_of_the_help_are_commands(name):
     [
         (
             "lens",
-            (iterative_jet_lens, joint_jet_lens, BOS),
+            (iterative_jet_lens, joint_jet_lens, tl_jets.over_prompts, BOS),
             {"joint_order", "no_embeddings", "all", "averages", "explain"},
         ),
         ("paths", (tl_jets.exponential_expansion, ResidualNetwork, BOS), {"ablate", "no_components", "seed"}),

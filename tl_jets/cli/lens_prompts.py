@@ -84,7 +84,10 @@ def report(options: argparse.Namespace) -> Report:
         "components": _components(one),
         "by_prompt": by_prompt,
     }
-    tables = [_layer_table(lens, every=options.all or bool(options.layers)), _component_table(one, data["components"])]
+    tables = [
+        _layer_table(lens, options.all or bool(options.layers), given is not None),
+        _component_table(one, data["components"]),
+    ]
     whole = [*tables, _prompt_table(by_prompt)]
     names = legend("lens", "verdict", "rank", "leads", "effect") if options.all or options.explain else {}
     verdict = [*lens.verdict().lines, _first(lens)]
@@ -122,14 +125,14 @@ def _first(lens: IterativeJetLens) -> str:
     names = [*lens.labels, "nowhere"]
     low, high = median_intervals(found[None])[:, 0].tolist()
     said = "" if low != low else f" (95%: {names[int(low)]}..{names[int(high)]})"
-    never = int((found == len(lens.labels)).sum())
-    text = (
-        f"In more than half of {len(found)} prompts the answer leads from {names[int(found[len(found) // 2])]} on{said}"
-    )
+    half, never = int(found[len(found) // 2]), int((found == len(lens.labels)).sum())
+    if half == len(lens.labels):
+        return f"In {never} of {len(found)} prompts the answer leads nowhere: it is not the model's."
+    text = f"In more than half of {len(found)} prompts the answer leads from {names[half]} on{said}"
     return f"{text}; in {never} it leads nowhere." if never else f"{text}."
 
 
-def _layer_table(lens: IterativeJetLens, every: bool) -> Table:
+def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
     """A row for each of some layers: ranks of both answers, and how often the answer leads from there on."""
     rows = lens.trajectories().set_index(["target", "order", "layer"])
     ends = list(dict.fromkeys([lens.orders[0], lens.orders[-1]]))
@@ -141,14 +144,14 @@ def _layer_table(lens: IterativeJetLens, every: bool) -> Table:
         for k in ends:
             own, other = (rows.loc[(name, k, lens.labels[i])] for name in (ANSWER, OTHER_ANSWER))
             name = "detached" if lens.linearize == "detached" else f"order {k}"
-            row[f"rank, {name}"] = f"{_rank(own.rank_median)} ({_rank(own.rank_low)}..{_rank(own.rank_high)})"
-            row[f"other's, {name}"] = _rank(other.rank_median)
-            row[f"leads, {name}"] = f"{own.leads:.0%} ({own.control_leads:.0%})"
+            row[f"rank, {name}"] = f"{_rank(own.rank_median)} ({_rank(other.rank_median)})"
+            row[f"95%, {name}"] = f"{_rank(own.rank_low)}..{_rank(own.rank_high)}"
+            # The random vectors' best token is compared with the model's own.
+            row[f"leads, {name}"] = f"{own.leads:.0%}" + ("" if of_file else f" ({own.control_leads:.0%})")
         found.append(row)
     some = "" if len(found) == len(lens.labels) else f", where it changes: {len(found)} of {len(lens.labels)} layers"
-    notes = [
-        "rank: 1 is the best, median over prompts (95%); other's: another prompt's answer; leads: from there on (random)"
-    ]
+    notes = ["rank: 1 is the best, median over prompts (of another prompt's answer)"]
+    notes[0] += "; leads: from there on" + ("" if of_file else " (random vectors)")
     said = "" if lens.sinks is None else lens.sinks.said(lens.valid)
     return Table(f"The answer's rank by layer{some}", found, notes=[*notes, *([said] if said else [])])
 
