@@ -40,6 +40,8 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
 from tl_jets.core.tokens import nested_texts
+from tl_jets.core.trace import Trace
+from tl_jets.lenses.logits import logits_of_layer
 from tl_jets.lenses.results import LensInput, LensResult, table
 from tl_jets.lenses.trajectories import leads_from, trajectory_table
 from tl_jets.lenses.verdicts import Verdict, verdict_of
@@ -155,6 +157,46 @@ class IterativeJetLens(LensResult):
     def logit_difference(self, target: str | int, other: str | int) -> Float[Tensor, "layer order batch pos"]:
         """Additive logit of `target` minus that of `other`, both among the lens' targets."""
         return self._of_target(self.target_logits, target) - self._of_target(self.target_logits, other)
+
+    def logits(
+        self, layer: LabelInput, order: int | None = None, *, trace: Trace
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Additive logits of one layer at one order, before any softcap; NaN at padding.
+
+        A lens keeps its best tokens only; the rest is mixed again from `alpha`, `beta` and the streams of a trace. A loaded
+        lens and one of `concat` have them, too.
+
+        Args:
+            layer: Its label, or TransformerLens' name.
+            order: One of `orders`; None for the highest.
+            trace: `ResidualNetwork(model).trace(prompts)` of the lens' prompts, all of them and in order.
+
+        Raises:
+            ValueError: No such layer or order, or a trace of another input or model.
+
+        Cost: one product with the unembedding.
+
+        Example:
+            >>> import tl_jets as tj
+            >>> network = tj.ResidualNetwork(tj.load_tinydocs())
+            >>> trace = network.trace("This function is available on Unix and")
+            >>> lens = iterative_jet_lens(network, trace)
+            >>> torch.equal(lens.logits("2_pre", order=1, trace=trace).argmax(-1), lens["2_pre"].top_ids[0, 1, ..., 0])
+            True
+        """
+        return logits_of_layer(self._layer(layer), trace, order, False)
+
+    def log_probs(
+        self, layer: LabelInput, order: int | None = None, *, trace: Trace
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Log-probabilities in nats of one layer at one order, after any softcap; else as `logits`."""
+        return logits_of_layer(self._layer(layer), trace, order, True)
+
+    def _layer(self, layer: LabelInput) -> IterativeJetLens:
+        """The lens of one layer."""
+        if not is_label(layer):
+            raise ValueError(f"layer must be one of {self.labels}; got {layer!r}.")
+        return self[layer]
 
     def _of_target(self, values: Tensor | None, target: str | int | None) -> Tensor:
         if values is None or self.target_names is None:
