@@ -12,7 +12,8 @@ from live_memory import peak_bytes
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.detached_map import chain, detached_jacobian
-from tl_jets.detached_map.chain import Chain, sweep
+from tl_jets.detached_map.chain import Chain
+from tl_jets.detached_map.stage_products import StageProducts, read_on_the_way
 
 
 @pytest.fixture(
@@ -72,16 +73,36 @@ def test_a_map_that_is_remade_needs_its_hooks(model):
         kept.ordinary.apply(kept.map.point)
 
 
-def test_one_pass_through_many_maps(model):
+@pytest.mark.parametrize("many", [3, 40], ids=["products", "matrices by position"])
+def test_one_pass_through_many_maps(model, many):
     network = ResidualNetwork(model)
-    trace = network.trace(zoo.tokens(model, batch=2, pos=4))
-    outputs = ["1_mlp_out", "0_attn_out", "final_post", "1_pre", "ln_final"]
-    maps = [linear for linear, _ in Chain(trace, "embed", outputs, [1, 3]).maps()]
-    order = sorted(range(len(outputs)), key=lambda i: len(maps[i].parts))
-    u = torch.randn(3, *maps[0].in_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for i, found in zip(order, sweep([maps[i] for i in order], u), strict=True):
-        alone = detached_jacobian(network, trace, output=outputs[i], positions=[1, 3], ordinary=False)
-        assert oracles.relative_error(found, alone.apply(u)) < 1e-13
+    trace = network.trace(zoo.tokens(model, batch=1, pos=4))
+    outputs = ["1_mlp_out", "0_attn_out", "final_post", "1_pre"]
+    chain = Chain(trace, "embed", outputs, [2])
+    u = torch.randn(many, *chain.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = dict(read_on_the_way(chain, u[:, 0].transpose(0, 1)))
+    assert set(found) == set(outputs)
+    for output in outputs:
+        alone = detached_jacobian(network, trace, output=output, positions=2, ordinary=False)
+        assert oracles.relative_error(found[output], alone.apply(u)[:, 0, 0]) < 1e-13
+
+
+def test_a_stage_that_mixes_positions_has_no_matrices(model):
+    """A hook on the neurons that averages over positions: the product of the whole stage is taken."""
+    trace = ResidualNetwork(model).trace(zoo.tokens(model, batch=1, pos=4))
+    if "1_mid" not in trace:
+        pytest.skip("attention and MLP read the same stream, so that the stage mixes positions anyway")
+    stage = trace.network.at("sublayer").stage("1_mlp")
+    chain = Chain(trace, "1_mid", ["1_mlp_out"], [2])
+    assert StageProducts.of(chain.trace, stage, 100).matrices is not None
+    with model.hooks([("blocks.1.mlp.hook_post", lambda post, hook: post + post.mean(1, keepdim=True))]):
+        trace = ResidualNetwork(model).trace(trace.tokens)
+        chain = Chain(trace, "1_mid", ["1_mlp_out"], [2])
+        assert StageProducts.of(chain.trace, stage, 100).matrices is None
+        u = torch.randn(100, *chain.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        ((_, found),) = read_on_the_way(chain, u[:, 0].transpose(0, 1))
+        alone = detached_jacobian(trace.network, trace, output="1_mlp_out", wrt="1_mid", positions=2, ordinary=False)
+        assert oracles.relative_error(found, alone.apply(u)[:, 0, 0]) < 1e-13
 
 
 def deep(layers: int) -> CallableModel:

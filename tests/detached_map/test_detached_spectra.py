@@ -74,6 +74,21 @@ def test_they_are_those_of_the_matrices(spec, maps, pos):
     assert float(spectra.overlap()[-1]) == pytest.approx(1)
 
 
+def test_some_layers_of_all():
+    model = zoo.build(RAW[0])
+    network, tokens = ResidualNetwork(model), zoo.tokens(model, batch=1, pos=4)
+    every = detached_spectra(network, tokens, k=3)
+    some = detached_spectra(network, tokens, k=3, layers=[-1], progress=False)
+    last = network.n_layers - 1
+    assert some.outputs == [f"{last}_attn_out", f"{last}_mlp_out", "final_post"]
+    torch.testing.assert_close(some.values, every.values[-3:], rtol=1e-12, atol=0)
+    for layers in ([], [5], -9):
+        with pytest.raises(ValueError, match="layers must be"):
+            detached_spectra(network, tokens, layers=layers)
+    with pytest.raises(ValueError, match="Leave one out"):
+        detached_spectra(network, tokens, layers=0, maps=[("embed", "final_post")])
+
+
 def linear_network(d_model: int = 12, layers: int = 3) -> tuple[CallableModel, list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(d_model, d_model, generator=generator, dtype=torch.float64) for _ in range(layers)]

@@ -12,7 +12,7 @@ The bias goes through the same frozen stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -96,19 +96,13 @@ class ComposedMap(LinearMap):
         return ComposedMap(self.point, self.value, self.readout, parts=parts)
 
 
-def sweep(maps: Sequence[ComposedMap], vectors: Tensor) -> Iterator[Tensor]:
-    """J u of maps with common first stages, before their readouts, by length, in one pass."""
-    done = 0
-    for linear in sorted(maps, key=lambda each: len(each.parts)):
-        *stages, tail = linear.parts
-        for part in stages[done:]:
-            vectors = part.graph().apply_rows(vectors)
-        done = len(stages)
-        yield tail.graph().apply_rows(vectors)
-
-
 class Chain:
-    """The stages from the label `wrt` to outputs after it, which see the same output positions."""
+    """The stages from the label `wrt` to outputs after it, which see the same output positions.
+
+    Attributes:
+        start: Index of the first stage.
+        stages: All stages that an output needs.
+    """
 
     def __init__(self, trace: Trace, wrt: str, outputs: Sequence[str], positions: list[int]):
         network = _network_with(trace.network, wrt, outputs)
@@ -117,7 +111,9 @@ class Chain:
         self.point = trace[wrt]
         first = network.streams[0]
         self._offset = trace[first] - self.point if wrt in network.sources else torch.zeros_like(self.point)
-        start = 0 if wrt in network.sources else network.streams.index(wrt)
+        self.outputs = list(outputs)
+        self.start = start = 0 if wrt in network.sources else network.streams.index(wrt)
+        stops: list[int] = []
         self._counts: dict[str, int] = {}  # how many stages come before an output
         for output in outputs:
             is_write = output in _writes(network)
@@ -125,12 +121,14 @@ class Chain:
             if stop < start + is_write:
                 raise ValueError(f"output must come after wrt in the network; {output!r} does not follow {wrt!r}.")
             self._counts[output] = stop - start - is_write
+            stops.append(stop)
             for stage in network.stages[start:stop]:
                 # Values that a view computes once per input (heads at zero) must not be computed under `frozen`.
                 if any(step.kind == "head" for step in stage.steps):
                     with torch.no_grad():
                         trace.stage_function(stage)(trace[stage.stream])
         self._stages = network.stages[start : start + max(self._counts.values())]
+        self.stages = network.stages[start : max(stops)]  # those of the writes, too
 
     def maps(self, keep_graph: bool | None = None) -> list[tuple[ComposedMap, Tensor]]:
         """The detached map to every output, and the frozen map at zero [batch, out_pos, rows], both before the readout."""

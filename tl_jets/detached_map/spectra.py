@@ -17,8 +17,8 @@ A subspace of k random directions has an overlap and an explained share of k / d
 `explained` says that the layer's map *writes* where the final stream points, not that it has computed the answer.
 
 Source: Golden (arXiv 2505.24293, v3), section 3.5 and figure 4; `overlap`, `explained` and `chance` are ours. Cost: for
-each input position, d_model vectors through all stages once (two backward passes each, in chunks). Matrices are never
-held, only their Gram matrices [d_model, d_model] in float64.
+each input position, d_model vectors through all stages once (attention by two backward passes, in chunks; MLPs as a matrix for
+each position). Matrices are never held, only their Gram matrices [d_model, d_model] in float64.
 
 Example:
     >>> import torch
@@ -44,12 +44,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import pandas as pd
+import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from tl_jets.core.linear_map import MAX_BYTES, size_text
-from tl_jets.core.logit_reader import TopTokens
+from tl_jets.core.logit_reader import TopTokens, slices
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
@@ -57,10 +59,13 @@ from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
-from tl_jets.detached_map.chain import LOGITS, Chain, sweep
+from tl_jets.detached_map.chain import LOGITS, Chain
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
+from tl_jets.detached_map.stage_products import read_on_the_way
 
 Maps = Literal["cumulative", "layers"]
+# Size of the vectors of several input positions that run together.
+GROUP_BYTES = 2**27
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -213,12 +218,14 @@ def detached_spectra(
     text_or_tokens: Any,
     *,
     maps: Maps | Sequence[tuple[str, str]] = "cumulative",
+    layers: int | Sequence[int] | None = None,
     k: int = 8,
     position: int = -1,
     pos: int | None = None,
     max_bytes: int | None = MAX_BYTES,
     attention_mask: Tensor | None = None,
     cache: Any = None,
+    progress: bool = True,
 ) -> DetachedSpectra:
     """A `DetachedSpectra`: singular values, stable ranks and leading output directions, layer by layer.
 
@@ -227,27 +234,29 @@ def detached_spectra(
         text_or_tokens: One prompt, its token ids [1, pos], or a `Trace` of the network.
         maps: `"cumulative"`: from the embeddings to every layer's stream, attention write and MLP write. `"layers"`: of
             every layer alone, from its own input (the MLP's is the stream between). Or pairs of labels (wrt, output).
+        layers: Layers whose maps are made, -1 the last; None for all. Only with `maps` by name.
         k: Number of singular values and vectors.
         position: Output position. Negative ones count from the end.
         pos: Input position: the matrix J_t of this token alone. None: all of them side by side.
         max_bytes: Refuse to hold more at once (d_model^2 x pos numbers); None for no limit.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
+        progress: Show a progress bar in a terminal.
 
     Raises:
-        ValueError: More than one prompt, bad labels, positions or k, or too large a prompt.
+        ValueError: More than one prompt, bad labels, layers, positions or k, or too large a prompt.
 
     Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4. Cost: for each input position, d_model vectors
-    through all stages, in chunks.
+    through all stages once; an MLP is one matrix for each position.
     """
     check_integers(1, k=k)
     network = ResidualNetwork.of(model)
     with torch.inference_mode(False), torch.no_grad():
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
-        pairs = _pairs(network, maps)
+        pairs = _pairs(network, maps, layers)
         sources = _sources(trace, k, pos, max_bytes)
         place = Rows.of(trace, position).columns("The position of a map")
-        found = _accumulated(trace, pairs, sources, place)
+        found = _accumulated(trace, pairs, sources, place, progress)
         values, left, frobenius = zip(*(_decomposed(*found[pair][:2], k) for pair in pairs), strict=True)
         dtype = trace[FINAL_STREAM].dtype
         top, whole = torch.stack(values), torch.stack(frobenius)
@@ -267,9 +276,13 @@ def detached_spectra(
         )
 
 
-def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
+def _pairs(network: ResidualNetwork, maps: Any, layers: Any) -> list[tuple[str, str]]:
     """The labels (wrt, output) of every map."""
     if isinstance(maps, Iterable) and not isinstance(maps, str):
+        if layers is not None:
+            raise ValueError(
+                f"layers choose among maps by name; got pairs of labels and layers={layers!r}. Leave one out."
+            )
         pairs = [tuple(pair) for pair in maps]
         if not pairs or any(len(pair) != 2 for pair in pairs) or len(set(pairs)) < len(pairs):
             raise ValueError(f"maps must be distinct pairs of labels (wrt, output), or {get_args(Maps)}; got {maps!r}.")
@@ -280,16 +293,26 @@ def _pairs(network: ResidualNetwork, maps: Any) -> list[tuple[str, str]]:
         return [(network.label(wrt), network.label(output)) for wrt, output in pairs]
     if maps not in get_args(Maps):
         raise ValueError(f"maps must be one of {get_args(Maps)} or pairs of labels; got {maps!r}.")
-    fine = network.at("sublayer")
+    fine, chosen = network.at("sublayer"), _layers(network, layers)
     pairs, first = [], fine.streams[0]
     for i, stage in enumerate(fine.stages):
         following = fine.streams[i + 1]
         start = fine.sources[0] if maps == "cumulative" else stage.stream
-        pairs += [(start, step.write) for step in stage.steps]
+        is_chosen = stage.steps[0].layer in chosen
+        pairs += [(start, step.write) for step in stage.steps if is_chosen]
         if not following.endswith("_mid"):
-            pairs.append((start if maps == "cumulative" else first, following))
+            pairs += [(start if maps == "cumulative" else first, following)] if is_chosen else []
             first = following
     return pairs
+
+
+def _layers(network: ResidualNetwork, layers: Any) -> set[int]:
+    """The chosen layers; None for all."""
+    count = network.n_layers
+    wanted = list(range(count)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if not wanted or not all(isinstance(layer, int) and -count <= layer < count for layer in wanted):
+        raise ValueError(f"layers must be numbers of layers in {-count}..{count - 1}; got {layers!r}.")
+    return {layer % count for layer in wanted}
 
 
 def _sources(trace: Trace, k: int, pos: int | None, max_bytes: int | None) -> list[int]:
@@ -311,31 +334,45 @@ def _sources(trace: Trace, k: int, pos: int | None, max_bytes: int | None) -> li
 
 
 def _accumulated(
-    trace: Trace, pairs: Sequence[tuple[str, str]], sources: Sequence[int], place: list[int]
+    trace: Trace, pairs: Sequence[tuple[str, str]], sources: Sequence[int], place: list[int], progress: bool
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
     """By map: J J' and J e over some input positions, and the model's own value at the output."""
-    found = {}
-    for wrt in dict.fromkeys(wrt for wrt, _ in pairs):
-        outputs = [output for start, output in pairs if start == wrt]
-        chain = Chain(trace, wrt, outputs, place)
-        maps = [linear for linear, _ in chain.maps()]
-        order = sorted(range(len(maps)), key=lambda i, maps=maps: len(maps[i].parts))
-        d_model, sums = chain.point.shape[-1], {}
-        for source in sources:
-            units = chain.point.new_zeros(d_model, *chain.point.shape)
-            each = torch.arange(d_model, device=units.device)
-            units[each, 0, source, each] = 1
-            for i, rows in zip(order, sweep([maps[i] for i in order], units), strict=True):
-                columns = rows[:, 0, 0].double()  # J_t', a row an input coordinate
-                gram, image = sums.get(i, (0, 0))
-                sums[i] = gram + columns.T @ columns, image + chain.point[0, source].double() @ columns
-        found |= {(wrt, output): (*sums[i], chain.truth(output)[0, 0]) for i, output in enumerate(outputs)}
+    chains = {
+        wrt: Chain(trace, wrt, [output for start, output in pairs if start == wrt], place)
+        for wrt in dict.fromkeys(wrt for wrt, _ in pairs)
+    }
+    found: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
+    size = trace[FINAL_STREAM].numel() * trace[FINAL_STREAM].shape[-1] * trace[FINAL_STREAM].element_size()
+    groups = list(slices(len(sources), max(1, GROUP_BYTES // size)))
+    total = len(groups) * sum(len(chain.outputs) for chain in chains.values())
+    with tqdm(total=total, unit="map", delay=1, leave=False, disable=None if progress else True) as bar:
+        for wrt, chain in chains.items():
+            point = chain.point[0].double()
+            for group in groups:
+                chosen = torch.tensor(sources[group], device=point.device)
+                for output, rows in read_on_the_way(chain, _units(chain.point[0], chosen)):
+                    columns = rows.double()  # J_t', a row an input coordinate
+                    gram, image = columns.T @ columns, point[chosen].flatten() @ columns
+                    earlier = found.get((wrt, output), (0, 0))
+                    found[wrt, output] = gram + earlier[0], image + earlier[1], chain.truth(output)[0, 0]
+                    bar.update()
     return found
+
+
+def _units(like: Tensor, sources: Tensor) -> Float[Tensor, "pos many d_model"]:
+    """Every coordinate at every source, one after the other; zero at other positions."""
+    length, d_model = like.shape
+    units = like.new_zeros(length, len(sources), d_model, d_model)
+    each = torch.arange(len(sources), device=like.device)
+    units[sources, each] = torch.eye(d_model, dtype=like.dtype, device=like.device)
+    return units.flatten(1, 2)
 
 
 def _decomposed(gram: Tensor, image: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular values, their left vectors in the sign of J e, and the Frobenius norm."""
-    squares, vectors = torch.linalg.eigh(gram)
-    left = vectors.T.flip(0)[:k]
+    size = len(gram)
+    squares, vectors = scipy.linalg.eigh(gram.numpy(force=True), subset_by_index=[size - k, size - 1])
+    squares, vectors = (torch.from_numpy(x).to(gram) for x in (squares, vectors))
+    left = vectors.T.flip(0)
     left = torch.where(left @ image < 0, -1.0, 1.0).to(left)[:, None] * left
-    return squares.flip(0)[:k].clamp_min(0).sqrt(), left, gram.trace().sqrt()
+    return squares.flip(0).clamp_min(0).sqrt(), left, gram.trace().sqrt()
