@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from tl_jets.adapters.activations import inner_activation, inner_stage
 from tl_jets.adapters.blocks import Blocks, saver, under_lock
 from tl_jets.adapters.inputs import read_input, read_text
-from tl_jets.adapters.parts import head_writes, neuron_step, neuron_writes
+from tl_jets.adapters.parts import head_writes, keep_heads, neuron_step, neuron_writes, recorded_heads, z_name
 from tl_jets.adapters.reading import working_dtype
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
@@ -85,14 +85,15 @@ class TransformerLensView(Blocks):
         return read_text(self.model, text, prepend_bos)
 
     @under_lock
-    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
-        """One forward pass (or a ready cache) as streams, writes, edits and sources that add up."""
+    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any, heads: bool = False) -> Recording:
+        """One forward pass (or a ready cache) as streams, writes, edits and sources that add up; `heads` keeps their values."""
         state = self.follow()
         tokens, valid, attention_mask = read_input(self.model, text_or_tokens, attention_mask)
         hooked = {name for name in self.stream_names if self.hook_dict[name].fwd_hooks}
         calls, logits = None, None
         if cache is None:
-            saved, calls, logits = self.forward(tokens, attention_mask)
+            of_heads = [name for name in map(z_name, range(self.n_layers)) if heads and name in self.hook_dict]
+            saved, calls, logits = self.forward(tokens, attention_mask, also=of_heads)
             accuracy = tolerance(self.dtype)
         else:
             saved, accuracy = read_cache(self, cache, tokens, attention_mask, valid)
@@ -102,6 +103,7 @@ class TransformerLensView(Blocks):
         )
         recording.memo["attention_mask"] = attention_mask
         connect(self, recording, saved, hooked)
+        keep_heads(self, recording, saved)
         return recording
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -134,6 +136,19 @@ class TransformerLensView(Blocks):
             if kinds & {"neuron", "mlp_bias"}:
                 parts += [neuron_writes(self, recording, calls, stage, stream)]
             return _moved(torch.cat(parts) if len(parts) > 1 else parts[0], own)
+
+    def recorded_writes(
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor
+    ) -> dict[str, Tensor] | None:
+        """The writes of a stage's heads in the recorded pass at some cells, by label; None if they must be replayed."""
+        layer = stage.steps[0].layer
+        if not any(step.kind == "head" for step in stage.steps):
+            return None
+        self.refuse(*stage.steps)
+        with torch.no_grad(), self.replaying(layer):
+            found = recorded_heads(self, recording, layer, batch, pos)
+        labels = [step.write for step in stage.steps if step.kind in ("head", "attn_bias")]
+        return None if found is None else dict(zip(labels, found, strict=True))
 
     @contextmanager
     def replaying(self, layer: int) -> Iterator[None]:

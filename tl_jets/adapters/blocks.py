@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -253,9 +253,12 @@ class Blocks(ABC):
 
     @under_lock
     def forward(
-        self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None
+        self, tokens: Tensor, attention_mask: Tensor | None, until: str | None = None, also: Sequence[str] = ()
     ) -> tuple[dict[str, Tensor], Any, Any]:
-        """Activations by hook name, calls and logits of a forward pass; logits are None if it stops at hook `until`."""
+        """Activations by hook name, calls and logits of a forward pass; logits are None if it stops at hook `until`.
+
+        Saved are streams and writes, and what passes the hooks in `also`.
+        """
         saved: dict[str, Tensor] = {}
         calls: dict[Hashable, tuple[tuple, dict]] = {}
         # Layers share a tensor as last and first stream, and a user's hook may write to it.
@@ -273,7 +276,7 @@ class Blocks(ABC):
         ]
         try:
             with torch.no_grad(), self.precision():
-                savers = [saver(saved, name, copies=shared) for name in self.stream_names]
+                savers = [saver(saved, name, copies=shared) for name in (*self.stream_names, *also)]
                 logits = self.run_until(until, tokens, savers, attention_mask)
         finally:
             for handle in handles:

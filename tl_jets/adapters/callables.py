@@ -64,7 +64,7 @@ class CallableModel:
         """Plain functions read no text."""
         raise ValueError("Text needs a model with a tokenizer; plain callables have none. Pass what `embed` takes.")
 
-    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
+    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any, heads: bool = False) -> Recording:
         """Evaluate the network on one input (a tensor that `embed` takes)."""
         if attention_mask is not None or cache is not None:
             raise ValueError("A network of plain callables takes neither attention_mask nor cache; leave them out.")
@@ -88,6 +88,9 @@ class CallableModel:
         """The stage's writes at any stream, stacked."""
         gammas = self.gammas[stage.steps[0].layer]
         return torch.stack([gammas[step.label](stream) for step in stage.steps])
+
+    def recorded_writes(self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor) -> None:
+        """Plain functions have no heads; their writes are in the recording."""
 
     def hook_state(self, layer: int | None = None) -> State:
         """Plain functions carry no hooks."""

@@ -58,10 +58,40 @@ def head_writes(view: Blocks, recording: Recording, calls: Any, layer: int, stre
     return torch.cat([heads, (write - heads.sum(0))[None]])
 
 
+def keep_heads(view: Blocks, recording: Recording, saved: dict[str, Tensor]) -> None:
+    """Keep the input of W_O of every layer [batch, pos, head, d_head], where it was saved."""
+    for layer in range(view.n_layers):
+        z = saved.get(z_name(layer))
+        if z is not None:
+            recording.memo["z", layer] = z.to(view.dtype)
+
+
+def recorded_heads(view: Blocks, recording: Recording, layer: int, batch: Tensor, pos: Tensor) -> Tensor | None:
+    """[head + 1, row, d_model]: every head's write at some cells of the recorded pass, then the attention bias.
+
+    None if z is not recorded, the layer has a post-norm or hooks, or a head is not zero at the zero stream.
+    """
+    z, post = recording.memo.get(("z", layer)), view.post_norm(layer)
+    if z is None or recording.hook_state[layer + 1][0] or (post is not None and post.kind != "none"):
+        return None
+    check_heads(view, recording, view.calls_of(recording), layer)
+    if ("heads start at zero", layer, recording.hook_state) not in view.checked:
+        return None
+    write = recording.writes[f"{layer}_attn_out"][batch, pos]
+    own = z[batch.to(z.device), pos.to(z.device)][None]
+    heads = view.shares(layer, "attn", through_output(view, layer, own), write)[:, 0].to(write.device)
+    return torch.cat([heads, (write - heads.sum(0))[None]])
+
+
+def z_name(layer: int) -> str:
+    """The hook at the input of W_O."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
 def _z_and_out(view: Blocks, calls: Any, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
     """Input of W_O [batch, pos, head, d_head], and the attention's output before any post-norm, at any stream."""
     grabbed: list[Tensor] = []
-    name = f"blocks.{layer}.attn.hook_z"
+    name = z_name(layer)
     with view.hooks([(name, lambda z, hook: grabbed.append(z))]):
         out = view.call_attn(calls, layer, stream)
     if not grabbed:
@@ -92,16 +122,16 @@ def check_heads(view: Blocks, recording: Recording, calls: Any, layer: int) -> N
     stream = recording.streams[f"{layer}_pre"].to(view.device_of(layer))
     valid = recording.valid.to(stream.device)
 
-    def left(stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention minus heads, before and after the post-norm [2, real token, d_model], and the sizes of both."""
+    def left(stream: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Attention minus heads, before and after the post-norm [2, real token, d_model], sizes of both, and if z is 0."""
         z, out = _z_and_out(view, calls, layer, stream)
         heads, write = through_output(view, layer, z), view.finish_attn(layer, out)
         remains = torch.stack([out - heads.sum(0), write - view.shares(layer, "attn", out, out)])
         sizes = torch.stack([heads[:, valid].abs().max(), write[valid].abs().max()])
-        return remains[:, valid], sizes
+        return remains[:, valid], sizes, not bool(z.any())
 
     with torch.no_grad():
-        (here, sizes), (at_zero, _) = left(stream), left(torch.zeros_like(stream))
+        (here, sizes, _), (at_zero, _, is_zero) = left(stream), left(torch.zeros_like(stream))
         error = float(((here - at_zero).abs().amax((1, 2)) / sizes.clamp_min(torch.finfo(stream.dtype).tiny)).max())
     if not error <= tolerance(view.dtype):
         raise NotImplementedError(
@@ -110,6 +140,8 @@ def check_heads(view: Blocks, recording: Recording, calls: Any, layer: int) -> N
             f"multiply with W_O. Use granularity='sublayer'."
         )
     view.checked.add(key)
+    if is_zero and not recording.hook_state[layer + 1][0]:  # then there is no value bias, whatever the input
+        view.checked.add(("heads start at zero", *key[1:]))
 
 
 _NEURON = re.compile(r"L(\d+)N(\d+)(_out)?")

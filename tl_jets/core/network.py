@@ -139,7 +139,8 @@ class ResidualNetwork(Structure):
         Cost: One forward pass; with a cache an embedding and the first attention.
         """
         refuse_autocast(self.decoder.W_U.device)
-        trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache))
+        heads = {"heads": True} if self.granularity == "head" else {}
+        trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache, **heads))
         check_decoder(trace)
         return trace
 

@@ -122,12 +122,18 @@ class ModelView(Protocol):
         """Token ids of text, and a mask of real tokens [batch, pos]."""
         ...
 
-    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any) -> Recording:
-        """Run the model once (or read `cache`) and return every stream and write."""
+    def record(self, text_or_tokens: Any, attention_mask: Tensor | None, cache: Any, heads: bool = False) -> Recording:
+        """Run the model once (or read `cache`) and return every stream and write; `heads` keeps what heads write of."""
         ...
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
         """The stage's writes at any `stream` [batch, pos, d_model], stacked: [write, batch, pos, d_model]."""
+        ...
+
+    def recorded_writes(
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor
+    ) -> dict[str, Tensor] | None:
+        """The writes of a stage's heads in the recorded pass at some cells [row], by label; None if they must be replayed."""
         ...
 
     def hook_state(self, layer: int | None = None) -> State:

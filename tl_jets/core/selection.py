@@ -87,9 +87,14 @@ class Rows:
         """[batch, pos, ...] -> [row, ...]."""
         return self.at(values)[self.keep]
 
+    @property
+    def cells_of_rows(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+        """Prompt and position in the padded row of every row."""
+        return self.keep.nonzero()[:, 0], self.index[self.keep]
+
     def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
         """[batch, pos, ...] as a function of a slice of rows, which copies only those rows."""
-        batch, positions = self.keep.nonzero()[:, 0], self.index[self.keep]
+        batch, positions = self.cells_of_rows
         return lambda rows: values[batch[rows], positions[rows]]
 
     def spread(self, values: Tensor, axis: int = -1, fill: float | int = float("nan")) -> Tensor:

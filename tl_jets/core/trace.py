@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.calculus.modes import refuse_autocast
@@ -107,6 +107,18 @@ class Trace:
                 with torch.no_grad():
                     self.memo[key] = self.stage_function(stage)(self[stage.stream])
         return self.memo[key]
+
+    def components_at(
+        self, labels: Sequence[str], batch: Int[Tensor, " row"], pos: Int[Tensor, " row"]
+    ) -> Float[Tensor, "label row d_model"]:
+        """Values at some cells of the padded rows; heads are read off the forward pass, without all positions of all heads."""
+        found: dict[str, Tensor] = {}
+        for stage in self.network.stages:
+            wanted = any(step.kind == "head" and step.write in labels for step in stage.steps)
+            if wanted and ("writes", stage) not in self.memo:
+                self.check_model(stage.steps[0].layer)
+                found |= self.network.view.recorded_writes(self.recording, stage, batch, pos) or {}
+        return torch.stack([found[label] if label in found else self[label][batch, pos] for label in labels])
 
     def _total_write(self, stage: Stage) -> Tensor:
         """The sum of a stage's writes."""

@@ -251,7 +251,7 @@ def _components(
     trace, rows, network = inputs.trace, inputs.rows, inputs.trace.network
     labels = [label for label in network.components if embeddings or label not in network.sources]
     labels += [label for stream in network.streams for label in trace.edits(stream)]
-    values, variate = torch.stack([rows.take(trace[label]) for label in labels]), rows.take(trace[FINAL_STREAM])
+    values, variate = trace.components_at(labels, *rows.cells_of_rows), rows.take(trace[FINAL_STREAM])
     if linearize == "detached":
         labels += affine_labels(None)[1]
         values = torch.cat([values, torch.zeros_like(values[:1])])
