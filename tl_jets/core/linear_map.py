@@ -31,17 +31,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.eigenvectors import largest_eigenvectors
 from tl_jets.core.measures import check_seed
 from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
 
-# Default number of vectors in one backward pass.
+# Default number of vectors in one backward pass; of a matrix about a million numbers, if these are more vectors.
 CHUNK_SIZE = 32
+CHUNK_ELEMENTS = 2**20
+MAX_CHUNK_SIZE = 256
+# Number of elements of the vectors in one pass of a singular value decomposition.
+BLOCK_ELEMENTS = 2**22
 MAX_BYTES = 2**30
 
 
@@ -122,17 +126,17 @@ class LinearMap(ABC):
         return self.apply_transpose_rows(rows, chunk_size=chunk_size)
 
     def materialize(
-        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
+        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int | None = None
     ) -> Float[Tensor, "batch out_pos width pos d_model"]:
         """J as a matrix [batch, out_pos, width, pos, d_model].
 
         Args:
             max_bytes: Largest size allowed, else ValueError; None for no limit.
-            chunk_size: Rows computed at once.
+            chunk_size: Rows computed at once; None for about a million numbers, at least 32 rows.
 
         Cost: A backward pass per output position and row before the readout (d_model of them for logits).
         """
-        check_integers(1, chunk_size=chunk_size)
+        chunk_size = self._chunk_size(chunk_size)
         if max_bytes is not None and self.n_bytes > max_bytes:
             raise ValueError(
                 f"The matrix {[self.out_shape[0], *self.out_shape[1:], *self.in_shape[1:]]} must take at most "
@@ -150,7 +154,7 @@ class LinearMap(ABC):
         return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
 
     def block(
-        self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int = CHUNK_SIZE
+        self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int | None = None
     ) -> Float[Tensor, "rows in_pos d_model"]:
         """One block of J from one or all input positions to one output position, before the readout.
 
@@ -158,9 +162,9 @@ class LinearMap(ABC):
             out_pos: Index into the output positions.
             pos: Input position in the padded row, or None for all.
             prompt: Index of the prompt.
-            chunk_size: Rows computed at once, each by a backward pass.
+            chunk_size: Rows computed at once, each by a backward pass; None for about a million numbers.
         """
-        check_integers(1, chunk_size=chunk_size)
+        chunk_size = self._chunk_size(chunk_size)
         rows = self.value.shape[-1]
         keep = slice(None) if pos is None else [pos]
         found = self.point.new_empty(rows, *self.point[prompt, keep].shape)
@@ -171,11 +175,18 @@ class LinearMap(ABC):
             found[wanted] = self.apply_transpose_rows(units, chunk_size=chunk_size)[:, prompt, keep]
         return found
 
+    def _chunk_size(self, chunk_size: int | None) -> int:
+        """How many vectors run together: as many as were asked for, or about a million numbers."""
+        if chunk_size is not None:
+            check_integers(1, chunk_size=chunk_size)
+            return chunk_size
+        return max(CHUNK_SIZE, min(MAX_CHUNK_SIZE, CHUNK_ELEMENTS // max(1, self.point.numel())))
+
     def svd(self, k: int, *, prompt: int = 0, pos: int | None = None, seed: int = 0) -> SingularVectors:
-        """The k largest singular values and vectors of one prompt's J, without the matrix (ARPACK).
+        """The k largest singular values and vectors of one prompt's J, without the matrix (`largest_eigenvectors` of J J').
 
         With `pos`, of the matrix J_t of this position alone; with None, of all side by side. `seed` is that of the
-        start vector. Cost: a few dozen products with J and J'.
+        first 2 k vectors. Cost: some ten products of as many vectors with J and J', fewer where J is small.
 
         Raises:
             ValueError: k is not in 1..rank bound - 1, or the prompt or position does not exist.
@@ -198,37 +209,34 @@ class LinearMap(ABC):
         if prompt >= batch:
             raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
 
-        def product(apply: Callable[[Tensor], Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
-            def of(vector: Tensor) -> Tensor:
-                every = self.point.new_zeros(full)
-                every[index] = vector.view(every[index].shape)
-                return apply(every)[out_index].flatten()
+        few = max(1, BLOCK_ELEMENTS // max(self.point.numel(), self.value.numel()))
+
+        def product(apply: Callable[..., Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
+            def of(vectors: Tensor) -> Tensor:
+                every = self.point.new_zeros(len(vectors), *full)
+                every[index] = vectors.view(every[index].shape).to(every)
+                return apply(every, chunk_size=few)[out_index].flatten(1)
 
             return of
 
-        of_input, of_output = (prompt, keep), (prompt,)
+        of_input, of_output = (slice(None), prompt, keep), (slice(None), prompt)
         J = product(self.apply, self.in_shape, of_input, of_output)
         transpose = product(self.apply_transpose, self.out_shape, of_output, of_input)
         # Iterate on the shorter side; compute the vectors of the longer side at the end.
         wide = shape[0] <= shape[1]
         across, back = (transpose, J) if wide else (J, transpose)
-
-        def gram(vector: Any) -> Any:
-            short = torch.from_numpy(np.ascontiguousarray(vector)).to(self.point)
-            return back(across(short)).double().cpu().numpy()
-
-        operator = scipy.sparse.linalg.LinearOperator((min(shape),) * 2, matvec=gram, dtype=np.float64)  # pyright: ignore[reportCallIssue]
-        start = np.random.default_rng(seed).standard_normal(min(shape))
-        squares, found = scipy.sparse.linalg.eigsh(operator, k=k, v0=start)
-        short = torch.from_numpy(np.ascontiguousarray(found[:, np.argsort(-squares)].T)).to(self.point)
-        long = torch.stack([across(vector) for vector in short])
+        start = torch.from_numpy(np.random.default_rng(seed).standard_normal((2 * k, min(shape))))
+        short = largest_eigenvectors(lambda x: back(across(x)), start.to(self.point.device), k, self.point.dtype)
+        short = short.to(self.point)
+        long = across(short)
         values = torch.linalg.vector_norm(long, dim=1, dtype=torch.float64).to(long)
         # Orthonormal to rounding: what they are multiplied by is not, in float32.
         basis, scales = torch.linalg.qr(long.double().mT)
         long = (basis * scales.diagonal().sign()).mT.to(long)
         left, right = (short, long) if wide else (long, short)
         # Choose signs by the prompt's own input.
-        sign = torch.where(right @ self.point.detach()[of_input].flatten() < 0, -1.0, 1.0).to(right)[:, None]
+        own = self.point.detach()[prompt, keep].flatten()
+        sign = torch.where(right @ own < 0, -1.0, 1.0).to(right)[:, None]
         return SingularVectors(values, left.mul_(sign).view(k, *out_shape), right.mul_(sign).view(k, *in_shape))
 
 

@@ -133,7 +133,7 @@ class DetachedJacobian(Result):
         return self._map.apply_transpose(vectors, chunk_size=chunk_size)
 
     def materialize(
-        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int = CHUNK_SIZE
+        self, *, max_bytes: int | None = MAX_BYTES, chunk_size: int | None = None
     ) -> Float[Tensor, "batch out_pos width pos d_model"]:
         """J as a matrix, see `LinearMap.materialize`."""
         return self._map.materialize(max_bytes=max_bytes, chunk_size=chunk_size)
