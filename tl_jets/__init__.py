@@ -41,7 +41,10 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.flows import Flow, flow
     from tl_jets.interop.activation_caches import to_activation_cache
     from tl_jets.interop.circuitsvis import to_circuitsvis
-    from tl_jets.interventions.ablation_effects import AblationEffect, ablation_effect
+    from tl_jets.interventions.ablation_effects import ablation_effect
+    from tl_jets.interventions.ablation_jets import AblationJet
+    from tl_jets.interventions.effects import AblationEffect
+    from tl_jets.interventions.first_order_effects import FirstOrderEffects, first_order_effects
     from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
     from tl_jets.interventions.path_ablations import path_ablation
     from tl_jets.interventions.steering import steering_hooks
@@ -80,6 +83,7 @@ __all__ = [
     "detached_jacobian",
     "detached_spectra",
     "exponential_expansion",
+    "first_order_effects",
     "flow",
     "interactions",
     "iterative_jet_lens",
@@ -137,7 +141,10 @@ _PLACES = {
     "tl_jets.flows": ("Flow", "flow"),
     "tl_jets.interop.activation_caches": ("to_activation_cache",),
     "tl_jets.interop.circuitsvis": ("to_circuitsvis",),
-    "tl_jets.interventions.ablation_effects": ("AblationEffect", "ablation_effect"),
+    "tl_jets.interventions.ablation_effects": ("ablation_effect",),
+    "tl_jets.interventions.ablation_jets": ("AblationJet",),
+    "tl_jets.interventions.effects": ("AblationEffect",),
+    "tl_jets.interventions.first_order_effects": ("FirstOrderEffects", "first_order_effects"),
     "tl_jets.interventions.hooks": ("ablation_hooks", "patch_hooks", "without_path"),
     "tl_jets.interventions.path_ablations": ("path_ablation",),
     "tl_jets.interventions.steering": ("steering_hooks",),

@@ -165,6 +165,7 @@ def movable():
     made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
     made += [jet_expand(network, "ln_final", centers=["embed", "0_attn_out"], weights="optimal")(trace).solution]
     J = tj.detached_jacobian(network, trace)
+    made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]
     made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]
     made += [tj.detached_spectra(network, "w3 w4 w5", k=2)]
     return {type(result): result for result in made}

@@ -213,6 +213,25 @@ def _legend(ax):
     return ax.get_legend().get_texts(), ax.get_legend().get_lines()
 
 
+def test_dose_responses(network, trace):
+    jet = tj.ablation_effect(network, trace, ["0_mlp", "1_attn"], order=2, doses=[0.25, 0.5])
+    ax, *_ = drawn(figures.dose_responses(jet, steps=["1_attn"])).axes
+    first, second, truth = ax.lines
+    assert [line.get_label() for line in ax.lines] == ["order 1", "order 2", "truth"]
+    assert truth.get_xdata().tolist() == [0, 0.25, 0.5, 1]
+    assert truth.get_ydata().tolist() == pytest.approx(
+        [0, *jet.truth[:, 1].mean((1, 2, 3)).tolist(), float(jet.centered[1].mean())]
+    )
+    assert first.get_ydata()[-1] == pytest.approx(float(jet.coefficients[0, 1].mean()))
+    assert second.get_ydata()[25] == pytest.approx(
+        float((jet.coefficients[0, 1] / 2 + jet.coefficients[1, 1] / 4).mean())
+    )
+    assert "1_attn" in ax.get_title("left") and "centered" not in ax.get_ylabel()
+    assert len(figures.dose_responses(jet, top=2).axes) == 2
+    with pytest.raises(ValueError, match="steps must be of '0_mlp', '1_attn'; got"):
+        figures.dose_responses(jet, steps=["L0H1"])
+
+
 def test_path_shares(network, trace):
     sums = tj.path_sums(network, trace)
     ax, *_ = drawn(figures.path_shares(sums, measure="effect", top=4)).axes

@@ -40,7 +40,7 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.ablation_effects import AblationEffect, cells_of, effect_of, real_rows
+from tl_jets.interventions.effects import AblationEffect, cells_of, effect_of, real_rows
 from tl_jets.interventions.replays import changes_without, logits_of, stack_size
 from tl_jets.paths.evaluation import read_path
 

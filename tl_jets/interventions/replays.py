@@ -62,6 +62,34 @@ def stack_size(trace: Trace) -> int:
     return max(1, STACKED_TOKENS // max(1, trace.tokens.numel()))
 
 
+def last_streams(trace: Trace, runs: Sequence[Hooks]) -> Iterator[Float[Tensor, "run batch pos d_model"]]:
+    """The last streams of runs in the order of `first_stage`, by stacks; by hooked passes where these are not possible."""
+    size, is_stacked = stack_size(trace), can_replay(trace, first_stage(trace, runs[0]))
+    network, mask = trace.network, trace.recording.memo.get("attention_mask")
+    for start in range(0, len(runs), size):
+        stack = runs[start : start + size]
+        try:
+            if is_stacked:
+                yield final_streams(trace, stack, check=start == 0)
+                continue
+        except NotReplayedError:
+            is_stacked = False
+        for hooks in stack:
+            with network.view.hooks(hooks):  # type: ignore[attr-defined]
+                yield network.trace(trace.tokens, attention_mask=mask)[FINAL_STREAM][None]
+
+
+def hooked_stream(trace: Trace, hooks: Hooks) -> Float[Tensor, "batch pos d_model"]:
+    """The last stream of one hooked pass, through which derivatives and Taylor series go."""
+    view: Any = trace.network.view
+    found: list[Tensor] = []
+    last = f"blocks.{trace.network.n_layers - 1}.hook_resid_post"
+    mask = trace.recording.memo.get("attention_mask")
+    with view.precision():
+        view.run_until(last, trace.tokens, [*hooks, (last, lambda stream, hook: found.append(stream))], mask)
+    return found[-1].to(trace[FINAL_STREAM])
+
+
 def final_streams(
     trace: Trace, runs: Sequence[Hooks], *, check: bool = False
 ) -> Float[Tensor, "run batch pos d_model"]:

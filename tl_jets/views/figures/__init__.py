@@ -1,4 +1,4 @@
-"""Figures for papers, with matplotlib: lens tables, measures with their controls, path shares, learning curves, spectra.
+"""Figures for papers, with matplotlib: lens tables, measures with controls, shares of paths, doses, learning curves, spectra.
 
 Every function returns a matplotlib `Figure` and shows nothing. Colors suit color-blind readers: Okabe and Ito's
 palette, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of what they control.
@@ -13,6 +13,6 @@ Example:
 """
 
 from tl_jets.views.figures.lenses import lens_table, measures
-from tl_jets.views.figures.results import learning_curves, path_shares, spectra
+from tl_jets.views.figures.results import dose_responses, learning_curves, path_shares, spectra
 
-__all__ = ["learning_curves", "lens_table", "measures", "path_shares", "spectra"]
+__all__ = ["dose_responses", "learning_curves", "lens_table", "measures", "path_shares", "spectra"]

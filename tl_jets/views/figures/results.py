@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tl_jets.core.protocol import some
 from tl_jets.detached_map import DetachedSpectra
+from tl_jets.interventions.ablation_jets import AblationJet
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.statistics import MEASURES, PathStatistics
 from tl_jets.studies import Track
@@ -81,6 +83,56 @@ def path_shares(
         f"Paths{'' if statistics.by == 'path' else ' by ' + statistics.by}: {hidden}", fontsize=SMALL + 2, loc="left"
     )
     plain(ax)
+    return figure
+
+
+def dose_responses(
+    jet: AblationJet, *, steps: Sequence[str] | None = None, top: int = 3, ax: Axes | None = None
+) -> Figure:
+    """Effects along the dose of ablations, a panel each: series of every order against the truth, means over all cells.
+
+    Args:
+        jet: What `ablation_effect` gives with an `order`; its `doses` are the points of the truth, beside 0 and 1.
+        steps: Labels of the ablations to draw; None for those with the largest effects.
+        top: Number of panels, if `steps` is None.
+        ax: Axes to draw on, of a single ablation; None for a new figure.
+
+    Raises:
+        ValueError: Unknown or no steps, or several on given axes.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> prompt = "This function is available on Unix and"
+        >>> jet = tj.ablation_effect(tj.load_tinydocs(), prompt, ["3_mlp", "L2H1"], order=2, doses=[0.5])
+        >>> [line.get_label() for line in dose_responses(jet, steps=["3_mlp"]).axes[0].lines]
+        ['order 1', 'order 2', 'truth']
+    """
+    largest_first = jet.centered.flatten(1).mean(1).abs().argsort(descending=True, stable=True).tolist()
+    chosen = [jet.labels[i] for i in largest_first[:top]] if steps is None else list(steps)
+    unknown = [step for step in chosen if step not in jet.labels]
+    if unknown:
+        raise ValueError(f"steps must be of {some(jet.labels)}; got {unknown}.")
+    figure, axes = new_panels(ax, len(chosen), (3.0, 2.6))
+    grid = [i / 50 for i in range(51)]
+    for step, panel in zip(chosen, axes, strict=True):
+        i = jet.labels.index(step)
+        for order in range(1, jet.order + 1):
+            curve = [float(jet.series(dose, order)[i].mean()) for dose in grid]
+            panel.plot(grid, curve, color=COLORS[(order - 1) % len(COLORS)], lw=1.2, label=f"order {order}")
+        doses, truth = (
+            [0.0, *jet.doses, 1.0],
+            [0.0, *jet.truth[:, i].flatten(1).mean(1).tolist(), float(jet.centered[i].mean())],
+        )
+        panel.plot(doses, truth, color="0.15", ls="none", marker="o", ms=4, label="truth")
+        top_value = max(map(abs, truth)) or 1.0
+        panel.set_ylim(-2 * top_value, 2 * top_value)  # a diverging series leaves the panel
+        converges = "" if bool(jet.converges[i].all()) else ": does not converge"
+        panel.set_title(f"{step}{converges}", fontsize=SMALL + 2, loc="left", parse_math=False)
+        panel.set_xlabel("dose", fontsize=SMALL + 1)
+        plain(panel)
+    axes[0].set_ylabel(f"effect on {jet.target_names[0]} ({jet.unit})", fontsize=SMALL + 1, parse_math=False)
+    short_legend(axes[0], axes[0].lines)
     return figure
 
 

@@ -1,0 +1,141 @@
+"""The result of ablations, `AblationEffect`, from the logits of clean and ablated runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_jets.core.attribution import centered
+from tl_jets.core.averages import Averaged
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.labels import is_label
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.path import Path
+from tl_jets.core.results import Result
+from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
+from tl_jets.core.sinks import Sinks
+from tl_jets.core.tokens import token_names
+from tl_jets.core.trace import Trace
+from tl_jets.interventions.sites import Steps
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AblationEffect(Averaged, Result):
+    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos].
+
+    Attributes:
+        labels: The ablated steps, aligned to the ablation axis.
+        mode: The mode of `ablation_hooks`; `"path"` for ablations of single paths.
+        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
+        target_names: The targets as requested; `<answer>` is the model's own best token.
+        logit: Change of the targets' additive logits (before a softcap).
+        centered: The same, less the change of the mean over the vocabulary.
+        kl: KL(clean || ablated) of the model's own predictions, in nats.
+        unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
+    """
+
+    labels: list[str]
+    mode: str
+    positions: list[int] | Int[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    logit: Float[Tensor, "ablation batch pos target"]
+    centered: Float[Tensor, "ablation batch pos target"]
+    kl: Float[Tensor, "ablation batch pos"]
+    unit: str
+    token_names: dict[int, str]
+    sinks: Sinks | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
+            f"of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
+        )
+
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Columns step, logit, centered, kl; logits averaged over targets, too."""
+        columns = {"logit": self.logit.mean(-1), "centered": self.centered.mean(-1), "kl": self.kl}
+        return [{"step": label} for label in self.labels], columns
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
+        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
+        step, b, p, t = torch.ones_like(self.logit).nonzero().T
+        columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
+        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
+        columns |= {name: getattr(self, name).flatten().tolist() for name in ("logit", "centered")}
+        return pd.DataFrame(columns | {"kl": self.kl[step, b, p].tolist()})
+
+
+def effect_of(
+    trace: Trace,
+    clean: Float[Tensor, "batch pos d_vocab"],
+    ablated: Iterable[Float[Tensor, "batch pos d_vocab"]],
+    labels: list[str],
+    mode: str,
+    rows: Rows,
+    *,
+    targets: TargetInput | None,
+) -> AblationEffect:
+    """The effects of ablations from additive logits, `clean` and `ablated`, at some positions, in float64."""
+    ids, names = read_targets(trace.network, targets, rows)
+    if ids is None or names is None:
+        ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
+    decoder, tokens = trace.decoder, rows.at(trace.tokens)
+    logit, beyond, kl = [], [], []
+    before = decoder.transformed(clean).log_softmax(-1)
+    for found in ablated:
+        change = found - clean
+        logit.append(change.gather(-1, ids))
+        beyond.append(centered(change, ids))
+        after = decoder.transformed(found).log_softmax(-1)
+        kl.append((before.exp() * (before - after)).sum(-1))
+    return AblationEffect(
+        labels=labels,
+        mode=mode,
+        positions=rows.positions,
+        tokens=tokens,
+        target_ids=ids,
+        target_names=list(names),
+        logit=torch.stack(logit),
+        centered=torch.stack(beyond),
+        kl=torch.stack(kl),
+        unit=decoder.unit,
+        token_names=token_names(trace.network.tokenizer, [tokens, ids]),
+        sinks=Sinks.of(trace, rows),
+    )
+
+
+def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:
+    """The requested positions among each prompt's real tokens; ValueError if a prompt is too short for one."""
+    rows, shortest = Rows.of(trace, positions), int(trace.valid.sum(1).min())
+    if not bool(rows.keep.all()):
+        raise ValueError(
+            f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {positions}."
+        )
+    return rows
+
+
+def cells_of(trace: Trace, positions: int | Sequence[int]) -> Bool[Tensor, "batch pos"]:
+    """Whether a cell of the padded rows is at one of the positions, counted as in `real_rows`."""
+    return torch.zeros_like(trace.valid).scatter(1, real_rows(trace, positions).index, True)
+
+
+def read_ablations(network: ResidualNetwork, steps: Steps | None) -> tuple[list[Steps], list[str]]:
+    """Ablations to make one at a time, and their labels; None for all steps of the network."""
+    if steps is None:
+        steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
+    ablations: list[Any] = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
+    if not ablations:
+        raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
+    return ablations, [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]

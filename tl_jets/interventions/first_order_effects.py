@@ -1,0 +1,162 @@
+r"""First-order effects of many ablations, by one backward pass: attribution patching with an ablation as its other run.
+
+With a gate a on each ablation, w + a (ablated - w) for the write w, the effect of order 1 is the derivative of a target's
+centered logit with respect to the gate at 0: c_1 of `tl_jets.interventions.ablation_jets`.
+
+*Read before use*: order 1 alone says nothing of its error. `ablation_effect(order=1)` has an error estimate, `order=None` the
+truth; on SmolLM2-135M 23% of these effects are off by more than the true effect.
+
+Source: Nanda 2023, *Attribution Patching: Activation Patching At Industrial Scale*; Kramar et al. 2024, *AtP\**.
+
+Example:
+    >>> import tl_jets as tj
+    >>> model, prompt = tj.load_tinydocs(), "This function is available on Unix and"
+    >>> found = first_order_effects(model, prompt, ["3_mlp", "L2H1"])
+    >>> found
+    FirstOrderEffects(2 ablations, zero; 1 prompts at [7]; of ['<answer>'])
+    >>> jet = tj.ablation_effect(model, prompt, ["3_mlp", "L2H1"], order=1)
+    >>> bool(torch.allclose(found.effect, jet.coefficients[0].float(), atol=1e-4))
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.core.attribution import additive_logits
+from tl_jets.core.averages import Averaged
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.network import trace_of
+from tl_jets.core.results import Result
+from tl_jets.core.selection import ANSWER, TargetInput, positions_at, read_targets
+from tl_jets.core.sinks import Sinks
+from tl_jets.core.tokens import token_names
+from tl_jets.interventions.ablation_jets import centered_of
+from tl_jets.interventions.effects import cells_of, read_ablations, real_rows
+from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
+from tl_jets.interventions.places import Hooks
+from tl_jets.interventions.replays import hooked_stream
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FirstOrderEffects(Averaged, Result):
+    """First-order changes of centered logits under ablations, ablated - clean. Axes: [ablation, batch, pos, target].
+
+    Attributes:
+        labels: The ablated steps, aligned to the ablation axis.
+        mode: The mode of `ablation_hooks`.
+        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
+        target_names: The targets as requested; `<answer>` is the model's own best token.
+        effect: c_1 of each effect on the centered logit.
+        unit: Unit of `effect`: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
+        sinks: Positions that `average` leaves out.
+    """
+
+    labels: list[str]
+    mode: str
+    positions: list[int] | Int[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch pos"]
+    target_ids: Int[Tensor, "batch pos target"]
+    target_names: list[str | int]
+    effect: Float[Tensor, "ablation batch pos target"]
+    unit: str
+    token_names: dict[int, str]
+    sinks: Sinks | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"FirstOrderEffects({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at "
+            f"{self.positions}; of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
+        )
+
+    def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Columns step and effect, averaged over targets, too."""
+        return [{"step": label} for label in self.labels], {"effect": self.effect.mean(-1)}
+
+    def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
+        """One row per ablation, prompt, position, target: step, batch, pos, token, target, effect."""
+        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
+        step, b, p, t = torch.ones_like(self.effect).nonzero().T
+        columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
+        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
+        columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
+        return pd.DataFrame(columns | {"effect": self.effect.flatten().tolist()})
+
+
+def first_order_effects(
+    model: Any,
+    prompts: Any,
+    steps: Steps | None = None,
+    *,
+    mode: Mode = "zero",
+    targets: TargetInput | None = None,
+    reference: Any = None,
+    positions: int | Sequence[int] = -1,
+    ablated_positions: int | Sequence[int] | None = None,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+) -> FirstOrderEffects:
+    """An `FirstOrderEffects` of some ablations: the first order of `ablation_effect`, with its arguments.
+
+    Raises:
+        ValueError: Bad steps, mode, reference, positions, targets or input.
+        NotImplementedError: A network of plain callables, which has no hooks.
+
+    Source: as the module. Cost: two forward passes, the reference's, and a backward pass for each target and position.
+
+    Example: in the docstring of `tl_jets.interventions.first_order_effects`.
+    """
+    network = hookable(model)
+    with torch.inference_mode(False):
+        trace = trace_of(network, prompts, attention_mask)
+        rows = real_rows(trace, positions)
+        ablations, labels = read_ablations(network, steps)
+        where = None if ablated_positions is None else cells_of(trace, ablated_positions)
+        each = hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)
+        ids, names = read_targets(network, targets, rows)
+        if ids is None or names is None:
+            ids, names = additive_logits(trace, rows.index).argmax(-1, keepdim=True), [ANSWER]
+        gates = torch.zeros(len(each), len(trace.tokens), device=trace.tokens.device, requires_grad=True)
+        with torch.enable_grad():
+            final = hooked_stream(trace, _gated(each, gates))
+            logits = centered_of(trace, ids, rows)(final[None])[0].sum(0)
+        found = [torch.autograd.grad(logit, gates, retain_graph=True)[0] for logit in logits.flatten()]
+    return FirstOrderEffects(
+        labels=labels,
+        mode=mode,
+        positions=rows.positions,
+        tokens=rows.at(trace.tokens),
+        target_ids=ids,
+        target_names=list(names),
+        effect=torch.stack(found, -1).unflatten(-1, logits.shape),
+        unit=trace.decoder.unit,
+        token_names=token_names(network.tokenizer, [rows.at(trace.tokens), ids]),
+        sinks=Sinks.of(trace, rows),
+    )
+
+
+def _gated(each: list[Hooks], gates: Float[Tensor, "ablation batch"]) -> Hooks:
+    """One hook a point, which adds the changes of all ablations there, each times its gate."""
+    by_point: dict[str, list[tuple[int, Callable[..., Tensor]]]] = {}
+    for index, hooks in enumerate(each):
+        for name, edit in hooks:
+            by_point.setdefault(name, []).append((index, edit))
+
+    def add(edits: list[tuple[int, Callable[..., Tensor]]], write: Tensor, hook: Any = None) -> Tensor:
+        own = write.detach()
+        found = write
+        for index, edit in edits:
+            gate = gates[index].to(write).view(-1, *[1] * (write.ndim - 1))
+            found = found + gate * (edit(own, hook) - own)
+        return found
+
+    return [(name, partial(add, edits)) for name, edits in by_point.items()]
