@@ -15,6 +15,7 @@ from hostile import HOSTILE
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork
+from tl_jets.calculus import full_precision
 from tl_jets.interop.circuitsvis import CircuitsView
 
 PROMPTS = ["a b c d e", "a b"]
@@ -41,6 +42,7 @@ def world(request):
         "sums": tj.path_sums(network, trace),
         "jacobian": tj.detached_jacobian(network, short, positions=None),
         "cache": last(trace),
+        "table": tj.jet_trigrams(network, 1, 0, top_k=12),
     }
     change.undo()
 
@@ -156,6 +158,50 @@ def test_log_probabilities(world):
     close(one["topKLogProbs"][0][:1], cache.logits(cache.labels[0])[0, 0].log_softmax(-1).max()[None])
 
 
+def test_log_probabilities_of_a_layer(world):
+    lens, network, trace = world["lens"], world["network"], world["trace"]
+    tokens = trace.tokens[0]
+    found = props(tj.to_circuitsvis(lens, "token_log_probs", labels="final_post", trace=trace, top_k=3))
+    log_probs = trace.logits[0, :-1].log_softmax(-1)  # the last stream is the model
+    close(found["correctTokenLogProb"], log_probs.gather(-1, tokens[1:, None])[:, 0])
+    close(found["topKLogProbs"], log_probs.sort(-1, descending=True).values[:, :3])
+    order = props(tj.to_circuitsvis(lens, "token_log_probs", labels=("resid_pre", 1), order=0, trace=trace))
+    norm, stream = network.decoder.norm, trace["1_pre"][0]
+    close(order["topKLogProbs"][1][:1], network.decoder.logits(norm(stream))[1].log_softmax(-1).max()[None])
+    apart = tj.iterative_jet_lens(network, trace, positions=[0, 1, 3])
+    with pytest.raises(ValueError, match="The next token must be read, too"):
+        tj.to_circuitsvis(apart, "token_log_probs", labels="1_pre", trace=trace)
+
+
+def test_patterns_of_a_layer(world):
+    trace, model = world["trace"], world["network"].view.model
+    with torch.no_grad(), full_precision():
+        own = model.run_with_cache(trace.tokens)[1]["pattern", 1]
+    for prompt, n in ((0, len(tokens_of(world))), (1, len(tokens_of(world, 1)))):
+        found = props(tj.to_circuitsvis(trace, labels=1, prompt=prompt))
+        close(found["attention"], own[prompt, :, :n, :n])
+        assert (
+            found["tokens"] == tokens_of(world, prompt) and found["attentionHeadNames"][-1] == f"L1H{len(own[0]) - 1}"
+        )
+    with pytest.raises(ValueError, match=r"A trace is drawn by layer: pass labels=2, one of 0\.\.2"):
+        tj.to_circuitsvis(trace)
+
+
+def test_attention_of_skip_trigrams(world):
+    table = world["table"]
+    found = props(tj.to_circuitsvis(table, top_k=5))
+    maps, ids = numbers(found["attention"])[0], table.ids[:5]
+    tokens = list(dict.fromkeys([*ids[:, 0].tolist(), *ids[:, 1].tolist()]))
+    assert found["tokens"] == [table.names[token] for token in tokens]
+    pairs = {(tokens.index(query), tokens.index(key)) for key, query, _ in ids.tolist()}
+    assert {tuple(pair) for pair in maps.nonzero().tolist()} == pairs
+    for (key, query, output), total in zip(ids.tolist(), table.scores.tolist(), strict=False):
+        log_prob = tj.ngrams.trigrams.trigram_parts(world["network"], 1, 0, [[key, query, output]])[1]
+        close(maps[tokens.index(query), tokens.index(key)].log() + log_prob[0], numbers(total))
+    with pytest.raises(TypeError, match="needs skip-trigrams of one head"):
+        tj.to_circuitsvis(tj.jet_bigrams(world["network"], top_k=3), "attention_heads")
+
+
 def of_every_kind(world):
     return {
         ("colored_tokens_multi", "lens"): tj.to_circuitsvis(world["lens"]),
@@ -167,6 +213,11 @@ def of_every_kind(world):
         ("topk_tokens", "lens"): tj.to_circuitsvis(world["lens"], "topk_tokens"),
         ("text_neuron_activations", "joint"): tj.to_circuitsvis(world["joint"], "text_neuron_activations"),
         ("attention_heads", "jacobian"): tj.to_circuitsvis(world["jacobian"], "attention_heads"),
+        ("attention_heads", "trace"): tj.to_circuitsvis(world["trace"], labels=1),
+        ("attention_heads", "table"): tj.to_circuitsvis(world["table"]),
+        ("token_log_probs", "lens"): tj.to_circuitsvis(
+            world["lens"], "token_log_probs", labels="1_pre", trace=world["trace"]
+        ),
         ("token_log_probs", "cache"): tj.to_circuitsvis(world["cache"], "token_log_probs"),
     }
 
@@ -230,10 +281,12 @@ def test_what_is_not_there_is_named(world, name, options, message):
 
 
 def test_what_has_no_values_by_token_is_refused(world):
-    for result in (torch.zeros(3), world["trace"], 7):
+    for result in (torch.zeros(3), 7):
         with pytest.raises(TypeError, match="needs a result with values by token"):
             tj.to_circuitsvis(result)
     with pytest.raises(TypeError, match="token_log_probs needs a JetCache of the decoder"):
+        tj.to_circuitsvis(world["joint"], "token_log_probs")
+    with pytest.raises(ValueError, match=r"needs a layer and a trace.*got labels=None, and no trace"):
         tj.to_circuitsvis(world["lens"], "token_log_probs")
     with pytest.raises(TypeError, match="attention_heads needs a DetachedJacobian"):
         tj.to_circuitsvis(world["lens"], "attention_heads")

@@ -26,10 +26,14 @@ import torch
 from circuitsvis.utils.render import render_local
 from torch import Tensor
 
-from tl_jets.core.selection import ANSWER
+from tl_jets.core.labels import is_label
+from tl_jets.core.selection import ANSWER, positions_of
 from tl_jets.core.tokens import token_names
+from tl_jets.core.trace import Trace
 from tl_jets.detached_map.jacobian import DetachedJacobian
 from tl_jets.jets.cache import JetCache
+from tl_jets.lenses.iterative import IterativeJetLens
+from tl_jets.ngrams.tables import NgramTable
 from tl_jets.views.pages import View
 
 CircuitsView = Literal[
@@ -60,24 +64,29 @@ def to_circuitsvis(
     prompt: int = 0,
     top_k: int = 10,
     height: int | None = None,
+    trace: Trace | None = None,
 ) -> View:
     """A result as a circuitsvis view: `.html`, `.save(file)`, or the last line of a notebook cell.
 
     Args:
         result: A result whose `to_dataframe()` has values by token: a lens, path statistics, a `JetCache`, a detached
-            Jacobian. A list or dict of detached Jacobians is a map per entry.
+            Jacobian. A list or dict of detached Jacobians is a map per entry. Or a `Trace`, whose attention patterns are
+            drawn, or a table of skip-trigrams.
         view: `"colored_tokens_multi"` (a button per series), `"colored_tokens"` (one series), `"topk_tokens"` (largest and
             smallest tokens of each series), `"text_neuron_activations"` (a list of series), `"attention_heads"` (detached
-            Jacobians: share of each input token in each output position), `"token_log_probs"` (a decoded `JetCache`: the sum
-            of its terms, or one). None is the first that fits.
+            Jacobians: share of each input token in each output position; a trace: the patterns of a layer's heads;
+            skip-trigrams: attention of their pairs), `"token_log_probs"` (a decoded
+            `JetCache`: the sum of its terms, or one; an iterative lens with its `trace`). None is the first that fits.
         measure: Column of the table that is drawn: `"kl"`, `"effect"`, `"share"`, ...; None for the first of `effect`,
             `share`, `kl`, `logit`, `norm` that is there.
-        labels: Layers, components, paths or output positions to draw; None for all. `"token_log_probs"`: a path.
+        labels: Layers, components, paths or output positions to draw; None for all. `"token_log_probs"`: a path, or the
+            layer of a lens; a trace: the number of a layer.
         order: Order of an iterative lens; None for its highest.
         target: Target of effects, one of the result's `target_names`; None for the first.
         prompt: Index of the prompt.
-        top_k: Number of tokens in `"topk_tokens"` and `"token_log_probs"`.
+        top_k: Number of tokens in `"topk_tokens"` and `"token_log_probs"`; of skip-trigrams from the table's top.
         height: Height of the frame in pixels; None for what the view needs.
+        trace: Of the lens' prompts, for its `"token_log_probs"`.
 
     Returns:
         A `View` of about 1.4 MB, nearly all of it circuitsvis' script. Colors of signed values are symmetric around 0, and
@@ -91,10 +100,14 @@ def to_circuitsvis(
         That of the table; `"token_log_probs"`: d_vocab logits per position.
     """
     _check("view", view, (*get_args(CircuitsView), None))
+    if isinstance(result, Trace) and view in ("attention_heads", None):
+        return _patterns(result, labels, prompt, height)
+    if isinstance(result, NgramTable) and view in ("attention_heads", None):
+        return _skip_trigrams(result, labels, top_k, height)
     if view == "attention_heads" or (view is None and type(result) in (dict, list, tuple)):
         return _attention_heads(result, labels, prompt, height)
     if view == "token_log_probs":
-        return _token_log_probs(result, labels, prompt, top_k, height)
+        return _token_log_probs(result, labels, order, trace, prompt, top_k, height)
     table, series, measure, about = _table(result, measure, labels, order, target, prompt)
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
     tokens, names = [_inert(token) for _, token in table.columns], [_inert(str(label)) for label in table.index]
@@ -200,8 +213,8 @@ def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) 
     )
     if not named or not all(isinstance(x, DetachedJacobian) for x in named.values()) or len(named) != len(maps):
         raise TypeError(
-            "attention_heads needs a DetachedJacobian, or a list or dict of some with different names; got "
-            f"{type(result).__name__}. Patterns are drawn by circuitsvis itself: attention_heads(cache['pattern', 3][0], tokens)."
+            "attention_heads needs a DetachedJacobian, or a list or dict of some with different names; or a Trace, or a "
+            f"table of skip-trigrams; got {type(result).__name__}."
         )
     if labels is not None:
         raise ValueError("attention_heads draws all output positions; leave labels out, or pass fewer maps.")
@@ -229,20 +242,100 @@ def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) 
     )
 
 
-def _token_log_probs(result: Any, labels: Any, prompt: int, top_k: int, height: int | None) -> View:
-    """Log-probabilities of the sum of a cache's terms, or of one term, at every position but the last."""
+def _patterns(trace: Trace, layer: Any, prompt: int, height: int | None) -> View:
+    """Attention patterns of all heads of a layer, as the model has them at this input: what detached maps hold fixed."""
+    layers = range(trace.network.n_layers)
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer not in layers:
+        raise ValueError(
+            f"A trace is drawn by layer: pass labels={layers[-1]}, one of 0..{layers[-1]}; got labels={layer!r}."
+        )
+    _check("prompt", prompt, range(len(trace.tokens)))
+    real = trace.valid[prompt]
+    maps = trace["pattern", layer][prompt][:, real][:, :, real]
+    tokens = trace.tokens[prompt][real]
+    text = _names(trace.network.tokenizer, [tokens])
+    props: dict[str, Any] = {"attention": maps, "tokens": [text[token] for token in tokens.tolist()]}
+    title = f"Attention patterns of layer {layer}: query tokens down, key tokens across"
+    props |= {"attentionHeadNames": [f"L{layer}H{head}" for head in range(len(maps))], "maskUpperTri": False}
+    return _framed(title, "AttentionHeads", props | {"minValue": -1.0, "maxValue": 1.0}, height or 640)
+
+
+def _skip_trigrams(table: NgramTable, labels: Any, top_k: int, height: int | None) -> View:
+    """Attention of the key and query pairs of a table's best skip-trigrams; other pairs are blank."""
+    if table.settings.get("ngram") != "skip-trigram" or labels is not None:
+        raise TypeError(
+            f"attention_heads needs skip-trigrams of one head, as jet_trigrams gives, without labels; got a table of "
+            f"{table.settings.get('ngram', 'n-grams')} and labels={labels!r}."
+        )
+    best = table[:top_k]
+    keys, queries = best.ids[:, 0].tolist(), best.ids[:, 1].tolist()
+    tokens = list(dict.fromkeys([*keys, *queries]))
+    attention = best.parts["attention"].double()
+    is_raw = table.settings["normalize"] == "none"
+    maps = torch.zeros(1, len(tokens), len(tokens), dtype=torch.float64, device=attention.device)
+    rows, columns = ([tokens.index(token) for token in own] for own in (queries, keys))
+    maps[0, rows, columns] = attention if is_raw else attention.exp()
+    bound = float(maps.abs().max()) if is_raw else 1.0
+    props = {"attention": maps, "tokens": [_inert(table.names[token]) for token in tokens]}
+    props |= {"attentionHeadNames": [_inert(table.path)], "minValue": -bound, "maxValue": bound, "maskUpperTri": False}
+    what = "scores" if is_raw else "attention"
+    title = (
+        f"{table.path}: {what} of the pairs in the {len(best)} best skip-trigrams, query down, key across; others blank"
+    )
+    return _framed(title, "AttentionHeads", props, height or 640)
+
+
+def _token_log_probs(
+    result: Any, labels: Any, order: int | None, trace: Trace | None, prompt: int, top_k: int, height: int | None
+) -> View:
+    """Log-probabilities at every position but the last, of a cache's terms, their sum, or a layer of a lens."""
+    if isinstance(result, IterativeJetLens):
+        return _of_lens(result, labels, order, trace, prompt, top_k, height)
     if not isinstance(result, JetCache) or not result.is_decoded or result.truth.ndim != 3:
         raise TypeError(
-            f"token_log_probs needs a JetCache of the decoder [batch, pos, d_model], as jet_expand(model, 'ln_final', ...) gives; "
-            f"got {type(result).__name__}."
+            f"token_log_probs needs a JetCache of the decoder [batch, pos, d_model], as jet_expand(model, 'ln_final', ...) gives, "
+            f"or an iterative lens; got {type(result).__name__}."
         )
     if labels is not None:
         _check("labels", labels, result.labels)
     _check("prompt", prompt, range(len(result.tokens)))
-    real = result.valid[prompt]
-    tokens = result.tokens[prompt][real]
-    trace = result.traced("Log-probabilities")
-    log_probs = trace.decoder.transformed(result.logits(labels)[prompt][real][:-1]).log_softmax(-1)
+    real, own = result.valid[prompt], result.traced("Log-probabilities")
+    log_probs = own.decoder.transformed(result.logits(labels)[prompt][real]).log_softmax(-1)
+    what = "the sum of all terms" if labels is None else str(labels)
+    return _log_probs(what, log_probs, result.tokens[prompt][real], own, top_k, height)
+
+
+def _of_lens(
+    lens: IterativeJetLens,
+    label: Any,
+    order: int | None,
+    trace: Trace | None,
+    prompt: int,
+    top_k: int,
+    height: int | None,
+) -> View:
+    """Log-probabilities of a layer of a lens that was read at consecutive positions."""
+    if trace is None or not is_label(label):
+        raise ValueError(
+            f"token_log_probs of a lens needs a layer and a trace of its prompts: labels={lens.labels[-1]!r}, "
+            f"trace=network.trace(prompts); got labels={label!r}, and {'no' if trace is None else 'a'} trace."
+        )
+    _check("prompt", prompt, range(len(lens.tokens)))
+    real = lens.valid[prompt]
+    places = [place for place, kept in zip(positions_of(lens.positions, prompt), real.tolist(), strict=True) if kept]
+    if places != list(range(places[0], places[0] + len(places))):
+        raise ValueError(
+            f"The next token must be read, too; this lens is of positions {places}. Run it at all positions."
+        )
+    order = lens.orders[-1] if order is None else order
+    _check("order", order, lens.orders)
+    log_probs = lens.log_probs(label, order, trace=trace)[prompt][real]
+    return _log_probs(f"{label}, order {order}", log_probs, lens.tokens[prompt][real], trace, top_k, height)
+
+
+def _log_probs(what: str, log_probs: Tensor, tokens: Tensor, trace: Trace, top_k: int, height: int | None) -> View:
+    """Log-probabilities [pos, d_vocab] of next tokens; those of the last position have none."""
+    log_probs, tokens = log_probs[:-1], tokens.to(log_probs.device)
     best = log_probs.topk(min(top_k, log_probs.shape[-1]), -1)
     own = log_probs.gather(-1, tokens[1:, None])
     text = _names(trace.network.tokenizer, [tokens, best.indices])
@@ -253,8 +346,7 @@ def _token_log_probs(result: Any, labels: Any, prompt: int, top_k: int, height: 
         "correctTokenRank": (log_probs > own).sum(-1),
         "correctTokenLogProb": own[:, 0],
     }
-    title = f"Log-probabilities (nats) of {'the sum of all terms' if labels is None else labels}"
-    return _framed(title, "TokenLogProbs", props, height or 120 + 36 * top_k)
+    return _framed(f"Log-probabilities (nats) of {what}", "TokenLogProbs", props, height or 120 + 36 * top_k)
 
 
 def _names(tokenizer: Any, ids: list[Tensor]) -> dict[int, str]:
