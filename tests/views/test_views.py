@@ -324,9 +324,9 @@ def test_lens_tokens_are_of_iterative_lenses(lenses, as_users_run_it):
 
 def test_path_tokens(network, trace):
     sums = tj.path_sums(network, trace)
-    found = parsed(views.path_tokens(sums, top=3, prompt=1))
+    found = parsed(views.path_tokens(sums, top=5, prompt=1))
     sizes = sums.effect[:, 1][:, (sums.valid & ~sums.sinks.mask)[1]].abs().mean(1)
-    chosen = sizes.topk(3).indices.tolist()
+    chosen = sizes.topk(5).indices.tolist()
     assert [row[0][0] for row in found.tables[0][1:]] == [sums.labels[i] for i in chosen]
     values = sums.effect[chosen, 1][:, sums.valid[1]]
     assert (values < 0).any() and (values > 0).any()
