@@ -198,6 +198,7 @@ def test_attention_of_skip_trigrams(world):
     for (key, query, output), total in zip(ids.tolist(), table.scores.tolist(), strict=False):
         log_prob = tj.ngrams.trigrams.trigram_parts(world["network"], 1, 0, [[key, query, output]])[1]
         close(maps[tokens.index(query), tokens.index(key)].log() + log_prob[0], numbers(total))
+    assert found["maxValue"] == pytest.approx(float(maps.max())) == -found["minValue"]  # else it is all but white
     with pytest.raises(TypeError, match="needs skip-trigrams of one head"):
         tj.to_circuitsvis(tj.jet_bigrams(world["network"], top_k=3), "attention_heads")
 

@@ -275,7 +275,7 @@ def _skip_trigrams(table: NgramTable, labels: Any, top_k: int, height: int | Non
     maps = torch.zeros(1, len(tokens), len(tokens), dtype=torch.float64, device=attention.device)
     rows, columns = ([tokens.index(token) for token in own] for own in (queries, keys))
     maps[0, rows, columns] = attention if is_raw else attention.exp()
-    bound = float(maps.abs().max()) if is_raw else 1.0
+    bound = float(maps.abs().max())  # attention over a vocabulary is far below 1
     props = {"attention": maps, "tokens": [_inert(table.names[token]) for token in tokens]}
     props |= {"attentionHeadNames": [_inert(table.path)], "minValue": -bound, "maxValue": bound, "maskUpperTri": False}
     what = "scores" if is_raw else "attention"
