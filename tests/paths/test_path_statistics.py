@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,10 @@ import zoo
 from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, tanh_block
 from torch import Tensor
 
-from tl_jets import CallableModel, Norm, Path, ResidualNetwork
+from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork
 from tl_jets.core.attribution import Yardstick
 from tl_jets.core.selection import Rows
+from tl_jets.paths.cancellation import CancellationWarning
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
 
@@ -363,3 +366,25 @@ def test_old_names_work_for_one_release():
         assert found.n_writes == found.lengths
     with pytest.warns(DeprecationWarning, match=r"is now Path\.length"):
         assert Path("embed", ("0_mlp", "ln_final")).n_writes == 1
+
+
+@pytest.mark.parametrize(("factor", "index"), [(-2.0, 27.0), (-0.25, (1.25 / 0.75) ** 3), (1.0, 1.0)])
+def test_how_much_paths_cancel(factor, index):
+    """Three stages that write a multiple of their stream: sizes are (1 + |f|)^3, the sum (1 + f)^3."""
+    embed = torch.nn.Embedding(7, 5, dtype=torch.float64)
+    decoder = Decoder(Norm("none"), torch.randn(5, 9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
+    model = CallableModel(embed, [{f"{i}_mlp": lambda x: factor * x} for i in range(3)], decoder)
+    tokens = torch.tensor([[0, 3, 1], [2, 5, 4]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lengths = path_lengths(model, tokens, targets=[3, 5])
+        components = path_sums(model, tokens)
+        paths = exponential_expansion(model, linearize="detached")(tokens).statistics()
+    found = [warning for warning in caught if warning.category is CancellationWarning]
+    assert len(found) == (2 if index > 3 else 0)
+    for result in (lengths, paths):
+        torch.testing.assert_close(result.cancellation, torch.full_like(result.cancellation, index))
+        assert result.overall_cancellation == pytest.approx(index)
+        assert (f"their sizes are {index:.3g} times their sum" in repr(result)) == (index > 3)
+    assert math.isnan(components.overall_cancellation) and bool(components.cancellation.isnan().all())
+    assert all(f"{index:.3g} times" in str(warning.message) and warning.filename == __file__ for warning in found)

@@ -21,6 +21,7 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.interventions.path_ablations import path_ablation, verdict
+from tl_jets.paths.cancellation import LARGE
 from tl_jets.paths.expansion import PathExpansion, exponential_expansion
 from tl_jets.paths.graph import count_text
 from tl_jets.paths.statistics import PathStatistics, path_sums
@@ -59,6 +60,7 @@ def report(options: argparse.Namespace) -> Report:
             "is_softcapped": asked.trace.decoder.transform is not None,
             "unit": asked.trace.decoder.unit,
             "remainders": cache.remainders,
+            "cancellation": paths.overall_cancellation,
             "effect_of_shown": shown,
             "effect_of_rest": data["target"]["logit"] - shown,
             "paths": records,
@@ -211,6 +213,10 @@ def _path_table(data: dict[str, Any]) -> Table:
 def _notes(data: dict[str, Any]) -> list[str]:
     """Notes below the table of paths."""
     found, ablation = [], data["ablation"]
+    if data["cancellation"] > LARGE:
+        found.append(
+            f"these paths cancel: their sizes add up to {number(data['cancellation'])} times the size of their sum"
+        )
     if data["linearize"] == "jet":
         copies = sum(row["is_answer"] for row in data["paths"])
         found.append(f"{copies} of {len(data['paths'])} paths decode to the model's own answer")

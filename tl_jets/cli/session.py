@@ -24,6 +24,7 @@ from tl_jets.core.protocol import some
 from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import token_text, visible
 from tl_jets.core.trace import Trace
+from tl_jets.paths.cancellation import CancellationWarning
 from tl_jets.pretrained import load_model, load_tinydocs
 
 
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     files = output_files(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DivergenceWarning)  # the tables show the remainders
+        warnings.simplefilter("ignore", CancellationWarning)  # and how much paths cancel
         try:
             report = import_module(f"tl_jets.cli.{options.command}").report(options)
         except (ValueError, NotImplementedError) as error:

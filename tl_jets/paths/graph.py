@@ -276,3 +276,13 @@ def count_text(count: int) -> str:
     """A count as text: 1,024, or 3.40e38."""
     digits = str(count)
     return f"{count:,}" if len(digits) <= 12 else f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"
+
+
+def counts_of(graph: PathGraph, labels: list[str], by: str) -> list[int]:
+    """Number of paths in each sum by `"component"` or `"source"`."""
+    if by == "source":
+        return [graph.starting_at([label]).count for label in labels]
+    before = [n for n, _ in graph.prefixes()]
+    after = [sum(graph.completions(stage + 1, 0)) for stage in range(len(graph.stages))]
+    stage_of = {step: stage for stage, steps in enumerate(graph.stages) for step in steps}
+    return [before[stage_of[label]] * after[stage_of[label]] for label in labels]

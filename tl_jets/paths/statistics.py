@@ -10,6 +10,7 @@ In a frozen network (`tl_jets.core.frozen_network`) every stage is affine, so su
 
 Shares of lengths sum to 1, and so do those of sources. Components overlap: their shares sum to the mean number of
 writes, sum_n n share_n. The constant of a write is a source (`3_mlp_bias`), not a path through `3_mlp`.
+*Read before use*: parts cancel (`cancellation`, above 3 with a warning); lengths of SmolLM2-135M do, tens of times over.
 
 Source: Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*; Golden (arXiv 2505.24293).
 
@@ -58,16 +59,17 @@ from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
+from tl_jets.paths.cancellation import Cancelling
 from tl_jets.paths.circuit import Circuit, circuit_of
 from tl_jets.paths.evaluation import taken_rows, with_edits
-from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
+from tl_jets.paths.graph import PathGraph, count_text, counts_of, narrowed, path_graph
 
 By = Literal["path", "length", "component", "source"]
 MEASURES = ("norm", "cosine", "share", "effect")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics(Averaged, Result):
+class PathStatistics(Cancelling, Averaged, Result):
     """Measures of parts of the model's logits. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
 
     Attributes:
@@ -109,7 +111,7 @@ class PathStatistics(Averaged, Result):
     def __repr__(self) -> str:
         return (
             f"PathStatistics({len(self.labels):,} parts by {self.by}, {count_text(sum(self.counts))} paths; tokens "
-            f"{list(self.tokens.shape)}; effect on {self.target_names}{in_unit(self.unit)}{self._left_out()})"
+            f"{list(self.tokens.shape)}; effect on {self.target_names}{in_unit(self.unit)}{self._cancel()}{self._left_out()})"
         )
 
     def _body(self) -> str:
@@ -215,7 +217,7 @@ def statistics_of(
     best = top_tokens(trace.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
     top_ids = rows.spread(best.indices[..., 0], fill=-1)
     answers = rows.spread(yardstick.answers, fill=-1)
-    return PathStatistics(
+    found = PathStatistics(
         labels=labels,
         by=by,
         counts=counts,
@@ -233,6 +235,8 @@ def statistics_of(
         token_names=token_names(trace.network.tokenizer, [top_ids, answers, tokens, yardstick.target_ids]),
         sinks=Sinks.of(trace, rows),
     )
+    found.warn_of_cancellation()
+    return found
 
 
 def path_lengths(
@@ -385,17 +389,7 @@ class _Sums:
                 states[constant] = states.get(constant, 0) + rows.at(value)
                 weights[constant] = 1.0
         labels, every = list(states), torch.stack(list(states.values()))
-        counts = _counts(self.graph, labels, by) if counts is None else counts
+        counts = counts_of(self.graph, labels, by) if counts is None else counts
         yardstick, tokens = Yardstick.of(trace, rows, targets), rows.at(trace.tokens)
         bias_weights = every.new_tensor([weights[label] for label in labels])
         return statistics_of(trace, yardstick, tokens, labels, every, bias_weights, by=by, counts=counts)
-
-
-def _counts(graph: PathGraph, labels: list[str], by: str) -> list[int]:
-    """Number of paths in each sum."""
-    if by == "source":
-        return [graph.starting_at([label]).count for label in labels]
-    before = [n for n, _ in graph.prefixes()]
-    after = [sum(graph.completions(stage + 1, 0)) for stage in range(len(graph.stages))]
-    stage_of = {step: stage for stage, steps in enumerate(graph.stages) for step in steps}
-    return [before[stage_of[label]] * after[stage_of[label]] for label in labels]
