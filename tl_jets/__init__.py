@@ -18,7 +18,9 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.adapters.callables import CallableModel
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
     from tl_jets.circuits.attribution_patching import attribution_patching
+    from tl_jets.circuits.contrast import Contrast, contrast
     from tl_jets.circuits.faithfulness import CircuitFaithfulness, circuit_faithfulness
+    from tl_jets.circuits.patching import PatchingComparison, compare_patching
     from tl_jets.core.concatenation import concat
     from tl_jets.core.decoder import Decoder, Metric
     from tl_jets.core.divergence import DivergenceWarning
@@ -78,7 +80,9 @@ __all__ = [
     "attribution_patching",
     "bigram_log_normalizers",
     "circuit_faithfulness",
+    "compare_patching",
     "concat",
+    "contrast",
     "detached",
     "detached_jacobian",
     "detached_spectra",
@@ -118,7 +122,9 @@ _PLACES = {
     "tl_jets.adapters.callables": ("CallableModel",),
     "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
     "tl_jets.circuits.attribution_patching": ("attribution_patching",),
+    "tl_jets.circuits.contrast": ("Contrast", "contrast"),
     "tl_jets.circuits.faithfulness": ("CircuitFaithfulness", "circuit_faithfulness"),
+    "tl_jets.circuits.patching": ("PatchingComparison", "compare_patching"),
     "tl_jets.core.concatenation": ("concat",),
     "tl_jets.core.decoder": ("Decoder", "Metric"),
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),

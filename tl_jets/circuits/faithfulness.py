@@ -46,6 +46,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.circuits.attribution_patching import edge_scores
+from tl_jets.circuits.contrast import Contrast
 from tl_jets.circuits.controls import Level, attributed, random_edges, random_paths, writer_of
 from tl_jets.circuits.pairs import Pair, Writes, mean_of, readers_of, run, writes_of
 from tl_jets.core.measures import check_seed
@@ -143,7 +144,7 @@ def circuit_faithfulness(
     model: Any,
     clean: Any,
     corrupted: Any,
-    paths: PathCache | PathStatistics | Circuit | Sequence[str | Path],
+    paths: PathCache | PathStatistics | Contrast | Circuit | Sequence[str | Path],
     *,
     k: int | Sequence[int] | None = None,
     level: Level = "node",
@@ -160,8 +161,8 @@ def circuit_faithfulness(
         model: A TransformerLens model, or a `ResidualNetwork`. For a model the granularity is that of the labels.
         clean: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         corrupted: As many prompts, of the same lengths in tokens.
-        paths: Paths, best first (a `PathCache` and `PathStatistics` are ordered by the size of their effect on `targets`), or a
-            `Circuit`, whose edges are ordered by their absolute scores.
+        paths: Paths, best first (a `PathCache` and `PathStatistics` are ordered by their effects on `targets`), a `Contrast` by
+            path, or a `Circuit`, whose edges are ordered by their absolute scores.
         k: How many of them; several for a curve; None for all.
         level: What is outside a circuit, `"node"` or `"edge"` (see the module).
         targets: Two tokens, or two a prompt: the logit of the first less that of the second is measured. None for the clean and
@@ -238,8 +239,11 @@ def _candidates(
     return pair, found
 
 
-def ordered_paths(paths: PathCache | PathStatistics | Sequence[str | Path], targets: TargetInput | None) -> list[Path]:
+def ordered_paths(paths: Any, targets: TargetInput | None) -> list[Path]:
     """Paths, those of a result by the size of their effect."""
+    if isinstance(paths, Contrast):
+        paths.to_circuit()  # which refuses parts that are not paths
+        return [Path.parse(label) for label in paths.labels]
     if isinstance(paths, PathCache):
         paths = paths.statistics(targets=targets)
     if isinstance(paths, PathStatistics):

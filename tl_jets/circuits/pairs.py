@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_jets.core.attribution import additive_logits
+from tl_jets.core.attribution import additive_logits, directions
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput, read_targets
@@ -101,9 +102,17 @@ class Pair:
 
     def difference(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch"]:
         """The difference of the targets' additive logits that a last stream gives, float64."""
-        decoder = self.clean.decoder
-        logits = decoder.logits(decoder.norm(self.rows.at(final)))[:, 0].gather(-1, self.target_ids).double()
-        return logits[:, 0] - logits[:, 1]
+        return self.said(self.clean.decoder.norm(self.rows.at(final))[:, 0]) + self.direction[:, -1]
+
+    def said(self, states: Float[Tensor, "*many batch d_model"]) -> Float[Tensor, "*many batch"]:
+        """What inputs of the unembedding add to the difference, float64; its bias adds the last entry of `direction`."""
+        return (states.double() * self.direction[:, :-1]).sum(-1)
+
+    @cached_property
+    def direction(self) -> Float[Tensor, "batch d_model_and_bias"]:
+        """The vector whose product with what the unembedding reads, and 1 for its bias, is the difference; float64."""
+        columns = directions(self.clean.decoder, self.target_ids)
+        return columns[:, 0] - columns[:, 1]
 
     def ends(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """The difference in the clean and in the corrupted run.

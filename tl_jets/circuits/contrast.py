@@ -1,0 +1,224 @@
+r"""What a clean run says more than a corrupted one, part by part: the same exact sum in both, subtracted.
+
+Both runs write the logit difference m of two tokens as a sum over the same parts, with the norm scales, attention patterns
+and gates of their own run frozen, so that
+
+.. math::
+    m(\text{clean}) - m(\text{corrupted}) = \sum_p \left(\text{effect}_p(\text{clean}) - \text{effect}_p(\text{corrupted})\right) .
+
+==============  ===================================================================================  ===================
+by              parts                                                                                their differences
+==============  ===================================================================================  ===================
+``write``       what each source and step writes (direct logit attribution)                          sum to m's
+``source``      all paths from an embedding or bias (`path_sums`)                                    sum to m's
+``length``      all paths with so many writes (`path_lengths`)                                       sum to m's
+``path``        single paths, the largest of either run                                              leave `remainder`
+``component``   all paths through a step (`path_sums`)                                               overlap
+``layer``       the order-k jet lens of each stream (`iterative_jet_lens`): what it says of m        are no parts
+==============  ===================================================================================  ===================
+
+A part's difference mixes what it received with how the two runs read it: each run has its own scales and patterns.
+
+Example:
+    >>> import tl_jets as tj
+    >>> clean, corrupted = "This function is available on Unix and", "This module is deprecated since version and"
+    >>> found = contrast(tj.load_tinydocs(), clean, corrupted, by="write")
+    >>> found
+    Contrast(10 parts by write; <clean answer> - <corrupted answer>: 2.08 clean, -0.874 corrupted)
+    >>> bool(found.remainder.abs().max() < 1e-4)
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_jets.circuits.pairs import Pair
+from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
+from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.path import Path
+from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM
+from tl_jets.core.results import Result
+from tl_jets.core.selection import TargetInput
+from tl_jets.core.tokens import token_names
+from tl_jets.core.trace import Trace
+from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
+from tl_jets.paths.circuit import Circuit
+from tl_jets.paths.evaluation import read_path
+from tl_jets.paths.expansion import exponential_expansion
+from tl_jets.paths.statistics import path_lengths, path_sums
+
+By = Literal["write", "source", "length", "path", "component", "layer"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Contrast(Result):
+    """Effects of parts on a logit difference in a clean and a corrupted run. Axes: [part, batch].
+
+    Attributes:
+        labels: The parts, aligned to the part axis; paths by the size of their differences.
+        by: What the parts are.
+        clean: Effects in the clean run, in `unit`.
+        corrupted: Effects in the corrupted run.
+        clean_total: The logit difference of the clean run.
+        corrupted_total: That of the corrupted run.
+        target_ids: The two tokens of each prompt.
+        target_names: The targets as requested.
+        unit: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
+    """
+
+    labels: list[str]
+    by: By
+    clean: Float[Tensor, "part batch"]
+    corrupted: Float[Tensor, "part batch"]
+    clean_total: Float[Tensor, " batch"]
+    corrupted_total: Float[Tensor, " batch"]
+    target_ids: Int[Tensor, "batch 2"]
+    target_names: list[str | int]
+    unit: str
+    token_names: dict[int, str]
+
+    def __repr__(self) -> str:
+        return (
+            f"Contrast({len(self.labels)} parts by {self.by}; {self.target_names[0]} - {self.target_names[1]}: "
+            f"{float(self.clean_total.mean()):.3g} clean, {float(self.corrupted_total.mean()):.3g} corrupted)"
+        )
+
+    def _body(self) -> str:
+        table = self.to_dataframe()
+        order = table.difference.abs().sort_values(ascending=False, kind="stable").index[:SHOWN_ROWS]
+        return dataframe_html(table.loc[order], total=len(table), whole="to_dataframe()")
+
+    @property
+    def difference(self) -> Float[Tensor, "part batch"]:
+        """Clean less corrupted."""
+        return self.clean - self.corrupted
+
+    @property
+    def remainder(self) -> Float[Tensor, " batch"]:
+        """The difference of the two runs, less that of all parts: rounding where they sum to it (see the module)."""
+        return self.clean_total - self.corrupted_total - self.difference.sum(0)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per part, averaged over prompts: the part (named as `by`), clean, corrupted, difference."""
+        columns = {name: getattr(self, name).mean(-1).tolist() for name in ("clean", "corrupted", "difference")}
+        return pd.DataFrame({self.by: self.labels, **columns})
+
+    def to_circuit(self, k: int | None = None) -> Circuit:
+        """The edges of the k paths whose mean differences are largest."""
+        if self.by != "path":
+            raise ValueError(f"A circuit is made of a contrast by 'path'; got one by {self.by!r}.")
+        return Circuit.of_paths(self.labels[:k], self.difference.mean(-1).tolist()[:k])
+
+
+def contrast(
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    *,
+    by: By = "component",
+    targets: TargetInput | None = None,
+    position: int = -1,
+    top: int = 128,
+    order: int = 1,
+    attention_mask: Tensor | None = None,
+) -> Contrast:
+    """A `Contrast`: what each part adds to a logit difference in a clean run, and in a corrupted one.
+
+    Args:
+        model: A TransformerLens model, or a `ResidualNetwork` (whose granularity says what a step is).
+        clean: A prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
+        corrupted: As many prompts, of the same lengths in tokens.
+        by: What the parts are (see the module).
+        targets: Two tokens, or two a prompt: the logit of the first less that of the second is split. None for the clean and the
+            corrupted prompt's answers.
+        position: Where it is read, among each prompt's real tokens.
+        top: For `"path"`: the number of largest paths of each run that are compared, ranked by their effects on the two tokens. A
+            path that neither run has among them has a smaller effect in both.
+        order: For `"layer"`: that of the lens's jets.
+        attention_mask: Passed to the model (left padding needs it).
+
+    Raises:
+        ValueError: Inputs of different lengths or padding, bad targets or options.
+        NotImplementedError: A model that cannot be frozen.
+
+    Cost: that of the tool of the module's table for each run.
+
+    Example: in the docstring of `tl_jets.circuits.contrast`.
+    """
+    check_choice("by", by, get_args(By))
+    check_integers(1, top=top)
+    pair = Pair.of(model, clean, corrupted, targets, position, attention_mask)
+    traces = (pair.clean, pair.corrupted)
+    if by == "path":
+        ids = pair.target_ids[:, None]
+        expansion = exponential_expansion(pair.network, linearize="detached", top=top, rank="effect", targets=ids)
+        labels = list(dict.fromkeys(label for trace in traces for label in expansion(trace, positions=position).labels))
+        parts = [dict(zip(labels, _path_effects(pair, trace, labels), strict=True)) for trace in traces]
+    else:
+        parts = [_parts(pair, trace, by, position, order) for trace in traces]
+    labels = list(dict.fromkeys(label for own in parts for label in own))
+    nothing = torch.zeros_like(pair.direction[:, 0])
+    found = [torch.stack([own.get(label, nothing) for label in labels]) for own in parts]
+    if by == "path":
+        best = (found[0] - found[1]).mean(-1).abs().argsort(descending=True, stable=True).tolist()
+        labels, found = [labels[i] for i in best], [values[best] for values in found]
+    totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in traces]
+    names = token_names(pair.network.tokenizer, [pair.target_ids])
+    about = pair.target_ids, pair.target_names, pair.clean.decoder.unit, names
+    return Contrast(labels, by, found[0], found[1], totals[0], totals[1], *about)
+
+
+def _parts(pair: Pair, trace: Trace, by: Any, position: int, order: int) -> dict[str, Float[Tensor, " batch"]]:
+    """The effect of every part on the logit difference in one run."""
+    options: dict[str, Any] = {"targets": pair.target_ids[:, None], "positions": position}
+    network = pair.network
+    if by == "layer":
+        lens = iterative_jet_lens(network, trace, order=order, incl_mid=True, **options)
+        assert lens.target_logits is not None
+        labels, effects = lens.labels, lens.target_logits[:, -1]
+    elif by == "write":
+        joint = joint_jet_lens(network, trace, linearize="detached", granularity=network.granularity, **options)
+        labels, effects = joint.labels, joint.effects
+    else:
+        sums = (
+            path_lengths(network, trace, **options) if by == "length" else path_sums(network, trace, by=by, **options)
+        )
+        labels, effects = sums.labels, sums.effects
+    values = (effects[..., 0, 0] - effects[..., 0, 1]).double()
+    return dict(zip(labels, values, strict=True))
+
+
+@torch.no_grad()
+def _path_effects(pair: Pair, trace: Trace, labels: Sequence[str]) -> Float[Tensor, "path batch"]:
+    """The effects of detached paths in one run; a prefix that several share is evaluated once."""
+    with torch.enable_grad():
+        frozen = FrozenNetwork.of(trace)
+    nothing = torch.zeros_like(trace[FINAL_STREAM])
+    sent: dict[Path, Tensor] = {}
+    ends: dict[int, dict[Path, tuple[Path, int]]] = {}
+    constant = Path(DECODER_STEP + BIAS)
+    paths = [constant if label == str(constant) else read_path(trace, label)[0] for label in labels]
+    for path in paths:
+        prefix = Path(path.source)
+        sent[prefix] = frozen.sources.get(path.source, nothing)
+        for step, (stage, row) in zip(path.steps, [] if path == constant else read_path(trace, path)[1], strict=True):
+            ends.setdefault(stage, {})[prefix.then(step)] = prefix, row
+            prefix = prefix.then(step)
+    for stage in sorted(ends):
+        before = list(dict.fromkeys(prefix for prefix, _ in ends[stage].values()))
+        writes = frozen.writes(stage, torch.stack([sent[prefix] for prefix in before]))
+        sent |= {path: writes[row, before.index(prefix)] for path, (prefix, row) in ends[stage].items()}
+    effects = pair.said(frozen.decode(torch.stack([sent[path] for path in paths]), pair.rows)[:, :, 0])
+    if constant in sent:  # of the decoder: the norm's bias and the unembedding's
+        effects[paths.index(constant)] = pair.said(pair.rows.at(sent[constant])[:, 0]) + pair.direction[:, -1]
+    return effects
