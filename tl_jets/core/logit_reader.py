@@ -257,12 +257,12 @@ def log_parts(logits: Float[Tensor, "row column"]) -> tuple[Float[Tensor, " row"
     return top, rest
 
 
-def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"]) -> None:
-    """Raise ValueError, with the ids of their rows, if scores are not finite."""
+def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"], what: str = "Every logit") -> None:
+    """Raise ValueError, with the ids of their rows, if scores (or other values, named by `what`) are not finite."""
     finite = scores.isfinite().to(ids.device)
     if not bool(finite.all()):
         raise ValueError(
-            f"Every logit must be finite; those of tokens {ids[~finite][:5].tolist()} are not. Look at the model's weights, "
+            f"{what} must be finite; those of tokens {ids[~finite][:5].tolist()} are not. Look at the model's weights, "
             "its precision (float16 overflows), and the hooks on it."
         )
 

@@ -42,38 +42,32 @@ class Factors:
     constant: Float[Tensor, " column"] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
 
-    @cached_property
-    def _extended(self) -> Tensor:
-        """Columns, constant and a row of ones, so that per-row shifts are part of the matrix product."""
-        ones = torch.ones_like(self.columns[:1])
-        return torch.cat([self.columns, *([] if self.constant is None else [self.constant[None]]), ones])
-
     def tiles(
         self, rows: Float[Tensor, "part inner"], less: Float[Tensor, "part 1"] | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "part tile"]]]:
         """Logits of `rows` minus `less` in binary logarithms, by tiles of columns in a shared buffer."""
-        n_rows, n_columns = len(rows), self.columns.shape[1]
-        buffer = rows.new_empty(n_rows * min(TILE_COLUMNS, n_columns))
-        linear = self.transform is None
-        scaled = rows * LOG2_E if linear else rows
-        constant = [] if self.constant is None else [torch.full_like(rows[:, :1], LOG2_E if linear else 1.0)]
-        last = -less if linear and less is not None else torch.zeros_like(rows[:, :1])
-        scaled = torch.cat([scaled, *constant, last], dim=1)
+        n_columns = self.columns.shape[1]
+        buffer = rows.new_empty(len(rows) * min(TILE_COLUMNS, n_columns))
+        scale = LOG2_E if self.transform is None else 1.0
+        bias = rows.new_zeros(1) if self.constant is None else self.constant * scale
+        if self.constant is None and self.transform is None and less is not None:
+            bias, less = -less, None  # added by the product, which saves a pass
+        bias = bias.expand(*bias.shape[:-1], n_columns)
         for start in range(0, n_columns, TILE_COLUMNS):
             part = slice(start, min(start + TILE_COLUMNS, n_columns))
-            tile = buffer[: n_rows * (part.stop - start)].view(n_rows, part.stop - start)
-            torch.mm(scaled, self._extended[:, part], out=tile)
+            tile = buffer[: len(rows) * (part.stop - start)].view(len(rows), -1)
+            torch.addmm(bias[..., part], rows, self.columns[:, part], alpha=scale, out=tile)
             if self.transform is not None:
                 torch.mul(self.transform(tile), LOG2_E, out=tile)
-                tile = tile if less is None else tile.sub_(less)
-            yield part, tile
+            yield part, tile if less is None else tile.sub_(less)
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the columns with their constants, in float64."""
-        columns = self._extended[:-1].double()
+        constant = self.columns[:0] if self.constant is None else self.constant[None]
+        columns = torch.cat([self.columns, constant]).double()
         mean = columns.mean(1)
-        columns = columns - mean.unsqueeze(1)  # not in place: in float64 this is `_extended` itself
+        columns = columns - mean.unsqueeze(1)
         return mean, columns @ columns.T / columns.shape[1]
 
     def expected(self, rows: Float[Tensor, "part inner"]) -> Float[Tensor, "part 1"]:

@@ -44,6 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.free_memory import check_fits
+from tl_jets.core.logit_reader import check_finite
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
@@ -308,12 +309,7 @@ class TrigramSweep(Sweep):
             vectors = reader.vectors(tokens, group)
             for place, head in enumerate(group):
                 own = [x[place] for x in vectors]
-                finite = torch.stack([x.isfinite().all(1) for x in own]).all(0)
-                if not bool(finite.all()):
-                    raise ValueError(
-                        f"Queries, keys and values must be finite; those of tokens {(~finite).nonzero()[:5, 0].tolist()} are "
-                        "not. Look at the model's weights, its precision (float16 overflows), and the hooks on it."
-                    )
+                check_finite(torch.cat(own, 1).abs().amax(1), tokens, "Queries, keys and values")
                 yield head, self._maps(head, *own)
 
     def _maps(self, head: int, query: Tensor, key: Tensor, value: Tensor) -> HeadMaps:
