@@ -547,6 +547,15 @@ def test_top_is_the_largest_by_logits(rank, positions):
         assert oracles.relative_error(beam[path], whole[path]) < 1e-12
     found = [sizes[path] for path in beam]
     assert found == sorted(found, reverse=True)
+    assert top.lost is None and beam.lost is not None and f"dropped {beam.lost[0]}" in repr(beam)
+    if rank == "effect":
+        prefix, score = beam.lost
+        stage_of = {step.label: s for s, stage in enumerate(net.stages) for step in stage.steps}
+        begun = [path for path in whole if path.startswith(f"{prefix} > ")]
+        onward = {path: stage_of.get(path[len(prefix) + 3 :].split(" > ")[0], len(net.stages)) for path in begun}
+        sums = [sum(whole.logits(path) for path in begun if onward[path] >= s) for s in range(len(net.stages) + 1)]
+        sums = [float((x - x.mean(-1, keepdim=True))[..., targets].abs().sum()) for x in sums]
+        assert any(score == pytest.approx(x) for x in (*sums, sizes[f"{prefix} > ln_final"]))
 
 
 def test_top_of_jets_is_the_largest():

@@ -32,13 +32,18 @@ class PathCache(JetCache):
         remainders: By stream, |stream - sum of all evaluated prefixes| / |stream| over all real tokens. `ln_final` is
             that of the kept paths at `positions`; a beam search and a slice of the prompts give `ln_final` only.
         is_exhaustive: Whether all paths of the expansion were evaluated; False after a beam search.
+        lost: After a beam search, the dropped prefix with the largest sum of completions (or own size), and this size, in the
+            unit of `rank`. A missing path that is larger begins with a dropped prefix, and cancels with others that do (see
+            `tl_jets.paths.evaluation` for lengths).
     """
 
     remainders: dict[str, float] = field(default_factory=dict)
     is_exhaustive: bool = True
+    lost: tuple[str, float] | None = None
 
     def __repr__(self) -> str:
         chosen = "" if self.is_exhaustive else ", by beam search"
+        chosen += f", which dropped {self.lost[0]} ... ({self.lost[1]:.3g} in sum)" if self.lost else ""
         return (
             f"PathCache({len(self):,} {self.kind} paths of {list(self.truth.shape)}{chosen}; relative remainder "
             f"{self.relative_remainder:.3g})"

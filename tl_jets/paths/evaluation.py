@@ -10,10 +10,11 @@ stages x chunk_size streams are held. Prefixes that no path completes are not ev
 - the size of *all its completions together*: <g, x>, where the functional g (the effect on a target; for lengths, the
   product with the model's logits) is pulled back exactly through every later stage, g_s = g_{s+1} + sum A_s' g_{s+1}.
 
-The search is greedy: a prefix with large completions that cancel may be lost. The sizes of the returned paths and the
-remainder are exact. Of the 20 largest of 1,024 paths of stories260K (four prompts, both ranks, the last position or
-all) a beam of 40 prefixes found all in 16 of 16 cases, one of 20 at least 17. Cost: a backward sweep for every position
-and target, then `width` prefixes per stage.
+The search is greedy: a prefix with large completions that cancel may be lost, and under `rank="length"` one whose completions
+are perpendicular to the model's logits. A bound on single completions, by norms of the stages, is not attempted; the result
+names the dropped prefix of the highest score. The sizes of the returned paths and the remainder are exact. Of the 20 largest
+of 1,024 paths of stories260K (four prompts, both ranks, the last position or all) a beam of 40 prefixes found all in 16 of 16
+cases, one of 20 at least 17. Cost: a backward sweep for every position and target, then `width` prefixes per stage.
 """
 
 from __future__ import annotations
@@ -173,8 +174,11 @@ def evaluate(graph: PathGraph, stages: Stages, chunk_size: int, finish: Finish) 
 @torch.no_grad()
 def search(
     graph: PathGraph, frozen: FrozenNetwork, yardstick: Yardstick, rank: Rank, width: int, finish: Finish
-) -> None:
-    """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded."""
+) -> tuple[str, float] | None:
+    """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded.
+
+    Returns the dropped prefix of the highest score, and this score: that of all its completions together, or of itself.
+    """
     # g_s before every stage and the decoder, [many * out_pos, batch, pos, d_model], last first
     final = yardstick.functionals(rank).to(frozen.final_scale)
     functionals = [frozen.decode_transpose(final, yardstick.rows).flatten(0, 1)]
@@ -191,19 +195,23 @@ def search(
         return torch.maximum(torch.where(complete, ends, 0), together)
 
     prefixes: Prefixes = []
+    lost: list[tuple[str, float]] = []
     values = final.new_zeros(0, *functionals[0].shape[1:])
     for stage in range(len(graph.stages) + 1):
         joining, new = starts(graph, frozen, stage)
         prefixes, values = prefixes + joining, torch.cat([values, *(value[None] for value in new)])
         functional = functionals.pop()
         if len(prefixes) > width:
-            order = scores(prefixes, values, functional).argsort(descending=True, stable=True)
+            found = scores(prefixes, values, functional)
+            order = found.argsort(descending=True, stable=True)
+            lost.append((str(prefixes[int(order[width])].path), float(found[order[width]])))
             keep = order[:width].sort().values
             prefixes, values = [prefixes[i] for i in keep.tolist()], values[keep]
         if stage < len(graph.stages) and prefixes:
             prefixes, values = through_stage(graph, frozen, prefixes, values, stage)
     if prefixes:
         finish(prefixes, values)
+    return max(lost, key=lambda prefix: prefix[1], default=None)
 
 
 class Collector:

@@ -317,11 +317,12 @@ class PathExpansion:
         yardstick = None if self.top is None else Yardstick.of(trace, rows, self.targets)
         collector = Collector(live.graph, live.split, rows, stages, yardstick, self.rank, self.top)
         sums: dict[int, Tensor] = {}
+        lost = None
         if beam:
             assert yardstick is not None
             assert isinstance(stages, FrozenNetwork)
             width = max(2 * (self.top or 1), self.max_paths // max(1, len(self.network.stages)))
-            search(live.graph, stages, yardstick, self.rank, width, collector.add)
+            lost = search(live.graph, stages, yardstick, self.rank, width, collector.add)
         else:
             sums = evaluate(live.graph, stages, chunk_size(trace[FINAL_STREAM]), collector.add)
         collector.add_constant()
@@ -335,6 +336,7 @@ class PathExpansion:
             truth=truth,
             positions=rows.cells,
             is_exhaustive=not beam,
+            lost=lost,
         )
         remainders = {}
         for place in sorted(set(sums) - {0}):
