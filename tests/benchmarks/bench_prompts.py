@@ -25,16 +25,15 @@ from tl_jets.pretrained import load_model
 WAYS = ("one a call", "over_prompts", "all in one call")
 
 
-def prompts_of(tokenizer: Any, n: int, seed: int = 0) -> list[str]:
+def prompts_of(network: tj.ResidualNetwork, n: int, seed: int = 0) -> list[str]:
     """Pieces of Python's documentation, of 5 to 60 tokens."""
     draw = torch.Generator().manual_seed(seed)
     words = re.sub(r"[^\w.,;:()' -]+", " ", " ".join(topics[name] for name in sorted(topics))).split()
     found: list[str] = []
     while len(found) < n:
-        start, length = (int(torch.randint(*ends, (), generator=draw)) for ends in ((len(words) - 60,), (5, 61)))
-        ids = tokenizer(" ".join(words[start : start + 60]))["input_ids"][:length]
-        text = tokenizer.decode(ids)
-        if len(tokenizer(text)["input_ids"]) == length:
+        start = int(torch.randint(len(words) - 60, (), generator=draw))
+        text = " ".join(words[start : start + int(torch.randint(3, 50, (), generator=draw))])
+        if 5 <= network.tokenize(text)["input_ids"].shape[1] <= 60:
             found.append(text)
     return found
 
@@ -43,7 +42,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds, and the peak of resident memory in MB: before, and during the calls."""
     torch.set_num_threads(1)
     network = tj.ResidualNetwork(load_model(options.folder))
-    prompts = prompts_of(network.tokenizer, options.prompts)
+    prompts = prompts_of(network, options.prompts)
     given: dict[str, Any] = {"positions": None if options.every else -1}
     tj.iterative_jet_lens(network, prompts[0], **given)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -56,7 +55,8 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kl = float(lens.kl[:-1].nanmean())
-    return {"seconds": seconds, "before": before / 1024, "peak": peak / 1024, "mean KL": kl}
+    tokens = int(network.tokenize(prompts)["attention_mask"].sum())
+    return {"tokens": tokens, "seconds": seconds, "before": before / 1024, "peak": peak / 1024, "mean KL": kl}
 
 
 def main() -> None:
