@@ -134,7 +134,9 @@ def test_one_result_is_itself_without_its_model(net):
         (tj.iterative_jet_lens, {"top_k": 5}, {"top_k": 4}, r"top_ids .* 5\] on cpu and .* 4\] on cpu"),
         (tj.iterative_jet_lens, {}, {"layers": [0, 2]}, r"labels \(first at index 1\) .*'1_pre'.* and \['0_pre'"),
         (tj.iterative_jet_lens, {}, {"measures": False}, r"own_top_ids must be equal .* torch\.int64 .* and None"),
-        (tj.iterative_jet_lens, {}, {"seed": None}, "control must be equal .* Measures and None"),
+        (tj.iterative_jet_lens, {}, {"seed": None}, "seed must be equal .* 0 and None"),
+        (tj.iterative_jet_lens, {}, {"seed": 1}, "seed must be equal .* 0 and 1"),
+        (tj.joint_jet_lens, {}, {"seed": 1}, "seed must be equal .* 0 and 1"),
         (tj.iterative_jet_lens, {}, {"center_scale": "match"}, "center_scale .* 'none' and 'match'"),
         (tj.joint_jet_lens, {"order": 1}, {"order": 0}, "order must be equal in all results; got 1 and 0"),
         (tj.joint_jet_lens, {}, {"weights": "uniform"}, "objective .* 'centered_l2' and 'uniform'"),
@@ -149,6 +151,18 @@ def test_other_options_are_refused_by_name(net, call, one, other, said):
     parts = [call(net, "w5 w9 w3", **options) for options in (one, other)]
     with pytest.raises(ValueError, match=said):
         tj.concat(parts)
+
+
+@pytest.mark.parametrize("call", [tj.iterative_jet_lens, tj.joint_jet_lens])
+def test_another_model_is_refused_by_name(net, call, tmp_path):
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    same = call(model, "w5 w9 w3")
+    assert tj.load(tj.concat([call(net, "w1 w2"), same]).save(tmp_path / "lens")).model == same.model
+    with torch.no_grad():
+        list(model.blocks[1].parameters())[-1].add_(1)
+    changed = call(model, "w5 w9 w3")  # the same object, other weights
+    with pytest.raises(ValueError, match=r"model must be equal in all results; got .*tiny.* and .*tiny"):
+        tj.concat([same, changed])
 
 
 def test_other_dtypes_tokenizers_and_kinds_are_refused(net):

@@ -34,7 +34,7 @@ _INSIDE = re.compile(rf"blocks\.\d+\.([\w.]+\.)?hook_({_KINDS})")
 _OF_MLP = re.compile(r"blocks\.\d+\.(mlp|ln2|hook_mlp)")
 
 
-def inner_stage(view: Blocks, label: LabelInput) -> tuple[str, Stage] | None:
+def inner_stage(view: Any, label: LabelInput) -> tuple[str, Stage] | None:
     """The hook inside a block that a name of TransformerLens means, and the attention or MLP around it; None for others."""
     hook = _inner_hook(view, label)
     if hook is None:

@@ -197,13 +197,24 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(_decoded(item, tensors) for item in value["tuple"])
     module, name = value["result"]
-    kind = getattr(import_module(module), name) if module.startswith("tl_jets.") else None
-    if not (isinstance(kind, type) and issubclass(kind, Result)):
-        raise ValueError(f"{module}.{name} is no result of this version")
+    kind = _kind(module, name)
     unknown = sorted(value["fields"].keys() - {f.name for f in _saved_fields(kind)})
     if unknown:
         raise _UnknownError(f"the fields {unknown} of its {name}")
     return kind(**{key: _decoded(item, tensors) for key, item in value["fields"].items()})
+
+
+def _kind(module: str, name: str) -> Any:
+    """The class of a result; raises ValueError for one that is not of tl_jets."""
+    kind = None
+    if module.startswith("tl_jets."):
+        try:
+            kind = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise _UnknownError(f"its kind of result, {module}.{name}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Result)):
+        raise ValueError(f"{module}.{name} is no result of tl-jets")
+    return kind
 
 
 def _table_bytes(table: pd.DataFrame) -> Tensor:

@@ -84,6 +84,8 @@ class IterativeJetLens(LensResult):
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
         n_layers: Number of blocks of the model.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of the control; None without one.
     """
 
     orders: list[int]
@@ -329,7 +331,8 @@ def iterative_jet_lens(
     labels = stream_labels(network, layers, incl_mid)
     options = {"top_k": top_k, "measures": measures, "chunk_size": chunk_size}
     with torch.no_grad():
-        return _read(inputs, labels, order, center_scale, linearize, seed if measures else None, options)
+        found = _read(inputs, labels, order, center_scale, linearize, seed if measures else None, options)
+    return replace(found, seed=None if seed is None else int(seed))
 
 
 def _read(

@@ -74,6 +74,8 @@ class JointJetLens(LensResult):
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
         n_layers: Number of blocks of the model.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of the control.
     """
 
     order: int
@@ -241,7 +243,8 @@ def joint_jet_lens(
     with torch.no_grad():
         labels, centers, random = _components(inputs, embeddings, order, center_scale, linearize, seed)
         found = _weighted(inputs, centers, random, weights, objective, linearize, top_k)
-        return JointJetLens(labels=labels, order=order, center_scale=center_scale, linearize=linearize, **found)
+        found |= {"center_scale": center_scale, "linearize": linearize, "seed": int(seed)}
+        return JointJetLens(labels=labels, order=order, **found)
 
 
 def _components(

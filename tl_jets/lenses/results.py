@@ -17,6 +17,7 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.frozen_network import Linearize
 from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, scan_mixture
 from tl_jets.core.measures import MEASURES, Measures
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
@@ -105,6 +106,7 @@ class LensInput:
             "full_values": spread(scan.top.values[cells], -2),
             "own_values": spread(scan.own_values[cells], -2),
             "unit": self.trace.decoder.unit,
+            "model": model_mark(network, self.trace.recording.hook_state),
             "n_layers": network.n_layers,
             "token_names": token_names(network.tokenizer, ids),
         }
@@ -142,6 +144,8 @@ class LensResult(Averaged, Result):
     token_names: dict[int, str]
     sinks: Sinks | None = None
     n_layers: int | None = None
+    model: str | None = None
+    seed: int | None = None
 
     remainder_norm, cosine, centered_cosine, kl, top1_agreement = map(_measure, MEASURES)
 
