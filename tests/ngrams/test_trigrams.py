@@ -16,7 +16,7 @@ from tl_jets import CallableModel, Decoder, Norm, load_tinydocs
 from tl_jets.calculus import full_precision
 from tl_jets.ngrams import factors, join
 from tl_jets.ngrams.head_maps import HeadReader
-from tl_jets.ngrams.trigrams import jet_trigrams, trigram_scores
+from tl_jets.ngrams.trigrams import TrigramSweep, jet_trigrams, trigram_scores
 
 V = zoo.D_VOCAB
 NORMALIZES = ["vocab", "pair", "none"]
@@ -385,6 +385,21 @@ def test_a_hook_after_the_heads_is_refused(spec):
         finally:
             if point.endswith("hook_result"):
                 model.set_use_attn_result(False)
+
+
+def test_values_that_are_not_finite_are_refused(monkeypatch):
+    plan = TrigramSweep(zoo.build(zoo.available(["gpt2"])[0]), 0, [0])
+    vectors = plan.reader.vectors
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+
+        def with_wrong(tokens: Any, heads: Any, wrong: float = wrong) -> Any:
+            query, key, value = (x.clone() for x in vectors(tokens, heads))
+            key[:, 3, -1], value[:, 5, 0] = wrong, wrong
+            return query, key, value
+
+        monkeypatch.setattr(plan.reader, "vectors", with_wrong)
+        with pytest.raises(ValueError, match=r"Queries, keys and values must be finite; those of tokens \[3, 5\]"):
+            list(plan.tables([0]))
 
 
 def test_the_model_is_left_as_it_was():

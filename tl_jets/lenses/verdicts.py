@@ -93,9 +93,9 @@ class Verdict(Result):
             return "beats its control at every layer"
         if not any(own):
             return "says nothing of its own at any layer: the control is as good"
-        first, stays = self._first(own)
-        if stays:
-            return f"says nothing of its own before {first}: the control is as good"
+        first = own.index(True)
+        if all(own[first:]):
+            return f"says nothing of its own before {self.labels[first]}: the control is as good"
         return f"beats its control at {_where(self.labels, own)}, not elsewhere"
 
     def _lead(self) -> str:
@@ -103,14 +103,10 @@ class Verdict(Result):
         leads = (self.leads > 0.5).tolist()
         if not any(leads):
             return "the answer leads at the end only"
-        first, stays = self._first(leads)
-        rest = "and from there on" if stays else f"in all at {_where(self.labels, leads)}"
-        return f"the answer first leads at {first}, {rest}"
-
-    def _first(self, holds: list[bool]) -> tuple[str, bool]:
-        """The first layer at which something holds, and whether it does at all later ones."""
-        first = holds.index(True)
-        return self.labels[first], all(holds[first:])
+        first = leads.index(True)
+        if all(leads[first:]):
+            return f"the answer first leads at {self.labels[first]}, and from there on"
+        return f"the answer first leads at {self.labels[first]}, in all at {_where(self.labels, leads)}"
 
 
 def verdict_of(
