@@ -142,11 +142,11 @@ class TransformerLensView(Blocks):
     ) -> dict[str, Tensor] | None:
         """The writes of a stage's heads in the recorded pass at some cells, by label; None if they must be replayed."""
         layer = stage.steps[0].layer
-        if not any(step.kind == "head" for step in stage.steps):
+        if ("z", layer) not in recording.memo or not any(step.kind == "head" for step in stage.steps):
             return None
         self.refuse(*stage.steps)
         with torch.no_grad(), self.replaying(layer):
-            found = recorded_heads(self, recording, layer, batch, pos)
+            found = recorded_heads(self, recording, recording.calls, layer, batch, pos)
         labels = [step.write for step in stage.steps if step.kind in ("head", "attn_bias")]
         return None if found is None else dict(zip(labels, found, strict=True))
 

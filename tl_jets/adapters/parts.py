@@ -66,15 +66,17 @@ def keep_heads(view: Blocks, recording: Recording, saved: dict[str, Tensor]) -> 
             recording.memo["z", layer] = z.to(view.dtype)
 
 
-def recorded_heads(view: Blocks, recording: Recording, layer: int, batch: Tensor, pos: Tensor) -> Tensor | None:
+def recorded_heads(
+    view: Blocks, recording: Recording, calls: Any, layer: int, batch: Tensor, pos: Tensor
+) -> Tensor | None:
     """[head + 1, row, d_model]: every head's write at some cells of the recorded pass, then the attention bias.
 
-    None if z is not recorded, the layer has a post-norm or hooks, or a head is not zero at the zero stream.
+    None if the layer has a post-norm or hooks, or a head is not zero at the zero stream.
     """
-    z, post = recording.memo.get(("z", layer)), view.post_norm(layer)
-    if z is None or recording.hook_state[layer + 1][0] or (post is not None and post.kind != "none"):
+    z, post = recording.memo["z", layer], view.post_norm(layer)
+    if recording.hook_state[layer + 1][0] or (post is not None and post.kind != "none"):
         return None
-    check_heads(view, recording, view.calls_of(recording), layer)
+    check_heads(view, recording, calls, layer)
     if ("heads start at zero", layer, recording.hook_state) not in view.checked:
         return None
     write = recording.writes[f"{layer}_attn_out"][batch, pos]
