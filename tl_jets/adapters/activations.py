@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from tl_jets.adapters.blocks import Blocks, saver
 from tl_jets.adapters.parts import through_output
