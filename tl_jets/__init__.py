@@ -77,6 +77,7 @@ __all__ = [
     "Trace",
     "ablation_effect",
     "ablation_hooks",
+    "answer_lens",
     "attribution_patching",
     "bigram_log_normalizers",
     "circuit_faithfulness",

@@ -123,7 +123,7 @@ class _Call:
                 raise ValueError(f"Options must hold for every batch; {name} belongs to one. Leave it out.")
         network = ResidualNetwork.of(model)
         rows = read_rows(network, prompts)
-        targets = options.get("targets")
+        targets: Any = options.get("targets")
         targets = targets.tolist() if callable(getattr(targets, "tolist", None)) else targets
         call = cls(tool, network, rows, targets, {k: v for k, v in options.items() if k != "targets"})
         if call.by_prompt and len(targets) != len(rows):
