@@ -98,5 +98,5 @@ def ablation_effect(
     if order is None:
         return replace(found, labels=labels, **changes)
     series, truth = jets_of(trace, runs, found.target_ids, rows, order, doses)
-    own = {f.name: getattr(found, f.name) for f in fields(found)} | changes | {"labels": labels}
+    own: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)} | changes | {"labels": labels}
     return AblationJet(**own, coefficients=series[:, back], doses=list(map(float, doses)), truth=truth[:, back])

@@ -65,7 +65,8 @@ def stack_size(trace: Trace) -> int:
 def last_streams(trace: Trace, runs: Sequence[Hooks]) -> Iterator[Float[Tensor, "run batch pos d_model"]]:
     """The last streams of runs in the order of `first_stage`, by stacks; by hooked passes where these are not possible."""
     size, is_stacked = stack_size(trace), can_replay(trace, first_stage(trace, runs[0]))
-    network, mask = trace.network, trace.recording.memo.get("attention_mask")
+    network: Any = trace.network
+    mask = trace.recording.memo.get("attention_mask")
     for start in range(0, len(runs), size):
         stack = runs[start : start + size]
         try:
@@ -75,7 +76,7 @@ def last_streams(trace: Trace, runs: Sequence[Hooks]) -> Iterator[Float[Tensor, 
         except NotReplayedError:
             is_stacked = False
         for hooks in stack:
-            with network.view.hooks(hooks):  # type: ignore[attr-defined]
+            with network.view.hooks(hooks):
                 yield network.trace(trace.tokens, attention_mask=mask)[FINAL_STREAM][None]
 
 
