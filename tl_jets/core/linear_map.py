@@ -44,8 +44,6 @@ from tl_jets.core.results import Result
 CHUNK_SIZE = 32
 CHUNK_ELEMENTS = 2**20
 MAX_CHUNK_SIZE = 256
-# Number of elements of the vectors in one pass of a singular value decomposition.
-BLOCK_ELEMENTS = 2**22
 MAX_BYTES = 2**30
 
 
@@ -209,7 +207,7 @@ class LinearMap(ABC):
         if prompt >= batch:
             raise ValueError(f"prompt must lie in 0..{batch - 1}; got {prompt}.")
 
-        few = max(1, BLOCK_ELEMENTS // max(self.point.numel(), self.value.numel()))
+        few = max(1, CHUNK_ELEMENTS // max(self.point.numel(), self.value.numel()))
 
         def product(apply: Callable[..., Tensor], full: tuple[int, ...], index: Any, out_index: Any) -> Any:
             def of(vectors: Tensor) -> Tensor:

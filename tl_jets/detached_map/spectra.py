@@ -246,8 +246,7 @@ def detached_spectra(
     Raises:
         ValueError: More than one prompt, bad labels, layers, positions or k, or too large a prompt.
 
-    Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4. Cost: for each input position, d_model vectors
-    through all stages once; an MLP is one matrix for each position.
+    Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4. Cost: see the module.
     """
     check_integers(1, k=k)
     network = ResidualNetwork.of(model)
