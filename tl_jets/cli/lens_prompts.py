@@ -157,8 +157,10 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
 
 
 def _rank(rank: float) -> str:
-    """A rank that begins with 1."""
-    return "?" if rank != rank else f"{rank + 1:,.0f}"
+    """A rank that begins with 1; from 10,000 on in thousands."""
+    if rank != rank:
+        return "?"
+    return f"{rank + 1:,.0f}" if rank < 9999 else f"{(rank + 1) / 1000:.0f}k"
 
 
 def _components(lens: JointJetLens) -> list[dict[str, Any]]:
