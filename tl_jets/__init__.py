@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         detached_jacobian,
         detached_spectra,
     )
-    from tl_jets.flows import Flow, flow
+    from tl_jets.flows import Flow, JointFlow, flow, joint_flow
     from tl_jets.interop.activation_caches import to_activation_cache
     from tl_jets.interop.circuitsvis import to_circuitsvis
     from tl_jets.interventions.ablation_effects import ablation_effect
@@ -97,6 +97,7 @@ __all__ = [
     "jet_bigrams_by_path",
     "jet_expand",
     "jet_trigrams",
+    "joint_flow",
     "joint_jet_lens",
     "load",
     "load_tinycode",
@@ -145,7 +146,7 @@ _PLACES = {
         "detached_jacobian",
         "detached_spectra",
     ),
-    "tl_jets.flows": ("Flow", "flow"),
+    "tl_jets.flows": ("Flow", "JointFlow", "flow", "joint_flow"),
     "tl_jets.interop.activation_caches": ("to_activation_cache",),
     "tl_jets.interop.circuitsvis": ("to_circuitsvis",),
     "tl_jets.interventions.ablation_effects": ("ablation_effect",),

@@ -30,7 +30,7 @@ from tl_jets.core.protocol import FINAL_STREAM, Step
 from tl_jets.core.selection import Rows, positions_at
 from tl_jets.core.trace import Trace
 from tl_jets.flows.results import Flow
-from tl_jets.flows.targets import Target
+from tl_jets.flows.targets import Target, target_text
 from tl_jets.flows.two_runs import Hooks, TwoRuns
 from tl_jets.interventions.hooks import patch_hooks
 
@@ -84,5 +84,5 @@ def _table(flow: Flow, chosen: list[int], columns: dict[str, Tensor]) -> pd.Data
     c, b, p, t = torch.ones_like(columns["flow"]).nonzero().T
     index = {"component": [flow.labels[chosen[i]] for i in c], "batch": b.tolist()}
     index |= {"pos": positions_at(flow.positions, b, p)}
-    index["target"] = [flow.target(*cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+    index["target"] = [target_text(flow, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
     return pd.DataFrame(index | {name: values.flatten().tolist() for name, values in columns.items()})

@@ -110,7 +110,7 @@ def flow(
     target = read_target(clean, rows, targets, against, measure)
     sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position)
     sweep.run()
-    found = sweep.result("kl" if measure == "kl" else "centered" if against is None else "logit difference")
+    found = sweep.result()
     still_open = int((~found.closed).sum())
     if still_open:
         warn_caller(
@@ -217,7 +217,7 @@ class _Sweep:
         self.edit += products(covectors, edits)[changed]
         self.direct += products(self.last, changes)[changed]
 
-    def result(self, measure: str) -> Flow:
+    def result(self) -> Flow:
         """The sweep as a result."""
         runs, ids = self.runs, self.target.ids
         shape = ids.shape[1:]
@@ -246,7 +246,7 @@ class _Sweep:
             target_ids=ids,
             target_names=self.target.names,
             unit=self.target.unit,
-            measure=measure,
+            measure=self.target.measure,
             tolerance=self.tolerance,
             token_names=token_names(runs.network.tokenizer, [tokens, ids]),
             by_position=every if every.ndim > 4 else None,

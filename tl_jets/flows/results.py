@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from tl_jets.core.averages import Averaged
@@ -15,6 +17,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.results import Result
 from tl_jets.core.selection import positions_at
 from tl_jets.core.sinks import Sinks
+from tl_jets.flows.targets import target_text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,7 +123,7 @@ class Flow(Averaged, Result):
             "batch": b.tolist(),
             "pos": positions_at(self.positions, b, p),
         }
-        index["target"] = [self.target(*cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
         values = {"flow": self.flow, "share": self.flow / self.effect, "edit": self.edit, "direct": self.direct}
         values |= {"effect": self.effect, "gap": self.gap_share, "closed": self.closed}
         columns = {name: v.expand_as(self.flow).flatten().tolist() for name, v in values.items()}
@@ -152,7 +155,7 @@ class Flow(Averaged, Result):
         gap = self.gap.flip(0).cumsum(0).flip(0)
         later = self.effect + gap - self.carried
         index = {"stage": [self.stages[i] for i in s], "batch": b.tolist(), "pos": positions_at(self.positions, b, p)}
-        index["target"] = [self.target(*cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
         values = {"carried": self.carried, "edited_later": later, "gap": gap}
         columns = {name: v.flatten().tolist() for name, v in values.items()}
         return pd.DataFrame(index | columns | {"nodes": [self.nodes[i] for i in s]}).iloc[::-1].reset_index(drop=True)
@@ -170,16 +173,9 @@ class Flow(Averaged, Result):
             raise ValueError("Agreement is with path patching; this flow was not checked. Pass check=20, say.")
         rows = []
         for cell, own in self.check.groupby(["batch", "pos", "target"], sort=False):
-            found, true = own["flow"], own["mediated"]
-            error = float((found - true).abs().sum() / true.abs().sum())
-            rank = float(found.corr(true, method="spearman")) if len(own) > 1 else float("nan")
+            found, true = own["flow"].to_numpy(), own["mediated"].to_numpy()
+            error = float(np.abs(found - true).sum() / np.abs(true).sum())
+            rank = float(spearmanr(found, true).statistic) if len(own) > 1 else float("nan")
             named = dict(zip(["batch", "pos", "target"], cell, strict=True))  # type: ignore[call-overload]
             rows.append({**named, "mediators": len(own), "spearman": rank, "relative_error": error})
         return pd.DataFrame(rows)
-
-    def target(self, batch: int, pos: int, target: int) -> str:
-        """The text of a target."""
-        name = self.target_names[target]
-        if self.measure != "centered":
-            return str(name)
-        return self.token_names[int(self.target_ids[batch, pos, target])]

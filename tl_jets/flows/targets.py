@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class Target:
         names: Names of the targets.
         ids: Their tokens [batch, pos, target].
         unit: Unit of the values.
+        measure: `"centered"`, `"logit difference"` or `"kl"`.
         columns: The vectors whose products with the unembedding's input are the logits, with a multiple 1 of `b_U`; None
             for KL.
         clean: Log-probabilities of the clean run, for KL.
@@ -37,6 +38,7 @@ class Target:
     names: list[str | int]
     ids: Int[Tensor, "batch pos target"]
     unit: str
+    measure: str
     columns: Float[Tensor, "batch pos target width"] | None
     clean: Float[Tensor, "batch pos d_vocab"] | None = None
 
@@ -69,7 +71,7 @@ def read_target(
         ids, names = best.view(*states.shape[:2], 1), [ANSWER]
     if measure == "kl":
         logits = decoder.logits(decoder.norm(states.double()))
-        return Target(decoder, ["KL"], ids, "nats", None, decoder.transformed(logits).log_softmax(-1))
+        return Target(decoder, ["KL"], ids, "nats", measure, None, decoder.transformed(logits).log_softmax(-1))
     columns = directions(decoder, ids)
     if against is not None:
         others, other_names = read_targets(clean.network, against, rows)
@@ -79,4 +81,12 @@ def read_target(
             )
         columns = columns - directions(decoder, others)
         names = [f"{one!s} - {other!s}" for one, other in zip(names, other_names, strict=True)]
-    return Target(decoder, list(names), ids, decoder.unit, columns)
+    kind = "centered" if against is None else "logit difference"
+    return Target(decoder, list(names), ids, decoder.unit, kind, columns)
+
+
+def target_text(result: Any, batch: int, pos: int, target: int) -> str:
+    """The text of a result's target at a position."""
+    if result.measure != "centered":
+        return str(result.target_names[target])
+    return result.token_names[int(result.target_ids[batch, pos, target])]
