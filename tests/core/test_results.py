@@ -124,7 +124,7 @@ def test_top_tokens_say_what_they_take():
 # Devices
 
 # Tables of n-grams stay on the CPU, in the results of studies, too.
-TABLES = {"NgramTable", "Roles", "AblationCheck", "Mass", "ModelDiff", "TextComparison", "Track"}
+TABLES = {"Circuit", "NgramTable", "Roles", "AblationCheck", "Mass", "ModelDiff", "TextComparison", "Track"}
 
 
 def classes_of(kind: Any) -> set[Any]:
@@ -168,6 +168,14 @@ def movable():
     made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]
     made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]
     made += [tj.detached_spectra(network, "w3 w4 w5", k=2)]
+    hooks = tj.ablation_hooks(network, "0_mlp")
+    made += [
+        tj.flow(network, trace, hooks, nodes=1, tolerance=1e9),
+        tj.joint_flow(network, trace, ["0_mlp"], controls=0),
+    ]
+    pair = network, trace, ["w8 w4 w5", "w6 w3 w8"]
+    made += [tj.contrast(*pair), tj.compare_patching(*pair, ["0_mlp"])]
+    made += [tj.circuit_faithfulness(*pair, ["embed > 0_mlp"], random=1)]
     return {type(result): result for result in made}
 
 

@@ -1,6 +1,6 @@
 r"""Joint flow: the effect of a set of components ablated together, divided over them.
 
-Every write w of the set becomes (1 - t) w + t w', with w' its ablated value, at one dose t for all. With :math:`a_i` the dose of
+Every write w of the set becomes (1 - t) w + t w', with w' its ablated value, at one dose t for all. With a_i the dose of
 component i alone,
 
 .. math::
@@ -42,7 +42,7 @@ from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.flows.secants import MOST_NODES, legendre
 from tl_jets.flows.targets import Measure, read_target, target_text
-from tl_jets.interventions.ablation_effects import real_rows
+from tl_jets.interventions.effects import real_rows
 from tl_jets.interventions.hooks import Mode, ablation_hooks, hookable
 
 # Nodes of the first try.

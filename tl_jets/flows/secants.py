@@ -6,8 +6,8 @@ For a function f, a point h and a change d,
     f(h + d) - f(h) = S d, \qquad S = \int_0^1 Df(h + t d)\, dt \approx \sum_k w_k\, Df(h + t_k d),
 
 with Gauss-Legendre nodes. That is a jet of order 1 with centers on the segment (Lemma 1 of Chen et al.). As the left side
-is known, so is the error of the nodes on a covector g, the **gap** :math:`\langle g, S d \rangle - \langle g, f(h + d) -
-f(h) \rangle`; nodes are doubled until it is small.
+is known, so is the error of the nodes on a covector g, the **gap**: the product of g with S d, less its product with the
+left side. Nodes are doubled until it is small.
 
 Example:
     >>> h, d = torch.tensor([[0.3, -1.0]], dtype=torch.float64), torch.tensor([[2.0, 1.0]], dtype=torch.float64)

@@ -47,7 +47,7 @@ from tl_jets.flows.results import Flow
 from tl_jets.flows.secants import FIRST_NODES, PulledBack, pull_back
 from tl_jets.flows.targets import Measure, Target, read_target
 from tl_jets.flows.two_runs import TwoRuns
-from tl_jets.interventions.ablation_effects import real_rows
+from tl_jets.interventions.effects import real_rows
 
 
 def flow(
