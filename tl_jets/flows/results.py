@@ -142,8 +142,8 @@ class Flow(Averaged, Result):
                 f"Flows explain an effect if their gap is at most {self.tolerance:.2%} of it; here it is "
                 f"{self.gap_share.min():.2%} or more. Take nodes='auto', or a smaller intervention."
             )
-        order = frame["flow"].abs().sort_values(ascending=False).index
-        return frame.loc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
+        order = np.argsort(-np.abs(np.asarray(frame["flow"])), kind="stable")
+        return frame.iloc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
 
     def cuts(self) -> pd.DataFrame:
         """The certificate: at each stream, what it carries and what is edited later, less the effect.
@@ -175,7 +175,7 @@ class Flow(Averaged, Result):
         for cell, own in self.check.groupby(["batch", "pos", "target"], sort=False):
             found, true = own["flow"].to_numpy(), own["mediated"].to_numpy()
             error = float(np.abs(found - true).sum() / np.abs(true).sum())
-            rank = float(spearmanr(found, true).statistic) if len(own) > 1 else float("nan")
+            rank = float(spearmanr(found, true)[0]) if len(own) > 1 else float("nan")  # type: ignore[arg-type]
             named = dict(zip(["batch", "pos", "target"], cell, strict=True))  # type: ignore[call-overload]
             rows.append({**named, "mediators": len(own), "spearman": rank, "relative_error": error})
         return pd.DataFrame(rows)
