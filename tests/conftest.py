@@ -43,6 +43,7 @@ SLOW = {
     "test_families",
     "test_figures",
     "test_front_door",
+    "test_many_prompts",
     "test_memory",
     "test_ngrams",
     "test_notebooks",

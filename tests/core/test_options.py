@@ -59,6 +59,14 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ResidualNetwork.at": (lambda granularity: network().at(granularity), ("granularity",)),
     "ablation_effect": (lambda **o: tj.ablation_effect(network(), trace(), "0_mlp", **o), ("mode",)),
     "ablation_hooks": (lambda **o: tj.ablation_hooks(network(), "0_mlp", **o), ("mode",)),
+    "circuit_faithfulness": (
+        lambda **o: tj.circuit_faithfulness(network(), trace(), trace(), ["embed > 0_mlp"], **o),
+        ("level",),
+    ),
+    "contrast": (lambda **o: tj.contrast(network(), trace(), trace(), **o), ("by",)),
+    "first_order_effects": (lambda **o: tj.first_order_effects(network(), trace(), "0_mlp", **o), ("mode",)),
+    "flow": (lambda **o: tj.flow(network(), trace(), trace(), **o), ("measure", "granularity", "nodes")),
+    "joint_flow": (lambda **o: tj.joint_flow(network(), trace(), ["0_mlp"], controls=0, **o), ("mode", "measure")),
     "detached_spectra": (lambda **o: tj.detached_spectra(network(), trace(), k=2, **o), ("maps",)),
     "exponential_expansion": (
         lambda **o: tj.exponential_expansion(network(), top=2, **o),
