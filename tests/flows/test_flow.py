@@ -109,10 +109,7 @@ def test_an_ablation_of_every_family_is_explained_to_the_tolerance(spec):
         return
     with torch.no_grad(), full_precision():
         before, after = model(tokens), model.run_with_hooks(tokens, fwd_hooks=hooks)
-    # the gradient of ReLU jumps, and nodes close such effects slowly
-    found = tj.flow(
-        model, tokens, hooks, targets=5, granularity="sublayer", tolerance=0.05 if spec.name == "opt" else 0.01
-    )
+    found = tj.flow(model, tokens, hooks, targets=5, granularity="sublayer")
     assert bool(found.closed.all())
     if found.unit == "logits":
         effect = centered_logit(after, 5) - centered_logit(before, 5)

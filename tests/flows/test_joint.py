@@ -105,9 +105,9 @@ def test_results_say_what_they_are(tmp_path):
     loaded = tj.load(found.save(tmp_path / "joint.safetensors"))
     assert loaded.to_dataframe().equals(found.to_dataframe()) and repr(loaded) == repr(found)
     assert found.to_dataframe()["component"].tolist() == ["L0H1", "L1H2"]
-    with pytest.warns(UserWarning, match="1 of 1 effects stay open: with 64 nodes, shares miss up to"):
+    with pytest.warns(UserWarning, match="1 of 1 effects stay open: with 128 nodes, shares miss up to"):
         still = tj.joint_flow(model, PROMPT, ["L0H1", "L1H2"], controls=0, tolerance=1e-12)
     assert "1 OPEN: their shares explain nothing" in repr(still)
-    with pytest.raises(ValueError, match="must be distinct"):
+    with pytest.raises(ValueError, match="must be distinct, and at least one"):
         tj.joint_flow(model, PROMPT, ["L0H1", "L0H1"])
     assert not any(point.fwd_hooks for point in model.hook_dict.values())

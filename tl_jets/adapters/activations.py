@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens.utilities.components_utils import get_act_name
 
 from tl_jets.adapters.blocks import Blocks, saver
 from tl_jets.adapters.parts import through_output
@@ -50,6 +49,10 @@ def inner_stage(view: Any, label: LabelInput) -> tuple[str, Stage] | None:
 
 def _inner_hook(view: Blocks, label: LabelInput) -> str | None:
     """The hook; None for streams, writes, sources and labels of ours."""
+    from transformer_lens.utilities.components_utils import (
+        get_act_name,  # seconds to load: not before a trace is indexed
+    )
+
     name = label
     if isinstance(label, tuple):
         kind, layer, *rest = label if len(label) in (2, 3) else (None, None)

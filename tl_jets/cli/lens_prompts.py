@@ -136,7 +136,8 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
     """A row for each of some layers: ranks of both answers, and how often the answer leads from there on."""
     rows = lens.trajectories().set_index(["target", "order", "layer"])
     ends = list(dict.fromkeys([lens.orders[0], lens.orders[-1]]))
-    medians = torch.tensor([[rows.loc[(ANSWER, k, label)].rank_median + 1 for k in ends] for label in lens.labels])
+    found_medians = [[rows.loc[(ANSWER, k, label)].rank_median + 1 for k in ends] for label in lens.labels]
+    medians = torch.tensor(found_medians, device="cpu")
     shown = range(len(lens.labels)) if every else changing(medians, [[0]] * len(lens.labels), LAYERS)
     found = []
     for i in shown:

@@ -70,7 +70,7 @@ def _by_position(graph: GraphMap) -> Tensor | None:
     units = torch.eye(d_model, dtype=graph.point.dtype, device=graph.point.device)
     matrices = _through(graph, units.expand(length, -1, -1))
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(length, 1, d_model, generator=generator).to(graph.point)
+    probe = torch.randn(length, 1, d_model, generator=generator, device="cpu").to(graph.point)
     wanted = _through(graph, probe)
     error = (probe @ matrices - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny)
     return matrices if float(error) <= rounding(wanted.dtype) else None

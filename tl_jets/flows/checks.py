@@ -18,14 +18,12 @@ Source: Vig et al. 2020 (causal mediation); Wang et al. 2022 (path patching).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM, Step
 from tl_jets.core.selection import Rows, positions_at
 from tl_jets.core.trace import Trace
@@ -44,7 +42,7 @@ def path_patched(flow: Flow, runs: TwoRuns, rows: Rows, target: Target, count: i
 
     Components that the intervention itself edits are left out: restoring one undoes the intervention.
 
-    Cost: four forward passes, and two for each component.
+    Cost: up to four forward passes, and two for each component.
     """
     steps = {step.write: step for step in runs.network.steps if step.kind in PATCHED}
     sizes = flow.flow.abs().sum((1, 2, 3))
@@ -67,11 +65,10 @@ def path_patched(flow: Flow, runs: TwoRuns, rows: Rows, target: Target, count: i
 
 def _patches(runs: TwoRuns, mediators: list[Step], hooks: Hooks, of: Trace) -> list[Hooks]:
     """For each mediator, hooks that set its write to that of a run: of the input of `of`, under `hooks`."""
-    network: Any = ResidualNetwork(runs.network, runs.network.granularity)
     mask = of.recording.memo.get("attention_mask")
     source = {"input_ids": of.tokens, "attention_mask": of.valid.long() if mask is None else mask}
-    with network.view.hooks(hooks):
-        return [patch_hooks(network, step.label, source) for step in mediators]
+    with runs.network.view.hooks(hooks):  # type: ignore[attr-defined]
+        return [[hook] for hook in patch_hooks(runs.network, [step.label for step in mediators], source)]
 
 
 def _values(runs: TwoRuns, target: Target, rows: Rows, hooks: Hooks, of: Trace, patches: list[Hooks]) -> Tensor:

@@ -22,7 +22,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,19 @@ from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
-from tl_jets.core.selection import TargetInput, positions_at
+from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.flows.secants import MOST_NODES, legendre
-from tl_jets.flows.targets import Measure, read_target, target_text
-from tl_jets.interventions.effects import real_rows
-from tl_jets.interventions.hooks import Mode, ablation_hooks, hookable
+from tl_jets.flows.targets import Measure, Target, read_target, target_text
+from tl_jets.interventions.effects import cells_of, exact_trace, real_rows
+from tl_jets.interventions.hooks import Mode, hookable, hooks_of_each
+from tl_jets.interventions.places import Hooks
+from tl_jets.interventions.replays import first_stage, hooked_stream, last_streams
 
 # Nodes of the first try.
 FIRST_NODES = 4
@@ -155,7 +158,7 @@ def joint_flow(
         against: One token for each target: the logit difference, target - against, is explained.
         measure: `"centered"` or `"kl"`, as in `flow`.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
-        tolerance: Nodes are doubled, up to 64, until the sum is within this share of the effect.
+        tolerance: Nodes are doubled, up to 128, until the sum is within this share of the effect.
         controls: How many random sets of the same size and layers are ablated, too.
         seed: Seed of the random sets, and of `"resample"`.
         attention_mask: Passed to the model (left padding needs it).
@@ -163,102 +166,60 @@ def joint_flow(
     Raises:
         ValueError: Bad components, mode, positions or targets, or too few other components for a control.
 
-    Warns:
-        UserWarning: An effect stays open.
-
-    Cost: 4 forward-backward passes of the model for a mild ablation, 12 or 28 for a strong one; a forward pass for every
-    component and control.
+    Cost: 5 forward-backward passes for a mild ablation, 13 or 29 for a strong one; single ablations and controls as in
+    `ablation_effect`. Warns (UserWarning) of effects that stay open.
     """
     network = hookable(model)
     check_integers(0, controls=controls)
-    clean = trace_of(network, prompts, attention_mask)
+    clean = exact_trace(network, prompts, attention_mask)
     rows = real_rows(clean, positions)
     target = read_target(clean, rows, targets, against, measure)
-    labels = [network.label(c) for c in ([components] if isinstance(components, str) else components)]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"Components that are ablated together must be distinct; got {labels}.")
-    if reference is not None and not isinstance(reference, Trace):
-        reference = network.trace(reference)
-    options: dict[str, Any] = {"mode": mode, "reference": reference, "seed": seed}
-    if ablated_positions is not None:
-        where = real_rows(clean, ablated_positions).index
-        options["positions"] = torch.zeros_like(clean.valid).scatter(1, where, True)
-    doses = _Doses(network, clean, lambda states: target(rows.at(states)), options)
-    n = len(labels)
-    before, after = doses.values(labels, torch.zeros(n)), doses.values(labels, torch.ones(n))
-    effect = after - before
-    share, nodes = doses.shares(labels, effect, tolerance)
+    labels = _distinct(network, components)
     sets = _random_sets(network, labels, controls, seed)
-    found = JointFlow(
-        labels=labels,
-        mode=mode,
-        share=share,
-        single=torch.stack([doses.values([label], torch.ones(1)) - before for label in labels]),
-        gradient=doses.gradients(labels, 0.0),
-        effect=effect,
-        control_labels=sets,
-        control=torch.stack([doses.values(own, torch.ones(n)) for own in sets]) - before
-        if sets
-        else effect.new_zeros(0, *effect.shape),
-        gap=share.sum(0) - effect,
-        nodes=nodes,
-        tolerance=tolerance,
-        positions=rows.positions,
-        tokens=rows.at(clean.tokens),
-        target_ids=target.ids,
-        target_names=target.names,
-        unit=target.unit,
-        measure=target.measure,
-        token_names=token_names(network.tokenizer, [rows.at(clean.tokens), target.ids]),
-    )
-    if not bool(found.closed.all()):
-        share_of = (found.gap / effect).abs()[~found.closed].max()
-        warn_caller(
-            f"{int((~found.closed).sum())} of {found.closed.numel()} effects stay open: with {nodes} nodes, shares miss up to "
-            f"{100 * float(share_of):.3g}% of the effect. They explain nothing; ablate fewer components, or positions.",
-            UserWarning,
-        )
-    return found
+    known = list(dict.fromkeys([*labels, *chain(*sets)]))
+    where = None if ablated_positions is None else cells_of(clean, ablated_positions)
+    hooks = hooks_of_each(network, known, mode=mode, reference=reference, positions=where, seed=seed)
+    doses = _Doses(clean, rows, target, dict(zip(known, hooks, strict=True)))
+    return doses.result(labels, sets, mode, tolerance)
+
+
+def _distinct(network: ResidualNetwork, components: str | Sequence[str]) -> list[str]:
+    labels = [network.label(c) for c in ([components] if isinstance(components, str) else components)]
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"Components that are ablated together must be distinct, and at least one; got {labels}.")
+    return labels
 
 
 @dataclass(frozen=True, eq=False)
 class _Doses:
-    """The target of a run, and its gradients, under partial ablations."""
+    """The target of a run, and its gradients, under ablations of some components; `hooks` are theirs, by label."""
 
-    network: ResidualNetwork
     clean: Trace
-    target: Any
-    options: dict[str, Any]
-    known: dict[str, Any] = field(default_factory=dict)
-
-    def _hooks(self, label: str) -> Any:
-        """The hooks of a component's ablation, made once."""
-        if label not in self.known:
-            self.known[label] = ablation_hooks(self.network, label, **self.options)
-        return self.known[label]
-
-    def _run(self, labels: list[str], doses: Float[Tensor, "component batch"]) -> Float[Tensor, "batch pos target"]:
-        view: Any = self.network.view
-        hooks, last, found = [], f"blocks.{self.network.n_layers - 1}.hook_resid_post", []
-        for label, dose in zip(labels, doses, strict=True):
-            for point, edit in self._hooks(label):
-                hooks.append((point, _partial(edit, dose)))
-        hooks.append((last, lambda stream, hook: found.append(stream)))
-        with view.precision():
-            view.run_until(last, self.clean.tokens, hooks, self.clean.recording.memo.get("attention_mask"))
-        stream = found[0]
-        return self.target(stream.to(self.clean[FINAL_STREAM]))
+    rows: Rows
+    target: Target
+    hooks: dict[str, Hooks]
 
     @torch.no_grad()
-    def values(self, labels: list[str], doses: Float[Tensor, " component"]) -> Float[Tensor, "batch pos target"]:
-        """The target with each component at its dose."""
-        return self._run(labels, doses[:, None].expand(-1, len(self.clean.tokens)))
+    def ablated(self, sets: list[list[str]]) -> Float[Tensor, "set batch pos target"]:
+        """The target with each set ablated."""
+        runs = [[hook for label in own for hook in self.hooks[label]] for own in sets]
+        order = sorted(range(len(runs)), key=lambda i: first_stage(self.clean, runs[i]))
+        found = {}
+        for final in chain.from_iterable(last_streams(self.clean, [runs[i] for i in order])):
+            found[order[len(found)]] = self.target(self.rows.at(final))
+        return torch.stack([found[i] for i in range(len(runs))])
 
     def gradients(self, labels: list[str], dose: float) -> Float[Tensor, "component batch pos target"]:
-        """Derivatives by the doses, with all components at one dose."""
-        with torch.enable_grad():
-            doses = torch.full((len(labels), len(self.clean.tokens)), dose, dtype=torch.float64).requires_grad_(True)
-            value = self._run(labels, doses)
+        """Derivatives by the doses of single components, with all at one dose."""
+        shape, device = (len(labels), len(self.clean.tokens)), self.clean.tokens.device
+        with torch.inference_mode(False), torch.enable_grad():
+            doses = torch.full(shape, dose, dtype=torch.float64, device=device, requires_grad=True)
+            hooks = [
+                (point, _partial(edit, own))
+                for label, own in zip(labels, doses, strict=True)
+                for point, edit in self.hooks[label]
+            ]
+            value = self.target(self.rows.at(hooked_stream(self.clean, hooks)))
             cells = value.flatten(1).sum(0)
             last = len(cells) - 1
             found = [torch.autograd.grad(c, doses, retain_graph=i < last)[0] for i, c in enumerate(cells)]
@@ -273,6 +234,47 @@ class _Doses:
             if count >= MOST_NODES or bool(((total.sum(0) - effect).abs() <= tolerance * effect.abs()).all()):
                 return total, count
             count *= 2
+
+    def result(self, labels: list[str], sets: list[list[str]], mode: str, tolerance: float) -> JointFlow:
+        """The shares of the components, beside single ablations, gradients and the control sets."""
+        before = self.target(self.rows.at(self.clean[FINAL_STREAM]))
+        effect, *others = self.ablated([labels, *([label] for label in labels), *sets]) - before
+        share, nodes = self.shares(labels, effect, tolerance)
+        single, control = others[: len(labels)], others[len(labels) :]
+        tokens, target = self.rows.at(self.clean.tokens), self.target
+        found = JointFlow(
+            labels=labels,
+            mode=mode,
+            share=share,
+            single=torch.stack(single),
+            gradient=self.gradients(labels, 0.0),
+            effect=effect,
+            control_labels=sets,
+            control=torch.stack(control) if control else effect.new_zeros(0, *effect.shape),
+            gap=share.sum(0) - effect,
+            nodes=nodes,
+            tolerance=tolerance,
+            positions=self.rows.positions,
+            tokens=tokens,
+            target_ids=target.ids,
+            target_names=target.names,
+            unit=target.unit,
+            measure=target.measure,
+            token_names=token_names(self.clean.network.tokenizer, [tokens, target.ids]),
+        )
+        _warn_of_open(found)
+        return found
+
+
+def _warn_of_open(found: JointFlow) -> None:
+    still_open = ~found.closed
+    if bool(still_open.any()):
+        missed = float((found.gap / found.effect).abs()[still_open].max())
+        warn_caller(
+            f"{int(still_open.sum())} of {still_open.numel()} effects stay open: with {found.nodes} nodes, shares miss up to "
+            f"{100 * missed:.3g}% of the effect. They explain nothing; ablate fewer components, or positions.",
+            UserWarning,
+        )
 
 
 def _partial(edit: Any, dose: Float[Tensor, " batch"]) -> Any:

@@ -107,8 +107,10 @@ class Flow(Averaged, Result):
         return sum(self.evaluations) / max(1, len(self.stages))
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Columns component, flow, edit, direct, averaged over targets, too."""
-        columns = {name: getattr(self, name).mean(-1) for name in ("flow", "edit", "direct")}
+        """Columns component, flow, edit, direct, averaged over targets, too, without open effects."""
+        columns = {
+            n: torch.where(self.closed, getattr(self, n), torch.nan).nanmean(-1) for n in ("flow", "edit", "direct")
+        }
         return [{"component": label} for label in self.labels], columns
 
     def to_dataframe(self) -> pd.DataFrame:

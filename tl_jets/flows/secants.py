@@ -28,9 +28,9 @@ from scipy.special import roots_legendre
 from torch import Tensor
 
 # Nodes of the first try, and the most.
-FIRST_NODES, MOST_NODES = 2, 64
+FIRST_NODES, MOST_NODES = 2, 128
 # Rounding of a gap: so many units in the last place of the sum of the absolute values of its terms.
-ROUNDING = 32
+ROUNDING = 2
 
 
 class PulledBack(NamedTuple):

@@ -27,11 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.core.network import trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.interventions.ablation_jets import AblationJet, check_doses, jets_of
-from tl_jets.interventions.effects import AblationEffect, cells_of, effect_of, read_ablations, real_rows
+from tl_jets.interventions.effects import AblationEffect, cells_of, effect_of, exact_trace, read_ablations, real_rows
 from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
 from tl_jets.interventions.replays import first_stage, last_streams, logits_of
 
@@ -81,9 +80,7 @@ def ablation_effect(
     """
     network = hookable(model)
     check_doses(order, doses)
-    trace = trace_of(network, prompts, attention_mask)
-    if trace.logits is None:  # a cache, which need not be exact
-        trace = network.trace(trace.tokens, attention_mask=trace.recording.memo.get("attention_mask"))
+    trace = exact_trace(network, prompts, attention_mask)
     rows = real_rows(trace, positions)
     ablations, labels = read_ablations(network, steps)
     where = None if ablated_positions is None else cells_of(trace, ablated_positions)

@@ -15,7 +15,7 @@ from tl_jets.core.attribution import centered
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.labels import is_label
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
@@ -114,6 +114,14 @@ def effect_of(
         token_names=token_names(trace.network.tokenizer, [tokens, ids]),
         sinks=Sinks.of(trace, rows),
     )
+
+
+def exact_trace(network: ResidualNetwork, prompts: Any, attention_mask: Tensor | None) -> Trace:
+    """A trace of the model's own pass, and not of a cache, which need not be exact."""
+    trace = trace_of(network, prompts, attention_mask)
+    if trace.logits is None:
+        trace = network.trace(trace.tokens, attention_mask=trace.recording.memo.get("attention_mask"))
+    return trace
 
 
 def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:

@@ -48,8 +48,9 @@ def lens_data(
         prompt: Text of the input, if it was one.
 
     Returns:
-        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's best token), `unit` (of logits and
-        effects), `iterative` and `joint`, with the lenses' own names. Spaces in tokens are written as `·`.
+        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's best token), `sinks` [batch][pos]
+        (positions that averages leave out), `unit` (of logits and effects), `iterative` and `joint`, with the lenses' own
+        names. Spaces in tokens are written as `·`.
 
     Raises:
         ValueError: The lenses are of different tokens, or the iterative lens has no measures or control.
@@ -74,6 +75,7 @@ def lens_data(
         "positions": torch.as_tensor(iterative.positions, device="cpu").tolist(),
         "tokens": texts(iterative.tokens),
         "answer": texts(iterative.model_top_ids),
+        "sinks": None if iterative.sinks is None else iterative.sinks.mask.tolist(),
         "unit": iterative.unit,
         "iterative": {"axes": ["layer", "order", "batch", "pos"], "top_tokens": texts(iterative.top_ids)}
         | {name: _plain(getattr(iterative, name)) for name in (*SHARED, *ITERATIVE)},
