@@ -174,8 +174,8 @@ def movable():
         tj.joint_flow(network, trace, ["0_mlp"], controls=0),
     ]
     pair = network, trace, ["w8 w4 w5", "w6 w3 w8"]
-    made += [tj.contrast(*pair), tj.compare_patching(*pair, ["0_mlp"])]
-    made += [tj.circuit_faithfulness(*pair, ["embed > 0_mlp"], random=1)]
+    made += [tj.contrast(*pair, targets=[4, 5]), tj.compare_patching(*pair, ["0_mlp"], targets=[4, 5])]
+    made += [tj.circuit_faithfulness(*pair, ["embed > 0_mlp"], random=1, targets=[4, 5])]
     return {type(result): result for result in made}
 
 

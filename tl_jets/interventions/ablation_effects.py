@@ -71,8 +71,7 @@ def ablation_effect(
 
     Raises:
         ValueError: Bad steps, mode, reference, positions, targets or input; or the streams do not follow the edit.
-        NotImplementedError: A network of plain callables, which has no hooks; a series through an operation without a
-            Taylor rule.
+        NotImplementedError: A network of plain callables, which has no hooks; an operation without a Taylor rule.
 
     Cost: a forward pass, the reference's, and the stages after each ablation, of many ablations at once; where they
     cannot be replayed (`tl_jets.interventions.replays`) a forward pass per ablation. A series costs about order + 3 times

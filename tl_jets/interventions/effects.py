@@ -68,13 +68,19 @@ class AblationEffect(Averaged, Result):
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
-        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
-        step, b, p, t = torch.ones_like(self.logit).nonzero().T
-        columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
-        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
-        columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
-        columns |= {name: getattr(self, name).flatten().tolist() for name in ("logit", "centered")}
-        return pd.DataFrame(columns | {"kl": self.kl[step, b, p].tolist()})
+        values = {"logit": self.logit, "centered": self.centered, "kl": self.kl[..., None].expand_as(self.logit)}
+        return effects_table(self, values, tokenizer)
+
+
+def effects_table(effects: Any, values: dict[str, Tensor], tokenizer: Any) -> pd.DataFrame:
+    """Values [ablation, batch, pos, target] by name: a row each, after step, batch, pos, token, target."""
+    names = token_names(tokenizer, [effects.tokens, effects.target_ids]) if tokenizer else effects.token_names
+    step, b, p, t = torch.ones_like(next(iter(values.values()))).nonzero().T
+    columns = {"step": [effects.labels[i] for i in step], "batch": b.tolist()}
+    columns |= {"pos": positions_at(effects.positions, b, p)}
+    columns |= {"token": [names[i] for i in effects.tokens[b, p].tolist()]}
+    columns |= {"target": [names[i] for i in effects.target_ids[b, p, t].tolist()]}
+    return pd.DataFrame(columns | {name: own.flatten().tolist() for name, own in values.items()})
 
 
 def effect_of(

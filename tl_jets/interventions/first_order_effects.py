@@ -36,11 +36,11 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import trace_of
 from tl_jets.core.results import Result
-from tl_jets.core.selection import ANSWER, TargetInput, positions_at, read_targets
+from tl_jets.core.selection import ANSWER, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.interventions.ablation_jets import centered_of
-from tl_jets.interventions.effects import cells_of, read_ablations, real_rows
+from tl_jets.interventions.effects import cells_of, effects_table, read_ablations, real_rows
 from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
 from tl_jets.interventions.places import Hooks
 from tl_jets.interventions.replays import hooked_stream
@@ -84,12 +84,7 @@ class FirstOrderEffects(Averaged, Result):
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, effect."""
-        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
-        step, b, p, t = torch.ones_like(self.effect).nonzero().T
-        columns = {"step": [self.labels[i] for i in step], "batch": b.tolist()}
-        columns |= {"pos": positions_at(self.positions, b, p), "token": [names[i] for i in self.tokens[b, p].tolist()]}
-        columns |= {"target": [names[i] for i in self.target_ids[b, p, t].tolist()]}
-        return pd.DataFrame(columns | {"effect": self.effect.flatten().tolist()})
+        return effects_table(self, {"effect": self.effect}, tokenizer)
 
 
 def first_order_effects(
@@ -105,7 +100,7 @@ def first_order_effects(
     seed: int = 0,
     attention_mask: Tensor | None = None,
 ) -> FirstOrderEffects:
-    """An `FirstOrderEffects` of some ablations: the first order of `ablation_effect`, with its arguments.
+    """A `FirstOrderEffects` of some ablations: the first order of `ablation_effect`, with its arguments.
 
     Raises:
         ValueError: Bad steps, mode, reference, positions, targets or input.
