@@ -42,6 +42,7 @@ SLOW = {
     "test_docs",
     "test_families",
     "test_figures",
+    "test_flow_smollm2",
     "test_front_door",
     "test_many_prompts",
     "test_memory",
