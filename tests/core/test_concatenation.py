@@ -141,6 +141,13 @@ def test_one_result_is_itself_without_its_model(net):
         (tj.joint_jet_lens, {"order": 1}, {"order": 0}, "order must be equal in all results; got 1 and 0"),
         (tj.joint_jet_lens, {}, {"weights": "uniform"}, "objective .* 'centered_l2' and 'uniform'"),
         (tj.joint_jet_lens, {}, {"targets": "w3"}, r"target_names .* \['<answer>'\] and \['w3'\]"),
+        (tj.interactions, {}, {"seed": 1}, "seed must be equal .* 0 and 1"),
+        (
+            tj.ablation_effect,
+            {"mode": "resample", "reference": ["w1 w2 w3", "w4 w5 w6"]},
+            {"mode": "resample", "reference": ["w1 w2 w3", "w4 w5 w6"], "seed": 1},
+            "seed must be equal .* 0 and 1",
+        ),
         (tj.path_lengths, {}, {"avoiding": "0_mlp"}, r"labels \(first at index 4\)"),
         (tj.path_lengths, {}, {"avoiding": "embed"}, r"counts \(first at index 0\)"),
         (tj.ablation_effect, {}, {"mode": "mean", "reference": "w3 w4"}, "mode .* 'zero' and 'mean'"),
@@ -153,7 +160,21 @@ def test_other_options_are_refused_by_name(net, call, one, other, said):
         tj.concat(parts)
 
 
-@pytest.mark.parametrize("call", [tj.iterative_jet_lens, tj.joint_jet_lens])
+def of_flow(model: Any, prompts: Any) -> Any:
+    return tj.flow(model, prompts, tj.ablation_hooks(model, "0_mlp"), nodes=2, tolerance=1.0)
+
+
+JOINED = [
+    tj.iterative_jet_lens,
+    tj.joint_jet_lens,
+    tj.path_sums,
+    tj.ablation_effect,
+    tj.first_order_effects,
+    tj.interactions,
+]
+
+
+@pytest.mark.parametrize("call", [*JOINED, of_flow], ids=lambda call: call.__name__)
 def test_another_model_is_refused_by_name(net, call, tmp_path):
     model = zoo.build(zoo.available(["gpt2"])[0])
     same = call(model, "w5 w9 w3")

@@ -13,6 +13,7 @@ import zoo
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, jet_expand, joint_jet_lens
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_text
 from tl_jets.core.trace import Trace
@@ -193,6 +194,20 @@ def test_all_tensors_of_a_result_move(movable):
             assert values.device.type == "meta" and values.shape == before[path].shape, f"{kind.__name__}{path}"
         for path, values in tensors_of(result):
             assert values is before[path] and values.device.type == "cpu", f"{kind.__name__}{path}"
+
+
+# What belongs to another result, which names the model.
+PARTS = {"Measures", "Sinks", "Verdict", "SimplexSolution", "SingularVectors", "BlockNorms"}
+# Results with a control at random hold its seed.
+SEEDED = {"IterativeJetLens", "JointJetLens", "Interactions", "JointFlow", "CircuitFaithfulness"}
+
+
+def test_every_result_names_its_model_and_the_seed_of_its_control(movable, tmp_path):
+    mark = model_mark(ResidualNetwork(zoo.build(RAW[2])))
+    for kind, result in movable.items():
+        if kind.__name__ not in PARTS:
+            assert tj.load(result.save(tmp_path / "result")).model == mark, kind
+            assert getattr(result, "seed", None) == (0 if kind.__name__ in SEEDED else None), kind
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -48,7 +48,6 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result
 from tl_jets.core.selection import TargetInput
-from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.paths.circuit import Circuit
@@ -74,6 +73,7 @@ class Contrast(Result):
         target_names: The targets as requested.
         unit: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        model: Name of the model and a digest of its weights; None in files of older versions.
     """
 
     labels: list[str]
@@ -86,6 +86,7 @@ class Contrast(Result):
     target_names: list[str | int]
     unit: str
     token_names: dict[int, str]
+    model: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -173,9 +174,7 @@ def contrast(
         best = (found[0] - found[1]).mean(-1).abs().argsort(descending=True, stable=True).tolist()
         labels, found = [labels[i] for i in best], [values[best] for values in found]
     totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in traces]
-    names = token_names(pair.network.tokenizer, [pair.target_ids])
-    about = pair.target_ids, pair.target_names, pair.clean.decoder.unit, names
-    return Contrast(labels, by, found[0], found[1], totals[0], totals[1], *about)
+    return Contrast(labels, by, found[0], found[1], totals[0], totals[1], **pair.header)
 
 
 def _parts(pair: Pair, trace: Trace, by: Any, position: int, order: int) -> dict[str, Float[Tensor, " batch"]]:

@@ -57,7 +57,6 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, some
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
-from tl_jets.core.tokens import token_names
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.circuit import Circuit, node_of, ranked
 from tl_jets.paths.statistics import PathStatistics
@@ -83,6 +82,8 @@ class CircuitFaithfulness(Result):
         target_names: The targets as requested.
         unit: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        model: Name of the model and a digest of its weights; None in files of older versions.
+        seed: Seed of the random circuits.
     """
 
     kinds: list[str]
@@ -97,6 +98,8 @@ class CircuitFaithfulness(Result):
     target_names: list[str | int]
     unit: str
     token_names: dict[int, str]
+    model: str | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -198,8 +201,8 @@ def circuit_faithfulness(
         kept = [_kept(pair, circuit, level) for _, _, circuit in candidates]
         found = torch.stack([torch.stack([_measured(pair, own, base) for base in baselines.values()]) for own in kept])
     kinds, sizes, circuits = (list(column) for column in zip(*candidates, strict=True))
-    shown = pair.target_names, pair.clean.decoder.unit, token_names(pair.network.tokenizer, [pair.target_ids])
-    return CircuitFaithfulness(kinds, sizes, circuits, list(baselines), level, found, *ends, pair.target_ids, *shown)
+    shown = pair.header | {"seed": int(seed)}
+    return CircuitFaithfulness(kinds, sizes, circuits, list(baselines), level, found, *ends, **shown)
 
 
 def _candidates(

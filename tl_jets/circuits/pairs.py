@@ -22,9 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits, directions
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput, read_targets
+from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 
 # Writes by the label of their source or step.
@@ -99,6 +101,17 @@ class Pair:
     def network(self) -> ResidualNetwork:
         """The network of both traces."""
         return self.clean.network  # type: ignore[return-value]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Fields of results: targets, their unit and texts, and the model's mark."""
+        return {
+            "target_ids": self.target_ids,
+            "target_names": self.target_names,
+            "unit": self.clean.decoder.unit,
+            "token_names": token_names(self.network.tokenizer, [self.target_ids]),
+            "model": model_mark(self.network, self.clean.recording.hook_state),
+        }
 
     def difference(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch"]:
         """The difference of the targets' additive logits that a last stream gives, float64."""

@@ -43,7 +43,6 @@ from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM, some
 from tl_jets.core.results import Result
 from tl_jets.core.selection import TargetInput
-from tl_jets.core.tokens import token_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,6 +59,7 @@ class PatchingComparison(Result):
         target_names: The targets as requested.
         unit: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
+        model: Name of the model and a digest of its weights; None in files of older versions.
     """
 
     methods: list[str]
@@ -71,6 +71,7 @@ class PatchingComparison(Result):
     target_names: list[str | int]
     unit: str
     token_names: dict[int, str]
+    model: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -160,8 +161,7 @@ def compare_patching(
             exact = pair.said(patched(pair, label, to[label]) - patched(pair, label, start[label]))
         change.append(torch.cat([exact[None], pair.said(series.coefficients[1:]).cumsum(0)]))
     methods = ["activation", "attribution", *(f"jet {k}" for k in range(2, order + 1))]
-    shown = pair.target_names, pair.clean.decoder.unit, token_names(pair.network.tokenizer, [pair.target_ids])
-    return PatchingComparison(methods, labels, torch.stack(change, 1), *ends, pair.target_ids, *shown)
+    return PatchingComparison(methods, labels, torch.stack(change, 1), *ends, **pair.header)
 
 
 def patched(pair: Pair, site: str, write: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:

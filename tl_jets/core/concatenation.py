@@ -41,9 +41,9 @@ MOST_CHARACTERS = 200
 def concat(results: Iterable[Kind], *, rows: Sequence[Sequence[int]] | None = None) -> Kind:
     """The results of several batches of prompts as one result, prompts in order.
 
-    Equal to one call on all prompts, up to rounding; resampled ablations draw within each call. Lenses hold their model and
-    seed, which must be equal; of path statistics and ablation effects nothing can check them, nor hooks of any. What belongs
-    to the running model (`JointJetLens.center_top_tokens`) is gone, as in a loaded result.
+    Equal to one call on all prompts, up to rounding; resampled ablations draw within each call. Results hold their model and
+    seed, which must be equal; nothing can check the hooks that were on it. What belongs to the running model
+    (`JointJetLens.center_top_tokens`) is gone, as in a loaded result.
 
     Args:
         results: Results of one kind and one set of options: `IterativeJetLens`, `JointJetLens`, `PathStatistics`,

@@ -55,6 +55,7 @@ from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
 from tl_jets.core.logit_reader import TopTokens
 from tl_jets.core.markup import text
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
@@ -80,6 +81,7 @@ class DetachedJacobian(Result):
         reconstruction_error: |J e + bias - value| / |value|; `ordinary_error` is that of the ordinary Jacobian.
         token_names: Texts of the ids in `tokens`.
         parts: The contributions of a loaded result; None before.
+        model: Name of the model and a digest of its weights; None in files of older versions.
         map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
         ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
         trace: The trace of the input.
@@ -96,6 +98,7 @@ class DetachedJacobian(Result):
     ordinary_error: float | None
     token_names: dict[int, str]
     parts: Float[Tensor, "batch pos out_pos width"] | None = None
+    model: str | None = None
     map: Any = handle()
     ordinary: Any = handle()
     trace: Any = handle()
@@ -350,6 +353,7 @@ def _measured(
         reconstruction_error=error,
         ordinary_error=ordinary_error,
         token_names=token_names(network.tokenizer, [trace.tokens]),
+        model=model_mark(network, trace.recording.hook_state),
         map=linear,
         ordinary=ordinary_map,
         trace=trace,

@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 from tl_jets.core.linear_map import MAX_BYTES, size_text
 from tl_jets.core.logit_reader import TopTokens, slices
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
@@ -79,6 +80,7 @@ class DetachedSpectra(Result):
         stable_rank: frobenius^2 / values[0]^2; 0 for a map that is zero (an MLP alone, between two positions).
         left: Left singular vectors, in the sign of the prompt's own input.
         written: The model's own value at each output; `final` is the final stream at the position.
+        model: Name of the model and a digest of its weights; None in files of older versions.
         trace: The trace of the prompt. A loaded result has none: its directions are decoded after `with_model`.
     """
 
@@ -93,6 +95,7 @@ class DetachedSpectra(Result):
     left: Float[Tensor, "map vector d_model"]
     written: Float[Tensor, "map d_model"]
     final: Float[Tensor, " d_model"]
+    model: str | None = None
     trace: Any = handle()
 
     def __repr__(self) -> str:
@@ -271,6 +274,7 @@ def detached_spectra(
             left=torch.stack(left).to(dtype),
             written=torch.stack([found[pair][2] for pair in pairs]),
             final=trace[FINAL_STREAM][0, place[0]],
+            model=model_mark(network, trace.recording.hook_state),
             trace=trace,
         )
 

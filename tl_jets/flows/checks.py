@@ -60,7 +60,7 @@ def path_patched(flow: Flow, runs: TwoRuns, rows: Rows, target: Target, count: i
     clean, other = (target(rows.at(run[FINAL_STREAM])) for run in (runs.clean, runs.other))
     columns = {"flow": flow.flow[chosen], "restored": other - restored, "moved": moved - clean}
     columns["mediated"] = (columns["restored"] + columns["moved"]) / 2
-    return replace(flow, check=_table(flow, chosen, columns))
+    return replace(flow, check=_table(flow, chosen, columns), seed=int(seed))
 
 
 def _patches(runs: TwoRuns, mediators: list[Step], hooks: Hooks, of: Trace) -> list[Hooks]:

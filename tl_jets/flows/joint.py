@@ -22,7 +22,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
@@ -73,6 +74,8 @@ class JointFlow(Result):
         unit: Unit of the target.
         measure: `"centered"`, `"logit difference"` or `"kl"`.
         token_names: Texts of the ids.
+        model: Name of the model and a digest of its weights; None in files of older versions.
+        seed: Seed of the random sets.
     """
 
     labels: list[str]
@@ -93,6 +96,8 @@ class JointFlow(Result):
     unit: str
     measure: str
     token_names: dict[int, str]
+    model: str | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         sets = (
@@ -180,7 +185,7 @@ def joint_flow(
     where = None if ablated_positions is None else cells_of(clean, ablated_positions)
     hooks = hooks_of_each(network, known, mode=mode, reference=reference, positions=where, seed=seed)
     doses = _Doses(clean, rows, target, dict(zip(known, hooks, strict=True)))
-    return doses.result(labels, sets, mode, tolerance)
+    return replace(doses.result(labels, sets, mode, tolerance), seed=int(seed))
 
 
 def _distinct(network: ResidualNetwork, components: str | Sequence[str]) -> list[str]:
@@ -261,6 +266,7 @@ class _Doses:
             unit=target.unit,
             measure=target.measure,
             token_names=token_names(self.clean.network.tokenizer, [tokens, target.ids]),
+            model=model_mark(self.clean.network, self.clean.recording.hook_state),
         )
         _warn_of_open(found)
         return found

@@ -49,6 +49,8 @@ class Flow(Averaged, Result):
             without a check.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of the random components of `check`; None without one.
     """
 
     labels: list[str]
@@ -73,6 +75,8 @@ class Flow(Averaged, Result):
     by_position: Float[Tensor, "component batch pos target write_pos"] | None = None
     check: pd.DataFrame | None = None
     sinks: Sinks | None = None
+    model: str | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         said = (

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
@@ -248,6 +249,7 @@ class _Sweep:
             token_names=token_names(runs.network.tokenizer, [tokens, ids]),
             by_position=every if every.ndim > 4 else None,
             sinks=Sinks.of(runs.clean, self.rows),
+            model=model_mark(runs.network, runs.clean.recording.hook_state),
         )
         still_open = int((~found.closed).sum())
         if still_open:

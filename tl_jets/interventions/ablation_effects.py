@@ -90,9 +90,10 @@ def ablation_effect(
     clean = next(logits_of(trace, trace[FINAL_STREAM][None], rows))
     found = effect_of(trace, clean, ablated, [labels[i] for i in by_stage], mode, rows, targets=targets)
     back = torch.tensor(by_stage, device=found.logit.device).argsort()
-    changes = {name: getattr(found, name)[back] for name in ("logit", "centered", "kl")}
+    changes: dict[str, Any] = {name: getattr(found, name)[back] for name in ("logit", "centered", "kl")}
+    changes |= {"labels": labels, "seed": int(seed) if mode == "resample" else None}
     if order is None:
-        return replace(found, labels=labels, **changes)
+        return replace(found, **changes)
     series, truth = jets_of(trace, runs, found.target_ids, rows, order, doses)
-    own: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)} | changes | {"labels": labels}
+    own: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)} | changes
     return AblationJet(**own, coefficients=series[:, back], doses=list(map(float, doses)), truth=truth[:, back])

@@ -15,6 +15,7 @@ from tl_jets.core.attribution import centered
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.labels import is_label
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
 from tl_jets.core.results import Result
@@ -40,6 +41,8 @@ class AblationEffect(Averaged, Result):
         unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of `"resample"`; None in other modes.
     """
 
     labels: list[str]
@@ -54,6 +57,8 @@ class AblationEffect(Averaged, Result):
     unit: str
     token_names: dict[int, str]
     sinks: Sinks | None = None
+    model: str | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -119,6 +124,7 @@ def effect_of(
         unit=decoder.unit,
         token_names=token_names(trace.network.tokenizer, [tokens, ids]),
         sinks=Sinks.of(trace, rows),
+        model=model_mark(trace.network, trace.recording.hook_state),
     )
 
 

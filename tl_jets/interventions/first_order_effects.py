@@ -34,6 +34,7 @@ from torch import Tensor
 from tl_jets.core.attribution import additive_logits
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import trace_of
 from tl_jets.core.results import Result
 from tl_jets.core.selection import ANSWER, TargetInput, read_targets
@@ -59,6 +60,8 @@ class FirstOrderEffects(Averaged, Result):
         unit: Unit of `effect`: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of `"resample"`; None in other modes.
     """
 
     labels: list[str]
@@ -71,6 +74,8 @@ class FirstOrderEffects(Averaged, Result):
     unit: str
     token_names: dict[int, str]
     sinks: Sinks | None = None
+    model: str | None = None
+    seed: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -136,6 +141,8 @@ def first_order_effects(
         unit=trace.decoder.unit,
         token_names=token_names(network.tokenizer, [rows.at(trace.tokens), ids]),
         sinks=Sinks.of(trace, rows),
+        model=model_mark(trace.network, trace.recording.hook_state),
+        seed=int(seed) if mode == "resample" else None,
     )
 
 

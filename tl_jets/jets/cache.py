@@ -20,6 +20,7 @@ from tl_jets.calculus import norm_jet
 from tl_jets.core.attribution import Yardstick
 from tl_jets.core.labels import LabelInput, is_hook_name
 from tl_jets.core.logit_reader import TopTokens, top_tokens
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.path import Path
@@ -60,6 +61,7 @@ class JetCache(Result, Mapping[str, Tensor]):
         solution: The solved weights and their certificate; None for given or uniform weights.
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
         positions: Indices of its positions in the padded rows, likewise; [batch, pos] where prompts differ.
+        model: Name of the model and a digest of its weights; None in files of older versions.
         expansion: The expansion.
         trace: The trace of the input.
     """
@@ -77,6 +79,7 @@ class JetCache(Result, Mapping[str, Tensor]):
     solution: SimplexSolution | None = None
     prompts: list[int] | int | None = None
     positions: list[int] | int | Tensor | None = None
+    model: str | None = None
     expansion: Any = handle()
     trace: Any = handle()
 
@@ -92,6 +95,7 @@ class JetCache(Result, Mapping[str, Tensor]):
             steps=list(expansion.steps),
             is_decoded=expansion.stage is None,
             token_names=token_names(trace.network.tokenizer, [trace.tokens]),
+            model=model_mark(trace.network, trace.recording.hook_state),
             expansion=expansion,
             trace=trace,
             **data,
@@ -192,17 +196,15 @@ class JetCache(Result, Mapping[str, Tensor]):
             >>> cache.logit_attrs([" is"]).shape == (len(cache), 1, 8, 1)
             True
         """
-        rows = self.rows("Attributions")
-        trace = self.traced("Attributions")
-        decoder, final = trace.decoder, self.here(trace[FINAL_STREAM])[self.valid]
-        norm = decoder.norm
+        rows, trace = self.rows("Attributions"), self.traced("Attributions")
+        norm, final = trace.decoder.norm, self.here(trace[FINAL_STREAM])[self.valid]
         states, weights = self.stack()[:, self.valid], self.weights[:1, self.valid] * 0
         if self.is_decoded:
             weights = self.bias_weights()[:, self.valid]
         else:
             states = norm.scale(norm_jet(norm, final, final, 0).alpha[0][:, None] * norm.center(states))
         yardstick = Yardstick.at(trace, rows, norm(final), targets)
-        parts = decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
+        parts = trace.decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
         return rows.spread(yardstick.effects(parts), axis=1)
 
     def rows(self, what: str) -> Rows:
@@ -380,8 +382,7 @@ class JetCache(Result, Mapping[str, Tensor]):
         """The trace; raises ValueError in a loaded cache, where `what` needs it."""
         if self.trace is None or self.expansion is None:
             raise ValueError(
-                f"{what} need the model, which a loaded cache does not hold. Give it back: "
-                f"cache.with_model(expansion, prompts)."
+                f"{what} need the model, which a loaded cache does not hold. Give it back: cache.with_model(expansion, prompts)."
             )
         return self.trace
 

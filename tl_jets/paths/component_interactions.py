@@ -65,6 +65,7 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.measures import random_directions, split_along
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
@@ -100,6 +101,8 @@ class Interactions(Averaged, Result):
         unit: Unit of all numbers: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        seed: Seed of the control.
     """
 
     labels: list[str]
@@ -118,6 +121,8 @@ class Interactions(Averaged, Result):
     unit: str
     token_names: dict[int, str]
     sinks: Sinks | None = None
+    model: str | None = None
+    seed: int | None = None
 
     @property
     def term(self) -> Float[Tensor, "batch pos"]:
@@ -236,6 +241,8 @@ def interactions(
         unit=trace.decoder.unit,
         token_names=token_names(network.tokenizer, [tokens, ids]),
         sinks=Sinks.of(trace, rows),
+        model=model_mark(trace.network, trace.recording.hook_state),
+        seed=int(seed),
     )
 
 

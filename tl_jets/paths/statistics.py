@@ -50,6 +50,7 @@ from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.logit_reader import top_tokens
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.options import check_choice
@@ -87,6 +88,7 @@ class PathStatistics(Cancelling, Averaged, Result):
         unit: Unit of effects: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
     """
 
     labels: list[str]
@@ -107,6 +109,7 @@ class PathStatistics(Cancelling, Averaged, Result):
     unit: str
     token_names: dict[int, str]
     sinks: Sinks | None = None
+    model: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -234,6 +237,7 @@ def statistics_of(
         unit=trace.decoder.unit,
         token_names=token_names(trace.network.tokenizer, [top_ids, answers, tokens, yardstick.target_ids]),
         sinks=Sinks.of(trace, rows),
+        model=model_mark(trace.network, trace.recording.hook_state),
     )
     found.warn_of_cancellation()
     return found
