@@ -4,7 +4,7 @@
 
 Without MODEL (a local Hugging Face directory, or a model's name) the embedded model is taken. Prints, for every layer and kind of
 center, the KL of the iterative lens at order 1 beside that of a random center of equal norm and angle to the final stream: the
-table of the README.
+table of the guide to lenses.
 """
 
 from __future__ import annotations

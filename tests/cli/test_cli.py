@@ -27,6 +27,7 @@ from tl_jets.core.tokens import token_text, visible
 from tl_jets.views import lens_data, lens_page
 
 ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "docs" / "pages" / "pictures" / "lens.svg"
 PROMPT = "Once upon a time, there was a little girl named Lily. She"
 
 pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
@@ -251,8 +252,8 @@ def test_without_arguments_it_reads_the_embedded_model(tmp_path):
     command = [sys.executable, "-m", "tl_jets", "--svg", str(tmp_path / "lens.svg")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0
-    # The README's picture is this one, up to rounding.
-    found, shown = (words(file.read_text()) for file in (tmp_path / "lens.svg", ROOT / "demos" / "lens.svg"))
+    # The picture of the README and of the guide is this one, up to rounding.
+    found, shown = (words(file.read_text()) for file in (tmp_path / "lens.svg", PICTURE))
     number = re.compile(r"[\d.]+")
     assert [number.sub("#", word) for word in found] == [number.sub("#", word) for word in shown]
     values = [[float(x) for word in text for x in re.findall(r"\d+\.\d+", word)] for text in (found, shown)]

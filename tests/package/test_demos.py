@@ -1,4 +1,4 @@
-"""The demos run, and print what the README says."""
+"""The demos run, and print what the guides say."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import zoo
 import tl_jets
 
 ROOT = Path(__file__).parents[2]
+GUIDES = ROOT / "docs" / "pages" / "guides"
 
 
 def printed_by(demo: str, *arguments: str, monkeypatch, capsys) -> list[str]:
@@ -50,10 +51,10 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
 
 
-def test_the_readme_shows_the_paths_that_the_demo_prints(monkeypatch, capsys):
+def test_the_guide_shows_the_paths_that_the_demo_prints(monkeypatch, capsys):
     printed = printed_by("top_paths.py", monkeypatch=monkeypatch, capsys=capsys)
-    readme = (ROOT / "README.md").read_text()
-    rows = [line for line in readme.splitlines() if line.startswith("| ") and line.endswith(" > ln_final` |")]
+    page = (GUIDES / "paths.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.endswith(" > ln_final` |")]
     assert len(rows) == 20
     for row in rows:
         path = row.split("`")[1]
@@ -106,14 +107,27 @@ def test_what_predicts_ablation_is_a_table_of_correlations(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not beside this checkout")
-def test_the_readme_table_is_what_the_demo_prints(monkeypatch, capsys):
+def test_the_table_of_borrowed_answers_is_what_the_demo_prints(monkeypatch, capsys):
     printed = printed_by("borrowed_answers.py", str(zoo.STORIES), monkeypatch=monkeypatch, capsys=capsys)
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| `\d_pre` \|", line)]
+    rows = [line for line in (GUIDES / "lenses.md").read_text().splitlines() if re.match(r"\| `\d_pre` \|", line)]
     assert len(rows) == 5
     for row in rows:
         cells = [cell.strip().strip("`") for cell in row.strip("|").split("|")]
         found = next(line for line in printed if cells[0] in line)
         assert numbers(found) == pytest.approx(numbers(row), abs=0.021), cells[0]
+
+
+def test_what_tl_jets_is_compared_with():
+    """On the embedded model: nested differentiation is wrong from order 2 on, and descent ends above the optimum."""
+    demo = runpy.run_path(str(ROOT / "demos" / "alternatives.py"))
+    errors = demo["norm_errors"](points=10)
+    assert all(ours < 1e-14 for _, ours in errors) and all(nested < 1e-14 for nested, _ in errors[:2])
+    assert all(nested > 0.05 for nested, _ in errors[2:])
+    network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
+    difference, *_ = demo["logit_lens"](network, demo["DOCS"])
+    assert difference < 1e-4
+    best, *others = demo["joint_losses"](network, demo["DOCS"]).values()
+    assert all(best <= other + 1e-6 for other in others) and others[0] > 2 * best
 
 
 def test_the_detached_map(monkeypatch, capsys):
@@ -126,12 +140,12 @@ def test_the_detached_map(monkeypatch, capsys):
     assert "raised" in error and float(re.findall(r"[+-]\d+\.\d+", error)[0]) > 6
 
 
-def test_the_readme_shows_the_bigrams_that_the_library_finds():
+def test_the_guide_shows_the_bigrams_that_the_library_finds():
     network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
     tables = tl_jets.jet_bigrams_by_path(network, ["direct", "mlps"], top_k=20)
     tables |= tl_jets.jet_bigrams_by_path(network, top_k=20)
     found = tl_jets.side_by_side(tables, 20)
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (GUIDES / "ngrams.md").read_text().splitlines()
     start = lines.index("| " + " | ".join(["rank", *found.columns]) + " |")
     shown = [re.findall(r"`` (.*?) ``", line) for line in lines[start + 2 : start + 22]]
     wanted = [[cell.replace("|", "\\|") for cell in row] for row in found.to_numpy().tolist()]
@@ -252,13 +266,13 @@ def test_fine_tuning_raises_the_bigrams_of_source(monkeypatch, tmp_path):
     assert "leans to neither text" in neither.conclusions()[0]
 
 
-def test_the_readme_says_of_each_mlp_what_its_ablation_says():
+def test_the_guide_says_of_each_mlp_what_its_ablation_says():
     demo = runpy.run_path(str(ROOT / "demos" / "ngram_studies.py"))
-    network, readme = tl_jets.ResidualNetwork(tl_jets.load_tinydocs()), (ROOT / "README.md").read_text()
+    network, page = tl_jets.ResidualNetwork(tl_jets.load_tinydocs()), (GUIDES / "ngrams.md").read_text()
     checks = [tl_jets.studies.ablation_check(network, f"{layer}_mlp") for layer in range(4)]
     found = demo["ablations"](checks).set_index("ablated")
-    start = readme.index("| MLP | own bi-grams |")
-    for check, line in zip(checks, readme[start:].splitlines()[2:6], strict=True):
+    start = page.index("| MLP | own bi-grams |")
+    for check, line in zip(checks, page[start:].splitlines()[2:6], strict=True):
         step, *values, verdict = [cell.strip() for cell in line.strip("|").split("|")]
         assert step == f"`{check.step}`"
         assert [numbers(value)[0] for value in values] == [numbers(x)[0] for x in found.loc[check.step]]
@@ -271,7 +285,7 @@ def test_the_readme_says_of_each_mlp_what_its_ablation_says():
         assert ("not told apart" in verdict) == ("not told apart" in check.verdict)
     difference = checks[2].summary().set_index("what").loc["own ablation - 0_mlp's"]
     mean, low, high = difference[["mean", "low", "high"]]
-    assert f"(own less that: {mean:+.2f}, 95% interval [{low:+.2f}, {high:+.2f}])" in " ".join(readme.split())
+    assert f"(own less that: {mean:+.2f}, 95% interval [{low:+.2f}, {high:+.2f}])" in " ".join(page.split())
 
 
 def test_source_without_docstrings_and_comments(monkeypatch):
