@@ -6,7 +6,7 @@ import pytest
 from commands import cells, numbers, run, share_models, tinydocs
 
 import tl_jets as tj
-from tl_jets.cli.paths import rank_correlation
+from tl_jets.cli.largest_paths import rank_correlation
 from tl_jets.interventions.path_ablations import verdict
 
 PROMPT = "This function is available on Unix and"

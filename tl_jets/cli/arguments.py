@@ -82,6 +82,11 @@ def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
 
 
 ORDER: dict[str, Any] = {"type": at_least(0, at_most=MAX_ORDER), "metavar": "K"}
+PROMPTS: dict[str, Any] = {
+    "metavar": "FILE",
+    "help": 'read many prompts, not one: a line each, or in a file .jsonl {"prompt": ..., "answer": TOKEN}; without answers '
+    "they are the model's own; processes that torchrun started divide them",
+}
 SEED: dict[str, Any] = {"type": at_least(0, at_most=MAX_SEED), "default": 0, "metavar": "N"}
 
 
@@ -136,12 +141,7 @@ def _add_input(parser: argparse.ArgumentParser, *, prompt: bool) -> None:
 
 
 def _lens(add: Callable[..., Any]) -> None:
-    add(
-        "--prompts",
-        metavar="FILE",
-        help='read many prompts, not one: a line each, or in a file .jsonl {"prompt": ..., "answer": TOKEN}; without answers '
-        "they are the model's own",
-    )
+    add("--prompts", **PROMPTS)
     add("--order", **ORDER, help="highest order of the iterative lens (default: 1; detached 0)")
     add("--joint-order", **ORDER, default=0, help="order of the joint lens")
     add(
@@ -177,6 +177,7 @@ def _lens(add: Callable[..., Any]) -> None:
 
 
 def _paths(add: Callable[..., Any]) -> None:
+    add("--prompts", **PROMPTS)
     add(
         "--target",
         metavar="TOKEN",

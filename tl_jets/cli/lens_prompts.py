@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.cli.prompt_files import read_prompts
+from tl_jets.cli.prompt_files import Prompts
 from tl_jets.cli.report import Report, Table, header
-from tl_jets.cli.session import UsageError, load_network, read_layers, read_token, steps
+from tl_jets.cli.session import read_layers, together
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.intervals import bootstrap_intervals, median_intervals
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.numerals import signed
 from tl_jets.core.prompts import over_prompts
 from tl_jets.core.selection import ANSWER
@@ -40,21 +39,13 @@ SINGLE = {
 
 def report(options: argparse.Namespace) -> Report:
     """Both lenses over the prompts of a file."""
-    for name, usual in SINGLE.items():
-        if getattr(options, name) != usual:
-            raise UsageError(f"--{name.replace('_', '-')} is of a single prompt, and --prompts of many; leave one out")
-    prompts, given = read_prompts(options.prompts)
-    with steps(1) as step:
-        step("loading TransformerLens and the model")
-        network = load_network(options.model, options.granularity)
-    tokens = network.tokenize(prompts, prepend_bos=options.prepend_bos)
-    lengths = tokens["attention_mask"].sum(1).tolist()
-    _check_position(options, lengths)
-    answers = None if given is None else [_answer(network, options.prompts, *each) for each in enumerate(given, 1)]
+    many = Prompts.of(options, SINGLE)
+    network, tokens = many.network, many.tokens
     lens = answer_lens(
         network,
         tokens,
-        answers,
+        many.answers,
+        distributed=together(),
         position=options.position,
         layers=read_layers(options.layers, network.n_layers),
         top_k=1,
@@ -65,19 +56,14 @@ def report(options: argparse.Namespace) -> Report:
         joint_jet_lens,
         network,
         tokens,
+        distributed=together(),
         linearize="detached",
         positions=options.position,
         embeddings=not options.no_embeddings,
         targets=lens.target_ids[:, 0, :1].tolist(),
         top_k=1,
     )
-    where = "last position" if options.position == -1 else f"position {options.position}"
-    asked = {
-        "model": options.model,
-        "prompts": f"{len(prompts)} of {options.prompts}, {min(lengths)} to {max(lengths)} tokens, read at the {where}",
-        "answers": "of the file" if given else "the model's own",
-    }
-    by_prompt = _by_prompt(lens, prompts)
+    by_prompt = _by_prompt(lens, many.texts)
     data = header("lens", model=options.model, prompts=options.prompts, position=options.position)
     data |= {
         "trajectories": lens.trajectories().to_dict("records"),
@@ -85,31 +71,21 @@ def report(options: argparse.Namespace) -> Report:
         "by_prompt": by_prompt,
     }
     tables = [
-        _layer_table(lens, options.all or bool(options.layers), given is not None),
+        _layer_table(lens, options.all or bool(options.layers), many.answers is not None),
         _component_table(one, data["components"]),
     ]
     whole = [*tables, _prompt_table(by_prompt)]
     names = legend("lens", "verdict", "rank", "leads", "effect") if options.all or options.explain else {}
     verdict = [*lens.verdict().lines, _first(lens)]
-    return Report(data, asked, whole if options.all else tables, names, on_page=whole, picture=tables, verdict=verdict)
-
-
-def _check_position(options: argparse.Namespace, lengths: Sequence[int]) -> None:
-    """Raise UsageError unless every prompt has the position."""
-    for line, length in enumerate(lengths, 1):
-        if not -length <= options.position < length:
-            raise UsageError(
-                f"--position must lie in every prompt; got {options.position}, and line {line} of {options.prompts!r} has "
-                f"{length} tokens"
-            )
-
-
-def _answer(network: ResidualNetwork, file: str, line: int, text: str) -> int:
-    """The id of a line's answer."""
-    try:
-        return read_token(network, text)
-    except UsageError as error:
-        raise UsageError(f"the answer of line {line} of {file!r}: {error}") from error
+    return Report(
+        data,
+        many.asked(options),
+        whole if options.all else tables,
+        names,
+        on_page=whole,
+        picture=tables,
+        verdict=verdict,
+    )
 
 
 def _led(lens: IterativeJetLens) -> Tensor:

@@ -2,14 +2,68 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tl_jets.cli.arguments import UsageError, one_line
+from tl_jets.cli.session import load_network, read_token, steps
+from tl_jets.core.network import ResidualNetwork
 
 JSON_LINES = ".jsonl"
 KEYS = {"prompt", "answer"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a file in the tokens of a model, all of which have the position that was asked for.
+
+    Attributes:
+        network: The model.
+        texts: The prompts.
+        tokens: Their ids and mask (`ResidualNetwork.tokenize`).
+        lengths: Number of tokens of each.
+        answers: Ids of their answers; None if the file has none.
+    """
+
+    network: ResidualNetwork
+    texts: list[str]
+    tokens: Any
+    lengths: list[int]
+    answers: list[int] | None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, single: Mapping[str, Any]) -> Prompts:
+        """Read the file and load the model; `single` are options of a single prompt with their defaults, which are refused."""
+        for name, usual in single.items():
+            if getattr(options, name) != usual:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is of a single prompt, and --prompts of many; leave one out"
+                )
+        texts, given = read_prompts(options.prompts)
+        with steps(1) as step:
+            step("loading TransformerLens and the model")
+            network = load_network(options.model, options.granularity)
+        tokens = network.tokenize(texts, prepend_bos=options.prepend_bos)
+        lengths = tokens["attention_mask"].sum(1).tolist()
+        for line, length in enumerate(lengths, 1):
+            if not -length <= options.position < length:
+                raise UsageError(
+                    f"--position must lie in every prompt; got {options.position}, and line {line} of {options.prompts!r} has "
+                    f"{length} tokens"
+                )
+        answers = None if given is None else [_answer(network, options.prompts, *each) for each in enumerate(given, 1)]
+        return cls(network, texts, tokens, lengths, answers)
+
+    def asked(self, options: argparse.Namespace) -> dict[str, str]:
+        """The request."""
+        where = "last position" if options.position == -1 else f"position {options.position}"
+        of = f"{len(self.texts)} of {options.prompts}, {min(self.lengths)} to {max(self.lengths)} tokens"
+        answers = "the model's own" if self.answers is None else "of the file"
+        return {"model": options.model, "prompts": f"{of}, read at the {where}", "answers": answers}
 
 
 def read_prompts(file: str) -> tuple[list[str], list[str] | None]:
@@ -54,3 +108,11 @@ def _record(file: str, number: int, line: str) -> dict[str, Any]:
         if not isinstance(value, str) or not value:
             raise UsageError(f"{file!r} must hold text; {key} of line {number} is {value!r}")
     return record
+
+
+def _answer(network: ResidualNetwork, file: str, line: int, text: str) -> int:
+    """The id of a line's answer."""
+    try:
+        return read_token(network, text)
+    except UsageError as error:
+        raise UsageError(f"the answer of line {line} of {file!r}: {error}") from error

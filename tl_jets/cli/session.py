@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -56,20 +59,45 @@ class Read:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run a command; write its files first, then print its tables unless a file is standard output."""
+    """Run a command; write its files first, then print its tables unless a file is standard output.
+
+    Of the processes that torchrun started, which divide `--prompts`, the first writes and prints.
+    """
     files = output_files(options)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _processes() as is_first:
         warnings.simplefilter("ignore", DivergenceWarning)  # the tables show the remainders
         warnings.simplefilter("ignore", CancellationWarning)  # and how much paths cancel
         try:
             report = import_module(f"tl_jets.cli.{options.command}").report(options)
         except (ValueError, NotImplementedError) as error:
             raise UsageError(one_line(error)) from error
+        if not is_first:
+            return
         for kind, parts in (("json", report.json), ("html", report.html), ("svg", report.svg)):
             if kind in files:
                 write(files[kind], parts())
     if STDOUT not in files.values():
         report.show()
+
+
+def together() -> bool:
+    """Whether this process shares the prompts with others, which torchrun started."""
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the processes that torchrun started, if it did; yields whether this is the first, which writes and prints."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield True
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def read_prompt(model: str, prompt: str | None) -> str:

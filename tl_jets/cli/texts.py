@@ -158,6 +158,7 @@ examples:
   tl-jets paths --prompt "This function is available on Unix and" --ablate
   tl-jets paths --granularity head --through L1H2 --top 10
   tl-jets paths --target " raised" --linearize jet --order 0
+  tl-jets paths --model ./my-model --prompts prompts.txt --ablate
 
 --through and --avoiding take steps (3_mlp, L3H2), sources (embed, 3_mlp_bias)
 or kinds (attn, mlp, head, block, bias), --sources sources or the kind bias;
