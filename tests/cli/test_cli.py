@@ -433,6 +433,8 @@ HOSTILE = (
         ["ngrams", "--token", "id:2", "--path", "direct"],
         ["ngrams", "--trigrams", "0", "--head", "0"],
         ["jacobian", "--target", "id:4"],
+        ["flow", "--ablate", "0_mlp", "--target", "id:8"],
+        ["flow", "--joint", "L0H1", "L1H2", "--target", "id:4"],
     ],
     ids=" ".join,
 )
@@ -518,6 +520,11 @@ def test_examples_of_the_help_are_commands(name):
             {"joint_order", "no_embeddings", "all", "averages", "explain"},
         ),
         ("paths", (tl_jets.exponential_expansion, ResidualNetwork, BOS), {"ablate", "no_components", "seed"}),
+        (
+            "flow",
+            (tl_jets.flow, tl_jets.joint_flow, tl_jets.ablation_hooks, BOS),
+            {"ablate", "corrupted", "joint", "keep_bos", "top"},
+        ),
         ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores"}),
         ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed"}),
     ],

@@ -15,6 +15,8 @@ from tl_jets.calculus import norms
 from tl_jets.cli import arguments
 from tl_jets.core import protocol
 from tl_jets.detached_map import chain
+from tl_jets.flows import targets
+from tl_jets.interventions import hooks
 from tl_jets.jets import expand
 from tl_jets.ngrams import bigrams, join, scan
 from tl_jets.paths import expansion
@@ -93,4 +95,5 @@ def test_the_commands_choices_are_the_librarys():
     assert tuple(arguments.SCORES) == tuple(scan.SCORES)
     assert tuple(arguments.NORMALIZES) == tuple(join.NORMALIZES)
     assert arguments.LOGITS == chain.LOGITS
+    assert (get_args(hooks.Mode), get_args(targets.Measure)) == (arguments.MODES, arguments.FLOW_MEASURES)
     assert (arguments.MAX_ORDER, arguments.MAX_PATHS) == (norms.MAX_ORDER, expansion.MAX_PATHS)

@@ -1,4 +1,4 @@
-"""The parser of the command line: all options of the four commands, without loading PyTorch."""
+"""The parser of the command line: all options of the five commands, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ PER = ("global", "row")
 SCORES = ("logprob", "logit")
 NORMALIZES = ("vocab", "pair", "none")
 LOGITS = "logits"
+MODES = ("zero", "mean", "resample")
+FLOW_MEASURES = ("centered", "kl")
 MAX_ORDER = 1000
 MAX_PATHS = 4096
 # Maximum number of n-grams per table; the functions allow more.
@@ -95,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="tl-jets", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help, allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"tl-jets {version('tl-jets')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
-    for name, add_options in (("lens", _lens), ("paths", _paths), ("ngrams", _ngrams), ("jacobian", _jacobian)):
+    options = {"lens": _lens, "paths": _paths, "flow": _flow, "ngrams": _ngrams, "jacobian": _jacobian}
+    for name, add_options in options.items():
         command = commands.add_parser(
             name,
             help=SUMMARIES[name],
@@ -214,6 +217,44 @@ def _paths(add: Callable[..., Any]) -> None:
     add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
     add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
     add("--seed", **SEED, help="of the random paths")
+
+
+def _flow(add: Callable[..., Any]) -> None:
+    add("--ablate", nargs="+", metavar="COMPONENT", help="ablate these (8_mlp, 3_attn, 3_block, L17H3, L2N17)")
+    add("--corrupted", metavar="TEXT", help="run this prompt instead, of as many tokens")
+    add(
+        "--joint",
+        nargs="+",
+        metavar="COMPONENT",
+        help="ablate these, and divide the effect over themselves (joint flow)",
+    )
+    add("--keep-bos", action="store_true", help="leave the first position, on which attention rests, as it is")
+    add("--mode", choices=MODES, default="zero", help="what ablated writes become; mean and resample need --reference")
+    add("--reference", metavar="FILE", help="prompts of the mean, or to resample from, a line each")
+    add(
+        "--target",
+        metavar="TOKEN",
+        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
+    )
+    add("--against", metavar="TOKEN", help="explain the difference of the target's logit and this token's")
+    add(
+        "--measure",
+        choices=FLOW_MEASURES,
+        default="centered",
+        help="centered: logits less the vocabulary's mean; kl: KL(clean || intervened) in nats",
+    )
+    add("--granularity", choices=GRANULARITIES, default="sublayer", help="the components that carry flow")
+    add("--nodes", type=at_least(1), metavar="N", help="gradients of every stage (default: as many as the gap needs)")
+    add(
+        "--check",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="path patch the N components of the largest flow, and N random ones",
+    )
+    add("--controls", type=at_least(0), metavar="N", help="random sets beside --joint (default: 6)")
+    add("--top", type=at_least(1), default=12, metavar="N", help="how many components")
+    add("--seed", **SEED, help="of random components, sets and --mode resample")
 
 
 def _ngrams(add: Callable[..., Any]) -> None:

@@ -12,6 +12,8 @@ What jets say about a TransformerLens model: a transformer as a sum of terms.
                      prediction as a weighted sum of components
   tl-jets paths      the largest paths from input to output, and what
                      ablation says of them
+  tl-jets flow       through which components the effect of an ablation, or
+                     of another prompt, reaches the answer
   tl-jets ngrams     what the weights say after every token of the
                      vocabulary, without a corpus
   tl-jets jacobian   the model as an exact linear map at one prompt: what
@@ -36,6 +38,7 @@ TOKEN_HELP = "as text (' is', or \u00b7is as the tables write it) or as id:317"
 SUMMARIES = {
     "lens": "the iterative and the joint jet lens of a prompt",
     "paths": "the largest paths of a prediction, and what ablation says of them",
+    "flow": "the effect of an ablation or another prompt, by component",
     "ngrams": "bi-grams and skip-trigrams of the weights, without a corpus",
     "jacobian": "the model as an exact linear map at one prompt",
 }
@@ -50,6 +53,13 @@ A transformer whose norm scales, attention patterns and gates are frozen at
 one prompt is, exactly, the sum of its paths from input to output. This prints
 the largest of them, and the sums of all paths through each component, by what
 they give to the answer's logit.
+""",
+    "flow": """\
+Ablate components, or run another prompt: the answer's logit moves. Its change
+is carried from stage to stage by exact mean gradients between the two runs,
+so that at every layer flows add up to it. This prints how much of it passes
+through each component, and whether the sum closes. --joint divides the change
+over the ablated components instead.
 """,
     "ngrams": """\
 A path that mixes no positions is a function of one token. Evaluated on the
@@ -117,6 +127,23 @@ LEGENDS: dict[str, dict[str, str]] = {
         "moves, in nats). A component's paths overlap with those of others: their effects do not sum to the model.",
         "softcap": "Effects and ablations are of logits before the model's final softcap; KL is after it.",
     },
+    "flow": {
+        "flow": "How much of the effect passes through what the component writes, from wherever it came. Components in series "
+        "carry the same effect one after another: flows of one layer's streams add up, not those of all.",
+        "share": "The flow over the effect. Beyond 100% other components carry the opposite.",
+        "direct": "The part that goes straight to the final norm; all components' sum is the effect.",
+        "largest at": "The position of the write with the largest flow.",
+        "gap": "What all flows miss of the effect, the numerical error of the mean gradients. Above 1% the effect is open, and "
+        "no flows are shown.",
+        "path patching": "Control: what changes if the component alone is restored, and if it alone is moved, in the mean. "
+        "Flow is another quantity where components make up for one another: compare ranks.",
+        "share|joint": "The component's part of the joint effect: its gradient, averaged while all are ablated by degrees "
+        "(Aumann-Shapley). Shares sum to the effect.",
+        "alone": "The effect of ablating it alone. Its control is the joint ablation of random sets of the same size and layers.",
+        "gradient": "Its gradient in the clean run times its change: attribution patching.",
+        "effect": "The change of the logit, less the mean change of the vocabulary.",
+        "softcap": "Logits are before the model's final softcap.",
+    },
     "ngrams": {
         "attention|vocab": "How much the query looks at the key: log softmax over the whole vocabulary as keys, nats.",
         "attention|pair": "How much the query looks at the key in a context of these two tokens, as a logarithm, nats.",
@@ -165,6 +192,16 @@ or kinds (attn, mlp, head, block, bias), --sources sources or the kind bias;
 repeat them for more.
 More than --max-paths detached paths are searched by a beam (greedy: large
 paths may be missed; the effects shown are exact all the same).
+""",
+    "flow": """\
+examples:
+  tl-jets flow --ablate 0_mlp
+  tl-jets flow --model ./my-model --prompt "The Eiffel Tower is in" --ablate 8_mlp --check 5
+  tl-jets flow --prompt "The file is closed in" --corrupted "The file is opened in"
+  tl-jets flow --joint L0H1 L1H2 L2H3 --keep-bos
+
+Where an ablation moves an attention sink, as the first position is in most
+models, many passes are needed; --keep-bos asks the milder question.
 """,
     "ngrams": """\
 examples:

@@ -45,6 +45,7 @@ class Flow(Averaged, Result):
         measure: `"centered"`, `"logit difference"` or `"kl"`.
         tolerance: The share of the effect above which an effect is open.
         by_position: `flow` by the position of the write [component, batch, pos, target, write_pos], if requested.
+        prompt_tokens: The tokens of these positions, those of the clean run; -1 at padding.
         check: Flows beside path patching (`tl_jets.flows.checks`), one row per mediator, prompt, position and target; None
             without a check.
         token_names: Texts of the ids.
@@ -73,6 +74,7 @@ class Flow(Averaged, Result):
     tolerance: float
     token_names: dict[int, str]
     by_position: Float[Tensor, "component batch pos target write_pos"] | None = None
+    prompt_tokens: Int[Tensor, "batch write_pos"] | None = None
     check: pd.DataFrame | None = None
     sinks: Sinks | None = None
     model: str | None = None
@@ -150,6 +152,32 @@ class Flow(Averaged, Result):
             )
         order = np.argsort(-np.abs(np.asarray(frame["flow"])), kind="stable")
         return frame.iloc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
+
+    def by_position_dataframe(self) -> pd.DataFrame:
+        """One row per component, prompt, position, target and position of the write.
+
+        Columns: component, batch, pos, target, write_pos (among the prompt's real tokens), token (there), flow, closed.
+
+        Raises:
+            ValueError: Positions were not kept.
+        """
+        if self.by_position is None or self.prompt_tokens is None:
+            raise ValueError("Flows by position are kept on request; pass by_position=True to tl_jets.flow.")
+        is_real = self.prompt_tokens >= 0
+        real = is_real[None, :, None, None].expand_as(self.by_position)
+        c, b, p, t, w = real.nonzero().T
+        index = {
+            "component": [self.labels[i] for i in c],
+            "batch": b.tolist(),
+            "pos": positions_at(self.positions, b, p),
+        }
+        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        index |= {
+            "write_pos": (is_real.cumsum(1) - 1)[b, w].tolist(),
+            "token": [self.token_names[int(i)] for i in self.prompt_tokens[b, w]],
+            "flow": self.by_position[real].tolist(),
+        }
+        return pd.DataFrame(index | {"closed": self.closed[b, p, t].tolist()})
 
     def cuts(self) -> pd.DataFrame:
         """The certificate: at each stream, what it carries and what is edited later, less the effect.

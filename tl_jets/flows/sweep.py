@@ -226,7 +226,7 @@ class _Sweep:
             return stacked.unflatten(1, shape).movedim(3, 1)
 
         every = shaped(self.flow)
-        tokens = self.rows.at(runs.clean.tokens)
+        tokens, whole = self.rows.at(runs.clean.tokens), runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
         found = Flow(
             labels=self.labels[::-1],
             flow=every.sum(-1) if every.ndim > 4 else every,
@@ -246,8 +246,9 @@ class _Sweep:
             unit=self.target.unit,
             measure=self.target.measure,
             tolerance=self.tolerance,
-            token_names=token_names(runs.network.tokenizer, [tokens, ids]),
+            token_names=token_names(runs.network.tokenizer, [tokens, ids, whole]),
             by_position=every if every.ndim > 4 else None,
+            prompt_tokens=whole if every.ndim > 4 else None,
             sinks=Sinks.of(runs.clean, self.rows),
             model=model_mark(runs.network, runs.clean.recording.hook_state),
         )

@@ -1,0 +1,279 @@
+"""`tl-jets flow`: the effect of an ablation, or of another prompt, on the answer, through every component."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+from tl_jets.cli.prompt_files import read_prompts
+from tl_jets.cli.report import Report, Table, header
+from tl_jets.cli.session import Read, UsageError, read, read_token, steps
+from tl_jets.cli.texts import legend
+from tl_jets.core.decoder import in_unit
+from tl_jets.core.numerals import number, signed
+from tl_jets.core.selection import Rows
+from tl_jets.core.sinks import Sinks
+from tl_jets.core.tokens import visible
+from tl_jets.flows import Flow, JointFlow, flow, joint_flow
+from tl_jets.flows.secants import MOST_NODES
+from tl_jets.interventions.hooks import ablation_hooks
+
+# Options of one kind of intervention, with the kinds that have them.
+OWN = {
+    "nodes": ("ablate", "corrupted"),
+    "keep_bos": ("ablate", "joint"),
+    "reference": ("ablate", "joint"),
+    "check": ("ablate", "corrupted"),
+    "controls": ("joint",),
+}
+# What `Flow` warns of is in the verdict.
+OPEN = r"\d+ of \d+ effects stay open"
+
+
+def report(options: argparse.Namespace) -> Report:
+    """The flow of one intervention in one prompt."""
+    kind = _kind(options)
+    with steps(3) as step:
+        asked = read(options, options.granularity, step)
+        answer = int(asked.trace.logits[0, asked.position].argmax())  # type: ignore[index]
+        target = None if options.target is None else read_token(asked.network, options.target)
+        against = None if options.against is None else read_token(asked.network, options.against)
+        step("flow")
+        if options.measure == "centered":
+            target = answer if target is None else target
+        given = {"targets": target, "against": against, "measure": options.measure, "positions": asked.position}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OPEN, UserWarning)
+            found = _joint(options, asked, given) if kind == "joint" else _flow(options, kind, asked, given)
+    said = asked.token(answer) if target is None else asked.token(target)
+    names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the logit of {said['token']}")
+    if against is not None:
+        names = f"the logits of {said['token']} less {asked.token(against)['token']}"
+    done = _done(options, kind)
+    data = header("flow", model=options.model, prompt=asked.prompt, position=asked.position, read=asked.last)
+    data |= {"intervention": done, "granularity": options.granularity, "answer": asked.token(answer)}
+    data |= {"target": None if target is None else asked.token(target), "measure": found.measure, "unit": found.unit}
+    data |= {"against": None if against is None else asked.token(against), "effect": float(found.effect)}
+    data |= {"is_softcapped": asked.trace.decoder.transform is not None, "is_closed": bool(found.closed)}
+    rows = asked.asked(options.model, data["answer"], data["target"]) | {"intervention": done}
+    last = ["effect"] if options.measure == "centered" else []
+    last += ["softcap"] if data["is_softcapped"] and options.measure == "centered" else []
+    if isinstance(found, JointFlow):
+        return _of_joint(found, data, rows, names, last, options.top)
+    sink = kind == "ablate" and not options.keep_bos and _first_is_sink(asked)
+    return _of_flow(found, data, rows, names, last, options.top, sink)
+
+
+def _kind(options: argparse.Namespace) -> str:
+    """The kind of the intervention; UsageError for none or several, or for options of another kind."""
+    kinds = [name for name in ("ablate", "corrupted", "joint") if getattr(options, name) is not None]
+    if len(kinds) != 1:
+        got = " and ".join(f"--{name}" for name in kinds) or "none"
+        raise UsageError(f"one of --ablate, --corrupted and --joint says what is done to the model; got {got}")
+    for name, kinds_of in OWN.items():
+        if getattr(options, name) and kinds[0] not in kinds_of:
+            of = " or ".join(f"--{own}" for own in kinds_of)
+            raise UsageError(f"--{name.replace('_', '-')} goes with {of}, not with --{kinds[0]}")
+    if (options.mode != "zero") != (options.reference is not None) or (
+        options.mode != "zero" and kinds[0] == "corrupted"
+    ):
+        raise UsageError(
+            f"--mode mean and resample, of an ablation, need --reference FILE, and zero none; got --mode {options.mode}"
+        )
+    return kinds[0]
+
+
+def _done(options: argparse.Namespace, kind: str) -> str:
+    """The intervention in words."""
+    if kind == "corrupted":
+        return f"the prompt {options.corrupted!r}"
+    where = "all positions but the first" if options.keep_bos else "all positions"
+    return f"{options.mode} ablation of {', '.join(getattr(options, kind))} at {where}"
+
+
+def _ablation(options: argparse.Namespace, asked: Read) -> tuple[dict[str, Any], list[int] | None]:
+    """Mode, reference and seed of an ablation, and its positions; None for all."""
+    reference = None if options.reference is None else read_prompts(options.reference)[0]
+    if reference is not None:
+        reference = asked.network.trace(asked.network.tokenize(reference, prepend_bos=options.prepend_bos))
+    length = asked.trace.tokens.shape[1]
+    if options.keep_bos and length == 1:
+        raise UsageError("--keep-bos leaves the first position as it is; this prompt has no other")
+    positions = list(range(1, length)) if options.keep_bos else None
+    return {"mode": options.mode, "reference": reference, "seed": options.seed}, positions
+
+
+def _flow(options: argparse.Namespace, kind: str, asked: Read, given: dict[str, Any]) -> Flow:
+    network = asked.network
+    if kind == "corrupted":
+        intervention = network.trace(network.tokenize(options.corrupted, prepend_bos=options.prepend_bos))
+    else:
+        ablation, positions = _ablation(options, asked)
+        intervention = ablation_hooks(network, options.ablate, positions=positions, **ablation)
+    nodes = {} if options.nodes is None else {"nodes": options.nodes}
+    return flow(
+        network,
+        asked.trace,
+        intervention,
+        by_position=True,
+        check=options.check,
+        seed=options.seed,
+        granularity=options.granularity,
+        **nodes,
+        **given,
+    )
+
+
+def _joint(options: argparse.Namespace, asked: Read, given: dict[str, Any]) -> JointFlow:
+    ablation, positions = _ablation(options, asked)
+    controls = {} if options.controls is None else {"controls": options.controls}
+    return joint_flow(
+        asked.network, asked.trace, options.joint, ablated_positions=positions, **ablation, **controls, **given
+    )
+
+
+def _first_is_sink(asked: Read) -> bool:
+    """Whether the first position is BOS or has an outlying stream."""
+    return bool(Sinks.of(asked.trace, Rows.of(asked.trace, 0)).mask)
+
+
+def _of_flow(
+    found: Flow, data: dict[str, Any], asked: dict[str, str], names: str, last: list[str], top: int, sink: bool
+) -> Report:
+    components = _components(found)
+    gap, clean = float(found.gap_share), float(found.clean)
+    data |= {"clean": clean, "gap": gap, "tolerance": found.tolerance, "passes": found.passes}
+    data |= {"components": components, "cuts": found.cuts().drop(columns=["batch", "pos", "target"]).to_dict("records")}
+    data["check"] = None
+    if found.check is not None:
+        data["check"] = found.agreement().iloc[0, 3:].to_dict()
+        data["check"]["rows"] = found.check.drop(columns=["batch", "pos", "target"]).to_dict("records")
+    verdict = [f"{_capital(names)} moves by {signed(data['effect'])}, from {number(clean)}{in_unit(found.unit)}."]
+    cost = f"gap {100 * gap:.2g}% of the effect, up to {max(found.nodes)} nodes, {found.passes:.1f} passes"
+    if not data["is_closed"]:
+        milder = "more --nodes, " if max(found.nodes) < MOST_NODES else ""
+        milder += (
+            "--keep-bos, or a smaller intervention"
+            if sink
+            else "or a smaller intervention"
+            if milder
+            else "a smaller one"
+        )
+        verdict.append(f"OPEN: {cost}, above {found.tolerance:.0%}: flows explain nothing here. Try {milder}.")
+        return Report(
+            data, asked, [_cut_table(data["cuts"])], legend("flow", "gap", "path patching", *last), verdict=verdict
+        )
+    verdict.append(f"Closed: {cost}. {_checked(data['check'])}")
+    table = _flow_table(found, components, data["check"], top, sink)
+    tables = [table, *([_check_table(data["check"]["rows"])] if data["check"] else [])]
+    keys = ["flow", "share", "direct", "largest at", "gap", "path patching", *last]
+    return Report(data, asked, [table], legend("flow", *keys), on_page=tables, verdict=verdict)
+
+
+def _components(found: Flow) -> list[dict[str, Any]]:
+    """Every component that changed, in the order of the network."""
+    frame = found.to_dataframe()[["component", "flow", "share", "edit", "direct"]]
+    places = found.by_position_dataframe()
+    rows = []
+    for row in frame.to_dict("records"):
+        own = places[places["component"] == row["component"]]
+        by_position = [
+            {"pos": p, "token": visible(t), "flow": v} for p, t, v in own[["write_pos", "token", "flow"]].to_numpy()
+        ]
+        rows.append(row | {"by_position": by_position})
+    return rows
+
+
+def _checked(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return "Not checked by path patching: --check 5."
+    return (
+        f"Path patching of {check['mediators']:.0f} mediators: Spearman {number(check['spearman'])}, relative error "
+        f"{number(check['relative_error'])}."
+    )
+
+
+def _flow_table(
+    found: Flow, components: list[dict[str, Any]], check: dict[str, Any] | None, top: int, sink: bool
+) -> Table:
+    """The components of the largest flow, one a row."""
+    patched = {} if check is None else {row["component"]: signed(row["mediated"]) for row in check["rows"]}
+    rows = []
+    for part in sorted(components, key=lambda row: -abs(row["flow"])):
+        place = max(part["by_position"], key=lambda at: abs(at["flow"]))
+        edited = abs(part["edit"]) > 1e-3 * abs(part["flow"])
+        row = {"component": f"{part['component']}{' (edited)' if edited else ''}", "flow": signed(part["flow"])}
+        row |= {"share": f"{part['share']:+.0%}", "direct": signed(part["direct"])}
+        row |= {} if check is None else {"path patching": patched.get(part["component"])}
+        rows.append(row | {"largest at": f"{place['pos']} {place['token']} {signed(place['flow'])}"})
+    notes = ["the first position is an attention sink, and is ablated, too: --keep-bos leaves it"] if sink else []
+    sums = [{"component": f"all {len(rows)}", "direct": signed(found.effect)}]
+    title = f"The components of the largest flow{in_unit(found.unit)}"
+    return Table(title, rows, sums, notes, top=top, more="components, all smaller: --top, --json, --html")
+
+
+def _check_table(rows: list[dict[str, Any]]) -> Table:
+    shown = [{k: v if k == "component" else signed(v) for k, v in row.items()} for row in rows]
+    return Table("Path patching, one component at a time", shown)
+
+
+def _cut_table(cuts: list[dict[str, Any]]) -> Table:
+    """Where the gap of an open effect is."""
+    rows = [
+        {"read from": row["stage"], "carried": signed(row["carried"]), "gap": signed(row["gap"]), "nodes": row["nodes"]}
+        for row in cuts
+    ]
+    shown = [row for i, row in enumerate(rows) if i % max(1, len(rows) // 12) == 0 or i == len(rows) - 1]
+    return Table("Where it opens: gap of all stages from here to the end", shown)
+
+
+def _of_joint(
+    found: JointFlow, data: dict[str, Any], asked: dict[str, str], names: str, last: list[str], top: int
+) -> Report:
+    effect, gap = data["effect"], float(found.gap / found.effect)
+    rows = found.to_dataframe()[["component", "share", "single", "gradient"]].to_dict("records")
+    control = [float(value) for value in found.control]
+    data |= {"gap": gap, "tolerance": found.tolerance, "nodes": found.nodes, "components": rows}
+    data["controls"] = [
+        {"components": own, "effect": value} for own, value in zip(found.control_labels, control, strict=True)
+    ]
+    alone = sum(row["single"] for row in rows)
+    verdict = [
+        f"{_capital(names)} moves by {signed(effect)}{in_unit(found.unit)} together, by {signed(alone)} one by one in sum."
+    ]
+    if control:
+        worst = max(control, key=abs)
+        mean = sum(control) / len(control)
+        verdict.append(
+            f"{len(control)} random sets of the same layers: {signed(mean)} in the mean, {signed(worst)} at most."
+        )
+    else:
+        verdict.append("No random sets to compare with: --controls 6.")
+    cost = f"gap {100 * abs(gap):.2g}% of the effect, {found.nodes} nodes"
+    if not data["is_closed"]:
+        verdict.append(
+            f"OPEN: {cost}, above {found.tolerance:.1%}: shares explain nothing. Ablate fewer, or --keep-bos."
+        )
+        return Report(data, asked, [], legend("flow", "gap", "alone", *last), verdict=verdict)
+    verdict.append(f"Closed: {cost}.")
+    table = _joint_table(found, rows, top)
+    return Report(data, asked, [table], legend("flow", "share|joint", "alone", "gradient", *last), verdict=verdict)
+
+
+def _joint_table(found: JointFlow, rows: list[dict[str, Any]], top: int) -> Table:
+    effect = float(found.effect)
+    shown = [
+        {"component": row["component"], "share": signed(row["share"]), "of the effect": f"{row['share'] / effect:+.0%}"}
+        | {"alone": signed(row["single"]), "gradient": signed(row["gradient"])}
+        for row in sorted(rows, key=lambda row: -abs(row["share"]))
+    ]
+    total = {
+        name: signed(sum(row[key] for row in rows))
+        for name, key in (("share", "share"), ("alone", "single"), ("gradient", "gradient"))
+    }
+    return Table(f"Components ablated together{in_unit(found.unit)}", shown, [{"component": "sum"} | total], top=top)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
