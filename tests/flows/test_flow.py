@@ -9,6 +9,8 @@ import zoo
 
 import tl_jets as tj
 from tl_jets.calculus import full_precision
+from tl_jets.flows import two_runs
+from tl_jets.interventions.replays import NotReplayedError, replayed
 
 PROMPTS = ["This function is available on Unix and", "This is"]
 
@@ -312,3 +314,32 @@ def test_what_cannot_be_explained_is_refused(as_users_run_it, tinydocs, interven
 def test_agreement_needs_a_check(tinydocs):
     with pytest.raises(ValueError, match="Pass check=20, say"):
         tj.flow(tinydocs, PROMPTS[0], tj.ablation_hooks(tinydocs, "0_mlp")).agreement()
+
+
+@pytest.mark.parametrize("spec", models("gpt2", "llama"), ids=str)
+def test_stacked_nodes_are_those_one_at_a_time(spec, monkeypatch):
+    model = zoo.build(spec)
+    tokens, hooks = zoo.tokens(model, batch=2), tj.ablation_hooks(model, "0_attn")
+    options = {"targets": [5, 9], "nodes": 5, "tolerance": 100.0, "positions": [2, -1]}
+    stacked = tj.flow(model, tokens, hooks, **options)
+    calls = []
+    monkeypatch.setattr(two_runs, "replayed", lambda *args: calls.append(1) or replayed(*args))
+    assert len(tj.flow(model, tokens, hooks, **options).stages) == len(calls) + 1  # five nodes in one call a stage
+    for size in (1, 2):
+        monkeypatch.setattr(two_runs, "stack_size", lambda trace, size=size: size)
+        assert torch.allclose(tj.flow(model, tokens, hooks, **options).flow, stacked.flow, atol=1e-10)
+
+    def refuses(*args):
+        raise NotReplayedError
+
+    monkeypatch.setattr(two_runs, "replayed", refuses)
+    assert torch.allclose(tj.flow(model, tokens, hooks, **options).flow, stacked.flow, atol=1e-10)
+
+
+def test_only_hooked_blocks_are_edited(tinydocs):
+    network = tj.ResidualNetwork(tinydocs)
+    found = tj.flow(network, PROMPTS[0], tj.ablation_hooks(network, ["0_mlp", "2_attn"]))
+    edited = (found.edit != 0).flatten(1).any(1).tolist()
+    assert [label for label, own in zip(found.labels, edited, strict=True) if own] == ["0_mlp_out", "2_attn_out"]
+    by_input = tj.flow(network, "This function is", "This module is")
+    assert torch.equal(by_input.edit[1:], torch.zeros_like(by_input.edit[1:])) and by_input.labels[0] == "embed"

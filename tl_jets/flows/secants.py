@@ -19,7 +19,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,7 @@ def pull_back(
     *,
     nodes: int | None = None,
     first: int = FIRST_NODES,
+    together: int = 1,
 ) -> PulledBack:
     """The secant map's transpose, applied to covectors; nodes double until every gap is at most `allowed`, or rounding.
 
@@ -71,12 +72,16 @@ def pull_back(
         allowed: The largest absolute gap.
         nodes: A fixed number of nodes; None to double them, up to `MOST_NODES`.
         first: Nodes of the first try.
+        together: How many points f takes at once, stacked along the first dimension.
     """
     count, evaluations = nodes or first, 0
     while True:
         total = torch.zeros((len(covectors), *point.shape), dtype=point.dtype, device=point.device)
-        for place, weight in legendre(count):
-            total += weight * _gradients(function, point + place * change, covectors)
+        places = list(legendre(count))
+        for start in range(0, count, together):
+            some = places[start : start + together]
+            points = torch.cat([point + place * change for place, _ in some])
+            total += _gradients(function, points, [weight for _, weight in some], covectors)
         evaluations += count
         terms = (total.double() * change.double()).flatten(true.ndim)
         gap = terms.sum(-1) - true
@@ -92,11 +97,15 @@ def legendre(count: int) -> Iterator[tuple[float, float]]:
     return zip(((places + 1) / 2).tolist(), (weights / 2).tolist(), strict=True)
 
 
-def _gradients(function: Callable[[Tensor], Tensor], point: Tensor, covectors: Tensor) -> Tensor:
-    """The transposed derivative at a point, applied to each covector."""
+def _gradients(
+    function: Callable[[Tensor], Tensor], points: Tensor, weights: Sequence[float], covectors: Tensor
+) -> Tensor:
+    """The transposed derivatives at stacked points, in their weighted sum, applied to each covector."""
     with torch.enable_grad():
-        point = point.detach().requires_grad_(True)
-        value = function(point)
-        last = len(covectors) - 1
-        found = [torch.autograd.grad(value, point, g, retain_graph=i < last)[0] for i, g in enumerate(covectors)]
+        points = points.detach().requires_grad_(True)
+        value, found = function(points), []
+        for i, g in enumerate(covectors):
+            at_each = torch.cat([weight * g for weight in weights])
+            gradient = torch.autograd.grad(value, points, at_each, retain_graph=i < len(covectors) - 1)[0]
+            found.append(gradient.unflatten(0, (len(weights), -1)).sum(0))
     return torch.stack(found)

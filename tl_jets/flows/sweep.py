@@ -95,9 +95,9 @@ def flow(
     Warns:
         UserWarning: An effect stays open: its gap is above the tolerance.
 
-    Cost: two forward passes (three for hooks), and one through the changed stages; and 2 to 7 forward-backward passes
-    through them (ablations in SmolLM2), 50 where an attention sink is moved. All components at once. `check`: two forward
-    passes a component.
+    Cost: two forward passes, for hooks a third up to the last hooked block, and 2 to 7 forward-backward passes through the
+    changed stages (ablations in SmolLM2), 50 where an attention sink is moved; nodes of a stage are stacked along the batch
+    axis, up to 2,048 tokens. All components at once. `check`: two forward passes a component.
     """
     network = ResidualNetwork.of(model, granularity)
     clean = exact_trace(network, prompts, attention_mask)
@@ -156,12 +156,13 @@ class _Sweep:
             point, difference = self.runs.stream(stage.stream)
             if not bool(difference.any()):
                 return
-            function = self.runs.clean.stage_function(stage)
+            function, together = self.runs.stacked(stage)
             true = products(covectors, change.writes - change.edits).sum(0)
             first = max(FIRST_NODES, self.counts[-1] // 2)
             pulled = pull_back(
                 lambda stream, function=function: function(stream).sum(0),
-                point, difference, covectors, true, self._allowed(left), nodes=self.nodes, first=first,
+                point, difference, covectors, true, self._allowed(left),
+                nodes=self.nodes, first=first, together=together,
             )  # fmt: skip
             covectors, left = covectors + pulled.covectors, left - 1
             self._stage(stage.stream, pulled, products(covectors, difference[None])[0])

@@ -11,6 +11,7 @@ sources.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM, Stage, Step, relative_error
 from tl_jets.core.trace import Trace
+from tl_jets.interventions.replays import NotReplayedError, hooked_stream, is_hooked, replayed, stack_size
 
 Hooks = list[tuple[Any, Callable[..., Any]]]
 
@@ -62,8 +65,12 @@ class TwoRuns:
         hooks = read_hooks(intervention)
         if hooks is None:
             return [], trace_of(self.base, intervention)
-        first, second = self.run(hooks), self.run(hooks)
-        error = relative_error(second[FINAL_STREAM][first.valid], first[FINAL_STREAM][first.valid])
+        first, blocks = self.run(hooks), [_block_of(name) for name, _ in hooks]
+        last = self.base.n_layers - 1 if None in blocks else max(block for block in blocks if block is not None)
+        stream = FINAL_STREAM if last == self.base.n_layers - 1 else f"{last + 1}_pre"
+        with torch.no_grad():
+            second = hooked_stream(self.clean, hooks, last)
+        error = relative_error(second[first.valid], first[stream][first.valid])
         if not error <= first.recording.accuracy:
             raise ValueError(
                 f"An intervention must do the same in every forward pass; two passes under these hooks differ by {error:.1e} "
@@ -100,7 +107,7 @@ class TwoRuns:
     def change(self, stage: Stage) -> Change:
         """The change of a stage of `base`, by component of `network`."""
         before, after = self.clean.writes(stage), self.other.writes(stage)
-        own = self.clean.stage_function(stage)(self.other[stage.stream])
+        own = self.clean.stage_function(stage)(self.other[stage.stream]) if self._may_edit(stage) else after
         fine = next((s for s in self.network.stages if s.stream == stage.stream), stage)
         if fine.steps == stage.steps:
             return Change(stage.steps, self._real(after - before), self._real(after - own))
@@ -108,6 +115,27 @@ class TwoRuns:
         at_clean, at_other = function(self.clean[stage.stream]), function(self.other[stage.stream])
         edits = self._divided(stage, fine, at_other, after, own)
         return Change(fine.steps, self._real(at_other + edits - at_clean), self._real(edits))
+
+    def stacked(self, stage: Stage) -> tuple[Callable[[Tensor], Tensor], int]:
+        """A stage's writes as a function of streams of the clean run, and how many of them it takes along the batch axis."""
+        function = self.clean.stage_function(stage)
+        if is_hooked(self.clean) or isinstance(self.base.view, CallableModel):
+            return function, 1
+
+        def of_many(streams: Tensor) -> Tensor:
+            try:
+                return replayed(self.clean, stage, streams)
+            except NotReplayedError:
+                apart = streams.split(len(self.clean.tokens))
+                return torch.cat([function(stream) for stream in apart], 1)
+
+        return of_many, stack_size(self.clean)
+
+    def _may_edit(self, stage: Stage) -> bool:
+        """Whether the intervention may write at a stage itself: not if all its hooks are known to be in other blocks."""
+        if not self.hooks:
+            return self.other.recording.logits is None  # values of a cache may be rounded
+        return any(_block_of(name) in (None, stage.steps[0].layer) for name, _ in self.hooks)
 
     def _divided(self, stage: Stage, fine: Stage, at_other: Tensor, after: Tensor, own: Tensor) -> Tensor:
         """The edits of heads or neurons: their own if hooks edit them, else on the last part of the edited sublayer."""
@@ -146,6 +174,12 @@ def read_hooks(intervention: Any) -> Hooks | None:
 
 def _is_hook(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and callable(value[1])
+
+
+def _block_of(name: Any) -> int | None:
+    """The block that a hook's name belongs to, or None."""
+    found = re.match(r"blocks\.(\d+)\.", name) if isinstance(name, str) else None
+    return int(found[1]) if found else None
 
 
 def _base(network: ResidualNetwork) -> ResidualNetwork:

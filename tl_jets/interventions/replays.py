@@ -80,14 +80,14 @@ def last_streams(trace: Trace, runs: Sequence[Hooks]) -> Iterator[Float[Tensor, 
                 yield network.trace(trace.tokens, attention_mask=mask)[FINAL_STREAM][None]
 
 
-def hooked_stream(trace: Trace, hooks: Hooks) -> Float[Tensor, "batch pos d_model"]:
-    """The last stream of one hooked pass, through which derivatives and Taylor series go."""
+def hooked_stream(trace: Trace, hooks: Hooks, layer: int = -1) -> Float[Tensor, "batch pos d_model"]:
+    """The stream after a block (the last) in one hooked pass, through which derivatives and Taylor series go."""
     view: Any = trace.network.view
     found: list[Tensor] = []
-    last = f"blocks.{trace.network.n_layers - 1}.hook_resid_post"
+    name = f"blocks.{layer % trace.network.n_layers}.hook_resid_post"
     mask = trace.recording.memo.get("attention_mask")
     with view.precision():
-        view.run_until(last, trace.tokens, [*hooks, (last, lambda stream, hook: found.append(stream))], mask)
+        view.run_until(name, trace.tokens, [*hooks, (name, lambda stream, hook: found.append(stream))], mask)
     return found[-1].to(trace[FINAL_STREAM])
 
 
