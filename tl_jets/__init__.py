@@ -51,7 +51,14 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.interventions.path_ablations import path_ablation
     from tl_jets.interventions.steering import steering_hooks
     from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
-    from tl_jets.lenses import IterativeJetLens, JointJetLens, answer_lens, iterative_jet_lens, joint_jet_lens
+    from tl_jets.lenses import (
+        IterativeJetLens,
+        JointJetLens,
+        answer_lens,
+        iterative_jet_lens,
+        joint_jet_lens,
+        translated_lens,
+    )
     from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
     from tl_jets.ngrams.tables import NgramTable, side_by_side
     from tl_jets.paths.cache import PathCache
@@ -114,6 +121,7 @@ __all__ = [
     "studies",
     "to_activation_cache",
     "to_circuitsvis",
+    "translated_lens",
     "trigram_scores",
     "views",
     "without_path",
@@ -157,7 +165,14 @@ _PLACES = {
     "tl_jets.interventions.path_ablations": ("path_ablation",),
     "tl_jets.interventions.steering": ("steering_hooks",),
     "tl_jets.jets": ("Expansion", "JetCache", "Path", "Term", "jet_expand"),
-    "tl_jets.lenses": ("IterativeJetLens", "JointJetLens", "answer_lens", "iterative_jet_lens", "joint_jet_lens"),
+    "tl_jets.lenses": (
+        "IterativeJetLens",
+        "JointJetLens",
+        "answer_lens",
+        "iterative_jet_lens",
+        "joint_jet_lens",
+        "translated_lens",
+    ),
     "tl_jets.ngrams": (
         "bigram_log_normalizers",
         "jet_bigrams",

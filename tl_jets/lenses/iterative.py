@@ -33,9 +33,8 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.labels import LabelInput, is_label, read_label
-from tl_jets.core.lens_logits import Readings
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.core.measures import Measures, Plane, geometry_in_plane, random_directions, split_along
+from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
@@ -86,6 +85,7 @@ class IterativeJetLens(LensResult):
         n_layers: Number of blocks of the model.
         model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
         seed: Seed of the control; None without one.
+        translator: Name of the lens whose translators moved the streams (`translated_lens`); None for the streams themselves.
     """
 
     orders: list[int]
@@ -95,6 +95,7 @@ class IterativeJetLens(LensResult):
     beta: Float[Tensor, "layer order batch pos"]
     target_logits: Float[Tensor, "layer order batch pos target"] | None
     target_ranks: Int[Tensor, "layer order batch pos target"] | None
+    translator: str | None = None
 
     def __getitem__(self, labels: LabelInput | Sequence[LabelInput]) -> IterativeJetLens:
         """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`, `lens["resid_pre", 3]`. The layer axis stays."""
@@ -113,6 +114,7 @@ class IterativeJetLens(LensResult):
 
     def __repr__(self) -> str:
         kind = f"orders 0..{self.orders[-1]}" if self.linearize == "jet" else self.linearize
+        kind += "" if self.translator is None else f" of {self.translator}"
         return (
             f"IterativeJetLens({len(self.labels)} layers {self.labels[0]}..{self.labels[-1]}, {kind}, tokens "
             f"{list(self.tokens.shape)}, center_scale={self.center_scale!r}{in_unit(self.unit)}{self._left_out()})"
@@ -147,7 +149,7 @@ class IterativeJetLens(LensResult):
         """
         if self.target_ranks is None or self.target_names is None:
             raise ValueError("Trajectories are of targets; pass targets=... when the lens is run, or use answer_lens.")
-        index = [{"layer": label, "order": order} for label in self.labels for order in self.orders]
+        index = self._cells()
         kept = self.valid if include_sinks or self.sinks is None else self.valid & ~self.sinks.mask
         control = None if self.control is None else self.control.top1_agreement == 1
         return trajectory_table(index, self.target_ranks, self.target_names, kept, control)
@@ -242,7 +244,12 @@ class IterativeJetLens(LensResult):
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         columns = {"rho": self.rho[:, None].expand_as(self.alpha), "borrowed_share": self.borrowed_share}
-        return [{"layer": x, "order": order} for x in self.labels for order in self.orders], columns | self._scores()
+        return self._cells(), columns | self._scores()
+
+    def _cells(self) -> list[dict[str, Any]]:
+        """The first entries of the rows of every layer and order: lens (if translated), layer, order."""
+        lens = {} if self.translator is None else {"lens": self.translator}
+        return [lens | {"layer": label, "order": order} for label in self.labels for order in self.orders]
 
     def _scores(self) -> dict[str, Tensor]:
         """The measures [layer, order, batch, pos], each followed by its control."""
@@ -331,22 +338,23 @@ def iterative_jet_lens(
     labels = stream_labels(network, layers, incl_mid)
     options = {"top_k": top_k, "measures": measures, "chunk_size": chunk_size}
     with torch.no_grad():
-        found = _read(inputs, labels, order, center_scale, linearize, seed if measures else None, options)
+        centers = inputs.streams(labels)
+        found = read_lens(inputs, labels, centers, order, center_scale, linearize, seed if measures else None, options)
     return replace(found, seed=None if seed is None else int(seed))
 
 
-def _read(
+def read_lens(
     inputs: LensInput,
     labels: list[str],
+    centers: Float[Tensor, "layer row d_model"],
     order: int,
     center_scale: CenterScale,
     linearize: Linearize,
     seed: int | None,
     options: dict[str, Any],
 ) -> IterativeJetLens:
-    """The lens, with a control unless `seed` is None; `options` are those of the scan."""
+    """The lens of these centers, float64, with a control unless `seed` is None; `options` are those of the scan."""
     rows, norm = inputs.rows, inputs.trace.decoder.norm
-    centers = torch.stack([rows.take(inputs.trace[label]) for label in labels]).double()
     variate = inputs.variate.expand_as(centers)
     if linearize == "detached":
         scale, series = centers.new_ones(centers.shape[:-1]), frozen_norm(norm, centers, variate)
@@ -368,8 +376,8 @@ def _read(
         targets=None if ids is None else ids[rows.keep],
         **options,
     )
-    borrowed, own = _measured(inputs, scan, plane, None, alpha, beta)
-    control = None if scan.control is None else _measured(inputs, scan.control, plane, random, alpha, beta)[1]
+    borrowed, own = inputs.measured(scan, plane, None, alpha, beta)
+    control = None if scan.control is None else inputs.measured(scan.control, plane, random, alpha, beta)[1]
     spread = rows.spread
     return IterativeJetLens(
         labels=labels,
@@ -388,12 +396,3 @@ def _read(
         target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),
         **inputs.fields(scan, ..., ids),
     )
-
-
-def _measured(
-    inputs: LensInput, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor
-) -> tuple[Tensor, Measures | None]:
-    """The borrowed share of every cell, and its measures if they were read."""
-    found = geometry_in_plane(inputs.trace.decoder, plane, random, alpha, beta, inputs.gamma)
-    borrowed = inputs.rows.spread(found.pop("borrowed_share"))
-    return borrowed, None if read.kl is None else Measures.of(inputs.rows, found, read, inputs.sinks)

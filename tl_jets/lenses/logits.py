@@ -25,6 +25,11 @@ def logits_of_layer(
 
     Rows are read in chunks, so that nothing but the result has d_vocab columns at all positions.
     """
+    if lens.translator is not None:
+        raise ValueError(
+            f"Logits are mixed again from the streams of a trace; {lens.translator!r} translated them. Translate the "
+            f"stream, and read it: decoder.logits(decoder.norm(stream))."
+        )
     order = lens.orders[-1] if order is None else order
     if order not in lens.orders:
         raise ValueError(f"order must be one of {lens.orders}, what the lens was run with; got {order!r}.")

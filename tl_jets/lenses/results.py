@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.core.averages import Averaged
 from tl_jets.core.frozen_network import Linearize
-from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, scan_mixture
-from tl_jets.core.measures import MEASURES, Measures
+from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, Readings, scan_mixture
+from tl_jets.core.measures import MEASURES, Measures, Plane, geometry_in_plane
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM
@@ -56,6 +56,10 @@ class LensInput:
         """The final stream, float64."""
         return self.rows.take(self.trace[FINAL_STREAM]).double()
 
+    def streams(self, labels: Sequence[str]) -> Float[Tensor, "layer row d_model"]:
+        """Streams at the rows, float64."""
+        return torch.stack([self.rows.take(self.trace[label]) for label in labels]).double()
+
     @cached_property
     def shared(self) -> Float[Tensor, "row d_model"]:
         """The final stream as the norm sees it, times the norm's weight: the model's own answer in every jet."""
@@ -87,6 +91,14 @@ class LensInput:
         given = model_logits(self.trace, self.rows)
         mixture = Mixture(*mixed, bias=decoder.norm.bias)
         return scan_mixture(decoder, mixture, control=random, model_logits=given, **options)
+
+    def measured(
+        self, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Measures | None]:
+        """The borrowed share of every cell of jets in a plane, and its measures if they were read."""
+        found = geometry_in_plane(self.trace.decoder, plane, random, alpha, beta, self.gamma)
+        borrowed = self.rows.spread(found.pop("borrowed_share"))
+        return borrowed, None if read.kl is None else Measures.of(self.rows, found, read, self.sinks)
 
     def fields(self, scan: MixtureScan, cells: Any, target_ids: Tensor | None) -> dict[str, Any]:
         """The fields of a `LensResult` that a scan's `cells` give."""
