@@ -17,7 +17,6 @@ from tl_jets.core.model_marks import model_mark
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_text
 from tl_jets.core.trace import Trace
-from tl_jets.lenses.results import LensResult
 
 RAW = [
     spec
@@ -127,10 +126,12 @@ def test_top_tokens_say_what_they_take():
 # Tables of n-grams stay on the CPU, in the results of studies, too.
 TABLES = {"Circuit", "NgramTable", "Roles", "AblationCheck", "Mass", "ModelDiff", "TextComparison", "Track"}
 
+BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult"}
+
 
 def classes_of(kind: Any) -> set[Any]:
     """The results among the subclasses of a class: those that are not only a base of others."""
-    found = {kind} if hasattr(kind, "__dataclass_fields__") and kind is not LensResult else set()
+    found = {kind} if hasattr(kind, "__dataclass_fields__") and kind.__name__ not in BASES else set()
     return found.union(*map(classes_of, kind.__subclasses__()))
 
 

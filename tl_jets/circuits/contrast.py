@@ -37,16 +37,15 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.circuits.pairs import Pair
+from tl_jets.circuits.pairs import Pair, PairResult
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM
-from tl_jets.core.results import Result
 from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
@@ -58,9 +57,11 @@ from tl_jets.paths.statistics import path_lengths, path_sums
 By = Literal["write", "source", "length", "path", "component", "layer"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Contrast(Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Contrast(PairResult):
     """Effects of parts on a logit difference in a clean and a corrupted run. Axes: [part, batch].
+
+    Targets and their unit as in `PairResult`.
 
     Attributes:
         labels: The parts, aligned to the part axis; paths by the size of their differences.
@@ -69,11 +70,6 @@ class Contrast(Result):
         corrupted: Effects in the corrupted run.
         clean_total: The logit difference of the clean run.
         corrupted_total: That of the corrupted run.
-        target_ids: The two tokens of each prompt.
-        target_names: The targets as requested.
-        unit: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights; None in files of older versions.
     """
 
     labels: list[str]
@@ -82,15 +78,10 @@ class Contrast(Result):
     corrupted: Float[Tensor, "part batch"]
     clean_total: Float[Tensor, " batch"]
     corrupted_total: Float[Tensor, " batch"]
-    target_ids: Int[Tensor, "batch 2"]
-    target_names: list[str | int]
-    unit: str
-    token_names: dict[int, str]
-    model: str | None = None
 
     def __repr__(self) -> str:
         return (
-            f"Contrast({len(self.labels)} parts by {self.by}; {self.target_names[0]} - {self.target_names[1]}: "
+            f"Contrast({len(self.labels)} parts by {self.by}; {self._difference_name}: "
             f"{float(self.clean_total.mean()):.3g} clean, {float(self.corrupted_total.mean()):.3g} corrupted)"
         )
 
@@ -174,7 +165,8 @@ def contrast(
         best = (found[0] - found[1]).mean(-1).abs().argsort(descending=True, stable=True).tolist()
         labels, found = [labels[i] for i in best], [values[best] for values in found]
     totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in traces]
-    return Contrast(labels, by, found[0], found[1], totals[0], totals[1], **pair.header)
+    effects = dict(zip(("clean", "corrupted", "clean_total", "corrupted_total"), [*found, *totals], strict=True))
+    return Contrast(labels=labels, by=by, **effects, **pair.header)
 
 
 def _parts(pair: Pair, trace: Trace, by: Any, position: int, order: int) -> dict[str, Float[Tensor, " batch"]]:

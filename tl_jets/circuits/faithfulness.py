@@ -42,20 +42,19 @@ from typing import Any, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.circuits.attribution_patching import edge_scores
 from tl_jets.circuits.contrast import Contrast
 from tl_jets.circuits.controls import Level, attributed, random_edges, random_paths, writer_of
-from tl_jets.circuits.pairs import Pair, Writes, mean_of, readers_of, run, writes_of
+from tl_jets.circuits.pairs import Pair, PairResult, Writes, mean_of, readers_of, run, writes_of
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, some
-from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.circuit import Circuit, node_of, ranked
@@ -65,9 +64,11 @@ from tl_jets.paths.statistics import PathStatistics
 Kept = dict[str, dict[str, Bool[Tensor, "batch pos"]]]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class CircuitFaithfulness(Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class CircuitFaithfulness(PairResult):
     """Logit differences that circuits give. Axes: [circuit, baseline, batch].
+
+    Targets and their unit as in `PairResult`.
 
     Attributes:
         kinds: `paths` (or `circuit`), `attribution`, `random` (one per draw) and `nothing`, aligned to the circuit axis.
@@ -78,11 +79,6 @@ class CircuitFaithfulness(Result):
         logit_difference: Logit of the first target less that of the second, in `unit`.
         clean: The same in the clean run.
         corrupted: The same in the corrupted run.
-        target_ids: The two tokens of each prompt.
-        target_names: The targets as requested.
-        unit: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights; None in files of older versions.
         seed: Seed of the random circuits.
     """
 
@@ -94,17 +90,12 @@ class CircuitFaithfulness(Result):
     logit_difference: Float[Tensor, "circuit baseline batch"]
     clean: Float[Tensor, " batch"]
     corrupted: Float[Tensor, " batch"]
-    target_ids: Int[Tensor, "batch 2"]
-    target_names: list[str | int]
-    unit: str
-    token_names: dict[int, str]
-    model: str | None = None
     seed: int | None = None
 
     def __repr__(self) -> str:
         return (
             f"CircuitFaithfulness(level {self.level!r}, {len(set(self.k) - {0})} sizes; baselines {self.baselines}; "
-            f"{self.target_names[0]} - {self.target_names[1]})"
+            f"{self._difference_name})"
         )
 
     def _body(self) -> str:
@@ -196,13 +187,23 @@ def circuit_faithfulness(
     pair, candidates = _candidates(
         model, clean, corrupted, paths, k, level, targets, position, random, seed, attention_mask
     )
-    ends, baselines = pair.ends(), _baselines(pair, reference)
+    (clean_end, corrupted_end), baselines = pair.ends(), _baselines(pair, reference)
     with torch.no_grad():
         kept = [_kept(pair, circuit, level) for _, _, circuit in candidates]
         found = torch.stack([torch.stack([_measured(pair, own, base) for base in baselines.values()]) for own in kept])
     kinds, sizes, circuits = (list(column) for column in zip(*candidates, strict=True))
-    shown = pair.header | {"seed": int(seed)}
-    return CircuitFaithfulness(kinds, sizes, circuits, list(baselines), level, found, *ends, **shown)
+    return CircuitFaithfulness(
+        kinds=kinds,
+        k=sizes,
+        circuits=circuits,
+        baselines=list(baselines),
+        level=level,
+        logit_difference=found,
+        clean=clean_end,
+        corrupted=corrupted_end,
+        seed=int(seed),
+        **pair.header,
+    )
 
 
 def _candidates(

@@ -25,6 +25,7 @@ from tl_jets.core.attribution import additive_logits, directions
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
+from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, read_targets
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
@@ -33,6 +34,29 @@ from tl_jets.core.trace import Trace
 Writes = dict[str, Tensor]
 # The stream of a reader, from the writes so far; None for a step that nothing reads.
 Streams = Callable[[str, Mapping[str, Tensor]], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class PairResult(Result):
+    """Base of results about the difference of two tokens' logits in a clean and a corrupted run.
+
+    Attributes:
+        target_ids: The two tokens of each prompt.
+        target_names: The targets as requested, or `<clean answer>` and `<corrupted answer>`.
+        unit: `"logits"`, or `"logits before the softcap"`.
+        token_names: Texts of the ids.
+        model: Name of the model and a digest of its weights; None in files of older versions.
+    """
+
+    target_ids: Int[Tensor, "batch 2"]
+    target_names: list[str | int]
+    unit: str
+    token_names: dict[int, str]
+    model: str | None = None
+
+    @property
+    def _difference_name(self) -> str:
+        return f"{self.target_names[0]} - {self.target_names[1]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +128,7 @@ class Pair:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Fields of results: targets, their unit and texts, and the model's mark."""
+        """The fields of a `PairResult`."""
         return {
             "target_ids": self.target_ids,
             "target_names": self.target_names,

@@ -32,22 +32,23 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import jet
-from tl_jets.circuits.pairs import Pair, writes_of
+from tl_jets.circuits.pairs import Pair, PairResult, writes_of
 from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM, some
-from tl_jets.core.results import Result
 from tl_jets.core.selection import TargetInput
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class PatchingComparison(Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class PatchingComparison(PairResult):
     """Changes of a logit difference when single writes become those of the clean run. Axes: [method, site, batch].
+
+    Targets and their unit as in `PairResult`.
 
     Attributes:
         methods: `activation`, `attribution`, `jet 2`, ... (see the module).
@@ -55,11 +56,6 @@ class PatchingComparison(Result):
         change: Patched less corrupted, in `unit`.
         clean: The logit difference of the clean run.
         corrupted: That of the corrupted run.
-        target_ids: The two tokens of each prompt.
-        target_names: The targets as requested.
-        unit: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights; None in files of older versions.
     """
 
     methods: list[str]
@@ -67,17 +63,9 @@ class PatchingComparison(Result):
     change: Float[Tensor, "method site batch"]
     clean: Float[Tensor, " batch"]
     corrupted: Float[Tensor, " batch"]
-    target_ids: Int[Tensor, "batch 2"]
-    target_names: list[str | int]
-    unit: str
-    token_names: dict[int, str]
-    model: str | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"PatchingComparison({len(self.sites)} sites by {', '.join(self.methods)}; "
-            f"{self.target_names[0]} - {self.target_names[1]})"
-        )
+        return f"PatchingComparison({len(self.sites)} sites by {', '.join(self.methods)}; {self._difference_name})"
 
     def _body(self) -> str:
         return dataframe_html(self.to_dataframe())
@@ -144,7 +132,7 @@ def compare_patching(
     """
     check_integers(1, order=order)
     pair = Pair.of(model, clean, corrupted, targets, position, attention_mask)
-    ends = pair.ends()
+    clean_end, corrupted_end = pair.ends()
     to, start = writes_of(pair.clean), writes_of(pair.corrupted)
     constants = [step.label for step in pair.network.steps if step.kind == "attn_bias"]
     known = [label for label in start if label not in constants]
@@ -161,7 +149,10 @@ def compare_patching(
             exact = pair.said(patched(pair, label, to[label]) - patched(pair, label, start[label]))
         change.append(torch.cat([exact[None], pair.said(series.coefficients[1:]).cumsum(0)]))
     methods = ["activation", "attribution", *(f"jet {k}" for k in range(2, order + 1))]
-    return PatchingComparison(methods, labels, torch.stack(change, 1), *ends, **pair.header)
+    changes = torch.stack(change, 1)
+    return PatchingComparison(
+        methods=methods, sites=labels, change=changes, clean=clean_end, corrupted=corrupted_end, **pair.header
+    )
 
 
 def patched(pair: Pair, site: str, write: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:

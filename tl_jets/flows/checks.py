@@ -20,15 +20,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_jets.core.protocol import FINAL_STREAM, Step
-from tl_jets.core.selection import Rows, positions_at
+from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.flows.results import Flow
-from tl_jets.flows.targets import Target, target_text
+from tl_jets.flows.targets import Target
 from tl_jets.flows.two_runs import Hooks, TwoRuns
 from tl_jets.interventions.hooks import patch_hooks
 
@@ -60,7 +59,7 @@ def path_patched(flow: Flow, runs: TwoRuns, rows: Rows, target: Target, count: i
     clean, other = (target(rows.at(run[FINAL_STREAM])) for run in (runs.clean, runs.other))
     columns = {"flow": flow.flow[chosen], "restored": other - restored, "moved": moved - clean}
     columns["mediated"] = (columns["restored"] + columns["moved"]) / 2
-    return replace(flow, check=_table(flow, chosen, columns), seed=int(seed))
+    return replace(flow, check=flow._table("component", [flow.labels[i] for i in chosen], columns), seed=int(seed))
 
 
 def _patches(runs: TwoRuns, mediators: list[Step], hooks: Hooks, of: Trace) -> list[Hooks]:
@@ -75,11 +74,3 @@ def _values(runs: TwoRuns, target: Target, rows: Rows, hooks: Hooks, of: Trace, 
     """The target in a run under its hooks and, one after another, patches [component, batch, pos, target]."""
     states = (runs.run([*hooks, *patch], of)[FINAL_STREAM] for patch in patches)
     return torch.stack([target(rows.at(state)) for state in states])
-
-
-def _table(flow: Flow, chosen: list[int], columns: dict[str, Tensor]) -> pd.DataFrame:
-    c, b, p, t = torch.ones_like(columns["flow"]).nonzero().T
-    index = {"component": [flow.labels[chosen[i]] for i in c], "batch": b.tolist()}
-    index |= {"pos": positions_at(flow.positions, b, p)}
-    index["target"] = [target_text(flow, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
-    return pd.DataFrame(index | {name: values.flatten().tolist() for name, values in columns.items()})

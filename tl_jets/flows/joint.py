@@ -29,21 +29,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.results import Result
-from tl_jets.core.selection import Rows, TargetInput, positions_at
-from tl_jets.core.tokens import token_names
+from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.core.target_results import target_fields
 from tl_jets.core.trace import Trace
+from tl_jets.flows.results import FlowResult
 from tl_jets.flows.secants import MOST_NODES, legendre
-from tl_jets.flows.targets import Measure, Target, read_target, target_text
+from tl_jets.flows.targets import Measure, Target, read_target
 from tl_jets.interventions.effects import cells_of, exact_trace, real_rows
 from tl_jets.interventions.hooks import Mode, hookable, hooks_of_each
 from tl_jets.interventions.places import Hooks
@@ -53,9 +52,11 @@ from tl_jets.interventions.replays import first_stage, hooked_stream, last_strea
 FIRST_NODES = 4
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class JointFlow(Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class JointFlow(FlowResult):
     """Shares of a joint ablation. Axes: [component, batch, pos, target], float64.
+
+    Positions, targets, their unit and the tolerance as in `FlowResult`.
 
     Attributes:
         labels: The components that are ablated together.
@@ -68,13 +69,6 @@ class JointFlow(Result):
         control: The joint effects of these sets [control, batch, pos, target].
         gap: Sum of shares less the effect: the error of the nodes.
         nodes: Nodes of the last try.
-        tolerance: The share of the effect above which it is open.
-        positions: Positions that are read, among each prompt's real tokens (-1 is its last).
-        target_names: The targets as requested; `<answer>` is the clean run's best token.
-        unit: Unit of the target.
-        measure: `"centered"`, `"logit difference"` or `"kl"`.
-        token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights; None in files of older versions.
         seed: Seed of the random sets.
     """
 
@@ -88,15 +82,6 @@ class JointFlow(Result):
     control: Float[Tensor, "control batch pos target"]
     gap: Float[Tensor, "batch pos target"]
     nodes: int
-    tolerance: float
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
-    unit: str
-    measure: str
-    token_names: dict[int, str]
-    model: str | None = None
     seed: int | None = None
 
     def __repr__(self) -> str:
@@ -119,18 +104,8 @@ class JointFlow(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component, prompt, position, target: share, single, gradient; effect, closed."""
-        c, b, p, t = torch.ones_like(self.share).nonzero().T
-        index = {
-            "component": [self.labels[i] for i in c],
-            "batch": b.tolist(),
-            "pos": positions_at(self.positions, b, p),
-        }
-        cells = zip(b.tolist(), p.tolist(), t.tolist(), strict=True)
-        index["target"] = [target_text(self, *cell) for cell in cells]
         names = ("share", "single", "gradient", "effect", "closed")
-        return pd.DataFrame(
-            index | {name: getattr(self, name).expand_as(self.share).flatten().tolist() for name in names}
-        )
+        return self._table("component", self.labels, {name: getattr(self, name) for name in names})
 
 
 def joint_flow(
@@ -246,7 +221,7 @@ class _Doses:
         effect, *others = self.ablated([labels, *([label] for label in labels), *sets]) - before
         share, nodes = self.shares(labels, effect, tolerance)
         single, control = others[: len(labels)], others[len(labels) :]
-        tokens, target = self.rows.at(self.clean.tokens), self.target
+        target = self.target
         found = JointFlow(
             labels=labels,
             mode=mode,
@@ -259,14 +234,8 @@ class _Doses:
             gap=share.sum(0) - effect,
             nodes=nodes,
             tolerance=tolerance,
-            positions=self.rows.positions,
-            tokens=tokens,
-            target_ids=target.ids,
-            target_names=target.names,
-            unit=target.unit,
             measure=target.measure,
-            token_names=token_names(self.clean.network.tokenizer, [tokens, target.ids]),
-            model=model_mark(self.clean.network, self.clean.recording.hook_state),
+            **target_fields(self.clean, self.rows, target.ids, target.names, unit=target.unit),
         )
         _warn_of_open(found)
         return found

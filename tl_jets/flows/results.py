@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,41 @@ from torch import Tensor
 
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.results import Result
-from tl_jets.core.selection import positions_at
 from tl_jets.core.sinks import Sinks
-from tl_jets.flows.targets import target_text
+from tl_jets.core.target_results import TargetResult
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Flow(Averaged, Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class FlowResult(TargetResult):
+    """Base of flows; a `TargetResult` whose unit is `"logits"`, `"logits before the softcap"` or `"nats"`.
+
+    Attributes:
+        measure: `"centered"`, `"logit difference"` or `"kl"`.
+        tolerance: The share of the effect above which an effect is open.
+    """
+
+    measure: str
+    tolerance: float
+
+    def _target_text(self, names: Mapping[int, str], batch: int, pos: int, target: int) -> str:
+        if self.measure != "centered":
+            return str(self.target_names[target])
+        return super()._target_text(names, batch, pos, target)
+
+    def _index(
+        self, axis: str, labels: Sequence[str], cells: Int[Tensor, "cell 4"], tokenizer: Any = None
+    ) -> dict[str, Any]:
+        """As in `TargetResult`, without the token that is read."""
+        columns = super()._index(axis, labels, cells, tokenizer)
+        del columns["token"]
+        return columns
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Flow(FlowResult, Averaged):
     """Flows of an intervention. Axes: [component, batch, pos, target] and [stage, batch, pos, target], float64.
+
+    Positions, targets, their unit and the tolerance as in `FlowResult`.
 
     Attributes:
         labels: Components that changed, in the order of the network: sources, `edit:<hook>`, writes.
@@ -39,17 +66,12 @@ class Flow(Averaged, Result):
         carried: The part of the effect that each of these streams carries.
         nodes: Nodes of each stage.
         evaluations: Evaluations of each stage and its gradients, in all tries.
-        positions: Positions that are read, among each prompt's real tokens (-1 is its last).
-        target_names: The targets as requested; `<answer>` is the clean run's best token.
-        unit: Unit of the target: `"logits"`, `"logits before the softcap"` or `"nats"`.
-        measure: `"centered"`, `"logit difference"` or `"kl"`.
-        tolerance: The share of the effect above which an effect is open.
         by_position: `flow` by the position of the write [component, batch, pos, target, write_pos], if requested.
         prompt_tokens: The tokens of these positions, those of the clean run; -1 at padding.
         check: Flows beside path patching (`tl_jets.flows.checks`), one row per mediator, prompt, position and target; None
             without a check.
-        token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
+        seed: Seed of the random components of `check`; None without one.
         model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
         seed: Seed of the random components of `check`; None without one.
     """
@@ -65,18 +87,11 @@ class Flow(Averaged, Result):
     carried: Float[Tensor, "stage batch pos target"]
     nodes: list[int]
     evaluations: list[int]
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
-    unit: str
-    measure: str
-    tolerance: float
-    token_names: dict[int, str]
     by_position: Float[Tensor, "component batch pos target write_pos"] | None = None
     prompt_tokens: Int[Tensor, "batch write_pos"] | None = None
     check: pd.DataFrame | None = None
     sinks: Sinks | None = None
+    seed: int | None = None
     model: str | None = None
     seed: int | None = None
 
@@ -125,17 +140,9 @@ class Flow(Averaged, Result):
         Columns: component, batch, pos, target; flow, share (of the effect), edit, direct; effect, gap (as a share of the
         effect), closed.
         """
-        c, b, p, t = torch.ones_like(self.flow).nonzero().T
-        index = {
-            "component": [self.labels[i] for i in c],
-            "batch": b.tolist(),
-            "pos": positions_at(self.positions, b, p),
-        }
-        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
         values = {"flow": self.flow, "share": self.flow / self.effect, "edit": self.edit, "direct": self.direct}
         values |= {"effect": self.effect, "gap": self.gap_share, "closed": self.closed}
-        columns = {name: v.expand_as(self.flow).flatten().tolist() for name, v in values.items()}
-        return pd.DataFrame(index | columns)
+        return self._table("component", self.labels, values)
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The k components of the largest absolute flow for each prompt, position and target, without open effects.
@@ -165,13 +172,9 @@ class Flow(Averaged, Result):
             raise ValueError("Flows by position are kept on request; pass by_position=True to tl_jets.flow.")
         is_real = self.prompt_tokens >= 0
         real = is_real[None, :, None, None].expand_as(self.by_position)
-        c, b, p, t, w = real.nonzero().T
-        index = {
-            "component": [self.labels[i] for i in c],
-            "batch": b.tolist(),
-            "pos": positions_at(self.positions, b, p),
-        }
-        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
+        cells = real.nonzero()
+        b, p, t, w = cells.T[1:]
+        index = self._index("component", self.labels, cells[:, :4])
         index |= {
             "write_pos": (is_real.cumsum(1) - 1)[b, w].tolist(),
             "token": [self.token_names[int(i)] for i in self.prompt_tokens[b, w]],
@@ -185,14 +188,11 @@ class Flow(Averaged, Result):
         One row per stage, prompt, position and target, from the last: stage, batch, pos, target, carried, edited_later, gap
         (of all stages from here on, in the target's unit), nodes.
         """
-        s, b, p, t = torch.ones_like(self.gap).nonzero().T
         gap = self.gap.flip(0).cumsum(0).flip(0)
         later = self.effect + gap - self.carried
-        index = {"stage": [self.stages[i] for i in s], "batch": b.tolist(), "pos": positions_at(self.positions, b, p)}
-        index["target"] = [target_text(self, *cell) for cell in zip(b.tolist(), p.tolist(), t.tolist(), strict=True)]
-        values = {"carried": self.carried, "edited_later": later, "gap": gap}
-        columns = {name: v.flatten().tolist() for name, v in values.items()}
-        return pd.DataFrame(index | columns | {"nodes": [self.nodes[i] for i in s]}).iloc[::-1].reset_index(drop=True)
+        nodes = torch.tensor(self.nodes, device=gap.device)[:, None, None, None]
+        values = {"carried": self.carried, "edited_later": later, "gap": gap, "nodes": nodes}
+        return self._table("stage", self.stages, values).iloc[::-1].reset_index(drop=True)
 
     def agreement(self) -> pd.DataFrame:
         """Flows against path patching, one row per prompt, position and target.

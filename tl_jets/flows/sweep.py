@@ -36,13 +36,12 @@ import torch
 from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.sinks import Sinks
-from tl_jets.core.tokens import token_names
+from tl_jets.core.target_results import target_fields
 from tl_jets.flows.checks import path_patched
 from tl_jets.flows.results import Flow
 from tl_jets.flows.secants import FIRST_NODES, PulledBack, pull_back
@@ -227,7 +226,7 @@ class _Sweep:
             return stacked.unflatten(1, shape).movedim(3, 1)
 
         every = shaped(self.flow)
-        tokens, whole = self.rows.at(runs.clean.tokens), runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
+        whole = runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
         found = Flow(
             labels=self.labels[::-1],
             flow=every.sum(-1) if every.ndim > 4 else every,
@@ -240,18 +239,12 @@ class _Sweep:
             carried=shaped(self.carried),
             nodes=self.counts[::-1],
             evaluations=self.evaluations[::-1],
-            positions=self.rows.positions,
-            tokens=tokens,
-            target_ids=ids,
-            target_names=self.target.names,
-            unit=self.target.unit,
             measure=self.target.measure,
             tolerance=self.tolerance,
-            token_names=token_names(runs.network.tokenizer, [tokens, ids, whole]),
             by_position=every if every.ndim > 4 else None,
             prompt_tokens=whole if every.ndim > 4 else None,
             sinks=Sinks.of(runs.clean, self.rows),
-            model=model_mark(runs.network, runs.clean.recording.hook_state),
+            **target_fields(runs.clean, self.rows, ids, self.target.names, unit=self.target.unit, named=[whole]),
         )
         still_open = int((~found.closed).sum())
         if still_open:

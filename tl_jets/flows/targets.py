@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -83,10 +83,3 @@ def read_target(
         names = [f"{one!s} - {other!s}" for one, other in zip(names, other_names, strict=True)]
     kind = "centered" if against is None else "logit difference"
     return Target(decoder, list(names), ids, decoder.unit, kind, columns)
-
-
-def target_text(result: Any, batch: int, pos: int, target: int) -> str:
-    """The text of a result's target at a position."""
-    if result.measure != "centered":
-        return str(result.target_names[target])
-    return result.token_names[int(result.target_ids[batch, pos, target])]

@@ -8,56 +8,42 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.core.attribution import centered
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.labels import is_label
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
-from tl_jets.core.results import Result
-from tl_jets.core.selection import ANSWER, Rows, TargetInput, positions_at, read_targets
+from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
-from tl_jets.core.tokens import token_names
+from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.sites import Steps
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AblationEffect(Averaged, Result):
-    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos].
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class AblationEffect(TargetResult, Averaged):
+    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos]. Targets as in `TargetResult`.
 
     Attributes:
         labels: The ablated steps, aligned to the ablation axis.
         mode: The mode of `ablation_hooks`; `"path"` for ablations of single paths.
-        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
-        target_names: The targets as requested; `<answer>` is the model's own best token.
         logit: Change of the targets' additive logits (before a softcap).
         centered: The same, less the change of the mean over the vocabulary.
         kl: KL(clean || ablated) of the model's own predictions, in nats.
-        unit: Unit of `logit` and `centered`: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
         seed: Seed of `"resample"`; None in other modes.
     """
 
     labels: list[str]
     mode: str
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
     logit: Float[Tensor, "ablation batch pos target"]
     centered: Float[Tensor, "ablation batch pos target"]
     kl: Float[Tensor, "ablation batch pos"]
-    unit: str
-    token_names: dict[int, str]
     sinks: Sinks | None = None
-    model: str | None = None
     seed: int | None = None
 
     def __repr__(self) -> str:
@@ -73,19 +59,8 @@ class AblationEffect(Averaged, Result):
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, logit, centered, kl."""
-        values = {"logit": self.logit, "centered": self.centered, "kl": self.kl[..., None].expand_as(self.logit)}
-        return effects_table(self, values, tokenizer)
-
-
-def effects_table(effects: Any, values: dict[str, Tensor], tokenizer: Any) -> pd.DataFrame:
-    """Values [ablation, batch, pos, target] by name: a row each, after step, batch, pos, token, target."""
-    names = token_names(tokenizer, [effects.tokens, effects.target_ids]) if tokenizer else effects.token_names
-    step, b, p, t = torch.ones_like(next(iter(values.values()))).nonzero().T
-    columns = {"step": [effects.labels[i] for i in step], "batch": b.tolist()}
-    columns |= {"pos": positions_at(effects.positions, b, p)}
-    columns |= {"token": [names[i] for i in effects.tokens[b, p].tolist()]}
-    columns |= {"target": [names[i] for i in effects.target_ids[b, p, t].tolist()]}
-    return pd.DataFrame(columns | {name: own.flatten().tolist() for name, own in values.items()})
+        values = {"logit": self.logit, "centered": self.centered, "kl": self.kl[..., None]}
+        return self._table("step", self.labels, values, tokenizer)
 
 
 def effect_of(
@@ -102,7 +77,7 @@ def effect_of(
     ids, names = read_targets(trace.network, targets, rows)
     if ids is None or names is None:
         ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
-    decoder, tokens = trace.decoder, rows.at(trace.tokens)
+    decoder = trace.decoder
     logit, beyond, kl = [], [], []
     before = decoder.transformed(clean).log_softmax(-1)
     for found in ablated:
@@ -114,17 +89,11 @@ def effect_of(
     return AblationEffect(
         labels=labels,
         mode=mode,
-        positions=rows.positions,
-        tokens=tokens,
-        target_ids=ids,
-        target_names=list(names),
         logit=torch.stack(logit),
         centered=torch.stack(beyond),
         kl=torch.stack(kl),
-        unit=decoder.unit,
-        token_names=token_names(trace.network.tokenizer, [tokens, ids]),
         sinks=Sinks.of(trace, rows),
-        model=model_mark(trace.network, trace.recording.hook_state),
+        **target_fields(trace, rows, ids, names),
     )
 
 

@@ -28,53 +28,41 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import trace_of
-from tl_jets.core.results import Result
 from tl_jets.core.selection import ANSWER, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
-from tl_jets.core.tokens import token_names
+from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.interventions.ablation_jets import centered_of
-from tl_jets.interventions.effects import cells_of, effects_table, read_ablations, real_rows
+from tl_jets.interventions.effects import cells_of, read_ablations, real_rows
 from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
 from tl_jets.interventions.places import Hooks
 from tl_jets.interventions.replays import hooked_stream
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class FirstOrderEffects(Averaged, Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class FirstOrderEffects(TargetResult, Averaged):
     """First-order changes of centered logits under ablations, ablated - clean. Axes: [ablation, batch, pos, target].
+
+    Targets as in `TargetResult`.
 
     Attributes:
         labels: The ablated steps, aligned to the ablation axis.
         mode: The mode of `ablation_hooks`.
-        positions: Positions among each prompt's real tokens (-1 is its last), aligned to the pos axis.
-        target_names: The targets as requested; `<answer>` is the model's own best token.
         effect: c_1 of each effect on the centered logit.
-        unit: Unit of `effect`: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
         seed: Seed of `"resample"`; None in other modes.
     """
 
     labels: list[str]
     mode: str
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
     effect: Float[Tensor, "ablation batch pos target"]
-    unit: str
-    token_names: dict[int, str]
     sinks: Sinks | None = None
-    model: str | None = None
     seed: int | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +77,7 @@ class FirstOrderEffects(Averaged, Result):
 
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per ablation, prompt, position, target: step, batch, pos, token, target, effect."""
-        return effects_table(self, {"effect": self.effect}, tokenizer)
+        return self._table("step", self.labels, {"effect": self.effect}, tokenizer)
 
 
 def first_order_effects(
@@ -133,16 +121,10 @@ def first_order_effects(
     return FirstOrderEffects(
         labels=labels,
         mode=mode,
-        positions=rows.positions,
-        tokens=rows.at(trace.tokens),
-        target_ids=ids,
-        target_names=list(names),
         effect=torch.stack(found, -1).unflatten(-1, logits.shape),
-        unit=trace.decoder.unit,
-        token_names=token_names(network.tokenizer, [rows.at(trace.tokens), ids]),
         sinks=Sinks.of(trace, rows),
-        model=model_mark(trace.network, trace.recording.hook_state),
         seed=int(seed) if mode == "resample" else None,
+        **target_fields(trace, rows, ids, names),
     )
 
 

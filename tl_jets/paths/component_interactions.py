@@ -65,14 +65,12 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.measures import random_directions, split_along
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
-from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, positions_of
 from tl_jets.core.sinks import Sinks
-from tl_jets.core.tokens import token_names
+from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.core.trace import Trace
 from tl_jets.jets.expand import Expansion, jet_expand
 from tl_jets.paths.reorganized import REST
@@ -80,11 +78,12 @@ from tl_jets.paths.reorganized import REST
 SHOWN = 10
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Interactions(Averaged, Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Interactions(TargetResult, Averaged):
     """Second-degree effects of pairs of components on a logit; NaN at padding.
 
-    Logits are additive (before a final softcap) and centered over the vocabulary.
+    Logits are additive (before a final softcap) and centered over the vocabulary. Positions and targets as
+    in `TargetResult`.
 
     Attributes:
         labels: Components, aligned to both component axes; the last is `rest`, the final stream less all components.
@@ -94,14 +93,9 @@ class Interactions(Averaged, Result):
         logit: The model's own centered logit of the target, or difference.
         weights: w; centers are all labels but `rest`.
         rho: Radius ratio of each center's series, which converges below 1.
-        positions: Positions in the prompt, aligned to the pos axis.
         valid: Which `tokens` are real.
         target_ids: The target, or the target and the token that it is compared with.
-        target_names: The targets as requested; `<answer>` is the model's own best token.
-        unit: Unit of all numbers: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
         seed: Seed of the control.
     """
 
@@ -113,15 +107,8 @@ class Interactions(Averaged, Result):
     weights: Float[Tensor, "center batch pos"]
     rho: Float[Tensor, "center batch pos"]
     center_scale: CenterScale
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
-    unit: str
-    token_names: dict[int, str]
     sinks: Sinks | None = None
-    model: str | None = None
     seed: int | None = None
 
     @property
@@ -158,7 +145,7 @@ class Interactions(Averaged, Result):
 
         Columns: first, second, batch, pos, token, target, effect (both entries of the matrix), control.
         """
-        names = token_names(tokenizer, [self.tokens, self.target_ids]) if tokenizer else self.token_names
+        names = self._names(tokenizer)
         pairs, effect, control = self._pairs()
         tables = []
         for b, p in self.valid.nonzero().tolist():
@@ -227,22 +214,15 @@ def interactions(
         centers = [*network.components, *(label for stream in network.streams for label in trace.edits(stream))]
     expansion = jet_expand(network, DECODER_STEP, centers=centers, order=2, weights=weights, center_scale=center_scale)
     along, ids, names = _directions(trace, rows, targets, minus)
-    tokens = rows.at(trace.tokens)
     found = _second_degree(expansion, trace, rows, along, seed)
     return Interactions(
         labels=[*(str(center.path) for center in expansion.centers), REST],
         **{name: rows.spread(values) for name, values in found.items()},
         center_scale=center_scale,
-        positions=rows.positions,
-        tokens=tokens,
         valid=rows.keep,
-        target_ids=ids,
-        target_names=names,
-        unit=trace.decoder.unit,
-        token_names=token_names(network.tokenizer, [tokens, ids]),
         sinks=Sinks.of(trace, rows),
-        model=model_mark(trace.network, trace.recording.hook_state),
         seed=int(seed),
+        **target_fields(trace, rows, ids, names),
     )
 
 

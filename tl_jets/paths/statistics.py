@@ -50,14 +50,13 @@ from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.logit_reader import top_tokens
-from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import BIAS, DECODER_STEP
-from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows, TargetInput, positions_at
 from tl_jets.core.sinks import Sinks
+from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.core.tokens import nested_texts, token_names
 from tl_jets.core.trace import Trace
 from tl_jets.paths.cancellation import Cancelling
@@ -69,47 +68,37 @@ By = Literal["path", "length", "component", "source"]
 MEASURES = ("norm", "cosine", "share", "effect")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class PathStatistics(Cancelling, Averaged, Result):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class PathStatistics(Cancelling, TargetResult, Averaged):
     """Measures of parts of the model's logits. Axes: [part, batch, pos]; NaN (ids: -1) at padding.
+
+    Positions and targets as in `TargetResult`.
 
     Attributes:
         labels: Paths, path lengths, components or sources (see `by`), aligned to the part axis.
         counts: Number of paths in each part.
         lengths: By path, its number of writes; None for sums.
-        positions: Positions in the prompt, aligned to the pos axis.
         valid: Which `tokens` are real.
         norm: Length of the part's logits over that of the model's, both centered over the vocabulary.
         cosine: Cosine of the angle between them.
         share: The part's projection on the model's logits over their squared length.
         effects: Logits that the part adds to each target, beyond the mean of the vocabulary.
-        target_names: The targets as requested; `<answer>` is the model's own best token.
         top_ids: The part's best token; `model_top_ids` holds the model's.
-        unit: Unit of effects: `"logits"`, or `"logits before the softcap"`.
-        token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
     """
 
     labels: list[str]
     by: By
     counts: list[int]
     lengths: list[int] | None
-    positions: list[int] | Int[Tensor, "batch pos"]
-    tokens: Int[Tensor, "batch pos"]
     valid: Bool[Tensor, "batch pos"]
     norm: Float[Tensor, "part batch pos"]
     cosine: Float[Tensor, "part batch pos"]
     share: Float[Tensor, "part batch pos"]
     effects: Float[Tensor, "part batch pos target"]
-    target_ids: Int[Tensor, "batch pos target"]
-    target_names: list[str | int]
     top_ids: Int[Tensor, "part batch pos"]
     model_top_ids: Int[Tensor, "batch pos"]
-    unit: str
-    token_names: dict[int, str]
     sinks: Sinks | None = None
-    model: str | None = None
 
     def __repr__(self) -> str:
         return (
@@ -225,19 +214,15 @@ def statistics_of(
         by=by,
         counts=counts,
         lengths=lengths,
-        positions=rows.positions,
-        tokens=tokens,
         valid=rows.keep,
         effects=measured.pop("effect"),
         **measured,
-        target_ids=yardstick.target_ids,
-        target_names=yardstick.target_names,
         top_ids=top_ids,
         model_top_ids=answers,
-        unit=trace.decoder.unit,
-        token_names=token_names(trace.network.tokenizer, [top_ids, answers, tokens, yardstick.target_ids]),
         sinks=Sinks.of(trace, rows),
-        model=model_mark(trace.network, trace.recording.hook_state),
+        **target_fields(
+            trace, rows, yardstick.target_ids, yardstick.target_names, tokens=tokens, named=[top_ids, answers]
+        ),
     )
     found.warn_of_cancellation()
     return found
