@@ -19,6 +19,9 @@ from typing import Any, TypeVar, cast
 
 from tl_jets.core.caller import warn_caller
 
+# Choices that an error names.
+MOST_SHOWN = 12
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -32,9 +35,15 @@ def check_integers(least: int, /, **given: Any) -> None:
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Raise ValueError for an option that is not one of its values."""
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in known):
-        raise ValueError(f"{name} must be one of {tuple(known)}; got {value!r}.")
+    """Raise ValueError for an option that is not one of its values; the message names the first twelve."""
+    if not any(value is choice or (_compares(value) and _compares(choice) and value == choice) for choice in known):
+        more = f", ... ({len(known)} in all)" if len(known) > MOST_SHOWN else ""
+        raise ValueError(f"{name} must be one of {tuple(known[:MOST_SHOWN])}{more}; got {value!r}.")
+
+
+def _compares(value: Any) -> bool:
+    """Text and integers are compared, and nothing else: True is not 1."""
+    return isinstance(value, str | Integral) and not isinstance(value, bool)
 
 
 def renamed(**names: str | None) -> Callable[[Function], Function]:

@@ -27,6 +27,7 @@ from circuitsvis.utils.render import render_local
 from torch import Tensor
 
 from tl_jets.core.labels import is_label
+from tl_jets.core.options import check_choice
 from tl_jets.core.selection import ANSWER, positions_of
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
@@ -99,16 +100,35 @@ def to_circuitsvis(
     Cost:
         That of the table; `"token_log_probs"`: d_vocab logits per position.
     """
-    _check("view", view, (*get_args(CircuitsView), None))
-    if isinstance(result, Trace) and view in ("attention_heads", None):
-        return _patterns(result, labels, prompt, height)
-    if isinstance(result, NgramTable) and view in ("attention_heads", None):
-        return _skip_trigrams(result, labels, top_k, height)
-    if view == "attention_heads" or (view is None and type(result) in (dict, list, tuple)):
-        return _attention_heads(result, labels, prompt, height)
+    check_choice("view", view, (*get_args(CircuitsView), None))
+    if view == "attention_heads" or (view is None and type(result) in (Trace, NgramTable, dict, list, tuple)):
+        return _attention(result, labels, prompt, top_k, height)
     if view == "token_log_probs":
         return _token_log_probs(result, labels, order, trace, prompt, top_k, height)
-    table, series, measure, about = _table(result, measure, labels, order, target, prompt)
+    table = _table(result, measure, labels, order, target, prompt)
+    return _token_values(view, *table, prompt, top_k, height)
+
+
+def _attention(result: Any, labels: Any, prompt: int, top_k: int, height: int | None) -> View:
+    """Maps from tokens to tokens: patterns of a trace, skip-trigrams, or shares of detached Jacobians."""
+    if isinstance(result, Trace):
+        return _patterns(result, labels, prompt, height)
+    if isinstance(result, NgramTable):
+        return _skip_trigrams(result, labels, top_k, height)
+    return _jacobians(result, labels, prompt, height)
+
+
+def _token_values(
+    view: CircuitsView | None,
+    table: pd.DataFrame,
+    series: str,
+    measure: str,
+    about: str,
+    prompt: int,
+    top_k: int,
+    height: int | None,
+) -> View:
+    """A `_table` as one of the views of values by token."""
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
     tokens, names = [_inert(token) for _, token in table.columns], [_inert(str(label)) for label in table.index]
     title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
@@ -173,7 +193,7 @@ def _table(
     after_token = list(found.columns)[list(found.columns).index("token") + 1 :]
     numbers = [name for name in after_token if _is_number(found[name])]
     drawn = next((name for name in DEFAULT_MEASURES if name in numbers), numbers[0]) if measure is None else measure
-    _check("measure", drawn, numbers)
+    check_choice("measure", drawn, numbers)
     if "rank" in found:
         found = found[found["rank"] == 0]
     about = ""
@@ -185,12 +205,12 @@ def _table(
         # The answer as a target is another token at each position: targets are told apart by their place.
         there = sorted(set(found["order"])) if name == "order" else list(result.target_names)
         wanted = there[-1 if name == "order" else 0] if wanted is None else wanted
-        _check(name, wanted, there)
+        check_choice(name, wanted, there)
         place = found["order"] if name == "order" else found.groupby([series, "batch", "pos"], sort=False).cumcount()
         found = found[place == (wanted if name == "order" else there.index(wanted))]
         if name == "order" or drawn == "effect":
             about += f", {name} " + ("the model's own best token" if wanted == ANSWER else str(wanted))
-    _check("prompt", prompt, sorted(set(found["batch"])))
+    check_choice("prompt", prompt, sorted(set(found["batch"])))
     found = found[(found["batch"] == prompt) & found["pos"].notna()]
     found = found.assign(place=list(zip(found["pos"].astype(int), found["token"], strict=True)))
     table = found.pivot(index=series, columns="place", values=drawn)
@@ -198,12 +218,12 @@ def _table(
     if labels is not None:
         wanted_labels = [labels] if isinstance(labels, str | int) else list(labels)
         for label in wanted_labels:
-            _check("labels", label, list(table.index))
+            check_choice("labels", label, list(table.index))
         table = table.loc[wanted_labels]
     return table, series, drawn, about
 
 
-def _attention_heads(result: Any, labels: Any, prompt: int, height: int | None) -> View:
+def _jacobians(result: Any, labels: Any, prompt: int, height: int | None) -> View:
     """Share of every input token in every output position, a map per Jacobian."""
     maps = result if type(result) in (dict, list, tuple) else [result]
     named = (
@@ -249,7 +269,7 @@ def _patterns(trace: Trace, layer: Any, prompt: int, height: int | None) -> View
         raise ValueError(
             f"A trace is drawn by layer: pass labels={layers[-1]}, one of 0..{layers[-1]}; got labels={layer!r}."
         )
-    _check("prompt", prompt, range(len(trace.tokens)))
+    check_choice("prompt", prompt, range(len(trace.tokens)))
     real = trace.valid[prompt]
     maps = trace["pattern", layer][prompt][:, real][:, :, real]
     tokens = trace.tokens[prompt][real]
@@ -297,8 +317,8 @@ def _token_log_probs(
             f"or an iterative lens; got {type(result).__name__}."
         )
     if labels is not None:
-        _check("labels", labels, result.labels)
-    _check("prompt", prompt, range(len(result.tokens)))
+        check_choice("labels", labels, result.labels)
+    check_choice("prompt", prompt, range(len(result.tokens)))
     real, own = result.valid[prompt], result.traced("Log-probabilities")
     log_probs = own.decoder.transformed(result.logits(labels)[prompt][real]).log_softmax(-1)
     what = "the sum of all terms" if labels is None else str(labels)
@@ -320,7 +340,7 @@ def _of_lens(
             f"token_log_probs of a lens needs a layer and a trace of its prompts: labels={lens.labels[-1]!r}, "
             f"trace=network.trace(prompts); got labels={label!r}, and {'no' if trace is None else 'a'} trace."
         )
-    _check("prompt", prompt, range(len(lens.tokens)))
+    check_choice("prompt", prompt, range(len(lens.tokens)))
     real = lens.valid[prompt]
     places = [place for place, kept in zip(positions_of(lens.positions, prompt), real.tolist(), strict=True) if kept]
     if places != list(range(places[0], places[0] + len(places))):
@@ -328,7 +348,7 @@ def _of_lens(
             f"The next token must be read, too; this lens is of positions {places}. Run it at all positions."
         )
     order = lens.orders[-1] if order is None else order
-    _check("order", order, lens.orders)
+    check_choice("order", order, lens.orders)
     log_probs = lens.log_probs(label, order, trace=trace)[prompt][real]
     return _log_probs(f"{label}, order {order}", log_probs, lens.tokens[prompt][real], trace, top_k, height)
 
@@ -378,10 +398,3 @@ def _plain(value: Any) -> Any:
 
 def _is_number(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and column.name not in ("rank", "token_index")
-
-
-def _check(name: str, value: Any, allowed: Any) -> None:
-    if value not in list(allowed):
-        there = list(allowed)
-        more = f" ({len(there)} in all)" if len(there) > 12 else ""
-        raise ValueError(f"{name} must be one of {there[:12]}{more}; got {value!r}.")

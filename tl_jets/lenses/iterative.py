@@ -36,6 +36,7 @@ from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput, check_options, positions_at, stream_labels
 from tl_jets.core.tokens import nested_texts
@@ -207,8 +208,7 @@ class IterativeJetLens(LensResult):
             raise ValueError("Targets must be asked for when the lens is run; pass targets=...")
         if target is None and len(self.target_names) == 1:
             return values[..., 0]
-        if target not in self.target_names:
-            raise ValueError(f"target must be one of {self.target_names}; got {target!r}.")
+        check_choice("target", target, self.target_names)
         return values[..., self.target_names.index(target)]
 
     def verdict(

@@ -23,13 +23,15 @@ import torch
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
+from tl_jets.core.measures import MEASURES
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number, precise
+from tl_jets.core.options import check_choice
 from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.lenses.verdicts import changing
-from tl_jets.views.names import MEASURE_NAMES, check_measure, mean_weights, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, mean_weights, of_prompts, places_of
 from tl_jets.views.pages import View, view_of
 
 # Limits of a lens shown in a notebook.
@@ -63,7 +65,7 @@ def lens_table(
     places = places_of(lens, prompt, positions)
     if isinstance(lens, JointJetLens):
         return _joint_table(lens, prompt, places, top)
-    check_measure(measure)
+    check_choice("measure", measure, MEASURES)
     return _iterative_table(lens, order_index(lens, order), measure, prompt, places)
 
 

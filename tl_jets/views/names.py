@@ -8,7 +8,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.core.measures import MEASURES
 from tl_jets.core.selection import positions_of
 from tl_jets.lenses import JointJetLens
 
@@ -19,12 +18,6 @@ MEASURE_NAMES = {
     "kl": "KL (nats)",
     "top1_agreement": "top-1",
 }
-
-
-def check_measure(measure: str, known: Sequence[str] = MEASURES) -> None:
-    """Raise ValueError if a measure is unknown."""
-    if measure not in known:
-        raise ValueError(f"measure must be one of {tuple(known)}; got {measure!r}.")
 
 
 def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: int | None = None) -> list[int]:

@@ -19,7 +19,9 @@ import pandas as pd
 
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.markup import cell, diverging, largest, rising, row_head, table, text, token
+from tl_jets.core.measures import MEASURES
 from tl_jets.core.numerals import number, precise
+from tl_jets.core.options import check_choice
 from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.detached_map import DetachedJacobian
@@ -28,7 +30,7 @@ from tl_jets.paths.cache import PathCache
 from tl_jets.paths.statistics import MEASURES as PATH_MEASURES
 from tl_jets.paths.statistics import PathStatistics
 from tl_jets.views.lens_tables import closeness, describe, order_index
-from tl_jets.views.names import MEASURE_NAMES, check_measure, counted_of, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, counted_of, of_prompts, places_of
 from tl_jets.views.pages import View
 
 Contribution = Literal["share", "norm"]
@@ -60,7 +62,7 @@ def lens_tokens(
         raise TypeError(
             f"Tokens are colored by layer, of an iterative lens; got {type(lens).__name__}. For a joint lens use lens_table."
         )
-    check_measure(measure)
+    check_choice("measure", measure, MEASURES)
     if lens.measures is None:
         raise ValueError("Tokens are colored by a measure; this lens was run without. Run it with measures=True.")
     places, k = places_of(lens, prompt, positions), order_index(lens, order)
@@ -110,7 +112,7 @@ def path_tokens(
         'Paths by component: effect on <answer>, the 3 largest of 8'
     """
     statistics = paths.statistics() if isinstance(paths, PathCache) else paths
-    check_measure(measure, PATH_MEASURES)
+    check_choice("measure", measure, PATH_MEASURES)
     if top is not None and top < 1:
         raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
     places = places_of(statistics, prompt, positions)

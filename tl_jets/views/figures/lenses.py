@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.measures import MEASURES
+from tl_jets.core.options import check_choice
 from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
@@ -24,7 +26,7 @@ from tl_jets.views.figures.axes import (
     short_legend,
 )
 from tl_jets.views.lens_tables import order_index
-from tl_jets.views.names import MEASURE_NAMES, check_measure, mean_weights, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, mean_weights, of_prompts, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +128,7 @@ def measures(
     """
     names = (names,) if isinstance(names, str) else names
     for name in names:
-        check_measure(name)
+        check_choice("measure", name, MEASURES)
     if lens.measures is None:
         raise ValueError("A figure of measures needs them; this lens was run without. Run it with measures=True.")
     if against not in ("layer", "order"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import some
 from tl_jets.detached_map import DetachedSpectra
 from tl_jets.interventions.ablation_jets import AblationJet
@@ -23,7 +24,6 @@ from tl_jets.views.figures.axes import (
     plain,
     short_legend,
 )
-from tl_jets.views.names import check_measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def path_shares(
         9
     """
     statistics = paths.statistics() if isinstance(paths, PathCache) else paths
-    check_measure(measure, MEASURES)
+    check_choice("measure", measure, MEASURES)
     if top is not None and top < 1:
         raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
     cells = getattr(statistics, measure)[:, statistics.counted].double()
