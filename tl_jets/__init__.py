@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.core.protocol import Stage, Step
     from tl_jets.core.results import Result, load
     from tl_jets.core.trace import Trace
+    from tl_jets.core.trace_values import TraceValues
     from tl_jets.detached_map import (
         BlockNorms,
         DetachedJacobian,
@@ -82,6 +83,7 @@ __all__ = [
     "Path",
     "ResidualNetwork",
     "Trace",
+    "TraceValues",
     "ablation_effect",
     "ablation_hooks",
     "answer_lens",
@@ -145,6 +147,7 @@ _PLACES = {
     "tl_jets.core.logit_reader": ("TopTokens",),
     "tl_jets.core.results": ("Result", "load"),
     "tl_jets.core.trace": ("Trace",),
+    "tl_jets.core.trace_values": ("TraceValues",),
     "tl_jets.core.divergence": ("DivergenceWarning",),
     "tl_jets.detached_map": (
         "BlockNorms",

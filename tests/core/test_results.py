@@ -166,6 +166,7 @@ def movable():
     made += [tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)]
     made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
     made += [jet_expand(network, "ln_final", centers=["embed", "0_attn_out"], weights="optimal")(trace).solution]
+    made += [trace - network.trace(["w3 w4 w9", "w6 w7 w8"])]
     J = tj.detached_jacobian(network, trace)
     made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]
     made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]

@@ -16,6 +16,7 @@ from tl_jets.core.decoder import Decoder
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
 from tl_jets.core.structure import Structure
+from tl_jets.core.trace_values import TraceValues
 
 # Number of tokens at which logits are compared, after a first comparison of all.
 PART_OF_VOCABULARY = 2**12
@@ -149,6 +150,20 @@ class Trace:
             "model have changed since (another thread's count, too), or its weights. Evaluate inside the same "
             "`with model.hooks(...)` block, or trace again."
         )
+
+    def freeze(self) -> TraceValues:
+        """The values of all labels as plain tensors, which are saved, and need no model; for other labels index the trace.
+
+        Raises:
+            ValueError: The model has changed since the trace.
+
+        Cost: a copy of the activations; below sublayers, all writes of every layer.
+        """
+        return TraceValues.of(self)
+
+    def __sub__(self, other: Trace | TraceValues) -> TraceValues:
+        """This run's values less another's of the same shape and padding (`tl_jets.core.trace_values`)."""
+        return self.freeze() - other
 
     def on(self, network: Structure) -> Trace:
         """The same run as a trace on another network (e.g. granularity) of the model; ValueError for another model."""

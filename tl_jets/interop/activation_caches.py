@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from tl_jets.calculus import norm_jet
 from tl_jets.core.labels import hook_names
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.trace import Trace
+from tl_jets.core.trace_values import TraceValues, final_scale
 from tl_jets.jets.cache import JetCache
 
 
@@ -35,6 +34,16 @@ class CheckedActivationCache(ActivationCache):
     """An `ActivationCache` whose `logit_attrs` refuses a final norm with a gain, which TransformerLens leaves out."""
 
     gain_is_folded = True
+    is_difference = False
+
+    def apply_ln_to_stack(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in TransformerLens; raises ValueError for a difference, which has no scale of a norm."""
+        if self.is_difference:
+            raise ValueError(
+                "A difference of two runs has no norm scale of its own; apply TransformerLens' layer norms and logit_attrs to the "
+                "cache of each run, and subtract what they give."
+            )
+        return super().apply_ln_to_stack(*args, **kwargs)
 
     def logit_attrs(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in TransformerLens; raises ValueError where the final norm has a gain."""
@@ -49,14 +58,19 @@ class CheckedActivationCache(ActivationCache):
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
         """As in TransformerLens."""
         found = super().apply_slice_to_batch_dim(batch_slice)
-        return _cache(found.cache_dict, self.model, self.gain_is_folded, found.has_batch_dim)
+        cache = _cache(found.cache_dict, self.model, self.gain_is_folded, found.has_batch_dim)
+        cache.is_difference = self.is_difference
+        return cache
 
 
 @torch.no_grad()
 def to_activation_cache(
-    result: Trace | JetCache, *, paths: Sequence[str | Path] | None = None, include_remainder: bool = False
+    result: Trace | TraceValues | JetCache,
+    *,
+    paths: Sequence[str | Path] | None = None,
+    include_remainder: bool = False,
 ) -> ActivationCache:
-    """A trace or a `JetCache` as a TransformerLens `ActivationCache` of the same run.
+    """A trace, a difference of two or a `JetCache` as a TransformerLens `ActivationCache` of the same run.
 
     It holds `hook_embed`, `hook_pos_embed`, `hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`, `hook_attn_out` and
     `hook_mlp_out` of every block, where the model has them; `attn.hook_result`, if the network has granularity `"head"`;
@@ -65,10 +79,10 @@ def to_activation_cache(
 
     For a `JetCache` the sum of its terms, or of some, takes the place of the stream that its stage writes to, under each
     of that stream's names; everything else is the run's own. A `TransformerBridge` reads `hook_resid_mid` in the MLP
-    only: an edit there does not change what the block passes on.
+    only: an edit there does not change what the block passes on. A difference of two traces has no `ln_final.hook_scale`.
 
     Args:
-        result: A trace, or the cache of a stage's expansion with its trace.
+        result: A trace, `trace.freeze()`, `trace - other`, or the cache of a stage's expansion with its trace.
         paths: Terms of a `JetCache` that count; None for all.
         include_remainder: Whether what all terms leave over is added, so that all paths give the model's own stream.
 
@@ -87,7 +101,7 @@ def to_activation_cache(
 
     Example: in the docstring of `tl_jets.interop.activation_caches`.
     """
-    if isinstance(result, Trace):
+    if isinstance(result, (Trace, TraceValues)):
         if paths is not None or include_remainder:
             raise TypeError("A trace has no terms; `paths` and `include_remainder` are for a JetCache.")
         return _of_trace(result)
@@ -109,9 +123,14 @@ def to_activation_cache(
     return _cache(values, found.model, found.gain_is_folded)
 
 
-def _of_trace(trace: Trace) -> CheckedActivationCache:
+def _of_trace(trace: Trace | TraceValues) -> CheckedActivationCache:
     """Streams, writes, heads and the final scale of a run under TransformerLens' names."""
     network = trace.network
+    if network is None:
+        raise ValueError(
+            "An ActivationCache needs the model, which a loaded result does not have; make the trace again, or index the values by "
+            "TransformerLens' names: values['resid_post', 3]."
+        )
     model = getattr(network.view, "model", None)
     if model is None:
         raise ValueError("An ActivationCache is of a TransformerLens model; this network is one of plain callables.")
@@ -123,10 +142,12 @@ def _of_trace(trace: Trace) -> CheckedActivationCache:
         if step.kind == "head":
             heads.setdefault(step.layer, []).append(trace[step.write])
     values |= {f"blocks.{layer}.attn.hook_result": torch.stack(own, -2) for layer, own in heads.items()}
-    norm, final = trace.decoder.norm, trace[FINAL_STREAM]
-    if norm.kind != "none":
-        values["ln_final.hook_scale"] = 1 / norm_jet(norm, final, final, 0).alpha[0][..., None].to(final.dtype)
-    return _cache(values, model, norm.weight is None or bool((norm.weight == 1).all()))
+    scale = final_scale(trace) if isinstance(trace, Trace) else trace.final_scale
+    values |= {} if scale is None else {"ln_final.hook_scale": scale}
+    gain = network.decoder.norm.weight
+    found = _cache(values, model, gain is None or bool((gain == 1).all()))
+    found.is_difference = isinstance(trace, TraceValues) and trace.is_difference
+    return found
 
 
 def _names(n_layers: int, model: Any) -> dict[str, list[str]]:
