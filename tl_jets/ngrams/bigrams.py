@@ -19,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -190,16 +191,16 @@ def bigram_log_normalizers(
     """
     plan = BigramSweep.planned(model, [path], rows=rows, chunk_size=chunk_size, screen=None, distributed=distributed)
     (label,) = plan.streams.paths
-    tiles, offset = plan.tiles, 0.0
+    tiles, offset = plan.tiles, math.nan
 
     def read(part: slice) -> Tensor:
         nonlocal offset
         states = plan.streams.states(plan.streams.embed(plan.rows[part]), label)
         maxima = torch.empty(len(states), tiles.n_blocks, dtype=tiles.dtype, device=tiles.device)
-        shifted, applied, offset = tiles.read(states, maxima, offset)
-        assert shifted is not None
-        check_finite(shifted, plan.rows[part])
-        return (shifted.double() - applied) / LOG2_E
+        sums, offset = tiles.read(states, maxima, offset)
+        assert sums is not None
+        check_finite(sums.log_normalizers, plan.rows[part])
+        return (sums.log_normalizers.double() - sums.offset) / LOG2_E
 
     return torch.cat(plan.processes.map(read, list(slices(len(plan.rows), plan.chunk_size)))).to(plan.device)
 
