@@ -1,4 +1,4 @@
-"""The command `tl-jets` (`python -m tl_jets`): `lens` (default), `paths`, `flow`, `ngrams`, `jacobian`.
+"""The command `tl-jets` (`python -m tl_jets`): `lens` (default), `paths`, `flow`, `ngrams`, `jacobian`, `explore`.
 
 Each command is a module whose `report(options)` returns a `Report`: plain data and tables. `session.run` writes it.
 

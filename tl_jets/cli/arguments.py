@@ -1,4 +1,4 @@
-"""The parser of the command line: all options of the five commands, without loading PyTorch."""
+"""The parser of the command line: all options of the six commands, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"tl-jets {version('tl-jets')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     options = {"lens": _lens, "paths": _paths, "flow": _flow, "ngrams": _ngrams, "jacobian": _jacobian}
+    options |= {"explore": _explore}
     for name, add_options in options.items():
         command = commands.add_parser(
             name,
@@ -115,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help="also write all numbers, tokens with their spaces shown (\u00b7); what is no number is null",
         )
+        if name == "explore":
+            command.set_defaults(html="explore.html")
         command.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     return top
 
@@ -255,6 +258,15 @@ def _flow(add: Callable[..., Any]) -> None:
     add("--controls", type=at_least(0), metavar="N", help="random sets beside --joint (default: 6)")
     add("--top", type=at_least(1), default=12, metavar="N", help="how many components")
     add("--seed", **SEED, help="of random components, sets and --mode resample")
+
+
+def _explore(add: Callable[..., Any]) -> None:
+    add("--order", **ORDER, default=1, help="highest order of the lens; the page chooses between 0 and this one")
+    add(
+        "--bigrams", default="mlps", metavar="PATH", help="path of each token's bi-grams, as in `ngrams`; none for none"
+    )
+    add("--ablate", nargs="+", metavar="COMPONENT", help="also show what the ablation of these does (8_mlp, L17H3)")
+    add("--keep-bos", action="store_true", help="leave the first position, on which attention rests, as it is")
 
 
 def _ngrams(add: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ What jets say about a TransformerLens model: a transformer as a sum of terms.
                      vocabulary, without a corpus
   tl-jets jacobian   the model as an exact linear map at one prompt: what
                      each token gives to the answer
+  tl-jets explore    all of this for one prompt, as a page to click through
 
 Each prints tables with their controls, and a legend; --json and --html write
 the same to files. A model is a local Hugging Face directory or a name on the
@@ -41,6 +42,7 @@ SUMMARIES = {
     "flow": "the effect of an ablation or another prompt, by component",
     "ngrams": "bi-grams and skip-trigrams of the weights, without a corpus",
     "jacobian": "the model as an exact linear map at one prompt",
+    "explore": "one page to click through: layers, components, bi-grams, an ablation",
 }
 DESCRIPTIONS = {
     "lens": """\
@@ -78,6 +80,12 @@ Freeze every norm scale, attention pattern and gate at one prompt, and the
 model is a linear map J of its token embeddings, plus a bias, with the same
 output. This prints what each token gives through J, and the directions that J
 passes on most.
+""",
+    "explore": """\
+Writes a page of one prompt that opens offline in a browser (--html, by default
+explore.html): the best token of every layer at every position; click a cell for
+its tokens and control, the rank of the answer by layer, what components add to
+it, and the token's bi-grams. --ablate adds an ablation's flow.
 """,
 }
 # A key may name a variant of its entry, "score|logit": only the part before the bar is shown.
@@ -169,6 +177,13 @@ LEGENDS: dict[str, dict[str, str]] = {
         "part of the direction that is at this position. At another prompt J is another map.",
         "softcap": "Logits are those before the model's final softcap.",
     },
+    "explore": {
+        "color": "The rank of the model's own answer on a logarithmic scale, or KL against that of a random vector of the same "
+        "length and angle, or the share of the cell that is the model's own final stream.",
+        "[token]": "Borrowed: the answer comes from the model's own final stream; what is the layer's own says something else.",
+        "components": "What each adds to the logit of the model's answer beyond the mean of the vocabulary; they sum to it.",
+        "flow": "How much of the ablation's effect passes through what a component writes; open ones explain nothing.",
+    },
 }
 EPILOGS = {
     "lens": """\
@@ -213,6 +228,10 @@ examples:
 
 cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
 on two cores), a fraction of that a head.
+""",
+    "explore": """\
+example:
+  tl-jets explore --prompt "This function is available on Unix and" --ablate 0_mlp --keep-bos
 """,
     "jacobian": """\
 examples:

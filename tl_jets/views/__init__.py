@@ -15,6 +15,7 @@ Example:
 """
 
 import tl_jets.views.figures as figures
+from tl_jets.views.explorers import Explorer, explorer
 from tl_jets.views.heatmaps import trigram_heatmap
 from tl_jets.views.lens_pages import lens_data, lens_page
 from tl_jets.views.lens_tables import lens_table, top_tokens
@@ -22,8 +23,10 @@ from tl_jets.views.pages import View, page
 from tl_jets.views.tokens import detached_tokens, lens_tokens, path_tokens
 
 __all__ = [
+    "Explorer",
     "View",
     "detached_tokens",
+    "explorer",
     "figures",
     "lens_data",
     "lens_page",

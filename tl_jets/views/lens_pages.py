@@ -12,8 +12,6 @@ Example:
 from __future__ import annotations
 
 import html
-import json
-import math
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -24,10 +22,8 @@ from torch import Tensor
 from tl_jets.core.measures import Measures
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
-from tl_jets.views.pages import filled
+from tl_jets.views.pages import filled, json_in_page, rounded
 
-# Significant digits of numbers in pages and files.
-DIGITS = 6
 # Fields of the lenses that the data hold.
 SHARED = ("labels", "linearize", "center_scale", "rho", "alpha", "beta", "borrowed_share", "borrowed", "top_ids")
 SHARED += ("measures", "control")
@@ -91,24 +87,15 @@ def lens_data(
 
 def lens_page(data: dict[str, Any]) -> str:
     """A self-contained HTML page of the result of `lens_data`: choose a token to see its two lenses."""
-    # Only "<" can end a script element; "&" and the line separators are escaped for older browsers.
-    safe = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
-    text = json.dumps(data, allow_nan=False, ensure_ascii=True).translate(safe)
     title = f"tl-jets lens: {data.get('prompt') or data.get('model') or ''}"
-    return filled("lens.html", title=html.escape(title), data=text)
+    return filled("lens.html", title=html.escape(title), data=json_in_page(data))
 
 
 def _plain(value: Any) -> Any:
     """A field of a lens as plain values, with rounded numbers."""
     if isinstance(value, Measures):
         return {name: _plain(values) for name, values in value.items()}
-    return _nested(value.tolist() if isinstance(value, Tensor) else value, _rounded)
-
-
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return _nested(value.tolist() if isinstance(value, Tensor) else value, rounded)
 
 
 def _nested(values: Any, change: Callable[[Any], Any]) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cache, singledispatch
@@ -23,6 +25,8 @@ from tl_jets.core.markup import text
 from tl_jets.core.notebook import Shown, dataframe_html
 
 FIGURE_DPI = 144
+# Significant digits of numbers in pages and files.
+DIGITS = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,6 +86,20 @@ def page(title: str, *parts: Any) -> str:
         body = "\n".join(_part(part) for part in parts)
     style, script = _template("view.css"), _template("view.js")
     return filled("page.html", title=text(title), style=style, script=script, parts=body)
+
+
+def json_in_page(data: Any) -> str:
+    """Data as JSON that cannot end the script element in which it stands."""
+    # Only "<" can end a script element; "&" and the line separators are escaped for older browsers.
+    safe = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+    return json.dumps(data, allow_nan=False, ensure_ascii=True).translate(safe)
+
+
+def rounded(value: Any) -> Any:
+    """A number with the digits that pages show; None if it is not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
 def filled(template: str, **values: str) -> str:
