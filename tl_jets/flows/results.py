@@ -17,6 +17,8 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult
+from tl_jets.flows.edges import Level, balance_of, circuit_of, edge_table, graph_of, still_open
+from tl_jets.paths.circuit import Circuit
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -72,8 +74,9 @@ class Flow(FlowResult, Averaged):
             without a check.
         sinks: Positions that `average` leaves out.
         seed: Seed of the random components of `check`; None without one.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
-        seed: Seed of the random components of `check`; None without one.
+        readers: What reads the stream, in the order of the network, if edges were asked for: steps, `L1H2_q`, `L1H2_k` and
+            `L1H2_v` of heads, `ln_final`.
+        edge_flow: Flows from components to readers (`tl_jets.flows.edges`), 0 to earlier ones.
     """
 
     labels: list[str]
@@ -92,8 +95,8 @@ class Flow(FlowResult, Averaged):
     check: pd.DataFrame | None = None
     sinks: Sinks | None = None
     seed: int | None = None
-    model: str | None = None
-    seed: int | None = None
+    readers: list[str] | None = None
+    edge_flow: Float[Tensor, "reader component batch pos target"] | None = None
 
     def __repr__(self) -> str:
         said = (
@@ -113,8 +116,9 @@ class Flow(FlowResult, Averaged):
 
     @property
     def gap_share(self) -> Float[Tensor, "batch pos target"]:
-        """The stages' absolute gaps in sum, as a share of the effect; 0 where both are 0."""
-        total = self.gap.abs().sum(0)
+        """The absolute gaps of stages (with edges: of components) in sum, as a share of the effect; 0 where both are 0."""
+        gap = self.gap if self.edge_flow is None else balance_of(self)[1]["gap"]
+        total = gap.abs().sum(0)
         return torch.where(total == 0, 0.0, total / self.effect.abs())
 
     @property
@@ -153,10 +157,7 @@ class Flow(FlowResult, Averaged):
         frame = self.to_dataframe()
         frame = frame[frame["closed"]]
         if frame.empty:
-            raise ValueError(
-                f"Flows explain an effect if their gap is at most {self.tolerance:.2%} of it; here it is "
-                f"{self.gap_share.min():.2%} or more. Take nodes='auto', or a smaller intervention."
-            )
+            raise ValueError(still_open(self))
         order = np.argsort(-np.abs(np.asarray(frame["flow"])), kind="stable")
         return frame.iloc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
 
@@ -181,6 +182,58 @@ class Flow(FlowResult, Averaged):
             "flow": self.by_position[real].tolist(),
         }
         return pd.DataFrame(index | {"closed": self.closed[b, p, t].tolist()})
+
+    def edges(self, top: int | None = None) -> pd.DataFrame:
+        """Flows on edges, one row per edge, prompt, position and target, without open effects and flows that are 0.
+
+        Columns: writer, reader (a step; the queries of a head, `L1H2_q`; `ln_final`), batch, pos, target; flow, share (of
+        the effect).
+
+        Args:
+            top: How many of the largest absolute flow for each prompt, position and target, largest first; None for all.
+
+        Raises:
+            ValueError: Edges were not asked for, or every effect is open.
+        """
+        return edge_table(self, top)
+
+    def balance(self) -> pd.DataFrame:
+        """The certificate of edges: what every component receives, what is edited there, and what it passes on.
+
+        One row per component (and `ln_final`, which passes on the effect), prompt, position and target. Columns: component,
+        batch, pos, target, received, edit, flow, gap (received + edit - flow, in the target's unit).
+
+        Raises:
+            ValueError: Edges were not asked for.
+        """
+        return self._table("component", *balance_of(self))
+
+    def graph(self, target: int = 0) -> Any:
+        """A `networkx.DiGraph` of the components and `ln_final`: nodes have `flow` and `edit`, edges `flow`.
+
+        Edges into heads have `q`, `k` and `v`, too, where these are apart. Flows are means over prompts and positions.
+
+        Args:
+            target: The index of the target.
+
+        Raises:
+            ValueError: Edges were not asked for, or an effect is open.
+        """
+        return graph_of(self, target)
+
+    def to_circuit(self, share: float = 0.9, *, level: Level = "edge", target: int = 0) -> Circuit:
+        """The smallest `Circuit` that carries a share of the absolute flow, its edges scored by flow.
+
+        Args:
+            share: Of the sum of absolute flows (means over prompts and positions) over all edges, or components.
+            level: `"edge"`: the fewest edges, largest first. `"node"`: the fewest components, and all edges between them and
+                to `ln_final`.
+            target: The index of the target.
+
+        Raises:
+            ValueError: Edges were not asked for, or an effect is open.
+        """
+        return circuit_of(self, share, level, target)
 
     def cuts(self) -> pd.DataFrame:
         """The certificate: at each stream, what it carries and what is edited later, less the effect.

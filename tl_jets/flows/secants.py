@@ -74,19 +74,58 @@ def pull_back(
         first: Nodes of the first try.
         together: How many points f takes at once, stacked along the first dimension.
     """
+    found = pull_back_apart(
+        lambda points, weights: _gradients(function, points, weights, covectors)[None],
+        point, change, [0], true[None], allowed, nodes=nodes, first=first, together=together,
+    )  # fmt: skip
+    return found._replace(covectors=found.covectors[0], gap=found.gap[0])
+
+
+def pull_back_apart(
+    gradients: Callable[[Tensor, Sequence[float]], Tensor],
+    point: Float[Tensor, "*shape"],
+    change: Float[Tensor, "*shape"],
+    part_of: Sequence[int],
+    true: Float[Tensor, "part covector ..."],
+    allowed: Float[Tensor, "covector ..."],
+    *,
+    nodes: int | None = None,
+    first: int = FIRST_NODES,
+    together: int = 1,
+) -> PulledBack:
+    """As `pull_back`, for a function that is a sum of parts, each read in one or more ways; parts' gaps count in absolute sum.
+
+    Args:
+        gradients: The transposed derivatives at points that are stacked along the first dimension, in their weighted sum, by
+            reader and covector [reader, covector, *shape].
+        point: h.
+        change: d.
+        part_of: The part that each reader belongs to.
+        true: The products of g with the parts' changes.
+        allowed: The largest sum of the parts' absolute gaps.
+        nodes: A fixed number of nodes; None to double them, up to `MOST_NODES`.
+        first: Nodes of the first try.
+        together: How many points are stacked.
+
+    Returns:
+        A `PulledBack` with covectors [reader, covector, *shape], and gaps [part, covector, ...].
+    """
     count, evaluations = nodes or first, 0
+    index = torch.tensor(part_of, device=point.device)
     while True:
-        total = torch.zeros((len(covectors), *point.shape), dtype=point.dtype, device=point.device)
+        total: Tensor | float = 0.0
         places = list(legendre(count))
         for start in range(0, count, together):
             some = places[start : start + together]
             points = torch.cat([point + place * change for place, _ in some])
-            total += _gradients(function, points, [weight for _, weight in some], covectors)
+            total = total + gradients(points, [weight for _, weight in some])
+        assert isinstance(total, Tensor)
         evaluations += count
         terms = (total.double() * change.double()).flatten(true.ndim)
-        gap = terms.sum(-1) - true
-        rounding = ROUNDING * torch.finfo(point.dtype).eps * terms.abs().sum(-1)
-        if nodes is not None or count >= MOST_NODES or bool((gap.abs() <= torch.maximum(allowed, rounding)).all()):
+        gap = (-true).index_add(0, index, terms.sum(-1))
+        rounding = ROUNDING * torch.finfo(point.dtype).eps * terms.abs().sum(-1).sum(0)
+        error = gap.abs().sum(0)
+        if nodes is not None or count >= MOST_NODES or bool((error <= torch.maximum(allowed, rounding)).all()):
             return PulledBack(total, gap, count, evaluations)
         count *= 2
 

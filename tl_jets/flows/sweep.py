@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.network import ResidualNetwork
@@ -43,10 +43,11 @@ from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import target_fields
 from tl_jets.flows.checks import path_patched
+from tl_jets.flows.readers import StageReaders
 from tl_jets.flows.results import Flow
-from tl_jets.flows.secants import FIRST_NODES, PulledBack, pull_back
+from tl_jets.flows.secants import FIRST_NODES, PulledBack, pull_back, pull_back_apart
 from tl_jets.flows.targets import Measure, Target, read_target
-from tl_jets.flows.two_runs import TwoRuns
+from tl_jets.flows.two_runs import Change, TwoRuns
 from tl_jets.interventions.effects import exact_trace, real_rows
 
 
@@ -63,6 +64,7 @@ def flow(
     nodes: int | Literal["auto"] = "auto",
     tolerance: float = 0.01,
     by_position: bool = False,
+    edges: bool = False,
     check: int = 0,
     seed: int = 0,
     attention_mask: Tensor | None = None,
@@ -83,6 +85,8 @@ def flow(
             for all stages.
         tolerance: The share of the effect that gaps may have, in absolute sum.
         by_position: Whether to return flows by the position of the write, too.
+        edges: Whether to divide flows over edges, too, from every write to every later reader (`Flow.edges`). Readers are
+            steps and, at granularity `"head"`, the queries, keys and values of heads.
         check: How many components are verified by path patching: the largest, and as many random ones.
         seed: Chooses the random ones.
         attention_mask: Passed to the model (left padding needs it).
@@ -96,7 +100,8 @@ def flow(
 
     Cost: two forward passes, for hooks a third up to the last hooked block, and 2 to 7 forward-backward passes through the
     changed stages (ablations in SmolLM2), 50 where an attention sink is moved; nodes of a stage are stacked along the batch
-    axis, up to 2,048 tokens. All components at once. `check`: two forward passes a component.
+    axis, up to 2,048 tokens. All components at once. `check`: two forward passes a component. `edges`: a backward pass
+    through a stage for each of its readers, node by node, and the changes of all writes in memory.
     """
     network = ResidualNetwork.of(model, granularity)
     clean = exact_trace(network, prompts, attention_mask)
@@ -104,7 +109,7 @@ def flow(
     rows = real_rows(clean, positions)
     runs = TwoRuns(network, clean, intervention)
     target = read_target(clean, rows, targets, against, measure)
-    sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position)
+    sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position, edges)
     sweep.run()
     found = sweep.result()
     return path_patched(found, runs, rows, target, check, seed) if check else found
@@ -117,6 +122,21 @@ def _check(check: int, nodes: int | str, tolerance: float) -> None:
         check_integers(1, nodes=nodes)
     if not tolerance > 0:
         raise ValueError(f"tolerance is a share of the effect above 0; got {tolerance!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """Components that changed, in the order of the network, with what changed and what the intervention itself wrote."""
+
+    labels: list[str]
+    changes: Tensor
+    edits: Tensor
+
+    @classmethod
+    def of(cls, labels: Sequence[str], changes: Tensor, edits: Tensor) -> _Written:
+        """Those that changed."""
+        changed = changes.flatten(1).any(1).nonzero()[:, 0]
+        return cls([labels[i] for i in changed], changes[changed], edits[changed])
 
 
 @dataclass(eq=False)
@@ -132,41 +152,94 @@ class _Sweep:
     nodes: int | None
     tolerance: float
     by_position: bool
+    by_edge: bool
     labels: list[str] = field(default_factory=list)
     flow: list[Tensor] = field(default_factory=list)
     edit: list[Tensor] = field(default_factory=list)
     direct: list[Tensor] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
     gaps: list[Tensor] = field(default_factory=list)
+    spent: list[Tensor] = field(default_factory=list)
     carried: list[Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    edge_flow: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self) -> None:
         """Carry the target's gradients back to the first stream that changed."""
-        base, left = self.runs.base, len(self.runs.base.stages)
+        base = self.runs.base
         self.clean, self.effect = self._values()
-        covectors = self.last = self._from_target(left + 1)
-        for stage in reversed(base.stages):
-            self._edits_of_stream(base.next_stream(stage), covectors)
+        covectors = self.last = self._from_target(len(base.stages) + 1)
+        self.written = self._all_written() if self.by_edge else {}
+        for index in reversed(range(len(base.stages))):
+            stage = base.stages[index]
             change = self.runs.change(stage)
-            self._components([step.write for step in change.steps], covectors, change.writes, change.edits)
+            self._components(self._written(index, change), covectors)
             point, difference = self.runs.stream(stage.stream)
             if not bool(difference.any()):
                 return
-            function, together = self.runs.stacked(stage)
-            true = products(covectors, change.writes - change.edits).sum(0)
-            first = max(FIRST_NODES, self.counts[-1] // 2)
-            pulled = pull_back(
-                lambda stream, function=function: function(stream).sum(0),
-                point, difference, covectors, true, self._allowed(left),
-                nodes=self.nodes, first=first, together=together,
-            )  # fmt: skip
-            covectors, left = covectors + pulled.covectors, left - 1
+            pull = self._pull_apart if self.by_edge else self._pull
+            pulled = pull(index, change, covectors, point, difference)
+            covectors = covectors + pulled.covectors
             self._stage(stage.stream, pulled, products(covectors, difference[None])[0])
-        self._edits_of_stream(base.stages[0].stream, covectors)
-        self._added(self.runs.sources(), covectors)
+        self._components(self._written(-1), covectors)
+
+    def _pull(self, index: int, change: Change, covectors: Tensor, point: Tensor, difference: Tensor) -> PulledBack:
+        """Covectors carried back through a stage."""
+        function, together = self.runs.stacked(self.runs.base.stages[index])
+        true = products(covectors, change.writes - change.edits).sum(0)
+        found = pull_back(
+            lambda stream: function(stream).sum(0),
+            point, difference, covectors, true, self._allowed(index + 1),
+            nodes=self.nodes, first=self._first_nodes(), together=together,
+        )  # fmt: skip
+        self.spent.append(found.gap.abs())
+        return found
+
+    def _pull_apart(
+        self, index: int, change: Change, covectors: Tensor, point: Tensor, difference: Tensor
+    ) -> PulledBack:
+        """The same, reader by reader, with flows on the edges into each."""
+        readers = StageReaders(self.runs, self.runs.base.stages[index], change)
+        true = products(covectors, (change.writes - change.edits)[readers.steps])
+        found = pull_back_apart(
+            lambda stream, weights: weights[0] * readers.gradients(stream, covectors),
+            point, difference, readers.part_of, true, self._allowed(index + 1), nodes=self.nodes, first=self._first_nodes(),
+        )  # fmt: skip
+        apart = found.covectors.flatten(0, 1).double()
+        sent = [products(apart, changes) for place, changes in self.written.items() if place < index]
+        self.readers += readers.labels[::-1]
+        self.edge_flow += torch.cat(sent).unflatten(1, found.covectors.shape[:2]).movedim(1, 0).flip(0)
+        self.spent.append(found.gap.abs().sum(0))
+        return found._replace(covectors=found.covectors.sum(0), gap=found.gap.sum(0))
+
+    def _first_nodes(self) -> int:
+        return max(FIRST_NODES, self.counts[-1] // 2)
+
+    def _all_written(self) -> dict[int, Tensor]:
+        """The changes of all components, by stage; -1 for the sources."""
+        found: dict[int, Tensor] = {}
+        for index in reversed(range(len(self.runs.base.stages))):
+            stage = self.runs.base.stages[index]
+            found[index] = self._written(index, self.runs.change(stage)).changes
+            if not bool(self.runs.stream(stage.stream)[1].any()):
+                break
+        else:
+            found[-1] = self._written(-1).changes
+        return dict(sorted(found.items()))
+
+    def _written(self, index: int, change: Change | None = None) -> _Written:
+        """What a stage wrote, and hooks on the stream after it; -1 for the sources."""
+        base = self.runs.base
+        following = base.stages[0].stream if change is None else base.next_stream(base.stages[index])
+        added = {**(self.runs.sources() if change is None else {}), **self.runs.stream_edits(following)}
+        values = torch.stack([*added.values(), torch.zeros_like(self.last[0])])[:-1]
+        if change is None:
+            return _Written.of(list(added), values, values)
+        labels = [*(step.write for step in change.steps), *added]
+        return _Written.of(labels, torch.cat([change.writes, values]), torch.cat([change.edits, values]))
 
     def _values(self) -> tuple[Tensor, Tensor]:
         """The target's clean values and its change, [cell, batch]."""
@@ -183,12 +256,13 @@ class _Sweep:
             lambda stream: self.target(self.rows.at(stream)),
             point, change, cells, self.effect, self._allowed(left), nodes=self.nodes,
         )  # fmt: skip
+        self.spent.append(pulled.gap.abs())
         self._stage(DECODER_STEP, pulled, products(pulled.covectors, change[None])[0])
         return pulled.covectors
 
     def _allowed(self, left: int) -> Tensor:
         """The gap that a stage may have: what is left of the tolerance, divided by a quarter of the stages left."""
-        spent = torch.stack(self.gaps).abs().sum(0) if self.gaps else 0.0
+        spent = torch.stack(self.spent).sum(0) if self.spent else 0.0
         return (self.tolerance * self.effect.abs() - spent).clamp_min(0) * min(1.0, 4 / left)
 
     def _stage(self, label: str, pulled: PulledBack, carried: Tensor) -> None:
@@ -198,22 +272,12 @@ class _Sweep:
         self.counts.append(pulled.nodes)
         self.evaluations.append(pulled.evaluations)
 
-    def _edits_of_stream(self, stream: str, covectors: Tensor) -> None:
-        self._added(self.runs.stream_edits(stream), covectors)
-
-    def _added(self, changes: dict[str, Tensor], covectors: Tensor) -> None:
-        """Components that are the intervention itself."""
-        if changes:
-            stacked = torch.stack(list(changes.values()))
-            self._components(list(changes), covectors, stacked, stacked)
-
-    def _components(self, labels: list[str], covectors: Tensor, changes: Tensor, edits: Tensor) -> None:
-        """Those of the components that changed, from the last to the first."""
-        changed = changes.flatten(1).any(1).nonzero()[:, 0].flip(0)
-        self.labels += [labels[i] for i in changed]
-        self.flow += products(covectors, changes, by_position=self.by_position)[changed]
-        self.edit += products(covectors, edits)[changed]
-        self.direct += products(self.last, changes)[changed]
+    def _components(self, written: _Written, covectors: Tensor) -> None:
+        """Flows of components, from the last to the first."""
+        self.labels += written.labels[::-1]
+        self.flow += products(covectors, written.changes, by_position=self.by_position).flip(0)
+        self.edit += products(covectors, written.edits).flip(0)
+        self.direct += products(self.last, written.changes).flip(0)
 
     def result(self) -> Flow:
         """The sweep as a result."""
@@ -243,9 +307,22 @@ class _Sweep:
             tolerance=self.tolerance,
             by_position=every if every.ndim > 4 else None,
             prompt_tokens=whole if every.ndim > 4 else None,
+            readers=[*self.readers[::-1], DECODER_STEP] if self.by_edge else None,
+            edge_flow=self._edges().unflatten(2, shape).movedim(4, 2) if self.by_edge else None,
             sinks=Sinks.of(runs.clean, self.rows),
             **target_fields(runs.clean, self.rows, ids, self.target.names, unit=self.target.unit, named=[whole]),
         )
+        self._warn(found)
+        return found
+
+    def _edges(self) -> Tensor:
+        """Flows on edges [reader, writer, cell, batch]; zero to readers that are not later."""
+        direct = torch.stack(self.direct[::-1]) if self.direct else self.effect.new_zeros(0, *self.effect.shape)
+        rows = [nn.functional.pad(own, (0, 0) * 2 + (0, len(direct) - len(own))) for own in self.edge_flow[::-1]]
+        return torch.stack([*rows, direct])
+
+    def _warn(self, found: Flow) -> None:
+        """Warn of effects that stay open."""
         still_open = int((~found.closed).sum())
         if still_open:
             warn_caller(
@@ -254,7 +331,6 @@ class _Sweep:
                 f"Flows of open effects explain nothing; take nodes='auto', or a smaller intervention.",
                 UserWarning,
             )
-        return found
 
 
 def products(covectors: Tensor, changes: Tensor, *, by_position: bool = False) -> Tensor:

@@ -108,10 +108,9 @@ class TwoRuns:
         """The change of a stage of `base`, by component of `network`."""
         before, after = self.clean.writes(stage), self.other.writes(stage)
         own = self.clean.stage_function(stage)(self.other[stage.stream]) if self._may_edit(stage) else after
-        fine = next((s for s in self.network.stages if s.stream == stage.stream), stage)
+        fine, function = self._fine(stage), self.function(stage)
         if fine.steps == stage.steps:
             return Change(stage.steps, self._real(after - before), self._real(after - own))
-        function = Trace(self.network, self.clean.recording).stage_function(fine)
         at_clean, at_other = function(self.clean[stage.stream]), function(self.other[stage.stream])
         edits = self._divided(stage, fine, at_other, after, own)
         return Change(fine.steps, self._real(at_other + edits - at_clean), self._real(edits))
@@ -136,6 +135,16 @@ class TwoRuns:
         if not self.hooks:
             return self.other.recording.logits is None  # values of a cache may be rounded
         return any(_block_of(name) in (None, stage.steps[0].layer) for name, _ in self.hooks)
+
+    def function(self, stage: Stage) -> Callable[[Tensor], Tensor]:
+        """A stage of `base` as a function of its stream in the clean run, by component of `network`."""
+        fine = self._fine(stage)
+        trace, own = (self.clean, stage) if fine.steps == stage.steps else (self.clean.on(self.network), fine)
+        return trace.stage_function(own)
+
+    def _fine(self, stage: Stage) -> Stage:
+        """The stage of `network` that reads the same stream."""
+        return next((s for s in self.network.stages if s.stream == stage.stream), stage)
 
     def _divided(self, stage: Stage, fine: Stage, at_other: Tensor, after: Tensor, own: Tensor) -> Tensor:
         """The edits of heads or neurons: their own if hooks edit them, else on the last part of the edited sublayer."""
