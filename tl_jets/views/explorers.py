@@ -98,6 +98,7 @@ def explorer(
     prompt = trace.tokens[trace.valid].tolist()
     if flow is not None:
         _check_flow(flow, prompt)
+    assert trace.logits is not None, "it ran the model"
     answers = trace.logits.argmax(-1)[..., None]
     lens = iterative_jet_lens(network, trace, order=order, targets=answers, top_k=TOP_K)
     parts = joint_jet_lens(network, trace, linearize="detached", top_k=1)
