@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
+    """Sizes of the storages that are alive; `peak` is the most at once."""
+
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
@@ -42,7 +44,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def peak_bytes(target: Callable[[], Any]) -> int:
     """The most that tensors made by `target` take at once, in bytes."""
-    with _Live() as live:
+    with Live() as live:
         kept = target()
     del kept
     return live.peak

@@ -56,11 +56,11 @@ def read_input(
         )
     _check_length(model, tokens.shape[1])
     tokens = _in_vocabulary(model, tokens, valid, is_text)
-    device = next(model.parameters()).device
-    tokens, valid = tokens.to(device), valid.to(device)
     # Without a mask, TransformerLens treats leading pad tokens as padding if the tokenizer pads left.
     is_left = getattr(tokenizer, "padding_side", "right") == "left"
     needs_mask = is_left or attention_mask is not None or not bool(valid.all())
+    device = next(model.parameters()).device
+    tokens, valid = tokens.to(device), valid.to(device)
     return tokens, valid, valid.long() if needs_mask else None
 
 

@@ -206,7 +206,7 @@ def norm_jet(
     else:
         v = y - x
         a, b, c = (x * x).mean(-1) + norm.eps, (x * v).mean(-1), (v * v).mean(-1)
-        if (a == 0).any():
+        if norm.eps == 0 and (a == 0).any():
             raise ValueError(
                 f"a norm with eps = 0 has a jet only where its center is not zero; {int((a == 0).sum())} of "
                 f"{a.numel()} centers are zero after centering. Leave them out or give eps > 0."

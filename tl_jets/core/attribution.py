@@ -124,12 +124,13 @@ class Yardstick:
         ids, asked = read_targets(trace.network, targets, rows)
         names: list[str | int] = [ANSWER] if asked is None else asked
         ids = rows.spread(answers, fill=0)[..., None] if ids is None else ids
-        columns = directions(decoder, ids[rows.keep])
+        columns = directions(decoder, ids[rows.kept])
         return cls(rows, metric.augment(states, 1.0), metric.gram, columns, ids, names, answers)
 
     def augmented(self, states: Tensor, bias_weights: Tensor) -> Tensor:
         """Parts [part, batch, pos, d_model] with multiples of b_U [part], as rows [part, row, d_model + 1]."""
-        parts = states[:, self.rows.keep].double()
+        batch, cell = self.rows.kept
+        parts = states[:, batch, cell].double()
         return torch.cat([parts, bias_weights.to(parts)[:, None, None].expand(*parts.shape[:2], 1)], -1)
 
     def lengths(self, parts: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ class Decoder:
     logit_scale: float = 1.0
     # By the state of the weights; only the last one is kept.
     _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
+    _biases: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
     _watch: Watch = field(default_factory=Watch, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -179,6 +180,15 @@ class Decoder:
     def d_vocab(self) -> int:
         """Size of the vocabulary."""
         return self.W_U.shape[1]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether `b_U` is not zero everywhere; asked once for the same weights."""
+        now = self._watch.number([self.W_U, self.b_U])
+        if now not in self._biases:
+            self._biases.clear()
+            self._biases[now] = bool(self.b_U.any())
+        return self._biases[now]
 
     @property
     def unit(self) -> str:

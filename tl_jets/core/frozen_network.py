@@ -93,8 +93,9 @@ class FrozenStage:
             NotImplementedError: The stage is not affine when frozen; the message names it and the model.
             ValueError: The hooks on the model are not those of the trace.
         """
-        with torch.inference_mode(False):
-            return _freeze(trace, stage)
+        found, error = _freeze(trace, stage)
+        _check_affine(trace, {stage: error})
+        return found
 
     def writes(self, values: Float[Tensor, "path batch pos d_model"]) -> Float[Tensor, "write path batch pos d_model"]:
         """A_s x of every step, for many x."""
@@ -122,7 +123,8 @@ class FrozenNetwork:
         """Freeze every stage of a trace's network; kept with the trace. Raises what `FrozenStage.of` raises."""
         key = ("frozen network", trace.network.stages)
         if key not in trace.memo:
-            stages = tuple(FrozenStage.of(trace, stage) for stage in trace.network.stages)
+            stages, errors = zip(*(_freeze(trace, stage) for stage in trace.network.stages), strict=True)
+            _check_affine(trace, dict(zip(trace.network.stages, errors, strict=True)))
             final = trace[FINAL_STREAM]
             scale = norm_jet(trace.decoder.norm, final, final, 0).alpha[0]
             trace.memo[key] = cls(trace, stages, scale[..., None])
@@ -138,11 +140,15 @@ class FrozenNetwork:
         constants: dict[str, Tensor] = {}
         for frozen_stage, labels in zip(self.stages, frozen_biases(network.stages), strict=True):
             constants |= {label: frozen_stage.constants[steps].sum(0) for label, steps in labels}
-        bias, b_U = trace.decoder.norm.bias, trace.decoder.b_U
-        if (bias is not None and bool(bias.any())) or bool(b_U.any()):
+        bias = trace.decoder.norm.bias
+        if (bias is not None and bool(bias.any())) or trace.decoder.has_bias:
             like = torch.zeros_like(trace[FINAL_STREAM])
             found[DECODER_STEP + BIAS] = like if bias is None else like + bias
-        return found | {label: value for label, value in constants.items() if bool(value[trace.valid].any())}
+        if not constants:
+            return found
+        is_real = trace.valid[..., None]
+        matters = torch.stack([((value != 0) & is_real).any() for value in constants.values()]).tolist()
+        return found | {label: constants[label] for label, matter in zip(constants, matters, strict=True) if matter}
 
     def kept(self, index: int, values: Tensor) -> Tensor:
         """The part of the values that bypasses a stage unchanged: all of it."""
@@ -238,7 +244,9 @@ def chunk_size(like: Tensor) -> int:
     return max(1, min(MAX_CHUNK, CHUNK_ELEMENTS // max(1, like.numel())))
 
 
-def _freeze(trace: Trace, stage: Stage) -> FrozenStage:
+@torch.inference_mode(False)
+def _freeze(trace: Trace, stage: Stage) -> tuple[FrozenStage, Tensor]:
+    """One stage as an affine map, and its relative error at the true stream, which is still to be checked."""
     gammas, stream = trace.stage_function(stage), trace[stage.stream]
     truth = trace.writes(stage).detach()
     if any(step.kind == "head" for step in stage.steps):
@@ -247,20 +255,20 @@ def _freeze(trace: Trace, stage: Stage) -> FrozenStage:
     linear, at = freeze_stacked(gammas, stream)
     constants = at(torch.zeros_like(stream))
     found = FrozenStage(stage, linear, constants)
-    _check_affine(trace, found, truth)
-    return found
+    written = found.writes(stream.detach()[None])[:, 0]
+    with torch.no_grad():
+        padding, error = ~trace.valid[..., None], written + constants - truth
+        error, size, own = (x.detach().masked_fill(padding, 0).norm() for x in (error, stream, truth))
+        return found, error / torch.maximum(size, own)
 
 
-def _check_affine(trace: Trace, found: FrozenStage, truth: Tensor) -> None:
-    """Compare A_s h + b_s with the model's own write."""
-    stage, valid = found.stage, trace.valid
-    stream = trace[stage.stream]
-    linear = found.writes(stream.detach()[None])[:, 0]
-    size = max(float(stream[valid].norm()), float(truth[:, valid].norm()))
-    error = float((linear + found.constants - truth)[:, valid].norm()) / size
-    if not error <= max(rounding(stream.dtype), 10 * trace.recording.accuracy):
-        view, labels = trace.network.view, ", ".join(step.label for step in stage.steps[:3])
-        raise NotImplementedError(not_affine(f"{labels} of {view.name}", getattr(view, "model", None), error))
+def _check_affine(trace: Trace, errors: dict[Stage, Tensor]) -> None:
+    """Compare A_s h + b_s of stages with the model's own writes, by one read of all errors."""
+    read = torch.stack(list(errors.values())).tolist()
+    for stage, error in zip(errors, read, strict=True):
+        if not error <= max(rounding(trace[stage.stream].dtype), 10 * trace.recording.accuracy):
+            view, labels = trace.network.view, ", ".join(step.label for step in stage.steps[:3])
+            raise NotImplementedError(not_affine(f"{labels} of {view.name}", getattr(view, "model", None), error))
 
 
 def rounding(dtype: torch.dtype) -> float:

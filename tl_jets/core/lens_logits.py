@@ -57,7 +57,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, TopTokens, check_k, check_rows, slices
+from tl_jets.core.logit_reader import CHUNK_SIZE, MAX_SETS, Reader, TopTokens, check_k, slices
+from tl_jets.core.row_checks import check_all_rows, check_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,20 +88,41 @@ class Mixture:
             )
         layer, row, d_model = self.own.shape
         order = self.alpha.shape[1]
-        check_rows("shared", self.shared, (row, d_model), "row, d_model")
+        tensors = {
+            "alpha": (self.alpha, (layer, order, row), "layer, order, row"),
+            "shared": (self.shared, (row, d_model), "row, d_model"),
+            "beta": (self.beta, (layer, order, row), "layer, order, row"),
+            "gamma": (self.gamma, (row,), "row"),
+            "own": (self.own, (layer, row, d_model), "layer, row, d_model"),
+        }
+        if self.bias is not None:
+            tensors["bias"] = (self.bias, (d_model,), "d_model")
+        try:
+            check_all_rows(tensors)
+        except ValueError:
+            self._refuse_overflow()
+            raise
+
+    def signs(self, control: Control | None) -> tuple[int, Bool[Tensor, "layer row"]]:
+        """How many leading orders have no `shared` part, and where alpha is positive at all orders, on the CPU.
+
+        Raises ValueError if the control is not finite: all is read at once.
+        """
+        layer, order, row = self.alpha.shape
+        flags = [(self.beta != 0).any(2).any(0), (self.alpha > 0).all(1).flatten()]
+        read = check_all_rows({} if control is None else control.rows(), flags)
+        borrows = read[:order].tolist()
+        return borrows.index(True) if any(borrows) else order, read[order:].view(layer, row)
+
+    def _refuse_overflow(self) -> None:
+        """Raise ValueError that names the order, if a higher order is what is not finite."""
         is_finite = self.alpha.isfinite().all(2).all(0).tolist()  # of every order
         if is_finite[:1] == [True] and not all(is_finite):
             first = is_finite.index(False)
             raise ValueError(
                 f"order must be at most {first - 1} for this input: at order {first} the series overflows, as it diverges "
                 "(rho > 1). Take a lower order, or center_scale='match' or 'orthogonal', whose series converge."
-            )
-        check_rows("alpha", self.alpha, (layer, order, row), "layer, order, row")
-        check_rows("beta", self.beta, (layer, order, row), "layer, order, row")
-        check_rows("gamma", self.gamma, (row,), "row")
-        check_rows("own", self.own, (layer, row, d_model), "layer, row, d_model")
-        if self.bias is not None:
-            check_rows("bias", self.bias, (d_model,), "d_model")
+            ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +139,17 @@ class Control:
                 "random must be [row, d_model] and along [layer, row], got shapes "
                 f"{tuple(self.random.shape)} and {tuple(self.along.shape)}. One direction serves all layers of a row."
             )
+        for name, tensor in self.rows().items():
+            check_shape(name, *tensor)
+
+    def rows(self) -> dict[str, tuple[Tensor, tuple[int, ...], str]]:
+        """The tensors, with the shapes that they must have."""
         layer, row = self.along.shape
-        check_rows("random", self.random, (row, self.random.shape[1]), "row, d_model")
-        check_rows("along", self.along, (layer, row), "layer, row")
-        check_rows("across", self.across, (layer, row), "layer, row")
+        return {
+            "random": (self.random, (row, self.random.shape[1]), "row, d_model"),
+            "along": (self.along, (layer, row), "layer, row"),
+            "across": (self.across, (layer, row), "layer, row"),
+        }
 
     def check(self, mixture: Mixture, measures: bool) -> None:
         """Raise ValueError unless the control is one of the mixture, and measured."""
@@ -129,14 +158,13 @@ class Control:
                 "A control is there for its measures, got measures=False. Pass measures=True or no control."
             )
         layer, row, d_model = mixture.own.shape
-        check_rows("control.random", self.random, (row, d_model), "row, d_model")
-        check_rows("control.along", self.along, (layer, row), "layer, row")
+        check_shape("control.random", self.random, (row, d_model), "row, d_model")
+        check_shape("control.along", self.along, (layer, row), "layer, row")
 
-    def coefficients(self, alpha: Tensor, beta: Tensor, rows: slice) -> Float[Tensor, "cell row 3"]:
-        """Coefficients of the constant, `shared` and `random` in the logits of some rows."""
-        along, across = (x[:, None, rows].to(alpha) for x in (self.along, self.across))
-        lent = alpha * across
-        return torch.stack([torch.ones_like(lent), alpha * along + beta, lent], dim=-1).flatten(0, 1)
+    def coefficients(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of `random` and of `shared` in the control's logits, each [layer, order, row, 1]."""
+        along, across = (x[:, None, :, None].to(alpha) for x in (self.along, self.across))
+        return alpha * across, alpha * along + beta
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,24 +239,21 @@ def scan_mixture(
     (layers, orders, n_rows), n_targets = mixture.alpha.shape, 0 if targets is None else targets.shape[1]
     store = reader.allocate((layers, orders, n_rows), top_k, n_targets, measures, own=True)
     model_store = reader.allocate((1, 1, n_rows), top_k, n_targets, measures)
-    # All layers of a row mix the same vectors, so the reader treats them as orders of one layer.
-    control_store = reader.allocate((1, layers * orders, n_rows), 1, 0, measures)
+    control_store = reader.allocate((layers, orders, n_rows), 1, 0, measures)
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
     gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
-    # Leading orders without a `shared` part equal their own part.
-    borrows = (beta != 0).transpose(0, 1).flatten(1).any(1).tolist()
-    plain = borrows.index(True) if any(borrows) else len(borrows)
+    lent = None if control is None else control.coefficients(alpha, beta)
+    n_plain, is_positive = mixture.signs(control)
     for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
         row_targets = None if targets is None else targets[rows]
         model = reader.read_model((constant, gamma[:, rows], fixed[0]), row_targets, _view(model_store, 0, rows))
         for layer, own in own_logits:
             mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], fixed[0]
-            reader.read(mix, row_targets, model, _view(store, layer, rows), plain)
-        if control is not None:
-            coefficients = control.coefficients(alpha[:, :, rows, 0], beta[:, :, rows, 0], rows)
-            reader.read_control(coefficients, (constant, *fixed), model, _view(control_store, 0, rows))
-    control_store = {name: x.view(layers, orders, *x.shape[2:]) for name, x in control_store.items()}
+            reader.read(mix, row_targets, model, _view(store, layer, rows), n_plain, is_positive[layer, rows])
+            if lent is not None:
+                mix = constant, lent[0][layer, :, rows], fixed[1], lent[1][layer, :, rows], fixed[0]
+                reader.read(mix, None, model, _view(control_store, layer, rows))
     return MixtureScan(
         own_values=store["own_values"],
         own_top1=store.get("own_top1"),

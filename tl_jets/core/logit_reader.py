@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.row_checks import check_rows
 from tl_jets.core.tokens import decode
 
 # Vocabulary-sized rows held at once; for fewer rows, reading W_U dominates the product.
@@ -46,7 +47,7 @@ class Reader:
         self.scratch_rows = max(1, limit // self.width)
         self.scratch = self.mask = self.buffer(0)
         # Whether logits have a constant part: the norm's bias or b_U.
-        self.has_constant = bool(decoder.b_U.any()) or (bias is not None and bool(bias.any()))
+        self.has_constant = decoder.has_bias or (bias is not None and bool(bias.any()))
         # Finite, so that 0 times it is 0, and finite after multiplication by log2(e).
         self.lowest = torch.finfo(dtype).min / 4
         # Rounded as the kernels round it, so that scaling back uses the same number.
@@ -99,15 +100,19 @@ class Reader:
         targets: Tensor | None,
         probabilities: Tensor,
         store: dict[str, Tensor],
-        plain: int,
+        plain: int = 0,
+        is_positive: Tensor | None = None,
     ) -> None:
-        """Read `constant + alpha * own + beta * shared` into `store`; the first `plain` orders lack `shared`."""
+        """Read `constant + alpha * own + beta * shared` into `store`; the first `plain` orders lack `shared`.
+
+        `is_positive`, on the CPU, says for which rows alpha is positive at all orders.
+        """
         constant, alpha, own, beta, shared = mix
         for part in slices(len(own), max(1, self.scratch_rows // len(alpha))):
             logits = self.mix(constant, alpha[:, part], own[part])
             view = {name: x[:, part] for name, x in store.items()}
             # Without a constant, positive multiples of the own part share the best token of order 0.
-            alike = plain > 0 and not self.has_constant and bool((alpha[:, part] > 0).all())
+            alike = plain > 0 and not self.has_constant and is_positive is not None and bool(is_positive[part].all())
             if plain < len(alpha):
                 if "own_top1" in store and not alike:
                     view["own_top1"][plain:] = self.top1(logits[plain:])[1]
@@ -117,22 +122,9 @@ class Reader:
                 view["own_top1"][:plain] = view["indices"][:plain, ..., 0]
                 if alike:
                     view["own_top1"][plain:] = view["own_top1"][0]
-            borrowed = shared[part].expand_as(logits).gather(-1, view["indices"])
-            torch.addcmul(view["values"], beta[:, part], borrowed, value=-1, out=view["own_values"])
-
-    def read_control(
-        self, coefficients: Tensor, vectors: tuple[Tensor, ...], probabilities: Tensor, store: dict[str, Tensor]
-    ) -> None:
-        """Read mixes [cell, row, vector] of several vectors by a matrix product, twice as fast as elementwise."""
-        basis = self.buffer(len(vectors))
-        basis[0] = vectors[0]
-        for row in range(coefficients.shape[1]):
-            for i, vector in enumerate(vectors[1:], 1):
-                basis[i] = vector[row]
-            for part in slices(len(coefficients), self.scratch_rows):
-                logits = torch.mm(coefficients[part, row], basis, out=self.rows(part.stop - part.start))
-                view = {name: x[part, row : row + 1] for name, x in store.items()}
-                self.finish(logits.unsqueeze(1), None, probabilities[row : row + 1], view)
+            if "own_values" in store:
+                borrowed = shared[part].expand_as(logits).gather(-1, view["indices"])
+                torch.addcmul(view["values"], beta[:, part], borrowed, value=-1, out=view["own_values"])
 
     def finish(
         self,
@@ -206,18 +198,19 @@ class Reader:
         if self.mask.shape != self.scratch.shape:
             self.mask = self.buffer(len(self.scratch))
         mask = self.mask[: logits.shape[0] * logits.shape[1]].view(logits.shape)
-        larger = torch.gt(logits, value, out=mask).sum(-1).long()
-        equal = torch.eq(logits, value, out=mask).sum(-1)
-        for order, row in (equal > 1).nonzero().tolist():
-            larger[order, row] += (logits[order, row, : target[row]] == value[order, row]).sum()
-        return larger
+        larger = torch.gt(logits, value, out=mask).sum(-1)
+        is_before = (torch.arange(self.width, device=self.device) < target[:, None]).to(self.dtype)
+        # [row, order, width] times [row, width, 1]: as quick as a sum, and no wait for a device to find the ties.
+        before = torch.eq(logits, value, out=mask).transpose(0, 1) @ is_before.unsqueeze(-1)
+        return (larger + before.squeeze(-1).T).long()
 
     def shift(self, logits: Tensor, top: Tensor) -> Tensor:
         """Convert logits to (transform(logits) - top) * log2(e) in place; return the rounded top * log2(e)."""
         if self.decoder.transform is not None:
             logits.copy_(self.decoder.transformed(logits))
             self.floor(logits)
-        if float(top.abs().max()) > LARGE:
+        # A device is not asked: it would have to be waited for.
+        if logits.device.type != "cpu" or float(top.abs().max()) > LARGE:
             # Rounding of top * log2(e) would shift the sum of powers by many bits, so use one more pass.
             logits.sub_(top.unsqueeze(-1)).mul_(self.log2_e)
             return top.double() * self.log2_e
@@ -269,6 +262,9 @@ def check_finite(scores: Float[Tensor, " row"], ids: Int[Tensor, " row"], what: 
 
 def first_of(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and positions of the k largest by (value, smallest position); `topk` orders ties arbitrarily."""
+    if values.device.type != "cpu":  # to look for ties, a device would have to be waited for
+        ordered, order = values.sort(dim=-1, descending=True, stable=True)
+        return ordered[..., :k].contiguous(), order[..., :k].contiguous()
     top, position = values.topk(min(k + 1, values.shape[-1]))
     tied = (top[..., 1:] == top[..., :-1]).any(-1)
     top, position = top[..., :k].contiguous(), position[..., :k].contiguous()
@@ -303,22 +299,6 @@ def rounded(scores: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
     """Scores in float64, rounded to their leading 40 bits."""
     mantissa, exponent = torch.frexp(scores.double())
     return torch.ldexp((mantissa * 2**SCORE_BITS).round(), exponent - SCORE_BITS)
-
-
-def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    """Raise ValueError unless a tensor of rows has the given shape and is finite."""
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} must be [{axes}] = {tuple(shape)} here, got shape {tuple(tensor.shape)}. "
-            "Give every input the same layers, orders and rows (batch and position flattened)."
-        )
-    if not tensor.isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise ValueError(
-            f"{name} must be finite, got {count} NaN or infinite values of {tensor.numel()}. Look for masked (padding) "
-            "positions, an overflow in half precision, a series evaluated at a zero center, or one of high order that diverges "
-            "(rho > 1; see center_scale)."
-        )
 
 
 def check_k(k: Any, d_vocab: int, chunk_size: int = 1) -> None:

@@ -131,11 +131,11 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     """Float64 unit vectors orthogonal to the variate and centered with it; each depends on seed and position alone."""
     check_seed(seed)
     y = norm.center(variate.double())
+    of_rows, size = places.tolist(), (*shape, y.shape[-1])
     drawn = {
-        place: np.random.default_rng([seed, place]).standard_normal((*shape, y.shape[-1]), dtype=np.float32)
-        for place in places.unique().tolist()
+        place: np.random.default_rng([seed, place]).standard_normal(size, dtype=np.float32) for place in set(of_rows)
     }
-    noise = torch.from_numpy(np.stack([drawn[place] for place in places.tolist()], -2))
+    noise = torch.from_numpy(np.stack([drawn[place] for place in of_rows], -2))
     noise = norm.center(noise.to(y))
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y

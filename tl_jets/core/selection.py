@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,13 @@ class Rows:
             [batch, pos], -1 at padding.
         index: The selected cells' positions in the padded rows [batch, pos].
         keep: Which of them are real tokens [batch, pos].
-        places: Position of every row in its prompt [row].
+        places_of_cells: Position of every cell in its prompt [batch, pos], -1 at padding; on the CPU.
     """
 
     positions: list[int] | Int[Tensor, "batch pos"]
     index: Int[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
-    places: Int[Tensor, " row"]
+    places_of_cells: Int[Tensor, "batch pos"]
 
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
@@ -62,21 +63,34 @@ class Rows:
         """The real tokens among the cells at `index` of the padded rows."""
         keep = valid.gather(1, index)
         places = (valid.cumsum(1) - 1).gather(1, index).masked_fill(~keep, -1)
-        return cls(shared_positions(places, keep), index, keep, places[keep])
+        cells = places.cpu()  # one copy: every look at a device waits for it
+        return cls(shared_positions(cells, cells >= 0, places), index, keep, cells)
+
+    @property
+    def places(self) -> Int[Tensor, " row"]:
+        """Position of every row in its prompt, on the CPU."""
+        return self.places_of_cells[self.places_of_cells >= 0]
+
+    @property
+    def are_real(self) -> bool:
+        """Whether all selected cells are real tokens; no device is asked."""
+        return bool((self.places_of_cells >= 0).all())
 
     @property
     def cells(self) -> list[int] | Tensor:
         """`index`, as a list if it is the same for all prompts."""
-        return self.index[0].tolist() if bool((self.index == self.index[0]).all()) else self.index
+        index = self.index.cpu()
+        return index[0].tolist() if bool((index == index[0]).all()) else self.index
 
     def columns(self, what: str) -> list[int]:
         """The positions in the padded row, which must be real and the same in every prompt."""
-        if not bool(self.keep.all()) or not bool((self.index == self.index[0]).all()):
+        index = self.index.cpu()
+        if not self.are_real or not bool((index == index[0]).all()):
             raise ValueError(
-                f"{what} must be real tokens, at the same positions of the padded row in every prompt; got {self.index.tolist()}, "
+                f"{what} must be real tokens, at the same positions of the padded row in every prompt; got {index.tolist()}, "
                 f"of which {self.keep.tolist()} are real. Pass prompts of one length, or one at a time."
             )
-        return self.index[0].tolist()
+        return index[0].tolist()
 
     def at(self, values: Tensor, axis: int = 0) -> Tensor:
         """[..., batch, pos, ...] -> [..., batch, out_pos, ...], padding included; `axis` is that of batch."""
@@ -85,12 +99,23 @@ class Rows:
 
     def take(self, values: Tensor) -> Tensor:
         """[batch, pos, ...] -> [row, ...]."""
-        return self.at(values)[self.keep]
+        batch, positions = self.cells_of_rows
+        return values[batch.to(values.device), positions.to(values.device)]
 
-    @property
+    @cached_property
+    def kept(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+        """Where `keep` is True: as numbers, for which a device need not be waited for at every use."""
+        if self.are_real:
+            n_batch, n_pos = self.keep.shape
+            cells = torch.arange(n_batch * n_pos, device=self.keep.device)
+            return cells // n_pos, cells % n_pos
+        batch, cell = self.keep.nonzero(as_tuple=True)
+        return batch, cell
+
+    @cached_property
     def cells_of_rows(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
         """Prompt and position in the padded row of every row."""
-        return self.keep.nonzero()[:, 0], self.index[self.keep]
+        return self.kept[0], self.index[self.kept]
 
     def pick(self, values: Tensor) -> Callable[[slice], Tensor]:
         """[batch, pos, ...] as a function of a slice of rows, which copies only those rows."""
@@ -101,18 +126,18 @@ class Rows:
         """[..., row, ...] -> [..., batch, pos, ...], with `fill` at padding."""
         moved = values.movedim(axis, 0)
         out = moved.new_full((*self.keep.shape, *moved.shape[1:]), fill)
-        out[self.keep] = moved
+        out[tuple(cells.to(out.device) for cells in self.kept)] = moved
         axis = axis % values.ndim
         return out.movedim((0, 1), (axis, axis + 1))
 
 
 def shared_positions(
-    places: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"]
+    places: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], otherwise: Tensor | None = None
 ) -> list[int] | Int[Tensor, "batch pos"]:
-    """`Rows.positions` from the place of every cell in its prompt, -1 at padding."""
+    """`Rows.positions` from the place of every cell in its prompt, -1 at padding; `otherwise` are the same on a device."""
     common = places.amax(0)
     is_common = bool(((places == common) | ~keep).all() and (common >= 0).all())
-    return common.tolist() if is_common else places
+    return common.tolist() if is_common else places if otherwise is None else otherwise
 
 
 def model_logits(trace: Trace, rows: Rows) -> Callable[[slice], Tensor] | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 # Decoding an id takes some 20 microseconds, and a lens of a real model names thousands.
@@ -54,7 +55,10 @@ def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
             f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. How many tokens a result has was said "
             "when it was made (top_k)."
         )
-    ids = {token for tensor in tensors for token in tensor.unique().tolist() if token >= 0}
+    every = [tensor.flatten() for tensor in tensors]
+    # All at once: every look at a device waits for it.
+    found = torch.cat([each.to(every[0].device) for each in every]).cpu().unique().tolist() if every else []
+    ids = set(found) - {-1}
     known = _texts(tokenizer)
     known.update((token, token_text(tokenizer, token)) for token in ids - known.keys())
     return {token: known[token] for token in sorted(ids)}

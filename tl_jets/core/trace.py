@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,8 @@ from tl_jets.core.trace_values import TraceValues
 
 # Number of tokens at which logits are compared, after a first comparison of all.
 PART_OF_VOCABULARY = 2**12
+# Numbers the traces, which take one such part after the other.
+_CHECKS = count()
 
 
 class Trace:
@@ -241,19 +244,21 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
 def check_decoder(trace: Trace) -> None:
     """Check that the decoder reproduces the model's logits, at some positions of every trace.
 
-    The first check per network, weights and hooks takes the whole vocabulary, later ones a part that varies.
+    The first check per network, weights and hooks takes the whole vocabulary, later ones the next part.
     """
     network, record = trace.network, trace.recording
     if record.logits is None:
         return
     key, decoder = (DECODER_STEP, record.hook_state), network.decoder
     with torch.no_grad():
-        rows = record.valid.nonzero()
-        rows = rows[torch.linspace(0, len(rows) - 1, min(4, len(rows)), device=rows.device).long()]
-        states, wanted = trace[FINAL_STREAM][rows[:, 0], rows[:, 1]], record.logits[rows[:, 0], rows[:, 1]]
+        # Four real tokens, from the first to the last, without waiting for a device to count them.
+        order = (~record.valid).flatten().long().argsort(stable=True)
+        parts = torch.linspace(0, 1, min(4, len(order)), device=order.device)
+        cells = order[(parts * (record.valid.sum() - 1)).long()]
+        states, wanted = trace[FINAL_STREAM].flatten(0, 1)[cells], record.logits.flatten(0, 1)[cells]
         size = wanted.abs().max()
         if key in network.checks and decoder.d_vocab > PART_OF_VOCABULARY:
-            start = int(rows.sum() + wanted.argmax()) % (decoder.d_vocab - PART_OF_VOCABULARY)
+            start = next(_CHECKS) * PART_OF_VOCABULARY % (decoder.d_vocab - PART_OF_VOCABULARY)
             part = slice(start, start + PART_OF_VOCABULARY)
             decoder, wanted = replace(decoder, W_U=decoder.W_U[:, part], b_U=decoder.b_U[part]), wanted[:, part]
         logits = decoder.logits(decoder.norm(states))

@@ -107,8 +107,9 @@ def exact_trace(network: ResidualNetwork, prompts: Any, attention_mask: Tensor |
 
 def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:
     """The requested positions among each prompt's real tokens; ValueError if a prompt is too short for one."""
-    rows, shortest = Rows.of(trace, positions), int(trace.valid.sum(1).min())
-    if not bool(rows.keep.all()):
+    rows = Rows.of(trace, positions)
+    if not rows.are_real:
+        shortest = int(trace.valid.sum(1).min())
         raise ValueError(
             f"positions must lie in {-shortest}..{shortest - 1}, the real tokens of the shortest prompt; got {positions}."
         )

@@ -104,8 +104,7 @@ def hooks_of_each(
         )
     if mode == "zero":
         at_zero = heads_at_zero(network, {site.layer for site in sites if site.is_head})
-        nothing = torch.zeros((), device="cpu")
-        hooks = {s: _constant(s, at_zero[s.layer][s.part] if s.is_head else nothing) for s in sites}
+        hooks = {s: _constant(s, at_zero[s.layer][s.part]) if s.is_head else _hook(s, torch.zeros_like) for s in sites}
     else:
         values, valid = _writes(network, reference, sites)
         if mode == "mean":

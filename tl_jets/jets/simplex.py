@@ -214,7 +214,7 @@ def nearest_weights(hessian: Float64[Tensor, "problem n n"]) -> Float64[Tensor, 
     scaled = hessian * root[:, :, None] * root[:, None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    for index in failed.nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
+    for index in failed.cpu().nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
         values, vectors = torch.linalg.eigh(scaled[index])
         factor[index] = vectors * values.clamp_min(0).sqrt()
     sums = root / root.amax(-1, keepdim=True)  # s is the length of the shortest column
@@ -310,14 +310,17 @@ def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
             f"scale must have one entry a problem, shape {shape[:-2]}; got shape {tuple(scale.shape)}; "
             "pass the squared metric norm of each target"
         )
-    if not bool(differences_gram.isfinite().all()) or not bool(scale.isfinite().all()):
+    diagonal = differences_gram.diagonal(dim1=-2, dim2=-1)
+    below = diagonal < -1e-9 * torch.maximum(scale[..., None], diagonal.abs().amax(-1, keepdim=True))  # beyond rounding
+    is_finite = differences_gram.isfinite().all() & scale.isfinite().all()
+    # Read at once: every look at a device waits for it.
+    is_finite, is_negative = torch.stack([is_finite, (scale < 0).any() | below.any()]).tolist()
+    if not is_finite:
         raise ValueError(
             "differences_gram and scale must be finite; got NaN or infinite values; "
             "check the terms, or lower the expansion's order"
         )
-    diagonal = differences_gram.diagonal(dim1=-2, dim2=-1)
-    below = diagonal < -1e-9 * torch.maximum(scale[..., None], diagonal.abs().amax(-1, keepdim=True))  # beyond rounding
-    if bool((scale < 0).any()) or bool(below.any()):
+    if is_negative:
         raise ValueError(
             "differences_gram and scale must be squared norms, so that no diagonal entry and no scale is negative; "
             "got a negative one; check that the metric is positive semidefinite"

@@ -373,7 +373,7 @@ def read_lens(
         alpha,
         beta,
         None if random is None else (norm.scale(random), plane.along, plane.across),
-        targets=None if ids is None else ids[rows.keep],
+        targets=None if ids is None else ids[rows.kept],
         **options,
     )
     borrowed, own = inputs.measured(scan, plane, None, alpha, beta)

@@ -312,7 +312,7 @@ def _weighted(
         "rho": spread(centers.rho),
         "alpha": spread(centers.alpha),
         "beta": spread(centers.beta),
-        "effects": spread(chosen.T[..., None] * centers.effects(ids[rows.keep]), 1),
+        "effects": spread(chosen.T[..., None] * centers.effects(ids[rows.kept]), 1),
         "target_names": [ANSWER] if inputs.target_names is None else inputs.target_names,
         "borrowed_share": spread(torch.where(beta[0, 0] == 0, 0, lent / (lent + mine))),
         "centers": centers,

@@ -206,7 +206,7 @@ def statistics_of(
     """Measure parts, given by what the unembedding reads of them and their multiples of b_U."""
     rows = yardstick.rows
     measured = yardstick.measure(yardstick.augmented(states, bias_weights))
-    best = top_tokens(trace.decoder, states[:, rows.keep], bias_weights[:, None].to(states), k=1)
+    best = top_tokens(trace.decoder, states[:, rows.kept[0], rows.kept[1]], bias_weights[:, None].to(states), k=1)
     top_ids = rows.spread(best.indices[..., 0], fill=-1)
     answers = rows.spread(yardstick.answers, fill=-1)
     found = PathStatistics(

@@ -1,0 +1,78 @@
+"""What calls ask of a GPU, counted without one: waits do not grow with layers or positions, nor launches with positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from counting import counted
+from two_devices import DEVICES
+
+import tl_jets as tj
+
+SPEC = next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw")
+
+# How often the host may wait for the device, once in the model's own forward pass; none depends on the size of anything.
+CALLS = {
+    "trace": (6, lambda network, tokens: network.trace(tokens)),
+    "iterative lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
+    "followed tokens": (14, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
+    "detached lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
+    "joint lens": (19, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
+    "by head": (11, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
+    "path sums": (13, lambda network, tokens: tj.path_sums(network, tokens)),
+    "ablations": (10, lambda network, tokens: tj.ablation_effect(network, tokens)),
+    "first order": (10, lambda network, tokens: tj.first_order_effects(network, tokens)),
+    "detached map": (12, lambda network, tokens: tj.detached_jacobian(network, tokens, ordinary=False)),
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """By call and number of tokens: what the second call on a network took."""
+    found = {}
+    for name, (_, call) in CALLS.items():
+        for length in (4, 12):
+            model = zoo.fresh(SPEC, torch.float32)
+            tokens = zoo.tokens(model, 1, length)
+            found[name, length] = counted(
+                lambda network, tokens=tokens, call=call: call(network, tokens),
+                model,
+                prepare=lambda model=model: tj.ResidualNetwork(model),
+            )
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_host_waits_a_few_times_whatever_the_prompt(counts, name):
+    short, long = counts[name, 4], counts[name, 12]
+    assert 0 < long.synchronisations <= CALLS[name][0], long.places
+    assert long.places == short.places
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_do_not_grow_with_positions(counts, name):
+    short, long = counts[name, 4], counts[name, 12]
+    assert short.dispatches == long.dispatches > 100, long.operations - short.operations
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bytes_grow_with_positions_at_most(counts, name):
+    assert counts[name, 12].peak_bytes < 4 * counts[name, 4].peak_bytes
+
+
+def test_the_counter_counts_what_waits():
+    model = torch.nn.Linear(3, 2)
+
+    def run():
+        x = model.weight.detach()
+        mask = x > 0
+        reads = [x.sum().item(), bool(mask.any()), x.tolist(), x.cpu(), x[mask], mask.nonzero(), float(x[0, 0])]
+        x[mask] = torch.ones(1, device=DEVICES[0])  # a fill, which does not wait
+        torch.linalg.cholesky(torch.eye(2, device=DEVICES[0]))
+        on_host = torch.arange(3.0, device="cpu")
+        return reads, on_host.tolist(), float(on_host.sum()), on_host.to(DEVICES[0])
+
+    found = counted(run, model)
+    assert found.synchronisations == 9, found.places
+    assert found.peak_bytes > 0
