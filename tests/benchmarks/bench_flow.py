@@ -15,6 +15,7 @@ here, on TransformerLens hooks and autograd; their backward passes end at the ab
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -43,9 +44,9 @@ STORIES = [
     "Tim saw a big dog in the",
 ]
 MILD = [
-    *[(EIFFEL, name) for name in ("11_mlp", "8_mlp", "5_mlp", "20_mlp", "14_attn", "2_attn")],
-    *[(JAPAN, name) for name in ("8_mlp", "11_mlp", "17_attn", "14_mlp")],
-    *[(MARY, name) for name in ("8_mlp", "11_mlp", "4_attn", "17_mlp", "20_attn", "1_mlp")],
+    *[(EIFFEL, name) for name in ("11_mlp", "8_mlp", "5_mlp", "20_mlp", "14_attn")],
+    *[(JAPAN, name) for name in ("8_mlp", "11_mlp", "17_attn")],
+    *[(MARY, name) for name in ("8_mlp", "4_attn", "17_mlp", "20_attn")],
 ]
 HARD = [
     *[(EIFFEL, name) for name in ("11_mlp", "8_mlp", "5_mlp", "20_mlp", "1_attn")],
@@ -54,6 +55,7 @@ HARD = [
 ]
 VARIABLE = "The variable foo_barrel is set. Later the function reads foo_bar"
 SECRET = "The secret code is zebra lantern. Please remember: the secret code is zebra"
+SMALL = ("tinydocs", "stories", "gpt2")
 INDUCTION = ["L17H3", "L17H4", "L17H5", "L18H6", "L18H7", "L20H6", "L23H2", "L23H7"]
 
 
@@ -74,6 +76,8 @@ class Site:
 class Case:
     """A component of a model ablated on one prompt, and plain runs of it."""
 
+    found: tj.Flow
+
     def __init__(self, network: tj.ResidualNetwork, prompt: str, component: str, first: int):
         self.network, self.model = network, network.view.model
         self.tokens = self.model.to_tokens(prompt)
@@ -82,7 +86,7 @@ class Case:
         self.site = next(site for site in every if site.label == component)
         self.mediators = [site for site in every if site.stage > self.site.stage]
         positions = range(first, self.tokens.shape[1])
-        self.hooks = tj.ablation_hooks(network, component, positions=list(positions))
+        self.hooks = tj.ablation_hooks(network, component, positions=list(positions))  # one: (hook name, edit)
         with torch.no_grad():
             self.answer = int(self.model(self.tokens)[0, -1].argmax())
 
@@ -98,9 +102,7 @@ class Case:
 
         def at(write: Tensor, hook: Any, name: str) -> Tensor:
             if name == self.site.hook:
-                write = write.clone()
-                self.site.of(write)[:, self.first :] *= 1 - dose
-                write.requires_grad_(gradients)
+                write = (write + dose * (self.hooks[0][1](write, hook) - write)).requires_grad_(gradients)
             write = write if edit is None else edit(write, name)
             writes[name] = write
             return write
@@ -154,13 +156,15 @@ def sites(network: tj.ResidualNetwork) -> list[Site]:
     return found
 
 
-def flow(case: Case, nodes: Any = "auto") -> tuple[np.ndarray, Any]:
-    """Flow by mediator, and the result."""
+def flow(case: Case, nodes: Any = "auto") -> np.ndarray:
+    """Flow by mediator; the case keeps the result of `"auto"`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*stay open.*")
         found = tj.flow(case.network, case.tokens, case.hooks, nodes=nodes)
     by_label = dict(zip(found.labels, found.flow[:, 0, 0, 0].tolist(), strict=True))
-    return np.array([by_label.get(f"{site.label}_out", 0.0) for site in case.mediators]), found
+    if nodes == "auto":
+        case.found = found
+    return np.array([by_label.get(f"{site.label}_out", 0.0) for site in case.mediators])
 
 
 def eap_ig(case: Case, steps: int = 5) -> np.ndarray:
@@ -214,9 +218,9 @@ def length_of_change(case: Case) -> np.ndarray:
 
 
 METHODS: dict[str, Callable[[Case], np.ndarray]] = {
-    "flow": lambda case: flow(case)[0],
-    "flow, K = 1": lambda case: flow(case, 1)[0],
-    "flow, K = 3": lambda case: flow(case, 3)[0],
+    "flow": flow,
+    "flow, K = 1": lambda case: flow(case, 1),
+    "flow, K = 3": lambda case: flow(case, 3),
     "EAP-IG, 5 steps": eap_ig,
     "conductance, 5 steps": conductance,
     "attribution patching": attribution_patching,
@@ -234,30 +238,24 @@ def score(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 def measured(cases: list[Case], rounds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every case with its flow's certificate; every method in every case with scores and the median of its seconds."""
     certificates, scores = [], []
+    flow(cases[0])  # what is checked once a model is not counted
     for case in cases:
-        _, found = flow(case)
-        gap, nodes = float(found.gap_share), max(found.nodes)
-        row = {
-            "case": case.name,
-            "mediators": len(case.mediators),
-            "effect": case.effect,
-            "sum": float(found.edit.sum()),
-        }
-        certificates.append(
-            row | {"gap": gap, "closed": bool(found.closed), "passes": found.passes, "most nodes": nodes}
-        )
         values, seconds = {}, {name: [] for name in METHODS}
         for _ in range(rounds):
             for name, method in METHODS.items():
                 start = time.process_time()
                 values[name] = method(case)
                 seconds[name].append(time.process_time() - start)
+        found = case.found
+        row = {"case": case.name, "mediators": len(case.mediators), "effect": case.effect}
+        row |= {"sum": float(found.edit.sum()), "gap": float(found.gap_share), "closed": bool(found.closed)}
+        certificates.append(row | {"passes": found.passes, "most nodes": max(found.nodes)})
         for name in METHODS:
             row = {"method": name, "case": case.name, "seconds": float(np.median(seconds[name]))}
             for kind, true in case.truth.items():
                 row[f"{kind} rho"], row[f"{kind} L1"] = score(values[name], true)
             scores.append(row)
-        print(".", end="", flush=True)
+        print(certificates[-1], *scores[-len(METHODS) :], sep="\n", file=sys.stderr, flush=True)
     return pd.DataFrame(certificates), pd.DataFrame(scores)
 
 
@@ -319,28 +317,32 @@ def network_of(name: str) -> tj.ResidualNetwork:
 
 def cases_of(name: str, network: tj.ResidualNetwork, first: int) -> list[Case]:
     """The mild cases (first = 1) or the hard ones (first = 0) of a model."""
-    if name in ("tinydocs", "gpt2", "stories"):
+    if name in SMALL:
         return small_cases(network, STORIES if name == "stories" else DOCS, first)
     return [Case(network, prompt, component, first) for prompt, component in (MILD if first else HARD)]
 
 
 def print_joint(name: str, network: tj.ResidualNetwork) -> None:
-    """Joint flow of sets of heads: the induction heads of SmolLM2, random ones of the small models."""
+    """Joint flow of heads: the induction heads of SmolLM2 (the last prompt repeats nothing), random ones of the small models."""
     heads = [step.label for step in network.at("head").steps if step.kind == "head"]
-    random = np.random.default_rng(0)
-    if name in ("tinydocs", "gpt2", "stories"):
-        jobs = [(prompt, random.permutation(heads)[:4].tolist()) for prompt in (STORIES if name == "stories" else DOCS)]
-    else:
-        jobs = [(VARIABLE, INDUCTION), (SECRET, INDUCTION), (EIFFEL, random.permutation(heads)[:8].tolist())]
-    print("\n| joint flow | effect | sum of shares | error | nodes | one by one | random sets, largest |")
-    print("|---|---|---|---|---|---|---|")
-    for prompt, own in jobs:
-        found = tj.joint_flow(network, prompt, own)
-        error = abs(float(found.gap / found.effect))
+    drawn, prompts = np.random.default_rng(0).permutation(heads)[:4].tolist(), STORIES if name == "stories" else DOCS
+    if name not in SMALL:
+        drawn, prompts = INDUCTION, [VARIABLE, SECRET, EIFFEL]
+    print(
+        f"\n| {', '.join(drawn)} | joint effect | sum of shares | error | nodes | one by one | gradient | random sets, largest |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for prompt in prompts:
+        found = tj.joint_flow(network, prompt, drawn)
+        error, control = abs(float(found.gap / found.effect)), float(found.control.abs().max())
+        sums = [float(values.sum()) for values in (found.effect, found.share)]
+        others = [float(values.sum()) for values in (found.single, found.gradient)]
         print(
-            f"| {prompt[:24]}…, {len(own)} heads | {float(found.effect):.3f} | {float(found.share.sum()):.3f} | {error:.1e} | "
-            f"{found.nodes} | {float(found.single.sum()):.3f} | {float(found.control.abs().max()):.3f} |"
+            f"| `{prompt}` | {sums[0]:.3f} | {sums[1]:.3f} | {error:.1e} | {found.nodes} | "
+            f"{others[0]:.3f} | {others[1]:.3f} | {control:.3f} |",
+            flush=True,
         )
+        print(found.to_dataframe()[["component", "share", "single", "gradient"]].round(2).to_string(), file=sys.stderr)
 
 
 def test_flow_against_eap_ig(ratio: Callable[..., None]) -> None:
@@ -352,7 +354,7 @@ def test_flow_against_eap_ig(ratio: Callable[..., None]) -> None:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["tinydocs", "stories", "gpt2"])
+    parser.add_argument("models", nargs="*", default=list(SMALL))
     parser.add_argument("--rounds", type=int, default=3, help="times that every method is timed in a case")
     parser.add_argument("--cases", type=int, default=None, help="only the first so many of each table")
     parser.add_argument("--only", choices=["mild", "hard", "joint"])

@@ -336,6 +336,14 @@ def test_stacked_nodes_are_those_one_at_a_time(spec, monkeypatch):
     assert torch.allclose(tj.flow(model, tokens, hooks, **options).flow, stacked.flow, atol=1e-10)
 
 
+def test_heads_are_checked_under_hooks_that_take_one_length_only(tinydocs):
+    length = tinydocs.to_tokens(PROMPTS[0]).shape[1]
+    hooks = tj.ablation_hooks(tinydocs, "1_mlp", positions=list(range(1, length)))
+    network = tj.ResidualNetwork(tinydocs, "head")
+    found = tj.flow(network, PROMPTS[0], hooks, check=2)
+    assert found.check["component"].str.startswith("L").any() and float(found.agreement()["spearman"].iloc[0]) > 0.9
+
+
 def test_only_hooked_blocks_are_edited(tinydocs):
     network = tj.ResidualNetwork(tinydocs)
     found = tj.flow(network, PROMPTS[0], tj.ablation_hooks(network, ["0_mlp", "2_attn"]))

@@ -143,10 +143,11 @@ def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Seque
     """
     network = hookable(model)
     sites = sites_of(network, steps)
-    check_parts(network, sites)
     if isinstance(source, Tensor) and source.is_floating_point():
         source = {site.write: source for site in sites} if len(sites) == 1 else {}
-    if isinstance(source, Mapping) and "input_ids" not in source:
+    is_given = isinstance(source, Mapping) and "input_ids" not in source
+    check_parts(network, sites, None if is_given else source)
+    if is_given:
         values = _given(network, source, sites)
         valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
     else:

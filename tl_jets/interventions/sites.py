@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.labels import LabelInput, is_label
-from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import ARROW, Path
 from tl_jets.core.protocol import DECODER_STEP, GRANULARITIES, relative_error, some, tolerance
 from tl_jets.core.trace import Trace
@@ -78,15 +78,16 @@ def _probe(network: ResidualNetwork) -> Trace:
 
 
 @torch.no_grad()
-def check_parts(network: ResidualNetwork, sites: list[Site]) -> None:
-    """Check heads and neurons of the sites' layers against the model, once."""
+def check_parts(network: ResidualNetwork, sites: list[Site], given: Any = None) -> None:
+    """Check heads and neurons of the sites' layers against the model, once; under hooks, on the input that is given."""
     view: Any = network.view
     if all(site.part is None for site in sites):
         return
     state = view.hook_state()
     keys = {("heads" if s.is_head else "neurons", s.layer, state): s.write for s in sites if s.part is not None}
     if not view.checked.issuperset(keys):
-        trace = _probe(network.at("head"))
+        heads, is_hooked = network.at("head"), any(hooks for hooks, _ in state)
+        trace = trace_of(heads, given) if is_hooked and given is not None else _probe(heads)
         for write in keys.values():
             trace[write]
 
