@@ -345,3 +345,43 @@ def test_paths_are_compared_with_a_text(monkeypatch, capsys, tmp_path):
     assert len(some) > 20 and all(x.count(" ") >= 4 for x in some)
     table = demo["rendered"](frame, "a title")
     assert table.row_count == 3 and [column.header for column in table.columns] == list(frame.columns)
+
+
+def test_findings(monkeypatch, capsys, tmp_path):
+    """Every question has its table; numbers are those of the functions on the same prompts."""
+    prompts = ["This function is available on Unix and", "If the file does not exist, an error is", "A list of"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    monkeypatch.syspath_prepend(str(ROOT / "demos"))
+    asked = ("lenses", "paths", "ablations", "mediators", "directions", "--prompts", str(file))
+    printed = printed_by("findings.py", *asked, monkeypatch=monkeypatch, capsys=capsys)
+    net = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
+    rows = {cells[1]: cells[2:-1] for line in printed if len(cells := [c.strip() for c in line.split("│")]) > 3}
+    lens = tl_jets.iterative_jet_lens(net, prompts, order=1)
+    kept = lens.valid & ~lens.sinks.mask
+    excess = (lens.kl - lens.control.kl)[:, :, kept].mean(-1)
+    for label in ("1_pre", "3_pre"):
+        own = excess[lens.labels.index(label)]
+        assert [numbers(cell)[0] for cell in rows[label][:2]] == pytest.approx(own.tolist(), abs=0.02)
+    found = []
+    for prompt in prompts:
+        effects = tl_jets.exponential_expansion(net, linearize="detached", top=20, rank="effect")(prompt, positions=-1)
+        logits = net.trace(prompt).logits[0, -1].detach().double()
+        found.append(float(effects.statistics().effect.sum() / (logits.max() - logits.mean())))
+    shown = rows["share of the logit that the 20 largest hold"][0]
+    assert shown.split("%")[0] == f"{100 * sorted(found)[1]:.0f}"
+    falls = [
+        -tl_jets.ablation_effect(net, p, ablated_positions=range(1, len(net.trace(p).tokens[0]))).centered
+        for p in prompts
+    ]
+    first = [
+        -tl_jets.first_order_effects(net, p, ablated_positions=range(1, len(net.trace(p).tokens[0]))).effect
+        for p in prompts
+    ]
+    ranks = [
+        torch.stack([f.flatten(), e.flatten()]).argsort(1).argsort(1).double()
+        for f, e in zip(first, falls, strict=True)
+    ]
+    mean = sum(float(torch.corrcoef(rank)[0, 1]) for rank in ranks) / len(ranks)
+    assert numbers(rows["gradient x write (order 1)"][0])[0] == pytest.approx(mean, abs=0.006)
+    assert {"flow", "relative error of J e + bias", "length of the change (control)"} <= set(rows)

@@ -80,7 +80,7 @@ def tiny_gpt2() -> TransformerBridge:
 
 
 def test_there_are_notebooks():
-    assert {"Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {
+    assert {"Detached_Jacobian", "Findings", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {
         path.stem for path in NOTEBOOKS
     }
 
@@ -118,7 +118,9 @@ def test_it_runs(path, monkeypatch):
         assert shown(before) == shown(after), before.source
 
 
-@pytest.mark.parametrize("name", ["Detached_Jacobian", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"])
+@pytest.mark.parametrize(
+    "name", ["Detached_Jacobian", "Findings", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"]
+)
 def test_it_is_not_about_the_embedded_model_alone(name, monkeypatch):
     """Another architecture, with random weights: every cell runs and every check holds."""
     notebook = read(ROOT / "demos" / f"{name}.ipynb")
@@ -161,6 +163,7 @@ HeadMaps.exact = exact
     ("name", "error"),
     [
         ("Detached_Jacobian", STEERED),
+        ("Findings", EFFECTS),
         ("Jet_Lens", NORM_JET),
         ("Jet_Ngrams", TRIGRAMS),
         ("Jet_Paths", EFFECTS),
