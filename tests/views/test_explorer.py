@@ -26,7 +26,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def flow(network):
-    return tj.flow(network, PROMPT, tj.ablation_hooks(network, "0_mlp"))
+    return tj.flow(network, PROMPT, tj.ablation_hooks(network, "0_mlp"), edges=True, granularity="head")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_its_numbers_are_those_of_the_tools(network, flow, made):
     (own,) = data["flow"]["effects"]
     assert own["closed"] and own["effect"] == pytest.approx(float(flow.effect), rel=1e-4)
     assert own["flow"] == pytest.approx(flow.flow[:, 0, 0, 0].tolist(), rel=1e-4, abs=1e-6)
+    table_of_edges = flow.edges()
+    table_of_edges["reader"] = table_of_edges["reader"].str.replace(r"_[qkv]$", "", regex=True)
+    sums = table_of_edges.groupby(["writer", "reader"])["flow"].sum()
+    assert len(own["edges"]) == 60
+    for writer, reader, value in own["edges"]:
+        assert value == pytest.approx(sums[writer.removesuffix("_out"), reader], rel=1e-4), (writer, reader)
+    assert abs(own["edges"][0][2]) == pytest.approx(sums.abs().max(), rel=1e-4)
     last = int(trace.tokens[0, -1])
     table = tj.jet_bigrams(network, "mlps", rows=[last], per="row", top_k=5)
     assert [second for second, _ in data["bigrams"]["rows"][str(last)]] == table.ids[:, 1].tolist()
@@ -123,6 +130,7 @@ def test_pointer_and_keys_choose_a_cell(show, made, flow, network, scheme):
         page.locator("#color").select_option("control")
         assert "random vector" in page.locator("#legend").inner_text()
         assert page.locator("#panel svg").count() == 2 and page.locator("#flow svg circle").count() == len(flow.labels)
+        assert page.locator('#flow svg g[aria-label="arrow"] path').count() == 60
         largest = flow.top(1)["component"].iloc[0]
         assert page.locator("#flow table tr").nth(1).inner_text().startswith(largest)
 

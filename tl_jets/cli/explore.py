@@ -26,7 +26,7 @@ def report(options: argparse.Namespace) -> Report:
             hooks = ablation_hooks(asked.network, options.ablate, positions=positions)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"\d+ of \d+ effects stay open", UserWarning)  # the page says so
-                found = flow(asked.network, asked.trace, hooks, positions=asked.position)
+                found = flow(asked.network, asked.trace, hooks, positions=asked.position, edges=True)
         elif options.keep_bos:
             raise UsageError("--keep-bos goes with --ablate")
         step("page")
@@ -42,7 +42,7 @@ def report(options: argparse.Namespace) -> Report:
         )
     answer = asked.token(int(asked.trace.logits[0, asked.position].argmax()))  # type: ignore[index]
     rows = asked.asked(options.model, answer)
-    if found is not None:
+    if found is not None and options.ablate is not None:
         said = "" if bool(found.closed) else "; its flows are OPEN, and explain nothing"
         rows["ablation"] = (
             f"{', '.join(options.ablate)}: {signed(float(found.effect))} on the logit of {answer['token']}{said}"

@@ -17,6 +17,7 @@ Example:
 from __future__ import annotations
 
 import html
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
@@ -37,6 +38,8 @@ from tl_jets.views.pages import View, filled, json_in_page, rounded
 # Best tokens of a cell, and bi-grams of a token.
 TOP_K = 5
 HEIGHT = 900
+# Edges of a flow that are drawn, the largest ones.
+EDGES = 60
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +79,7 @@ def explorer(
         text_or_tokens: One prompt, its ids, or a trace of it.
         order: Highest order of the lens; the page chooses among 0 (the logit lens) and this one.
         bigrams: Path of the bi-grams of each token, as in `jet_bigrams`; None for none.
-        flow: What an intervention on this prompt does, from `tl_jets.flow`.
+        flow: What an intervention on this prompt does, from `tl_jets.flow`; with `edges=True` its largest edges are drawn.
         title: Title of the page; None for the prompt.
         name: Name of the model below it.
 
@@ -194,12 +197,27 @@ def _flow(flow: Flow) -> dict[str, Any]:
             "gap": rounded(float(flow.gap_share[0, p, t])),
             "closed": bool(flow.closed[0, p, t]),
             **{key: _plain(getattr(flow, key)[:, 0, p, t]) for key in ("flow", "edit", "direct")},
+            "edges": _edges(flow, p, t),
         }
         for (p, t), position, target in zip(
             product(range(len(first) // n_targets), range(n_targets)), first["pos"], first["target"], strict=True
         )
     ]
     return {"labels": flow.labels, "unit": flow.unit, "measure": flow.measure, "effects": effects}
+
+
+def _edges(flow: Flow, p: int, t: int) -> list[list[Any]] | None:
+    """The largest edges of a target, as writer, reader and flow, those of a head's queries, keys and values added up."""
+    if flow.edge_flow is None or flow.readers is None:
+        return None
+    steps = [re.sub(r"_[qkv]$", "", reader) for reader in flow.readers]
+    names = list(dict.fromkeys(steps))
+    index = torch.tensor([names.index(step) for step in steps], device=flow.edge_flow.device)
+    own = flow.edge_flow[..., 0, p, t]
+    sums = own.new_zeros(len(names), own.shape[1]).index_add(0, index, own)
+    largest = sums.abs().flatten().argsort(descending=True)[:EDGES].tolist()
+    cells = [divmod(cell, sums.shape[1]) for cell in largest]
+    return [[flow.labels[w], names[r], rounded(float(sums[r, w]))] for r, w in cells if float(sums[r, w])]
 
 
 def _plain(values: Tensor) -> Any:
