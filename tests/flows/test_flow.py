@@ -138,10 +138,13 @@ def test_heads_neurons_positions_and_batches_add_up(spec):
     assert heads.effect.shape == (2, 2, 2) and torch.equal(heads.effect, whole.effect)
     assert torch.allclose(heads.by_position.sum(-1), heads.flow)
     frame = heads.by_position_dataframe()
-    assert frame["flow"].tolist() == heads.by_position.flatten().tolist() and heads.prompt_tokens.equal(tokens)
+    assert frame["flow"].tolist() == heads.by_position.flatten().tolist() and torch.equal(
+        heads.prompt_tokens[:, 1], tokens
+    )
     assert frame["write_pos"].tolist() == [w for _ in range(heads.flow.numel()) for w in range(tokens.shape[1])]
     with pytest.raises(ValueError, match="by_position=True"):
         tj.flow(model, tokens, hooks, **options).by_position_dataframe()
+    assert tj.concat([heads, heads]).by_position_dataframe()["flow"].sum() == pytest.approx(2 * frame["flow"].sum())
     assert torch.allclose(blocks.effect, whole.effect)
     for label in whole.labels:
         layer, kind = label.split("_")[:2]

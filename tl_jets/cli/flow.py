@@ -18,6 +18,7 @@ from tl_jets.core.tokens import visible
 from tl_jets.flows import Flow, JointFlow, flow, joint_flow
 from tl_jets.flows.secants import MOST_NODES
 from tl_jets.interventions.hooks import ablation_hooks
+from tl_jets.views import flow_heatmap
 
 # Options of one kind of intervention, with the kinds that have them.
 OWN = {
@@ -168,7 +169,15 @@ def _of_flow(
     table = _flow_table(found, components, data["check"], top, sink)
     tables = [table, *([_check_table(data["check"]["rows"])] if data["check"] else [])]
     keys = ["flow", "share", "direct", "largest at", "gap", "path patching", *last]
-    return Report(data, asked, [table], legend("flow", *keys), on_page=tables, verdict=verdict)
+    return Report(
+        data,
+        asked,
+        [table],
+        legend("flow", *keys),
+        on_page=tables,
+        views=lambda: [flow_heatmap(found)],
+        verdict=verdict,
+    )
 
 
 def _components(found: Flow) -> list[dict[str, Any]]:

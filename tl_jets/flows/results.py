@@ -69,7 +69,8 @@ class Flow(FlowResult, Averaged):
         nodes: Nodes of each stage.
         evaluations: Evaluations of each stage and its gradients, in all tries.
         by_position: `flow` by the position of the write [component, batch, pos, target, write_pos], if requested.
-        prompt_tokens: The tokens of these positions, those of the clean run; -1 at padding.
+        prompt_tokens: The clean run's tokens at these positions, the same for all that are read; -1 at padding.
+        prompt_sinks: Whether these positions are BOS or have outlying streams (`tl_jets.core.sinks`).
         check: Flows beside path patching (`tl_jets.flows.checks`), one row per mediator, prompt, position and target; None
             without a check.
         sinks: Positions that `average` leaves out.
@@ -91,7 +92,8 @@ class Flow(FlowResult, Averaged):
     nodes: list[int]
     evaluations: list[int]
     by_position: Float[Tensor, "component batch pos target write_pos"] | None = None
-    prompt_tokens: Int[Tensor, "batch write_pos"] | None = None
+    prompt_tokens: Int[Tensor, "batch pos write_pos"] | None = None
+    prompt_sinks: Bool[Tensor, "batch pos write_pos"] | None = None
     check: pd.DataFrame | None = None
     sinks: Sinks | None = None
     seed: int | None = None
@@ -172,13 +174,13 @@ class Flow(FlowResult, Averaged):
         if self.by_position is None or self.prompt_tokens is None:
             raise ValueError("Flows by position are kept on request; pass by_position=True to tl_jets.flow.")
         is_real = self.prompt_tokens >= 0
-        real = is_real[None, :, None, None].expand_as(self.by_position)
+        real = is_real[None, :, :, None].expand_as(self.by_position)
         cells = real.nonzero()
         b, p, t, w = cells.T[1:]
         index = self._index("component", self.labels, cells[:, :4])
         index |= {
-            "write_pos": (is_real.cumsum(1) - 1)[b, w].tolist(),
-            "token": [self.token_names[int(i)] for i in self.prompt_tokens[b, w]],
+            "write_pos": (is_real.cumsum(-1) - 1)[b, p, w].tolist(),
+            "token": [self.token_names[int(i)] for i in self.prompt_tokens[b, p, w]],
             "flow": self.by_position[real].tolist(),
         }
         return pd.DataFrame(index | {"closed": self.closed[b, p, t].tolist()})

@@ -291,9 +291,11 @@ class _Sweep:
 
         every = shaped(self.flow)
         whole = runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
+        prompts = [whole, Sinks.of(runs.clean, Rows.of(runs.clean, None)).mask] if self.by_position else []
+        tokens, sinks = [each[:, None].repeat(1, shape[0], 1) for each in prompts] or (None, None)
         found = Flow(
             labels=self.labels[::-1],
-            flow=every.sum(-1) if every.ndim > 4 else every,
+            flow=every.sum(-1) if self.by_position else every,
             edit=shaped(self.edit),
             direct=shaped(self.direct),
             effect=shaped([self.effect])[0],
@@ -305,10 +307,11 @@ class _Sweep:
             evaluations=self.evaluations[::-1],
             measure=self.target.measure,
             tolerance=self.tolerance,
-            by_position=every if every.ndim > 4 else None,
-            prompt_tokens=whole if every.ndim > 4 else None,
             readers=[*self.readers[::-1], DECODER_STEP] if self.by_edge else None,
             edge_flow=self._edges().unflatten(2, shape).movedim(4, 2) if self.by_edge else None,
+            by_position=every if self.by_position else None,
+            prompt_tokens=tokens,
+            prompt_sinks=sinks,
             sinks=Sinks.of(runs.clean, self.rows),
             **target_fields(runs.clean, self.rows, ids, self.target.names, unit=self.target.unit, named=[whole]),
         )

@@ -16,6 +16,7 @@ Example:
 
 import tl_jets.views.figures as figures
 from tl_jets.views.explorers import Explorer, explorer
+from tl_jets.views.flows import flow_heatmap, flow_table, joint_table
 from tl_jets.views.heatmaps import trigram_heatmap
 from tl_jets.views.lens_pages import lens_data, lens_page
 from tl_jets.views.lens_tables import lens_table, top_tokens
@@ -28,6 +29,9 @@ __all__ = [
     "detached_tokens",
     "explorer",
     "figures",
+    "flow_heatmap",
+    "flow_table",
+    "joint_table",
     "lens_data",
     "lens_page",
     "lens_table",

@@ -1,4 +1,4 @@
-"""Figures for papers, with matplotlib: lens tables, measures with controls, shares of paths, doses, learning curves, spectra.
+"""Figures for papers, with matplotlib: lens tables, measures with controls, paths, flows, doses, learning curves, spectra.
 
 Every function returns a matplotlib `Figure` and shows nothing. Colors suit color-blind readers: Okabe and Ito's
 palette, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of what they control.
@@ -12,7 +12,18 @@ Example:
     ['order 0', 'control', 'order 1', 'control']
 """
 
+from tl_jets.views.figures.flows import flow_bars, flow_heatmap, joint_shares
 from tl_jets.views.figures.lenses import lens_table, measures
 from tl_jets.views.figures.results import dose_responses, learning_curves, path_shares, spectra
 
-__all__ = ["dose_responses", "learning_curves", "lens_table", "measures", "path_shares", "spectra"]
+__all__ = [
+    "dose_responses",
+    "flow_bars",
+    "flow_heatmap",
+    "joint_shares",
+    "learning_curves",
+    "lens_table",
+    "measures",
+    "path_shares",
+    "spectra",
+]

@@ -42,6 +42,24 @@ def new_panels(ax: Axes | None, n: int, size: tuple[float, float]) -> tuple[Figu
     return figure, list(axes[0])
 
 
+def legible(text: str) -> str:
+    r"""Text with characters that the figure's fonts lack as escapes, such as `\u65e5`.
+
+    To see them, put a font that has them into `matplotlib.rcParams["font.family"]`: `["DejaVu Sans", "Noto Sans CJK JP"]`.
+    """
+    if text.isascii():
+        return text
+    import matplotlib
+    from matplotlib import font_manager
+
+    families = [font_manager.FontProperties(family=[name]) for name in matplotlib.rcParams["font.family"]]
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+    drawn = (c.isascii() or any(font.get_char_index(ord(c)) for font in fonts) for c in text)
+    return "".join(
+        c if is_drawn else c.encode("unicode_escape").decode() for c, is_drawn in zip(text, drawn, strict=True)
+    )
+
+
 def depth_color(index: int, n: int) -> Any:
     """The color of one of n layers, from dark to bright."""
     import matplotlib
@@ -63,6 +81,7 @@ def short_legend(
     place: Any = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if outside else {}
     for entry in ax.legend(handles=[*lines, *extra], fontsize=SMALL - 1, frameon=False, **place).get_texts():
         entry.set_parse_math(False)
+        entry.set_text(legible(entry.get_text()))
 
 
 def name_ticks(ax: Axes, names: Sequence[str], most: int = 16) -> None:
@@ -106,7 +125,9 @@ def draw_cells(
     for i, row in enumerate(texts):
         for j, word in enumerate(row):
             ink = _ink(colors.get((i, j), (1.0, 1.0, 1.0, 1.0)))
-            ax.text(j, i, word, ha="center", va="center", fontsize=SMALL, color=ink, parse_math=False, clip_on=True)
+            ax.text(
+                j, i, legible(word), ha="center", va="center", fontsize=SMALL, color=ink, parse_math=False, clip_on=True
+            )
     for spine in ax.spines.values():
         spine.set_visible(False)
 

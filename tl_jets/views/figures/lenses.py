@@ -20,6 +20,7 @@ from tl_jets.views.figures.axes import (
     SMALL,
     depth_color,
     draw_cells,
+    legible,
     name_ticks,
     new_panels,
     plain,
@@ -87,7 +88,7 @@ def lens_table(
     figure, (ax,) = new_panels(ax, 1, (width * len(places) + 2.0, CELL_HEIGHT * len(labels) + 1.0))
     draw_cells(ax, texts, values, diverging=isinstance(lens, JointJetLens), bar=bar)
     read = [f"{visible(names[int(lens.tokens[prompt, p])])}\n{positions_of(lens.positions, prompt)[p]}" for p in places]
-    ax.set_xticks(range(len(places)), read, fontsize=SMALL, parse_math=False)
+    ax.set_xticks(range(len(places)), map(legible, read), fontsize=SMALL, parse_math=False)
     ax.set_yticks(range(len(labels)), labels, fontsize=SMALL, parse_math=False)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)

@@ -19,6 +19,7 @@ from tl_jets.views.figures.axes import (
     MARKERS,
     SMALL,
     depth_color,
+    legible,
     name_ticks,
     new_panels,
     plain,
@@ -75,7 +76,7 @@ def path_shares(
         "share": "share of the model's logits",
         "effect": f"effect on {statistics.target_names[0]} ({statistics.unit})",
     }
-    ax.set_xlabel(what.get(measure, measure), fontsize=SMALL + 1, parse_math=False)
+    ax.set_xlabel(legible(what.get(measure, measure)), fontsize=SMALL + 1, parse_math=False)
     if statistics.by == "length":
         ax.set_ylabel("number of writes", fontsize=SMALL + 1)
     hidden = f"the {len(order)} largest of {len(means):,}" if len(order) < len(means) else f"all {len(means):,}"
@@ -131,7 +132,7 @@ def dose_responses(
         panel.set_title(f"{step}{converges}", fontsize=SMALL + 2, loc="left", parse_math=False)
         panel.set_xlabel("dose", fontsize=SMALL + 1)
         plain(panel)
-    axes[0].set_ylabel(f"effect on {jet.target_names[0]} ({jet.unit})", fontsize=SMALL + 1, parse_math=False)
+    axes[0].set_ylabel(legible(f"effect on {jet.target_names[0]} ({jet.unit})"), fontsize=SMALL + 1, parse_math=False)
     short_legend(axes[0], axes[0].lines)
     return figure
 

@@ -1,0 +1,167 @@
+"""Figures of flows: bars of components, shares of joint ablations, heatmaps of layers and positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tl_jets.core.markup import largest
+from tl_jets.core.tokens import visible
+from tl_jets.flows import Flow, JointFlow
+from tl_jets.views.figures.axes import BELOW_TO_ABOVE, COLORS, SMALL, legible, new_panels, plain, short_legend
+from tl_jets.views.flow_cells import (
+    FIRST,
+    KINDS,
+    SINK,
+    Cell,
+    at_sinks,
+    check_cell,
+    effect_text,
+    grids,
+    largest_first,
+    of_cell,
+    open_text,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Rows of a heatmap have a tick each up to this number.
+MOST_TICKS = 16
+
+
+def flow_bars(flow: Flow, *, cell: Cell = FIRST, top: int | None = 20, ax: Axes | None = None) -> Figure:
+    """Bars of the largest flows of one effect, on an axis symmetric around zero.
+
+    Components mostly written at attention sinks are light (if flows by position were kept). Bars of an open effect are
+    hatched, and the title says that they explain nothing.
+
+    Args:
+        flow: Result of `tl_jets.flow`.
+        cell: Indices of prompt, read position and target.
+        top: Number of components, largest first; None for all.
+        ax: Axes to draw on; None for a new figure.
+
+    Raises:
+        ValueError: There is no such cell, or top is below 1.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> model = tj.load_tinydocs()
+        >>> found = tj.flow(model, "This function is available on Unix and", tj.ablation_hooks(model, "0_mlp"))
+        >>> len(flow_bars(found, top=5).axes[0].patches)
+        5
+    """
+    check_cell(flow, cell)
+    values = of_cell(flow.flow, cell)
+    order = largest_first(values, top)
+    sinks, is_open = at_sinks(flow, cell), open_text(flow, cell)
+    figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(order) + 0.9))
+    shown = values[order].tolist()
+    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in shown]
+    bars = ax.barh(range(len(order)), shown, color=colors, height=0.7, hatch="////" if is_open else None)
+    for bar, i in zip(bars, order, strict=True):
+        bar.set_alpha(0.4 if sinks[i] or is_open else 1.0)
+    _rows(ax, [flow.labels[i] for i in order], shown)
+    marks = "; light: at attention sinks" if any(sinks[i] for i in order) else ""
+    ax.set_xlabel(legible(f"flow; {effect_text(flow, cell)}{marks}"), fontsize=SMALL + 1, parse_math=False)
+    ax.set_title(is_open or f"Flow: {_count(len(order), len(values))}", fontsize=SMALL + 2, loc="left")
+    return figure
+
+
+def joint_shares(joint: JointFlow, *, cell: Cell = FIRST, ax: Axes | None = None) -> Figure:
+    """Bars of each component's share of a joint ablation, beside the effect of ablating it alone.
+
+    Dashed lines are the joint effects of random sets of the same layers, as means per component.
+
+    Args:
+        joint: Result of `tl_jets.joint_flow`.
+        cell: Indices of prompt, read position and target.
+        ax: Axes to draw on; None for a new figure.
+
+    Raises:
+        ValueError: There is no such cell.
+        ImportError: matplotlib is not installed.
+    """
+    check_cell(joint, cell)
+    share, single = of_cell(joint.share, cell), of_cell(joint.single, cell)
+    order, is_open = largest_first(share, None), open_text(joint, cell)
+    figure, (ax,) = new_panels(ax, 1, (5.5, 0.34 * len(order) + 1.0))
+    places = range(len(order))
+    style = {"height": 0.36, "hatch": "////" if is_open else None, "alpha": 0.4 if is_open else 1.0}
+    drawn = ax.barh([p - 0.19 for p in places], share[order].tolist(), color=COLORS[0], label="share", **style)
+    alone = ax.barh([p + 0.19 for p in places], single[order].tolist(), color=COLORS[5], label="alone", height=0.36)
+    control = (of_cell(joint.control, cell) / len(order)).tolist()
+    lines = [ax.axvline(value, color="0.5", ls="--", lw=0.8, label="random sets, per component") for value in control]
+    _rows(ax, [joint.labels[i] for i in order], [*share.tolist(), *single.tolist(), *control])
+    short_legend(ax, [drawn, alone], lines[:1])
+    ax.set_xlabel(legible(effect_text(joint, cell)), fontsize=SMALL + 1, parse_math=False)
+    total = f"alone they add up to {float(single.sum()):+.3g}"
+    ax.set_title(is_open or f"Joint {joint.mode} ablation; {total}", fontsize=SMALL + 2, loc="left")
+    return figure
+
+
+def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> Figure:
+    """Flow by layer and position of the write, a panel for attention, MLPs (or blocks), and sources; one color scale.
+
+    Attention sinks are marked by a dagger. Of an open effect the title says that it explains nothing.
+
+    Args:
+        flow: Result of `tl_jets.flow(..., by_position=True)`.
+        cell: Indices of prompt, read position and target.
+
+    Raises:
+        ValueError: Flows by position were not kept, or there is no such cell.
+        ImportError: matplotlib is not installed.
+    """
+    found = [grid for grid in grids(flow, cell) if grid.kind != "other"] or grids(flow, cell)
+    assert flow.prompt_tokens is not None
+    assert flow.prompt_sinks is not None
+    real = flow.prompt_tokens[cell[:2]] >= 0
+    ids, sinks = flow.prompt_tokens[cell[:2]][real].tolist(), flow.prompt_sinks[cell[:2]][real].tolist()
+    names = [f"{visible(flow.token_names[i])}{SINK if sink else ''}" for i, sink in zip(ids, sinks, strict=True)]
+    rows = max(len(grid.rows) for grid in found)
+    size = (max(3.0, 0.22 * len(names) + 1.2), max(2.4, 0.14 * rows + 1.4))
+    figure, panels = new_panels(None, len(found), size)
+    scale = largest(value for grid in found for row in grid.values.tolist() for value in row)
+    image = None
+    for panel, (kind, labels, values) in zip(panels, found, strict=True):
+        image = panel.imshow(
+            values.tolist(), cmap=_colors(), vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest"
+        )
+        step = -(-len(labels) // MOST_TICKS)
+        panel.set_yticks(range(0, len(labels), step), labels[::step], parse_math=False)
+        panel.set_xticks(
+            range(len(names)), [legible(name) for name in shortened(names, 14)], rotation=90, parse_math=False
+        )
+        panel.set_title(KINDS[kind], fontsize=SMALL + 2, loc="left")
+        plain(panel)
+    panels[0].set_ylabel("layer", fontsize=SMALL + 1)
+    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=30)
+    bar.set_label("flow", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL - 1)
+    title = open_text(flow, cell) or f"Flow by layer and position: {effect_text(flow, cell)}"
+    figure.suptitle(legible(title), fontsize=SMALL + 2, x=0.01, ha="left", parse_math=False)
+    return figure
+
+
+def _colors():  # type: ignore[no-untyped-def]
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("tl_jets", BELOW_TO_ABOVE)
+
+
+def _rows(ax: Axes, names: list[str], values: list[float]) -> None:
+    """Names of horizontal bars from the top, and an axis of values that is symmetric around zero."""
+    ax.set_yticks(range(len(names)), shortened(names), fontsize=SMALL, parse_math=False)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.axvline(0, color="0.3", lw=0.8)
+    bound = 1.05 * largest(values)
+    ax.set_xlim(-bound, bound)
+    plain(ax)
+
+
+def _count(shown: int, total: int) -> str:
+    return f"all {total}" if shown == total else f"the {shown} largest of {total:,}"
