@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/pages/guides/flow_views.md, on SmolLM2-135M: python docs/flow_pictures.py FOLDER
+"""Draw the pictures of docs/pages/guides/flow_views.md, on SmolLM2-135M: python docs/flow_pictures.py FOLDER.
 
 FOLDER holds the model, as `../shared/models/get_smollm2.py` makes it. Each picture is small: 80 dots an inch, 24 colors.
 """

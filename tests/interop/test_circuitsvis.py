@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -98,6 +99,22 @@ def test_effects_on_the_model_s_own_answer_at_every_position(world):
     wanted = sums.effects[[sums.labels.index("1_mlp"), sums.labels.index("0_attn")], 0][..., 0][:, sums.valid[0]]
     close(found["values"], wanted.T)
     assert found["labels"] == ["1_mlp", "0_attn"]
+
+
+def test_flows_by_position(world):
+    network = world["network"]
+    hooks = tj.ablation_hooks(network, "0_mlp")
+    flow = tj.flow(network, PROMPTS, hooks, targets=TARGETS, by_position=True, tolerance=0.05)
+    found = props(tj.to_circuitsvis(flow, target=8, prompt=1))
+    real = flow.prompt_tokens[1, 0] >= 0
+    assert found["labels"] == flow.labels and len(found["tokens"]) == int(real.sum())
+    close(found["values"], flow.by_position[:, 1, 0, 1][:, real].T)
+    for other in (
+        tj.flow(network, PROMPTS, hooks, positions=[0, 1], by_position=True, tolerance=1e9),
+        replace(flow, tolerance=1e-30),
+    ):
+        with pytest.raises(ValueError, match="where it is closed, and read at one position"):
+            tj.to_circuitsvis(other)
 
 
 def test_one_series(world):

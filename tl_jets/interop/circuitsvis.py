@@ -32,6 +32,7 @@ from tl_jets.core.selection import ANSWER, positions_of
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.jacobian import DetachedJacobian
+from tl_jets.interop.values_by_token import is_number, values_by_token
 from tl_jets.jets.cache import JetCache
 from tl_jets.lenses.iterative import IterativeJetLens
 from tl_jets.ngrams.tables import NgramTable
@@ -71,8 +72,8 @@ def to_circuitsvis(
 
     Args:
         result: A result whose `to_dataframe()` has values by token: a lens, path statistics, a `JetCache`, a detached
-            Jacobian. A list or dict of detached Jacobians is a map per entry. Or a `Trace`, whose attention patterns are
-            drawn, or a table of skip-trigrams.
+            Jacobian; a `Flow` by position. A list or dict of detached Jacobians is a map per entry. Or a `Trace`, whose
+            attention patterns are drawn, or a table of skip-trigrams.
         view: `"colored_tokens_multi"` (a button per series), `"colored_tokens"` (one series), `"topk_tokens"` (largest and
             smallest tokens of each series), `"text_neuron_activations"` (a list of series), `"attention_heads"` (detached
             Jacobians: share of each input token in each output position; a trace: the patterns of a layer's heads;
@@ -183,7 +184,7 @@ def _table(
     result: Any, measure: str | None, labels: Any, order: int | None, target: str | int | None, prompt: int
 ) -> tuple[pd.DataFrame, str, str, str]:
     """The values [series, (pos, token)] of one measure and prompt; the names of series and measure; the rest in words."""
-    found: Any = result.to_dataframe() if hasattr(result, "to_dataframe") else pd.DataFrame()
+    found: Any = values_by_token(result)
     series = next((name for name in SERIES if name in found), None)
     if series is None or "token" not in found or "pos" not in found:
         raise TypeError(
@@ -191,7 +192,7 @@ def _table(
             f"Jacobian; got {type(result).__name__}."
         )
     after_token = list(found.columns)[list(found.columns).index("token") + 1 :]
-    numbers = [name for name in after_token if _is_number(found[name])]
+    numbers = [name for name in after_token if is_number(found[name])]
     drawn = next((name for name in DEFAULT_MEASURES if name in numbers), numbers[0]) if measure is None else measure
     check_choice("measure", drawn, numbers)
     if "rank" in found:
@@ -394,7 +395,3 @@ def _framed(title: str, element: str, props: Mapping[str, Any], height: int) -> 
 
 def _plain(value: Any) -> Any:
     return value.detach().cpu().tolist() if isinstance(value, Tensor) else value
-
-
-def _is_number(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and column.name not in ("rank", "token_index")
