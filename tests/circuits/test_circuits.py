@@ -168,6 +168,33 @@ def test_attributions_are_derivatives_along_edges(spec, granularity):
         assert abs(slope) > 1e-5
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.name != "gemma2"], ids=str)
+def test_integrated_attributions_are_derivatives_on_the_way_between_embeddings(spec):
+    """Finite differences at every step: a little more of a write's change, with the first stream on its way to the clean one."""
+    model, steps, size = zoo.build(spec), 3, 1e-4
+    network = tj.ResidualNetwork(model)
+    clean, corrupted = zoo.tokens(model, 2, 5), zoo.tokens(model, 2, 5, seed=4)
+    circuit = attribution_patching(network, clean, corrupted, targets=TARGETS, integration_steps=steps)
+    a, b = network.trace(clean), network.trace(corrupted)
+    for label in ("0_attn", "0_mlp", "1_mlp"):
+        change, point = a[f"{label}_out"] - b[f"{label}_out"], f"blocks.{label[0]}.hook_{label[2:]}_out"
+
+        def value(k: int, dose: float, point: str = point, change: Tensor = change) -> float:
+            first = b["0_pre"] + k / steps * (a["0_pre"] - b["0_pre"])
+            hooks = [
+                ("blocks.0.hook_resid_pre", lambda old, hook: first),
+                (point, lambda old, hook: old + dose * change),
+            ]
+            with torch.no_grad(), full_precision():
+                return float(metric(model.run_with_hooks(corrupted, fwd_hooks=hooks)))
+
+        slopes = [(value(k, size) - value(k, -size)) / (2 * size) for k in range(1, steps + 1)]
+        score = sum(score for writer, _, score in circuit.edges if writer == label)
+        assert score == pytest.approx(sum(slopes) / steps, rel=1e-5, abs=1e-8) and abs(score) > 1e-5, label
+    with pytest.raises(ValueError, match="integration_steps must be an integer >= 0"):
+        attribution_patching(network, clean, corrupted, targets=TARGETS, integration_steps=-1)
+
+
 def added_to(model: Any, network: Any, reader: str, added: Tensor) -> list[tuple[str, Callable]]:
     """A hook that adds to what a sublayer, or the one of a head, writes."""
     layer = network.stage(reader).steps[0].layer
