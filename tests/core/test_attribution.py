@@ -14,7 +14,7 @@ from torch import Tensor
 import tl_jets as tj
 from tl_jets.calculus import full_precision
 from tl_jets.cli import session
-from tl_jets.core.attribution import Yardstick, additive_logits
+from tl_jets.core.attribution import LogitAttribution, additive_logits
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.selection import Rows
 from tl_jets.interventions.path_ablations import verdict
@@ -219,7 +219,7 @@ def test_what_a_trace_gave_is_not_decoded_with_other_weights():
     rows = Rows.of(trace, -1)
     for decode in (
         lambda: additive_logits(trace, torch.full((2, 1), -1) % TOKENS.shape[1]),
-        lambda: Yardstick.at(trace, rows, rows.take(trace["final_post"]), None),
+        lambda: LogitAttribution.at(trace, rows, rows.take(trace["final_post"]), None),
         lambda: jets.logit_attrs(TARGETS),
         lambda: found.statistics(),
         lambda: expansion.evaluate(other),

@@ -11,8 +11,8 @@ import zoo
 from live_memory import peak_bytes
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
-from tl_jets.detached_map import chain, detached_jacobian
-from tl_jets.detached_map.chain import Chain
+from tl_jets.detached_map import composed_jacobian, detached_jacobian
+from tl_jets.detached_map.composed_jacobian import ComposedJacobian
 from tl_jets.detached_map.stage_products import StageProducts, read_on_the_way
 
 
@@ -51,7 +51,7 @@ def test_large_graphs_are_not_kept(model, monkeypatch):
     network = ResidualNetwork(model)
     trace = network.trace(zoo.tokens(model, batch=1, pos=5))
     assert detached_jacobian(network, trace).map.parts[0].kept is not None
-    monkeypatch.setattr(chain, "GRAPH_BYTES", 1000)  # and a hundredth of the matrix is less than that
+    monkeypatch.setattr(composed_jacobian, "GRAPH_BYTES", 1000)  # and a hundredth of the matrix is less than that
     J = detached_jacobian(network, trace)
     assert all(part.kept is None for part in J.map.parts) and J.reconstruction_error < 1e-12
     assert all(part.kept is not None for part in detached_jacobian(network, trace, keep_graph=True).map.parts)
@@ -78,9 +78,9 @@ def test_one_pass_through_many_maps(model, many):
     network = ResidualNetwork(model)
     trace = network.trace(zoo.tokens(model, batch=1, pos=4))
     outputs = ["1_mlp_out", "0_attn_out", "final_post", "1_pre"]
-    chain = Chain(trace, "embed", outputs, [2])
-    u = torch.randn(many, *chain.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = dict(read_on_the_way(chain, u[:, 0].transpose(0, 1)))
+    composed = ComposedJacobian(trace, "embed", outputs, [2])
+    u = torch.randn(many, *composed.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = dict(read_on_the_way(composed, u[:, 0].transpose(0, 1)))
     assert set(found) == set(outputs)
     for output in outputs:
         alone = detached_jacobian(network, trace, output=output, positions=2, ordinary=False)
@@ -93,14 +93,14 @@ def test_a_stage_that_mixes_positions_has_no_matrices(model):
     if "1_mid" not in trace:
         pytest.skip("attention and MLP read the same stream, so that the stage mixes positions anyway")
     stage = trace.network.at("sublayer").stage("1_mlp")
-    chain = Chain(trace, "1_mid", ["1_mlp_out"], [2])
-    assert StageProducts.of(chain.trace, stage, 100).matrices is not None
+    composed = ComposedJacobian(trace, "1_mid", ["1_mlp_out"], [2])
+    assert StageProducts.of(composed.trace, stage, 100).matrices is not None
     with model.hooks([("blocks.1.mlp.hook_post", lambda post, hook: post + post.mean(1, keepdim=True))]):
         trace = ResidualNetwork(model).trace(trace.tokens)
-        chain = Chain(trace, "1_mid", ["1_mlp_out"], [2])
-        assert StageProducts.of(chain.trace, stage, 100).matrices is None
-        u = torch.randn(100, *chain.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        ((_, found),) = read_on_the_way(chain, u[:, 0].transpose(0, 1))
+        composed = ComposedJacobian(trace, "1_mid", ["1_mlp_out"], [2])
+        assert StageProducts.of(composed.trace, stage, 100).matrices is None
+        u = torch.randn(100, *composed.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        ((_, found),) = read_on_the_way(composed, u[:, 0].transpose(0, 1))
         alone = detached_jacobian(trace.network, trace, output="1_mlp_out", wrt="1_mid", positions=2, ordinary=False)
         assert oracles.relative_error(found, alone.apply(u)[:, 0, 0]) < 1e-13
 

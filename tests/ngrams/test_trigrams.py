@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, load_tinydocs
 from tl_jets.calculus import full_precision
-from tl_jets.ngrams import factors, join
+from tl_jets.ngrams import join, low_rank_logits
 from tl_jets.ngrams.head_maps import HeadReader
 from tl_jets.ngrams.trigrams import TrigramSweep, jet_trigrams, trigram_scores
 
@@ -175,7 +175,7 @@ def test_every_normalization_and_size(spec, normalize):
 def test_many_seeds_in_small_pieces(seed, monkeypatch):
     small = {"TILE_ROWS": 7, "TILE_COLUMNS": 9, "EXACT_ROWS": 2, "FIRST_ROUND": 3, "REFINED_ROWS": 5}
     for name, value in small.items():
-        for module in (factors, join):
+        for module in (low_rank_logits, join):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
     world = "bridge" if seed % 2 or zoo.MAJOR == 4 else "hooked"
@@ -455,21 +455,23 @@ def outlier(columns: torch.Tensor) -> torch.Tensor:
 def test_normalizers_whatever_the_distribution(columns, n_passes, transform, dtype):
     generator = torch.Generator().manual_seed(0)
     rows, constant = torch.randn(50, 8, generator=generator).to(dtype), torch.randn(3000, generator=generator).to(dtype)
-    found = factors.Factors(rows, columns(torch.randn(8, 3000, generator=generator).to(dtype)), constant, transform)
+    found = low_rank_logits.LowRankLogits(
+        rows, columns(torch.randn(8, 3000, generator=generator).to(dtype)), constant, transform
+    )
     logits = rows.double() @ found.columns.double() + constant
     logits = logits if transform is None else transform(logits)
     tiles = []
-    parts = factors.normalizers(found, rows, lambda columns, tile: tiles.append(columns.start))
+    parts = low_rank_logits.normalizers(found, rows, lambda columns, tile: tiles.append(columns.start))
     normalizer = logits.logsumexp(1)
     bound = found.rounding()
     assert bound < (0.02 if dtype is torch.float32 else 1e-10)
-    assert (sum(parts)[:, 0] / factors.LOG2_E - normalizer).abs().max() < bound
+    assert (sum(parts)[:, 0] / low_rank_logits.LOG2_E - normalizer).abs().max() < bound
     if transform is None:
         passes = tiles.count(0)
         assert passes == n_passes or (dtype is torch.float64 and passes == 1), "float64 holds an outlier's sum"
         if n_passes == 1 and found.reach < 60:
             assert parts[1].abs().median() < 0.3, "what is expected is close, if the columns are normal"
-    best, again = factors.best_log_prob(found, rows)
+    best, again = low_rank_logits.best_log_prob(found, rows)
     assert (best - (logits.amax(1) - normalizer)).abs().max() < bound and (again - normalizer).abs().max() < bound
 
 
@@ -479,11 +481,13 @@ def test_what_is_expected_of_trained_heads_is_close():
     errors = []
     for layer in range(model.cfg.n_layers):
         reader = HeadReader(model, layer)
-        score_map, every = reader.scores(1), torch.arange(reader.n_tokens)
+        qk_scores, every = reader.scores(1), torch.arange(reader.n_tokens)
         vectors = reader.vectors(every, range(reader.n_heads))
         for query, key in zip(vectors.query, vectors.key, strict=True):
-            keys = score_map.keys(key)
-            expected = factors.Factors(query, keys.T.contiguous()).expected(query)[:, 0] / factors.LOG2_E
+            keys = qk_scores.keys(key)
+            expected = (
+                low_rank_logits.LowRankLogits(query, keys.T.contiguous()).expected(query)[:, 0] / low_rank_logits.LOG2_E
+            )
             errors.append(float(((query @ keys.T).logsumexp(1) - expected).abs().mean()))
     assert np.mean(errors) < 0.15 and max(errors) < 0.5, errors
 
@@ -495,7 +499,10 @@ def test_triples_that_float32_cannot_tell_apart_are_told_apart(seed):
     n_tokens, top_k = 120, 20
     queries, keys, values, columns = (12 * torch.randn(n_tokens, 8) for _ in range(4))
     maps = join.HeadMaps(
-        factors.Factors(queries, keys.T), factors.Factors(values, columns.T), torch.zeros(n_tokens).double(), "vocab"
+        low_rank_logits.LowRankLogits(queries, keys.T),
+        low_rank_logits.LowRankLogits(values, columns.T),
+        torch.zeros(n_tokens).double(),
+        "vocab",
     )
     ids, attention, log_prob = join.Search(maps, top_k, lambda count: None).run(torch.arange(n_tokens))
 
@@ -532,7 +539,9 @@ def test_what_float32_bounds_lose_to_cancellation_is_found(which, normalize):
             columns[3, 6] = 3.0
         rows[row], columns[:, column] = torch.tensor([large, 1.0, large, 0.0]), torch.tensor([large, 6.0, -large, 0.0])
         parts = (lossy, other) if which == "scores" else (other, lossy)
-        scores, outputs = (factors.Factors(x[:, order].contiguous(), y[order].contiguous()) for x, y in parts)
+        scores, outputs = (
+            low_rank_logits.LowRankLogits(x[:, order].contiguous(), y[order].contiguous()) for x, y in parts
+        )
         S, P = ((x.rows.double() @ x.columns.double()) for x in (scores, outputs))
         maps = join.HeadMaps(scores, outputs, S.diagonal().contiguous(), normalize)
         lost.append(bool((lossy[0][row, order] @ lossy[1][order, column]) < 3))

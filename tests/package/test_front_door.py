@@ -14,7 +14,7 @@ import tl_jets
 from tl_jets.calculus import norms
 from tl_jets.cli import arguments
 from tl_jets.core import protocol
-from tl_jets.detached_map import chain
+from tl_jets.detached_map import composed_jacobian
 from tl_jets.flows import targets
 from tl_jets.interventions import hooks
 from tl_jets.jets import expand
@@ -94,6 +94,6 @@ def test_the_commands_choices_are_the_librarys():
     assert get_args(bigrams.Per) == arguments.PER
     assert tuple(arguments.SCORES) == tuple(scan.SCORES)
     assert tuple(arguments.NORMALIZES) == tuple(join.NORMALIZES)
-    assert arguments.LOGITS == chain.LOGITS
+    assert arguments.LOGITS == composed_jacobian.LOGITS
     assert (get_args(hooks.Mode), get_args(targets.Measure)) == (arguments.MODES, arguments.FLOW_MEASURES)
     assert (arguments.MAX_ORDER, arguments.MAX_PATHS) == (norms.MAX_ORDER, expansion.MAX_PATHS)

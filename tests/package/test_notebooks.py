@@ -140,9 +140,9 @@ def norm_jet(*args):
 broken.norm_jet = norm_jet
 """
 EFFECTS = """
-from tl_jets.core.attribution import Yardstick
-own = Yardstick.effects
-Yardstick.effects = lambda yardstick, parts: 1.01 * own(yardstick, parts)
+from tl_jets.core.attribution import LogitAttribution
+own = LogitAttribution.effects
+LogitAttribution.effects = lambda attribution, parts: 1.01 * own(attribution, parts)
 """
 STEERED = """
 from tl_jets.interventions.steering import _Steering

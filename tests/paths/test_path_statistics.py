@@ -16,7 +16,7 @@ from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, ta
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork
-from tl_jets.core.attribution import Yardstick
+from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.selection import Rows
 from tl_jets.paths.cancellation import CancellationWarning
 from tl_jets.paths.expansion import exponential_expansion
@@ -311,11 +311,11 @@ def test_what_a_beam_is_led_by_is_what_is_measured_and_nothing_at_padding(rank):
     net = ResidualNetwork(model)
     tokens, mask = zoo.padded(model, (6, 3))
     trace = net.trace(tokens, attention_mask=mask)
-    yardstick = Yardstick.of(trace, Rows.of(trace, None), None)
-    functionals = yardstick.functionals(rank)
+    attribution = LogitAttribution.of(trace, Rows.of(trace, None), None)
+    functionals = attribution.functionals(rank)
     assert (functionals[:, ~mask.bool()] == 0).all()
     states = torch.randn(4, *trace["final_post"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    parts = yardstick.augmented(states, states.new_zeros(4))
+    parts = attribution.augmented(states, states.new_zeros(4))
     found = torch.einsum("mbtd,nbtd->nbtm", functionals, states)[:, mask.bool()]
     logits = states @ net.decoder.W_U
     logits = (logits - logits.mean(-1, keepdim=True))[:, mask.bool()]
@@ -329,7 +329,7 @@ def test_what_a_beam_is_led_by_is_what_is_measured_and_nothing_at_padding(rank):
     )
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     sizes = logits.norm(dim=(1, 2)) if rank == "length" else logits.gather(-1, best).abs().sum((1, 2))
-    torch.testing.assert_close(yardstick.sizes(parts, rank), sizes, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attribution.sizes(parts, rank), sizes, rtol=1e-10, atol=1e-10)
 
 
 def test_best_tokens_of_parts_are_texts_of_their_largest_logits():

@@ -16,7 +16,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.linear_map import SingularVectors
 from tl_jets.core.numerals import number, signed
 from tl_jets.detached_map import DetachedJacobian, detached_jacobian
-from tl_jets.detached_map.chain import LOGITS
+from tl_jets.detached_map.composed_jacobian import LOGITS
 from tl_jets.views import detached_tokens
 
 # Of a longer prompt, only this many largest tokens are shown.

@@ -86,7 +86,7 @@ def additive_logits(trace: Trace, places: Int[Tensor, "batch out_pos"]) -> Float
 
 
 @dataclass(frozen=True, eq=False)
-class Yardstick:
+class LogitAttribution:
     """The model's own logits at selected real positions, against which parts are measured.
 
     Attributes:
@@ -108,7 +108,7 @@ class Yardstick:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, trace: Trace, rows: Rows, targets: TargetInput | None) -> Yardstick:
+    def of(cls, trace: Trace, rows: Rows, targets: TargetInput | None) -> LogitAttribution:
         """From a trace's logits at selected positions and targets; None for the model's best token."""
         return cls.at(trace, rows, trace.decoder.norm(rows.take(trace[FINAL_STREAM])), targets)
 
@@ -116,7 +116,7 @@ class Yardstick:
     @torch.no_grad()
     def at(
         cls, trace: Trace, rows: Rows, states: Float[Tensor, "row d_model"], targets: TargetInput | None
-    ) -> Yardstick:
+    ) -> LogitAttribution:
         """From the inputs of the unembedding at these rows."""
         decoder = trace.decoder
         metric = decoder.metric(centered=True)

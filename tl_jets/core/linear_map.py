@@ -8,7 +8,7 @@ J' v    `LinearMap.apply_transpose`
 J       `LinearMap.materialize`
 ======  ==========================================
 
-`GraphMap` holds the graph of a forward pass; J u transposes its backward pass, J' v. `tl_jets.detached_map.chain`
+`GraphMap` holds the graph of a forward pass; J u transposes its backward pass, J' v. `tl_jets.detached_map.composed_jacobian`
 composes the maps of stages.
 
 Example:

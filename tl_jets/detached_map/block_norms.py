@@ -33,7 +33,7 @@ from tl_jets.core.linear_map import LinearMap
 from tl_jets.core.logit_reader import TopTokens, check_k
 from tl_jets.core.results import Result, handle
 from tl_jets.core.tokens import token_names
-from tl_jets.detached_map.chain import LOGITS
+from tl_jets.detached_map.composed_jacobian import LOGITS
 from tl_jets.detached_map.decoding import Directions, of_model
 
 # Chunk size over the vocabulary.

@@ -21,7 +21,7 @@ from tl_jets.core.logit_reader import TopTokens, check_k, top_tokens
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.tokens import decode
 from tl_jets.core.trace import Trace
-from tl_jets.detached_map.chain import LOGITS
+from tl_jets.detached_map.composed_jacobian import LOGITS
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ from tl_jets.core.selection import Rows
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.block_norms import BlockNorms, block_norms
-from tl_jets.detached_map.chain import LOGITS, Chain, ComposedMap
+from tl_jets.detached_map.composed_jacobian import LOGITS, ComposedJacobian, ComposedMap
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
 
 
@@ -319,11 +319,11 @@ def detached_jacobian(
     with torch.inference_mode(False):
         trace = trace_of(network, text_or_tokens, attention_mask, cache)
         places = Rows.of(trace, positions).columns("positions of a map")
-        chain = Chain(trace, wrt, [output], places)
-        (linear, bias), *_ = chain.maps(keep_graph)
+        composed = ComposedJacobian(trace, wrt, [output], places)
+        (linear, bias), *_ = composed.maps(keep_graph)
         with torch.no_grad():
             bias = trace.decoder.logits(bias) if output == LOGITS else bias
-            return _measured(trace, output, wrt, places, linear, bias, chain.truth(output), ordinary)
+            return _measured(trace, output, wrt, places, linear, bias, composed.truth(output), ordinary)
 
 
 def _measured(

@@ -60,7 +60,7 @@ from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
-from tl_jets.detached_map.chain import LOGITS, Chain
+from tl_jets.detached_map.composed_jacobian import LOGITS, ComposedJacobian
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
 from tl_jets.detached_map.stage_products import read_on_the_way
 
@@ -340,24 +340,24 @@ def _accumulated(
     trace: Trace, pairs: Sequence[tuple[str, str]], sources: Sequence[int], place: list[int], progress: bool
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
     """By map: J J' and J e over some input positions, and the model's own value at the output."""
-    chains = {
-        wrt: Chain(trace, wrt, [output for start, output in pairs if start == wrt], place)
+    compositions = {
+        wrt: ComposedJacobian(trace, wrt, [output for start, output in pairs if start == wrt], place)
         for wrt in dict.fromkeys(wrt for wrt, _ in pairs)
     }
     found: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
     size = trace[FINAL_STREAM].numel() * trace[FINAL_STREAM].shape[-1] * trace[FINAL_STREAM].element_size()
     groups = list(slices(len(sources), max(1, GROUP_BYTES // size)))
-    total = len(groups) * sum(len(chain.outputs) for chain in chains.values())
+    total = len(groups) * sum(len(composed.outputs) for composed in compositions.values())
     with tqdm(total=total, unit="map", delay=1, leave=False, disable=None if progress else True) as bar:
-        for wrt, chain in chains.items():
-            point = chain.point[0].double()
+        for wrt, composed in compositions.items():
+            point = composed.point[0].double()
             for group in groups:
                 chosen = torch.tensor(sources[group], device=point.device)
-                for output, rows in read_on_the_way(chain, _units(chain.point[0], chosen)):
+                for output, rows in read_on_the_way(composed, _units(composed.point[0], chosen)):
                     columns = rows.double()  # J_t', a row an input coordinate
                     gram, image = columns.T @ columns, point[chosen].flatten() @ columns
                     earlier = found.get((wrt, output), (0, 0))
-                    found[wrt, output] = gram + earlier[0], image + earlier[1], chain.truth(output)[0, 0]
+                    found[wrt, output] = gram + earlier[0], image + earlier[1], composed.truth(output)[0, 0]
                     bar.update()
     return found
 

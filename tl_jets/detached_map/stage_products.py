@@ -18,7 +18,7 @@ from tl_jets.core.frozen_network import chunk_size, freeze_stacked, rounding
 from tl_jets.core.linear_map import GraphMap
 from tl_jets.core.protocol import Stage
 from tl_jets.core.trace import Trace
-from tl_jets.detached_map.chain import Chain
+from tl_jets.detached_map.composed_jacobian import ComposedJacobian
 
 # Kinds of steps that read one position at a time.
 POSITIONWISE = {"mlp", "mlp_bias", "mlp_rest", "neuron"}
@@ -45,15 +45,15 @@ class StageProducts:
 
 
 def read_on_the_way(
-    chain: Chain, vectors: Float[Tensor, "pos many d_model"]
+    composed: ComposedJacobian, vectors: Float[Tensor, "pos many d_model"]
 ) -> Iterator[tuple[str, Float[Tensor, "many d_model"]]]:
-    """J u of every output of a chain, by label, at its only output position."""
-    network, outputs, (place,) = chain.trace.network, chain.outputs, chain.positions
-    first = network.streams[chain.start]
+    """J u of every output of a composed, by label, at its only output position."""
+    network, outputs, (place,) = composed.trace.network, composed.outputs, composed.positions
+    first = network.streams[composed.start]
     if first in outputs:
         yield first, vectors[place]
-    for stage in chain.stages:
-        written = StageProducts.of(chain.trace, stage, vectors.shape[1]).writes(vectors)
+    for stage in composed.stages:
+        written = StageProducts.of(composed.trace, stage, vectors.shape[1]).writes(vectors)
         parts = written.split(vectors.shape[-1], dim=-1)
         for step, part in zip(stage.steps, parts, strict=True):
             if step.write in outputs:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_jets.calculus import norm_jet
-from tl_jets.core.attribution import Yardstick
+from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.labels import LabelInput, is_hook_name
 from tl_jets.core.logit_reader import TopTokens, top_tokens
 from tl_jets.core.model_marks import model_mark
@@ -203,9 +203,9 @@ class JetCache(Result, Mapping[str, Tensor]):
             weights = self.bias_weights()[:, self.valid]
         else:
             states = norm.scale(norm_jet(norm, final, final, 0).alpha[0][:, None] * norm.center(states))
-        yardstick = Yardstick.at(trace, rows, norm(final), targets)
+        attribution = LogitAttribution.at(trace, rows, norm(final), targets)
         parts = trace.decoder.metric(centered=True).augment(states, weights.expand(states.shape[:-1]))
-        return rows.spread(yardstick.effects(parts), axis=1)
+        return rows.spread(attribution.effects(parts), axis=1)
 
     def rows(self, what: str) -> Rows:
         """The real cells of a cache [batch, pos]; `what` names the caller in errors."""

@@ -13,8 +13,8 @@ constant (`tl_jets.adapters.parts`). M is the rotary embedding times the attenti
 | symbol | variable |
 |---|---|
 | q, k, v - v(0) | `HeadVectors.query`, `key`, `value` |
-| M k; M at distance 0 times k | `ScoreMap.keys(k)`; `ScoreMap.own_keys(k)` |
-| tau | `ScoreMap.cap` |
+| M k; M at distance 0 times k | `QKScores.keys(k)`; `QKScores.own_keys(k)` |
+| tau | `QKScores.cap` |
 | W_O, then norms, then W_U | `decoded_writes` |
 
 Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (distance + 1) tokens of forward passes.
@@ -37,9 +37,9 @@ from tl_jets.calculus import full_precision
 from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import Step, relative_error, tolerance
-from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.score_map import ScoreMap, ScoreSample, rotations
+from tl_jets.ngrams.low_rank_logits import LowRankLogits
+from tl_jets.ngrams.qk_scores import QKSample, QKScores, rotations
 from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
 
 # Hook points of queries and keys, closest to their product first.
@@ -160,7 +160,7 @@ class HeadReader:
 
     @torch.no_grad()
     @full_float32()
-    def scores(self, distance: int) -> ScoreMap:
+    def scores(self, distance: int) -> QKScores:
         """The score map for a key `distance` places before the query; refuses attention that no rotation reproduces."""
         n_ctx = int(getattr(self.view.cfg, "n_ctx", 0) or 2**31)
         if isinstance(distance, bool) or not isinstance(distance, int) or not 1 <= distance < n_ctx:
@@ -186,7 +186,7 @@ class HeadReader:
         values = (getattr(source, name, None) for source in (self.view.cfg, own) for name in names)
         return sorted({float(value) for value in values if isinstance(value, (int, float)) and value > 0})
 
-    def _sample(self, distance: int) -> ScoreSample:
+    def _sample(self, distance: int) -> QKSample:
         """Queries and keys of random streams, and the model's attention weights between them."""
         # Four equations an unknown.
         half = max(24, -(-4 * (2 * int(self.view.cfg.d_head) + self.n_heads) // self.n_heads))
@@ -214,7 +214,7 @@ class HeadReader:
             )
         true = relative_error(score.softmax(-1), weight) < 1e-6
         ends = torch.tensor([0, -1], device=weight.device)
-        return ScoreSample(query[x], key[y], key[x], weight[..., ends].log(), score[..., ends] if true else None)
+        return QKSample(query[x], key[y], key[x], weight[..., ends].log(), score[..., ends] if true else None)
 
     def _random_streams(self, count: int, seed: int = 0) -> Float[Tensor, "token d_model"]:
         """Random token embeddings plus noise of the same size, in float64."""
@@ -250,7 +250,7 @@ class HeadReader:
 
 
 @full_float32()
-def decoded_writes(reader: HeadReader, head: int, value: Float[Tensor, "token d_head"]) -> Factors:
+def decoded_writes(reader: HeadReader, head: int, value: Float[Tensor, "token d_head"]) -> LowRankLogits:
     """The logits of a head's writes of tokens with these values, by factors [token, d_head] and [d_head, d_vocab].
 
     The norms divide by the root mean square of the (centered) write, a quadratic form mean((v A)^2) = v (A A' /
@@ -274,4 +274,4 @@ def decoded_writes(reader: HeadReader, head: int, value: Float[Tensor, "token d_
     columns = torch.empty(len(W_O), decoder.d_vocab, dtype=dtype, device=W_O.device)
     decoder.project(W_O, columns)
     coordinates = (wide * size).to(torch.promote_types(value.dtype, dtype))
-    return Factors(coordinates, columns, reader.constant, decoder.transform)
+    return LowRankLogits(coordinates, columns, reader.constant, decoder.transform)

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from tl_jets.core.logit_reader import LOG2_E, rank
 from tl_jets.core.processes import ALONE, Processes
-from tl_jets.ngrams.factors import EXACT_ROWS, TILE_ROWS, Factors, best_log_prob, log_softmax_at, normalizers
 from tl_jets.ngrams.float32 import full_float32
+from tl_jets.ngrams.low_rank_logits import (
+    EXACT_ROWS,
+    TILE_ROWS,
+    LowRankLogits,
+    best_log_prob,
+    log_softmax_at,
+    normalizers,
+)
 
 Normalize = Literal["vocab", "pair", "none"]
 NORMALIZES: tuple[Normalize, ...] = ("vocab", "pair", "none")
@@ -30,8 +37,8 @@ LARGEST = 2**20
 class HeadMaps:
     """Query-key scores and decoded writes of a head on the whole vocabulary, and how A follows from scores."""
 
-    scores: Factors  # rows are queries, columns keys
-    outputs: Factors  # rows are keys, columns output tokens
+    scores: LowRankLogits  # rows are queries, columns keys
+    outputs: LowRankLogits  # rows are keys, columns output tokens
     own: Float[Tensor, " token"]  # score of each token with itself, minus the ALiBi bias
     normalize: Normalize
 
@@ -55,7 +62,7 @@ class Search:
 
     def __init__(self, maps: HeadMaps, top_k: int, advance: Callable[[int], Any], processes: Processes = ALONE):
         self.maps, self.top_k, self.advance, self.processes = maps, top_k, advance, processes
-        self.by_key = Factors(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
+        self.by_key = LowRankLogits(maps.scores.columns.T, maps.scores.rows.T, transform=maps.scores.transform)
         transform = maps.outputs.transform
         slope = 1.0 if transform is None else max(1.0, abs(float(transform(torch.ones(1, device="cpu")))))
         self.slack = maps.scores.rounding() + slope * maps.outputs.rounding()

@@ -48,10 +48,10 @@ from tl_jets.core.logit_reader import check_finite
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
-from tl_jets.ngrams.factors import Factors
 from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
 from tl_jets.ngrams.jobs import Job, Sweep
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
+from tl_jets.ngrams.low_rank_logits import LowRankLogits
 from tl_jets.ngrams.streams import TokenIds, described, read_tokens
 from tl_jets.ngrams.tables import NgramTable
 
@@ -240,7 +240,7 @@ class TrigramSweep(Sweep):
         check_choice("normalize", normalize, NORMALIZES)
         self.reader = reader = HeadReader(model, layer)
         self.network = reader.network
-        self.score_map = reader.scores(distance)
+        self.qk_scores = reader.scores(distance)
         self.normalize: Normalize = normalize
         self.chosen = _read_heads(head, reader.n_heads)
         self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
@@ -313,10 +313,10 @@ class TrigramSweep(Sweep):
                 yield head, self._maps(head, *own)
 
     def _maps(self, head: int, query: Tensor, key: Tensor, value: Tensor) -> HeadMaps:
-        found = self.score_map
+        found = self.qk_scores
         cap = None if found.cap is None else found.capped
         own = found.capped((query.double() * found.own_keys(key.double())).sum(1)) - found.bias[head]
-        scores = Factors(query, found.keys(key).T.contiguous(), transform=cap)
+        scores = LowRankLogits(query, found.keys(key).T.contiguous(), transform=cap)
         return HeadMaps(scores, decoded_writes(self.reader, head, value), own, self.normalize)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_jets.core.attribution import Yardstick
+from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.options import check_choice
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
@@ -91,11 +91,11 @@ class PathCache(JetCache):
         if by != "path":
             states = torch.stack([states[index].sum(0) for index in groups.values()])
             weights = torch.stack([weights[index].sum() for index in groups.values()])
-        yardstick = Yardstick.at(trace, rows, self.truth[self.valid], targets)
+        attribution = LogitAttribution.at(trace, rows, self.truth[self.valid], targets)
         counts = [len(index) for index in groups.values()]
         lengths = [path.length for path in self.paths] if by == "path" else None
         return statistics_of(
-            trace, yardstick, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
+            trace, attribution, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
         )
 
     def to_circuit(

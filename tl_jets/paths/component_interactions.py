@@ -60,7 +60,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
-from tl_jets.core.attribution import ANSWER, Yardstick
+from tl_jets.core.attribution import ANSWER, LogitAttribution
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
@@ -299,7 +299,7 @@ def _directions(
     for sign, given in ((1, targets), (-1, minus)):
         if given is None and sign < 0:
             continue
-        found = Yardstick.of(trace, rows, given)
+        found = LogitAttribution.of(trace, rows, given)
         if found.directions.shape[1] != 1:
             raise ValueError(
                 f"Interactions are of one target a position, or of the difference of one from another; got "

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, jet, norm_jet, rescaled
-from tl_jets.core.attribution import Rank, Yardstick
+from tl_jets.core.attribution import LogitAttribution, Rank
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, some
@@ -173,22 +173,22 @@ def evaluate(graph: PathGraph, stages: Stages, chunk_size: int, finish: Finish) 
 
 @torch.no_grad()
 def search(
-    graph: PathGraph, frozen: FrozenNetwork, yardstick: Yardstick, rank: Rank, width: int, finish: Finish
+    graph: PathGraph, frozen: FrozenNetwork, attribution: LogitAttribution, rank: Rank, width: int, finish: Finish
 ) -> tuple[str, float] | None:
     """Find large paths by a beam of `width` prefixes; `finish` receives them before they are decoded.
 
     Returns the dropped prefix of the highest score, and this score: that of all its completions together, or of itself.
     """
     # g_s before every stage and the decoder, [many * out_pos, batch, pos, d_model], last first
-    final = yardstick.functionals(rank).to(frozen.final_scale)
-    functionals = [frozen.decode_transpose(final, yardstick.rows).flatten(0, 1)]
+    final = attribution.functionals(rank).to(frozen.final_scale)
+    functionals = [frozen.decode_transpose(final, attribution.rows).flatten(0, 1)]
     for frozen_stage, steps in reversed(list(zip(frozen.stages, graph.stages, strict=True))):
         g, taken = functionals[-1], [step.label in steps for step in frozen_stage.stage.steps]
         functionals.append(g + frozen_stage.pulled_back(g, taken) if any(taken) else g)
 
     def scores(prefixes: Prefixes, values: Tensor, functional: Tensor) -> Tensor:
-        states = frozen.decode(values, yardstick.rows)
-        ends = yardstick.sizes(yardstick.augmented(states, values.new_zeros(len(values))), rank)
+        states = frozen.decode(values, attribution.rows)
+        ends = attribution.sizes(attribution.augmented(states, values.new_zeros(len(values))), rank)
         complete = torch.tensor([prefix.state[0] == 0 for prefix in prefixes], device=ends.device)
         every = torch.einsum("gbtd,nbtd->ngb", functional, values).double().flatten(1)
         together = every.norm(dim=-1) if rank == "length" else every.abs().sum(-1)
@@ -223,12 +223,12 @@ class Collector:
         split: Callable[[Path], list[Path]],
         rows: Rows,
         stages: Stages,
-        yardstick: Yardstick | None,
+        attribution: LogitAttribution | None,
         rank: Rank,
         top: int | None,
     ):
         self.graph, self.split, self.rows, self.stages = graph, split, rows, stages
-        self.yardstick, self.top = yardstick, top
+        self.attribution, self.top = attribution, top
         self.rank: Rank = rank
         # State, multiple of b_U and size by path; with `top`, the largest first.
         self.found: dict[str, tuple[Tensor, float, float]] = {}
@@ -246,11 +246,11 @@ class Collector:
 
     def _take(self, paths: list[Path], states: Tensor, weight: float) -> None:
         labels = [str(path) for path in paths]
-        if self.yardstick is None:
+        if self.attribution is None:
             self.found |= {label: (state, weight, 0.0) for label, state in zip(labels, states, strict=True)}
             return
-        parts = self.yardstick.augmented(states, states.new_full((len(states),), weight))
-        sizes = self.yardstick.sizes(parts, self.rank)
+        parts = self.attribution.augmented(states, states.new_full((len(states),), weight))
+        sizes = self.attribution.sizes(parts, self.rank)
         for label, state, size in zip(labels, states, sizes.tolist(), strict=True):
             self.found[label] = state, weight, size
         # Ties keep the earlier path; a view would hold the states of the others.

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from tl_jets.calculus import CENTER_SCALES, CenterScale
-from tl_jets.core.attribution import Rank, Yardstick
+from tl_jets.core.attribution import LogitAttribution, Rank
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.network import ResidualNetwork, trace_of
@@ -314,15 +314,15 @@ class PathExpansion:
             )
         # Without the constants that are zero, there may be few enough to evaluate all.
         beam = live._check_count()
-        yardstick = None if self.top is None else Yardstick.of(trace, rows, self.targets)
-        collector = Collector(live.graph, live.split, rows, stages, yardstick, self.rank, self.top)
+        attribution = None if self.top is None else LogitAttribution.of(trace, rows, self.targets)
+        collector = Collector(live.graph, live.split, rows, stages, attribution, self.rank, self.top)
         sums: dict[int, Tensor] = {}
         lost = None
         if beam:
-            assert yardstick is not None
+            assert attribution is not None
             assert isinstance(stages, FrozenNetwork)
             width = max(2 * (self.top or 1), self.max_paths // max(1, len(self.network.stages)))
-            lost = search(live.graph, stages, yardstick, self.rank, width, collector.add)
+            lost = search(live.graph, stages, attribution, self.rank, width, collector.add)
         else:
             sums = evaluate(live.graph, stages, chunk_size(trace[FINAL_STREAM]), collector.add)
         collector.add_constant()

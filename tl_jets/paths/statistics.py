@@ -44,7 +44,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_jets.core.attribution import Yardstick
+from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.averages import Averaged
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
@@ -193,7 +193,7 @@ class PathStatistics(Cancelling, TargetResult, Averaged):
 @torch.no_grad()
 def statistics_of(
     trace: Trace,
-    yardstick: Yardstick,
+    attribution: LogitAttribution,
     tokens: Int[Tensor, "batch out_pos"],
     labels: list[str],
     states: Float[Tensor, "part batch out_pos d_model"],
@@ -204,11 +204,11 @@ def statistics_of(
     lengths: list[int] | None = None,
 ) -> PathStatistics:
     """Measure parts, given by what the unembedding reads of them and their multiples of b_U."""
-    rows = yardstick.rows
-    measured = yardstick.measure(yardstick.augmented(states, bias_weights))
+    rows = attribution.rows
+    measured = attribution.measure(attribution.augmented(states, bias_weights))
     best = top_tokens(trace.decoder, states[:, rows.kept[0], rows.kept[1]], bias_weights[:, None].to(states), k=1)
     top_ids = rows.spread(best.indices[..., 0], fill=-1)
-    answers = rows.spread(yardstick.answers, fill=-1)
+    answers = rows.spread(attribution.answers, fill=-1)
     found = PathStatistics(
         labels=labels,
         by=by,
@@ -221,7 +221,7 @@ def statistics_of(
         model_top_ids=answers,
         sinks=Sinks.of(trace, rows),
         **target_fields(
-            trace, rows, yardstick.target_ids, yardstick.target_names, tokens=tokens, named=[top_ids, answers]
+            trace, rows, attribution.target_ids, attribution.target_names, tokens=tokens, named=[top_ids, answers]
         ),
     )
     found.warn_of_cancellation()
@@ -379,6 +379,6 @@ class _Sums:
                 weights[constant] = 1.0
         labels, every = list(states), torch.stack(list(states.values()))
         counts = counts_of(self.graph, labels, by) if counts is None else counts
-        yardstick, tokens = Yardstick.of(trace, rows, targets), rows.at(trace.tokens)
+        attribution, tokens = LogitAttribution.of(trace, rows, targets), rows.at(trace.tokens)
         bias_weights = every.new_tensor([weights[label] for label in labels])
-        return statistics_of(trace, yardstick, tokens, labels, every, bias_weights, by=by, counts=counts)
+        return statistics_of(trace, attribution, tokens, labels, every, bias_weights, by=by, counts=counts)

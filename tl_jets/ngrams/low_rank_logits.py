@@ -8,9 +8,9 @@ Cost: d_head V multiply-adds a row, and about as much time again for three or fo
 
 Example:
     >>> import torch
-    >>> factors = Factors(torch.eye(2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]))
-    >>> best, normalizer = best_log_prob(factors, factors.rows)
-    >>> bool(torch.allclose(normalizer, factors.columns.double().logsumexp(1)))
+    >>> logits = LowRankLogits(torch.eye(2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]))
+    >>> best, normalizer = best_log_prob(logits, logits.rows)
+    >>> bool(torch.allclose(normalizer, logits.columns.double().logsumexp(1)))
     True
 """
 
@@ -34,7 +34,7 @@ SMALLEST, LEAST_SUM = -120.0, -60.0
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class LowRankLogits:
     """Logits as a product: `transform(rows @ columns + constant)`."""
 
     rows: Float[Tensor, "row inner"]
@@ -115,50 +115,50 @@ class Factors:
         return logits if self.transform is None else self.transform(logits).double()
 
 
-def normalizers(factors: Factors, rows: Tensor, each: Callable[[slice, Tensor], None]) -> tuple[Tensor, Tensor]:
+def normalizers(product: LowRankLogits, rows: Tensor, each: Callable[[slice, Tensor], None]) -> tuple[Tensor, Tensor]:
     """Estimated log-normalizers of some rows, and what to add to make them exact; binary logarithms [part, 1].
 
     `each` is called with each tile minus the estimate, and again for all tiles if the estimate is replaced.
     """
-    may_underflow = 2 * LOG2_E * factors.reach > -SMALLEST
+    may_underflow = 2 * LOG2_E * product.reach > -SMALLEST
 
     def total(shift: Tensor) -> Tensor:
         sums = torch.zeros(len(rows), 1, dtype=torch.float64, device=rows.device)
-        for part, tile in factors.tiles(rows, shift):
+        for part, tile in product.tiles(rows, shift):
             each(part, tile)
             if may_underflow:
                 tile.clamp_min_(SMALLEST)
             sums += tile.exp2_().sum(1, keepdim=True)
         return sums.log2()
 
-    shift = factors.expected(rows)
+    shift = product.expected(rows)
     short = total(shift)
     # The logits are far from normal: subtract the maximum instead, at the cost of another pass.
     if not bool(((short > LEAST_SUM) & (short < math.inf)).all()):
-        shift = torch.stack([tile.amax(1) for _, tile in factors.tiles(rows)]).amax(0).unsqueeze(1)
+        shift = torch.stack([tile.amax(1) for _, tile in product.tiles(rows)]).amax(0).unsqueeze(1)
         short = total(shift)
     return shift, short.to(rows.dtype)
 
 
-def best_log_prob(factors: Factors, rows: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+def best_log_prob(product: LowRankLogits, rows: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """The largest log-probability and the log-normalizer of each row, in nats."""
     found: dict[int, Tensor] = {}
 
     def each(columns: slice, tile: Tensor) -> None:
         found[columns.start] = tile.amax(1)
 
-    expected, short = (values[:, 0].double() / LOG2_E for values in normalizers(factors, rows, each))
+    expected, short = (values[:, 0].double() / LOG2_E for values in normalizers(product, rows, each))
     return torch.stack(list(found.values())).amax(0).double() / LOG2_E - short, expected + short
 
 
-def log_softmax_at(factors: Factors, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
+def log_softmax_at(product: LowRankLogits, rows: Tensor, columns: Tensor) -> Float[Tensor, " pair"]:
     """Log-probabilities of pairs (row, column) in float64; log1p keeps the digits of values near 0."""
     distinct, which, counts = rows.unique(return_inverse=True, return_counts=True)
     pairs = which.argsort(stable=True).split([int(part.sum()) for part in counts.split(EXACT_ROWS)])
     found = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    buffer = factors.exact_buffer()
+    buffer = product.exact_buffer()
     for start, inside in zip(range(0, len(distinct), EXACT_ROWS), pairs, strict=True):
-        logits = factors.exact(distinct[start : start + EXACT_ROWS], buffer)
+        logits = product.exact(distinct[start : start + EXACT_ROWS], buffer)
         top, rest = log_parts(logits)
         row = which[inside] - start
         found[inside] = (logits[row, columns[inside]] - top[row]) - rest[row]

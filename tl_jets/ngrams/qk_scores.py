@@ -24,7 +24,7 @@ from tl_jets.core.protocol import relative_error
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreMap:
+class QKScores:
     """Scores from queries and keys at a distance, `tau(q . keys(k))`, without `bias`.
 
     `scale` and `turn` multiply each coordinate of the key and its rotation `partner`; `own_scale` is the scale at
@@ -53,7 +53,7 @@ class ScoreMap:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreSample:
+class QKSample:
     """Random pairs: vectors of query token x and key token y, and the log-weights of y and x for query x.
 
     `shown` are the scores before the softmax, or None if the model does not show them.
@@ -65,7 +65,7 @@ class ScoreSample:
     log_weights: Float[Tensor, "pair head 2"]
     shown: Float[Tensor, "pair head 2"] | None
 
-    def fit(self, pairs: Tensor, cap: float | None, rotation: str) -> ScoreMap:
+    def fit(self, pairs: Tensor, cap: float | None, rotation: str) -> QKScores:
         """Least-squares fit on three quarters of the data, for the coordinate pairs `pairs` [2, rotated pair]."""
         i, j = pairs
         n_pairs, d_head, n_heads = len(i), self.query.shape[-1], self.query.shape[1]
@@ -100,9 +100,9 @@ class ScoreSample:
         turn, partner = torch.zeros_like(scale), torch.arange(d_head, device=scale.device)
         for one, other, sign in ((i, j, 1), (j, i, -1)):
             scale[one], own_scale[one], turn[one], partner[one] = cos, own_cos, sign * sin, other
-        return ScoreMap(scale, turn, partner, own_scale, bias, cap, rotation)
+        return QKScores(scale, turn, partner, own_scale, bias, cap, rotation)
 
-    def error(self, found: ScoreMap) -> float:
+    def error(self, found: QKScores) -> float:
         """Largest error of the log-ratio of weights over all data, relative to the largest log-ratio."""
         score = found.capped((self.query * found.keys(self.key)).sum(-1))
         own = found.capped((self.query * found.own_keys(self.own_key)).sum(-1))

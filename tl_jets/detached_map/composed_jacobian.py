@@ -34,7 +34,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Part:
+class StageMap:
     """One function of the composition, at its true input.
 
     Attributes:
@@ -63,16 +63,16 @@ class Part:
         graph, at = freeze(self.function(), self.point)
         return graph, at(bias)
 
-    def ordinary(self) -> Part:
+    def ordinary(self) -> StageMap:
         """The same function with nothing frozen."""
-        return Part(self.point, self.function, is_frozen=False)
+        return StageMap(self.point, self.function, is_frozen=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComposedMap(LinearMap):
     """A composition of derivatives; `parts` are in the order in which they are applied."""
 
-    parts: Sequence[Part] = field(default=(), kw_only=True)
+    parts: Sequence[StageMap] = field(default=(), kw_only=True)
 
     def apply_rows(
         self, vectors: Float[Tensor, "*many batch pos d_model"], *, chunk_size: int = CHUNK_SIZE
@@ -96,7 +96,7 @@ class ComposedMap(LinearMap):
         return ComposedMap(self.point, self.value, self.readout, parts=parts)
 
 
-class Chain:
+class ComposedJacobian:
     """The stages from the label `wrt` to outputs after it, which see the same output positions.
 
     Attributes:
@@ -167,7 +167,7 @@ class Chain:
         width = len(self.positions) * self.point.shape[-1]
         return max(float(GRAPH_BYTES), self.point.numel() * self.point.element_size() * width / 100)
 
-    def _stage_part(self, stage: Stage) -> Part:
+    def _stage_part(self, stage: Stage) -> StageMap:
         """Stream -> next stream."""
         trace = self.trace
         edits = sum(trace.edits(trace.network.next_stream(stage)).values())
@@ -176,9 +176,9 @@ class Chain:
             gamma = trace.stage_function(stage)
             return lambda stream: stream + gamma(stream).sum(0) + edits
 
-        return Part(trace[stage.stream], function)
+        return StageMap(trace[stage.stream], function)
 
-    def _tail(self, output: str) -> Part:
+    def _tail(self, output: str) -> StageMap:
         """The function from the last stage's stream to an output at the output positions."""
         trace, network, positions = self.trace, self.trace.network, self.positions
         if output in _writes(network):
@@ -189,14 +189,14 @@ class Chain:
                 gamma = trace.stage_function(stage)
                 return lambda stream: gamma(stream)[index][:, positions]
 
-            return Part(trace[stage.stream], function)
+            return StageMap(trace[stage.stream], function)
         norm = trace.decoder.norm if output in (LOGITS, DECODER_STEP) else None
         stream = output if norm is None else FINAL_STREAM
 
         def last(stream: Tensor) -> Tensor:
             return stream[:, positions] if norm is None else norm(stream[:, positions])
 
-        return Part(trace[stream], lambda: last)
+        return StageMap(trace[stream], lambda: last)
 
     def truth(self, output: str) -> Tensor:
         """The model's own output [batch, out_pos, width]."""
