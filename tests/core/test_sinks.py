@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 import tl_jets as tj
 from tl_jets.core.averages import averages, middle
+from tl_jets.core.numerals import number
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.paths.statistics import path_sums
 
@@ -60,6 +61,20 @@ def test_medians_are_of_whole_prompts_and_of_each_alone(network):
     with pytest.raises(ValueError, match="no attention sink; here all are BOS or have outlying streams"):
         only.average()
     assert only.average(include_sinks=True).kl.notna().all()
+
+
+def test_norms_of_a_jet_cache_in_a_notebook_leave_out_sinks(network):
+    cache = tj.jet_expand(network, "1_mlp", centers=["embed", "0_mlp_out"], order=0, center_scale="match")(PROMPTS)
+
+    def shown(cache, keep) -> str:
+        return f">{number(float(cache['embed > 1_mlp'].norm(dim=-1)[keep].mean()))}<"
+
+    assert shown(cache, PROMPTS != 0) in cache._repr_html_() and shown(cache, cache.valid) not in cache._repr_html_()
+    assert "leave out 1 attention sinks" in cache._repr_html_()
+    cut = cache.apply_slice_to_pos_dim([0, 1])
+    assert shown(cut, PROMPTS[:, :2] != 0) in cut._repr_html_()
+    alone = cache.apply_slice_to_batch_dim(1).apply_slice_to_pos_dim(1)  # nothing but the sink
+    assert shown(alone, alone.valid) in alone._repr_html_() and "attention sinks" not in alone._repr_html_()
 
 
 def test_means_of_measures_and_interactions_leave_out_sinks(network):

@@ -27,6 +27,7 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows, SliceInput, TargetInput, read_slice
+from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
@@ -146,8 +147,7 @@ class JetCache(Result, Mapping[str, Tensor]):
     def is_whole(self) -> bool:
         """Whether the cache has all prompts and positions of the trace, in order."""
         shape = self.traced("Comparisons with the input").valid.shape
-        here = (self.prompts, self.positions)
-        pairs = zip(here, shape, strict=True)
+        pairs = zip((self.prompts, self.positions), shape, strict=True)
         return all(index is None or (isinstance(index, list) and index == list(range(size))) for index, size in pairs)
 
     def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
@@ -329,39 +329,35 @@ class JetCache(Result, Mapping[str, Tensor]):
         best = {} if top is None else token_names(self.traced("Top tokens").network.tokenizer, [top])
         rows = []
         for cell in map(tuple, self.valid.nonzero().tolist()):
-            here = {
-                "batch": 0 if isinstance(self.prompts, int) else cell[0],
-                "pos": int(self.places[cell]),
-                "token": self.token_names[int(self.tokens[cell])],
-            }
+            batch = 0 if isinstance(self.prompts, int) else cell[0]
+            here = {"batch": batch, "pos": int(self.places[cell]), "token": self.token_names[int(self.tokens[cell])]}
             for index, path in enumerate(self.labels):
-                row = {"path": path, **here}
-                row |= {"weight": float(weights[index][cell]), "norm": float(norms[index][cell])}
-                if top is not None:
-                    row["top_token"] = best[int(top[index][cell])]
-                rows.append(row)
+                row = {"path": path, **here, "weight": float(weights[index][cell]), "norm": float(norms[index][cell])}
+                rows.append(row if top is None else row | {"top_token": best[int(top[index][cell])]})
         return pd.DataFrame(rows)
 
     def _body(self) -> str:
-        """Table of the first terms, averaged over real positions; decodes nothing."""
-        keep = self.valid
+        """Table of the first terms, averaged over real positions without attention sinks; decodes nothing."""
+        keep, note = self.valid, ""
+        if self.trace is not None:
+            sinks = self.here(Sinks.of(self.trace, Rows.of(self.trace, None)).mask) & self.valid
+            if 0 < (left_out := int(sinks.sum())) < int(self.valid.sum()):
+                keep, note = self.valid & ~sinks, f"<p>Norms leave out {left_out} attention sinks (core.sinks).</p>"
         paths = self.labels[:SHOWN_ROWS]
         norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
         length = float(self.truth.norm(dim=-1)[keep].mean())
         frame = pd.DataFrame({"path": paths, "norm": norms, "relative": [norm / length for norm in norms]})
-        return dataframe_html(frame, total=len(self))
+        return dataframe_html(frame, total=len(self)) + note
 
     def _term_weights(self) -> Tensor:
         """The weight of each term, in the order of `labels`."""
+        one, cells = torch.ones_like(self.weights[:1]), self.weights.shape[1:]
         if self.kind == "detached":
-            return torch.ones_like(self.weights[:1]).expand(len(self), *self.weights.shape[1:])
+            return one.expand(len(self), *cells)
         parts = [self.weights] * len(self.steps)
         if not self.is_decoded:
             parts = [self.weights if self.kind == "order 0" else torch.ones_like(self.weights), *parts]
-        parts.append(
-            torch.ones_like(self.weights[:1]).expand(len(self) - sum(map(len, parts)), *self.weights.shape[1:])
-        )
-        return torch.cat(parts)
+        return torch.cat([*parts, one.expand(len(self) - sum(map(len, parts)), *cells)])
 
     def check(self) -> Check:
         """Recompute every term independently and compare; see `tl_jets.jets.checks`.
