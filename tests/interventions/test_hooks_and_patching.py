@@ -218,3 +218,28 @@ def test_a_trace_does_not_depend_on_whether_hooks_write_in_place(spec, name):
         found = network.trace(tokens)
     assert found.labels == expected.labels and (f"edit:{name}" in found.labels) == ("resid_pre" in name)
     assert all(torch.equal(found[label], expected[label]) for label in found.labels)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_positions_to_patch_count_the_real_tokens_of_the_source(spec):
+    """Padded prompts are patched where each prompt alone is."""
+    network = ResidualNetwork(zoo.build(spec))
+    sources, inputs = ["w3 w4 w5 w8", "w6 w9"], ["w7 w2 w1 w4", "w5 w5"]
+    trace = network.trace(sources)
+    assert not bool(trace.valid.all())
+
+    def patched(source: Any, prompts: Any) -> tuple[Tensor, Tensor]:
+        with network.view.hooks(patch_hooks(network, STEPS, source, positions=[0, -1])):  # type: ignore[attr-defined]
+            found = network.trace(prompts)
+        return found["final_post"], found.valid
+
+    both, valid = patched(trace, inputs)
+    for i, (source, prompt) in enumerate(zip(sources, inputs, strict=True)):
+        alone, _ = patched(source, prompt)
+        torch.testing.assert_close(both[i][valid[i]], alone[0], rtol=1e-9, atol=1e-9)
+        clean = network.trace(prompt)["final_post"]
+        assert float((alone - clean)[0, -1].norm()) > 1e-3
+    with pytest.raises(
+        ValueError, match=r"positions must lie in -3\.\.2, the real tokens of the source's shortest prompt"
+    ):
+        patch_hooks(network, STEPS, trace, positions=3)

@@ -7,7 +7,7 @@ and all later steps read the changed stream:
 mode            the write becomes
 ==============  ===========================================================================================
 ``"zero"``      zero
-``"mean"``      its mean over the real positions of all prompts of a reference
+``"mean"``      its mean over the real positions of all prompts of a reference, attention sinks like all others
 ``"resample"``  the write at the same position in a randomly drawn prompt of the reference
 ==============  ===========================================================================================
 
@@ -43,7 +43,7 @@ from tl_jets.core.options import check_choice
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import some
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.places import Hooks, only_at
+from tl_jets.interventions.places import Hooks, cells_at, only_at
 from tl_jets.interventions.sites import Site, Steps, check_parts, grabbing, heads_at_zero, sites_of
 from tl_jets.paths.evaluation import read_path
 
@@ -66,7 +66,8 @@ def ablation_hooks(
         steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes, or a `Path`.
         mode: `"zero"`, `"mean"` or `"resample"` (see the module).
         reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
-        positions: Where writes are ablated: positions in the padded row, or a mask [batch, pos]; None for everywhere.
+        positions: Where writes are ablated, of any input: positions in its padded row (hooks see no padding), or a mask
+            [batch, pos]; None for everywhere. `ablation_effect` counts among real tokens.
         seed: Chooses the reference prompt of each prompt under `"resample"`: the same one for all steps.
 
     Returns:
@@ -127,7 +128,8 @@ def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Seque
         steps: One step or several, as in `ablation_hooks`.
         source: A `Trace` or an input; or, for sublayers, the write [batch, pos, d_model], or tensors by step. A source
             of one prompt serves all prompts.
-        positions: Positions to patch, in the padded row; None for all. Padding of the source is not patched.
+        positions: Positions to patch, counted among the real tokens of each prompt of the source, -1 its last; None for
+            all. Padding of the source is not patched.
 
     Raises:
         ValueError: Unknown steps or positions, a source of another shape, or heads from a trace under other hooks.
@@ -152,14 +154,8 @@ def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Seque
         valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
     else:
         values, valid = _writes(network, source, sites)
-    length = valid.shape[1]
     if positions is not None:
-        wanted = [positions] if isinstance(positions, int) else list(positions)
-        if not wanted or not all(-length <= position < length for position in wanted):
-            raise ValueError(f"positions must lie in {-length}..{length - 1} for this source; got {wanted}.")
-        chosen = torch.zeros(length, dtype=torch.bool, device=valid.device)
-        chosen[wanted] = True
-        valid = valid & chosen
+        valid = cells_at(valid, [positions] if isinstance(positions, int) else list(positions))
     return [_patched(site, values[site], valid) for site in sites]
 
 
