@@ -149,9 +149,11 @@ def test_an_order_has_a_limit(capsys, options):
         tl_jets.iterative_jet_lens(commands.tinydocs(), "The file", order=10**6)
 
 
-def test_an_order_at_which_the_series_overflows_is_refused(capsys):
-    error = commands.run(capsys, "lens", "--prompt", "The file", "--order", "500", status=2)
+@pytest.mark.parametrize("option", [["--order"], ["--all", "--joint-order"]], ids=["iterative", "joint"])
+def test_an_order_at_which_the_series_overflows_is_refused(capsys, option):
+    lens = ["lens", "--prompt", "The file", *option]
+    error = commands.run(capsys, *lens, "500", status=2)
     most = int(re.search(r"order must be at most (\d+) for this input: at order \d+ the series overflows", error)[1])
-    commands.run(capsys, "lens", "--prompt", "The file", "--order", str(most))
-    error = commands.run(capsys, "lens", "--prompt", "The file", "--order", str(most + 1), status=2)
+    commands.run(capsys, *lens, str(most))
+    error = commands.run(capsys, *lens, str(most + 1), status=2)
     assert f"at most {most} for this input" in error and "center_scale='match'" in error

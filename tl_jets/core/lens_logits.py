@@ -100,7 +100,7 @@ class Mixture:
         try:
             check_all_rows(tensors)
         except ValueError:
-            self._refuse_overflow()
+            refuse_overflow(self.alpha.isfinite().all(2).all(0).tolist())
             raise
 
     def signs(self, control: Control | None) -> tuple[int, Bool[Tensor, "layer row"]]:
@@ -114,15 +114,15 @@ class Mixture:
         borrows = read[:order].tolist()
         return borrows.index(True) if any(borrows) else order, read[order:].view(layer, row)
 
-    def _refuse_overflow(self) -> None:
-        """Raise ValueError that names the order, if a higher order is what is not finite."""
-        is_finite = self.alpha.isfinite().all(2).all(0).tolist()  # of every order
-        if is_finite[:1] == [True] and not all(is_finite):
-            first = is_finite.index(False)
-            raise ValueError(
-                f"order must be at most {first - 1} for this input: at order {first} the series overflows, as it diverges "
-                "(rho > 1). Take a lower order, or center_scale='match' or 'orthogonal', whose series converge."
-            ) from None
+
+def refuse_overflow(is_finite: list[bool]) -> None:
+    """Raise ValueError that names the order, if order 0 is finite and a higher one is not."""
+    if is_finite[:1] == [True] and not all(is_finite):
+        first = is_finite.index(False)
+        raise ValueError(
+            f"order must be at most {first - 1} for this input: at order {first} the series overflows, as it diverges "
+            "(rho > 1). Take a lower order, or center_scale='match' or 'orthogonal', whose series converge."
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)

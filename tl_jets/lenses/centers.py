@@ -21,11 +21,15 @@ from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.frozen_network import frozen_norm
+from tl_jets.core.lens_logits import refuse_overflow
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.protocol import State
 from tl_jets.core.selection import Rows
 from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
+
+# Coefficients whose jets are far from the largest float32, and their products from the largest float64.
+MOST = 1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,8 @@ class Centers:
         variate = variate.double().expand_as(values)
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
+        largest = torch.maximum(series.alpha.abs(), series.beta.abs()).flatten(1).amax(1)
+        refuse_overflow((largest < MOST).tolist())
         jets, constants = series.value(order), values.new_ones(len(values))
         alpha, state = series.alpha[-1] * factors, trace.recording.hook_state
         return cls(trace.network, rows, jets, alpha, series.beta[-1], series.rho, constants, state)
