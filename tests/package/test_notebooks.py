@@ -80,7 +80,7 @@ def tiny_gpt2() -> TransformerBridge:
 
 
 def test_there_are_notebooks():
-    assert {"Detached_Jacobian", "Findings", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {
+    assert {"Detached_Jacobian", "Findings", "Flow", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"} == {
         path.stem for path in NOTEBOOKS
     }
 
@@ -119,7 +119,7 @@ def test_it_runs(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["Detached_Jacobian", "Findings", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"]
+    "name", ["Detached_Jacobian", "Findings", "Flow", "Jet_Lens", "Jet_Ngrams", "Jet_Paths", "Jets_with_Patching"]
 )
 def test_it_is_not_about_the_embedded_model_alone(name, monkeypatch):
     """Another architecture, with random weights: every cell runs and every check holds."""
@@ -149,6 +149,11 @@ from tl_jets.interventions.steering import _Steering
 own = _Steering._map
 _Steering._map = lambda steering, positions: 1.01 * own(steering, positions)
 """
+FLOWS = """
+import dataclasses, tl_jets.flows.sweep as broken
+own = broken._Sweep.result
+broken._Sweep.result = lambda sweep: dataclasses.replace(own(sweep), flow=1.01 * own(sweep).flow)
+"""
 TRIGRAMS = """
 from tl_jets.ngrams.join import HeadMaps
 own = HeadMaps.exact
@@ -164,6 +169,7 @@ HeadMaps.exact = exact
     [
         ("Detached_Jacobian", STEERED),
         ("Findings", EFFECTS),
+        ("Flow", FLOWS),
         ("Jet_Lens", NORM_JET),
         ("Jet_Ngrams", TRIGRAMS),
         ("Jet_Paths", EFFECTS),
