@@ -222,7 +222,7 @@ def ablation_jobs(models: Models) -> Iterator[Job]:
 def command_jobs(models: Models) -> Iterator[Job]:
     """The command, in a process of its own."""
     script = "import sys; from tl_jets.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", script, "lens", PROMPT, "--model", models.folder]
+    command = [sys.executable, "-c", script, "lens", "--prompt", PROMPT, "--model", models.folder]
     yield Job(
         "`tl-jets lens`",
         "a process that loads the model",

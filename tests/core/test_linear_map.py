@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_jets.core.linear_map import GraphMap, LinearMap, SingularVectors, size_text
+from tl_jets.core.linear_map import GraphMap, LinearMap, SingularVectors
+from tl_jets.core.numerals import size_text
 
 BATCH, POS, D_IN, OUT_POS, ROWS, WIDTH = 2, 3, 5, 2, 4, 6
 

@@ -13,7 +13,7 @@ from test_concatenation import check_same
 
 import tl_jets as tj
 from tl_jets.core import prompts as module
-from tl_jets.core.prompts import batches_of, token_bytes
+from tl_jets.core.prompts import batches_of, pattern_bytes, token_bytes
 
 PROMPTS = ["w21 w7 w5", "w3", "w5 w9 w33 w4 w8", "w7 w8", "w30", "w6 w4 w1 w2", "w5 w5 w8"]
 LISTS = [[f"w{i}", f"w{i + 9}"] for i in range(len(PROMPTS))]
@@ -50,7 +50,7 @@ def real(wanted: Any) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, 9, 1000])
 def test_it_is_one_call_on_all_prompts(net, calls, kind, tokens):
     tool, options = CALLS[kind]
-    bound = tokens * token_bytes(net, options.get("granularity"))
+    bound = tokens * (token_bytes(net, options.get("granularity")) + 6 * pattern_bytes(net))  # of prompts of 6 tokens
     found = tj.over_prompts(tool, net, PROMPTS, max_bytes=bound, **options)
     assert sum(n for n, _ in calls) == len(PROMPTS)
     assert all(n == 1 or n * length <= tokens for n, length in calls)
@@ -81,6 +81,7 @@ def test_batches_hold_every_prompt_once_and_little_padding():
     padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
     assert padded <= 1.1 * sum(lengths) and len(batches) <= 1.3 * sum(lengths) / 256 + 1
     assert batches_of([3, 700, 2], 256) == [[1], [0, 2]]
+    assert [len(batch) for batch in batches_of([10] * 4, 40, pattern=0.1)] == [2, 2]
 
 
 @pytest.mark.parametrize("kind", ["iterative", "joint", "components", "lengths", "ablations"])
@@ -91,6 +92,16 @@ def test_tools_stay_below_the_bound(kind):
     options = {**options, "targets": None} | ({"positions": list(range(16))} if kind == "ablations" else {})
     few, many = (peak_bytes(lambda n=n: tool(net, torch.randint(5, 4000, (n, 16)), **options)) for n in (8, 16))
     assert (many - few) / 128 < token_bytes(net, options.get("granularity"))
+
+
+def test_attention_patterns_stay_below_the_bound():
+    """What grows with the square of the length is counted, too: a frozen network keeps patterns of all layers."""
+    net = tj.ResidualNetwork(tj.load_tinydocs())
+    tj.path_sums(net, torch.randint(5, 4000, (1, 8)))
+    short, middle, long = (
+        peak_bytes(lambda n=n: tj.path_sums(net, torch.randint(5, 4000, (1, n)))) for n in (16, 32, 48)
+    )
+    assert 0.2 < (short - 2 * middle + long) / (2 * 16**2) / pattern_bytes(net) < 1
 
 
 def test_what_is_of_one_batch_is_refused(net, monkeypatch):
@@ -116,7 +127,7 @@ def test_what_is_of_one_batch_is_refused(net, monkeypatch):
 
 
 def test_free_memory_decides_without_a_bound(net, calls, monkeypatch):
-    monkeypatch.setattr(module, "free_bytes", lambda device: 4 * 9 * token_bytes(net))
+    monkeypatch.setattr(module, "free_bytes", lambda device: 4 * 9 * (token_bytes(net) + 6 * pattern_bytes(net)))
     found = tj.over_prompts(tj.iterative_jet_lens, net, PROMPTS)
     assert len(calls) == 4 and found.tokens.device.type == "cpu"
     assert {field.name for field in fields(found)} > {"top_ids"}

@@ -52,7 +52,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,9 +63,12 @@ from torch import Tensor
 from tl_jets.calculus import Norm
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.changes import Watch
+from tl_jets.core.free_memory import free_bytes
 
 # Number of columns of W_U converted to another dtype at a time: about 32 MB.
 CONVERTED_ELEMENTS = 2**22
+# Part of a device's free memory that converted columns may take.
+CONVERTED_SHARE = 8
 LOGITS_UNIT, SOFTCAP_UNIT = "logits", "logits before the softcap"
 # Number of rows of the Gram matrix computed at a time, on and below the diagonal only.
 PANEL = 192
@@ -256,9 +259,22 @@ class Decoder:
 
     def columns(self, dtype: torch.dtype):
         """Yield (first token id, columns of `W_U` in `dtype`, unscaled) in chunks."""
-        width = max(1, CONVERTED_ELEMENTS // self.d_model)
+        width = max(1, self._converted_elements(dtype) // self.d_model)
         for start in range(0, self.d_vocab, width):
             yield start, self.W_U[:, start : start + width].to(dtype)
+
+    def converted(self, dtype: torch.dtype) -> Decoder:
+        """This decoder with `W_U` in `dtype`, for many products; itself on a CPU, or where the device has no room."""
+        is_small = self.W_U.numel() <= self._converted_elements(dtype)
+        if self.W_U.dtype == dtype or self.W_U.device.type == "cpu" or not is_small:
+            return self
+        return replace(self, W_U=self.W_U.to(dtype))
+
+    def _converted_elements(self, dtype: torch.dtype) -> int:
+        """How many numbers are converted at once: what stays in a CPU's cache, or a share of a device's free memory."""
+        device = self.W_U.device
+        free = None if device.type == "cpu" else free_bytes(device)
+        return max(CONVERTED_ELEMENTS, (free or 0) // CONVERTED_SHARE // dtype.itemsize)
 
     def compute_dtype(self, states: Tensor) -> torch.dtype:
         """Float64 if the states or the weights are float64, else float32 (also for half-precision models)."""
@@ -310,7 +326,7 @@ class Decoder:
     def _centered_columns(self, mean: Tensor) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
         """Columns of [W_U; b_U] minus their mean, in float64, in chunks that share one buffer."""
         size = self.d_model + 1
-        width = max(PANEL, CONVERTED_ELEMENTS // size)
+        width = max(PANEL, self._converted_elements(torch.float64) // size)
         buffer = torch.empty(size * min(width, self.d_vocab), dtype=torch.float64, device=self.W_U.device)
         tied = self.W_U.stride(0) < self.W_U.stride(1)
         for start in range(0, self.d_vocab, width):

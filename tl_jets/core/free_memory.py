@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tl_jets.core.linear_map import size_text
+from tl_jets.core.numerals import size_text
 
 GROUP = Path("/sys/fs/cgroup")
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from tl_jets.core.eigenvectors import largest_eigenvectors
 from tl_jets.core.measures import check_seed
+from tl_jets.core.numerals import size_text
 from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
 
@@ -333,11 +334,3 @@ def _check_shape(vectors: Tensor, shape: tuple[int, ...]) -> None:
             f"Vectors must have the shape {list(shape)}, with any number of leading dimensions; got "
             f"{list(vectors.shape)}."
         )
-
-
-def size_text(n_bytes: int) -> str:
-    """A size in memory as text with a unit."""
-    size, unit = float(n_bytes), 0
-    while size >= 1024 and unit < 5:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"

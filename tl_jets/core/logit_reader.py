@@ -41,7 +41,8 @@ class Reader:
     """Reads logit vectors padded to a multiple of BLOCK; padding never ranks among the best and has no weight."""
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype, device: torch.device, bias: Tensor | None = None) -> None:
-        self.decoder, self.dtype, self.device = decoder, dtype, device
+        # With the columns of a half-precision model converted once, where they fit.
+        self.decoder, self.dtype, self.device = decoder.converted(dtype), dtype, device
         self.width = -(-decoder.d_vocab // BLOCK) * BLOCK
         limit = SCRATCH_CPU if device.type == "cpu" else SCRATCH_DEVICE
         self.scratch_rows = max(1, limit // self.width)
@@ -365,7 +366,7 @@ def top_tokens(
     bias = decoder.constant(None, reader.dtype)
     buffer = reader.buffer(min(chunk_size, len(flat)))
     for chunk in slices(len(flat), chunk_size):
-        decoder.project(flat[chunk], buffer[: chunk.stop - chunk.start, : decoder.d_vocab])
+        reader.decoder.project(flat[chunk], buffer[: chunk.stop - chunk.start, : decoder.d_vocab])
         for part in slices(chunk.stop - chunk.start, reader.scratch_rows):
             cells = slice(chunk.start + part.start, chunk.start + part.stop)
             logits = buffer[part]

@@ -34,3 +34,11 @@ def signed(value: SupportsFloat | None) -> str:
     """A number with its sign."""
     text = number(value)
     return text if text[0] in "-n" else f"+{text}"
+
+
+def size_text(n_bytes: int) -> str:
+    """A size in memory as text with a unit."""
+    size, unit = float(n_bytes), 0
+    while size >= 1024 and unit < 5:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[unit]}"

@@ -3,9 +3,10 @@
 Prompts are sorted by length, so that a batch holds little padding, and put back in their order. A batch holds as many as
 fit into `max_bytes`; a tool is taken to hold, a token of the padded batch,
 
-    8 bytes * 8 * (d_model * (components + streams) + d_vocab)
+    8 bytes * 8 * (d_model * (components + streams) + d_vocab) + bytes of a weight * heads * (2 layers + 8) * length
 
-which is above what each of them was measured to take (`tests/core/test_prompts.py`). Processes that `torchrun` started
+the latter for attention patterns [head, length, length]: a frozen network keeps two a layer, a pass holds some of one.
+It is above what each of them was measured to take (`tests/core/test_prompts.py`). Processes that `torchrun` started
 divide the batches (`tl_jets.core.processes`).
 
 Example:
@@ -41,6 +42,8 @@ Kind = TypeVar("Kind", bound=Averaged)
 
 # Copies in float64 of a token's components, streams and logits that a tool holds.
 COPIES = 8
+# Copies of one layer's attention patterns that a forward pass holds (stacked runs of ablations the most).
+PATTERNS = 8
 # Share of the free memory that a batch may take, and its bound where the free memory is unknown.
 SHARE, UNKNOWN = 4, 2**30
 # Options that belong to one batch of prompts.
@@ -88,8 +91,8 @@ def over_prompts(
     free = min(processes.exchange(lambda: free_bytes(device) or SHARE * UNKNOWN)) // SHARE
     limit = free // (1 if device.type == "cuda" else processes.size) if max_bytes is None else max_bytes
     check_integers(1, max_bytes=limit)
-    most = limit // token_bytes(call.network, options.get("granularity"))
-    batches = batches_of([len(row) for row in rows], most)
+    own_bytes = token_bytes(call.network, options.get("granularity"))
+    batches = batches_of([len(row) for row in rows], limit / own_bytes, pattern_bytes(call.network) / own_bytes)
     processes.agree(call.description, lambda said: said)
     own = sum(map(len, batches[processes.rank :: processes.size]))
     with tqdm(total=own, unit="prompt", delay=1, leave=False, disable=None if progress else True) as bar:
@@ -166,12 +169,22 @@ def token_bytes(network: Structure, granularity: Any = None) -> int:
     return 8 * COPIES * (vectors * decoder.W_U.shape[0] + decoder.d_vocab)
 
 
-def batches_of(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of prompts, the longest first, in batches of at most `most` padded tokens, or of one prompt."""
+def pattern_bytes(network: Structure) -> int:
+    """Bytes that a tool is taken to hold of attention patterns, for every token and every token that it may attend to."""
+    heads = getattr(getattr(network.view, "cfg", None), "n_heads", 0)
+    return network.decoder.W_U.dtype.itemsize * heads * (2 * network.n_layers + PATTERNS)
+
+
+def batches_of(lengths: Sequence[int], most: int | float, pattern: int | float = 0.0) -> list[list[int]]:
+    """Indices of prompts, the longest first, in batches of at most `most` padded tokens, or of one prompt.
+
+    A token counts as `1 + pattern * length`, for what grows with the square of the length.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= most:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (1 + pattern * longest) * (len(batches[-1]) + 1) <= most:
             batches[-1].append(i)
         else:
             batches.append([i])

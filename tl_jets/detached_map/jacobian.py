@@ -52,12 +52,13 @@ from torch import Tensor
 
 from tl_jets.core.frozen_network import not_affine, rounding
 from tl_jets.core.labels import LabelInput
-from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors, size_text
+from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors
 from tl_jets.core.logit_reader import TopTokens
 from tl_jets.core.markup import text
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
+from tl_jets.core.numerals import size_text
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows

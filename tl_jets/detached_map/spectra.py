@@ -50,11 +50,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.core.linear_map import MAX_BYTES, size_text
+from tl_jets.core.linear_map import MAX_BYTES
 from tl_jets.core.logit_reader import TopTokens, slices
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.notebook import dataframe_html
+from tl_jets.core.numerals import size_text
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
