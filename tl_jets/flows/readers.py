@@ -98,7 +98,7 @@ class StageReaders:
             total = value[self._heads].sum(0)
             g = torch.randn(total.shape, generator=generator, dtype=total.dtype, device="cpu").to(total.device)
             g = g.masked_fill(~self._runs.clean.valid[..., None], 0.0)
-            whole, apart = _all(total, [point], g)[0], sum(_through(total, inputs, point, g))
+            whole, apart = _all(total, [point], g)[0], torch.stack(_through(total, inputs, point, g)).sum(0)
         return relative_error(apart, whole) <= 16 * self._runs.clean.recording.accuracy
 
 

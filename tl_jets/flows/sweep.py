@@ -135,7 +135,7 @@ class _Written:
     @classmethod
     def of(cls, labels: Sequence[str], changes: Tensor, edits: Tensor) -> _Written:
         """Those that changed."""
-        changed = changes.flatten(1).any(1).nonzero()[:, 0]
+        changed = changes.flatten(1).any(1).nonzero()[:, 0].tolist()
         return cls([labels[i] for i in changed], changes[changed], edits[changed])
 
 
