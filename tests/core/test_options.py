@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -17,6 +18,7 @@ import zoo
 import tl_jets as tj
 from tl_jets import studies, views
 from tl_jets.calculus import center_scale
+from tl_jets.core.options import check_choice
 from tl_jets.ngrams import trigram_scores
 
 Call = Callable[..., Any]
@@ -209,3 +211,14 @@ def test_a_whole_number_is_one(name, option, as_users_run_it):
             call(**{option: value})
         assert option in str(caught.value) and repr(value) in str(caught.value), value
     call(**{option: least + 1})
+
+
+def test_choices_are_compared_as_text_or_integers_and_the_first_twelve_are_named():
+    check_choice("layer", 399, range(400))
+    check_choice("layer", np.int64(7), range(8))
+    check_choice("screen", None, ("auto", None))
+    for value, known in ((True, (0, 1)), (1, (True, False)), (1.0, (0, 1)), (torch.tensor(1), (0, 1)), ("1", (0, 1))):
+        with pytest.raises(ValueError, match="layer must be one of"):
+            check_choice("layer", value, known)
+    with pytest.raises(ValueError, match=r"layer must be one of \(0, .*, 11\), \.\.\. \(30 in all\); got 30\."):
+        check_choice("layer", 30, list(range(30)))

@@ -187,23 +187,13 @@ def circuit_faithfulness(
     pair, candidates = _candidates(
         model, clean, corrupted, paths, k, level, targets, position, random, seed, attention_mask
     )
-    (clean_end, corrupted_end), baselines = pair.ends(), _baselines(pair, reference)
+    ends, baselines = pair.ends(), _baselines(pair, reference)
     with torch.no_grad():
         kept = [_kept(pair, circuit, level) for _, _, circuit in candidates]
         found = torch.stack([torch.stack([_measured(pair, own, base) for base in baselines.values()]) for own in kept])
     kinds, sizes, circuits = (list(column) for column in zip(*candidates, strict=True))
-    return CircuitFaithfulness(
-        kinds=kinds,
-        k=sizes,
-        circuits=circuits,
-        baselines=list(baselines),
-        level=level,
-        logit_difference=found,
-        clean=clean_end,
-        corrupted=corrupted_end,
-        seed=int(seed),
-        **pair.header,
-    )
+    about: dict[str, Any] = {"kinds": kinds, "k": sizes, "circuits": circuits, "baselines": list(baselines)}
+    return CircuitFaithfulness(**about, level=level, logit_difference=found, seed=int(seed), **ends, **pair.header)
 
 
 def _candidates(

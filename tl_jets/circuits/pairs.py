@@ -151,8 +151,8 @@ class Pair:
         columns = directions(self.clean.decoder, self.target_ids)
         return columns[:, 0] - columns[:, 1]
 
-    def ends(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """The difference in the clean and in the corrupted run.
+    def ends(self) -> dict[str, Float[Tensor, " batch"]]:
+        """The difference in the `clean` and in the `corrupted` run.
 
         Raises:
             ValueError: The same on average, so that nothing can be recovered.
@@ -165,7 +165,7 @@ class Pair:
                 f"The clean and the corrupted prompts must differ in what is measured, the logit difference of the targets; it is "
                 f"{float(clean.mean()):.4g} in both. Choose other prompts or targets."
             )
-        return clean, corrupted
+        return {"clean": clean, "corrupted": corrupted}
 
 
 def writes_of(trace: Trace) -> Writes:

@@ -132,7 +132,7 @@ def compare_patching(
     """
     check_integers(1, order=order)
     pair = Pair.of(model, clean, corrupted, targets, position, attention_mask)
-    clean_end, corrupted_end = pair.ends()
+    ends = pair.ends()
     to, start = writes_of(pair.clean), writes_of(pair.corrupted)
     constants = [step.label for step in pair.network.steps if step.kind == "attn_bias"]
     known = [label for label in start if label not in constants]
@@ -149,10 +149,7 @@ def compare_patching(
             exact = pair.said(patched(pair, label, to[label]) - patched(pair, label, start[label]))
         change.append(torch.cat([exact[None], pair.said(series.coefficients[1:]).cumsum(0)]))
     methods = ["activation", "attribution", *(f"jet {k}" for k in range(2, order + 1))]
-    changes = torch.stack(change, 1)
-    return PatchingComparison(
-        methods=methods, sites=labels, change=changes, clean=clean_end, corrupted=corrupted_end, **pair.header
-    )
+    return PatchingComparison(methods=methods, sites=labels, change=torch.stack(change, 1), **ends, **pair.header)
 
 
 def patched(pair: Pair, site: str, write: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch d_model"]:

@@ -209,7 +209,7 @@ class IterativeJetLens(LensResult):
         if target is None and len(self.target_names) == 1:
             return values[..., 0]
         check_choice("target", target, self.target_names)
-        return values[..., self.target_names.index(target)]
+        return values[..., self.target_names.index(target)]  # type: ignore[arg-type]
 
     def verdict(
         self, *, prompt: int | None = None, place: int | None = None, controls: Sequence[Tensor] = ()
