@@ -581,10 +581,10 @@ def test_hostile_tokens_stay_text_in_views(lenses, network, trace):
 
 
 def test_importing_is_light():
-    """Neither matplotlib nor circuitsvis nor TransformerLens before they are needed."""
+    """Neither matplotlib nor circuitsvis nor TransformerLens nor SciPy's statistics before they are needed."""
     code = (
         "import tl_jets, sys; tl_jets.views.lens_table, tl_jets.views.figures.measures;"
-        "print([name for name in ('matplotlib', 'circuitsvis', 'transformer_lens', 'rich') if name in sys.modules])"
+        "print([name for name in ('matplotlib', 'circuitsvis', 'transformer_lens', 'rich', 'scipy.stats') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -13,7 +13,6 @@ import math
 from typing import Any, Literal, get_args
 
 import numpy as np
-import scipy.stats
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -76,6 +75,8 @@ def bootstrap_intervals(
     n = int(unit.max(initial=-1)) + 1
     if n < 2 or resamples < 2:
         return torch.full((2, len(data)), math.nan, dtype=torch.float64, device="cpu")
+    import scipy.stats  # a second, which most calls do not need
+
     sums = np.stack([np.bincount(unit, series, minlength=n) for series in data])
     sizes = np.broadcast_to(np.bincount(unit, minlength=n), sums.shape)
 
@@ -107,6 +108,8 @@ def median_intervals(values: Float[Tensor, "series value"]) -> Float[Tensor, "2 
         >>> median_intervals(torch.arange(10.0)[None]).tolist()
         [[1.0], [8.0]]
     """
+    import scipy.stats  # as above
+
     n = values.shape[-1]
     k = int(scipy.stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5))
     if k < 1:

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from tl_jets.core.averages import Averaged
@@ -260,6 +259,8 @@ class Flow(FlowResult, Averaged):
         """
         if self.check is None:
             raise ValueError("Agreement is with path patching; this flow was not checked. Pass check=20, say.")
+        from scipy.stats import spearmanr  # a second, which most calls do not need
+
         rows = []
         for cell, own in self.check.groupby(["batch", "pos", "target"], sort=False):
             found, true = own["flow"].to_numpy(), own["mediated"].to_numpy()
