@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork, Trace, detached_jacobian, jet_expand
 from tl_jets.calculus import full_precision
+from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.protocol import frozen_biases
 from tl_jets.paths import evaluation
 from tl_jets.paths import expansion as exponential_module
 from tl_jets.paths.cache import PathCache
@@ -810,3 +812,31 @@ def test_errors_say_what_must_hold():
         detached(network({"0_mlp": torch.tanh}), sources="0_mlp_bias")(TOKENS)
     with pytest.raises(ValueError, match="A trace must be of the same model"):
         detached(net)(network(*THREE_STAGES).trace(TOKENS))
+
+
+@pytest.mark.parametrize("spec", zoo.available(zoo.CORE), ids=str)
+def test_constants_that_a_model_does_not_have_are_no_sources(spec):
+    """Known from the weights: before evaluation the sources are those of the evaluated, frozen network."""
+    model = zoo.build(spec)
+    network = ResidualNetwork(model)
+    found = exponential_expansion(network, linearize="detached")
+    there = FrozenNetwork.of(network.trace(zoo.tokens(model))).sources
+    assert {source.label for source in found.graph.sources} == set(there)
+    bare = [label for labels in frozen_biases(network.stages) for label, _ in labels if label not in there]
+    # Filters may name what is absent: what they keep is the same as without it.
+    same = exponential_expansion(network, linearize="detached", avoiding=["bias", *bare])
+    assert {source.label for source in same.graph.sources} == set(network.sources)
+    if bare:
+        with pytest.raises(ValueError, match="Filters must leave a path"):
+            exponential_expansion(network, linearize="detached", sources=bare)
+
+
+def test_a_constant_that_a_hook_adds_is_a_source_all_the_same():
+    model = zoo.build(next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw"))
+    network = ResidualNetwork(model)
+    paths = exponential_expansion(network, linearize="detached")
+    assert "0_mlp_bias > ln_final" not in paths
+    with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: value + 1.0)]):
+        cache = paths(zoo.tokens(model))
+        assert "0_mlp_bias > ln_final" in cache.labels and cache.check().sum_error < 1e-9
+        assert cache.expansion.is_complete

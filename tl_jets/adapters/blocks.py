@@ -321,6 +321,11 @@ class Blocks(ABC):
     def _scale(self, layer: int) -> float:
         return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
 
+    def has_biases(self, layer: int) -> bool:
+        """Whether a bias among a block's parameters is not zero; frozen blocks without one write no constant."""
+        named = ((name.rsplit(".", 1)[-1], weight) for name, weight in self.blocks[layer].named_parameters())
+        return any(bool(weight.any()) for name, weight in named if name in ("b", "bias") or name.startswith("b_"))
+
     def device_of(self, layer: int) -> torch.device:
         """The device of a block."""
         return next(self.blocks[layer].parameters()).device

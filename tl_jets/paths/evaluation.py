@@ -31,8 +31,9 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, jet, norm_jet, rescaled
 from tl_jets.core.attribution import LogitAttribution, Rank
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, some
+from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, frozen_biases, some
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
 from tl_jets.paths.graph import PathGraph, Source, State, path_graph
@@ -270,6 +271,30 @@ def with_edits(graph: PathGraph, trace: Trace) -> PathGraph:
     ]
     known = {source.label for source in graph.sources}
     return replace(graph, sources=(*graph.sources, *(edit for edit in found if edit.label not in known)))
+
+
+def absent_constants(network: ResidualNetwork) -> frozenset[str]:
+    """Constants that no bias of the model gives, by its weights; all may be there if these are not known."""
+    has_biases = getattr(network.view, "has_biases", None)
+    if has_biases is None:
+        return frozenset()
+    bare = {layer for layer in range(network.n_layers) if not has_biases(layer)}
+    constants = zip(network.stages, frozen_biases(network.stages), strict=True)
+    found = {label for stage, labels in constants for label, _ in labels if stage.steps[0].layer in bare}
+    bias, b_U = network.decoder.norm.bias, network.decoder.b_U
+    has_last = bool(b_U.any()) or (bias is not None and bool(bias.any()))
+    return frozenset(found if has_last else {*found, DECODER_STEP + BIAS})
+
+
+def with_constants(graph: PathGraph, frozen: FrozenNetwork) -> PathGraph:
+    """The path graph with the constants that are there all the same (a user's hook adds one, say)."""
+    there = graph.absent & frozen.sources.keys()
+    if not there:
+        return graph
+    network = frozen.trace.network
+    every = path_graph(network.stages, network.sources, detached=True).sources
+    added = tuple(source for source in every if source.label in there)
+    return replace(graph, sources=(*graph.sources, *added), absent=graph.absent - there)
 
 
 def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int]]]:

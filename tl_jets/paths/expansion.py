@@ -66,7 +66,16 @@ from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
 from tl_jets.jets.cache import JetCache
 from tl_jets.paths.cache import PathCache
-from tl_jets.paths.evaluation import Collector, JetStages, evaluate, search, stage_weights, with_edits
+from tl_jets.paths.evaluation import (
+    Collector,
+    JetStages,
+    absent_constants,
+    evaluate,
+    search,
+    stage_weights,
+    with_constants,
+    with_edits,
+)
 from tl_jets.paths.graph import PathGraph, count_text, narrowed, path_graph
 
 MAX_PATHS = 4096
@@ -102,7 +111,7 @@ def exponential_expansion(
         linearize: `"jet"`, the paper's, or `"detached"`, exact.
         through: Keep paths that pass through each of these (for a kind: through any step of it).
         avoiding: Keep paths that pass through none of these: `"attn"` gives the n-gram paths.
-        sources: Keep paths that start here; None for embeddings, hook edits and, detached, biases.
+        sources: Keep paths that start here; None for embeddings, hook edits and, detached, the biases that the model has.
         max_length: Keep paths with at most this many writes.
         top: Keep only the largest paths, largest first; the others are the remainder. Exact if the filters leave at
             most `max_paths`; otherwise (detached only) a greedy beam search, see `tl_jets.paths.evaluation`.
@@ -127,7 +136,9 @@ def exponential_expansion(
     filters: dict[str, Any] = {"through": through, "avoiding": avoiding, "sources": sources}
     filters = {key: names if isinstance(names, str | None) else tuple(names) for key, names in filters.items()}
     filters["max_length"] = max_length
-    whole = path_graph(network.stages, network.sources, detached=linearize == "detached")
+    is_detached = linearize == "detached"
+    absent = absent_constants(network) if is_detached else ()
+    whole = path_graph(network.stages, network.sources, detached=is_detached, absent=absent)
     graph = narrowed(whole, network.stages, **filters)
     jets = center_scale, renormalize, split_degrees
     found = PathExpansion(network, linearize, order, whole, graph, filters, top, rank, targets, *jets, max_paths)
@@ -192,7 +203,7 @@ class PathExpansion:
 
     @property
     def count(self) -> int:
-        """Number of paths before `top`, an exact integer; includes paths from biases that may be zero."""
+        """Number of paths before `top`, an exact integer; from biases that the model has, though they may cancel."""
         return self.degrees * self.graph.count
 
     @property
@@ -299,6 +310,8 @@ class PathExpansion:
         known, key = trace.evaluated.setdefault(self, {}), tuple(map(tuple, rows.index.tolist()))
         if key not in known:
             whole = with_edits(self.whole, trace)
+            if self.linearize == "detached":
+                whole = with_constants(whole, FrozenNetwork.of(trace))
             edited = replace(self, whole=whole, graph=narrowed(whole, self.network.stages, **self.filters))
             known[key] = edited._evaluate(trace, rows)
         return known[key]

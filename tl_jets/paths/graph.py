@@ -29,7 +29,7 @@ Example:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -63,12 +63,14 @@ class PathGraph:
         stages: Labels of the allowed steps, by stage.
         through: Conditions: a path passes through at least one label of each set.
         max_length: Largest number of writes in a path; None for any number.
+        absent: Constants that the model does not have: no sources, though filters may name them.
     """
 
     stages: tuple[tuple[str, ...], ...]
     sources: tuple[Source, ...]
     through: tuple[frozenset[str], ...] = ()
     max_length: int | None = None
+    absent: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
@@ -194,8 +196,10 @@ class PathGraph:
         return {}
 
 
-def path_graph(stages: Sequence[Stage], sources: Sequence[str], *, detached: bool) -> PathGraph:
-    """The path graph of a network; for detached paths, with a source for every bias."""
+def path_graph(
+    stages: Sequence[Stage], sources: Sequence[str], *, detached: bool, absent: Iterable[str] = ()
+) -> PathGraph:
+    """The path graph of a network; for detached paths, with a source for every bias but those that are `absent`."""
     starts = [Source(label, 0) for label in sources]
     if not detached:
         return PathGraph(tuple(tuple(step.label for step in stage.steps) for stage in stages), tuple(starts))
@@ -210,7 +214,8 @@ def path_graph(stages: Sequence[Stage], sources: Sequence[str], *, detached: boo
         raise ValueError(
             f"Sources, steps and the biases of steps must have different labels; got {twice} more than once."
         )
-    return PathGraph(steps, tuple(starts))
+    absent = frozenset(absent)
+    return PathGraph(steps, tuple(source for source in starts if source.label not in absent), absent=absent)
 
 
 def narrowed(
@@ -228,9 +233,10 @@ def narrowed(
     taken = {step for labels in graph.stages for step in labels}
     steps = [step for stage in stages for step in stage.steps if step.label in taken]
     known = {source.label: source for source in graph.sources}
-    conditions = tuple(_labels(name, steps, known) for name in _names(through))
-    avoided = frozenset[str]().union(*(_labels(name, steps, known) for name in _names(avoiding)))
-    wanted = frozenset[str]().union(*(_labels(name, [], known) for name in _names(sources)))
+    absent = {*graph.absent, *(["bias"] if graph.absent else [])}
+    conditions = tuple(_labels(name, steps, known, absent) for name in _names(through))
+    avoided = frozenset[str]().union(*(_labels(name, steps, known, absent) for name in _names(avoiding)))
+    wanted = frozenset[str]().union(*(_labels(name, [], known, absent) for name in _names(sources)))
     chosen = [s for s in graph.sources if s.label not in avoided and (sources is None or s.label in wanted)]
     kept = tuple(tuple(step for step in labels if step not in avoided) for labels in graph.stages)
     return replace(graph, stages=kept, sources=tuple(chosen), through=conditions, max_length=max_length)
@@ -240,11 +246,13 @@ def _names(names: str | Iterable[str] | None) -> list[str]:
     return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 
-def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source]) -> frozenset[str]:
+def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source], absent: Collection[str]) -> frozenset[str]:
     """The labels that a name stands for: itself, those of a kind, or the heads of an attention layer."""
     found = {step.label for step in steps if step.label == name or _is_of(step, name)}
     found |= {label for label, source in sources.items() if label == name or (name == "bias" and source.is_bias)}
-    if not found and not name.startswith("edit:"):  # edits by hooks are not known before a trace is
+    if (
+        not found and name not in absent and not name.startswith("edit:")
+    ):  # edits by hooks are not known before a trace is
         if not steps:
             raise ValueError(
                 f"Paths start at sources: these must be named, or all that are biases ('bias'); got {name!r}. Here the sources are "
