@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.attribution import LogitAttribution
-from tl_jets.core.options import check_choice
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import DECODER_STEP
+from tl_jets.core.protocol import BIAS, DECODER_STEP
 from tl_jets.core.selection import TargetInput
 from tl_jets.jets.accuracy import Check
 from tl_jets.jets.cache import JetCache
 from tl_jets.paths.circuit import Circuit
+from tl_jets.paths.missed import patterns, sum_of_squares
 from tl_jets.paths.statistics import By, PathStatistics, statistics_of
 
 
@@ -97,6 +98,38 @@ class PathCache(JetCache):
         return statistics_of(
             trace, attribution, self.tokens, list(groups), states, weights, by=by, counts=counts, lengths=lengths
         )
+
+    def missed(self, *, sweeps: int = 64, seed: int = 0) -> float:
+        """A bound on the absolute effect, on the expansion's target, of every path that is not here.
+
+        It is the root of the sum of their squared effects (`tl_jets.paths.missed`): exact if the steps have at most `sweeps`
+        patterns of signs; else an estimate without bias of that sum, which scatters by tens of percent.
+
+        Args:
+            sweeps: Patterns of signs, a backward sweep each.
+            seed: Seed of the patterns.
+
+        Raises:
+            ValueError: Jets, several prompts, positions or targets, or filters by length or `through`.
+        """
+        check_integers(1, sweeps=sweeps)
+        found, targets = self.expansion, self.expansion.targets
+        rows = self.rows("A bound")
+        simple = found.linearize == "detached" and not found.graph.through and found.graph.max_length is None
+        effects = self.statistics(targets=targets).effects
+        if not simple or effects[0].numel() != 1:
+            raise ValueError(
+                "A bound on missed paths is for detached paths without through= and max_length=, of one prompt, position and "
+                f"target; got {found!r} at {effects[0].numel()} of them."
+            )
+        known = sum(
+            float(value) ** 2
+            for path, value in zip(self.paths, effects, strict=True)
+            if path.source != DECODER_STEP + BIAS
+        )
+        signs, count = patterns(sum(map(len, found.graph.stages)), sweeps, seed)
+        total = sum_of_squares(self.traced("A bound"), found.graph, rows, targets, signs, count)
+        return max(0.0, total - known) ** 0.5
 
     def to_circuit(
         self, k: int | None = None, *, targets: TargetInput | None = None, by_position: bool = False

@@ -11,7 +11,7 @@ stages x chunk_size streams are held. Prefixes that no path completes are not ev
   product with the model's logits) is pulled back exactly through every later stage, g_s = g_{s+1} + sum A_s' g_{s+1}.
 
 The search is greedy: a prefix with large completions that cancel may be lost, and under `rank="length"` one whose completions
-are perpendicular to the model's logits. A bound on single completions, by norms of the stages, is not attempted; the result
+are perpendicular to the model's logits. `PathCache.missed` bounds what was missed; the result
 names the dropped prefix of the highest score. The sizes of the returned paths and the remainder are exact. Of the 20 largest
 of 1,024 paths of stories260K (four prompts, both ranks, the last position or all) a beam of 40 prefixes found all in 16 of 16
 cases, one of 20 at least 17. Cost: a backward sweep for every position and target, then `width` prefixes per stage.
