@@ -1,4 +1,4 @@
-"""What jets say of a real model: thirty prompts, five questions, every number beside its control.
+"""What jets say of a real model: thirty prompts, six questions, every number beside its control.
 
     python demos/findings.py [lenses] [paths] [ablations] [mediators] [ngrams] [directions] [--model MODEL] [--prompts FILE]
 
@@ -39,7 +39,7 @@ from tl_jets.pretrained import load_model
 from tl_jets.studies import compare_with_counts
 
 PROMPTS = Path(__file__).with_name("findings_prompts.txt")
-TOP, ABLATED = (1, 5, 20, 100), 20
+TOP, ABLATED = (1, 5, 20), 20
 # Every so many prompts in the two slowest tables, and the sublayers that are ablated in "mediators".
 EVERY = 5
 SITES = (0.15, 0.3)
