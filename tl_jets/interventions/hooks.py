@@ -147,10 +147,10 @@ def patch_hooks(model: Any, steps: Steps, source: Any, *, positions: int | Seque
     sites = sites_of(network, steps)
     if isinstance(source, Tensor) and source.is_floating_point():
         source = {site.write: source for site in sites} if len(sites) == 1 else {}
-    is_given = isinstance(source, Mapping) and "input_ids" not in source
-    check_parts(network, sites, None if is_given else source)
-    if is_given:
-        values = _given(network, source, sites)
+    given = source if isinstance(source, Mapping) and "input_ids" not in source else None
+    check_parts(network, sites, source if given is None else None)
+    if given is not None:
+        values = _given(network, given, sites)
         valid = torch.ones(values[sites[0]].shape[:2], dtype=torch.bool, device=values[sites[0]].device)
     else:
         values, valid = _writes(network, source, sites)
