@@ -26,7 +26,7 @@ import live_memory
 
 from tl_jets import CallableModel, Decoder, Norm
 from tl_jets.ngrams import jet_bigrams
-from tl_jets.ngrams.bigrams import CHUNK_CPU
+from tl_jets.ngrams.bigram_sweep import CHUNK_CPU
 from tl_jets.ngrams.scan import TILE_CPU, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
 

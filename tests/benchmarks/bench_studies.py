@@ -19,7 +19,7 @@ import torch
 
 from tl_jets import CallableModel, Decoder, Norm
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.ngrams.bigrams import CHUNK_CPU
+from tl_jets.ngrams.bigram_sweep import CHUNK_CPU
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.studies import diff
 from tl_jets.studies.pairs import RowScores

@@ -14,7 +14,7 @@ import tl_jets as tj
 from tl_jets.cli import ngrams as command
 from tl_jets.cli import session
 from tl_jets.core import free_memory
-from tl_jets.ngrams import bigrams, trigrams
+from tl_jets.ngrams import bigram_sweep, trigrams
 from tl_jets.ngrams.streams import VocabularyStreams
 
 V = 1000
@@ -31,7 +31,7 @@ def toy() -> tj.CallableModel:
 def asked(monkeypatch):
     """What is asked to fit."""
     found: list[int] = []
-    for module in (bigrams, trigrams):
+    for module in (bigram_sweep, trigrams):
         monkeypatch.setattr(module, "check_fits", lambda n_bytes, *words: found.append(n_bytes))
     return found
 

@@ -39,7 +39,7 @@ from tl_jets.ngrams import (
 )
 from tl_jets.ngrams.fingerprints import SAMPLES
 from tl_jets.ngrams.rows import RowReader, RowScan
-from tl_jets.ngrams.scan import TopScan
+from tl_jets.ngrams.scan import Tiles, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.tables import NgramTable
@@ -169,6 +169,55 @@ def test_saturated_rows_keep_their_digits():
     assert rows.scores[0].item() == pytest.approx(exact[5], rel=1e-6)
 
 
+def saturated(d_vocab=4500, rows=300):
+    """Tied embeddings: each token best predicts itself, with 1 - p from about 1 to 1e-26."""
+    decoder, _ = make(d_vocab, 1, 40, dtype=torch.float32)
+    W_U = torch.nn.functional.normalize(decoder.W_U, dim=0)
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randperm(d_vocab, generator=source)[:rows].sort().values
+    states = W_U.T[ids] * torch.linspace(5, 150, rows)[torch.randperm(rows, generator=source)][:, None]
+    decoder = Decoder(Norm("none"), W_U, decoder.b_U)
+    logits = states.double().numpy() @ W_U.double().numpy() + decoder.b_U.double().numpy()
+    best = logits.argmax(1)
+    others = np.exp(logits - logits.max(1, keepdims=True))
+    np.put_along_axis(others, best[:, None], 0, 1)
+    return decoder, states, ids, best, -np.log1p(others.sum(1))
+
+
+@pytest.mark.parametrize("offset", [math.nan, 0.0, 40.0])
+@pytest.mark.parametrize("tiles", [Tiles, RoundedTiles])
+def test_bounds_of_probabilities_near_one_hold_and_tell_them_apart(tiles, offset):
+    decoder, states, _, _, exact = saturated()
+    exact = torch.from_numpy(exact) / math.log(2)
+    assert float(exact.max()) > -1e-20 and float(exact.min()) < -1
+    own = tiles(decoder, torch.float32, states.device)
+    maxima = torch.empty(300, own.n_blocks)
+    for part in (slice(0, 300), slice(0, 40)):
+        sums, _ = own.read(states[part], maxima[part], offset)
+        best = maxima[part].amax(1, keepdim=True)
+        args = (sums.offset, best[:, 0]) if tiles is RoundedTiles else (sums.offset,)
+        lower, upper = TopScan(decoder, 1).bounds(best, own.errors(states[part], *args), sums)
+        assert bool((lower[:, 0].double() <= exact[part]).all() and (exact[part] <= upper[:, 0].double()).all())
+        near = (exact[part] > -0.1) & (exact[part] < -1e-28)  # float32 powers end at 1e-38
+        assert bool(near.any())
+        if tiles is Tiles:
+            assert bool((lower[near, 0] / upper[near, 0] < 1.02).all())
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_saturated_rows_are_not_all_read_again(screened):
+    decoder, states, ids, best, exact = saturated()
+    scan = inner = TopScan(decoder, 12)
+    if screened:
+        scan = ScreenedScan(inner, RoundedTiles(decoder, torch.float32, states.device), 50)
+    found = scan_all(scan, states, ids, 50)
+    order = np.argsort(-exact)[:12]
+    assert found.ids.tolist() == [[int(ids[i]), int(best[i])] for i in order]
+    np.testing.assert_allclose(found.scores, exact[order], rtol=1e-9)
+    assert len(inner.kept.ids) <= 16
+    assert not screened or scan.scanned < 150
+
+
 def test_a_long_vocabulary():
     decoder, states = make(4500, 64, 16, dtype=torch.float32)
     expected = ordered(brute(decoder, states), np.arange(64))
@@ -295,9 +344,10 @@ def test_bounds_of_rounded_logits_hold_and_are_not_idle(bias):
         decoder = Decoder(Norm("none"), decoder.W_U, torch.zeros(900))
     tiles = RoundedTiles(decoder, torch.float32, states.device)
     maxima = torch.empty(200, tiles.n_blocks)
-    shift, _, offset = tiles.read(states, maxima)
+    _, offset = tiles.read(states, maxima)
     assert offset > 200 or not bias
-    shift, applied, _ = tiles.read(states, maxima, offset)
+    sums, _ = tiles.read(states, maxima, offset)
+    shift, applied = sums.log_normalizers, sums.offset
     exact = torch.from_numpy(brute(decoder, states)).amax(1) / math.log(2)
     assert applied == offset
     best = maxima.amax(1)

@@ -60,7 +60,7 @@ def small_chunks(monkeypatch):
     """States are saved after every chunk, and chunks are small where nobody says how large."""
     monkeypatch.setattr("tl_jets.ngrams.jobs.STATE_SECONDS", 0.0)
     for name in ("CHUNK_CPU", "CHUNK_SIZE"):
-        monkeypatch.setattr(f"tl_jets.ngrams.bigrams.{name}", 6)
+        monkeypatch.setattr(f"tl_jets.ngrams.bigram_sweep.{name}", 6)
 
 
 def stopped(name: str, folder: Path, monkeypatch: Any) -> Path:

@@ -19,7 +19,7 @@ from commands import run, share_models
 import tl_jets as tj
 from tl_jets import studies
 from tl_jets.ngrams import sweep, trigram_job
-from tl_jets.ngrams.bigrams import BigramSweep
+from tl_jets.ngrams.bigram_sweep import BigramSweep
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import TrigramSweep
 

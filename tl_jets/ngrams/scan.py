@@ -8,9 +8,11 @@ overflow; rows that it does not suit are read again, minus their maximum.
 blocks of all rows. The K best pairs lie in blocks whose best score is at least t, since K blocks hold a pair that good.
 
 **Exactness.** A logit in working precision is off by at most eps_r (`Reader.errors`), a log-probability
-with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. A block is kept if its upper bound reaches the K-th largest
-lower bound. Kept blocks are scored again in float64 with log p = (l - max) - log1p(sum of the others), which keeps the
-digits of scores near 0. Order: (score, ids).
+with p = exp(s) by 2 (1 - p) eps_r plus the error of a sum. Probabilities near 1 (a token after itself, where embeddings
+are tied) are read from their complement: R, the sum of exp(l - max) over all tokens but the largest, is added up
+without it, so that nothing cancels, and is off by a factor exp(2 eps_r) at most; log p = -log1p(R). A block is kept if
+its upper bound reaches the K-th largest lower bound. Kept blocks are scored again in float64 with log p = (l - max) -
+log1p(R). Order: (score, ids).
 
 Cost: rows * d_vocab * d_model multiply-adds plus 5%; float64 scoring adds (2 * rows of the result / rows) of a scan.
 Memory: a tile, d_vocab / 128 block maxima a row, 128 rows of float64 logits, the states of kept rows.
@@ -50,6 +52,9 @@ EXACT_ROWS = 128
 LEAST_SUM, LARGEST_SUM = -60.0, 100.0
 # Bound of the relative error of a sum of 2^exponent, in units of roundoff.
 SUM_ERROR = 64
+# Log-probabilities above log(SURE) are read from the sum of the others, which is added up without the largest term where
+# it is this part of the terms so far; less, for the rounding of both.
+SURE, DOMINANT = 0.9, 0.8
 
 
 class BestPairs(NamedTuple):
@@ -58,6 +63,22 @@ class BestPairs(NamedTuple):
     ids: Int[Tensor, "pair 2"]
     scores: Float[Tensor, " pair"]
     log_normalizers: Float[Tensor, " pair"]
+
+
+class Sums(NamedTuple):
+    """Log-normalizers of some rows, in binary logarithms.
+
+    `rest` is the sum of 2^(logit - largest) over all tokens but the largest, `lost` a bound of what underflowed of it.
+    """
+
+    log_normalizers: Float[Tensor, " row"]
+    rest: Float[Tensor, " row"]
+    lost: Float[Tensor, " row"]
+    offset: float = 0.0  # was added to all logits
+
+    def at(self, rows: Int[Tensor, " row"]) -> Sums:
+        """The sums of some rows."""
+        return Sums(self.log_normalizers[rows], self.rest[rows], self.lost[rows], self.offset)
 
 
 class Tiles:
@@ -107,32 +128,33 @@ class Tiles:
         return self.reader.errors(states) * LOG2_E + 4 * torch.finfo(self.dtype).eps * abs(offset)
 
     def read(
-        self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = 0.0
-    ) -> tuple[Float[Tensor, " row"] | None, float, float]:
-        """Read some rows and fill `maxima`, in binary logarithms, starting with the `offset` for the next rows from before.
+        self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = math.nan
+    ) -> tuple[Sums | None, float]:
+        """Read some rows and fill `maxima`, in binary logarithms, with the `offset` for the next rows from before, if any.
 
-        Returns binary log-normalizers (None if not computed), the offset that they include and that was added to all
-        logits, and the offset for the next rows (NaN if none suits all rows).
+        Returns sums (None without normalizers), and the offset for the next rows (NaN if none suits all rows).
         """
         x = self.scaled(states)
         if not self.normalize:
-            self._log_sums(x, maxima, 0.0)
-            return None, 0.0, 0.0
+            self._sums(x, maxima, 0.0)
+            return None, 0.0
         if math.isfinite(offset):
-            found = self._log_sums(x, maxima, offset)
-            if bool(((found > LEAST_SUM) & (found < LARGEST_SUM)).all()):
-                return found.to(self.dtype), offset, offset
-        # Usually at most once a sweep: read the rows again minus their maxima, and choose an offset.
-        found = self._log_sums(x, maxima, None)
-        least, largest = (float(y) for y in found.aminmax())
+            found = self._sums(x, maxima, offset)
+            totals = found.log_normalizers
+            if bool(((totals > LEAST_SUM) & (totals < LARGEST_SUM)).all()):
+                return found, offset
+        # The first rows of a sweep, or rows that the offset does not suit: subtract their maxima, and choose an offset.
+        found = self._sums(x, maxima, None)
+        least, largest = (float(y) for y in found.log_normalizers.aminmax())
         suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
-        return found.to(self.dtype), 0.0, -(least + largest) / 2 if suitable else math.nan
+        return found, -(least + largest) / 2 if suitable else math.nan
 
-    def _log_sums(self, x: Tensor, maxima: Tensor, offset: float | None) -> Tensor:
-        """Logarithms of sums of 2^(logit + offset), minus running maxima if it is None; fills `maxima`."""
+    def _sums(self, x: Tensor, maxima: Tensor, offset: float | None) -> Sums:
+        """Sums of 2^(logit + offset), minus running maxima if it is None; fills `maxima`."""
         bias = self.bias if not offset else offset + (0 if self.bias is None else self.bias)
         top = torch.full((len(x),), 0.0 if offset is not None else -math.inf, dtype=self.dtype, device=self.device)
-        total = torch.zeros(len(x), dtype=torch.float64, device=self.device)
+        # The largest term, and the sum of the others.
+        largest, rest = torch.zeros(2, len(x), dtype=torch.float64, device=self.device)
         for start in range(0, self.size, self.width):
             stop = min(start + self.width, self.size)
             logits = self._tile(x, slice(start, stop), bias)
@@ -144,13 +166,16 @@ class Tiles:
             maxima[:, start // BLOCK : -(-stop // BLOCK)] = allowed
             if not self.normalize:
                 continue
+            best = best.amax(1)
             if offset is None:
-                higher = torch.maximum(top, best.amax(1))
-                total *= torch.exp2((top - higher).double())
-                top = higher
+                higher = torch.maximum(top, best)
+                factor = torch.exp2((top - higher).double())
+                largest, rest, top = largest * factor, rest * factor, higher
                 logits.sub_(top.unsqueeze(1))
-            total += logits.exp2_().sum(1)
-        return total.log2() + top.double()
+            largest, rest = _added(logits.exp2_(), torch.exp2(best - top).double(), largest, rest)
+        lost = self.size * torch.finfo(self.dtype).tiny / largest
+        log_normalizers = (largest + rest).log2() + top.double()
+        return Sums(*(y.to(self.dtype) for y in (log_normalizers, rest / largest, lost)), offset or 0.0)
 
     def _tile(self, x: Tensor, tokens: slice, bias: Tensor | float | None) -> Tensor:
         """Binary logarithms [row, whole blocks] of some tokens, padded with -inf."""
@@ -165,6 +190,18 @@ class Tiles:
             torch.mul(self.transform(logits), LOG2_E, out=logits)
         padded[:, size:] = -math.inf
         return padded
+
+
+def _added(terms: Tensor, highest: Tensor, largest: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest term and the sum of the others, of those before and of `terms` [row, term], whose largest are `highest`."""
+    total = terms.sum(1).double()
+    others = (total - highest).clamp_min(0)
+    # The difference cancels where one term is nearly all of the sum.
+    dominated = (highest > DOMINANT * (total + largest + rest)).nonzero()[:, 0]
+    if len(dominated):
+        own = terms[dominated]
+        others[dominated] = own.scatter_(1, own.argmax(1, keepdim=True), 0).sum(1).double()
+    return largest.maximum(highest), rest + torch.where(highest > largest, largest + others, total)
 
 
 class TopScan:
@@ -190,7 +227,7 @@ class TopScan:
         self.dtype, self.device = self.tiles.dtype, self.tiles.device
         # The K-th best lower bound so far, in binary logarithms.
         self.threshold = -math.inf
-        self.offset = 0.0
+        self.offset = math.nan
         self.sum_error = SUM_ERROR * torch.finfo(self.dtype).eps
         self.kept = _Kept.none(decoder.d_model, self.dtype, self.device)
         self.maxima = torch.empty(0, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
@@ -199,15 +236,14 @@ class TopScan:
     def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
         """Read some rows, named by distinct `ids` in the result; ValueError if a logit is not finite."""
         maxima = self.rows_of_maxima(len(states))
-        shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
-        best = maxima.amax(1) if shift is None else maxima.amax(1) - shift
-        check_finite(best, ids)
-        errors = self.tiles.errors(states, offset)
-        hits = (self.bounds(best, errors)[1] >= self.threshold).nonzero()[:, 0]
+        sums, self.offset = self.tiles.read(states, maxima, self.offset)
+        best = maxima.amax(1)
+        check_finite(best if sums is None else best - sums.log_normalizers, ids)
+        errors = self.tiles.errors(states, 0.0 if sums is None else sums.offset)
+        hits = (self.bounds(best.unsqueeze(1), errors, sums)[1][:, 0] >= self.threshold).nonzero()[:, 0]
         if len(hits):
-            scores = maxima[hits] if shift is None else maxima[hits] - shift[hits, None]
-            lower, upper = self.bounds(scores, errors[hits, None])
-            row, block = ((upper >= self.threshold) & (scores > -math.inf)).nonzero().unbind(1)
+            lower, upper = self.bounds(maxima[hits], errors[hits], None if sums is None else sums.at(hits))
+            row, block = ((upper >= self.threshold) & (upper > -math.inf)).nonzero().unbind(1)
             found = _Kept(ids[hits], states[hits].to(self.dtype), row, block, lower[row, block], upper[row, block])
             self.kept = self.kept.joined(found)
             self._prune()
@@ -218,12 +254,20 @@ class TopScan:
             self.maxima = torch.empty(rows, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
         return self.maxima[:rows]
 
-    def bounds(self, scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of exact scores, in binary logarithms."""
-        if self.normalize:
-            others = (1 - torch.exp2(scores)).clamp_min(0)
-            errors = 2 * errors * (others + 2 * errors).clamp_max(1) + self.sum_error
-        return scores - errors, scores + errors
+    def bounds(
+        self, maxima: Float[Tensor, "row block"], errors: Float[Tensor, " row"], sums: Sums | None
+    ) -> tuple[Float[Tensor, "row block"], Float[Tensor, "row block"]]:
+        """Lower and upper bounds of exact scores, in binary logarithms, from maxima of logits and their errors."""
+        errors = errors.unsqueeze(1)
+        if sums is None:
+            return maxima - errors, maxima + errors
+        scores = maxima - sums.log_normalizers.unsqueeze(1)
+        others = (1 - torch.exp2(scores)).clamp_min(0)
+        spread = 2 * errors * (others + 2 * errors).clamp_max(1) + self.sum_error
+        is_sure, factor = scores > math.log2(SURE), torch.exp2(2 * errors) * (1 + self.sum_error)
+        rest, lost = sums.rest.unsqueeze(1), sums.lost.unsqueeze(1)
+        least, most = -((rest + lost) * factor).log1p() * LOG2_E, -(rest / factor - lost).clamp_min(0).log1p() * LOG2_E
+        return torch.where(is_sure, least, scores - spread), torch.where(is_sure, most, scores + spread)
 
     def _prune(self) -> None:
         if len(self.kept.lower) > self.k:

@@ -13,6 +13,7 @@ highest bounds are scanned first. A scan that has to scan most of its rows stops
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class ScreenedScan:
     def __init__(self, scan: TopScan, tiles: RoundedTiles, chunk_size: int):
         self.scan, self.tiles, self.chunk_size = scan, tiles, chunk_size
         self.screened = self.scanned = 0
-        self.offset = 0.0
+        self.offset = math.nan
         kept = scan.kept
         self._waiting = _Waiting(kept.states[:0], kept.ids[:0], kept.upper[:0])
         # The best lower bounds of the best pairs of rows, k at most.
@@ -109,10 +110,11 @@ class ScreenedScan:
             self.scan.add(states, ids)
             return
         maxima = self.scan.rows_of_maxima(len(states))
-        shift, offset, self.offset = self.tiles.read(states, maxima, self.offset)
-        assert shift is not None
+        sums, self.offset = self.tiles.read(states, maxima, self.offset)
+        assert sums is not None
         best = maxima.amax(1)
-        lower, upper = self.scan.bounds(best - shift, self.tiles.errors(states, offset, best))
+        errors = self.tiles.errors(states, sums.offset, best)
+        lower, upper = (bound[:, 0] for bound in self.scan.bounds(best.unsqueeze(1), errors, sums))
         self._raise_threshold(lower)
         self.screened += len(ids)
         new = (states.to(self.scan.dtype), ids, upper)

@@ -1,0 +1,221 @@
+"""A sweep over the vocabulary for the bi-grams of some paths: checked options, memory, scans, unfinished states, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_jets.core.free_memory import check_fits
+from tl_jets.core.logit_reader import BLOCK, CHUNK_SIZE
+from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.options import check_choice, check_integers
+from tl_jets.core.processes import ALONE, Processes
+from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.float32 import full_float32
+from tl_jets.ngrams.jobs import Job, State, Sweep
+from tl_jets.ngrams.rows import RowReader, RowScan
+from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
+from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
+from tl_jets.ngrams.streams import PathInput, TokenIds, VocabularyStreams, described, mlp_steps, read_tokens
+from tl_jets.ngrams.tables import NgramTable
+
+Per = Literal["global", "row"]
+Paths = Literal["each_mlp"] | Sequence[PathInput]
+
+# Rows per chunk of a scan; where their logits are held, `CHUNK_SIZE`.
+CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
+# Bytes of a bi-gram while its table is sorted, and in each path's results.
+PAIR_BYTES, FOUND_BYTES = 48, 64
+# Minimum number of multiply-adds for which measuring the speed of bfloat16 pays off.
+WORTH_PROBING = 10**11
+
+
+def _given_paths(model: Any, paths: Paths) -> list[PathInput]:
+    if paths != "each_mlp" if isinstance(paths, str) else not isinstance(paths, Iterable):
+        raise ValueError(f'paths must be "each_mlp" or a list of paths; got {paths!r}. Use jet_bigrams for one path.')
+    given: list[PathInput] = [*(mlp_steps(ResidualNetwork(model)) if isinstance(paths, str) else paths)]
+    if not given:
+        raise ValueError('There must be a path at least; got none. A model without MLPs has the path "direct" only.')
+    return given
+
+
+class BigramSweep(Sweep):
+    """A sweep over the vocabulary for some paths, with checked options; see `jet_bigrams`."""
+
+    def __init__(
+        self,
+        model: Any,
+        paths: Paths,
+        *,
+        top_k: int = 100,
+        per: Per = "global",
+        rows: TokenIds | None = None,
+        columns: TokenIds | None = None,
+        score: Score = "logprob",
+        chunk_size: int | None = None,
+        screen: Screen | None = "auto",
+        progress: bool = True,
+        processes: Processes = ALONE,
+    ):
+        self.streams = VocabularyStreams(model, _given_paths(model, paths))
+        self.network, self.device, self.dtype = self.streams.network, self.streams.device, self.streams.dtype
+        self.decoder = self.network.decoder
+        check_choice("per", per, ("global", "row"))
+        check_choice("score", score, SCORES)
+        self.top_k, self.per, self.score, self.screen = top_k, per, score, screen
+        self.progress, self.processes = progress, processes
+        self.rows = read_tokens("rows", rows, self.streams.n_tokens, self.device)
+        self.columns = None if columns is None else read_tokens("columns", columns, self.decoder.d_vocab, self.device)
+        default = CHUNK_SIZE if per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
+        self.chunk_size = processes.chunk_size(len(self.rows), default) if chunk_size is None else chunk_size
+        check_integers(1, top_k=top_k, chunk_size=self.chunk_size)
+        self.settings = {
+            "ngram": "bigram",
+            "score": score,
+            "per": per,
+            "top_k": top_k,
+            "rows": described(self.rows, rows),
+            "columns": described(self.columns, columns),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        self._check_memory()
+        self.screens = self._screens()
+
+    def _check_memory(self) -> None:
+        """Raise if the tables do not fit; bytes per pair were measured (tests/core/test_memory.py)."""
+        n_rows, n_paths = len(self.rows), len(self.streams.paths)
+        n_columns = self.decoder.d_vocab if self.columns is None else len(self.columns)
+        n_pairs = n_rows * min(self.top_k, n_columns)
+        if self.per == "global":
+            # With K blocks or fewer there is no threshold, and all pairs are kept.
+            n_blocks = n_rows * -(-n_columns // BLOCK)
+            n_pairs = n_rows * n_columns if self.top_k >= n_blocks else self.top_k
+        check_fits(
+            n_pairs * (PAIR_BYTES + FOUND_BYTES * n_paths),
+            f"Tables of {n_paths} {'path' if n_paths == 1 else 'paths'}, with {n_pairs:,} bi-grams to be held of each,",
+            "Take a smaller top_k, fewer rows or columns, or fewer paths at a time.",
+        )
+
+    def _screens(self) -> bool:
+        """Whether rows are screened in bfloat16."""
+        check_choice("screen", self.screen, ("auto", "bf16", None))
+        possible = self.per == "global" and self.score == "logprob" and self.columns is None
+        possible = possible and self.decoder.transform is None and self.dtype is torch.float32
+        if self.screen == "bf16" and not possible:
+            raise ValueError(
+                'screen="bf16" needs per="global", score="logprob", all columns, a float32 sweep and a model without a '
+                'softcap; this one has something else. Use screen="auto" or None.'
+            )
+        work = len(self.rows) * self.decoder.d_vocab * self.decoder.d_model
+        if self.screen == "auto" and possible and work > WORTH_PROBING:
+            return bf16_is_fast(self.device, self.decoder.d_model)
+        return self.screen == "bf16"
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """Tile buffers, shared by all paths."""
+        return Tiles(self.decoder, self.dtype, self.device, normalize=self.score == "logprob", tokens=self.columns)
+
+    def description(self) -> dict[str, Any]:
+        """Options and model, which must be equal in all processes."""
+        more = {"paths": list(self.streams.paths), "chunk_size": self.chunk_size, "screen": self.screen}
+        return super().description() | more
+
+    def _scans(self, labels: Sequence[str]) -> dict[str, TopScan | ScreenedScan | RowScan]:
+        shared = {"score": self.score, "tokens": self.columns, "dtype": self.dtype, "device": self.device}
+        if self.per == "row":
+            reader = RowReader(self.decoder, self.top_k, **shared)
+            return {label: RowScan(reader) for label in labels}
+        scans = {label: TopScan(self.decoder, self.top_k, **shared, tiles=self.tiles) for label in labels}
+        if not self.screens:
+            return {**scans}
+        tiles = RoundedTiles(self.decoder, self.dtype, self.device)
+        return {label: ScreenedScan(scan, tiles, self.chunk_size) for label, scan in scans.items()}
+
+    def job(self, name: str | None = None) -> Job:
+        """The job of the only path, named as it by default."""
+        (label,) = self.streams.paths
+
+        def run(state: Path | None) -> NgramTable:
+            return self.run([label], state)[label]
+
+        return Job(name or label, run, **self.header(label), processes=self.processes)
+
+    @torch.no_grad()
+    @full_float32()
+    def run(self, labels: Sequence[str], state_file: Path | None) -> dict[str, NgramTable]:
+        """Sweep over the vocabulary and return the tables of the paths `labels`."""
+        processes = self.processes
+        scans = processes.agree(lambda: self._scans(labels), lambda scans: {"paths": list(scans)})
+        state = State(state_file, self.header(" + ".join(self.streams.paths)) if state_file else {})
+
+        def resume() -> int:
+            done, tensors = state.resume()
+            if not 0 <= done <= len(self.rows):
+                raise ValueError(
+                    f"A state must be of rows that there are, at most {len(self.rows)}; {str(state_file)!r} says {done}. Delete it."
+                )
+            # Start again if the state lacks a path, whose table was deleted after the state was saved.
+            if not set(scans) <= {name.rpartition("/")[0] for name in tensors}:
+                done = 0
+            _restore(scans, [tensors] if done else [])
+            return done
+
+        done = processes.first(resume)
+        chunks = 1  # per process, between two synchronizations
+        shown = None if self.progress and processes.rank == 0 else True
+        with tqdm(total=len(self.rows), initial=done, unit="token", delay=1, leave=False, disable=shown) as bar:
+            while done < len(self.rows):
+                stop = min(done + chunks * processes.size * self.chunk_size, len(self.rows))
+                seconds = max(processes.exchange(partial(self._scan, scans, done, stop)))
+                chunks = processes.pace(chunks, seconds)
+                bar.update(stop - done)
+                done = stop
+                if processes.first(state.is_due):
+                    self._collect(scans, everywhere=False)
+                    processes.first(partial(state.save, done, partial(_named, scans)))
+        self._collect(scans, everywhere=True)
+        return {label: self._table(label, scan.finish(processes)) for label, scan in scans.items()}
+
+    def _scan(self, scans: Mapping[str, Any], start: int, stop: int) -> float:
+        """Scan this process's chunks of rows start..stop; returns the seconds taken."""
+        began = time.monotonic()
+        processes, size = self.processes, self.chunk_size
+        for own in range(start + processes.rank * size, stop, processes.size * size):
+            ids = self.rows[own : min(own + size, stop)]
+            embed = self.streams.embed(ids)
+            for label, scan in scans.items():
+                scan.add(self.streams.states(embed, label), ids)
+        return time.monotonic() - began
+
+    def _collect(self, scans: Mapping[str, Any], *, everywhere: bool) -> None:
+        """Send all results to every process, or to process 0 alone (then the others start empty)."""
+        if self.processes.size > 1:
+            found = self.processes.exchange(partial(_named, scans))
+            _restore(scans, found if everywhere or self.processes.rank == 0 else [])
+
+    def _table(self, label: str, best: BestPairs) -> NgramTable:
+        ids = best.ids.cpu()
+        parts = {"log_normalizer": best.log_normalizers} if self.score == "logprob" else {}
+        names = token_names(self.network.tokenizer, [ids])
+        return NgramTable(ids, best.scores, names, **self.header(label), parts=parts)
+
+
+def _named(scans: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {f"{label}/{key}": x for label, scan in scans.items() for key, x in scan.state().items()}
+
+
+def _restore(scans: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Restore scans from the `_named` tensors of one or several processes."""
+    for label, scan in scans.items():
+        own = f"{label}/"
+        scan.restore(
+            *({key.removeprefix(own): x for key, x in state.items() if key.startswith(own)} for state in states)
+        )
