@@ -40,6 +40,7 @@ from tl_jets.ngrams import (
 from tl_jets.ngrams.fingerprints import SAMPLES
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import Tiles, TopScan
+from tl_jets.ngrams.scoring import Scoring
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import mlp_steps
 from tl_jets.ngrams.tables import NgramTable
@@ -100,7 +101,7 @@ def test_best_pairs_are_those_of_brute_force(d_vocab, dtype, score, transform):
     ids = torch.arange(70) * 3 + 5
     expected = ordered(brute(decoder, states, score), ids)
     for k in (1, 40, 1000):
-        best = scan_all(TopScan(decoder, k, score=score, dtype=dtype), states, ids, 17)
+        best = scan_all(TopScan(decoder, k, scoring=Scoring(score), dtype=dtype), states, ids, 17)
         assert_best(best, expected, k, 1e-12)
         logits = decoder.logit_scale * (states.double() @ decoder.W_U.double() + decoder.b_U.double())
         logits = logits if decoder.transform is None else decoder.transform(logits)
@@ -126,7 +127,7 @@ def test_any_shape_chunk_and_scale(seed, d_vocab, rows, k, chunk, size, offset, 
         torch.randperm(d_vocab, generator=torch.Generator().manual_seed(seed))[: max(1, d_vocab // 3)].sort().values
     )
     columns = columns if subset else None
-    scan = TopScan(decoder, k, score=score, tokens=columns)
+    scan = TopScan(decoder, k, scoring=Scoring(score, columns))
     if screened and not subset and score == "logprob":
         scan = ScreenedScan(scan, RoundedTiles(decoder, torch.float32, states.device), 16)
     best = scan_all(scan, states, torch.arange(rows), chunk)
@@ -147,7 +148,9 @@ def test_ties_go_to_the_smallest_ids():
     decoder = Decoder(Norm("none"), W_U, torch.zeros(700))
     expected = ordered((states.double() @ W_U.double()).numpy(), np.arange(50))
     for k in (1, 30, 500):
-        assert_best(scan_all(TopScan(decoder, k, score="logit"), states, torch.arange(50), 8), expected, k, 0)
+        assert_best(
+            scan_all(TopScan(decoder, k, scoring=Scoring("logit")), states, torch.arange(50), 8), expected, k, 0
+        )
     same = states[:1].expand(20, 3).contiguous()  # twenty times the same row: log-probabilities tie, too
     best = scan_all(TopScan(decoder, 45), same, torch.arange(20).flip(0), 7)
     scores = brute(decoder, same)[0]
@@ -407,7 +410,7 @@ def test_best_tokens_of_every_row(dtype, tolerance, score, transform):
     decoder, states = make(1500, 40, transform=TRANSFORMS[transform], dtype=dtype)
     columns = torch.arange(2, 1500, 3)
     for tokens, k in ((None, 4), (columns, 6), (columns[:5], 50)):
-        reader = RowReader(decoder, k, score=score, tokens=tokens, dtype=dtype)
+        reader = RowReader(decoder, k, scoring=Scoring(score, tokens), dtype=dtype)
         best = scan_all(RowScan(reader), states, torch.arange(40), 9)
         scores = brute(decoder, states, score, tokens)
         expected = []
@@ -422,7 +425,7 @@ def test_rows_of_equal_logits():
     W_U = torch.randint(-1, 2, (3, 700), generator=torch.Generator().manual_seed(1)).float()
     states = torch.randint(-1, 2, (20, 3), generator=torch.Generator().manual_seed(2)).float()
     decoder = Decoder(Norm("none"), W_U, torch.zeros(700))
-    best = scan_all(RowScan(RowReader(decoder, 5, score="logit")), states, torch.arange(20), 6)
+    best = scan_all(RowScan(RowReader(decoder, 5, scoring=Scoring("logit"))), states, torch.arange(20), 6)
     for i, row in enumerate((states @ W_U).numpy()):
         assert best.ids[best.ids[:, 0] == i, 1].tolist() == ordered(row[None], [i])[1][:5].tolist()
 
@@ -432,7 +435,7 @@ def test_a_scale_of_the_logits_scales_their_rounding_errors():
     source = torch.Generator().manual_seed(0)
     W_U, states = 1 + 1e-6 * torch.randn(16, 1500, generator=source), 10 + 1e-3 * torch.randn(80, 16, generator=source)
     plain, scaled = (
-        scan_all(RowScan(RowReader(decoder, 4, score="logit")), states, torch.arange(80), 30)
+        scan_all(RowScan(RowReader(decoder, 4, scoring=Scoring("logit"))), states, torch.arange(80), 30)
         for decoder in (Decoder(Norm("none"), W_U, torch.zeros(1500), x) for x in (None, lambda logits: 64 * logits))
     )
     assert torch.equal(scaled.ids, plain.ids) and torch.equal(scaled.scores, 64 * plain.scores)

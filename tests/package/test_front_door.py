@@ -18,7 +18,7 @@ from tl_jets.detached_map import composed_jacobian
 from tl_jets.flows import targets
 from tl_jets.interventions import hooks
 from tl_jets.jets import expand
-from tl_jets.ngrams import bigram_sweep, join, scan
+from tl_jets.ngrams import bigram_sweep, join, scoring
 from tl_jets.paths import expansion
 
 
@@ -92,7 +92,7 @@ def test_the_commands_choices_are_the_librarys():
     assert arguments.CENTER_SCALES == norms.CENTER_SCALES
     assert arguments.OBJECTIVES == expand.OBJECTIVES
     assert get_args(bigram_sweep.Per) == arguments.PER
-    assert tuple(arguments.SCORES) == tuple(scan.SCORES)
+    assert tuple(arguments.SCORES) == tuple(scoring.SCORES)
     assert tuple(arguments.NORMALIZES) == tuple(join.NORMALIZES)
     assert arguments.LOGITS == composed_jacobian.LOGITS
     assert (get_args(hooks.Mode), get_args(targets.Measure)) == (arguments.MODES, arguments.FLOW_MEASURES)

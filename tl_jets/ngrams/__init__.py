@@ -12,9 +12,11 @@ from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.jobs import Job, sweep
 from tl_jets.ngrams.streams import VocabularyStreams
 from tl_jets.ngrams.trigrams import jet_trigrams, trigram_job, trigram_scores
+from tl_jets.ngrams.vocabulary import UntrainedTokens, untrained_tokens
 
 __all__ = [
     "Job",
+    "UntrainedTokens",
     "VocabularyStreams",
     "bigram_job",
     "bigram_log_normalizers",
@@ -25,4 +27,5 @@ __all__ = [
     "sweep",
     "trigram_job",
     "trigram_scores",
+    "untrained_tokens",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.decoder import exact_logits
 from tl_jets.core.free_memory import check_fits
-from tl_jets.core.logit_reader import BLOCK, CHUNK_SIZE
+from tl_jets.core.logit_reader import BLOCK, CHUNK_SIZE, slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.processes import ALONE, Processes
@@ -21,10 +24,13 @@ from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import Job, State, Sweep
 from tl_jets.ngrams.rows import RowReader, RowScan
-from tl_jets.ngrams.scan import SCORES, BestPairs, Score, Tiles, TopScan
+from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
+from tl_jets.ngrams.scoring import SCORES, Score, Scoring, baseline_offsets
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import PathInput, TokenIds, VocabularyStreams, described, mlp_steps, read_tokens
 from tl_jets.ngrams.tables import NgramTable
+from tl_jets.ngrams.unigrams import check_unigram
+from tl_jets.ngrams.vocabulary import is_tied
 
 Per = Literal["global", "row"]
 Paths = Literal["each_mlp"] | Sequence[PathInput]
@@ -59,6 +65,9 @@ class BigramSweep(Sweep):
         rows: TokenIds | None = None,
         columns: TokenIds | None = None,
         score: Score = "logprob",
+        unigram: Float[Tensor, " d_vocab"] | None = None,
+        exclude_self: bool = False,
+        exclude: TokenIds | None = None,
         chunk_size: int | None = None,
         screen: Screen | None = "auto",
         progress: bool = True,
@@ -71,8 +80,8 @@ class BigramSweep(Sweep):
         check_choice("score", score, SCORES)
         self.top_k, self.per, self.score, self.screen = top_k, per, score, screen
         self.progress, self.processes = progress, processes
-        self.rows = read_tokens("rows", rows, self.streams.n_tokens, self.device)
-        self.columns = None if columns is None else read_tokens("columns", columns, self.decoder.d_vocab, self.device)
+        self.exclude_self = exclude_self
+        self.rows, self.columns = self._read_tokens(rows, columns, exclude)
         default = CHUNK_SIZE if per == "row" else CHUNK_CPU if self.device.type == "cpu" else CHUNK_DEVICE
         self.chunk_size = processes.chunk_size(len(self.rows), default) if chunk_size is None else chunk_size
         check_integers(1, top_k=top_k, chunk_size=self.chunk_size)
@@ -85,8 +94,66 @@ class BigramSweep(Sweep):
             "columns": described(self.columns, columns),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        # Only where they are used, so that older tables are still of the same settings.
+        self.settings |= {"exclude_self": True} if exclude_self else {}
+        self.settings |= {} if exclude is None else {"exclude": described(self.left_out, exclude)}
+        self.settings |= {"tied_embeddings": True} if is_tied(self.streams) else {}
+        self.unigram = self._read_unigram(unigram)
         self._check_memory()
         self.screens = self._screens()
+
+    def _read_tokens(
+        self, rows: TokenIds | None, columns: TokenIds | None, exclude: TokenIds | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """First tokens, and second ones (None for all), without those left out."""
+        tokenizer, device = self.network.tokenizer, self.device
+        first = read_tokens("rows", rows, self.streams.n_tokens, device, tokenizer)
+        second = read_tokens("columns", columns, self.decoder.d_vocab, device, tokenizer)
+        self.left_out = first[:0]
+        if exclude is not None and len(exclude):
+            size = max(self.streams.n_tokens, self.decoder.d_vocab)
+            self.left_out = read_tokens("exclude", exclude, size, device, tokenizer)
+            first, second = (x[~torch.isin(x, self.left_out)] for x in (first, second))
+        if not len(first) or len(second) < 1 + self.exclude_self:
+            raise ValueError(
+                f"There must be tokens to choose from; exclude and exclude_self leave {len(first)} first and {len(second)} second "
+                "ones. Leave fewer out, or give more rows and columns."
+            )
+        return first, None if len(second) == self.decoder.d_vocab else second
+
+    def _read_unigram(self, unigram: Float[Tensor, " d_vocab"] | None) -> Float[Tensor, " d_vocab"] | None:
+        """The unigram of a lift, on the sweep's device; without one, a lift needs mean logits."""
+        if unigram is not None and self.score != "lift":
+            raise ValueError(
+                f'unigram= is the baseline of score="lift"; the score is {self.score!r}. Leave one of them out.'
+            )
+        if unigram is None and self.score == "lift" and self.decoder.transform is not None:
+            raise NotImplementedError(
+                'score="lift" takes the mean of logits by the mean of their states, which a softcap does not allow. Give '
+                "unigram=, the probability of every token, as its baseline."
+            )
+        if unigram is None:
+            return None
+        found = check_unigram(unigram, size=self.decoder.d_vocab)
+        self.settings["unigram_sha256"] = hashlib.sha256(found.numpy().tobytes()).hexdigest()
+        return found.to(self.device)
+
+    @torch.no_grad()
+    def _scoring(self, label: str) -> Scoring:
+        """How pairs of a path are scored."""
+        offsets = None
+        if self.score == "lift" and self.unigram is not None:
+            offsets = baseline_offsets(self.unigram)
+        elif self.score == "lift":
+            every = torch.arange(self.streams.n_tokens, device=self.device)
+
+            def total(part: slice) -> Tensor:
+                return self.streams.states(self.streams.embed(every[part]), label).sum(0, dtype=torch.float64)
+
+            totals = self.processes.map(total, list(slices(len(every), CHUNK_CPU)))
+            mean = torch.stack(totals).sum(0, keepdim=True).to(self.device) / len(every)
+            offsets = baseline_offsets(None, exact_logits(self.decoder, mean)[0])
+        return Scoring(self.score, self.columns, offsets, self.exclude_self)
 
     def _check_memory(self) -> None:
         """Raise if the tables do not fit; bytes per pair were measured (tests/core/test_memory.py)."""
@@ -106,12 +173,12 @@ class BigramSweep(Sweep):
     def _screens(self) -> bool:
         """Whether rows are screened in bfloat16."""
         check_choice("screen", self.screen, ("auto", "bf16", None))
-        possible = self.per == "global" and self.score == "logprob" and self.columns is None
+        possible = self.per == "global" and self.score == "logprob" and self.columns is None and not self.exclude_self
         possible = possible and self.decoder.transform is None and self.dtype is torch.float32
         if self.screen == "bf16" and not possible:
             raise ValueError(
-                'screen="bf16" needs per="global", score="logprob", all columns, a float32 sweep and a model without a '
-                'softcap; this one has something else. Use screen="auto" or None.'
+                'screen="bf16" needs per="global", score="logprob", all columns and pairs, a float32 sweep and a model '
+                'without a softcap; this one has something else. Use screen="auto" or None.'
             )
         work = len(self.rows) * self.decoder.d_vocab * self.decoder.d_model
         if self.screen == "auto" and possible and work > WORTH_PROBING:
@@ -121,7 +188,7 @@ class BigramSweep(Sweep):
     @cached_property
     def tiles(self) -> Tiles:
         """Tile buffers, shared by all paths."""
-        return Tiles(self.decoder, self.dtype, self.device, normalize=self.score == "logprob", tokens=self.columns)
+        return Tiles(self.decoder, self.dtype, self.device, Scoring(self.score, self.columns, None, self.exclude_self))
 
     def description(self) -> dict[str, Any]:
         """Options and model, which must be equal in all processes."""
@@ -129,11 +196,22 @@ class BigramSweep(Sweep):
         return super().description() | more
 
     def _scans(self, labels: Sequence[str]) -> dict[str, TopScan | ScreenedScan | RowScan]:
-        shared = {"score": self.score, "tokens": self.columns, "dtype": self.dtype, "device": self.device}
+        scorings = {label: self._scoring(label) for label in labels}
+        shared: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         if self.per == "row":
-            reader = RowReader(self.decoder, self.top_k, **shared)
-            return {label: RowScan(reader) for label in labels}
-        scans = {label: TopScan(self.decoder, self.top_k, **shared, tiles=self.tiles) for label in labels}
+            one = (
+                None
+                if self.score == "lift"
+                else RowReader(self.decoder, self.top_k, scoring=scorings[labels[0]], **shared)
+            )
+            return {
+                label: RowScan(one or RowReader(self.decoder, self.top_k, scoring=scorings[label], **shared))
+                for label in labels
+            }
+        scans = {
+            label: TopScan(self.decoder, self.top_k, scoring=scorings[label], **shared, tiles=self.tiles)
+            for label in labels
+        }
         if not self.screens:
             return {**scans}
         tiles = RoundedTiles(self.decoder, self.dtype, self.device)
@@ -203,7 +281,7 @@ class BigramSweep(Sweep):
 
     def _table(self, label: str, best: BestPairs) -> NgramTable:
         ids = best.ids.cpu()
-        parts = {"log_normalizer": best.log_normalizers} if self.score == "logprob" else {}
+        parts = {"log_normalizer": best.log_normalizers} if self.score in ("logprob", "lift") else {}
         names = token_names(self.network.tokenizer, [ids])
         return NgramTable(ids, best.scores, names, **self.header(label), parts=parts)
 

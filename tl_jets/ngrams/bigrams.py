@@ -3,9 +3,10 @@ r"""Jet bi-grams: next-token scores of a path of the network, for every token of
 .. math::
     \text{score}(z_2 | z_1) = \log \mathrm{softmax}\bigl(\upsilon(x_{\text{path}}(z_1))\bigr)_{z_2}
 
-x is the stream of a single token along the path (`tl_jets.ngrams.streams` lists the paths), without positional
-embedding, and upsilon the model's decoder: final norm, unembedding, bias, softcap or scale. `direct` is the order-0 jet
-of the decoder at the embedding. Tables are exact, and no V x V matrix is stored (`tl_jets.ngrams.scan`).
+or another score of the same logits (`tl_jets.ngrams.scoring`). x is the stream of a single token along the path
+(`tl_jets.ngrams.streams` lists the paths), without positional embedding, and upsilon the model's decoder: final norm,
+unembedding, bias, softcap or scale. `direct` is the order-0 jet of the decoder at the embedding. Tables are exact, and
+no V x V matrix is stored (`tl_jets.ngrams.scan`).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), section on jet n-grams, footnote 4.
 Cost: V^2 d_model multiply-adds a path (GPT-2 small: 40 forward passes of 1,024 tokens) plus about a tenth, and the
@@ -32,7 +33,7 @@ from tl_jets.core.processes import Distributed
 from tl_jets.ngrams.bigram_sweep import BigramSweep, Paths, Per
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import Job, finish
-from tl_jets.ngrams.scan import Score
+from tl_jets.ngrams.scoring import Score
 from tl_jets.ngrams.screen import Screen
 from tl_jets.ngrams.streams import PathInput, TokenIds
 from tl_jets.ngrams.tables import NgramTable
@@ -47,6 +48,9 @@ def jet_bigrams(
     rows: TokenIds | None = None,
     columns: TokenIds | None = None,
     score: Score = "logprob",
+    unigram: Float[Tensor, " d_vocab"] | None = None,
+    exclude_self: bool = False,
+    exclude: TokenIds | None = None,
     chunk_size: int | None = None,
     screen: Screen | None = "auto",
     progress: bool = True,
@@ -60,9 +64,13 @@ def jet_bigrams(
         path: `"direct"`, `"mlps"`, or MLP steps in order: a list (`["1_mlp", "3_mlp"]`) or a label (`"1_mlp > 3_mlp"`).
         top_k: Number of bi-grams.
         per: `"global"`: the best overall; `"row"`: the best of each first token.
-        rows: Ids of the first tokens; None for all.
-        columns: Ids of the second tokens; None for all. The softmax is over the whole vocabulary in any case.
-        score: `"logprob"` (nats) or `"logit"` (after the model's softcap or scale).
+        rows: Ids or texts (`[" at"]`) of the first tokens; None for all.
+        columns: Of the second tokens; None for all. The softmax is over the whole vocabulary in any case.
+        score: `"logprob"`, `"logit"` (after the model's softcap or scale), `"centered"` (minus its mean over the vocabulary) or
+            `"lift"` (log-probability minus that of a baseline: what the path says after no token in particular).
+        unigram: The baseline of `"lift"`; None for the softmax of the path's mean logits over all first tokens. Shape [d_vocab].
+        exclude_self: Leave out a token after itself, which ranks first where embeddings are tied.
+        exclude: Ids or texts of tokens to leave out on both sides, such as `untrained_tokens(model).ids`.
         chunk_size: First tokens scanned at a time; None for a default that suits the device.
         screen: `"bf16"` skips hopeless rows in bfloat16, `"auto"` if that is fast, None never; the table is the same.
         progress: Show a bar in a terminal if the sweep takes longer than a second.
@@ -72,7 +80,7 @@ def jet_bigrams(
             and return the same table. Process 0 reads and writes files.
 
     Returns:
-        Bi-grams, best first, ties by ids. Log-probabilities have a part `log_normalizer`, log sum exp of logits.
+        Bi-grams, best first, ties by ids. Log-probabilities and lifts have a part `log_normalizer`, log sum exp of logits.
 
     Raises:
         ValueError: The path mixes positions or does not exist; an id or option is invalid; a logit is not finite;
@@ -86,6 +94,7 @@ def jet_bigrams(
         ([40, 41, 42], 6)
     """
     options = {"top_k": top_k, "per": per, "rows": rows, "columns": columns, "score": score, "progress": progress}
+    options |= {"unigram": unigram, "exclude_self": exclude_self, "exclude": exclude}
     options |= {"chunk_size": chunk_size, "screen": screen, "distributed": distributed}
     job = BigramSweep.planned(model, [path], saves=save is not None, **options).job()
     return job.run(None) if save is None else finish(job, save)
@@ -100,6 +109,9 @@ def jet_bigrams_by_path(
     rows: TokenIds | None = None,
     columns: TokenIds | None = None,
     score: Score = "logprob",
+    unigram: Float[Tensor, " d_vocab"] | None = None,
+    exclude_self: bool = False,
+    exclude: TokenIds | None = None,
     chunk_size: int | None = None,
     screen: Screen | None = "auto",
     progress: bool = True,
@@ -115,7 +127,10 @@ def jet_bigrams_by_path(
         per: As in `jet_bigrams`, and so are the options below and the errors.
         rows: Ids of the first tokens.
         columns: Ids of the second tokens.
-        score: `"logprob"` or `"logit"`.
+        score: As in `jet_bigrams`.
+        unigram: The baseline of `"lift"`.
+        exclude_self: Leave out a token after itself.
+        exclude: Tokens to leave out.
         chunk_size: First tokens at a time.
         screen: Screening in bfloat16.
         progress: Show a bar.
@@ -123,6 +138,7 @@ def jet_bigrams_by_path(
         distributed: Divide the rows among processes.
     """
     options: dict[str, Any] = {"top_k": top_k, "per": per, "rows": rows, "columns": columns, "score": score}
+    options |= {"unigram": unigram, "exclude_self": exclude_self, "exclude": exclude}
     options |= {"chunk_size": chunk_size, "screen": screen, "progress": progress, "distributed": distributed}
     plan = BigramSweep.planned(model, paths, saves=folder is not None, **options)
     labels = list(plan.streams.paths)

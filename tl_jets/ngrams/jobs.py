@@ -199,7 +199,8 @@ def save(tables: Iterable[NgramTable], files: Iterable[Path], state: Path | None
 def check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError unless the header found in a file is the required one."""
     old, new = ({**header, **header["settings"]} for header in (found, wanted))
-    names = sorted({*old, *new} - {"settings"})
+    # Older tables do not say whether embeddings are tied, which the fingerprint implies.
+    names = sorted({*old, *new} - {"settings", "tied_embeddings"})
     different = [f"{name} {old.get(name)!r}, not {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
     if different:
         raise ValueError(

@@ -9,6 +9,8 @@ Cost: a product with `W_U`, and k + 8 gathered columns a row: 1.1 times the prod
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch import Tensor
 from tl_jets.core.decoder import Decoder, exact_logits
 from tl_jets.core.logit_reader import Reader, check_finite, log_parts, rank, rounded, slices, total_of
 from tl_jets.core.processes import ALONE, Processes
-from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs, Score
+from tl_jets.ngrams.scan import EXACT_ROWS, BestPairs
+from tl_jets.ngrams.scoring import Scoring
 
 # Candidates beyond the k best, since float32 may misorder them.
 SPARE = 8
@@ -32,19 +35,19 @@ class RowReader:
         decoder: Decoder,
         k: int,
         *,
-        score: Score = "logprob",
-        tokens: Int[Tensor, " token"] | None = None,
+        scoring: Scoring | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.decoder, self.normalize = decoder, score == "logprob"
+        self.decoder, self.scoring = decoder, scoring or Scoring()
         self.reader = Reader(decoder, dtype, torch.device(device))
-        self.allowed = torch.ones(decoder.d_vocab, dtype=torch.bool, device=device)
-        if tokens is not None:
-            self.allowed.zero_()[tokens] = True
+        self.allowed = self.scoring.allowed(decoder.d_vocab, torch.device(device))
         self.n_allowed = int(self.allowed.sum())
         self.k = min(k, self.n_allowed)
         self.buffer = self.reader.buffer(0)
+        offsets = self.scoring.offsets
+        # Of each token, in float64; zero where it may not be chosen.
+        self.offsets = None if offsets is None else offsets.where(self.allowed, 0.0)
 
     @torch.no_grad()
     def read(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> BestPairs:
@@ -57,30 +60,44 @@ class RowReader:
         inside += self.decoder.constant(None, self.reader.dtype)
         top, total = self._log_normalizer(logits)
         check_finite(top, ids)
+        means = self._means(inside)
+        if self.offsets is not None:
+            inside.copy_(self.decoder.transformed(inside)).add_(self.offsets.to(inside))
         if self.n_allowed < self.decoder.d_vocab:
             inside[:, ~self.allowed] = self.reader.lowest
+        if self.scoring.exclude_self:
+            own = (ids < self.decoder.d_vocab).nonzero()[:, 0]
+            inside[own, ids[own]] = self.reader.lowest
         count = min(self.k + SPARE, self.n_allowed)
         rough, tokens = self.reader.top(self.reader.floor(logits), count)
         tokens, order = tokens.sort(1)  # by ids, so that stable sorts order ties by id
         rough = rough.gather(1, order)
-        exact = self._gathered(states, tokens)
-        scores, log_normalizer = self._scores(rough, exact, top, total)
-        best = _sorted(exact, self.k)
-        unsure = self._unsure(states, rough, exact.gather(1, best), count)
+        keys, scores, log_normalizer = self._scores(rough, self._gathered(states, tokens), tokens, top, total, means)
+        others = self.scoring.kept(ids.unsqueeze(1).expand_as(tokens), tokens)
+        keys, scores = keys.where(others, -math.inf), scores.where(others, -math.inf)
+        best = _sorted(keys, self.k)
+        unsure = self._unsure(states, rough, keys.gather(1, best), count)
         tokens, scores = tokens.gather(1, best), scores.gather(1, best)
         for part in slices(len(unsure), EXACT_ROWS):
             rows = unsure[part]
             if len(rows):
-                tokens[rows], scores[rows], log_normalizer[rows] = self._whole_rows(states[rows])
+                tokens[rows], scores[rows], log_normalizer[rows] = self._whole_rows(states[rows], ids[rows])
         pairs = torch.stack([ids.unsqueeze(1).expand_as(tokens), tokens], dim=-1)
-        return BestPairs(pairs.flatten(0, 1), scores.flatten(), log_normalizer.repeat_interleave(self.k))
+        found = (pairs.flatten(0, 1), scores.flatten(), log_normalizer.repeat_interleave(self.k))
+        return BestPairs(*(x[found[1] > -math.inf] for x in found))
+
+    def _means(self, inside: Tensor) -> Tensor | None:
+        """The mean logit of each row, for centered logits."""
+        if self.scoring.score != "centered":
+            return None
+        return torch.stack([self.decoder.transformed(row).mean(dtype=torch.float64) for row in inside])
 
     def _log_normalizer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest transformed logit, and the sum of exp(logit - largest) in float64, of each row."""
         reader = self.reader
         top = self.decoder.transformed(logits[:, : self.decoder.d_vocab].amax(1))
         total = torch.ones(len(logits), dtype=torch.float64, device=logits.device)
-        if self.normalize:
+        if self.scoring.normalizes:
             for part in slices(len(logits), reader.scratch_rows):
                 chunk = reader.rows(part.stop - part.start).copy_(logits[part])
                 shift = reader.shift(reader.floor(chunk), top[part])
@@ -96,15 +113,22 @@ class RowReader:
             exact[part] = columns.mul_(states[part].double().unsqueeze(1)).sum(-1)
         return self.decoder.scaled(exact) + constant[tokens]
 
-    def _scores(self, rough: Tensor, exact: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of candidates and log-normalizers, with the candidates' terms in float64."""
+    def _scores(
+        self, rough: Tensor, exact: Tensor, tokens: Tensor, top: Tensor, total: Tensor, means: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What candidates are ordered by, their scores, and log-normalizers, with the candidates' terms in float64."""
         mine, largest = self.decoder.transformed(exact), top.double()
-        if not self.normalize:
-            return mine, torch.full_like(largest, torch.nan)
+        offsets = 0.0 if self.offsets is None else self.offsets[tokens]
+        keys = exact if self.offsets is None else mine + offsets
+        if not self.scoring.normalizes:
+            shift = 0.0 if means is None else means.unsqueeze(1)
+            return keys, mine - shift + offsets, torch.full_like(largest, torch.nan)
+        theirs = (self.decoder.transformed(rough) if self.offsets is None else rough).double() - offsets
         shift = mine.amax(1, keepdim=True).maximum(largest.unsqueeze(1))
-        theirs = self.decoder.transformed(rough).double()
+        # Candidates that were lowered below all others, for they may not be chosen, are not of the sum.
+        theirs = theirs.where(rough > self.reader.lowest / 2, -math.inf)
+        weights = (mine - shift).exp().where(rough > self.reader.lowest / 2, 0.0)
         others = total * (largest - shift[:, 0]).exp() - (theirs - shift).exp().sum(1)  # of all but the candidates
-        weights = (mine - shift).exp()
         others = others.clamp_min(0)
         log_normalizer = shift[:, 0] + (others + weights.sum(1)).log()
         # If a candidate is the row's largest, leave it out of the sum: log-probabilities near 0 keep their digits.
@@ -112,25 +136,27 @@ class RowReader:
         peak = mine.gather(1, best)
         rest = (others + weights.scatter(1, best, 0.0).sum(1)).unsqueeze(1)
         precise = (mine - peak) - rest.log1p()
-        return torch.where(peak >= shift, precise, mine - log_normalizer.unsqueeze(1)), log_normalizer
+        is_largest = (peak >= shift) & (weights.gather(1, best) > 0)
+        return keys, torch.where(is_largest, precise, mine - log_normalizer.unsqueeze(1)) + offsets, log_normalizer
 
     def _unsure(self, states: Tensor, rough: Tensor, best: Tensor, count: int) -> Tensor:
         """Rows in which a token outside the candidates may be among the best k."""
         if count == self.n_allowed:
             return torch.empty(0, dtype=torch.long, device=states.device)
-        limit = rough.amin(1).double() + self.reader.errors(states).double()
+        rounding = 8 * torch.finfo(rough.dtype).eps * self.scoring.largest_offset
+        limit = rough.amin(1).double() + self.reader.errors(states).double() + rounding
         return (best[:, -1] <= limit).nonzero()[:, 0]
 
-    def _whole_rows(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _whole_rows(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, scores and log-normalizers of rows computed in float64 as a whole."""
         logits = exact_logits(self.decoder, states)
         top, rest = log_parts(logits)
         allowed = self.allowed.nonzero()[:, 0]
-        scores = logits[:, allowed]
-        if self.normalize:
-            scores = (scores - top.unsqueeze(1)) - rest.unsqueeze(1)
+        scores = self.scoring.scores(logits, top, rest)[:, allowed]
+        tokens = allowed.expand(len(ids), -1)
+        scores = scores.where(self.scoring.kept(ids.unsqueeze(1).expand_as(tokens), tokens), -math.inf)
         best = _sorted(scores, self.k)
-        return allowed[best], scores.gather(1, best), top + rest
+        return tokens.gather(1, best), scores.gather(1, best), top + rest
 
 
 class RowScan:

@@ -1,6 +1,6 @@
 r"""The exact best pairs (row, token) of many logit vectors, streamed: no [row, d_vocab] tensor is stored.
 
-Pairs are scored by log-probability or logit. For each tile of the product with `W_U`, a scan keeps the maxima of blocks
+Pairs are scored as `tl_jets.ngrams.scoring` says. For each tile of the product with `W_U`, a scan keeps the maxima of blocks
 of 128 tokens and sums exp2 for the log-normalizer over the whole vocabulary. An offset that suits earlier rows prevents
 overflow; rows that it does not suit are read again, minus their maximum.
 
@@ -22,7 +22,7 @@ Example:
     >>> from tl_jets.calculus import Norm
     >>> from tl_jets.core.decoder import Decoder
     >>> decoder = Decoder(Norm("none"), torch.eye(3), torch.zeros(3))
-    >>> scan = TopScan(decoder, 1, score="logit")
+    >>> scan = TopScan(decoder, 1, scoring=Scoring("logit"))
     >>> scan.add(torch.tensor([[1.0, 2.0, 3.0], [4.0, 6.0, 5.0]]), torch.tensor([7, 8]))
     >>> scan.finish().ids.tolist()
     [[8, 1]]
@@ -31,7 +31,7 @@ Example:
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -40,9 +40,7 @@ from torch import Tensor
 from tl_jets.core.decoder import Decoder, exact_logits
 from tl_jets.core.logit_reader import BLOCK, LOG2_E, Reader, check_finite, log_parts, rank, slices
 from tl_jets.core.processes import ALONE, Processes
-
-Score = Literal["logprob", "logit"]
-SCORES: tuple[Score, ...] = ("logprob", "logit")
+from tl_jets.ngrams.scoring import Scoring
 
 # Tokens of a tile; with 1024 rows, a tile fits the caches of two cores.
 TILE_CPU, TILE_DEVICE = 2048, 16384
@@ -66,45 +64,42 @@ class BestPairs(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Log-normalizers of some rows, in binary logarithms.
+    """What scores of some rows are minus, log-normalizers or mean logits, in binary logarithms.
 
-    `rest` is the sum of 2^(logit - largest) over all tokens but the largest, `lost` a bound of what underflowed of it.
+    `rest` (zeros for mean logits) is the sum of 2^(logit - largest) over all tokens but the largest, `lost` a bound of
+    what underflowed of it.
     """
 
-    log_normalizers: Float[Tensor, " row"]
+    shift: Float[Tensor, " row"]
     rest: Float[Tensor, " row"]
     lost: Float[Tensor, " row"]
     offset: float = 0.0  # was added to all logits
 
     def at(self, rows: Int[Tensor, " row"]) -> Sums:
         """The sums of some rows."""
-        return Sums(self.log_normalizers[rows], self.rest[rows], self.lost[rows], self.offset)
+        return Sums(self.shift[rows], self.rest[rows], self.lost[rows], self.offset)
 
 
 class Tiles:
-    """Logits by tiles, in binary logarithms, with block maxima; `tokens` are the sorted ids to choose from."""
+    """Logits by tiles, in binary logarithms, with block maxima, for one way to score."""
 
     def __init__(
         self,
         decoder: Decoder,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        normalize: bool = True,
-        tokens: Int[Tensor, " token"] | None = None,
+        scoring: Scoring | None = None,
     ):
-        self.decoder, self.dtype, self.device, self.normalize = decoder, dtype, device, normalize
+        self.decoder, self.dtype, self.device, self.scoring = decoder, dtype, device, scoring or Scoring()
         self.reader = Reader(decoder, dtype, device)
-        # Without normalizers, compute only the logits of `tokens`.
-        self.gathered = None if normalize else tokens
+        # Where nothing is asked of the others, compute only the logits of the tokens to choose from.
+        is_alone = self.scoring.score == "logit" and not self.scoring.exclude_self
+        self.gathered = self.scoring.tokens if is_alone else None
         self.size = decoder.d_vocab if self.gathered is None else len(self.gathered)
         self.n_blocks = -(-self.size // BLOCK)
         self.width = TILE_CPU if device.type == "cpu" else TILE_DEVICE
         self.scratch = torch.empty(0, dtype=dtype, device=device)
-        self.penalty: Tensor | None = None
-        if tokens is not None and normalize:
-            self.penalty = torch.full((self.n_blocks * BLOCK,), -math.inf, dtype=dtype, device=device)
-            self.penalty[tokens] = 0
+        self.penalized = torch.empty(0, dtype=dtype, device=device)
         # A logit scale is applied to states and bias; a softcap to every tile.
         self.transform = decoder.transform
         self.scale = decoder.logit_scale * (LOG2_E if self.transform is None else 1.0)
@@ -127,44 +122,57 @@ class Tiles:
         """Bound of the error of each row's binary logarithms, given the offset in them."""
         return self.reader.errors(states) * LOG2_E + 4 * torch.finfo(self.dtype).eps * abs(offset)
 
+    def penalties(self, scoring: Scoring) -> Float[Tensor, " column"] | None:
+        """What is added to logits before block maxima, in binary logarithms; None for nothing."""
+        if not scoring.restricts or self.gathered is not None:
+            return None
+        return scoring.penalties(self.decoder.d_vocab, self.n_blocks * BLOCK, self.dtype, self.device) * LOG2_E
+
     def read(
-        self, states: Float[Tensor, "row d_model"], maxima: Float[Tensor, "row block"], offset: float = math.nan
+        self,
+        states: Float[Tensor, "row d_model"],
+        maxima: Float[Tensor, "row block"],
+        offset: float = math.nan,
+        penalties: Float[Tensor, " column"] | None = None,
+        own: Int[Tensor, " row"] | None = None,
     ) -> tuple[Sums | None, float]:
         """Read some rows and fill `maxima`, in binary logarithms, with the `offset` for the next rows from before, if any.
 
-        Returns sums (None without normalizers), and the offset for the next rows (NaN if none suits all rows).
+        Maxima are of logits plus `penalties`, without each row's `own` token. Returns what scores are minus (None for
+        nothing), and the offset for the next rows (NaN if none suits all rows).
         """
         x = self.scaled(states)
-        if not self.normalize:
-            self._sums(x, maxima, 0.0)
-            return None, 0.0
+        if not self.scoring.normalizes:
+            found = self._sums(x, maxima, 0.0, penalties, own)
+            return (found if self.scoring.score == "centered" else None), 0.0
         if math.isfinite(offset):
-            found = self._sums(x, maxima, offset)
-            totals = found.log_normalizers
-            if bool(((totals > LEAST_SUM) & (totals < LARGEST_SUM)).all()):
+            found = self._sums(x, maxima, offset, penalties, own)
+            if bool(((found.shift > LEAST_SUM) & (found.shift < LARGEST_SUM)).all()):
                 return found, offset
         # The first rows of a sweep, or rows that the offset does not suit: subtract their maxima, and choose an offset.
-        found = self._sums(x, maxima, None)
-        least, largest = (float(y) for y in found.log_normalizers.aminmax())
+        found = self._sums(x, maxima, None, penalties, own)
+        least, largest = (float(y) for y in found.shift.aminmax())
         suitable = self.transform is None and largest - least < LARGEST_SUM - LEAST_SUM - 20
         return found, -(least + largest) / 2 if suitable else math.nan
 
-    def _sums(self, x: Tensor, maxima: Tensor, offset: float | None) -> Sums:
-        """Sums of 2^(logit + offset), minus running maxima if it is None; fills `maxima`."""
+    def _sums(
+        self, x: Tensor, maxima: Tensor, offset: float | None, penalties: Tensor | None, own: Tensor | None
+    ) -> Sums:
+        """Sums of 2^(logit + offset), minus running maxima if it is None, or mean logits; fills `maxima`."""
         bias = self.bias if not offset else offset + (0 if self.bias is None else self.bias)
         top = torch.full((len(x),), 0.0 if offset is not None else -math.inf, dtype=self.dtype, device=self.device)
-        # The largest term, and the sum of the others.
-        largest, rest = torch.zeros(2, len(x), dtype=torch.float64, device=self.device)
+        # The largest term, and the sum of the others; `total` of the logits themselves.
+        largest, rest, total = torch.zeros(3, len(x), dtype=torch.float64, device=self.device)
         for start in range(0, self.size, self.width):
             stop = min(start + self.width, self.size)
             logits = self._tile(x, slice(start, stop), bias)
-            best = logits.view(len(x), -1, BLOCK).amax(-1)
-            allowed = best
-            if self.penalty is not None:
-                penalty = self.penalty[start : start + logits.shape[1]]
-                allowed = (logits + penalty).view(len(x), -1, BLOCK).amax(-1)
+            best = allowed = logits.view(len(x), -1, BLOCK).amax(-1)
+            if penalties is not None:
+                allowed = self._allowed(logits, penalties[start : start + logits.shape[1]], own, start)
             maxima[:, start // BLOCK : -(-stop // BLOCK)] = allowed
-            if not self.normalize:
+            if not self.scoring.normalizes:
+                if self.scoring.score == "centered":
+                    total += logits[:, : stop - start].sum(1, dtype=torch.float64)
                 continue
             best = best.amax(1)
             if offset is None:
@@ -173,9 +181,22 @@ class Tiles:
                 largest, rest, top = largest * factor, rest * factor, higher
                 logits.sub_(top.unsqueeze(1))
             largest, rest = _added(logits.exp2_(), torch.exp2(best - top).double(), largest, rest)
+        if not self.scoring.normalizes:
+            mean = (total / self.size).to(self.dtype)
+            return Sums(mean, torch.zeros_like(mean), torch.zeros_like(mean))
         lost = self.size * torch.finfo(self.dtype).tiny / largest
         log_normalizers = (largest + rest).log2() + top.double()
         return Sums(*(y.to(self.dtype) for y in (log_normalizers, rest / largest, lost)), offset or 0.0)
+
+    def _allowed(self, logits: Tensor, penalties: Tensor, own: Tensor | None, start: int) -> Tensor:
+        """Block maxima of logits plus penalties, without each row's own token."""
+        if len(self.penalized) < logits.numel():
+            self.penalized = torch.empty(logits.numel(), dtype=self.dtype, device=self.device)
+        shown = torch.add(logits, penalties, out=self.penalized[: logits.numel()].view(logits.shape))
+        if own is not None:
+            rows = ((own >= start) & (own < start + logits.shape[1])).nonzero()[:, 0]
+            shown[rows, own[rows] - start] = -math.inf
+        return shown.view(len(logits), -1, BLOCK).amax(-1)
 
     def _tile(self, x: Tensor, tokens: slice, bias: Tensor | float | None) -> Tensor:
         """Binary logarithms [row, whole blocks] of some tokens, padded with -inf."""
@@ -205,29 +226,26 @@ def _added(terms: Tensor, highest: Tensor, largest: Tensor, rest: Tensor) -> tup
 
 
 class TopScan:
-    """The best `k` pairs (row, token) over all added rows, in float32 or float64.
-
-    `tokens` are the sorted ids to choose from, None for all; normalizers are over the whole vocabulary.
-    """
+    """The best `k` pairs (row, token) over all added rows, in float32 or float64; log-probabilities by default."""
 
     def __init__(
         self,
         decoder: Decoder,
         k: int,
         *,
-        score: Score = "logprob",
-        tokens: Int[Tensor, " token"] | None = None,
+        scoring: Scoring | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         tiles: Tiles | None = None,
     ):
-        self.decoder, self.k, self.tokens = decoder, k, tokens
-        self.normalize = score == "logprob"
-        self.tiles = tiles or Tiles(decoder, dtype, torch.device(device), normalize=self.normalize, tokens=tokens)
+        self.decoder, self.k, self.scoring = decoder, k, scoring or Scoring()
+        self.tiles = tiles or Tiles(decoder, dtype, torch.device(device), self.scoring)
         self.dtype, self.device = self.tiles.dtype, self.tiles.device
         # The K-th best lower bound so far, in binary logarithms.
         self.threshold = -math.inf
         self.offset = math.nan
+        self.penalties = self.tiles.penalties(self.scoring)
+        self.rounding = 8 * torch.finfo(self.dtype).eps * LOG2_E * self.scoring.largest_offset
         self.sum_error = SUM_ERROR * torch.finfo(self.dtype).eps
         self.kept = _Kept.none(decoder.d_model, self.dtype, self.device)
         self.maxima = torch.empty(0, self.tiles.n_blocks, dtype=self.dtype, device=self.device)
@@ -236,9 +254,10 @@ class TopScan:
     def add(self, states: Float[Tensor, "row d_model"], ids: Int[Tensor, " row"]) -> None:
         """Read some rows, named by distinct `ids` in the result; ValueError if a logit is not finite."""
         maxima = self.rows_of_maxima(len(states))
-        sums, self.offset = self.tiles.read(states, maxima, self.offset)
+        own = ids if self.scoring.exclude_self else None
+        sums, self.offset = self.tiles.read(states, maxima, self.offset, self.penalties, own)
         best = maxima.amax(1)
-        check_finite(best if sums is None else best - sums.log_normalizers, ids)
+        check_finite(best if sums is None else best - sums.shift, ids)
         errors = self.tiles.errors(states, 0.0 if sums is None else sums.offset)
         hits = (self.bounds(best.unsqueeze(1), errors, sums)[1][:, 0] >= self.threshold).nonzero()[:, 0]
         if len(hits):
@@ -260,8 +279,11 @@ class TopScan:
         """Lower and upper bounds of exact scores, in binary logarithms, from maxima of logits and their errors."""
         errors = errors.unsqueeze(1)
         if sums is None:
-            return maxima - errors, maxima + errors
-        scores = maxima - sums.log_normalizers.unsqueeze(1)
+            return maxima - errors - self.rounding, maxima + errors + self.rounding
+        scores = maxima - sums.shift.unsqueeze(1)
+        if self.scoring.score != "logprob":  # of any probability, or of two logits
+            spread = 2 * errors + self.sum_error + self.rounding
+            return scores - spread, scores + spread
         others = (1 - torch.exp2(scores)).clamp_min(0)
         spread = 2 * errors * (others + 2 * errors).clamp_max(1) + self.sum_error
         is_sure, factor = scores > math.log2(SURE), torch.exp2(2 * errors) * (1 + self.sum_error)
@@ -292,10 +314,11 @@ class TopScan:
     def finish(self, processes: Processes = ALONE) -> BestPairs:
         """The best pairs, scored in float64; `processes`, all with the same blocks, divide the work."""
         kept = self.kept.sorted()
-        allowed = torch.ones(self.tiles.n_blocks * BLOCK, dtype=torch.bool, device=self.device)
-        allowed[self.tiles.size :] = False
-        if self.tokens is not None and self.normalize:
-            allowed.zero_()[self.tokens] = True
+        gathered = self.tiles.gathered
+        allowed = torch.zeros(self.tiles.n_blocks * BLOCK, dtype=torch.bool, device=self.device)
+        allowed[: self.tiles.size] = (
+            self.scoring.allowed(self.decoder.d_vocab, self.device) if gathered is None else True
+        )
 
         def exact_pairs(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             """Ids, scores and log-normalizers of the pairs of some rows that may be among the best."""
@@ -305,10 +328,10 @@ class TopScan:
             position = (kept.block[inside].unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
             row = (kept.row[inside] - part.start).repeat_interleave(BLOCK)
             row, position = row[allowed[position]], position[allowed[position]]
-            token = position if self.tiles.gathered is None else self.tiles.gathered[position]
-            scores = logits[row, token]
-            if self.normalize:
-                scores = (scores - top[row]) - rest[row]
+            token = position if gathered is None else gathered[position]
+            other = self.scoring.kept(kept.ids[part][row], token)
+            row, token = row[other], token[other]
+            scores = self.scoring.scores(logits, top, rest)[row, token]
             # Sort only pairs that may be among the best; the float32 bound is lower than needed.
             likely = scores * LOG2_E >= self.threshold - 1e-6 * (1 + abs(self.threshold))
             row, token, scores = row[likely], token[likely], scores[likely]

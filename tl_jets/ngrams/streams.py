@@ -39,7 +39,7 @@ DIRECT, MLPS = "direct", "mlps"
 STREAM_ROWS = 512
 
 PathInput = str | Sequence[str]
-TokenIds = Sequence[int] | Int[Tensor, " token"]
+TokenIds = Sequence[int | str] | Int[Tensor, " token"]
 
 
 class VocabularyStreams:
@@ -184,19 +184,35 @@ def _count_tokens(network: ResidualNetwork) -> int:
 
 
 def read_tokens(
-    name: str, ids: TokenIds | None, size: int, device: torch.device | str = "cpu"
+    name: str, ids: TokenIds | None, size: int, device: torch.device | str = "cpu", tokenizer: Any = None
 ) -> Int[Tensor, " token"]:
-    """Sorted, distinct token ids, None for all; ValueError, with `name`, unless they are ids below `size`."""
+    """Sorted, distinct token ids, None for all; ValueError, with `name`, unless they are ids below `size`, or their texts."""
     if ids is None:
         return torch.arange(size, device=device)
-    if not isinstance(ids, Tensor) and any(isinstance(token, str) for token in ids):
-        raise ValueError(f"{name} must be token ids; got {ids!r}. `model.to_single_token` gives a token's id.")
-    found = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), device=device)
+    if isinstance(ids, str):
+        raise ValueError(
+            f"{name} must be a list of ids or of texts of one token; got the text {ids!r}. Pass [{ids!r}]."
+        )
+    if not isinstance(ids, Tensor):
+        ids = [_id_of(name, token, tokenizer) if isinstance(token, str) else token for token in ids]
+    found = torch.as_tensor(ids, device=device)
     if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
         raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
     if int(found.min()) < 0 or int(found.max()) >= size:
         raise ValueError(f"{name} must be ids in 0..{size - 1}; got {int(found.min())}..{int(found.max())}.")
     return found.long().unique()
+
+
+def _id_of(name: str, text: str, tokenizer: Any) -> int:
+    """The id of a text of one token."""
+    if tokenizer is None:
+        raise ValueError(f"{name} must be token ids, for the model has no tokenizer; got {text!r}.")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"A text in {name} must be one token; {text!r} is {len(ids)}: {list(ids)[:6]}. Mind the leading space, or give ids."
+        )
+    return int(ids[0])
 
 
 def described(ids: Tensor | None, given: Any) -> str | dict[str, Any]:

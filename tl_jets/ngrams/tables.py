@@ -52,7 +52,7 @@ SAVED_ROWS = 2**18
 # Maximum number of missing tokens named in a note.
 NOTED = 3
 _ORDERS = {1: "uni-grams", 2: "bi-grams", 3: "tri-grams"}
-_UNITS = {"logprob": "log-probability", "logit": "logit"}
+_UNITS = {"logprob": "log-probability", "logit": "logit", "centered": "centered logit", "lift": "lift (nats)"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,7 +163,8 @@ class NgramTable(Result):
         unit = _UNITS.get(self.settings.get("score", "logprob"), "score")
         model = f"; model {self.fingerprint[:12]}" if self.fingerprint else ""
         note = f": {self.note}" if self.note else ""
-        title = f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{model}){note}"
+        tied = "; tied embeddings" if self.settings.get("tied_embeddings") else ""
+        title = f"NgramTable({len(self):,} {self._kind} by {unit}; path {self.path}{tied}{model}){note}"
         if not len(self):
             return title
         more = f"\n... {len(self) - SHOWN_ROWS:,} more" if len(self) > SHOWN_ROWS else ""

@@ -112,7 +112,7 @@ def jet_trigrams(
         top_k: Number of triples a head.
         distance: Places from key to query, for rotary embeddings; ALiBi counts with `"pair"`, learned positions never.
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
-        rows: Ids of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
+        rows: Ids or texts of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
         progress: Show a bar in a terminal if the search takes longer than a second.
         folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if they differ.
         distributed: True or a process group, whose processes all make this call and divide the work.
@@ -243,7 +243,7 @@ class TrigramSweep(Sweep):
         self.qk_scores = reader.scores(distance)
         self.normalize: Normalize = normalize
         self.chosen = _read_heads(head, reader.n_heads)
-        self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device)
+        self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device, reader.network.tokenizer)
         self.top_k, self.progress, self.processes = top_k, progress, processes
         # At most the number of all triples.
         self.held = min(top_k, len(self.keys) * reader.n_tokens * reader.network.decoder.d_vocab)

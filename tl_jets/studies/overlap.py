@@ -23,9 +23,7 @@ from torch import Tensor
 from tl_jets.core.logit_reader import rounded
 from tl_jets.core.options import check_integers
 from tl_jets.ngrams.tables import NgramTable
-
-# Tolerance for the sum of float32 probabilities.
-NORMALIZED = 1e-4
+from tl_jets.ngrams.unigrams import check_unigram
 
 
 def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> NgramTable:
@@ -145,19 +143,3 @@ def check_same_vocabulary(table: NgramTable, reference: NgramTable) -> None:
             f"Tables must be of one vocabulary; {len(different)} of {len(shared)} shared ids have two names, such as {token}: "
             f"{table.names[token]!r} and {reference.names[token]!r}. Make both with one tokenizer."
         )
-
-
-def check_unigram(
-    unigram: Float[Tensor, " token"], *, size: int | None = None, at_least: int = 1
-) -> Float[Tensor, " token"]:
-    """The unigram in float64 on the CPU; ValueError unless it is a distribution over `size` (or `at_least`) tokens."""
-    found = unigram.detach().cpu().double()
-    total = float(found.sum())
-    fits = found.ndim == 1 and (len(found) == size if size is not None else len(found) >= at_least)
-    if not fits or not bool((found >= 0).all()) or not abs(total - 1) <= NORMALIZED:
-        wanted = f"{size}" if size is not None else f"at least {at_least}"
-        raise ValueError(
-            f"A unigram must be a probability for every token of the vocabulary ({wanted}), none negative, that sum to 1; got "
-            f"shape {tuple(unigram.shape)} with sum {total:.6g}. `unigram_probabilities` counts tokens."
-        )
-    return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
-from tl_jets.ngrams.scan import SCORES, Score
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.vocabularies import check_table
 
+PairScore = Literal["logprob", "logit", "centered"]
 PairInput = NgramTable | Tensor | Sequence[Sequence[str | int]]
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -43,14 +43,14 @@ class RowScores:
     Args:
         model: A model or a `ResidualNetwork`.
         path: A path, as in `jet_bigrams`.
-        score: `"logprob"` (nats) or `"logit"`.
+        score: `"logprob"` (nats), `"logit"`, or `"centered"` (a logit minus its mean over the vocabulary).
 
     Raises:
         ValueError: The path mixes positions or does not exist, or `score` is unknown.
     """
 
-    def __init__(self, model: Any, path: PathInput = "direct", *, score: Score = "logprob"):
-        check_choice("score", score, SCORES)
+    def __init__(self, model: Any, path: PathInput = "direct", *, score: PairScore = "logprob"):
+        check_choice("score", score, get_args(PairScore))
         self.streams = VocabularyStreams(model, [path])
         (self.path,) = self.streams.paths
         self.network, self.score = self.streams.network, score
@@ -69,6 +69,8 @@ class RowScores:
         check_finite(logits.sum(1), first)
         if self.score == "logprob":
             logits = (logits - top.unsqueeze(1)) - rest.unsqueeze(1)
+        elif self.score == "centered":
+            logits = logits - logits.mean(1, keepdim=True)
         return logits, top + rest
 
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
@@ -95,14 +97,16 @@ class RowScores:
         return NgramTable.ranked(ids, scores, names=token_names(self.network.tokenizer, [ids]), parts=parts, **about)
 
 
-def pair_scores(model: Any, pairs: PairInput, *, path: PathInput = "direct", score: Score = "logprob") -> NgramTable:
+def pair_scores(
+    model: Any, pairs: PairInput, *, path: PathInput = "direct", score: PairScore = "logprob"
+) -> NgramTable:
     """Exact scores of given bi-grams along a path.
 
     Args:
         model: A model or a `ResidualNetwork`.
         pairs: Ids [pair, 2], a list of pairs of ids or of one-token texts, or a table of bi-grams.
         path: A path, as in `jet_bigrams`: `"direct"`, MLP steps, or `"mlps"`.
-        score: `"logprob"` (nats) or `"logit"`.
+        score: `"logprob"` (nats), `"logit"`, or `"centered"` (a logit minus its mean over the vocabulary).
 
     Returns:
         The pairs, best first, with the parts `given` (index in the list) and, for log-probabilities, `log_normalizer`.
