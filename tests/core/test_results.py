@@ -17,6 +17,7 @@ from tl_jets.core.model_marks import model_mark
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_text
 from tl_jets.core.trace import Trace
+from tl_jets.ngrams import untrained_tokens
 
 RAW = [
     spec
@@ -170,7 +171,7 @@ def movable():
     J = tj.detached_jacobian(network, trace)
     made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]
     made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]
-    made += [tj.detached_spectra(network, "w3 w4 w5", k=2)]
+    made += [tj.detached_spectra(network, "w3 w4 w5", k=2), untrained_tokens(network)]
     hooks = tj.ablation_hooks(network, "0_mlp")
     made += [
         tj.flow(network, trace, hooks, nodes=1, tolerance=1e9),

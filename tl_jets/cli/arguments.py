@@ -277,7 +277,16 @@ def _ngrams(add: Callable[..., Any]) -> None:
         help="a path of bi-grams, see above; repeat it for more (default: direct, mlps, and each MLP)",
     )
     add("--per", choices=PER, help="best of all (global), or of each first token (row) (default: global)")
-    add("--score", choices=SCORES, help="of bi-grams: log-probability in nats, or the logit (default: logprob)")
+    add(
+        "--score",
+        choices=SCORES,
+        help="of bi-grams: log-probability, logit, or centered; lift: over the path's mean (default: logprob)",
+    )
+    add(
+        "--keep-all",
+        action="store_true",
+        help="of bi-grams, where embeddings are tied: keep each token after itself, and tokens never trained",
+    )
     add("--trigrams", type=at_least(0), metavar="LAYER", help="skip-trigrams of this layer's heads, not bi-grams")
     add("--head", action="append", type=at_least(0), metavar="H", help="a head; repeat it for more (default: all)")
     add("--distance", type=at_least(0), metavar="N", help="places from key to query (default: 1)")

@@ -19,7 +19,7 @@ from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import ARROW
 from tl_jets.core.tokens import visible
-from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams
+from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams, untrained_tokens
 from tl_jets.ngrams.jobs import SUFFIX
 from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.tables import NgramTable, side_by_side
@@ -50,6 +50,10 @@ def report(options: argparse.Namespace) -> Report:
     folder = Path(options.save) if options.save and is_folder(options.save) else None
     found = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
     asked = {"model": options.model, "n-grams": _what(next(iter(found.values())), options.top_k)}
+    settings = next(iter(found.values())).settings
+    if settings.get("exclude_self"):
+        count = settings.get("exclude", {}).get("count", 0)
+        asked["left out"] = f"each token after itself (embeddings are tied), {count} tokens never trained (--keep-all)"
     if folder is not None:
         asked["saved"] = ", ".join(str(folder / f"{label}{SUFFIX}") for label in found)
     elif options.save:
@@ -123,7 +127,19 @@ def _bigrams(
         paths = [DIRECT, *([MLPS, *mlps] if mlps else [])]
     per = "row" if rows is not None else options.per or "global"
     score = options.score or "logprob"
-    return jet_bigrams_by_path(network, paths, top_k=options.top_k, per=per, score=score, rows=rows, folder=folder)
+    given: dict[str, Any] = {"top_k": options.top_k, "per": per, "score": score, "rows": rows, "folder": folder}
+    if not options.keep_all:
+        given |= _left_out(network, rows)
+    return jet_bigrams_by_path(network, paths, **given)
+
+
+def _left_out(network: ResidualNetwork, rows: list[int] | None) -> dict[str, Any]:
+    """Where embeddings are tied: each token after itself, and tokens never trained, except those asked for."""
+    found = untrained_tokens(network)
+    if not found.tied:
+        return {}
+    others = sorted(set(found.ids.tolist()) - set(rows or []))
+    return {"exclude_self": True, "exclude": others or None}
 
 
 def _trigrams(

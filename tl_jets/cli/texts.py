@@ -158,6 +158,9 @@ LEGENDS: dict[str, dict[str, str]] = {
         "attention|none": "The raw query-key score, which a key bias shifts without changing any output.",
         "log prob": "Log-probability of the output, decoded from what the head writes of the key alone, nats.",
         "score|trigram": "Their sum. These are exactly the best of all V^3 triples.",
+        "score|centered": "Logit of the second token after the first, less its mean over the vocabulary.",
+        "score|lift": "Log-probability of the second token after the first, less that of the softmax of the path's mean logits, "
+        "in nats: what the first token adds.",
         "score|logit": "Logit of the second token after the first, after the model's own softcap or scale.",
         "score|logprob": "Log-probability of the second token after the first, in nats: exact over the whole vocabulary, from "
         "the weights alone.",

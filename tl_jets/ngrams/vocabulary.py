@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.results import Result
 from tl_jets.core.tokens import token_names, visible
@@ -70,6 +71,7 @@ class UntrainedTokens(Result):
         token_names: Text of each id.
         tied: Whether the model's embeddings are tied.
         d_vocab: Size of the vocabulary.
+        model: Mark of the model: its name and a digest of its weights.
     """
 
     ids: Int[Tensor, " token"]
@@ -80,6 +82,7 @@ class UntrainedTokens(Result):
     token_names: dict[int, str] = field(repr=False)
     tied: bool
     d_vocab: int
+    model: str = ""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a token: id, text, reason, cosine, norm, deviation."""
@@ -137,4 +140,5 @@ def untrained_tokens(model: Any, *, alike: float = ALIKE, far: float = FAR) -> U
     reasons = [", ".join(reason for reason, holds in why.items() if bool(holds[token])) for token in ids.tolist()]
     names = token_names(tokenizer, [ids])
     numbers = (cosines[ids], norms[ids], deviations[ids])
-    return UntrainedTokens(ids, reasons, *numbers, names, is_tied(streams), size)
+    mark = model_mark(streams.network)
+    return UntrainedTokens(ids, reasons, *numbers, names, is_tied(streams), size, mark)
