@@ -133,7 +133,7 @@ class _Written:
     edits: Tensor
 
     @classmethod
-    def of(cls, labels: Sequence[str], changes: Tensor, edits: Tensor) -> _Written:
+    def of(cls, labels: list[str], changes: Tensor, edits: Tensor) -> _Written:
         """Those that changed."""
         changed = changes.flatten(1).any(1).nonzero()[:, 0].tolist()
         return cls([labels[i] for i in changed], changes[changed], edits[changed])
