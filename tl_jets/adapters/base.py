@@ -271,9 +271,8 @@ class Sums:
 
     def arrive(self, stream: str, expected: Tensor, found: Tensor, hook: str) -> None:
         """Note how far a stream is from what is expected; by a user's `hook`, that is an edit."""
-        is_same = found is expected and hook not in self.hooked
-        difference = None if is_same else found - expected
-        if hook in self.hooked:
+        difference = None if found is expected and hook not in self.hooked else found - expected
+        if hook in self.hooked and difference is not None:
             self.recording.edits.setdefault(stream, {})[f"edit:{hook}"] = difference
         size = self._largest(found)
         self.arrivals.append((stream, hook))
