@@ -265,8 +265,9 @@ class Decoder:
 
     def converted(self, dtype: torch.dtype) -> Decoder:
         """This decoder with `W_U` in `dtype`, for many products; itself on a CPU, or where the device has no room."""
-        is_small = self.W_U.numel() <= self._converted_elements(dtype)
-        if self.W_U.dtype == dtype or self.W_U.device.type == "cpu" or not is_small:
+        if self.W_U.dtype == dtype or self.W_U.device.type == "cpu":
+            return self
+        if self.W_U.numel() > self._converted_elements(dtype):
             return self
         return replace(self, W_U=self.W_U.to(dtype))
 

@@ -24,7 +24,7 @@ def check_fits(n_bytes: int, what: str, remedy: str) -> None:
 
 def free_bytes(device: torch.device | None = None) -> int | None:
     """Memory that this process may still allocate, in bytes: of a CUDA device, or the machine's; None if unknown."""
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type == "cuda" and torch.cuda.is_available():
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     found = [left for left in (_of_system(), _of_group()) if left is not None]
