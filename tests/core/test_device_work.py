@@ -18,7 +18,7 @@ CALLS = {
     "iterative lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
     "followed tokens": (14, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
     "detached lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
-    "joint lens": (19, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
+    "joint lens": (20, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
     "by head": (11, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
     "path sums": (13, lambda network, tokens: tj.path_sums(network, tokens)),
     "ablations": (10, lambda network, tokens: tj.ablation_effect(network, tokens)),
