@@ -197,7 +197,7 @@ def bigram_log_normalizers(
         maxima = torch.empty(len(states), tiles.n_blocks, dtype=tiles.dtype, device=tiles.device)
         sums, offset = tiles.read(states, maxima, offset)
         assert sums is not None
-        check_finite(sums.log_normalizers, plan.rows[part])
-        return (sums.log_normalizers.double() - sums.offset) / LOG2_E
+        check_finite(sums.shift, plan.rows[part])
+        return (sums.shift.double() - sums.offset) / LOG2_E
 
     return torch.cat(plan.processes.map(read, list(slices(len(plan.rows), plan.chunk_size)))).to(plan.device)
