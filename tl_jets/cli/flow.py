@@ -182,7 +182,7 @@ def _of_flow(
 
 def _components(found: Flow) -> list[dict[str, Any]]:
     """Every component that changed, in the order of the network."""
-    frame = found.to_dataframe()[["component", "flow", "share", "edit", "direct"]]
+    frame: Any = found.to_dataframe()[["component", "flow", "share", "edit", "direct"]]
     places = found.by_position_dataframe()
     rows = []
     for row in frame.to_dict("records"):
@@ -241,7 +241,8 @@ def _of_joint(
     found: JointFlow, data: dict[str, Any], asked: dict[str, str], names: str, last: list[str], top: int
 ) -> Report:
     effect, gap = data["effect"], float(found.gap / found.effect)
-    rows = found.to_dataframe()[["component", "share", "single", "gradient"]].to_dict("records")
+    frame: Any = found.to_dataframe()[["component", "share", "single", "gradient"]]
+    rows = frame.to_dict("records")
     control = [float(value) for value in found.control]
     data |= {"gap": gap, "tolerance": found.tolerance, "nodes": found.nodes, "components": rows}
     data["controls"] = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_jets.core.markup import largest
 from tl_jets.core.tokens import visible
@@ -126,7 +126,7 @@ def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> Figure:
     size = (max(3.0, 0.22 * len(names) + 1.2), max(2.4, 0.14 * rows + 1.4))
     figure, panels = new_panels(None, len(found), size)
     scale = largest(value for grid in found for row in grid.values.tolist() for value in row)
-    image = None
+    image: Any = None
     for panel, (kind, labels, values) in zip(panels, found, strict=True):
         image = panel.imshow(
             values.tolist(), cmap=_colors(), vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest"
@@ -147,7 +147,7 @@ def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> Figure:
     return figure
 
 
-def _colors():  # type: ignore[no-untyped-def]
+def _colors() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("tl_jets", BELOW_TO_ABOVE)
