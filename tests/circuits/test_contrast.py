@@ -60,6 +60,64 @@ def test_the_parts_of_two_runs_sum_to_their_difference(spec, granularity):
     assert (sizes[1:] <= sizes[:-1] + 1e-12).all()
 
 
+def frozen_terms(model: Any, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's stream, the gradient of the logit difference there with patterns, scales and gates frozen, and the difference."""
+    kept: list[Tensor] = []
+
+    def keep(stream: Tensor, hook: Any) -> Tensor:
+        kept.append(stream.detach().requires_grad_())
+        return kept[0]
+
+    with torch.enable_grad(), tj.detached(model), full_precision():
+        found = differences(model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", keep)]))
+        (gradient,) = torch.autograd.grad(found.sum(), kept[0])
+    return kept[0].detach(), gradient, found.detach()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("spec", "granularity"), GRANULARITIES, ids=str)
+def test_the_detached_map_of_a_difference_by_token_and_write(spec, granularity, layer):
+    """Against autograd through TransformerLens' own pass: parts, both changes and their sums, at the embeddings and inside."""
+    model = zoo.build(spec)
+    clean, corrupted = prompts(model)
+    network = tj.ResidualNetwork(model, granularity)
+    (x, g, m), (y, k, n) = (frozen_terms(model, tokens, layer) for tokens in (clean, corrupted))
+    found = contrast(network, clean, corrupted, by="token", targets=TARGETS, at=("resid_pre", layer))
+    assert found.labels == ["0", "1", "2", "3", "bias"] and found.at == f"{layer}_pre"
+    close = {"rtol": 0, "atol": 1e-9}
+    torch.testing.assert_close(found.clean[:-1].T, (g * x).sum(-1), **close)
+    torch.testing.assert_close(found.corrupted[:-1].T, (k * y).sum(-1), **close)
+    torch.testing.assert_close(found.from_input[:-1].T, ((g + k) / 2 * (x - y)).sum(-1), **close)
+    torch.testing.assert_close(found.from_map[:-1].T, ((g - k) * (x + y) / 2).sum(-1), **close)
+    torch.testing.assert_close(found.from_input + found.from_map, found.difference, **close)
+    assert found.from_input.abs().max() > 1e-3 < found.from_map.abs().max()
+    fine = contrast(network, clean, corrupted, by="write_token", targets=TARGETS, at=("resid_pre", layer))
+    for parts in (found, fine):
+        torch.testing.assert_close(parts.clean.sum(0), m, **close)
+        torch.testing.assert_close(parts.difference.sum(0), m - n, **close)
+    trace = network.trace(clean)
+    for label in [label for label in network.components if layer or label in network.sources]:
+        if label in network.sources or label in [
+            step.write for stage in network.at("sublayer").stages[:2] for step in stage.steps
+        ]:
+            own = fine.clean[[fine.labels.index(f"{label} @ {pos}") for pos in range(4)]].T
+            torch.testing.assert_close(own, (g * trace[label]).sum(-1), **close)
+
+
+def test_tokens_of_unequal_prompts_and_names():
+    model = zoo.build(SPECS[0])
+    alone = contrast(model, "w3 w4 w5", "w3 w9 w5", by="token", targets=TARGETS)
+    assert alone.labels[2:4] == ["2 ·w4|·w9", "3 ·w5"]
+    both = contrast(model, ["w3 w4 w5", "w8 w7 w6 w2 w1"], ["w3 w9 w5", "w8 w7 w6 w1 w1"], by="token", targets=TARGETS)
+    torch.testing.assert_close(both.difference[[0, 1, 2, 3, -1], 0], alone.difference[:, 0], rtol=0, atol=1e-9)
+    assert not both.clean[4:6, 0].any()
+    assert list(alone.to_dataframe()) == ["token", "clean", "corrupted", "difference", "from_input", "from_map"]
+    with pytest.raises(ValueError, match=r"`at` must be a stream of the network, .*; got '0_mlp_out'"):
+        contrast(model, "w3 w4", "w3 w9", by="token", at="0_mlp_out", targets=TARGETS)
+    with pytest.raises(ValueError, match="got at='1_pre' by 'write'"):
+        contrast(model, "w3 w4", "w3 w9", by="write", at="1_pre", targets=TARGETS)
+
+
 def test_layers_and_components_are_those_of_their_tools():
     model = zoo.build(SPECS[0])
     clean, corrupted = prompts(model)

@@ -6,18 +6,21 @@ and gates of their own run frozen, so that
 .. math::
     m(\text{clean}) - m(\text{corrupted}) = \sum_p \left(\text{effect}_p(\text{clean}) - \text{effect}_p(\text{corrupted})\right) .
 
-==============  ===================================================================================  ===================
-by              parts                                                                                their differences
-==============  ===================================================================================  ===================
-``write``       what each source and step writes (direct logit attribution)                          sum to m's
-``source``      all paths from an embedding or bias (`path_sums`)                                    sum to m's
-``length``      all paths with so many writes (`path_lengths`)                                       sum to m's
-``path``        single paths, the largest of either run                                              leave `remainder`
-``component``   all paths through a step (`path_sums`)                                               overlap
-``layer``       the order-k jet lens of each stream (`iterative_jet_lens`): what it says of m        are no parts
-==============  ===================================================================================  ===================
+===============  ===================================================================================  ===================
+by               parts                                                                                their differences
+===============  ===================================================================================  ===================
+``write``        what each source and step writes (direct logit attribution)                          sum to m's
+``token``        what a stream, `at`, holds at each position (`tl_jets.circuits.cuts`)                sum to m's
+``write_token``  the same, by source and write                                                        sum to m's
+``source``       all paths from an embedding or bias (`path_sums`)                                    sum to m's
+``length``       all paths with so many writes (`path_lengths`)                                       sum to m's
+``path``         single paths, the largest of either run                                              leave `remainder`
+``component``    all paths through a step (`path_sums`)                                               overlap
+``layer``        the order-k jet lens of each stream (`iterative_jet_lens`): what it says of m        are no parts
+===============  ===================================================================================  ===================
 
-A part's difference mixes what it received with how the two runs read it: each run has its own scales and patterns.
+A part's difference mixes what it received with how the two runs read it: each run has its own scales and patterns. By
+``token`` and ``write_token`` both have a number, `from_input` and `from_map`.
 
 Example:
     >>> import tl_jets as tj
@@ -40,12 +43,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.circuits.cuts import parts_of_cut
 from tl_jets.circuits.pairs import Pair, PairResult
 from tl_jets.core.frozen_network import FrozenNetwork
+from tl_jets.core.labels import LabelInput
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
-from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM
+from tl_jets.core.protocol import BIAS, DECODER_STEP, FINAL_STREAM, some
 from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
@@ -54,7 +59,7 @@ from tl_jets.paths.evaluation import read_path
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import path_lengths, path_sums
 
-By = Literal["write", "source", "length", "path", "component", "layer"]
+By = Literal["write", "token", "write_token", "source", "length", "path", "component", "layer"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -70,6 +75,9 @@ class Contrast(PairResult):
         corrupted: Effects in the corrupted run.
         clean_total: The logit difference of the clean run.
         corrupted_total: That of the corrupted run.
+        at: By token: the stream.
+        from_input: By token: the part of `difference` from the other input, through the mean of both runs' maps.
+        from_map: By token: the part from the other map, of the mean of both inputs.
     """
 
     labels: list[str]
@@ -78,6 +86,9 @@ class Contrast(PairResult):
     corrupted: Float[Tensor, "part batch"]
     clean_total: Float[Tensor, " batch"]
     corrupted_total: Float[Tensor, " batch"]
+    at: str | None = None
+    from_input: Float[Tensor, "part batch"] | None = None
+    from_map: Float[Tensor, "part batch"] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -101,8 +112,14 @@ class Contrast(PairResult):
         return self.clean_total - self.corrupted_total - self.difference.sum(0)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per part, averaged over prompts: the part (named as `by`), clean, corrupted, difference."""
-        columns = {name: getattr(self, name).mean(-1).tolist() for name in ("clean", "corrupted", "difference")}
+        """One row per part, averaged over prompts: the part (named as `by`), clean, corrupted, difference, and its two parts."""
+        names = [
+            "clean",
+            "corrupted",
+            "difference",
+            *(["from_input", "from_map"] if self.from_input is not None else []),
+        ]
+        columns = {name: getattr(self, name).mean(-1).tolist() for name in names}
         return pd.DataFrame({self.by: self.labels, **columns})
 
     def to_circuit(self, k: int | None = None) -> Circuit:
@@ -122,6 +139,7 @@ def contrast(
     position: int = -1,
     top: int = 128,
     order: int = 1,
+    at: LabelInput | None = None,
     attention_mask: Tensor | None = None,
 ) -> Contrast:
     """A `Contrast`: what each part adds to a logit difference in a clean run, and in a corrupted one.
@@ -137,6 +155,7 @@ def contrast(
         top: For `"path"`: the number of largest paths of each run that are compared, ranked by their effects on the two tokens. A
             path that neither run has among them has a smaller effect in both.
         order: For `"layer"`: that of the lens's jets.
+        at: For `"token"` and `"write_token"`: the stream whose positions (and writes) are the parts; None for the first.
         attention_mask: Passed to the model (left padding needs it).
 
     Raises:
@@ -150,6 +169,12 @@ def contrast(
     check_choice("by", by, get_args(By))
     check_integers(1, top=top)
     pair = Pair.of(model, clean, corrupted, targets, position, attention_mask)
+    if by in ("token", "write_token"):
+        return _by_token(pair, by, at)
+    if at is not None:
+        raise ValueError(
+            f"`at` is the stream of a contrast by 'token' or 'write_token'; got at={at!r} by {by!r}. Leave it out."
+        )
     traces = (pair.clean, pair.corrupted)
     if by == "path":
         ids = pair.target_ids[:, None]
@@ -167,6 +192,21 @@ def contrast(
     totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in traces]
     effects = dict(zip(("clean", "corrupted", "clean_total", "corrupted_total"), [*found, *totals], strict=True))
     return Contrast(labels=labels, by=by, **effects, **pair.header)
+
+
+def _by_token(pair: Pair, by: Any, at: LabelInput | None) -> Contrast:
+    """The contrast of what a stream holds at every position."""
+    streams = pair.network.streams
+    stream = streams[0] if at is None else pair.network.label(at)
+    if stream not in streams:
+        raise ValueError(f"`at` must be a stream of the network, {some(streams)}; got {at!r}.")
+    parts = parts_of_cut(pair, stream, by == "write_token")
+    values = dict(
+        zip(("clean", "corrupted", "from_input", "from_map"), torch.stack(list(parts.values()), 1), strict=True)
+    )
+    totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in (pair.clean, pair.corrupted)]
+    ends = {"clean_total": totals[0], "corrupted_total": totals[1]}
+    return Contrast(labels=list(parts), by=by, at=stream, **values, **ends, **pair.header)
 
 
 def _parts(pair: Pair, trace: Trace, by: Any, position: int, order: int) -> dict[str, Float[Tensor, " batch"]]:
