@@ -186,7 +186,7 @@ def _components(found: Flow) -> list[dict[str, Any]]:
     places = found.by_position_dataframe()
     rows = []
     for row in frame.to_dict("records"):
-        own = places[places["component"] == row["component"]]
+        own: Any = places[places["component"] == row["component"]]
         by_position = [
             {"pos": p, "token": visible(t), "flow": v} for p, t, v in own[["write_pos", "token", "flow"]].to_numpy()
         ]

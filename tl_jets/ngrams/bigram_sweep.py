@@ -78,7 +78,8 @@ class BigramSweep(Sweep):
         self.decoder = self.network.decoder
         check_choice("per", per, ("global", "row"))
         check_choice("score", score, SCORES)
-        self.top_k, self.per, self.score, self.screen = top_k, per, score, screen
+        self.top_k, self.per, self.screen = top_k, per, screen
+        self.score: Score = score
         self.progress, self.processes = progress, processes
         self.exclude_self = exclude_self
         self.rows, self.columns = self._read_tokens(rows, columns, exclude)

@@ -186,7 +186,8 @@ class Tiles:
             return Sums(mean, torch.zeros_like(mean), torch.zeros_like(mean))
         lost = self.size * torch.finfo(self.dtype).tiny / largest
         log_normalizers = (largest + rest).log2() + top.double()
-        return Sums(*(y.to(self.dtype) for y in (log_normalizers, rest / largest, lost)), offset or 0.0)
+        shift, rest, lost = (values.to(self.dtype) for values in (log_normalizers, rest / largest, lost))
+        return Sums(shift, rest, lost, offset or 0.0)
 
     def _allowed(self, logits: Tensor, penalties: Tensor, own: Tensor | None, start: int) -> Tensor:
         """Block maxima of logits plus penalties, without each row's own token."""
