@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import studies as studies
     from tl_jets import views as views
     from tl_jets.adapters.callables import CallableModel
+    from tl_jets.adapters.dictionaries import with_dictionary
     from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
     from tl_jets.circuits.attribution_patching import attribution_patching
     from tl_jets.circuits.contrast import Contrast, contrast
@@ -126,12 +127,14 @@ __all__ = [
     "translated_lens",
     "trigram_scores",
     "views",
+    "with_dictionary",
     "without_path",
 ]
 
 # Where each name is: the front door's, and classes of results, which their rooms export.
 _PLACES = {
     "tl_jets.adapters.callables": ("CallableModel",),
+    "tl_jets.adapters.dictionaries": ("with_dictionary",),
     "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
     "tl_jets.circuits.attribution_patching": ("attribution_patching",),
     "tl_jets.circuits.contrast": ("Contrast", "contrast"),

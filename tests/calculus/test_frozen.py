@@ -349,3 +349,27 @@ def test_every_way_to_write_a_scale_is_frozen(name):
     scale = root(X.square().mean(-1, keepdim=True) + 0.1)
     found = jacobian(reverse, lambda x: x * root(x.square().mean(-1, keepdim=True) + 0.1), X)
     assert relative_error(found, diagonal(scale.expand_as(X))) < TOLERANCE
+
+
+def test_thresholds_and_the_largest_entries_are_those_of_the_running_point():
+    """A replay at another point, where other entries pass, is the linear map of the recorded ones."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 9, generator=draw, dtype=torch.float64)
+    for f, kept in (
+        (lambda x: x * (x > 0.5), x > 0.5),
+        (lambda x: x.masked_fill(x <= 0.5, 0), x > 0.5),
+        (
+            lambda x: torch.zeros_like(x).scatter(-1, x.topk(4).indices, 1.0) * x,
+            torch.zeros(3, 9).scatter(-1, x.topk(4).indices, 1) > 0,
+        ),
+        (
+            lambda x: torch.zeros_like(x).scatter(1, *reversed(x.topk(k=4, dim=1))),
+            torch.zeros(3, 9).scatter(-1, x.topk(4).indices, 1) > 0,
+        ),
+    ):
+        tape: list = []
+        with frozen(record=tape):
+            assert torch.equal(f(x), x * kept)
+        with frozen(replay=tape):
+            assert torch.equal(f(y), y * kept)
+        assert not torch.equal(f(y), y * kept)

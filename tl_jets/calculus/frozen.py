@@ -17,7 +17,8 @@ Each PyTorch call is intercepted:
 - softmax, rsqrt, sqrt, norm, exp, sigmoid, reciprocals and all denominators are detached;
 - fused norms and activations keep their value y and get the derivative of the frozen map, y + (lin - lin.detach());
 - the output of an activation is a gate, and is detached, where it multiplies a differentiated tensor of its shape. So
-  is a factor (tanh, erf, sigmoid) of its own argument: `0.5 * x * (1 + tanh(...))` is the frozen slope times x.
+  is a factor (tanh, erf, sigmoid) of its own argument: `0.5 * x * (1 + tanh(...))` is the frozen slope times x;
+- comparisons (`x > threshold`) and the choice of the largest entries (`topk`) are those of the running point.
 
 `frozen(record=tape)` stores the coefficients; `frozen(replay=tape)` applies them at another point. The replayed
 computation *is* the frozen map, and its value at zero is the bias. Callers must check that a model came out affine
@@ -308,6 +309,18 @@ def _carry(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str,
     return result
 
 
+def _mask(mode: _Frozen, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Make a comparison constant."""
+    return mode.kept(name_of(func), lambda: func(*args, **kwargs))
+
+
+def _largest(mode: _Frozen, func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Make the choice of the largest entries constant."""
+    indices = mode.kept(name_of(func), lambda: func(x.detach(), *args, **kwargs).indices)
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    return torch.return_types.topk((x.gather(dim, indices), indices))
+
+
 def _table(**rules: tuple[_Rule, str]) -> dict[str, _Rule]:
     return {name: rule for rule, names in rules.values() for name in names.split()}
 
@@ -331,6 +344,8 @@ _RULES: dict[str, _Rule] = _table(
     attention=(_attention, "scaled_dot_product_attention"),
     quotients=(_divide, "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__"),
     products=(_multiply, "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__"),
+    masks=(_mask, "gt lt ge le greater less greater_equal less_equal __gt__ __lt__ __ge__ __le__"),
+    choices=(lambda mode, func, args, kwargs: _largest(mode, func, *args, **kwargs), "topk"),
     powers=(_power, "pow pow_ __pow__ __ipow__ square float_power"),
     copies=(
         _carry,

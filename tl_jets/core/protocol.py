@@ -13,7 +13,9 @@ from torch import Tensor
 from tl_jets.core.decoder import Decoder
 
 Granularity = Literal["block", "sublayer", "head"]
-StepKind = Literal["block", "attn", "mlp", "head", "attn_bias", "neuron", "mlp_rest", "mlp_bias", "callable"]
+StepKind = Literal[
+    "block", "attn", "mlp", "head", "attn_bias", "neuron", "mlp_rest", "mlp_bias", "feature", "feature_rest", "callable"
+]
 # Outside the blocks, then by block: the ids of its hooks, and the number of its weights' state.
 State = tuple[tuple[tuple[int, ...], int], ...]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "sublayer", "head")
@@ -46,6 +48,11 @@ class Step:
     def write(self) -> str:
         """Label of what the step writes: `3_mlp_out`; biases are their own writes."""
         return self.label if self.kind in ("attn_bias", "mlp_bias") else f"{self.label}_out"
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it is a part of a write by a dictionary (`tl_jets.adapters.dictionaries`)."""
+        return self.kind in ("feature", "feature_rest")
 
 
 @dataclass(frozen=True)

@@ -200,5 +200,7 @@ def _base(network: ResidualNetwork) -> ResidualNetwork:
 
 def _sublayer(step: Step) -> str:
     """The label of the sublayer that a head, neuron or constant belongs to."""
+    if step.is_feature:
+        return step.label.rsplit("_", 1)[0]
     kind = {"head": "attn", "attn_bias": "attn", "neuron": "mlp", "mlp_rest": "mlp", "mlp_bias": "mlp"}.get(step.kind)
     return step.label if kind is None else f"{step.layer}_{kind}"

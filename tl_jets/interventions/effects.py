@@ -124,7 +124,8 @@ def cells_of(trace: Trace, positions: int | Sequence[int]) -> Bool[Tensor, "batc
 def read_ablations(network: ResidualNetwork, steps: Steps | None) -> tuple[list[Steps], list[str]]:
     """Ablations to make one at a time, and their labels; None for all steps of the network."""
     if steps is None:
-        steps = [step.label for step in network.steps if step.kind not in ("attn_bias", "mlp_rest")]
+        kinds = ("attn_bias", "mlp_rest")
+        steps = [step.label for step in network.steps if step.kind not in kinds and not step.is_feature]
     ablations: list[Any] = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")

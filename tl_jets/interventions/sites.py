@@ -50,10 +50,9 @@ def sites_of(network: ResidualNetwork, steps: Steps) -> list[Site]:
             raise ValueError(
                 f"A step to edit is one of {some(known, 40)}, a neuron (L0N17), or its write; got {label!r}."
             )
-        if step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
-            raise NotImplementedError(
-                f"{label} is what no hook point carries alone; edit {step.layer}_{step.kind.split('_')[0]} instead."
-            )
+        if step.is_feature or step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
+            whole = step.label.rsplit("_", 1)[0]
+            raise NotImplementedError(f"{label} is what no hook point carries alone; edit {whole} instead.")
         block = f"blocks.{step.layer}."
         if step.kind == "neuron":
             sites.append(Site(step.write, step.layer, block + "mlp.hook_post", step.neuron))

@@ -266,6 +266,8 @@ def _labels(name: str, steps: Sequence[Step], sources: Mapping[str, Source], abs
 
 
 def _is_of(step: Step, name: str) -> bool:
+    if step.is_feature:
+        return step.label.startswith(f"{step.layer}_{name}_" if name in KINDS else f"{name}_")
     if name == "attn":
         return step.kind in ("attn", "head", "attn_bias") or step.label.endswith("_attn")
     if name == "mlp" and step.kind in ("neuron", "mlp_rest"):
