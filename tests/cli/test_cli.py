@@ -519,14 +519,19 @@ def test_examples_of_the_help_are_commands(name):
             (iterative_jet_lens, joint_jet_lens, tl_jets.over_prompts, BOS),
             {"joint_order", "no_embeddings", "all", "averages", "explain"},
         ),
-        ("paths", (tl_jets.exponential_expansion, ResidualNetwork, BOS), {"ablate", "no_components", "seed"}),
+        (
+            "paths",
+            (tl_jets.exponential_expansion, ResidualNetwork, tl_jets.over_prompts, BOS),
+            {"ablate", "no_components", "seed"},
+        ),
         (
             "flow",
             (tl_jets.flow, tl_jets.joint_flow, tl_jets.ablation_hooks, BOS),
             {"ablate", "corrupted", "joint", "keep_bos", "top"},
         ),
-        ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores"}),
+        ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores", "keep_all"}),
         ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed"}),
+        ("explore", (tl_jets.views.explorer, BOS), {"ablate", "keep_bos", "positions"}),
     ],
 )
 def test_options_are_called_as_the_arguments_of_the_functions(name, functions, own):

@@ -233,8 +233,10 @@ cost: about V^2 d_model multiply-adds a path (GPT-2 small: a quarter of a minute
 on two cores), a fraction of that a head.
 """,
     "explore": """\
-example:
+examples:
+  tl-jets explore
   tl-jets explore --prompt "This function is available on Unix and" --ablate 0_mlp --keep-bos
+  tl-jets explore --model ./my-model --prompt "Once upon a" --order 2 --html page.html
 """,
     "jacobian": """\
 examples:

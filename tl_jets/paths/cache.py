@@ -100,10 +100,10 @@ class PathCache(JetCache):
         )
 
     def missed(self, *, sweeps: int = 64, seed: int = 0) -> float:
-        """A bound on the absolute effect, on the expansion's target, of every path that is not here.
+        """The root of the sum of squared effects, on the expansion's target, of all paths that are not here.
 
-        It is the root of the sum of their squared effects (`tl_jets.paths.missed`): exact if the steps have at most `sweeps`
-        patterns of signs; else an estimate without bias of that sum, which scatters by tens of percent.
+        No such path has a larger absolute effect. It is exact, and so a bound, if the steps have at most `sweeps` patterns of
+        signs; else it comes of an unbiased estimate of the sum (`tl_jets.paths.missed`), which scatters by tens of percent.
 
         Args:
             sweeps: Patterns of signs, a backward sweep each.
