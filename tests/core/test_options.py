@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -54,7 +55,13 @@ def detached() -> Any:
     return tj.detached_jacobian(network(), trace(), positions=-1)
 
 
+def dictionary():
+    W_dec = torch.eye(network().decoder.d_model, dtype=torch.float64)[:3]
+    return SimpleNamespace(W_dec=W_dec, encode=lambda x: x @ W_dec.T)
+
+
 CHECKED: dict[str, Any] = {"n_random": 1, "bootstrap": 10, "top_k": 3}
+
 # Of each function that takes closed choices: a call of it that is right, but for the choice.
 CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ResidualNetwork": (lambda **o: tj.ResidualNetwork(network().view.model, **o), ("granularity",)),  # type: ignore[attr-defined]
@@ -121,6 +128,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "detached_tokens": (lambda **o: views.detached_tokens(detached(), **o), ("by",)),
     "to_circuitsvis": (lambda **o: tj.to_circuitsvis(tj.path_sums(network(), trace()), **o), ("view",)),
     "trigram_heatmap": (lambda **o: views.trigram_heatmap(network(), trigrams(), **o), ("axes",)),
+    "with_dictionary": (lambda **o: tj.with_dictionary(network(), "0_mlp_out", dictionary(), 0, **o), ("encodes",)),
 }
 
 
