@@ -350,7 +350,7 @@ def test_bounds_of_rounded_logits_hold_and_are_not_idle(bias):
     _, offset = tiles.read(states, maxima)
     assert offset > 200 or not bias
     sums, _ = tiles.read(states, maxima, offset)
-    shift, applied = sums.log_normalizers, sums.offset
+    shift, applied = sums.shift, sums.offset
     exact = torch.from_numpy(brute(decoder, states)).amax(1) / math.log(2)
     assert applied == offset
     best = maxima.amax(1)
@@ -502,7 +502,7 @@ def test_mlp_paths_are_what_the_modules_write(name):
 
 
 def test_no_forward_pass_is_run_twice():
-    """One for the check, and one that stops at the embedding for its comparison and for each chunk."""
+    """One for the check, and one that stops at the embedding: for its comparison, for what is tied, and for each chunk."""
     for spec in zoo.available(["gpt2"]):
         model, calls = zoo.fresh(spec), []
         forward = model.forward
@@ -510,7 +510,7 @@ def test_no_forward_pass_is_run_twice():
             calls.append(1) or forward(*args, **options)
         )
         jet_bigrams(model, "mlps", top_k=3, chunk_size=31)
-        assert len(calls) == 2 + 2
+        assert len(calls) == 3 + 2
 
 
 def test_the_path_of_a_table_is_a_path():

@@ -329,8 +329,9 @@ def test_wrong_options_and_models_meet_the_librarys_own_errors():
     model = zoo.build(zoo.available(["gpt2"])[0])
     with pytest.raises(ValueError, match="normalize must be"):
         jet_trigrams(model, 0, 0, normalize="all")
-    with pytest.raises(ValueError, match=r"rows must be token ids; got \[' the'\]. `model.to_single_token` gives"):
-        jet_trigrams(model, 0, 0, rows=[" the"])
+    with pytest.raises(ValueError, match=r"A text in rows must be one token; 'w3 w4' is 2: \[3, 4\]"):
+        jet_trigrams(model, 0, 0, rows=["w3 w4"])
+    assert jet_trigrams(model, 0, 0, rows=["w3"], top_k=2).ids[:, 0].tolist() == [3, 3]
     plain = CallableModel(
         torch.nn.Embedding(5, 4), [{"0_mlp": torch.tanh}], Decoder(Norm("RMS"), torch.randn(4, 5), torch.zeros(5))
     )

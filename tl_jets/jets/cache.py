@@ -63,6 +63,7 @@ class JetCache(Result, Mapping[str, Tensor]):
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
         positions: Indices of its positions in the padded rows, likewise; [batch, pos] where prompts differ.
         model: Name of the model and a digest of its weights; None in files of older versions.
+        sinks: Which of `tokens` are BOS or attention sinks, whose norms notebooks leave out; None in files of older versions.
         expansion: The expansion.
         trace: The trace of the input.
     """
@@ -81,6 +82,7 @@ class JetCache(Result, Mapping[str, Tensor]):
     prompts: list[int] | int | None = None
     positions: list[int] | int | Tensor | None = None
     model: str | None = None
+    sinks: Bool[Tensor, "*cells"] | None = None
     expansion: Any = handle()
     trace: Any = handle()
 
@@ -97,11 +99,14 @@ class JetCache(Result, Mapping[str, Tensor]):
             is_decoded=expansion.stage is None,
             token_names=token_names(trace.network.tokenizer, [trace.tokens]),
             model=model_mark(trace.network, trace.recording.hook_state),
+            sinks=Sinks.of(trace, Rows.of(trace, None)).mask,
             expansion=expansion,
             trace=trace,
             **data,
         )
-        return replace(found, **{name: found.here(getattr(found, name)) for name in ("tokens", "valid", "places")})
+        return replace(
+            found, **{name: found.here(getattr(found, name)) for name in ("tokens", "valid", "places", "sinks")}
+        )
 
     def __getitem__(self, key: LabelInput | Path) -> Tensor:
         """A term by its path, or an activation of the run by TransformerLens' name: `cache["z", 0]`."""
@@ -313,7 +318,7 @@ class JetCache(Result, Mapping[str, Tensor]):
 
     def _at(self, change: Callable[[Tensor, int], Tensor], **where: Any) -> JetCache:
         """Apply `change(tensor, number of axes before the cells)` to every tensor; replace `where`."""
-        names = ("terms", "truth", "tokens", "valid", "places", "solution")
+        names = ("terms", "truth", "tokens", "valid", "places", "sinks", "solution")
         found = self._mapped(lambda tensor: change(tensor, 0), names)
         return replace(found, weights=change(self.weights, 1), **where)
 
@@ -339,10 +344,8 @@ class JetCache(Result, Mapping[str, Tensor]):
     def _body(self) -> str:
         """Table of the first terms, averaged over real positions without attention sinks; decodes nothing."""
         keep, note = self.valid, ""
-        if self.trace is not None:
-            sinks = self.here(Sinks.of(self.trace, Rows.of(self.trace, None)).mask) & self.valid
-            if 0 < (left_out := int(sinks.sum())) < int(self.valid.sum()):
-                keep, note = self.valid & ~sinks, f"<p>Norms leave out {left_out} attention sinks (core.sinks).</p>"
+        if self.sinks is not None and 0 < (left_out := int(self.sinks.sum())) < int(self.valid.sum()):
+            keep, note = self.valid & ~self.sinks, f"<p>Norms leave out {left_out} attention sinks (core.sinks).</p>"
         paths = self.labels[:SHOWN_ROWS]
         norms = [float(self.terms[path].norm(dim=-1)[keep].mean()) for path in paths]
         length = float(self.truth.norm(dim=-1)[keep].mean())
