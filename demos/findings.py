@@ -5,8 +5,8 @@
 Without MODEL (a local Hugging Face directory, or a model's name) the embedded model is taken; without FILE the thirty prompts of
 `findings_prompts.txt`, five of a kind: facts, syntax, code, repetition, counting, other languages. The answer is the model's own
 best token after the prompt, BOS is prepended as the model does it, and averages leave out BOS and attention sinks. Intervals are
-95% bootstrap intervals over prompts. All draws have seed 0. With SmolLM2-135M about
-ten minutes of two cores, with `--every 5` (the first prompt of each kind) three.
+95% bootstrap intervals over prompts. All draws have seed 0. With SmolLM2-135M a question takes two to
+five minutes on one core, paths and ablations with `--every 5` (the first prompt of each kind).
 
 - lenses: is what a layer says, at order 0 and 1, closer to the model than a random vector of its length and angle is?
 - paths: how much of the answer do the largest paths hold, how far do paths cancel, does ablation confirm them?
