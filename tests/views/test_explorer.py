@@ -105,6 +105,19 @@ def test_a_page_of_thirty_layers_and_forty_tokens_is_below_two_megabytes():
     assert 600_000 < size < 2_000_000
 
 
+def test_bigrams_that_a_model_does_not_have_are_left_out_with_the_reason():
+    model = zoo.build(zoo.available(["attn_only"])[0])
+    tokens = torch.tensor([[1, 4, 5]])
+    found = explorer(model, tokens).data["bigrams"]
+    assert found["rows"] == {} and "needs a model with MLPs" in found["left_out"]
+    with pytest.raises(ValueError, match="needs a model with MLPs"):
+        explorer(model, tokens, bigrams="mlps")
+    model = zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "gpt2"))
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda stream, hook: stream * 1.1)]):
+        assert "a hook edits '1_pre'" in explorer(model, tokens).data["bigrams"]["left_out"]
+    assert len(explorer(model, tokens).data["bigrams"]["rows"]) == 3
+
+
 @skipped
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pointer_and_keys_choose_a_cell(show, made, flow, network, scheme):

@@ -113,12 +113,9 @@ class Contrast(PairResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per part, averaged over prompts: the part (named as `by`), clean, corrupted, difference, and its two parts."""
-        names = [
-            "clean",
-            "corrupted",
-            "difference",
-            *(["from_input", "from_map"] if self.from_input is not None else []),
-        ]
+        names = ["clean", "corrupted", "difference"]
+        if self.from_input is not None:
+            names += ["from_input", "from_map"]
         columns = {name: getattr(self, name).mean(-1).tolist() for name in names}
         return pd.DataFrame({self.by: self.labels, **columns})
 

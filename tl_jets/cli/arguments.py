@@ -263,7 +263,10 @@ def _flow(add: Callable[..., Any]) -> None:
 def _explore(add: Callable[..., Any]) -> None:
     add("--order", **ORDER, default=1, help="highest order of the lens; the page chooses between 0 and this one")
     add(
-        "--bigrams", default="mlps", metavar="PATH", help="path of each token's bi-grams, as in `ngrams`; none for none"
+        "--bigrams",
+        default="auto",
+        metavar="PATH",
+        help="path of each token's bi-grams, as in `ngrams`; auto is mlps, where the model has them; none for none",
     )
     add("--ablate", nargs="+", metavar="COMPONENT", help="also show what the ablation of these does (8_mlp, L17H3)")
     add("--keep-bos", action="store_true", help="leave the first position, on which attention rests, as it is")

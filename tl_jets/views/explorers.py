@@ -67,7 +67,7 @@ def explorer(
     text_or_tokens: Any,
     *,
     order: int = 1,
-    bigrams: str | None = "mlps",
+    bigrams: str | None = "auto",
     flow: Flow | None = None,
     title: str | None = None,
     name: str | None = None,
@@ -78,7 +78,8 @@ def explorer(
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: One prompt, its ids, or a trace of it.
         order: Highest order of the lens; the page chooses among 0 (the logit lens) and this one.
-        bigrams: Path of the bi-grams of each token, as in `jet_bigrams`; None for none.
+        bigrams: Path of the bi-grams of each token, as in `jet_bigrams`; `"auto"` is `"mlps"`, or the reason why the model has no
+            such table (no MLPs, hooks on streams); None for none.
         flow: What an intervention on this prompt does, from `tl_jets.flow`; with `edges=True` its largest edges are drawn.
         title: Title of the page; None for the prompt.
         name: Name of the model below it.
@@ -87,7 +88,7 @@ def explorer(
         An `Explorer`: the last line of a notebook cell shows it, `.save("prompt.html")` writes it.
 
     Raises:
-        ValueError: Several prompts; a flow of another prompt.
+        ValueError: Several prompts; a flow of another prompt; a path of bi-grams that the model does not have.
 
     Cost: an iterative lens with its control and the ranks of the answers, direct attribution at every position, and V
     d_model multiply-adds a token for its bi-grams. About 1 MB, half of it Observable Plot.
@@ -114,16 +115,9 @@ def explorer(
         "d_vocab": network.decoder.d_vocab,
         "lens": _lens(lens),
         "attribution": {"labels": parts.labels, "unit": parts.unit, "effects": _plain(_effects(parts))},
-        "bigrams": None,
+        "bigrams": None if bigrams is None else _bigrams(network, bigrams, prompt, tokens),
         "flow": None if flow is None else _flow(flow),
     }
-    if bigrams is not None:
-        table = jet_bigrams(network, bigrams, rows=sorted(set(prompt)), per="row", top_k=TOP_K)
-        tokens.update(table.names)
-        rows: dict[int, list[Any]] = {}
-        for (first, second), score in zip(table.ids.tolist(), table.scores.tolist(), strict=True):
-            rows.setdefault(first, []).append([second, rounded(score)])
-        data["bigrams"] = {"path": table.path, "score": table.settings["score"], "rows": rows}
     data["names"] = {token: visible(text) for token, text in tokens.items()}
     return _page(data)
 
@@ -183,6 +177,22 @@ def _effects(parts: JointJetLens) -> Tensor:
     """What components add to the answer [center, pos]."""
     assert parts.effects is not None
     return parts.effects[:, 0, parts.valid[0], 0]
+
+
+def _bigrams(network: ResidualNetwork, path: str, prompt: list[int], names: dict[int, str]) -> dict[str, Any]:
+    """Second tokens and their scores, by first token; adds to the names of tokens."""
+    try:
+        own = "mlps" if path == "auto" else path
+        table = jet_bigrams(network, own, rows=sorted(set(prompt)), per="row", top_k=TOP_K)
+    except (ValueError, NotImplementedError) as error:
+        if path != "auto":
+            raise
+        return {"rows": {}, "left_out": str(error)}
+    names.update(table.names)
+    rows: dict[int, list[Any]] = {}
+    for (first, second), score in zip(table.ids.tolist(), table.scores.tolist(), strict=True):
+        rows.setdefault(first, []).append([second, rounded(score)])
+    return {"path": table.path, "score": table.settings["score"], "rows": rows}
 
 
 def _flow(flow: Flow) -> dict[str, Any]:
