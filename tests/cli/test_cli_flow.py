@@ -56,23 +56,28 @@ def test_the_numbers_are_those_of_the_flow(capsys, network):
     assert data["check"]["spearman"] == pytest.approx(float(found.agreement()["spearman"].iloc[0]), abs=1e-6)
 
 
-@pytest.mark.parametrize("columns", ["80", "100"])
-def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns):
+@pytest.mark.parametrize(("columns", "step"), [("80", "0_mlp"), ("100", "2_attn")])
+def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns, step):
     monkeypatch.setenv("COLUMNS", columns)
-    text = run(capsys, *ASKED, "--ablate", "0_mlp", "--check", "2", "--top", "5")
+    text = run(capsys, *ASKED, "--ablate", step, "--check", "2", "--top", "5")
     lines = text.splitlines()
     assert max(map(len, lines)) <= int(columns) and len(lines) <= 45
-    found, said = tj.flow(network, PROMPT, tj.ablation_hooks(network, "0_mlp"), check=2), " ".join(text.split())
+    found, said = tj.flow(network, PROMPT, tj.ablation_hooks(network, step), check=2), " ".join(text.split())
     assert (
         f"moves by {float(found.effect):+.2f}" in said
         and "Closed: gap" in said
-        and "Path patching of 4 mediators" in said
+        and f"Path patching of {found.check['component'].nunique()} mediators" in said
     )
     largest = found.top(5)
     for row in largest.itertuples():
-        edited = row.component == "0_mlp_out"
+        edited = row.component == f"{step}_out"
         shown = cells(text, f"{row.component}{' (edited)' if edited else ''}", "The components")
-        assert shown[1:3] == [f"{row.flow:+.2f}", f"{row.share:+.0%}"]
+        values = [
+            f"{row.flow:+.2f}",
+            *([] if float(found.cancellation) > 3 else [f"{row.share:+.0%}"]),
+            f"{row.direct:+.2f}",
+        ]
+        assert shown[1 : len(values) + 1] == values
     assert cells(text, f"all {len(found.labels)}", "The components")[-1] == f"{float(found.effect):+.2f}"
 
 
@@ -105,6 +110,23 @@ def test_another_prompt_and_a_logit_difference(capsys, network):
     labels = [row["component"] for row in data["components"]]
     assert labels[0] == "embed" and any(label.startswith("L3H") for label in labels)
     assert "the prompt 'This function is available on Windows and'" in run(capsys, *ASKED, *asked)
+
+
+def test_a_cancelling_effect_shows_no_shares(capsys, network):
+    """Of ablations on both sides of the limit, only the one whose direct parts cancel is said to, and loses its shares."""
+    said = {}
+    for step in network.steps[:-1]:
+        options = [*ASKED, "--ablate", step.label]
+        data = numbers(capsys, *options)
+        direct = [row["direct"] for row in data["components"]]
+        index = sum(map(abs, direct)) / abs(sum(direct))
+        assert data["cancellation"] == pytest.approx(index, rel=1e-6)
+        if bool(index > 3) in said or not data["is_closed"]:
+            continue
+        text = run(capsys, *options)
+        assert ("parts cancel" in text) == (index > 3) and (" share " in text.split("How to read")[0]) == (index <= 3)
+        said[bool(index > 3)] = step.label
+    assert len(said) == 2
 
 
 @torch.no_grad()

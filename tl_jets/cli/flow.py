@@ -18,6 +18,7 @@ from tl_jets.core.tokens import visible
 from tl_jets.flows import Flow, JointFlow, flow, joint_flow
 from tl_jets.flows.secants import MOST_NODES
 from tl_jets.interventions.hooks import ablation_hooks
+from tl_jets.paths.cancellation import LARGE
 from tl_jets.views import flow_heatmap
 
 # Options of one kind of intervention, with the kinds that have them.
@@ -145,6 +146,7 @@ def _of_flow(
     components = _components(found)
     gap, clean = float(found.gap_share), float(found.clean)
     data |= {"clean": clean, "gap": gap, "tolerance": found.tolerance, "passes": found.passes}
+    data["cancellation"] = float(found.cancellation)
     data |= {"components": components, "cuts": found.cuts().drop(columns=["batch", "pos", "target"]).to_dict("records")}
     data["check"] = None
     if found.check is not None:
@@ -166,9 +168,15 @@ def _of_flow(
             data, asked, [_cut_table(data["cuts"])], legend("flow", "gap", "path patching", *last), verdict=verdict
         )
     verdict.append(f"Closed: {cost}. {_checked(data['check'])}")
+    if data["cancellation"] > LARGE:
+        verdict.append(
+            f"Its parts cancel: the sizes of the direct ones add up to {number(data['cancellation'])} times the effect, so "
+            "that single flows are no shares of it."
+        )
     table = _flow_table(found, components, data["check"], top, sink)
     tables = [table, *([_check_table(data["check"]["rows"])] if data["check"] else [])]
-    keys = ["flow", "share", "direct", "largest at", "gap", "path patching", *last]
+    shares = [] if data["cancellation"] > LARGE else ["share"]
+    keys = ["flow", *shares, "direct", "largest at", "gap", "path patching", *last]
     return Report(
         data,
         asked,
@@ -213,7 +221,8 @@ def _flow_table(
         place = max(part["by_position"], key=lambda at: abs(at["flow"]))
         edited = abs(part["edit"]) > 1e-3 * abs(part["flow"])
         row = {"component": f"{part['component']}{' (edited)' if edited else ''}", "flow": signed(part["flow"])}
-        row |= {"share": f"{part['share']:+.0%}", "direct": signed(part["direct"])}
+        row |= {} if float(found.cancellation) > LARGE else {"share": f"{part['share']:+.0%}"}
+        row |= {"direct": signed(part["direct"])}
         row |= {} if check is None else {"path patching": patched.get(part["component"])}
         rows.append(row | {"largest at": f"{place['pos']} {place['token']} {signed(place['flow'])}"})
     notes = ["the first position is an attention sink, and is ablated, too: --keep-bos leaves it"] if sink else []

@@ -17,6 +17,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult
 from tl_jets.flows.edges import Level, balance_of, circuit_of, edge_table, graph_of, still_open
+from tl_jets.paths.cancellation import LARGE, cancellation
 from tl_jets.paths.circuit import Circuit
 
 
@@ -106,8 +107,13 @@ class Flow(FlowResult, Averaged):
         still = "" if bool(self.closed.all()) else f"; {int((~self.closed).sum())} OPEN: their flows explain nothing"
         return (
             f"Flow({said} on {self.target_names}{in_unit(self.unit)}; {len(self.labels)} components; gap "
-            f"{100 * float(self.gap_share.max()):.2g}% of the effect, {self.passes:.1f} passes{still}; {self._checked()})"
+            f"{100 * float(self.gap_share.max()):.2g}% of the effect, {self.passes:.1f} passes{still}{self._cancel()}; "
+            f"{self._checked()})"
         )
+
+    def _cancel(self) -> str:
+        index = float(self.cancellation.max())
+        return f"; direct parts cancel: their sizes add up to {index:.3g} times the effect" if index > LARGE else ""
 
     def _checked(self) -> str:
         if self.check is None:
@@ -126,6 +132,11 @@ class Flow(FlowResult, Averaged):
     def closed(self) -> Bool[Tensor, "batch pos target"]:
         """Whether the gap is within the tolerance; flows of other effects are no explanation."""
         return self.gap_share <= self.tolerance
+
+    @property
+    def cancellation(self) -> Float[Tensor, "batch pos target"]:
+        """Sum of the sizes of `direct` over the size of the effect, 1 or more; above 3, shares of the effect say little."""
+        return cancellation(self.direct)
 
     @property
     def passes(self) -> float:
