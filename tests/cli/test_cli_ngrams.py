@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from commands import cells, numbers, run, share_models, tinydocs
@@ -117,6 +122,37 @@ def test_tables_are_saved(capsys, tmp_path, tables):
     run(capsys, "ngrams", "--path", "1_mlp>3_mlp", "--top-k", "2", "--save", str(file))
     assert tj.NgramTable.load(file).path == "1_mlp > 3_mlp"
     assert len(list(tmp_path.iterdir())) == 7  # nothing temporary is left
+
+
+def test_of_the_processes_of_torchrun_the_first_saves(capsys, tmp_path):
+    """They divide the rows, and every table is written once; the script says which process writes."""
+    script = tmp_path / "logged.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tl_jets.cli import main\n"
+        "from tl_jets.ngrams import bigram_sweep\n"
+        "from tl_jets.ngrams.tables import NgramTable\n"
+        "save, rank = NgramTable.save, os.environ['RANK']\n"
+        "NgramTable.save = lambda table, file: (print('saved by', rank, file=sys.stderr), save(table, file))\n"
+        "share = bigram_sweep.Processes.chunk_size\n"
+        "bigram_sweep.Processes.chunk_size = lambda own, *given: (\n"
+        "    print('divided by', own.size, file=sys.stderr), share(own, *given))[1]\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tj.__file__).parents[1])}
+    command = ["ngrams", "--path", "direct", "--path", "mlps", "--top-k", "4", "--json", "-"]
+    file = tmp_path / "bigrams.parquet"
+    done = subprocess.run([*torchrun, *command, "--save", str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saved by 0") == 2 and "saved by 1" not in done.stderr
+    assert done.stderr.count("divided by 2") == 2
+    alone = numbers(capsys, *command[:-2])["tables"]
+    for label, found in json.loads(done.stdout)["tables"].items():
+        assert [row["ids"] for row in found["rows"]] == [row["ids"] for row in alone[label]["rows"]]
+        assert tj.NgramTable.load(tmp_path / f"bigrams.{label}.parquet").ids.tolist() == [
+            row["ids"] for row in found["rows"]
+        ]
 
 
 def test_a_key_without_a_triple_is_said_to_have_none(capsys):

@@ -13,11 +13,12 @@ import pandas as pd
 
 from tl_jets.cli.outputs import STDOUT, check_replaceable, is_folder
 from tl_jets.cli.report import MAX_ROWS, Records, Report, Table, Terminal, header
-from tl_jets.cli.session import UsageError, load_network, one_line, read_token, steps
+from tl_jets.cli.session import UsageError, load_network, one_line, read_token, steps, together
 from tl_jets.cli.texts import legend
 from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import ARROW
+from tl_jets.core.processes import Processes
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams, untrained_tokens
 from tl_jets.ngrams.jobs import SUFFIX
@@ -57,7 +58,7 @@ def report(options: argparse.Namespace) -> Report:
     if folder is not None:
         asked["saved"] = ", ".join(str(folder / f"{label}{SUFFIX}") for label in found)
     elif options.save:
-        asked["saved"] = ", ".join(_save(found, Path(options.save)))
+        asked["saved"] = ", ".join(Processes.of(together()).first(lambda: _save(found, Path(options.save))))
     data = header("ngrams", model=options.model, ngram="skip-trigram" if is_trigram else "bigram")
     data["tables"] = {
         label: {**table.header, "rows": Records(len(table), partial(_records, table))} for label, table in found.items()
@@ -128,6 +129,7 @@ def _bigrams(
     per = "row" if rows is not None else options.per or "global"
     score = options.score or "logprob"
     given: dict[str, Any] = {"top_k": options.top_k, "per": per, "score": score, "rows": rows, "folder": folder}
+    given |= {"distributed": together()}
     if not options.keep_all:
         given |= _left_out(network, rows)
     return jet_bigrams_by_path(network, paths, **given)
@@ -154,6 +156,7 @@ def _trigrams(
         normalize=options.normalize or "vocab",
         rows=rows,
         folder=folder,
+        distributed=together(),
     )
     return {table.path: table for table in tables.values()}
 
