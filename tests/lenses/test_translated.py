@@ -168,6 +168,23 @@ def test_a_tuned_lens_and_its_folder(spec, tmp_path):
             tj.translated_lens(other, trace.tokens, given)
 
 
+@pytest.mark.parametrize("spec", RAW[:2], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_are_the_prompts_alone(spec, side):
+    """Also in float64 and padded on the left, where Hugging Face's own attention gives NaN."""
+    network = tj.ResidualNetwork(zoo.build(spec))
+    tokens, mask = zoo.padded(network.view.model, (5, 3, 4))
+    tokens, mask = (tokens, mask) if side == "left" else (tokens.flip(1), mask.flip(1))
+    options: Any = {"targets": "w40", "seed": None}
+    lens = tj.translated_lens(network, tokens, maps_of(network), attention_mask=mask, **options)
+    for row, real in enumerate(mask.bool()):
+        alone = tj.translated_lens(network, tokens[row : row + 1, real], maps_of(network), **options)
+        assert torch.equal(lens.valid[row], real) and not alone.kl.isnan().any()
+        for found, wanted in ((lens.kl, alone.kl), (lens.target_logits, alone.target_logits)):
+            torch.testing.assert_close(found[:, :, row][:, :, real], wanted[:, :, 0], rtol=1e-8, atol=1e-9)
+        assert lens.kl[:, :, row][:, :, ~real].isnan().all()
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.name == "gpt2" and s.processing == "processed"], ids=str)
 def test_a_tuned_lens_refuses_folded_and_centered_weights(spec):
     processed = tj.ResidualNetwork(zoo.build(spec))
