@@ -13,6 +13,7 @@ from torch import Tensor
 import tl_jets as tj
 from tl_jets.circuits.cuts import parts_of_cut
 from tl_jets.circuits.pairs import Pair
+from tl_jets.core.network import trace_of
 
 SPECS = [spec for spec in zoo.available(["gpt2", "llama"]) if spec.processing == "raw"]
 PROMPTS = ["w3 w4 w5 w9", "w6 w7 w8"]
@@ -141,6 +142,119 @@ def test_a_transcoder_reads_the_stream():
     assert tj.exponential_expansion(network, linearize="detached")(trace).relative_remainder < 1e-10
 
 
+@pytest.mark.parametrize("stream", ["1_pre", "final_post"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_features_of_a_stream_are_its_sources(spec, stream):
+    """Their values by hand; their effects through all later layers by the detached map of the undivided model."""
+    model = zoo.build(spec)
+    own, plain = sae(model), tj.ResidualNetwork(model).trace(PROMPTS)
+    network = tj.with_dictionary(model, stream, own, FEATURES)
+    trace = network.trace(PROMPTS)
+    labels = [*(f"{stream}_F{feature}" for feature in FEATURES), f"{stream}_rest"]
+    assert network.sources == tuple(labels) and network.streams[0] == stream
+    activations = own.encode(plain[stream])
+    for feature in FEATURES:
+        wanted = activations[..., feature, None] * own.W_dec[feature]
+        torch.testing.assert_close(trace[f"{stream}_F{feature}"], wanted, rtol=0, atol=1e-10)
+    parts = torch.stack([trace[label] for label in labels])
+    assert parts[:-1, plain.valid].abs().max() > 0.1 < parts[-1, plain.valid].abs().max()
+    torch.testing.assert_close(parts.sum(0), plain[stream], rtol=0, atol=1e-10)
+    options: Any = {"targets": ["w40", "w17"], "positions": -1}
+    joint = tj.joint_jet_lens(network, trace, linearize="detached", **options)
+    whole = tj.joint_jet_lens(model, plain, linearize="detached", **options)
+    before = len(whole.labels) - len(joint.labels) + len(labels)  # the components that the stream is the sum of
+    assert whole.labels[before:] == joint.labels[len(labels) :]
+    torch.testing.assert_close(joint.effects[len(labels) :], whole.effects[before:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(joint.effects[: len(labels)].sum(0), whole.effects[:before].sum(0), rtol=0, atol=1e-9)
+    sums = tj.path_sums(network, trace, by="source", **options)
+    for row, prompt in enumerate(PROMPTS):
+        at = plain.valid[row].sum()
+        jacobian = tj.detached_jacobian(model, prompt, wrt=stream, output="logits")
+        found = jacobian.apply(parts[:, row : row + 1, :at])
+        logits = (found - found.mean(-1, keepdim=True))[:, 0, 0][:, joint.target_ids[row, 0]]
+        torch.testing.assert_close(sums.effects[: len(labels), row, 0], logits, rtol=1e-8, atol=1e-8)
+        assert float(logits[:-1].abs().max()) > 1e-3
+    paths = tj.exponential_expansion(network, linearize="detached")(trace)
+    assert paths.relative_remainder < 1e-10 and f"{stream}_F7 > ln_final" in paths.labels
+
+
+def test_patches_and_flows_of_features_of_a_stream_are_those_of_hooks():
+    """Activation patching of a source by a hook on the stream, and flow that leaves nothing out."""
+    model = zoo.build(SPECS[0])
+    network = tj.with_dictionary(model, ("resid_post", 0), sae(model), FEATURES)
+    clean, corrupted = network.trace(PROMPTS[0]), network.trace("w3 w8 w5 w9")
+    found = tj.compare_patching(network, clean, corrupted, ["1_pre_F7", "1_pre_rest"], targets=["w40", "w17"], order=1)
+    ids = [int(model.tokenizer.encode(word)[-1]) for word in ("w40", "w17")]
+
+    def difference(change: Tensor | float) -> Tensor:
+        hooks: Any = [("blocks.1.hook_resid_pre", lambda stream, hook: stream + change)]
+        logits = model.run_with_hooks(corrupted.tokens, fwd_hooks=hooks)[0, -1]
+        return logits[ids[0]] - logits[ids[1]]
+
+    for i, label in enumerate(found.sites):
+        wanted = difference(clean[label] - corrupted[label]) - difference(0.0)
+        torch.testing.assert_close(found.change[0, i, 0], wanted, rtol=1e-8, atol=1e-8)
+        assert abs(wanted) > 1e-3
+    flow = tj.flow(network, clean, tj.ablation_hooks(model, "0_attn"))
+    assert {"1_pre_F2", "1_pre_rest", "1_mlp_out"} <= set(flow.labels) and "0_mlp_out" not in flow.labels
+    torch.testing.assert_close(flow.effect, tj.flow(model, PROMPTS[0], tj.ablation_hooks(model, "0_attn")).effect)
+    assert tj.flow(
+        tj.with_dictionary(model, "final_post", sae(model), 2), PROMPTS[0], tj.ablation_hooks(model, "0_attn")
+    )
+
+
+def test_a_hook_on_a_divided_stream_is_a_source_beside_the_rest():
+    model = zoo.build(SPECS[0])
+    network = tj.with_dictionary(model, "1_pre", sae(model), FEATURES)
+    edit = "blocks.1.hook_resid_pre"
+    with network.view.model.hooks(fwd_hooks=[(edit, lambda stream, hook: 1.5 * stream)]):
+        trace = network.trace(PROMPTS)
+        parts = [trace[label] for label in (*network.sources, f"edit:{edit}")]
+        torch.testing.assert_close(sum(parts), trace["1_pre"], rtol=0, atol=1e-10)
+        torch.testing.assert_close(parts[-1], trace["1_pre"] / 3, rtol=0, atol=1e-10)
+        assert tj.exponential_expansion(network, linearize="detached")(trace).relative_remainder < 1e-10
+        assert tj.exponential_expansion(model, linearize="detached")(trace).relative_remainder < 1e-10
+
+
+def test_dictionaries_go_together_and_their_traces_hold_the_whole_model():
+    model = zoo.build(SPECS[0])
+    own, other = sae(model), sae(model, "jump")
+    network = tj.with_dictionary(model, "1_mlp_out", own, [1, 2])
+    network = tj.with_dictionary(tj.with_dictionary(network, "1_pre", own, [3]), "1_attn_out", other, 0)
+    parts = [
+        "1_pre_F3",
+        "1_pre_rest",
+        "1_attn_F0_out",
+        "1_attn_rest_out",
+        "1_mlp_F1_out",
+        "1_mlp_F2_out",
+        "1_mlp_rest_out",
+    ]
+    assert network.components == tuple(parts)
+    plain, trace = tj.ResidualNetwork(model).trace(PROMPTS), network.trace(PROMPTS)
+    torch.testing.assert_close(sum(trace[part] for part in parts), plain["final_post"], rtol=0, atol=1e-10)
+    assert tj.exponential_expansion(network, linearize="detached")(trace).relative_remainder < 1e-10
+    for cache in (tj.to_activation_cache(trace), tj.to_activation_cache(trace.freeze())):
+        wanted = tj.to_activation_cache(plain)
+        assert set(cache.keys()) == set(wanted.keys())
+        assert all(torch.equal(cache[name], wanted[name]) for name in wanted)
+    torch.testing.assert_close(trace["post", 1], plain["post", 1])
+    with pytest.raises(
+        NotImplementedError, match=r"blocks\.0\.attn.hook_z is before the stream at which this network starts"
+    ):
+        trace["z", 0]
+    # A trace serves the model, and other networks of these dictionaries only: features of others have the same labels.
+    trace_of(tj.ResidualNetwork(model), trace), trace_of(network.at("head"), trace)
+    same = tj.with_dictionary(tj.with_dictionary(model, "1_pre", own, [3]), "1_mlp_out", own, [1, 2])
+    for wrong in (plain, same.trace(PROMPTS)):
+        with pytest.raises(ValueError, match="of the same model and dictionaries; this one is of others"):
+            tj.joint_jet_lens(network, wrong)
+    with pytest.raises(ValueError, match="A network starts at one stream, 1_pre here; got 'final_post'"):
+        tj.with_dictionary(network, "final_post", own, 2)
+    with pytest.raises(ValueError, match=r"starts at 1_pre has nothing before it; \['0_mlp_F2', '0_mlp_rest'\] are"):
+        tj.with_dictionary(tj.with_dictionary(model, "0_mlp_out", own, 2), "1_pre", own, 2)
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 def test_what_is_no_dictionary_is_refused():
     model = zoo.build(SPECS[0])
@@ -148,8 +262,12 @@ def test_what_is_no_dictionary_is_refused():
     for wrong in ([], [2, 2], [9], [-1]):
         with pytest.raises(ValueError, match=r"different rows of W_dec \[feature, 24\]; got .* of \[9, 24\]"):
             tj.with_dictionary(model, "0_mlp_out", own, wrong)
-    with pytest.raises(ValueError, match=r"the write of an attention or MLP, .*; got '1_pre'"):
-        tj.with_dictionary(model, "1_pre", own, 2)
+    with pytest.raises(
+        ValueError, match=r"the write of an attention or MLP, .*, or a stream, '0_pre', .*; got 'embed'"
+    ):
+        tj.with_dictionary(model, "embed", own, 2)
+    with pytest.raises(NotImplementedError, match="of hook_resid_pre or hook_resid_post; got '1_mid', inside a block"):
+        tj.with_dictionary(model, "1_mid", own, 2)
     with pytest.raises(TypeError, match="must have encode and W_dec; got Tensor"):
         tj.with_dictionary(model, "0_mlp_out", own.W_dec, 2)
     with pytest.raises(ValueError, match="no chosen neurons"):

@@ -123,11 +123,11 @@ class FrozenNetwork:
         """Freeze every stage of a trace's network; kept with the trace. Raises what `FrozenStage.of` raises."""
         key = ("frozen network", trace.network.stages)
         if key not in trace.memo:
-            stages, errors = zip(*(_freeze(trace, stage) for stage in trace.network.stages), strict=True)
-            _check_affine(trace, dict(zip(trace.network.stages, errors, strict=True)))
+            frozen = [_freeze(trace, stage) for stage in trace.network.stages]
+            _check_affine(trace, {stage.stage: error for stage, error in frozen})
             final = trace[FINAL_STREAM]
             scale = norm_jet(trace.decoder.norm, final, final, 0).alpha[0]
-            trace.memo[key] = cls(trace, stages, scale[..., None])
+            trace.memo[key] = cls(trace, tuple(stage for stage, _ in frozen), scale[..., None])
         return trace.memo[key]
 
     @cached_property
@@ -264,7 +264,7 @@ def _freeze(trace: Trace, stage: Stage) -> tuple[FrozenStage, Tensor]:
 
 def _check_affine(trace: Trace, errors: dict[Stage, Tensor]) -> None:
     """Compare A_s h + b_s of stages with the model's own writes, by one read of all errors."""
-    read = torch.stack(list(errors.values())).tolist()
+    read = torch.stack(list(errors.values())).tolist() if errors else []
     for stage, error in zip(errors, read, strict=True):
         if not error <= max(rounding(trace[stage.stream].dtype), 10 * trace.recording.accuracy):
             view, labels = trace.network.view, ", ".join(step.label for step in stage.steps[:3])

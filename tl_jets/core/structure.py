@@ -43,7 +43,7 @@ class Structure:
         if isinstance(model, Structure):
             self.view.follow(everywhere=False)
         self.neurons = tuple(dict.fromkeys([neurons] if isinstance(neurons, str) else neurons))
-        self._n_layers = len(self.view.stages("block"))
+        self._n_layers = getattr(self.view, "n_layers", 0) or len(self.view.stages("block"))
         self.stages = self._with_neurons(self.view.stages(granularity))
         self._step_of = {step.label: step for stage in self.stages for step in stage.steps}
 
@@ -163,8 +163,10 @@ class Structure:
         return tuple(Stage(stage.stream, tuple(s for step in stage.steps for s in split(step))) for stage in stages)
 
     def shares_model(self, other: Structure) -> bool:
-        """Whether two networks share the model object, so that traces of one serve the other."""
-        return getattr(self.view, "model", self.view) is getattr(other.view, "model", other.view)
+        """Whether traces of this network serve another: of the same model object, and of no dictionaries but this one's."""
+        own, its = (getattr(network.view, "dictionaries", ()) for network in (self, other))
+        models = [getattr(network.view, "model", network.view) for network in (self, other)]
+        return models[0] is models[1] and its in ((), own)
 
     def stage(self, label: LabelInput) -> Stage:
         """The stage named by a step (`3_mlp`), its write (`3_mlp_out`) or its stream (`3_mid`)."""

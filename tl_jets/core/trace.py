@@ -58,8 +58,9 @@ class Trace:
     @property
     def labels(self) -> tuple[str, ...]:
         """Every label that the trace can be indexed with."""
-        edits = [label for edits in self.recording.edits.values() for label in edits]
-        return (*self.network.labels, *edits)
+        record = self.recording
+        recorded = (record.sources, record.streams, record.writes, *record.edits.values())
+        return tuple(dict.fromkeys([*self.network.labels, *(label for table in recorded for label in table)]))
 
     def __contains__(self, label: object) -> bool:
         return (isinstance(label, str) and label in self.labels) or label in self.network or self._is_inside(label)
@@ -171,7 +172,7 @@ class Trace:
     def on(self, network: Structure) -> Trace:
         """The same run as a trace on another network (e.g. granularity) of the model; ValueError for another model."""
         if not self.network.shares_model(network):
-            raise ValueError("A trace must be of the same model; this one is of another. Trace again.")
+            raise ValueError("A trace must be of the same model and dictionaries; this one is of others. Trace again.")
         return Trace(network, self.recording)
 
     def stage_function(self, stage: Stage) -> Callable[[Tensor], Tensor]:

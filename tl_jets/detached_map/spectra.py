@@ -307,6 +307,10 @@ def _pairs(network: ResidualNetwork, maps: Any, layers: Any) -> list[tuple[str, 
         if not following.endswith("_mid"):
             pairs += [(start if maps == "cumulative" else first, following)] if is_chosen else []
             first = following
+    if not pairs:
+        raise ValueError(
+            f"Spectra need a layer after {fine.streams[0]}, where the network starts; got layers={layers!r}."
+        )
     return pairs
 
 

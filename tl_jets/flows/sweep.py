@@ -233,7 +233,7 @@ class _Sweep:
     def _written(self, index: int, change: Change | None = None) -> _Written:
         """What a stage wrote, and hooks on the stream after it; -1 for the sources."""
         base = self.runs.base
-        following = base.stages[0].stream if change is None else base.next_stream(base.stages[index])
+        following = base.streams[0] if change is None else base.next_stream(base.stages[index])
         added = {**(self.runs.sources() if change is None else {}), **self.runs.stream_edits(following)}
         values = torch.stack([*added.values(), torch.zeros_like(self.last[0])])[:-1]
         if change is None:

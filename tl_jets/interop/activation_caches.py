@@ -134,9 +134,8 @@ def _of_trace(trace: Trace | TraceValues) -> CheckedActivationCache:
     model = getattr(network.view, "model", None)
     if model is None:
         raise ValueError("An ActivationCache is of a TransformerLens model; this network is one of plain callables.")
-    labels = (*network.sources, *network.at("sublayer").streams, *(step.write for step in network.at("sublayer").steps))
     names = _names(network.n_layers, model)
-    values = {name: trace[label] for label in labels for name in names.get(label, ())}
+    values = {name: trace[label] for label in trace.labels for name in names.get(label, ())}
     heads: dict[int, list[Tensor]] = {}
     for step in network.steps:
         if step.kind == "head":
