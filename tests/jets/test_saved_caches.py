@@ -192,3 +192,49 @@ def test_copies_keep_their_model(expanded, copied):
     assert_same(data(found), data(cache))
     assert (found.truth is cache.truth) == (copied is copy.copy)
     assert torch.equal(found.logit_attrs().nan_to_num(), cache.logit_attrs().nan_to_num())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_count_real_tokens(net, side, tmp_path):
+    """Like those of lenses and effects, where slices are of the padded rows, as TransformerLens' are."""
+    tokens, valid = zoo.padded(net.view.model, lengths=(6, 4))
+    if side == "right":
+        tokens, valid = tokens.clone(), valid.clone()
+        tokens[1], valid[1] = tokens[1].roll(-2), valid[1].roll(-2)
+    real = [[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3] if side == "left" else [0, 1, 2, 3, -1, -1]]
+    expansion = jet_expand(net, "ln_final", centers=CENTERS)
+    cache = expansion(net.trace(tokens, attention_mask=valid))
+
+    def positions(cache: Any) -> Any:
+        return torch.as_tensor(cache.positions).tolist()
+
+    assert positions(cache) == (real if side == "left" else real[0])
+    at = cache.apply_slice_to_pos_dim([2, 3])
+    assert torch.equal(at.truth, cache.truth[:, 2:4]) and positions(at) == (
+        [[2, 3], [0, 1]] if side == "left" else [2, 3]
+    )
+    one = cache.apply_slice_to_pos_dim(3)
+    assert positions(one) == ([3, 1] if side == "left" else 3)
+    assert positions(cache.apply_slice_to_batch_dim(1)) == real[1]
+    assert positions(cache.apply_slice_to_batch_dim(1).apply_slice_to_pos_dim(3)) == real[1][3]
+    paths = tj.exponential_expansion(net, linearize="detached", max_length=1)
+    last = paths(net.trace(tokens, attention_mask=valid), positions=-1)
+    lens = tj.iterative_jet_lens(net, cache.trace, positions=-1)
+    assert positions(last) == positions(lens) == [[5], [3]]
+    assert positions(tj.load(at.save(tmp_path / "cache.safetensors"))) == positions(at)
+
+
+def test_a_file_with_the_old_name_of_columns(net, monkeypatch, tmp_path):
+    cache = EXPANSIONS["stage"](net)(PROMPTS).apply_slice_to_pos_dim([2, 0])
+    with monkeypatch.context() as patch:
+        encoded = tj.core.results._encoded
+
+        def old(value: Any, *rest: Any) -> Any:
+            found = encoded(value, *rest)
+            if isinstance(value, JetCache):
+                found["fields"]["positions"] = found["fields"].pop("columns")
+            return found
+
+        patch.setattr(tj.core.results, "_encoded", old)
+        file = cache.save(tmp_path / "old.safetensors")
+    assert tj.load(file).columns == [2, 0]

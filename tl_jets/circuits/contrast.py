@@ -159,9 +159,7 @@ def contrast(
         ValueError: Inputs of different lengths or padding, bad targets or options.
         NotImplementedError: A model that cannot be frozen.
 
-    Cost: that of the tool of the module's table for each run.
-
-    Example: in the docstring of `tl_jets.circuits.contrast`.
+    Cost: that of the tool of the module's table for each run. Example: in the docstring of `tl_jets.circuits.contrast`.
     """
     check_choice("by", by, get_args(By))
     check_integers(1, top=top)
@@ -186,9 +184,13 @@ def contrast(
     if by == "path":
         best = (found[0] - found[1]).mean(-1).abs().argsort(descending=True, stable=True).tolist()
         labels, found = [labels[i] for i in best], [values[best] for values in found]
-    totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in traces]
-    effects = dict(zip(("clean", "corrupted", "clean_total", "corrupted_total"), [*found, *totals], strict=True))
-    return Contrast(labels=labels, by=by, **effects, **pair.header)
+    return Contrast(labels=labels, by=by, clean=found[0], corrupted=found[1], **_ends(pair))
+
+
+def _ends(pair: Pair) -> dict[str, Any]:
+    """The logit differences of the two runs, and what the result says of them."""
+    clean, corrupted = (pair.difference(trace[FINAL_STREAM]).detach() for trace in (pair.clean, pair.corrupted))
+    return {"clean_total": clean, "corrupted_total": corrupted, **pair.header}
 
 
 def _by_token(pair: Pair, by: Any, at: LabelInput | None) -> Contrast:
@@ -198,12 +200,9 @@ def _by_token(pair: Pair, by: Any, at: LabelInput | None) -> Contrast:
     if stream not in streams:
         raise ValueError(f"`at` must be a stream of the network, {some(streams)}; got {at!r}.")
     parts = parts_of_cut(pair, stream, by == "write_token")
-    values = dict(
-        zip(("clean", "corrupted", "from_input", "from_map"), torch.stack(list(parts.values()), 1), strict=True)
-    )
-    totals = [pair.difference(trace[FINAL_STREAM]).detach() for trace in (pair.clean, pair.corrupted)]
-    ends = {"clean_total": totals[0], "corrupted_total": totals[1]}
-    return Contrast(labels=list(parts), by=by, at=stream, **values, **ends, **pair.header)
+    names = ("clean", "corrupted", "from_input", "from_map")
+    values = dict(zip(names, torch.stack(list(parts.values()), 1), strict=True))
+    return Contrast(labels=list(parts), by=by, at=stream, **values, **_ends(pair))
 
 
 def _parts(pair: Pair, trace: Trace, by: Any, position: int, order: int) -> dict[str, Float[Tensor, " batch"]]:

@@ -236,11 +236,11 @@ def detached_spectra(
     Args:
         model: A TransformerLens model, or a `ResidualNetwork`.
         text_or_tokens: One prompt, its token ids [1, pos], or a `Trace` of the network.
-        maps: `"cumulative"`: from the embeddings to every layer's stream, attention write and MLP write. `"layers"`: of
-            every layer alone, from its own input (the MLP's is the stream between). Or pairs of labels (wrt, output).
+        maps: `"cumulative"`: from the embeddings to each layer's stream and writes. `"layers"`: of each layer alone, from its
+            own input (the MLP's is the stream between). Or pairs of labels (wrt, output).
         layers: Layers whose maps are made, -1 the last; None for all. Only with `maps` by name.
         k: Number of singular values and vectors.
-        position: Output position. Negative ones count from the end.
+        position: Output position; -1 is the last.
         pos: Input position: the matrix J_t of this token alone. None: all of them side by side.
         max_bytes: Refuse to hold more at once (d_model^2 x pos numbers); None for no limit.
         attention_mask: Passed to the model (left padding needs it).
@@ -253,29 +253,28 @@ def detached_spectra(
     Source: Golden, arXiv 2505.24293 (v3), section 3.5 and figure 4. Cost: see the module.
     """
     check_integers(1, k=k)
-    network = ResidualNetwork.of(model)
     with torch.inference_mode(False), torch.no_grad():
-        trace = trace_of(network, text_or_tokens, attention_mask, cache)
-        pairs = _pairs(network, maps, layers)
+        trace = trace_of(ResidualNetwork.of(model), text_or_tokens, attention_mask, cache)
+        pairs = _pairs(trace.network, maps, layers)
         sources = _sources(trace, k, pos, max_bytes)
         place = Rows.of(trace, position).columns("The position of a map")
         found = _accumulated(trace, pairs, sources, place, progress)
-        values, left, frobenius = zip(*(_decomposed(*found[pair][:2], k) for pair in pairs), strict=True)
+        decomposed = [_decomposed(*found[pair][:2], k) for pair in pairs]
+        values, left, frobenius = map(torch.stack, zip(*decomposed, strict=True))
         dtype = trace[FINAL_STREAM].dtype
-        top, whole = torch.stack(values), torch.stack(frobenius)
         return DetachedSpectra(
             wrt=[wrt for wrt, _ in pairs],
             outputs=[output for _, output in pairs],
             position=place[0],
             pos=None if pos is None else sources[0],
             tokens=trace.tokens,
-            values=top.to(dtype),
-            frobenius=whole.to(dtype),
-            stable_rank=(whole / top[:, 0]).square().nan_to_num(0.0).to(dtype),
-            left=torch.stack(left).to(dtype),
+            values=values.to(dtype),
+            frobenius=frobenius.to(dtype),
+            stable_rank=(frobenius / values[:, 0]).square().nan_to_num(0.0).to(dtype),
+            left=left.to(dtype),
             written=torch.stack([found[pair][2] for pair in pairs]),
             final=trace[FINAL_STREAM][0, place[0]],
-            model=model_mark(network, trace.recording.hook_state),
+            model=model_mark(trace.network, trace.recording.hook_state),
             trace=trace,
         )
 

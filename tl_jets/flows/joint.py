@@ -157,7 +157,7 @@ def joint_flow(
     labels = _distinct(network, components)
     sets = _random_sets(network, labels, controls, seed)
     known = list(dict.fromkeys([*labels, *chain(*sets)]))
-    where = None if ablated_positions is None else cells_of(clean, ablated_positions)
+    where = cells_of(clean, ablated_positions)
     hooks = hooks_of_each(network, known, mode=mode, reference=reference, positions=where, seed=seed)
     doses = _Doses(clean, rows, target, dict(zip(known, hooks, strict=True)))
     return replace(doses.result(labels, sets, mode, tolerance), seed=int(seed))

@@ -81,8 +81,7 @@ def flow(
         measure: `"centered"` (logits, less the mean over the vocabulary), or `"kl"`: KL(clean || intervened), in nats.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
         granularity: `"block"`, `"sublayer"` or `"head"`; None for the network's own (`"sublayer"` for a model).
-        nodes: `"auto"`: doubled, stage by stage, until all gaps together are within the tolerance, at most 128; or a number
-            for all stages.
+        nodes: A number for all stages; `"auto"` doubles them, a stage at a time, up to 128, until the gaps are within `tolerance`.
         tolerance: The share of the effect that gaps may have, in absolute sum.
         by_position: Whether to return flows by the position of the write, too.
         edges: Whether to divide flows over edges, too, from every write to every later reader (`Flow.edges`). Readers are
@@ -110,7 +109,6 @@ def flow(
     runs = TwoRuns(network, clean, intervention)
     target = read_target(clean, rows, targets, against, measure)
     sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position, edges)
-    sweep.run()
     found = sweep.result()
     return path_patched(found, runs, rows, target, check, seed) if check else found
 
@@ -167,7 +165,7 @@ class _Sweep:
     edge_flow: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
-    def run(self) -> None:
+    def _run(self) -> None:
         """Carry the target's gradients back to the first stream that changed."""
         base = self.runs.base
         self.clean, self.effect = self._values()
@@ -280,7 +278,8 @@ class _Sweep:
         self.direct += products(self.last, written.changes).flip(0)
 
     def result(self) -> Flow:
-        """The sweep as a result."""
+        """Run the sweep and return what it found."""
+        self._run()
         runs, ids = self.runs, self.target.ids
         shape = ids.shape[1:]
 

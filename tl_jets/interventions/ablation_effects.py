@@ -30,8 +30,8 @@ from torch import Tensor
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.interventions.ablation_jets import AblationJet, check_doses, jets_of
-from tl_jets.interventions.effects import AblationEffect, cells_of, effect_of, exact_trace, read_ablations, real_rows
-from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
+from tl_jets.interventions.effects import AblationEffect, effect_of, exact_trace, read_ablations, real_rows
+from tl_jets.interventions.hooks import Mode, Steps, hookable
 from tl_jets.interventions.replays import first_stage, last_streams, logits_of
 
 
@@ -81,9 +81,7 @@ def ablation_effect(
     check_doses(order, doses)
     trace = exact_trace(network, prompts, attention_mask)
     rows = real_rows(trace, positions)
-    ablations, labels = read_ablations(network, steps)
-    where = None if ablated_positions is None else cells_of(trace, ablated_positions)
-    hooks = hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)
+    labels, hooks = read_ablations(trace, steps, mode, reference, ablated_positions, seed)
     by_stage = sorted(range(len(hooks)), key=lambda i: first_stage(trace, hooks[i]))
     runs = [hooks[i] for i in by_stage]
     ablated = (logits for finals in last_streams(trace, runs) for logits in logits_of(trace, finals, rows))

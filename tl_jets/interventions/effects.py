@@ -21,7 +21,8 @@ from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.sites import Steps
+from tl_jets.interventions.hooks import Mode, Steps, hooks_of_each
+from tl_jets.interventions.places import Hooks
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -116,17 +117,29 @@ def real_rows(trace: Trace, positions: int | Sequence[int]) -> Rows:
     return rows
 
 
-def cells_of(trace: Trace, positions: int | Sequence[int]) -> Bool[Tensor, "batch pos"]:
-    """Whether a cell of the padded rows is at one of the positions, counted as in `real_rows`."""
+def cells_of(trace: Trace, positions: int | Sequence[int] | None) -> Bool[Tensor, "batch pos"] | None:
+    """Whether a cell of the padded rows is at one of the positions, counted as in `real_rows`; None for all."""
+    if positions is None:
+        return None
     return torch.zeros_like(trace.valid).scatter(1, real_rows(trace, positions).index, True)
 
 
-def read_ablations(network: ResidualNetwork, steps: Steps | None) -> tuple[list[Steps], list[str]]:
-    """Ablations to make one at a time, and their labels; None for all steps of the network."""
+def read_ablations(
+    trace: Trace,
+    steps: Steps | None,
+    mode: Mode,
+    reference: Any,
+    ablated_positions: int | Sequence[int] | None,
+    seed: int,
+) -> tuple[list[str], list[Hooks]]:
+    """Labels and hooks of ablations to make one at a time; None for all steps of the network."""
+    network = trace.network
     if steps is None:
         kinds = ("attn_bias", "mlp_rest")
         steps = [step.label for step in network.steps if step.kind not in kinds and not step.is_feature]
     ablations: list[Any] = [steps] if is_label(steps) or isinstance(steps, Path) else list(steps)
     if not ablations:
         raise ValueError("ablation_effect needs at least one step or path; got none. Pass None for all steps.")
-    return ablations, [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
+    labels = [str(a) if isinstance(a, Path) else network.label(a) for a in ablations]
+    where = cells_of(trace, ablated_positions)
+    return labels, hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)

@@ -39,8 +39,8 @@ from tl_jets.core.selection import ANSWER, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult, target_fields
 from tl_jets.interventions.ablation_jets import centered_of
-from tl_jets.interventions.effects import cells_of, read_ablations, real_rows
-from tl_jets.interventions.hooks import Mode, Steps, hookable, hooks_of_each
+from tl_jets.interventions.effects import read_ablations, real_rows
+from tl_jets.interventions.hooks import Mode, Steps, hookable
 from tl_jets.interventions.places import Hooks
 from tl_jets.interventions.replays import hooked_stream
 
@@ -107,9 +107,7 @@ def first_order_effects(
     with torch.inference_mode(False):
         trace = trace_of(network, prompts, attention_mask)
         rows = real_rows(trace, positions)
-        ablations, labels = read_ablations(network, steps)
-        where = None if ablated_positions is None else cells_of(trace, ablated_positions)
-        each = hooks_of_each(network, ablations, mode=mode, reference=reference, positions=where, seed=seed)
+        labels, each = read_ablations(trace, steps, mode, reference, ablated_positions, seed)
         ids, names = read_targets(network, targets, rows)
         if ids is None or names is None:
             ids, names = additive_logits(trace, rows.index).argmax(-1, keepdim=True), [ANSWER]

@@ -82,7 +82,7 @@ def path_ablation(
         raise ValueError("path_ablation needs at least one path; got none.")
     parsed = [read_path(trace, path) for path in wanted]
     rows = real_rows(trace, positions)
-    where = None if ablated_positions is None else cells_of(trace, ablated_positions)
+    where = cells_of(trace, ablated_positions)
     sent, final = _sent(trace, parsed, where), trace[FINAL_STREAM]
 
     def answers() -> Iterator[Tensor]:

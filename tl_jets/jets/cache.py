@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -26,19 +27,15 @@ from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
-from tl_jets.core.selection import Rows, SliceInput, TargetInput, read_slice
+from tl_jets.core.selection import Rows, SliceInput, TargetInput, read_slice, shared_positions
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import token_names
 from tl_jets.core.trace import Trace
 from tl_jets.jets.accuracy import Check
-from tl_jets.jets.activations import activation
+from tl_jets.jets.activations import activation, is_of_trace
 from tl_jets.jets.simplex import SimplexSolution
 
 Kind = TypeVar("Kind", bound="JetCache")
-
-
-# Rounding of a forward pass on another machine, relative: in float32 and float64, in 16 bits.
-SAME = (1e-4, 2e-2)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,12 +58,14 @@ class JetCache(Result, Mapping[str, Tensor]):
         token_names: Texts of the ids in `tokens`.
         solution: The solved weights and their certificate; None for given or uniform weights.
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
-        positions: Indices of its positions in the padded rows, likewise; [batch, pos] where prompts differ.
+        columns: Indices of its cells in the padded rows, likewise; [batch, pos] where prompts differ.
         model: Name of the model and a digest of its weights; None in files of older versions.
         sinks: Which of `tokens` are BOS or attention sinks, whose norms notebooks leave out; None in files of older versions.
         expansion: The expansion.
         trace: The trace of the input.
     """
+
+    _renamed_fields: ClassVar = {"positions": "columns"}
 
     terms: dict[str, Tensor]
     weights: Tensor
@@ -80,7 +79,7 @@ class JetCache(Result, Mapping[str, Tensor]):
     token_names: dict[int, str]
     solution: SimplexSolution | None = None
     prompts: list[int] | int | None = None
-    positions: list[int] | int | Tensor | None = None
+    columns: list[int] | int | Tensor | None = None
     model: str | None = None
     sinks: Bool[Tensor, "*cells"] | None = None
     expansion: Any = handle()
@@ -134,6 +133,14 @@ class JetCache(Result, Mapping[str, Tensor]):
         return list(self.terms)
 
     @property
+    def positions(self) -> list[int] | int | Int[Tensor, "*cells"]:
+        """Position of each cell among its prompt's real tokens: a list (an int) where prompts share them, else `places`."""
+        has_pos = self.truth.ndim == (2 if isinstance(self.prompts, int) else 3)
+        places = rearrange(self.places if has_pos else self.places[..., None], "... pos -> (...) pos")
+        shared = shared_positions(places, places >= 0)
+        return self.places if isinstance(shared, Tensor) else shared if has_pos else shared[0]
+
+    @property
     def remainder(self) -> Float[Tensor, "*cells d_model"]:
         """`truth` minus all terms: includes h - sum x_i for k >= 1, and sum (1 - w_i) x_i for k = 0."""
         return self.truth - torch.stack(list(self.terms.values())).sum(0)
@@ -152,17 +159,17 @@ class JetCache(Result, Mapping[str, Tensor]):
     def is_whole(self) -> bool:
         """Whether the cache has all prompts and positions of the trace, in order."""
         shape = self.traced("Comparisons with the input").valid.shape
-        pairs = zip((self.prompts, self.positions), shape, strict=True)
+        pairs = zip((self.prompts, self.columns), shape, strict=True)
         return all(index is None or (isinstance(index, list) and index == list(range(size))) for index, size in pairs)
 
     def here(self, values: Shaped[Tensor, "batch pos *rest"]) -> Tensor:
         """Index a tensor of the trace [batch, pos, *rest] at the cached cells: [*cells, *rest], on the cache's device."""
-        if isinstance(self.positions, Tensor):
+        if isinstance(self.columns, Tensor):
             batch = torch.arange(len(values), device=values.device)
-            places = self.positions.to(values.device)
-            values = values[batch[:, None] if places.ndim > 1 else batch, places]
-        elif self.positions is not None:
-            values = values[:, self.positions]
+            columns = self.columns.to(values.device)
+            values = values[batch[:, None] if columns.ndim > 1 else batch, columns]
+        elif self.columns is not None:
+            values = values[:, self.columns]
         if self.prompts is not None:
             values = values[self.prompts]
         return values.to(self.truth.device)
@@ -263,7 +270,7 @@ class JetCache(Result, Mapping[str, Tensor]):
         try:
             same = torch.equal(found.here(found.trace.tokens.cpu()), self.tokens)
             same = same and torch.equal(found.here(found.trace.valid.cpu()), self.valid)
-            same = same and found._truth_is_the_traces()
+            same = same and is_of_trace(found)
         except IndexError:
             same = False
         if not same or given != (self.kind, self.steps, self.is_decoded):
@@ -273,14 +280,6 @@ class JetCache(Result, Mapping[str, Tensor]):
                 f"prompts that were expanded, all of them and in order."
             )
         return found
-
-    def _truth_is_the_traces(self) -> bool:
-        """Whether the trace gives `truth` at the cached cells, up to rounding: tokens elsewhere and weights count, too."""
-        trace, stage = self.trace, self.expansion.stage
-        following = FINAL_STREAM if stage is None else self.expansion.network.next_stream(stage)
-        found = trace.decoder.norm(trace[following]) if stage is None else trace[following]
-        exact, kept = self.here(found)[self.valid].double(), self.truth[self.valid].double()
-        return float((exact - kept).norm()) <= SAME[torch.finfo(self.truth.dtype).bits == 16] * float(kept.norm())
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> JetCache:
         """Return the cache of some prompts; an int drops the batch dimension.
@@ -295,13 +294,13 @@ class JetCache(Result, Mapping[str, Tensor]):
         return self._cut((index,), prompts=prompts)
 
     def apply_slice_to_pos_dim(self, pos_slice: SliceInput) -> JetCache:
-        """Return the cache of some positions, likewise; an int drops the position dimension."""
-        index, positions = read_slice("pos", pos_slice, self.positions, self.truth.shape[-2])
-        return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), positions=positions)
+        """Return the cache of some columns of the padded rows, as TransformerLens' method; an int drops the dimension."""
+        index, columns = read_slice("pos", pos_slice, self.columns, self.truth.shape[-2])
+        return self._cut((index,) if isinstance(self.prompts, int) else (slice(None), index), columns=columns)
 
     def at_rows(self, rows: Rows) -> JetCache:
         """Return a whole cache at selected positions of each prompt."""
-        return self._at(rows.at, positions=rows.cells)
+        return self._at(rows.at, columns=rows.cells)
 
     def remove_batch_dim(self) -> JetCache:
         """Return the cache without its batch dimension, which must be 1."""
@@ -313,7 +312,7 @@ class JetCache(Result, Mapping[str, Tensor]):
         return self.apply_slice_to_batch_dim(0)
 
     def _cut(self, cells: tuple[Any, ...], **where: Any) -> JetCache:
-        """Index every tensor at `cells`; `where` sets the new prompts or positions."""
+        """Index every tensor at `cells`; `where` sets the new prompts or columns."""
         return self._at(lambda tensor, leading: tensor[(slice(None),) * leading + cells], **where)
 
     def _at(self, change: Callable[[Tensor, int], Tensor], **where: Any) -> JetCache:

@@ -119,8 +119,7 @@ def exponential_expansion(
         targets: Tokens for `rank="effect"`; None for the model's own best token.
         center_scale: Rescale the centers of jets: `"none"` (the paper's), `"match"` or `"orthogonal"`.
         renormalize: Spread the weights of jets over the paths that are kept.
-        split_degrees: Split each path's jet of the final norm by degree: `... > ln_final[0]` is the path's own reading,
-            `ln_final[1]` what the model's stream adds, and so on.
+        split_degrees: Split each path's jet of the final norm by degree: `> ln_final[0]` (its own part), `> ln_final[1]`, ...
         max_paths: Refuse to evaluate more.
 
     Returns:
@@ -347,7 +346,7 @@ class PathExpansion:
             terms,
             weights=truth.new_tensor(weights)[:, None, None].expand(-1, *truth.shape[:2]),
             truth=truth,
-            positions=rows.cells,
+            columns=rows.cells,
             is_exhaustive=not beam,
             lost=lost,
         )
