@@ -37,6 +37,7 @@ SLOW = {
     "test_cli_ngrams",
     "test_cli_paths",
     "test_demos",
+    "test_figure_page",
     "test_detached_chain",
     "test_devices",
     "test_docs",

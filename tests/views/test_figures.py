@@ -25,10 +25,13 @@ matplotlib.use("Agg")
 
 
 @pytest.fixture(scope="module")
-def network():
-    return ResidualNetwork(
-        zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama")), "sublayer"
-    )
+def model():
+    return zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama"))
+
+
+@pytest.fixture(scope="module")
+def network(model):
+    return ResidualNetwork(model, "sublayer")
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,74 @@ def test_path_shares(network, trace):
     one = tj.exponential_expansion(network, linearize="detached")(trace, positions=1)
     ax, *_ = drawn(figures.path_shares(one, top=3)).axes
     assert len(ax.patches) == 3
+
+
+def test_bands_are_the_intervals_over_prompts(network, iterative, joint):
+    table = iterative.average(spread=True).query("order == 1")
+    ax, *_ = drawn(figures.measures(iterative, names=["cosine"])).axes
+    assert len(ax.collections) == 2 * len(iterative.orders)
+    outline = ax.collections[2].get_paths()[0].vertices[:, 1]
+    assert outline.min() == pytest.approx(table["cosine_low"].min())
+    assert outline.max() == pytest.approx(table["cosine_high"].max())
+    spread = joint.average(spread=True)
+    ax, *_ = drawn(figures.measures(joint, names=["kl"])).axes
+    ends = [[segment[0, 1], segment[1, 1]] for segment in ax.collections[0].get_segments()]
+    assert torch.allclose(torch.tensor(ends), torch.tensor(spread[["kl_low", "kl_high"]].to_numpy()))
+    one = tj.iterative_jet_lens(network, "a b c d", order=1)
+    assert not drawn(figures.measures(one, names=["cosine"])).axes[0].collections  # one prompt has no interval
+
+
+@pytest.mark.parametrize("n_layers", [3, 30, 80])
+def test_names_of_ticks_do_not_overlap(n_layers):
+    """Slanted names stand apart by more than their height, on a panel of the size of those of `measures`."""
+    figure, (ax,) = axes.new_panels(None, 1, (3.1, 2.5))
+    ax.plot(range(n_layers), range(n_layers))
+    axes.name_ticks(ax, [f"{i}_pre" for i in range(n_layers)])
+    axes.plain(ax)
+    drawn(figure)
+    places = [label.get_window_extent() for label in ax.get_xticklabels()]
+    apart = (places[1].x1 - places[0].x1) * math.sin(math.radians(40))
+    assert len(places) > 2 and apart > figure.dpi * axes.SMALL / 72
+
+
+def test_attributions_add_up_and_stand_beside_ablations(model, network, trace):
+    joint = tj.joint_jet_lens(network, trace, linearize="detached", targets=["w5", "w7"])
+    ablations = tj.ablation_effect(network, trace, targets=["w7"], positions=[-2, -1])
+    (ax,) = drawn(figures.attributions(joint, ablations, cell=(0, 3, 1), top=4)).axes
+    effects = joint.effects[:, 0, 3, 1]
+    widths = [bar.get_width() for bar in ax.patches]
+    order = effects.abs().argsort(descending=True)[:4].tolist()
+    assert ticks(ax.yaxis) == [*(joint.labels[i] for i in order), f"{len(effects) - 4} others"]
+    assert widths[:4] == pytest.approx(effects[order].tolist()) and sum(widths) == pytest.approx(float(effects.sum()))
+    logits = model(trace.tokens[:1])[0, 3].double()
+    token = int(joint.target_ids[0, 3, 1])
+    assert sum(widths) == pytest.approx(float(logits[token] - logits.mean()), abs=1e-4)  # by the model itself
+    diamonds = next(line for line in ax.lines if line.get_marker() == "D")
+    marks = {joint.labels[order[int(i)]]: x for x, i in zip(*diamonds.get_data(), strict=True) if i < 4}
+    for label, lost in marks.items():
+        hooked = model.run_with_hooks(
+            trace.tokens[:1], fwd_hooks=tj.ablation_hooks(network, label.removesuffix("_out"))
+        )[0, 3].double()
+        assert lost == pytest.approx(float(logits[token] - logits.mean() - hooked[token] + hooked.mean()), abs=1e-4)
+    assert marks and "w7" in ax.get_xlabel()
+    with pytest.raises(ValueError, match="cell must be indices of prompt, position and target within"):
+        figures.attributions(joint, cell=(0, 9, 0))
+    with pytest.raises(ValueError, match="cell must be at a real position"):
+        figures.attributions(joint, cell=(1, 0 if not bool(joint.valid[1, 0]) else -1, 0))
+    with pytest.raises(ValueError, match=r"none is of ' ?w7' at position 1 of prompt 0"):
+        figures.attributions(joint, ablations, cell=(0, 1, 1))
+
+
+def test_directions_are_decoded(network):
+    found = tj.detached_spectra(network, "a b c", k=3)
+    ax, bar = drawn(figures.directions(found, vectors=2, words=3)).axes
+    frame = found.to_dataframe(k=3).query("vector < 2")
+    wanted = [" ".join(visible(word) for word in row) for row in frame["top_tokens"]]
+    assert [text.get_text() for text in ax.texts] == wanted and ticks(ax.yaxis) == found.outputs
+    assert ax.images[0].get_array().ravel().tolist() == pytest.approx(frame["relative"].tolist())
+    assert bar.get_ylim() == (0, 1)
+    with pytest.raises(ValueError, match="a loaded result is without"):
+        figures.directions(replace(found, trace=None))
 
 
 def test_learning_curves(network):

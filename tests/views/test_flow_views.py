@@ -159,3 +159,32 @@ def test_thirty_layers_and_any_script_are_legible(network):
                 boxes = [tick.get_window_extent(canvas.get_renderer()) for tick in ticks if tick.get_text()]
                 pairs = itertools.pairwise(boxes)
                 assert not any(one.overlaps(other) for one, other in pairs), panel.get_title(loc="left")
+
+
+def test_a_graph_shows_the_largest_edges(network):
+    hooks = tj.ablation_hooks(network, "0_mlp")
+    found = tj.flow(network, ["w3 w4 w5 w6", "w6 w7 w8"], hooks, targets=[4, 5], edges=True, tolerance=0.05)
+    (ax,) = drawn(figures.flow_graph(found, target=1, top=7)).axes
+    table = found.edges()
+    table = table[table["target"] == found.token_names[5]].groupby(["writer", "reader"])["flow"].mean()
+    table = table.reindex(table.abs().sort_values(ascending=False).index)
+    assert len(ax.patches) == 7
+    widths = [patch.get_linewidth() for patch in ax.patches][::-1]  # the largest is drawn last
+    sizes = table.abs().tolist()[:7]
+    assert widths == pytest.approx([0.4 + 3.2 * size / sizes[0] for size in sizes])
+    colors = [matplotlib.colors.to_hex(patch.get_edgecolor()).upper() for patch in ax.patches][::-1]
+    assert colors == [axes.COLORS[1] if value > 0 else axes.COLORS[0] for value in table.tolist()[:7]]
+    names = {text.get_text() for text in ax.texts}
+    assert names == {node.removesuffix("_out") for edge in table.index[:7] for node in edge}
+    edited = [line for line in ax.lines if line.get_markeredgewidth() > 0]
+    assert len(edited) == 1  # where the intervention acts
+    share = sum(sizes) / table.abs().sum()
+    assert f"{share:.0%} of all" in ax.get_title(loc="left")
+    heads = tj.flow(network, "w3 w4 w5 w6", hooks, granularity="head", edges=True, tolerance=0.05)
+    (ax,) = drawn(figures.flow_graph(heads, top=60)).axes
+    at = [tuple(float(x[0]) for x in line.get_data()) for line in ax.lines]
+    assert len(set(at)) == len(at)  # heads of a layer stand apart
+    with pytest.raises(ValueError, match="top must be 1 or more"):
+        figures.flow_graph(found, top=0)
+    with pytest.raises(ValueError, match="edges"):
+        figures.flow_graph(tj.flow(network, "w3 w4 w5 w6", hooks, tolerance=0.05))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.flows import Flow, JointFlow
 
 # Prompt, read position and target, by their indices.
@@ -68,6 +69,29 @@ def _place(label: str) -> tuple[str, str]:
     if match is None:
         return "other", label
     return {"H": "attn", "N": "mlp"}.get(match[2] or "", match[4]), match[1] or match[3]
+
+
+def places_in_depth(labels: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Where a graph puts components: x is the layer, MLPs half a layer later; attention is above 0, MLPs are below.
+
+    Heads and neurons of one layer stand apart. Sources stand before the first layer, edits of streams before their own,
+    the final norm at the end.
+    """
+    layers = [int(row) for kind, row in map(_place, labels) if kind != "other"]
+    first, last = min(layers, default=0), max(layers, default=0)
+    found: dict[str, tuple[float, float]] = {}
+    count: dict[tuple[str, str], int] = {}
+    for label in labels:
+        kind, row = _place(label)
+        if kind == "other":
+            layer = re.search(r"blocks\.(\d+)", label)
+            x = last + 1.0 if label == DECODER_STEP else int(layer[1]) - 0.25 if layer else first - 1.0
+            found[label] = (x, 0.0)
+            continue
+        before = count[kind, row] = count.get((kind, row), -1) + 1
+        height = {"attn": 1.0, "mlp": -1.0}.get(kind, 0.0)
+        found[label] = (int(row) + (0.5 if kind == "mlp" else 0.0), height * (1 + 0.6 * before))
+    return found
 
 
 def at_sinks(flow: Flow, cell: Cell) -> list[bool]:

@@ -12,13 +12,17 @@ Example:
     ['order 0', 'control', 'order 1', 'control']
 """
 
-from tl_jets.views.figures.flows import flow_bars, flow_heatmap, joint_shares
+from tl_jets.views.figures.direct_attribution import attributions
+from tl_jets.views.figures.flows import flow_bars, flow_graph, flow_heatmap, joint_shares
 from tl_jets.views.figures.lenses import lens_table, measures
-from tl_jets.views.figures.results import dose_responses, learning_curves, path_shares, spectra
+from tl_jets.views.figures.results import directions, dose_responses, learning_curves, path_shares, spectra
 
 __all__ = [
+    "attributions",
+    "directions",
     "dose_responses",
     "flow_bars",
+    "flow_graph",
     "flow_heatmap",
     "joint_shares",
     "learning_curves",

@@ -84,7 +84,7 @@ def short_legend(
         entry.set_text(legible(entry.get_text()))
 
 
-def name_ticks(ax: Axes, names: Sequence[str], most: int = 16) -> None:
+def name_ticks(ax: Axes, names: Sequence[str], most: int = 12) -> None:
     """Slanted names along the horizontal axis; every n-th if there are too many."""
     step = -(-len(names) // most)
     places = range(0, len(names), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from tl_jets.core.markup import largest
@@ -20,6 +21,7 @@ from tl_jets.views.flow_cells import (
     largest_first,
     of_cell,
     open_text,
+    places_in_depth,
     shortened,
 )
 
@@ -145,6 +147,73 @@ def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> Figure:
     title = open_text(flow, cell) or f"Flow by layer and position: {effect_text(flow, cell)}"
     figure.suptitle(legible(title), fontsize=SMALL + 2, x=0.01, ha="left", parse_math=False)
     return figure
+
+
+def flow_graph(flow: Flow, *, target: int = 0, top: int = 40, ax: Axes | None = None) -> Figure:
+    """The largest flows on edges, from where the intervention acts to the answer: attention above, MLPs below.
+
+    Widths are sizes, colors signs. Components that the intervention itself edits are outlined.
+
+    Args:
+        flow: Result of `tl_jets.flow(..., edges=True)`; of several prompts and positions, means.
+        target: The index of the target.
+        top: Number of edges, largest first.
+        ax: Axes to draw on; None for a new figure.
+
+    Raises:
+        ValueError: Edges were not asked for, an effect is open, or top is below 1.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> model = tj.load_tinydocs()
+        >>> found = tj.flow(model, "This function is available on Unix and", tj.ablation_hooks(model, "0_mlp"), edges=True)
+        >>> len(flow_graph(found, top=10).axes[0].patches)
+        10
+    """
+    graph = flow.graph(target)
+    if top < 1:
+        raise ValueError(f"top must be 1 or more; got {top}.")
+    edges = sorted(graph.edges(data="flow"), key=lambda edge: -abs(edge[2]))[:top]
+    drawn = [name for name in graph.nodes if any(name in edge[:2] for edge in edges)]
+    places = places_in_depth(drawn)
+    figure, (ax,) = new_panels(ax, 1, (9.0, 3.4))
+    scale = largest(value for _, _, value in edges)
+    for writer, reader, value in reversed(edges):
+        (x0, y0), (x1, y1) = places[writer], places[reader]
+        bend = 0.0 if y0 != y1 else math.copysign(0.35 / (1 + 0.25 * abs(x1 - x0)), -y0)
+        style = {
+            "arrowstyle": "-|>",
+            "connectionstyle": f"arc3,rad={bend}",
+            "mutation_scale": 7,
+            "shrinkA": 3,
+            "shrinkB": 4,
+        }
+        color = COLORS[1] if value >= 0 else COLORS[0]
+        width = 0.4 + 3.2 * abs(value) / scale
+        ax.add_patch(_patches().FancyArrowPatch((x0, y0), (x1, y1), color=color, lw=width, alpha=0.7, **style))
+    for name, (x, y) in places.items():
+        own = graph.nodes[name]
+        is_edited = abs(own["edit"]) > 1e-3 * max(abs(own["flow"]), 1e-12)
+        ax.plot(x, y, "o", ms=6, color="0.25", mec=COLORS[3] if is_edited else "0.25", mew=2.5 if is_edited else 0)
+        where = {"xytext": (0, 9 if y >= 0 else -9), "textcoords": "offset points", "va": "bottom" if y >= 0 else "top"}
+        box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
+        ax.annotate(name, (x, y), ha="center", fontsize=SMALL - 1, parse_math=False, bbox=box, **where)
+    xs, ys = zip(*places.values(), strict=True)
+    ax.set_xlim(min(xs) - 1, max(xs) + 1)
+    ax.set_ylim(min(*ys, -1) - 0.9, max(*ys, 1) + 0.9)
+    ax.axis("off")
+    share = sum(abs(value) for _, _, value in edges) / sum(abs(value) for _, _, value in graph.edges(data="flow"))
+    effect = float(flow.effect[..., target].mean())
+    title = f"Flow on edges, effect {effect:+.3g}: {_count(len(edges), graph.number_of_edges())}, {share:.0%} of all in size"
+    ax.set_title(legible(title), fontsize=SMALL + 2, loc="left")
+    return figure
+
+
+def _patches() -> Any:
+    import matplotlib.patches
+
+    return matplotlib.patches
 
 
 def _colors() -> Any:

@@ -119,7 +119,8 @@ def measures(
         ax: Axes to draw on, for a single measure; None for a new figure.
 
     Returns:
-        The figure. Logarithmic axes omit values below 1e-6 (rounding), such as the line of the final stream.
+        The figure. Logarithmic axes omit values below 1e-6 (rounding), such as the line of the final stream. Of several
+        prompts, bands (of bars: lines) are the 95% bootstrap intervals of the means over prompts.
 
     Raises:
         ValueError: The lens has no measures, a measure is unknown, or one axes is given for several.
@@ -181,7 +182,8 @@ def _iterative_cells(
 
 def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log: bool | None) -> None:
     """Draw one measure of an iterative lens, and its control."""
-    table = lens.average(include_sinks=lens.only_sinks)
+    spread = len(lens.tokens) > 1
+    table = lens.average(include_sinks=lens.only_sinks, spread=spread)
     by_order = against == "layer"
     lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
     column, other = ("order", "layer") if by_order else ("layer", "order")
@@ -189,23 +191,25 @@ def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log:
     if name not in ("kl", "remainder_norm"):
         log = False
     elif log is None:
-        log = is_log or _spans_decades(table.filter(regex=f"^(control_)?{name}$").to_numpy())
+        log = is_log or _spans_decades(table[[c for c in (name, f"control_{name}") if c in table]].to_numpy())
     if log != is_log:
         panel.set_yscale("log" if log else "linear")
 
-    def draw(values: pd.Series, **style: Any) -> None:
-        if log:
-            values = values.where(values > ROUNDING)
-        if not log or values.notna().any():
-            panel.plot(range(len(ticks)), values, **style)
+    def draw(rows: pd.DataFrame, column: str, **style: Any) -> None:
+        above = rows[column] > ROUNDING if log else rows[column].notna()
+        if above.any():
+            panel.plot(range(len(ticks)), rows[column].where(above), **style)
+            if spread:
+                ends = [rows[f"{column}_{end}"].where(above) for end in ("low", "high")]
+                panel.fill_between(range(len(ticks)), *ends, color=style["color"], alpha=0.15, lw=0)
 
     for i, line in enumerate(lines):
         rows = table[table[column] == line].set_index(other).loc[ticks]
         look = {"color": COLORS[i % len(COLORS)] if by_order else depth_color(i, len(lines))}
         look["marker"] = MARKERS[i % len(MARKERS)]
-        draw(rows[name], ms=4, lw=1.3, label=f"order {line}" if by_order else str(line), **look)
+        draw(rows, name, ms=4, lw=1.3, label=f"order {line}" if by_order else str(line), **look)
         if lens.control is not None:
-            draw(rows[f"control_{name}"], ls="--", lw=1, ms=3, mfc="white", label="control", **look)
+            draw(rows, f"control_{name}", ls="--", lw=1, ms=3, mfc="white", label="control", **look)
     if by_order:
         name_ticks(panel, lens.labels)
     else:
@@ -222,7 +226,10 @@ def _spans_decades(values: np.ndarray) -> bool:
 
 def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
     """Draw one measure of a joint lens, of uniform weights (light), and of random centers with either (gray)."""
-    table = lens.average(include_sinks=lens.only_sinks)
+    spread = len(lens.tokens) > 1
+    table = lens.average(include_sinks=lens.only_sinks, spread=spread)
     panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.55", "0.8"], width=0.6)
+    if spread:
+        panel.vlines(range(len(table)), table[f"{name}_low"], table[f"{name}_high"], color="0.2", lw=1)
     panel.set_xticks(range(len(table)), [kind.replace("_", "\n") for kind in table["weights"]])
     plain(panel)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tl_jets.core.options import check_choice
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import some
+from tl_jets.core.tokens import visible
 from tl_jets.detached_map import DetachedSpectra
 from tl_jets.interventions.ablation_jets import AblationJet
 from tl_jets.paths.cache import PathCache
@@ -19,6 +20,7 @@ from tl_jets.views.figures.axes import (
     MARKERS,
     SMALL,
     depth_color,
+    draw_cells,
     legible,
     name_ticks,
     new_panels,
@@ -268,6 +270,7 @@ def spectra(spectra: DetachedSpectra) -> Figure:
     positive = [value for value in spectra.values.flatten().tolist() if value > 0]
     if positive and max(positive) > 10 * min(positive):
         left.set_yscale("log")
+    left.set_ylim(top=left.get_ylim()[1] * (8 if left.get_yscale() == "log" else 1.5))  # room for the legend
     short_legend(left, left.lines)
     left.set_xlabel("singular value", fontsize=SMALL + 1)
     left.set_title("size", fontsize=SMALL + 1, loc="left")
@@ -291,4 +294,48 @@ def spectra(spectra: DetachedSpectra) -> Figure:
         plain(panel)
     whose = f"maps from {spectra.wrt[0]}" if shared else "maps"
     figure.suptitle(f"Detached {whose}, position {spectra.position}", fontsize=SMALL + 2, x=0.01, ha="left")
+    return figure
+
+
+def directions(spectra: DetachedSpectra, *, vectors: int = 3, words: int = 2) -> Figure:
+    """What the leading left directions of every map say: the tokens that each raises most, colored by singular value.
+
+    Args:
+        spectra: Result of `tl_jets.detached_spectra`.
+        vectors: Number of directions of each map, largest first.
+        words: Number of tokens of each direction.
+
+    Raises:
+        ValueError: The result was loaded, and has no model that decodes (`with_model`), or a number is below 1.
+        ImportError: matplotlib is not installed.
+
+    Source: Golden, arXiv 2505.24293, tables of decoded singular vectors.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> found = tj.detached_spectra(tj.load_tinydocs(), "available on", k=2, maps=[("embed", "1_pre"), ("embed", "2_pre")])
+        >>> len(directions(found, vectors=2).axes[0].texts)
+        4
+    """
+    check_integers(1, vectors=vectors, words=words)
+    frame = spectra.to_dataframe(k=words)
+    frame = frame[frame["vector"] < vectors]
+    if frame["top_tokens"].isna().any():
+        raise ValueError(
+            "Directions are decoded by the model; a loaded result is without. Take with_model(model, prompt)."
+        )
+    rows = [own for _, own in frame.groupby(["wrt", "output"], sort=False)]
+    texts = [[" ".join(visible(str(word)) for word in found) for found in own["top_tokens"]] for own in rows]
+    width = max(len(text) for row in texts for text in row)
+    figure, (ax,) = new_panels(None, 1, ((0.085 * width + 0.3) * len(texts[0]) + 2.2, 0.27 * len(rows) + 0.8))
+    draw_cells(
+        ax, texts, [own["relative"].tolist() for own in rows], diverging=True, bar="singular value, of the largest"
+    )
+    figure.axes[-1].set_ylim(0, 1)  # singular values have no sign
+    shared = len(set(spectra.wrt)) == 1
+    ax.set_yticks(range(len(rows)), spectra.outputs if shared else spectra.labels, fontsize=SMALL, parse_math=False)
+    ax.set_xticks(range(len(texts[0])), [str(i) for i in range(len(texts[0]))], fontsize=SMALL)
+    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    whose = f"maps from {spectra.wrt[0]}" if shared else "maps"
+    ax.set_title(f"Directions of detached {whose}, position {spectra.position}", fontsize=SMALL + 2, loc="left")
     return figure
