@@ -10,14 +10,13 @@ import oracles
 import pytest
 import torch
 import zoo
+from every_result import classes_of, every_result
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, jet_expand, joint_jet_lens
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.notebook import Shown
 from tl_jets.core.tokens import token_text
-from tl_jets.core.trace import Trace
-from tl_jets.ngrams import untrained_tokens
 
 RAW = [
     spec
@@ -127,14 +126,6 @@ def test_top_tokens_say_what_they_take():
 # Tables of n-grams stay on the CPU, in the results of studies, too.
 TABLES = {"Circuit", "NgramTable", "Roles", "AblationCheck", "Mass", "ModelDiff", "TextComparison", "Track"}
 
-BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult"}
-
-
-def classes_of(kind: Any) -> set[Any]:
-    """The results among the subclasses of a class: those that are not only a base of others."""
-    found = {kind} if hasattr(kind, "__dataclass_fields__") and kind.__name__ not in BASES else set()
-    return found.union(*map(classes_of, kind.__subclasses__()))
-
 
 def tensors_of(result: Any, path: str = ""):
     """Every tensor in a result's public fields, and in results and mappings there."""
@@ -152,35 +143,7 @@ def tensors_of(result: Any, path: str = ""):
 @pytest.fixture(scope="module")
 def movable():
     """One of every class that moves, by class."""
-    network = ResidualNetwork(zoo.build(RAW[2]))
-    trace: Trace = network.trace(["w3 w4 w5", "w6 w7 w8"])
-    lens = tj.iterative_jet_lens(network, trace, targets=[4])
-    made = [
-        lens,
-        lens.measures,
-        lens.sinks,
-        lens.verdict(),
-        joint_jet_lens(network, trace),
-        tj.path_sums(network, trace),
-    ]
-    made += [jet_expand(network, "0_mlp", centers=["embed", "0_attn_out"])(trace), tj.interactions(network, trace)]
-    made += [tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)]
-    made += [tj.reorganized_expansion(network, "0_mlp", centers=["embed", "0_attn_out"])(trace)]
-    made += [jet_expand(network, "ln_final", centers=["embed", "0_attn_out"], weights="optimal")(trace).solution]
-    made += [trace - network.trace(["w3 w4 w9", "w6 w7 w8"])]
-    J = tj.detached_jacobian(network, trace)
-    made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]
-    made += [tj.ablation_effect(network, trace, ["0_mlp"]), J, J.svd(2), J.block_norms()]
-    made += [tj.detached_spectra(network, "w3 w4 w5", k=2), untrained_tokens(network)]
-    hooks = tj.ablation_hooks(network, "0_mlp")
-    made += [
-        tj.flow(network, trace, hooks, nodes=1, tolerance=1e9),
-        tj.joint_flow(network, trace, ["0_mlp"], controls=0),
-    ]
-    pair = network, trace, ["w8 w4 w5", "w6 w3 w8"]
-    made += [tj.contrast(*pair, targets=[4, 5]), tj.compare_patching(*pair, ["0_mlp"], targets=[4, 5])]
-    made += [tj.circuit_faithfulness(*pair, ["embed > 0_mlp"], random=1, targets=[4, 5])]
-    return {type(result): result for result in made}
+    return {kind: result for kind, result in every_result().items() if kind.__name__ not in TABLES}
 
 
 def test_every_result_moves_or_is_known_to_stay(movable):
@@ -202,7 +165,7 @@ def test_all_tensors_of_a_result_move(movable):
 # What belongs to another result, which names the model.
 PARTS = {"Measures", "Sinks", "Verdict", "SimplexSolution", "SingularVectors", "BlockNorms"}
 # Results with a control at random hold its seed.
-SEEDED = {"IterativeJetLens", "JointJetLens", "Interactions", "JointFlow", "CircuitFaithfulness"}
+SEEDED = {"Flow", "IterativeJetLens", "JointJetLens", "Interactions", "JointFlow", "CircuitFaithfulness"}
 
 
 def test_every_result_names_its_model_and_the_seed_of_its_control(movable, tmp_path):

@@ -2,7 +2,8 @@
 
 Which fields have a batch axis, and where, is what their annotations say (`"layer order batch pos"`). They are joined along
 it; shorter batches are padded at the end of the position axis as results are: NaN, ids -1, `valid` False. `positions` and
-`token_names` are merged. All other fields (labels, options, units) must be equal.
+`token_names` are merged, and tables with a column `batch` follow one another. All other fields (labels, options, units) must
+be equal.
 
 Example:
     >>> import tl_jets as tj
@@ -23,6 +24,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -106,6 +108,8 @@ def _joined(parts: Sequence[Any], length: int, rows: Sequence[Tensor], prefix: s
             found[field.name] = _stacked(name, values, batch_axes(kind)[field.name], length, rows)
         elif all(isinstance(value, Result) for value in values):
             found[field.name] = _joined(values, length, rows, f"{name}.")
+        elif all(isinstance(value, pd.DataFrame) for value in values):
+            found[field.name] = _tables(name, values, rows)
         else:
             found[field.name] = _same(name, values)
     return kind(**found)
@@ -173,11 +177,23 @@ def _token_names(values: Sequence[dict[int, str]]) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
+def _tables(name: str, values: Sequence[pd.DataFrame], rows: Sequence[Tensor]) -> pd.DataFrame:
+    """The rows of all tables, their numbers of prompts (column batch) moved to the whole."""
+    columns = [list(value.columns) for value in values]
+    if any(own != columns[0] for own in columns) or "batch" not in columns[0]:
+        raise ValueError(f"{name} must have the same columns, batch among them, in all results; got {columns}.")
+    placed = [
+        value.assign(batch=own[torch.tensor(value["batch"].tolist(), dtype=torch.long, device="cpu")].tolist())
+        for value, own in zip(values, rows, strict=True)
+    ]
+    return pd.concat(placed, ignore_index=True)
+
+
 def _same(name: str, values: Sequence[Any]) -> Any:
     """A label or an option, which must be equal in all results."""
     first = values[0]
     for value in values:
-        if type(value) is type(first) and (isinstance(first, Tensor | Result) or value == first):
+        if type(value) is type(first) and (isinstance(first, Tensor | Result | pd.DataFrame) or value == first):
             continue
         if isinstance(value, list) and isinstance(first, list):
             differing = (i for i, (a, b) in enumerate(zip_longest(first, value)) if a != b)
@@ -190,5 +206,5 @@ def _said(value: Any) -> str:
     """A value in an error: tensors and results by kind and size."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)} on {value.device}"
-    text = type(value).__name__ if isinstance(value, Result) else repr(value)
+    text = type(value).__name__ if isinstance(value, Result | pd.DataFrame) else repr(value)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."

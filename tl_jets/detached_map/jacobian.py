@@ -171,6 +171,10 @@ class DetachedJacobian(Result):
         """Save the numbers, contributions included, to one safetensors file, see `Result.save`."""
         return Result.save(replace(self, parts=self.contributions), file)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` takes: the same numbers as a file."""
+        return {**super().__getstate__(), "parts": self.contributions}
+
     def with_model(self, model: Any, text_or_tokens: Any, **options: Any) -> DetachedJacobian:
         """A loaded result made again by `detached_jacobian` with this model, input and further options.
 
