@@ -16,7 +16,7 @@ from pathlib import Path
 import commands
 import pytest
 import zoo
-from commands import numbers, share_models, tinydocs
+from commands import numbers, tinydocs
 
 import tl_jets
 from tl_jets import ResidualNetwork, cli, iterative_jet_lens, joint_jet_lens
@@ -34,9 +34,7 @@ pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not 
 
 
 @pytest.fixture
-def stories(monkeypatch):
-    """The command's loader, with the model loaded once for all tests."""
-    share_models(monkeypatch)
+def stories():
     return zoo.load_stories("bridge")
 
 
@@ -439,7 +437,6 @@ HOSTILE = (
     ids=" ".join,
 )
 def test_no_token_is_markup_or_moves_the_cursor(capsys, monkeypatch, tmp_path, arguments):
-    share_models(monkeypatch)
     decode = lambda ids, **options: "".join(HOSTILE[int(i) % len(HOSTILE)] for i in ids)  # noqa: E731
     monkeypatch.setattr(tinydocs().tokenizer, "decode", decode)
     page = tmp_path / "page.html"

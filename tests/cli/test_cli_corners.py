@@ -21,12 +21,6 @@ from tl_jets import cli
 TEMPLATE = "{{ data }} is {{ title }}"
 
 
-@pytest.fixture(autouse=True)
-def models(monkeypatch):
-    """The command's loader, with the model loaded once for all tests."""
-    commands.share_models(monkeypatch)
-
-
 def process(*arguments: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
     """The real process; `redirect` as a shell reads it."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "tl_jets", *arguments]

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import cells, numbers, run, tinydocs
 
 import tl_jets as tj
 from tl_jets.core.tokens import token_text, visible
 
+COLUMNS = 100
+
 PROMPT = "This function is available on Unix and"
 ASKED = ("flow", "--prompt", PROMPT)
 HEADS = ["L0H1", "L1H2", "L2H3"]
-
-
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-@pytest.fixture(scope="module")
-def network():
-    return tj.ResidualNetwork(tinydocs(), "sublayer")
 
 
 @torch.no_grad()

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import cells, numbers, run, tinydocs
 
 import tl_jets as tj
 from tl_jets.core.tokens import token_text, visible
 
+COLUMNS = 80
+
 PROMPT = "The value of the option must be"
 ASKED = ("jacobian", "--prompt", PROMPT)
-
-
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture(scope="module")
-def network():
-    return tj.ResidualNetwork(tinydocs(), "sublayer")
 
 
 @pytest.fixture(scope="module")

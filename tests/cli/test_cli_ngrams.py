@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import cells, numbers, run, tinydocs
 
 import tl_jets as tj
 from tl_jets.core.tokens import visible
 
+COLUMNS = 80
+
 PATHS = ["direct", "mlps", "0_mlp", "1_mlp", "2_mlp", "3_mlp"]
-
-
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import cells, numbers, run, tinydocs
 
 import tl_jets as tj
 from tl_jets.cli.largest_paths import rank_correlation
 from tl_jets.interventions.path_ablations import verdict
 
+COLUMNS = 80
+
 PROMPT = "This function is available on Unix and"
 ASKED = ("paths", "--prompt", PROMPT)
-
-
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture(scope="module")
-def network():
-    return tj.ResidualNetwork(tinydocs(), "sublayer")
 
 
 @pytest.fixture(scope="module")

@@ -10,61 +10,35 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import ANSWERS, PROMPTS, cells, numbers, run, tinydocs
 
 import tl_jets as tj
 from tl_jets.interventions.path_ablations import verdict
 
-PROMPTS = [
-    "This function is available on Unix and",
-    "If the file does not exist, an error is",
-    "A list of",
-    "The file is opened in",
-    "Return a new",
-    "This is a",
-    "Raises an exception if the",
-]
-ANSWERS = [" Windows", "·raised", "id:317", " the", " list", " is", " file"]
+COLUMNS = 100
+
 TOP = 5
 
 
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return tj.ResidualNetwork(tinydocs(), "sublayer")
-
-
-def singles(net, answers=None):
+def singles(network, answers=None):
     """Every prompt alone: its largest paths, their falls, sums, zero ablations and lengths."""
     found = []
     expansion = {"linearize": "detached", "top": TOP, "rank": "effect"}
     for i, prompt in enumerate(PROMPTS):
         targets = None if answers is None else answers[i]
-        paths = tj.exponential_expansion(net, targets=targets, **expansion)(prompt, positions=-1)
+        paths = tj.exponential_expansion(network, targets=targets, **expansion)(prompt, positions=-1)
         paths = paths.statistics(targets=targets)
-        falls = tj.path_ablation(net, prompt, [p for p in paths.labels if p != "ln_final_bias"], targets=targets)
+        falls = tj.path_ablation(network, prompt, [p for p in paths.labels if p != "ln_final_bias"], targets=targets)
         options = {"positions": -1, "targets": targets}
-        sums, lengths = tj.path_sums(net, prompt, **options), tj.path_lengths(net, prompt, **options)
-        found.append((paths, falls, sums, tj.ablation_effect(net, prompt, targets=targets), lengths))
+        sums, lengths = tj.path_sums(network, prompt, **options), tj.path_lengths(network, prompt, **options)
+        found.append((paths, falls, sums, tj.ablation_effect(network, prompt, targets=targets), lengths))
     return found
 
 
-def test_every_prompt_is_as_alone(capsys, file, net):
+def test_every_prompt_is_as_alone(capsys, file, network):
     data = numbers(capsys, "paths", "--prompts", file, "--top", str(TOP), "--ablate")
     assert data["command"] == "paths" and data["prompts"] == file and len(data["by_prompt"]) == len(PROMPTS)
-    known = singles(net)
+    known = singles(network)
     held, falls_of = [], []
     for record, prompt, (paths, falls, sums, _, _) in zip(data["by_prompt"], PROMPTS, known, strict=True):
         assert record["prompt"] == prompt and record["target"]["id"] == int(sums.target_ids)
@@ -89,11 +63,11 @@ def test_every_prompt_is_as_alone(capsys, file, net):
     assert data["overall"]["ablation"]["random"]["n"] > 0
 
 
-def test_paths_are_counted_over_prompts(capsys, file, net):
+def test_paths_are_counted_over_prompts(capsys, file, network):
     data = numbers(capsys, "paths", "--prompts", file, "--top", str(TOP), "--no-components")
     assert data["components"] is None
     effects = {}
-    for paths, *_ in singles(net):
+    for paths, *_ in singles(network):
         for label, effect in zip(paths.labels, paths.effect.flatten().tolist(), strict=True):
             effects.setdefault(label, []).append(effect)
     assert {row["path"]: row["prompts"] for row in data["paths"]} == {path: len(own) for path, own in effects.items()}
@@ -106,13 +80,13 @@ def test_paths_are_counted_over_prompts(capsys, file, net):
         assert row["raises"] == sum(effect > 0 for effect in own) / len(own)
 
 
-def test_sums_are_over_the_answers_of_the_file(capsys, tmp_path, net):
+def test_sums_are_over_the_answers_of_the_file(capsys, tmp_path, network):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in zip(PROMPTS, ANSWERS, strict=True)))
     data = numbers(capsys, "paths", "--prompts", str(path), "--top", str(TOP))
     ids = [record["target"]["id"] for record in data["by_prompt"]]
     assert ids[2] == 317 and data["by_prompt"][0]["target"]["token"] == "·Windows"
-    known = singles(net, ids)
+    known = singles(network, ids)
     rows = {row["component"]: row for row in data["components"]}
     assert set(rows) == set(known[0][2].labels)
     for label, row in rows.items():

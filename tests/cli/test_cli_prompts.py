@@ -7,33 +7,11 @@ from statistics import median
 
 import pytest
 import torch
-from commands import cells, numbers, run, share_models, tinydocs
+from commands import ANSWERS, PROMPTS, cells, numbers, run, tinydocs
 
 import tl_jets as tj
 
-PROMPTS = [
-    "This function is available on Unix and",
-    "If the file does not exist, an error is",
-    "A list of",
-    "The file is opened in",
-    "Return a new",
-    "This is a",
-    "Raises an exception if the",
-]
-ANSWERS = [" Windows", "·raised", "id:317", " the", " list", " is", " file"]
-
-
-@pytest.fixture(autouse=True)
-def _models(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS) + "\n")
-    return str(path)
+COLUMNS = 100
 
 
 @pytest.fixture

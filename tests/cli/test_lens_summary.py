@@ -6,7 +6,6 @@ import commands
 import pytest
 import torch
 import zoo
-from commands import share_models
 
 import tl_jets as tj
 from tl_jets import cli
@@ -14,6 +13,7 @@ from tl_jets.cli.session import UsageError, read_layers
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.tokens import token_text, visible
 
+COLUMNS = 100
 PROMPT = "Once upon a time, there was a little girl named Lily. She"
 ASKED = ("lens", "--model", "stories", "--prompt", PROMPT)
 
@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(zoo.STORIES is None, reason="stories260K is not 
 
 
 @pytest.fixture
-def stories(monkeypatch):
-    share_models(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "100")
+def stories():
     return zoo.load_stories("bridge")
 
 

@@ -13,6 +13,17 @@ import tl_jets
 from tl_jets import cli
 from tl_jets.cli import session
 
+PROMPTS = [
+    "This function is available on Unix and",
+    "If the file does not exist, an error is",
+    "A list of",
+    "The file is opened in",
+    "Return a new",
+    "This is a",
+    "Raises an exception if the",
+]
+ANSWERS = [" Windows", "·raised", "id:317", " the", " list", " is", " file"]
+
 
 @functools.cache
 def tinydocs() -> Any:

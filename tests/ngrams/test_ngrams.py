@@ -613,7 +613,7 @@ def test_what_mixes_tokens_is_refused():
     assert len(jet_bigrams(attention_only, top_k=4)) == 4
     with pytest.raises(ValueError, match='only bi-gram path is "direct"'):
         jet_bigrams(attention_only, "mlps")
-    with pytest.raises(ValueError, match="at least; got none"):
+    with pytest.raises(ValueError, match="at least one path; got none"):
         jet_bigrams_by_path(attention_only)
 
 

@@ -15,28 +15,12 @@ import torch
 import zoo
 
 import tl_jets as tj
-from tl_jets import ResidualNetwork
 from tl_jets.core.tokens import visible
 from tl_jets.views import figures
 from tl_jets.views.figures import axes
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama"))
-
-
-@pytest.fixture(scope="module")
-def network(model):
-    return ResidualNetwork(model, "sublayer")
-
-
-@pytest.fixture(scope="module")
-def trace(network):
-    return network.trace(["a b c d", "a b"])
 
 
 @pytest.fixture(scope="module")

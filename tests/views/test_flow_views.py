@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import zoo
 
 import tl_jets as tj
 from tl_jets.core.numerals import signed
@@ -19,11 +18,6 @@ from tl_jets.views.flow_cells import grids
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
-
-
-@pytest.fixture(scope="module")
-def network():
-    return tj.ResidualNetwork(zoo.build(next(s for s in zoo.available(zoo.CORE) if s.name == "llama")), "sublayer")
 
 
 @pytest.fixture(scope="module")

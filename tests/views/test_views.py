@@ -33,18 +33,6 @@ def lenses():
     return iterative_jet_lens(network, trace, order=2), joint_jet_lens(network, trace, order=1)
 
 
-@pytest.fixture(scope="module")
-def network():
-    return ResidualNetwork(
-        zoo.build(next(spec for spec in zoo.available(zoo.CORE) if spec.name == "llama")), "sublayer"
-    )
-
-
-@pytest.fixture(scope="module")
-def trace(network):
-    return network.trace(["a b c d", "a b"])
-
-
 class Page(HTMLParser):
     """The elements, attributes and scripts of a page."""
 

@@ -43,13 +43,13 @@ def check_writable(file: str | Path) -> None:
     file = Path(file)
     if os.path.exists(file) and not os.path.isfile(file):  # Path methods raise if the name is too long
         raise OSError(
-            f"A result is saved as a regular file; {str(file)!r} is there already, and is none. Save elsewhere."
+            f"A result is saved as a regular file; {str(file)!r} exists and is no regular file. Save elsewhere."
         )
     try:
         handle, temporary = _temporary(file)
     except OSError as error:
         raise type(error)(
-            f"A result must be saved where files can be made; {str(file)!r} cannot be written ({error.strerror}). Make "
+            f"A result must be saved in a writable folder; {str(file)!r} cannot be written ({error.strerror}). Make "
             "the directory, or save elsewhere."
         ) from error
     os.close(handle)

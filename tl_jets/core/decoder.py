@@ -186,7 +186,7 @@ class Decoder:
 
     @property
     def has_bias(self) -> bool:
-        """Whether `b_U` is not zero everywhere; asked once for the same weights."""
+        """Whether `b_U` is not zero everywhere; computed once for the same weights."""
         now = self._watch.number([self.W_U, self.b_U])
         if now not in self._biases:
             self._biases.clear()

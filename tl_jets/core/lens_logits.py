@@ -154,9 +154,7 @@ class Control:
     def check(self, mixture: Mixture, measures: bool) -> None:
         """Raise ValueError unless the control is one of the mixture, and measured."""
         if not measures:
-            raise ValueError(
-                "A control is there for its measures, got measures=False. Pass measures=True or no control."
-            )
+            raise ValueError("A control is read by measures; got measures=False. Pass measures=True or no control.")
         layer, row, d_model = mixture.own.shape
         check_shape("control.random", self.random, (row, d_model), "row, d_model")
         check_shape("control.along", self.along, (layer, row), "layer, row")

@@ -86,7 +86,7 @@ class Processes:
         failed = [f"{rank} ({message})" for rank, (message, _) in enumerate(reports) if message is not None]
         if failed:
             raise RuntimeError(
-                f"Every process of a sweep must do its share; of {self.size} processes this failed: {', '.join(failed)}. This "
+                f"Every process of a sweep must finish its part; of {self.size} processes this failed: {', '.join(failed)}. This "
                 f"one is {self.rank}, and stops with it."
             )
         return [value for _, value in reports]

@@ -48,7 +48,7 @@ OTHER_FILES = {b"PAR1": ("tl_jets.ngrams.tables", "NgramTable")}
 
 
 class _UnknownError(Exception):
-    """What a file that is whole holds, but this version does not know."""
+    """An intact file holds something that this version does not know."""
 
 
 def handle() -> Any:

@@ -1,4 +1,4 @@
-"""Checks of tensors of rows, by as few looks at a device as possible: each one waits for it."""
+"""Checks of tensors of rows, with as few synchronizations of a device as possible."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Rows:
 
     @property
     def are_real(self) -> bool:
-        """Whether all selected cells are real tokens; no device is asked."""
+        """Whether all selected cells are real tokens; does not synchronize a device."""
         return bool((self.places_of_cells >= 0).all())
 
     @property
@@ -104,7 +104,7 @@ class Rows:
 
     @cached_property
     def kept(self) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
-        """Where `keep` is True: as numbers, for which a device need not be waited for at every use."""
+        """Indices where `keep` is True, computed once, as a mask synchronizes the device at every use."""
         if self.are_real:
             n_batch, n_pos = self.keep.shape
             cells = torch.arange(n_batch * n_pos, device=self.keep.device)
@@ -298,8 +298,8 @@ def read_slice(
     """A slice as PyTorch takes it, and the entries of `chosen` (None: all of `size`) that it keeps."""
     if isinstance(chosen, int) or (isinstance(chosen, Tensor) and chosen.ndim < 2):
         raise ValueError(
-            f"A slice of the {name} dimension needs one; an int took it from this cache. Slice the cache from before, or "
-            f"write [index] for the int."
+            f"A slice of the {name} dimension needs one; an int index dropped it from this cache. Slice the whole cache, or "
+            f"index with [int] in place of int."
         )
     index = index.tolist() if isinstance(index, Tensor) else slice(*index) if isinstance(index, tuple) else index
     size = size if chosen is None else chosen.shape[1] if isinstance(chosen, Tensor) else len(chosen)

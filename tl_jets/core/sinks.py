@@ -1,4 +1,4 @@
-"""Attention sinks: positions that averages leave out, because their streams are unlike all others.
+"""Attention sinks: positions that averages leave out, because their streams are outliers.
 
 Many models give one position, usually the first, a residual stream of a length that others do not have (SmolLM2-135M:
 25,000 where others have 200 to 700), on which attention heads rest. What a lens reads there is no prediction, and one

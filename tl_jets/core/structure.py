@@ -64,7 +64,7 @@ class Structure:
         now, then = self.view.hook_state(-1), state[:1]
         if [weights for _, weights in now] != [weights for _, weights in then]:
             raise ValueError(
-                "What a trace gave is decoded with the weights with which it was made; those of the final norm, the unembedding "
+                "A trace must be decoded with the weights with which it was made; those of the final norm, the unembedding "
                 "or the embedding have changed since. Trace again."
             )
         return self.decoder
@@ -142,7 +142,7 @@ class Structure:
         for stage in self.view.stages("sublayer"):
             if any(candidate.label == f"{step.layer}_mlp" for candidate in stage.steps):
                 return Stage(stage.stream, (step,))
-        raise ValueError(f"A neuron is of a layer that has an MLP; got {step.label!r}.")
+        raise ValueError(f"A neuron's label must name a layer that has an MLP; got {step.label!r}.")
 
     def _with_neurons(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         """Stages whose MLPs are split into the selected neurons and the rest."""

@@ -52,8 +52,8 @@ def token_names(tokenizer: Any, tensors: Iterable[Tensor]) -> dict[int, str]:
     """Texts of all ids in some tensors without padding (-1), each decoded once; TypeError if not a tokenizer."""
     if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
         raise TypeError(
-            f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. How many tokens a result has was said "
-            "when it was made (top_k)."
+            f"tokenizer must be a Hugging Face tokenizer, or None; got {tokenizer!r}. The number of tokens is an "
+            "option of the call that made the result (top_k)."
         )
     every = [tensor.flatten() for tensor in tensors]
     # All at once: every look at a device waits for it.

@@ -156,7 +156,7 @@ class Trace:
         )
 
     def freeze(self) -> TraceValues:
-        """The values of all labels as plain tensors, which are saved, and need no model; for other labels index the trace.
+        """The values of all labels as plain tensors, which can be saved and need no model; index the trace for others.
 
         Raises:
             ValueError: The model has changed since the trace.

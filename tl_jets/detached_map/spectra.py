@@ -46,6 +46,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 import scipy.linalg
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -372,7 +373,7 @@ def _units(like: Tensor, sources: Tensor) -> Float[Tensor, "pos many d_model"]:
     units = like.new_zeros(length, len(sources), d_model, d_model)
     each = torch.arange(len(sources), device=like.device)
     units[sources, each] = torch.eye(d_model, dtype=like.dtype, device=like.device)
-    return units.flatten(1, 2)
+    return rearrange(units, "pos source coordinate d_model -> pos (source coordinate) d_model")
 
 
 def _decomposed(gram: Tensor, image: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,5 +79,7 @@ def _by_position(graph: GraphMap) -> Tensor | None:
 
 def _through(graph: GraphMap, vectors: Tensor) -> Tensor:
     """J u for vectors [pos, many, d_model] of one prompt."""
-    size = chunk_size(graph.point)
-    return graph.apply_rows(vectors.transpose(0, 1)[:, None], chunk_size=size)[:, 0].transpose(0, 1)
+    each = rearrange(vectors, "pos many d_model -> many 1 pos d_model")
+    return rearrange(
+        graph.apply_rows(each, chunk_size=chunk_size(graph.point)), "many 1 pos d_model -> pos many d_model"
+    )

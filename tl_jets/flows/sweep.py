@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tl_jets.core.caller import warn_caller
@@ -206,10 +207,12 @@ class _Sweep:
             lambda stream, weights: weights[0] * readers.gradients(stream, covectors),
             point, difference, readers.part_of, true, self._allowed(index + 1), nodes=self.nodes, first=self._first_nodes(),
         )  # fmt: skip
-        apart = found.covectors.flatten(0, 1).double()
+        apart = rearrange(found.covectors.double(), "reader cell ... -> (reader cell) ...")
         sent = [products(apart, changes) for place, changes in self.written.items() if place < index]
         self.readers += readers.labels[::-1]
-        self.edge_flow += torch.cat(sent).unflatten(1, found.covectors.shape[:2]).movedim(1, 0).flip(0)
+        n_cells = found.covectors.shape[1]
+        sent = rearrange(torch.cat(sent), "writer (reader cell) batch -> reader writer cell batch", cell=n_cells)
+        self.edge_flow += sent.flip(0)
         self.spent.append(found.gap.abs().sum(0))
         return found._replace(covectors=found.covectors.sum(0), gap=found.gap.sum(0))
 
@@ -242,7 +245,7 @@ class _Sweep:
     def _values(self) -> tuple[Tensor, Tensor]:
         """The target's clean values and its change, [cell, batch]."""
         clean, other = (self.target(self.rows.at(run[FINAL_STREAM])) for run in (self.runs.clean, self.runs.other))
-        return tuple(values.movedim(0, -1).flatten(0, 1) for values in (clean, other - clean))  # type: ignore[return-value]
+        return tuple(rearrange(x, "batch pos target -> (pos target) batch") for x in (clean, other - clean))  # type: ignore[return-value]
 
     def _from_target(self, left: int) -> Tensor:
         """The covectors of the final stream."""
@@ -281,17 +284,17 @@ class _Sweep:
         """Run the sweep and return what it found."""
         self._run()
         runs, ids = self.runs, self.target.ids
-        shape = ids.shape[1:]
+        n_pos = ids.shape[1]
 
         def shaped(values: list[Tensor]) -> Tensor:
-            """[*, cell, batch, ...] -> [*, batch, pos, target, ...], from the first to the last."""
+            """Values of several cells on a leading axis, from the first to the last."""
             stacked = torch.stack(values[::-1]) if values else self.effect.new_zeros(0, *self.effect.shape)
-            return stacked.unflatten(1, shape).movedim(3, 1)
+            return rearrange(stacked, "each (pos target) batch ... -> each batch pos target ...", pos=n_pos)
 
         every = shaped(self.flow)
         whole = runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
         prompts = [whole, Sinks.of(runs.clean, Rows.of(runs.clean, None)).mask] if self.by_position else []
-        tokens, sinks = [each[:, None].repeat(1, shape[0], 1) for each in prompts] or (None, None)
+        tokens, sinks = [each[:, None].repeat(1, n_pos, 1) for each in prompts] or (None, None)
         found = Flow(
             labels=self.labels[::-1],
             flow=every.sum(-1) if self.by_position else every,
@@ -307,7 +310,7 @@ class _Sweep:
             measure=self.target.measure,
             tolerance=self.tolerance,
             readers=[*self.readers[::-1], DECODER_STEP] if self.by_edge else None,
-            edge_flow=self._edges().unflatten(2, shape).movedim(4, 2) if self.by_edge else None,
+            edge_flow=self._edges(n_pos) if self.by_edge else None,
             by_position=every if self.by_position else None,
             prompt_tokens=tokens,
             prompt_sinks=sinks,
@@ -317,11 +320,12 @@ class _Sweep:
         self._warn(found)
         return found
 
-    def _edges(self) -> Tensor:
-        """Flows on edges [reader, writer, cell, batch]; zero to readers that are not later."""
+    def _edges(self, n_pos: int) -> Tensor:
+        """Flows on edges [reader, writer, batch, pos, target]; zero to readers that are not later."""
         direct = torch.stack(self.direct[::-1]) if self.direct else self.effect.new_zeros(0, *self.effect.shape)
         rows = [nn.functional.pad(own, (0, 0) * 2 + (0, len(direct) - len(own))) for own in self.edge_flow[::-1]]
-        return torch.stack([*rows, direct])
+        stacked = torch.stack([*rows, direct])
+        return rearrange(stacked, "reader writer (pos target) batch -> reader writer batch pos target", pos=n_pos)
 
     def _warn(self, found: Flow) -> None:
         """Warn of effects that stay open."""

@@ -1,4 +1,4 @@
-"""What a `JetCache` answers to TransformerLens' names: activations of the run, and its terms where the stream stands."""
+"""Look-up in a `JetCache` by TransformerLens' names: activations of the run, and the sum of the terms as their stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAME = (1e-4, 2e-2)
 
 
 def activation(cache: Any, name: LabelInput) -> Tensor:
-    """What the trace has under a name at the cells of a cache; the stream that the stage writes to is the sum of the terms.
+    """The trace's activation of a name at the cells of a cache; for the stream that the stage produces, the sum of the terms.
 
     Raises ValueError for names that the trace does not know, and for patterns of some positions.
     """

@@ -50,6 +50,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.optimize import nnls
 from torch import Tensor
@@ -149,8 +150,8 @@ def gram(
             "pass U'U of the unembedding, e.g. W_U @ W_U.T for TransformerLens' W_U [d_model, d_vocab]"
         )
     measured = rows if metric is None else rows @ metric.double()
-    # [n, problems, d] -> [problems, n, d] is a view; bmm takes its strides
-    left, right = (x.view(n, -1, d_model).transpose(0, 1) for x in (measured, rows))
+    # A view; bmm takes its strides.
+    left, right = (rearrange(x, "(n problem) d_model -> problem n d_model", n=n) for x in (measured, rows))
     products = left @ right.mT
     return ((products + products.mT) / 2).reshape(*problems, n, n)
 

@@ -92,8 +92,8 @@ def _kl_weights(decoder: Decoder, jets: Tensor, truth: Tensor) -> SimplexSolutio
     shape = truth.shape[:-1]
     if decoder.transform is not None:
         raise NotImplementedError(
-            "KL weights need a model without a final softcap: the cap bends the logits, the problem is no longer convex "
-            "and its certificate would be wrong. Use objective='centered_l2', which is taken before the cap."
+            "KL weights need a model without a final softcap: with it the problem is not convex, and its certificate would "
+            "be wrong. Use objective='centered_l2', which is taken before the softcap."
         )
     dtype = torch.promote_types(decoder.W_U.dtype, torch.float32)  # the precision of the model's logits
     rows, truth = jets.flatten(1, -2).to(dtype), truth.flatten(0, -2).to(dtype)

@@ -48,7 +48,9 @@ def _given_paths(model: Any, paths: Paths) -> list[PathInput]:
         raise ValueError(f'paths must be "each_mlp" or a list of paths; got {paths!r}. Use jet_bigrams for one path.')
     given: list[PathInput] = [*(mlp_steps(ResidualNetwork(model)) if isinstance(paths, str) else paths)]
     if not given:
-        raise ValueError('There must be a path at least; got none. A model without MLPs has the path "direct" only.')
+        raise ValueError(
+            'paths must name at least one path; got none. A model without MLPs has the path "direct" only.'
+        )
     return given
 
 
@@ -130,8 +132,8 @@ class BigramSweep(Sweep):
             )
         if unigram is None and self.score == "lift" and self.decoder.transform is not None:
             raise NotImplementedError(
-                'score="lift" takes the mean of logits by the mean of their states, which a softcap does not allow. Give '
-                "unigram=, the probability of every token, as its baseline."
+                'score="lift" computes mean logits from mean states, which is wrong with a softcap. Pass unigram=, the '
+                "probability of every token, as its baseline."
             )
         if unigram is None:
             return None
@@ -239,7 +241,7 @@ class BigramSweep(Sweep):
             done, tensors = state.resume()
             if not 0 <= done <= len(self.rows):
                 raise ValueError(
-                    f"A state must be of rows that there are, at most {len(self.rows)}; {str(state_file)!r} says {done}. Delete it."
+                    f"An unfinished state must have read 0..{len(self.rows)} rows; {str(state_file)!r} says {done}. Delete it."
                 )
             # Start again if the state lacks a path, whose table was deleted after the state was saved.
             if not set(scans) <= {name.rpartition("/")[0] for name in tensors}:

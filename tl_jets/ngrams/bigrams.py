@@ -101,45 +101,16 @@ def jet_bigrams(
 
 
 def jet_bigrams_by_path(
-    model: Any,
-    paths: Paths = "each_mlp",
-    *,
-    top_k: int = 100,
-    per: Per = "global",
-    rows: TokenIds | None = None,
-    columns: TokenIds | None = None,
-    score: Score = "logprob",
-    unigram: Float[Tensor, " d_vocab"] | None = None,
-    exclude_self: bool = False,
-    exclude: TokenIds | None = None,
-    chunk_size: int | None = None,
-    screen: Screen | None = "auto",
-    progress: bool = True,
-    folder: str | Path | None = None,
-    distributed: Distributed = False,
+    model: Any, paths: Paths = "each_mlp", *, folder: str | Path | None = None, **options: Any
 ) -> dict[str, NgramTable]:
     """The best bi-grams of several paths by path, in one sweep, which embeds each token once.
 
     Args:
         model: A model or a `ResidualNetwork`.
         paths: `"each_mlp"` for each MLP alone, or a list of paths as in `jet_bigrams`.
-        top_k: Number of bi-grams a path.
-        per: As in `jet_bigrams`, and so are the options below and the errors.
-        rows: Ids of the first tokens.
-        columns: Ids of the second tokens.
-        score: As in `jet_bigrams`.
-        unigram: The baseline of `"lift"`.
-        exclude_self: Leave out a token after itself.
-        exclude: Tokens to leave out.
-        chunk_size: First tokens at a time.
-        screen: Screening in bfloat16.
-        progress: Show a bar.
         folder: Folder for the tables, `<path>.parquet`. Existing tables are loaded and an unfinished sweep is resumed.
-        distributed: Divide the rows among processes.
+        **options: Options of `jet_bigrams` but for `save`: `top_k` bi-grams a path, and so on. Errors are its own, too.
     """
-    options: dict[str, Any] = {"top_k": top_k, "per": per, "rows": rows, "columns": columns, "score": score}
-    options |= {"unigram": unigram, "exclude_self": exclude_self, "exclude": exclude}
-    options |= {"chunk_size": chunk_size, "screen": screen, "progress": progress, "distributed": distributed}
     plan = BigramSweep.planned(model, paths, saves=folder is not None, **options)
     labels = list(plan.streams.paths)
     if folder is None:

@@ -338,7 +338,7 @@ class NgramTable(Result):
             about = json.loads((found.schema.metadata or {}).get(METADATA_KEY, b"null"))
         except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
             raise ValueError(
-                f"A table must be a whole Parquet file that NgramTable.save wrote; {str(file)!r} is truncated, damaged "
+                f"A table must be an intact Parquet file that NgramTable.save wrote; {str(file)!r} is truncated, damaged "
                 f"or something else ({error}). Delete it and make it again."
             ) from error
         if not isinstance(about, dict):

@@ -1,4 +1,4 @@
-r"""What a vocabulary does to tables of n-grams: tied embeddings, and tokens that were never trained.
+r"""Properties of a vocabulary that show in tables of n-grams: tied embeddings, and tokens that were never trained.
 
 **Tied embeddings.** If W_U is W_E transposed, up to a factor of each dimension (a folded norm) and a constant, a token's
 own logit is a sum of squares, and `direct` says first of all that each token follows itself.

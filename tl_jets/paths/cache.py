@@ -100,7 +100,7 @@ class PathCache(JetCache):
         )
 
     def missed(self, *, sweeps: int = 64, seed: int = 0) -> float:
-        """The root of the sum of squared effects, on the expansion's target, of all paths that are not here.
+        """The root of the sum of squared effects, on the expansion's target, of all paths that the cache lacks.
 
         No such path has a larger absolute effect. It is exact, and so a bound, if the steps have at most `sweeps` patterns of
         signs; else it comes of an unbiased estimate of the sum (`tl_jets.paths.missed`), which scatters by tens of percent.

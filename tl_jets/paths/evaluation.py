@@ -287,7 +287,7 @@ def absent_constants(network: ResidualNetwork) -> frozenset[str]:
 
 
 def with_constants(graph: PathGraph, frozen: FrozenNetwork) -> PathGraph:
-    """The path graph with the constants that are there all the same (a user's hook adds one, say)."""
+    """The path graph with constants that are not zero at this input though no bias gives them, as a hook's."""
     there = graph.absent & frozen.sources.keys()
     if not there:
         return graph

@@ -322,7 +322,8 @@ class PathExpansion:
         live = replace(self, whole=self.whole.starting_at(stages.sources), graph=self.graph.starting_at(stages.sources))
         if not live.count:
             raise ValueError(
-                f"Filters must leave a path that is not zero; {_shown(self.filters)} leave constants that are, here. Relax them."
+                f"Filters must leave a path that is not zero at this input; {_shown(self.filters)} leave only zero constants. "
+                f"Relax them."
             )
         # Without the constants that are zero, there may be few enough to evaluate all.
         beam = live._check_count()

@@ -1,4 +1,4 @@
-r"""A bound on the paths that a list of the largest does not have: the root of the sum of their squared effects.
+r"""A bound on the effects of paths that a list of the largest lacks: the root of the sum of their squares.
 
 Give every step a of the frozen network a random sign e_a, and carry the target's functional u back through
 I + sum_a e_a A_a in place of I + sum_a A_a. The product with a source x is the sum over its paths c of
