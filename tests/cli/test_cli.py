@@ -444,7 +444,7 @@ def test_no_token_is_markup_or_moves_the_cursor(capsys, monkeypatch, tmp_path, a
     assert all(char == "\n" or char.isprintable() for char in text)
     assert any(shown in text for shown in ("[bold]x[/bold]", "\\x1b[31m", ":smile:", "\\u202eevil"))
     if arguments[0] == "paths":  # in a cell that is no Text
-        assert "the logit of [bold]x[/bold]" in " ".join(text.split())
+        assert "the centered logit of [bold]x[/bold]" in " ".join(text.split())
     written = page.read_text()
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", written) and "<script>alert" not in written
 

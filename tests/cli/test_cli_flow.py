@@ -7,6 +7,7 @@ import torch
 from commands import cells, numbers, run, tinydocs
 
 import tl_jets as tj
+from tl_jets.core.numerals import number, signed
 from tl_jets.core.tokens import token_text, visible
 
 COLUMNS = 100
@@ -47,6 +48,15 @@ def test_the_numbers_are_those_of_the_flow(capsys, network):
     assert data["check"]["spearman"] == pytest.approx(float(found.agreement()["spearman"].iloc[0]), abs=1e-6)
 
 
+@torch.no_grad()
+def model_readings(step):
+    """Logit and probability of the answer with and without a step, by the model itself."""
+    clean = tinydocs()(PROMPT)[0, -1].double()
+    other = tinydocs().run_with_hooks(PROMPT, fwd_hooks=tj.ablation_hooks(tinydocs(), step))[0, -1].double()
+    token = int(clean.argmax())
+    return [(float(own[token]), float(own.softmax(-1)[token])) for own in (clean, other)]
+
+
 @pytest.mark.parametrize(("columns", "step"), [("80", "0_mlp"), ("100", "2_attn")])
 def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns, step):
     monkeypatch.setenv("COLUMNS", columns)
@@ -59,6 +69,12 @@ def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns, st
         and "Closed: gap" in said
         and f"Path patching of {found.check['component'].nunique()} mediators" in said
     )
+    clean, other = model_readings(step)
+    assert (
+        f"Its logit goes from {number(clean[0])} to {number(other[0])}, its probability from {clean[1]:.1%} to {other[1]:.1%}."
+        in said
+    )
+    checked = found.check.set_index("component")
     largest = found.top(5)
     for row in largest.itertuples():
         edited = row.component == f"{step}_out"
@@ -68,6 +84,8 @@ def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns, st
             *([] if float(found.cancellation) > 3 else [f"{row.share:+.0%}"]),
             f"{row.direct:+.2f}",
         ]
+        if row.component in checked.index:
+            values += [signed(checked.loc[row.component, end]) for end in ("restored", "moved")]
         assert shown[1 : len(values) + 1] == values
     assert cells(text, f"all {len(found.labels)}", "The components")[-1] == f"{float(found.effect):+.2f}"
 

@@ -66,7 +66,7 @@ def test_the_table_shows_the_numbers(capsys):
     text, found = run(capsys, *ASKED), numbers(capsys, *ASKED)
     assert max(map(len, text.splitlines())) <= 80
     assert f"answer  {found['answer']['token']}, what the model says after {text_of(found['tokens'][-1]['id'])}" in text
-    assert f"What each token gives to the logit of {found['target']['token']}" in text
+    assert f"What each token gives to the centered logit of {found['target']['token']}" in text
     assert f"ordinary Jacobian: {found['ordinary_error']:.2f}" in text
     for row in found["tokens"]:
         shown = cells(text, str(row["pos"]), "What each token")

@@ -78,7 +78,7 @@ def test_the_table_shows_the_numbers(capsys):
     first = found["components"]["rows"][0]
     row = cells(text, first["component"], "All detached paths through")
     assert row[2:4] == [f"{first['effect']:+.2f}", f"{first['zero_ablation']:+.2f}"]
-    for entry in ("effect", "path", "ablation", "zero ablation"):
+    for entry in ("effect", "path", "fall", "fall, zeroed"):
         assert any(line.startswith(entry) for line in text.split("How to read this")[1].splitlines()), entry
 
 

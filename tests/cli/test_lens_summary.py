@@ -32,7 +32,8 @@ def test_the_first_answer_is_one_screen_of_the_lenses_own_numbers(capsys, storie
     network = tj.ResidualNetwork(stories)
     draws = [tj.iterative_jet_lens(network, PROMPT, positions=-1, seed=seed) for seed in range(8)]
     lens, controls = draws[0], [own.control.kl for own in draws[1:]]
-    spoken = " ".join(lens.verdict(controls=controls).lines)
+    verdict = lens.verdict(controls=controls)
+    spoken = " ".join(verdict.lines)
     assert " ".join(shown.split()).startswith(spoken)
     middle = torch.stack([own.control.kl[:, :, 0, 0] for own in draws]).double().quantile(0.5, 0)
     for i, label in enumerate(lens.labels):
@@ -40,7 +41,8 @@ def test_the_first_answer_is_one_screen_of_the_lenses_own_numbers(capsys, storie
         assert found[1] == number(lens.rho[i, 0, 0])
         for k, column in enumerate((2, 4)):
             kl = float(lens.kl[i, k, 0, 0])
-            assert found[column] == f"{number(kl)} ({number(middle[i, k])})"
+            own = i < len(lens.labels) - 1 and bool(verdict.own[i, k])
+            assert found[column] == f"{number(kl)} ({number(middle[i, k])}){'*' if own else ''}"
     effects = tj.joint_jet_lens(network, PROMPT, positions=-1, linearize="detached").effects[:, 0, 0, 0]
     logits = stories(PROMPT)[0, -1].double()
     assert commands.cells(shown, f"all {len(effects)}")[1] == signed(logits.max() - logits.mean())
@@ -73,7 +75,7 @@ def test_layers_are_ranges(capsys, stories):
 def test_targets_have_their_contributions(capsys, stories):
     shown = commands.run(capsys, *ASKED, "--target", "was")
     token = stories.tokenizer("was", add_special_tokens=False)["input_ids"][0]
-    assert f"What components add to the logit of {visible(token_text(stories.tokenizer, token))}" in shown
+    assert f"What components add to the centered logit of {visible(token_text(stories.tokenizer, token))}" in shown
     logits = stories(PROMPT)[0, -1].double()
     assert commands.cells(shown, "all 12", "What components add")[1] == signed(logits[token] - logits.mean())
     assert "Targets: rank" in shown

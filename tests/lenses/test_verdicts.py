@@ -94,6 +94,34 @@ def test_sentences_name_the_layers():
     assert not close.own.any() and (close.wins == 1).all()
 
 
+def test_a_layer_between_its_controls_is_undecided():
+    """KL .3 of the median control's, but above one draw in five: no evidence, and not "as good" either."""
+    labels = [f"{i}_pre" for i in range(4)] + ["final_post"]
+    kl = torch.tensor([1.0, 0.3, 0.5, 0.1, 0.0])[:, None, None].expand(5, 1, 2).double()
+    draws = [torch.full_like(kl, value) for value in (1.0, 1.0, 1.0, 1.0, 0.2)]
+    given = {"rho": torch.zeros(5, 2).double(), "leads": torch.tensor([[0, 0], [0, 1], [0, 1], [1, 1], [1, 1]]).bool()}
+    found = verdict_of(labels, [0], kl=kl, controls=draws, is_detached=False, **given)
+    assert found.own[:, 0].tolist() == [False, False, False, True]
+    assert found.undecided[:, 0].tolist() == [False, True, True, False]
+    near = (
+        "it is nearer to the model than the median control at 2 of {} layers (1_pre..2_pre), but nowhere than nine in ten "
+        "(best: 1_pre, KL 0.30 of the control's, nearer than 80% of draws)"
+    )
+    lead = "; the answer first leads at most positions at 3_pre, and from there on."
+    name = "Order 0 (the logit lens) says nothing certain of its own"
+    assert found.lines == [f"{name} before 3_pre: {near.format(4)}{lead}"]
+    shorter = {"rho": given["rho"][[0, 1, 2, 4]], "leads": torch.zeros(4, 2).bool()}
+    short = verdict_of(
+        [*labels[:3], "final_post"],
+        [0],
+        kl=kl[[0, 1, 2, 4]],
+        controls=[d[:4] for d in draws],
+        is_detached=False,
+        **shorter,
+    )
+    assert short.lines == [f"{name} at any layer: {near.format(3)}; the answer leads at the end only."]
+
+
 def test_layers_where_something_changes():
     values = torch.tensor([[5.0], [5.0], [5.0], [1.0], [1.0], [1.0], [1.0], [0.0]])
     best = [[1], [1], [1], [1], [1], [2], [2], [3]]

@@ -45,7 +45,7 @@ def report(options: argparse.Namespace) -> Report:
     if found is not None and options.ablate is not None:
         said = "" if bool(found.closed) else "; its flows are OPEN, and explain nothing"
         rows["ablation"] = (
-            f"{', '.join(options.ablate)}: {signed(float(found.effect))} on the logit of {answer['token']}{said}"
+            f"{', '.join(options.ablate)}: {signed(float(found.effect))} on the centered logit of {answer['token']}{said}"
         )
     rows["page"] = f"{options.html}, which opens offline in a browser"
     data = header("explore", model=options.model, prompt=asked.prompt) | page.data

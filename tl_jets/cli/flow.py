@@ -45,19 +45,24 @@ def report(options: argparse.Namespace) -> Report:
         if options.measure == "centered":
             target = answer if target is None else target
         given = {"targets": target, "against": against, "measure": options.measure, "positions": asked.position}
+        acts, positions = _intervention(options, kind, asked)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", OPEN, UserWarning)
-            found = _joint(options, asked, given) if kind == "joint" else _flow(options, kind, asked, given)
+            if kind == "joint":
+                found: Flow | JointFlow = _joint(options, asked, positions, given)
+            else:
+                found = _flow(options, asked, acts, given)
     said = asked.token(answer) if target is None else asked.token(target)
-    names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the logit of {said['token']}")
+    names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the centered logit of {said['token']}")
     if against is not None:
-        names = f"the logits of {said['token']} less {asked.token(against)['token']}"
+        names = f"the logit of {said['token']} less that of {asked.token(against)['token']}"
     done = _done(options, kind)
     data = header("flow", model=options.model, prompt=asked.prompt, position=asked.position, read=asked.last)
     data |= {"intervention": done, "granularity": options.granularity, "answer": asked.token(answer)}
     data |= {"target": None if target is None else asked.token(target), "measure": found.measure, "unit": found.unit}
     data |= {"against": None if against is None else asked.token(against), "effect": float(found.effect)}
     data |= {"is_softcapped": asked.trace.decoder.transform is not None, "is_closed": bool(found.closed)}
+    data["readings"] = None if target is None or against is not None else _readings(asked, acts, target)
     rows = asked.asked(options.model, data["answer"], data["target"]) | {"intervention": done}
     last = ["effect"] if options.measure == "centered" else []
     last += ["softcap"] if data["is_softcapped"] and options.measure == "centered" else []
@@ -106,18 +111,40 @@ def _ablation(options: argparse.Namespace, asked: Read) -> tuple[dict[str, Any],
     return {"mode": options.mode, "reference": reference, "seed": options.seed}, positions
 
 
-def _flow(options: argparse.Namespace, kind: str, asked: Read, given: dict[str, Any]) -> Flow:
-    network = asked.network
+def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[Any, list[int] | None]:
+    """Hooks of an ablation and its positions, or the trace of another prompt."""
     if kind == "corrupted":
-        intervention = network.trace(network.tokenize(options.corrupted, prepend_bos=options.prepend_bos))
-    else:
-        ablation, positions = _ablation(options, asked)
-        intervention = ablation_hooks(network, options.ablate, positions=positions, **ablation)
+        return asked.network.trace(asked.network.tokenize(options.corrupted, prepend_bos=options.prepend_bos)), None
+    ablation, positions = _ablation(options, asked)
+    hooks = ablation_hooks(asked.network, getattr(options, kind), positions=positions, **ablation)
+    return hooks, positions
+
+
+def _readings(asked: Read, acts: Any, target: int) -> dict[str, list[float]]:
+    """The target's logit and probability, as the model itself gives them: in the clean and in the intervened run."""
+    other = acts
+    if isinstance(acts, list):
+        with asked.network.view.hooks(acts):
+            other = asked.network.trace(asked.trace.tokens)
+    logits = [run.logits[0, asked.position].double() for run in (asked.trace, other)]
+    probabilities = [float(own.softmax(-1)[target]) for own in logits]
+    return {"logit": [float(own[target]) for own in logits], "probability": probabilities}
+
+
+def _read(readings: dict[str, list[float]] | None) -> str:
+    """The readings in words."""
+    if readings is None:
+        return ""
+    (before, after), (p, q) = readings["logit"], readings["probability"]
+    return f" Its logit goes from {number(before)} to {number(after)}, its probability from {p:.1%} to {q:.1%}."
+
+
+def _flow(options: argparse.Namespace, asked: Read, acts: Any, given: dict[str, Any]) -> Flow:
     nodes = {} if options.nodes is None else {"nodes": options.nodes}
     return flow(
-        network,
+        asked.network,
         asked.trace,
-        intervention,
+        acts,
         by_position=True,
         check=options.check,
         seed=options.seed,
@@ -127,8 +154,8 @@ def _flow(options: argparse.Namespace, kind: str, asked: Read, given: dict[str, 
     )
 
 
-def _joint(options: argparse.Namespace, asked: Read, given: dict[str, Any]) -> JointFlow:
-    ablation, positions = _ablation(options, asked)
+def _joint(options: argparse.Namespace, asked: Read, positions: list[int] | None, given: dict[str, Any]) -> JointFlow:
+    ablation, _ = _ablation(options, asked)
     controls = {} if options.controls is None else {"controls": options.controls}
     return joint_flow(
         asked.network, asked.trace, options.joint, ablated_positions=positions, **ablation, **controls, **given
@@ -153,6 +180,7 @@ def _of_flow(
         data["check"] = found.agreement().iloc[0, 3:].to_dict()
         data["check"]["rows"] = found.check.drop(columns=["batch", "pos", "target"]).to_dict("records")
     verdict = [f"{_capital(names)} moves by {signed(data['effect'])}, from {number(clean)}{in_unit(found.unit)}."]
+    verdict[0] += _read(data["readings"])
     cost = f"gap {100 * gap:.2g}% of the effect, up to {max(found.nodes)} nodes, {found.passes:.1f} passes"
     if not data["is_closed"]:
         milder = "more --nodes, " if max(found.nodes) < MOST_NODES else ""
@@ -215,7 +243,7 @@ def _flow_table(
     found: Flow, components: list[dict[str, Any]], check: dict[str, Any] | None, top: int, sink: bool
 ) -> Table:
     """The components of the largest flow, one a row."""
-    patched = {} if check is None else {row["component"]: signed(row["mediated"]) for row in check["rows"]}
+    patched = {} if check is None else {row["component"]: row for row in check["rows"]}
     rows = []
     for part in sorted(components, key=lambda row: -abs(row["flow"])):
         place = max(part["by_position"], key=lambda at: abs(at["flow"]))
@@ -223,7 +251,9 @@ def _flow_table(
         row = {"component": f"{part['component']}{' (edited)' if edited else ''}", "flow": signed(part["flow"])}
         row |= {} if float(found.cancellation) > LARGE else {"share": f"{part['share']:+.0%}"}
         row |= {"direct": signed(part["direct"])}
-        row |= {} if check is None else {"path patching": patched.get(part["component"])}
+        if check is not None:
+            own = patched.get(part["component"], {})
+            row |= {end: signed(own[end]) if own else None for end in ("restored", "moved")}
         rows.append(row | {"largest at": f"{place['pos']} {place['token']} {signed(place['flow'])}"})
     notes = ["the first position is an attention sink, and is ablated, too: --keep-bos leaves it"] if sink else []
     sums = [{"component": f"all {len(rows)}", "direct": signed(found.effect)}]
@@ -260,6 +290,7 @@ def _of_joint(
     alone = sum(row["single"] for row in rows)
     verdict = [
         f"{_capital(names)} moves by {signed(effect)}{in_unit(found.unit)} together, by {signed(alone)} one by one in sum."
+        + _read(data["readings"])
     ]
     if control:
         worst = max(control, key=abs)

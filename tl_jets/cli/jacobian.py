@@ -147,7 +147,7 @@ def _token_table(data: dict[str, Any]) -> Table:
     if others:
         total = {name: sum(part[name] or 0 for part in others) for name in ("effect", "share")}
         sums.insert(0, row(f"{len(others)} others", total))
-    of = data["output"] if target is None else f"the logit of {target['token']}{in_unit(data['unit'])}"
+    of = data["output"] if target is None else f"the centered logit of {target['token']}{in_unit(data['unit'])}"
     return Table(f"What each token gives to {of}", rows, sums)
 
 

@@ -39,8 +39,8 @@ def report(options: argparse.Namespace) -> Report:
     if data["components"] is not None:
         tables.append(_component_table(data["components"], options.top, data["unit"]))
     keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
-    keys += ["control" if data["ablation"] is None else "ablation"]
-    keys += [*(["zero ablation"] if data["components"] else []), *(["softcap"] if data["is_softcapped"] else [])]
+    keys += ["control" if data["ablation"] is None else "fall"]
+    keys += [*(["fall, zeroed"] if data["components"] else []), *(["softcap"] if data["is_softcapped"] else [])]
     asked_for = asked.asked(options.model, data["answer"], data["target"])
     on_page = [*tables, *([_control_table(data["control"])] if data["control"] else [])]
     return Report(data, asked_for, tables, legend("paths", *keys), on_page=on_page)
@@ -65,7 +65,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     """Effect and ablation of a path."""
     row = {"effect": signed(record["effect"])}
     if "verdict" in record:
-        row |= {"ablation": signed(record["path_ablation"]), "verdict": record["verdict"]}
+        row |= {"fall": signed(record["path_ablation"]), "verdict": record["verdict"]}
     return row
 
 
@@ -79,7 +79,7 @@ def _path_table(data: dict[str, Any]) -> Table:
     sums = {
         f"these {len(paths)}": data["effect_of_shown"],
         " and ".join([", ".join(rest[:-1]), rest[-1]] if len(rest) > 1 else rest): data["effect_of_rest"],
-        f"the model: the logit of {target['token']}{in_unit(data['unit'])}": target["logit"],
+        f"the model: the centered logit of {target['token']}{in_unit(data['unit'])}": target["logit"],
     }
     kind = f"order-{data['order']} jet" if is_jet else "detached"
     of = f"The {len(paths)} largest of {count_text(data['n_paths'])} {kind} paths"
@@ -120,7 +120,7 @@ def _component_table(components: dict[str, Any], top: int, unit: str) -> Table:
     rows = []
     for row in components["rows"]:
         cells = {"component": row["component"], "paths": count_text(row["n_paths"]), "effect": signed(row["effect"])}
-        cells |= {"zero ablation": signed(row["zero_ablation"]), "KL": number(row["kl"])}
+        cells |= {"fall, zeroed": signed(row["zero_ablation"]), "KL": number(row["kl"])}
         rows.append(cells | {"best token of the sum": row["top"]["token"]})
     note = f"rank correlation of effect and zero ablation: {signed(components['rank_correlation'])}"
     title = f"All detached paths through each component{in_unit(unit)}"

@@ -48,7 +48,7 @@ def report(options: argparse.Namespace) -> Report:
     if data["components"] is not None:
         tables.append(_component_table(data, options.top))
     keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
-    keys += ["ablation" if options.ablate else "control", *(["zero ablation"] if data["components"] else [])]
+    keys += ["fall" if options.ablate else "control", *(["fall, zeroed"] if data["components"] else [])]
     keys += ["softcap"] if data["is_softcapped"] else []
     on_page, verdict = [*tables, _prompt_table(by_prompt)], _verdict(data, len(kept), options.top)
     names = legend("paths", *keys) if options.html else {}
@@ -228,7 +228,7 @@ def _component_table(data: dict[str, Any], top: int) -> Table:
         cells = {"component": row["component"], "mean effect": signed(row["effect"]), "95%": _interval(row, "effect")}
         cells |= {"median": signed(row["effect_median"]), "raises": f"{row['raises']:.0%}"}
         zeroed = row["zero_ablation"]
-        cells |= {"zero ablation": "" if zeroed is None else signed(zeroed)}
+        cells |= {"fall, zeroed": "" if zeroed is None else signed(zeroed)}
         cells |= {"95% of it": _interval(row, "zero_ablation"), "KL": number(row["kl_median"])}
         rows.append(cells)
     notes = [f"rank correlation of effect and zero ablation in a prompt: {_of(data['rank_correlation'], '+.2f')}"]

@@ -128,10 +128,10 @@ LEGENDS: dict[str, dict[str, str]] = {
         "path": "A source (embed, or the constant of a step), then the steps that it passes through; ln_final is the final "
         "norm. A step that is not named is passed by.",
         "control": "Whether the model would miss a path is another question, which --ablate asks it.",
-        "ablation": "How far the logit falls if what arrives along this path is taken away, and everything responds. "
+        "fall": "How far the centered logit falls if what arrives along this path is taken away, and everything responds. "
         "confirmed: within a factor of two of the effect; refuted: less than a tenth, or of the other sign; else partly. "
         "Random paths of comparable effect are the control.",
-        "zero ablation": "How far the logit falls if all that the component writes becomes zero (KL: how far the whole answer "
+        "fall, zeroed": "How far it falls if all that the component writes becomes zero (KL: how far the whole answer "
         "moves, in nats). A component's paths overlap with those of others: their effects do not sum to the model.",
         "softcap": "Effects and ablations are of logits before the model's final softcap; KL is after it.",
     },
@@ -143,8 +143,8 @@ LEGENDS: dict[str, dict[str, str]] = {
         "largest at": "The position of the write with the largest flow.",
         "gap": "What all flows miss of the effect, the numerical error of the mean gradients. Above 1% the effect is open, and "
         "no flows are shown.",
-        "path patching": "Control: what changes if the component alone is restored, and if it alone is moved, in the mean. "
-        "Flow is another quantity where components make up for one another: compare ranks.",
+        "path patching": "Control, with --check: what changes if the component alone is restored in the intervened run, and if "
+        "it alone is moved in the clean one. Where the two differ, flow is another quantity: compare ranks.",
         "share|joint": "The component's part of the joint effect: its gradient, averaged while all are ablated by degrees "
         "(Aumann-Shapley). Shares sum to the effect.",
         "alone": "The effect of ablating it alone. Its control is the joint ablation of random sets of the same size and layers.",
@@ -184,7 +184,7 @@ LEGENDS: dict[str, dict[str, str]] = {
         "color": "The rank of the model's own answer on a logarithmic scale, or KL against that of a random vector of the same "
         "length and angle, or the share of the cell that is the model's own final stream.",
         "[token]": "Borrowed: the answer comes from the model's own final stream; what is the layer's own says something else.",
-        "components": "What each adds to the logit of the model's answer beyond the mean of the vocabulary; they sum to it.",
+        "components": "What each adds to the logit of the model's answer beyond the vocabulary's mean; they sum to it.",
         "flow": "How much of the ablation's effect passes through what a component writes; open ones explain nothing.",
     },
 }

@@ -1,8 +1,9 @@
 """What an iterative lens says in words: whether its readings beat their controls, converge, and have the answer.
 
 A layer says something of its own at an order if its KL to the model is below that of nine in ten random controls, each of
-the layer's length and angle to the final stream, and in the median by a fifth. Controls are compared at every position
-(without attention sinks) and for every draw; one draw scatters by tens of percent: fewer than five are not judged.
+the layer's length and angle to the final stream, and in the median by a fifth. Below the median by a fifth, but not below
+nine in ten, it is undecided. Controls are compared at every position (without attention sinks) and for every draw; one draw
+scatters by tens of percent: fewer than five are not judged.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Verdict(Result):
         return (self.wins >= SHARE) & (self.ratio <= FACTOR)
 
     @property
+    def undecided(self) -> Bool[Tensor, "layer order"] | None:
+        """Where a layer is nearer to the model than the median of its controls, by a fifth, but not than nine in ten."""
+        return None if self.own is None or self.ratio is None else (self.ratio <= FACTOR) & ~self.own
+
+    @property
     def lines(self) -> list[str]:
         """The judgment in words, what speaks against the lens first."""
         if not self.labels:
@@ -89,24 +95,41 @@ class Verdict(Result):
                 f"scatters by tens of percent"
             )
         own = self.own[:, k].tolist()
-        if all(own):
+        first = own.index(True) if any(own) else len(own)
+        if first < len(own) and not all(own[first:]):
+            return f"beats its control at {_where(self.labels, own)}, not elsewhere"
+        if first == 0:
             return "beats its control at every layer"
-        if not any(own):
-            return "says nothing of its own at any layer: the control is as good"
-        first = own.index(True)
-        if all(own[first:]):
-            return f"says nothing of its own before {self.labels[first]}: the control is as good"
-        return f"beats its control at {_where(self.labels, own)}, not elsewhere"
+        where = "at any layer" if first == len(own) else f"before {self.labels[first]}"
+        certain = "" if self.undecided is None or not self.undecided[:first, k].any() else " certain"
+        return f"says nothing{certain} of its own {where}: {self._nearest(k, first)}"
+
+    def _nearest(self, k: int, end: int) -> str:
+        """How far the undecided ones of the first layers are from their controls."""
+        assert self.undecided is not None
+        assert self.ratio is not None
+        assert self.wins is not None
+        chosen = self.undecided[:end, k]
+        if not chosen.any():
+            return "the control is as good"
+        best = int(torch.where(chosen, self.ratio[:end, k], torch.inf).argmin())
+        return (
+            f"it is nearer to the model than the median control at {_where(self.labels, chosen.tolist())}, but nowhere "
+            f"than nine in ten (best: {self.labels[best]}, KL {float(self.ratio[best, k]):.2f} of the control's, nearer than "
+            f"{float(self.wins[best, k]):.0%} of draws)"
+        )
 
     def _lead(self) -> str:
         """Where the best token of the lowest order is the model's."""
         leads = (self.leads > 0.5).tolist()
+        mixed = bool(((self.leads > 0) & (self.leads < 1)).any())
+        most = " at most positions" if mixed else ""
         if not any(leads):
-            return "the answer leads at the end only"
+            return f"the answer leads{most} at the end only"
         first = leads.index(True)
         if all(leads[first:]):
-            return f"the answer first leads at {self.labels[first]}, and from there on"
-        return f"the answer first leads at {self.labels[first]}, in all at {_where(self.labels, leads)}"
+            return f"the answer first leads{most} at {self.labels[first]}, and from there on"
+        return f"the answer first leads{most} at {self.labels[first]}, in all at {_where(self.labels, leads)}"
 
 
 def verdict_of(
