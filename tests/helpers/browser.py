@@ -44,10 +44,14 @@ class Opened:
         self.context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
         self.messages, self.requests, self.url = [], [], file.as_uri()
         self.context.on("request", lambda request: self.requests.append(request.url))
-        self.context.on("console", lambda message: self.messages.append((message.type, message.text)))
+        self.context.on("console", self._heard)
         self.context.on("weberror", lambda error: self.messages.append(("error", str(error.error))))
         self.page = self.context.new_page()
         self.page.goto(self.url)
+
+    def _heard(self, message):
+        if "GL Driver Message (OpenGL, Performance" not in message.text:  # of the machine's graphics, not of the page
+            self.messages.append((message.type, message.text))
 
     def __enter__(self):
         return self.page
@@ -55,7 +59,7 @@ class Opened:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                assert self.messages == [] and self.requests == [self.url]
+                assert self.messages == [] and self.requests == [self.url], self.messages
                 assert self.page.evaluate("window.brokenOut === undefined && !document.querySelector('img[src=x]')")
         finally:
             self.context.close()

@@ -37,10 +37,21 @@ def test_a_trace_is_the_models_own_cache(model):
     for name, value in cache.items():
         same(value, own[name])
     same(cache["resid_post", -1], own["resid_post", -1])
+    trace = tj.ResidualNetwork(model).trace(tokens)
+    for name in ("z0", "ln_final.hook_scale"):
+        same(trace[name], own[name])
     for n_kept in (1, model.cfg.n_layers):
         same(cache.decompose_resid(n_kept), own.decompose_resid(n_kept))
         same(cache.accumulated_resid(n_kept), own.accumulated_resid(n_kept))
     same(cache.accumulated_resid(-1, apply_ln=True), own.accumulated_resid(-1, apply_ln=True))
+    # What a norm inside a block divides by is read when it is asked for.
+    same(cache.accumulated_resid(1, apply_ln=True), own.accumulated_resid(1, apply_ln=True))
+    if "blocks.1.ln2.hook_scale" in own:
+        found, wanted = (each.decompose_resid(1, mlp_input=True, apply_ln=True) for each in (cache, own))
+        same(found, wanted)
+    sliced = cache.apply_slice_to_batch_dim([0])
+    with pytest.raises((KeyError, IndexError)):
+        sliced.accumulated_resid(0, apply_ln=True)
 
 
 def test_heads_are_stacked(model):

@@ -200,8 +200,22 @@ def test_patterns_of_a_layer(world):
         assert (
             found["tokens"] == tokens_of(world, prompt) and found["attentionHeadNames"][-1] == f"L1H{len(own[0]) - 1}"
         )
-    with pytest.raises(ValueError, match=r"A trace is drawn by layer: pass labels=2, one of 0\.\.2"):
-        tj.to_circuitsvis(trace)
+    heads = props(tj.to_circuitsvis(trace, labels=["L2H1", "L0H0"]))
+    with torch.no_grad(), full_precision():
+        cache = model.run_with_cache(trace.tokens)[1]
+    n = len(tokens_of(world))
+    close(heads["attention"], torch.stack([cache["pattern", 2][0, 1, :n, :n], cache["pattern", 0][0, 0, :n, :n]]))
+    assert heads["attentionHeadNames"] == ["L2H1", "L0H0"]
+    view = tj.to_circuitsvis(trace, "attention_patterns", labels="L0H0")
+    close(props(view)["attention"], cache["pattern", 0][:1, 0, :n, :n])
+    assert view.title.endswith("heads 0.. are L0H0")
+    for wrong in (None, 3, True, "L3H0", ["L0H0", 1], []):
+        with pytest.raises(ValueError, match=r"A trace is drawn by layer or by head: pass labels=2, one of 0\.\.2, or"):
+            tj.to_circuitsvis(trace, labels=wrong)
+    with pytest.raises(ValueError, match="a head of `labels` must be one of"):
+        tj.to_circuitsvis(trace, labels="L0H9")
+    with pytest.raises(ValueError, match="no color for negative values"):
+        tj.to_circuitsvis(world["jacobian"], "attention_patterns")
 
 
 def test_attention_of_skip_trigrams(world):
@@ -233,6 +247,7 @@ def of_every_kind(world):
         ("attention_heads", "jacobian"): tj.to_circuitsvis(world["jacobian"], "attention_heads"),
         ("attention_heads", "trace"): tj.to_circuitsvis(world["trace"], labels=1),
         ("attention_heads", "table"): tj.to_circuitsvis(world["table"]),
+        ("attention_patterns", "trace"): tj.to_circuitsvis(world["trace"], "attention_patterns", labels=1),
         ("token_log_probs", "lens"): tj.to_circuitsvis(
             world["lens"], "token_log_probs", labels="1_pre", trace=world["trace"]
         ),
@@ -264,9 +279,9 @@ def test_every_view_is_drawn_and_quiet(world, show):
 @skipped
 def test_tokens_as_they_are_without_care_would_break_out(show):
     """What circuitsvis itself does with such a token, in the same frame without the joiner: the test above can fail."""
-    from tl_jets.interop import circuitsvis as ours
+    from tl_jets.interop import frames as ours
 
-    raw, seen = ours._framed("raw", "ColoredTokens", {"tokens": [HOSTILE[0]], "values": [1.0]}, 100), []
+    raw, seen = ours.framed("raw", "ColoredTokens", {"tokens": [HOSTILE[0]], "values": [1.0]}, 100), []
 
     def look():
         with show(raw.page()) as page:

@@ -97,7 +97,7 @@ class DictionaryView:
 
     def __init__(self, view: TransformerLensView, dictionaries: tuple[Dictionary, ...]):
         self.view, self.dictionaries = view, dictionaries
-        self.divided = {own.place: own.steps for own in dictionaries if own.steps}
+        self.divided = {own.place: own.steps for own in dictionaries if isinstance(own.place, Step)}
         self.start = next((own for own in dictionaries if not own.steps), None)
 
     def __getattr__(self, name: str) -> Any:
@@ -114,8 +114,8 @@ class DictionaryView:
         """The stages of the model from the first stream on, steps divided where they are whole."""
         stages = self.view.stages(granularity)
         if self.start is not None:
-            streams = [stage.stream for stage in stages]
-            stages = stages[streams.index(self.start.place) :] if self.start.place in streams else ()
+            later = [i for i, stage in enumerate(stages) if stage.stream == self.start.place]
+            stages = stages[later[0] :] if later else ()
         return tuple(map(self._divided, stages))
 
     def _divided(self, stage: Stage) -> Stage:

@@ -17,7 +17,7 @@ from tl_jets.core.decoder import Decoder
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
 from tl_jets.core.structure import Structure
-from tl_jets.core.trace_values import TraceValues
+from tl_jets.core.trace_values import FINAL_SCALE, TraceValues, final_scale
 
 # Number of tokens at which logits are compared, after a first comparison of all.
 PART_OF_VOCABULARY = 2**12
@@ -31,8 +31,8 @@ class Trace:
     Index it by label: streams (`trace["3_pre"]`), writes (`trace["3_mlp_out"]`, `trace["L3H2_out"]`), sources
     (`trace["embed"]`) and edits, or by TransformerLens' names (`trace["mlp_out", 3]`); values have shape [batch, pos,
     d_model]. Writes of neurons (`trace["L3N17_out"]`), MLP biases (`trace["3_mlp_bias"]`) and TransformerLens' names of what
-    is inside a block (`trace["z", 0]`, `trace["pattern", 3]`, `trace["blocks.0.mlp.hook_post"]`, `trace["q0"]`) are not in
-    `labels`, and evaluated on request, at the cost of the layer.
+    is inside a block (`trace["z", 0]`, `trace["pattern", 3]`, `trace["blocks.0.mlp.hook_post"]`, `trace["q0"]`) or
+    `trace["ln_final.hook_scale"]` are not in `labels`, and evaluated on request, at the cost of the layer.
 
     Attributes:
         network: The residual network.
@@ -69,6 +69,8 @@ class Trace:
         return iter(self.labels)
 
     def __getitem__(self, label: LabelInput) -> Float[Tensor, "batch second *rest"]:
+        if label == FINAL_SCALE and (scale := final_scale(self)) is not None:
+            return scale
         inner = self.network.view.inner_stage(label)
         if inner is not None:
             hook, stage = inner

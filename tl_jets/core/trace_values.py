@@ -34,6 +34,7 @@ from tl_jets.core.results import Result, handle
 from tl_jets.core.tokens import token_names
 
 EDIT = "edit:"
+FINAL_SCALE = "ln_final.hook_scale"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -35,15 +35,22 @@ class CheckedActivationCache(ActivationCache):
 
     gain_is_folded = True
     is_difference = False
+    trace: Trace | None = None  # of the same cells, from which scales of norms inside blocks are read on request
 
-    def apply_ln_to_stack(self, *args: Any, **kwargs: Any) -> Tensor:
+    def apply_ln_to_stack(
+        self, residual_stack: Tensor, layer: int | None = None, mlp_input: bool = False, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """As in TransformerLens; raises ValueError for a difference, which has no scale of a norm."""
         if self.is_difference:
             raise ValueError(
                 "A difference of two runs has no norm scale of its own; apply TransformerLens' layer norms and logit_attrs to the "
                 "cache of each run, and subtract what they give."
             )
-        return super().apply_ln_to_stack(*args, **kwargs)
+        if self.trace is not None and self.has_batch_dim and layer in range(self.trace.network.n_layers):
+            name = f"blocks.{layer}.{'ln2' if mlp_input else 'ln1'}.hook_scale"
+            if name not in self.cache_dict:
+                self.cache_dict[name] = self.trace[name]
+        return super().apply_ln_to_stack(residual_stack, layer, mlp_input, *args, **kwargs)
 
     def logit_attrs(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in TransformerLens; raises ValueError where the final norm has a gain."""
@@ -146,6 +153,7 @@ def _of_trace(trace: Trace | TraceValues) -> CheckedActivationCache:
     gain = network.decoder.norm.weight
     found = _cache(values, model, gain is None or bool((gain == 1).all()))
     found.is_difference = isinstance(trace, TraceValues) and trace.is_difference
+    found.trace = trace if isinstance(trace, Trace) else None
     return found
 
 
