@@ -354,3 +354,17 @@ def test_only_hooked_blocks_are_edited(tinydocs):
     assert [label for label, own in zip(found.labels, edited, strict=True) if own] == ["0_mlp_out", "2_attn_out"]
     by_input = tj.flow(network, "This function is", "This module is")
     assert torch.equal(by_input.edit[1:], torch.zeros_like(by_input.edit[1:])) and by_input.labels[0] == "embed"
+
+
+def test_an_intervention_that_reaches_no_prompt_is_said():
+    """Positions of hooks are columns of the padded row: the last one of a shorter prompt is padding."""
+    (spec,) = models("llama")
+    model = zoo.build(spec)
+    hooks = tj.ablation_hooks(model, "0_mlp", positions=[-1])
+    with pytest.warns(
+        UserWarning, match=r"moves no target of prompts \[1\]: it does nothing there, or acts on padding"
+    ):
+        found = tj.flow(model, ["w3 w4 w5 w6", "w6 w7"], hooks, tolerance=0.05)
+    assert float(found.effect[1].abs().max()) == 0 and float(found.effect[0].abs().min()) > 0
+    with pytest.warns(UserWarning, match=r"moves no target of prompts \[0\]"):
+        tj.flow(model, "w3 w4 w5 w6", [("blocks.0.hook_mlp_out", lambda write, hook: write)])

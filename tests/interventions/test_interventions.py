@@ -329,7 +329,7 @@ def test_what_cannot_be_edited_is_refused(as_users_run_it):
         with pytest.raises(NotImplementedError, match="plain callables has none"):
             call(callables, "0_mlp")
     for steps, error, match in (
-        ("9_mlp", ValueError, "A step to edit"),
+        ("9_mlp", ValueError, "A step to edit is one of '._mlp', "),
         ("embed", ValueError, "A step to edit"),
         ([], ValueError, "at least one step"),
         ("0_attn_bias", NotImplementedError, "edit 0_attn instead"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -179,7 +180,10 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def some(labels: Iterable[str], count: int = 12) -> str:
-    """The first labels as text for an error message."""
+def some(labels: Iterable[str], count: int = 12, *, near: Any = None) -> str:
+    """The first labels as text for an error message; those most like `near` first."""
     labels = list(labels)
+    if isinstance(near, str):
+        alike = difflib.get_close_matches(near, labels, 4)
+        labels = [*alike, *(label for label in labels if label not in alike)]
     return ", ".join(map(repr, labels[:count])) + (f", ... ({len(labels)} in all)" if len(labels) > count else "")

@@ -176,7 +176,7 @@ class Structure:
                 return stage
         raise ValueError(
             f"A stage is named by one of its steps or by the stream that it reads; got {label!r}. At granularity "
-            f"{self.granularity!r} the steps are {some(self._step_of)} and the decoder is {DECODER_STEP!r}."
+            f"{self.granularity!r} the steps are {some(self._step_of, near=label)} and the decoder is {DECODER_STEP!r}."
         )
 
     def next_stream(self, stage: Stage) -> str:

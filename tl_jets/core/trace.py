@@ -87,7 +87,7 @@ class Trace:
         part = self._fine_stage(label)
         if part is not None:
             return self.writes(part)[0]
-        raise ValueError(f"A label must be one of {some(self.labels)}, or a neuron's write; got {label!r}.")
+        raise ValueError(f"A label must be one of {some(self.labels, near=label)}, or a neuron's write; got {label!r}.")
 
     def _is_inside(self, label: Any) -> bool:
         """Whether TransformerLens has a hook inside a block by this name that can be read."""

@@ -105,8 +105,8 @@ class TraceValues(Result):
         name = read_label(label, self.n_layers)
         if name not in self.values:
             raise ValueError(
-                f"A label must be one of {some(self.values)}; got {label!r}. Neurons, and what is inside a block, are read "
-                f"from the traces themselves."
+                f"A label must be one of {some(self.values, near=label)}; got {label!r}. Neurons, and what is "
+                f"inside a block, are read from the traces themselves."
             )
         return self.values[name]
 

@@ -328,7 +328,14 @@ class _Sweep:
         return rearrange(stacked, "reader writer (pos target) batch -> reader writer batch pos target", pos=n_pos)
 
     def _warn(self, found: Flow) -> None:
-        """Warn of effects that stay open."""
+        """Warn of effects that stay open, and of prompts that the intervention does not reach."""
+        missed = (found.effect == 0).flatten(1).all(1).nonzero().flatten().tolist()
+        if missed:
+            warn_caller(
+                f"The intervention moves no target of prompts {missed}: it does nothing there, or acts on padding or after the "
+                f"positions that are read. Positions in hooks are columns of the padded row, -1 its last.",
+                UserWarning,
+            )
         still_open = int((~found.closed).sum())
         if still_open:
             warn_caller(

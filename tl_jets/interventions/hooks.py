@@ -64,7 +64,8 @@ def ablation_hooks(
     Args:
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` of one.
         steps: One step or several: `3_attn`, `3_mlp`, `3_block`, `L0H3`, `L2N17`, their writes, or a `Path`.
-        mode: `"zero"`, `"mean"` or `"resample"` (see the module).
+        mode: `"zero"`; `"mean"`, over all real positions of the reference, attention sinks included, which dominate it on many
+            models (a mean of your own goes into `patch_hooks`); or `"resample"`, a prompt of the reference drawn by `seed`.
         reference: For `"mean"` and `"resample"`: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         positions: Where writes are ablated, of any input: positions in its padded row (hooks see no padding), or a mask
             [batch, pos]; None for everywhere. `ablation_effect` counts among real tokens.

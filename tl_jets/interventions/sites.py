@@ -48,7 +48,7 @@ def sites_of(network: ResidualNetwork, steps: Steps) -> list[Site]:
         step = known.get(label) or by_write.get(label) or network.view.fine_step(label)
         if step is None:
             raise ValueError(
-                f"A step to edit is one of {some(known, 40)}, a neuron (L0N17), or its write; got {label!r}."
+                f"A step to edit is one of {some(known, near=label)}, a neuron (L0N17), or its write; got {label!r}."
             )
         if step.is_feature or step.kind in ("attn_bias", "mlp_bias", "mlp_rest"):
             whole = step.label.rsplit("_", 1)[0]
