@@ -54,7 +54,7 @@ Rank = Literal["length", "effect"]
 def directions(decoder: Decoder, ids: Int[Tensor, "*cells"]) -> Float[Tensor, "*cells d_model_and_bias"]:
     """The vectors g_t of the module for tokens `ids`, whose products with states (x, s) are effects; float64."""
     columns = torch.cat([decoder.W_U[:, ids].double(), decoder.b_U[ids].double()[None]]).movedim(0, -1)
-    return decoder.scaled(columns) - decoder.metric(centered=True).mean / decoder.d_vocab**0.5
+    return decoder.scaled(columns - decoder.mean_column())
 
 
 def mean_logits(

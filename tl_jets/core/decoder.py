@@ -159,6 +159,7 @@ class Decoder:
     logit_scale: float = 1.0
     # By the state of the weights; only the last one is kept.
     _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
+    _means: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _biases: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
     _watch: Watch = field(default_factory=Watch, init=False, repr=False)
 
@@ -309,14 +310,21 @@ class Decoder:
             self._metrics[now] = self._both_metrics()
         return self._metrics[now][int(centered)]
 
+    def mean_column(self) -> Float[Tensor, " d_model_and_bias"]:
+        """Mean over the vocabulary of the columns of [W_U; b_U], unscaled, in float64; kept until they change."""
+        now = self._watch.number([self.W_U, self.b_U])
+        if now not in self._means:
+            self._means.clear()
+            with torch.no_grad():
+                # In chunks: `mean(dtype=...)` would convert all of W_U at once.
+                total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
+                total = torch.as_tensor(total, device=self.W_U.device)
+                self._means[now] = torch.cat([total, self.b_U.double().sum()[None]]) / self.d_vocab
+        return self._means[now]
+
     def _both_metrics(self) -> tuple[Metric, Metric]:
         with torch.no_grad():
-            # In chunks: `mean(dtype=...)` would convert all of W_U at once.
-            total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
-            mean = (
-                torch.cat([torch.as_tensor(total, device=self.W_U.device), self.b_U.double().sum().unsqueeze(0)])
-                / self.d_vocab
-            )
+            mean = self.mean_column()
             gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
             for chunk in self._centered_columns(mean):
                 _add_gram(gram, chunk)

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from tl_jets.calculus.jet import jet
 from tl_jets.calculus.norms import check_order
+from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.protocol import FINAL_STREAM, relative_error
 from tl_jets.core.selection import Rows
@@ -194,5 +195,5 @@ def at_dose(hooks: Hooks, dose: Any) -> Hooks:
 def centered_of(trace: Trace, ids: Int[Tensor, "batch pos target"], rows: Rows) -> Callable[[Tensor], Tensor]:
     """Centered logits of targets, but for b_U, from last streams: [run, batch, pos, d_model] -> [run, batch, pos, target]."""
     decoder = trace.decoder
-    columns = decoder.scaled(decoder.W_U[:, ids].movedim(0, -1) - decoder.W_U.mean(1)).to(trace[FINAL_STREAM])
+    columns = directions(decoder, ids)[..., :-1].to(trace[FINAL_STREAM])
     return lambda finals: (decoder.norm(rows.at(finals, 1))[..., None, :] * columns).sum(-1)
