@@ -61,14 +61,16 @@ class HeadVectors(NamedTuple):
 class HeadReader:
     """Queries, keys and values of one attention layer on single tokens, and the layer's score map.
 
+    `streams` of another reader of the model save a forward pass.
+
     Raises:
         ValueError: The layer does not exist, a hook edits a stream, or the network's self-check fails.
         NotImplementedError: The model consists of plain functions, or adds positions to queries and keys.
     """
 
     @full_float32()
-    def __init__(self, model: Any, layer: int):
-        self.network = ResidualNetwork(model).at("sublayer")
+    def __init__(self, model: Any, layer: int, streams: VocabularyStreams | None = None):
+        self.network = ResidualNetwork(model).at("sublayer") if streams is None else streams.network
         view: Any = self.network.view
         if isinstance(view, CallableModel):
             raise NotImplementedError("Skip-trigrams are of attention heads; plain functions have none. Pass a model.")
@@ -82,8 +84,9 @@ class HeadReader:
         step = f"{layer}_attn"
         view.refuse(Step(step, layer, "attn"))
         # Batch size of replays, which is that of the recorded forward pass.
-        self._rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
-        self.streams = VocabularyStreams(self.network, [DIRECT], prompts=self._rows)
+        rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
+        self.streams = streams or VocabularyStreams(self.network, [DIRECT], prompts=rows)
+        self._rows = len(self.streams.trace.tokens)
         self.n_tokens, self.device = self.streams.n_tokens, self.streams.device
         trace, self._attention = self.streams.trace, self.streams.alone(step)
         self._recording = trace.recording
@@ -103,6 +106,11 @@ class HeadReader:
             for into, vectors in zip(kept, found, strict=True):
                 into[:, part] = vectors
         return HeadVectors(*kept)
+
+    @full_float32()
+    def values(self, streams: Float[Tensor, "token d_model"]) -> Float[Tensor, "token head d_head"]:
+        """Values (minus those of the zero stream) of any streams, each alone at position 0."""
+        return torch.cat([self._read(part)[2] for part in streams.split(self._rows)]) - self._zero_value
 
     @torch.no_grad()
     def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from tl_jets.studies.checkpoints import Track, track, track_by_path
 from tl_jets.studies.component_roles import Roles, roles
 from tl_jets.studies.counts import ngram_counts, unigram_probabilities
 from tl_jets.studies.differences import ModelDiff, diff
+from tl_jets.studies.heads import HeadScores, head_scores
 from tl_jets.studies.masses import Mass, mass
 from tl_jets.studies.overlap import hit_ratio, pseudo_joint
 from tl_jets.studies.pairs import RowScores, pair_scores
@@ -20,6 +21,7 @@ from tl_jets.studies.text_comparison import TextComparison, best_joint, compare_
 
 __all__ = [
     "AblationCheck",
+    "HeadScores",
     "Mass",
     "ModelDiff",
     "Roles",
@@ -31,6 +33,7 @@ __all__ = [
     "bootstrap_interval",
     "compare_with_counts",
     "diff",
+    "head_scores",
     "hit_ratio",
     "mass",
     "ngram_counts",
