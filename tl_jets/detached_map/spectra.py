@@ -61,6 +61,7 @@ from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.results import Result, handle
 from tl_jets.core.selection import Rows
+from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.composed_jacobian import LOGITS, ComposedJacobian
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
@@ -280,7 +281,7 @@ def detached_spectra(
         )
 
 
-def _pairs(network: ResidualNetwork, maps: Any, layers: Any) -> list[tuple[str, str]]:
+def _pairs(network: Structure, maps: Any, layers: Any) -> list[tuple[str, str]]:
     """The labels (wrt, output) of every map."""
     if isinstance(maps, Iterable) and not isinstance(maps, str):
         if layers is not None:
@@ -314,7 +315,7 @@ def _pairs(network: ResidualNetwork, maps: Any, layers: Any) -> list[tuple[str, 
     return pairs
 
 
-def _layers(network: ResidualNetwork, layers: Any) -> set[int]:
+def _layers(network: Structure, layers: Any) -> set[int]:
     """The chosen layers; None for all."""
     count = network.n_layers
     wanted = list(range(count)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
