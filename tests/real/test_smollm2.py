@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,3 +233,36 @@ def test_the_command_answers_on_one_screen(folder):
     assert "nothing of its own" in spoken and re.search(r"diverges at \d+ of 30 layers", spoken)
     assert any(line.startswith("answer  ·Paris") for line in lines)
     assert any(re.match(r"29_mlp_out\s+\+3\.\d", line) for line in lines)
+
+
+def test_its_cache_is_that_of_transformer_lens(network, trace):
+    """Every hook, what TransformerLens computes of it, and the model with terms in place of a stream, by its own hooks."""
+    model = network.view.model
+    logits, own = model.run_with_cache(trace.tokens)
+    cache = tj.to_activation_cache(trace)
+    for name, value in cache.items():
+        torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-4)
+    for found, wanted in (
+        (cache.accumulated_resid(5, apply_ln=True), own.accumulated_resid(5, apply_ln=True)),
+        (cache.decompose_resid(-1), own.decompose_resid(-1)),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    terms = tj.jet_expand(network, "29_mlp", centers=["29_pre", "29_attn_out"], linearize="detached")(trace)
+    put = tj.to_activation_cache(terms)
+    said = model.run_with_hooks(
+        trace.tokens, fwd_hooks=[("blocks.29.hook_resid_post", lambda stream, hook: put[hook.name])]
+    )
+    torch.testing.assert_close(said, logits, rtol=1e-3, atol=1e-2)  # all terms are the model
+
+
+def test_features_of_a_stream_and_their_rest_are_its_answer(network, trace):
+    """An SAE on the residual stream: direct and all paths of its features, and of what they leave over, sum to the logit."""
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(64, network.decoder.d_model, generator=draw) / 24
+    sae = SimpleNamespace(encode=lambda stream: torch.relu(stream @ W.T), W_dec=W)
+    features = tj.with_dictionary(network, ("resid_post", 19), sae, [3, 17, 40])
+    prompt = features.trace(trace.tokens)
+    sums = tj.path_sums(features, prompt, by="source", positions=-1)
+    logits = trace.logits[0, -1].double()
+    assert sums.labels[:4] == ["20_pre_F3", "20_pre_F17", "20_pre_F40", "20_pre_rest"]
+    assert abs(float(sums.effects.sum()) - float(logits.max() - logits.mean())) < 1e-2
