@@ -221,8 +221,7 @@ def head_scores(
     trace, first = _repeated(network, single.n_tokens, observe or PROMPTS, length, draw)
     found = defaultdict[str, list[Tensor]](list)
     streams = _streams(single, trace, tokens, chosen, max(wanted) + 1)
-    hidden = None if progress else True
-    bar = tqdm(streams, total=max(wanted) + 1, unit="layer", delay=1, leave=False, disable=hidden)
+    bar = tqdm(streams, total=max(wanted) + 1, unit="layer", delay=1, leave=False, disable=None if progress else True)
     for layer, words, context in bar:
         if layer in wanted:
             scores = _copying(HeadReader(network, layer, single), words, tokens, shuffle)
