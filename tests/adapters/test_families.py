@@ -190,6 +190,20 @@ def coefficients(gamma: Callable[[Tensor], Tensor], center: Tensor, direction: T
         return scaled.reshape(3, *center.shape)
 
 
+def edits(reference: Reference, layer: int) -> None:
+    """A write put back at its hook changes nothing; taken away there, the stream loses it, whole, with nothing else changed."""
+    model, values = reference.model, reference.values
+    for kind, other in (("attn", "mlp"), ("mlp", "attn")):
+        label, own = f"{layer}_{kind}", reference.trace[f"{layer}_{kind}_out"]
+        with torch.no_grad(), full_precision(), model.hooks(tj.patch_hooks(model, label, own)):
+            reference.agree(model(reference.tokens, use_cache=False), reference.logits)
+        read: dict[str, Tensor] = {}
+        fixed = {name: values[name] for name in (f"blocks.{layer}.hook_{other}_out",)}
+        with model.hooks(tj.ablation_hooks(model, label)):
+            reference.run(fixed, read)
+        reference.agree(read[f"blocks.{layer}.hook_resid_post"], reference.stream(layer, "post") - own)
+
+
 def heads(reference: Reference, layer: int) -> None:
     """Head 1's write is what hook_z loses when it is set to its value at the zero stream; ablating it does that."""
     label, point = f"L{layer}H1", f"blocks.{layer}.attn.hook_z"
@@ -274,6 +288,7 @@ TOOLS: dict[str, Callable[[Reference, int], None]] = {
     "direct attribution": attribution,
     "jets of attention": functools.partial(jets, kind="attn"),
     "jets of MLPs": functools.partial(jets, kind="mlp"),
+    "ablation, patching": edits,
     "heads": heads,
     "neurons": neurons,
     "detached map, paths": detached_map,
@@ -350,8 +365,8 @@ def test_the_page_has_these_families_and_no_others():
 
 if __name__ == "__main__":
     page = PAGE.read_text().splitlines()
-    begin = page.index(header()[0]) if header()[0] in page else page.index("TABLE")
-    stop = next((i for i in range(begin, len(page)) if not page[i].startswith(("|", "TABLE"))), len(page))
+    begin = next(i for i, line in enumerate(page) if line.startswith(header()[0][:12]))
+    stop = next((i for i in range(begin, len(page)) if not page[i].startswith("|")), len(page))
     found = header()
     for family in sys.argv[1:] or NAMES:
         found.append(row(family))
