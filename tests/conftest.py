@@ -45,6 +45,7 @@ SLOW = {
     "test_figures",
     "test_flow_smollm2",
     "test_front_door",
+    "test_head_scores",
     "test_many_prompts",
     "test_memory",
     "test_ngrams",

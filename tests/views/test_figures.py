@@ -436,3 +436,15 @@ def test_without_matplotlib_one_sentence_says_so(iterative, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'^Figures need matplotlib, .*: pip install "tl-jets\[plots\]"\.$'):
         figures.measures(iterative)
+
+
+def test_scores_of_heads_are_those_of_the_result(network):
+    found = tj.studies.head_scores(network, layers=[1], length=4, n_tokens=9, observe=1, progress=False)
+    panels = [panel for panel in drawn(figures.head_scores(found)).axes if panel.get_title(loc="left")]
+    grids = [found.copied, found.previous_token, *found.observed.values()]
+    assert len(panels) == len(grids) == 5
+    for panel, grid in zip(panels, grids, strict=True):
+        assert torch.allclose(torch.tensor(panel.images[0].get_array().data), grid)
+        low, high = panel.images[0].get_clim()
+        assert low <= float(grid.min()) and float(grid.abs().max()) <= high + 1e-12
+        assert ticks(panel.yaxis) == ["1"] and panel.get_xlabel() == "head"

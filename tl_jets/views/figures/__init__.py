@@ -14,6 +14,7 @@ Example:
 
 from tl_jets.views.figures.direct_attribution import attributions
 from tl_jets.views.figures.flows import flow_bars, flow_graph, flow_heatmap, joint_shares
+from tl_jets.views.figures.heads import head_scores
 from tl_jets.views.figures.lenses import lens_table, measures
 from tl_jets.views.figures.results import directions, dose_responses, learning_curves, path_shares, spectra
 
@@ -24,6 +25,7 @@ __all__ = [
     "flow_bars",
     "flow_graph",
     "flow_heatmap",
+    "head_scores",
     "joint_shares",
     "learning_curves",
     "lens_table",
