@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import zoo
 
 import tl_jets as tj
 from tl_jets.calculus import full_precision
+from tl_jets.circuits.patching import compare_patching
 from tl_jets.interventions import ablation_jets, replays
 from tl_jets.interventions.hooks import ablation_hooks
 
@@ -70,6 +73,25 @@ def test_one_backward_pass_gives_the_first_order(spec):
     assert found.effect.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("spec", FAMILIES, ids=str)
+def test_all_tools_have_the_same_first_order(spec):
+    """Patches from a corrupted run toward a clean one, as ablations, doses, sums over edges and jets of writes."""
+    model, steps = zoo.build(spec), ["0_attn", "0_mlp", "1_mlp"]
+    clean, corrupted = (zoo.tokens(model, batch=1, pos=6, seed=seed) for seed in (0, 4))
+    options = {"mode": "resample", "reference": clean, "targets": [3, 11]}
+    effect = tj.first_order_effects(model, corrupted, steps, **options).effect[:, 0, 0].double()
+    series = tj.ablation_effect(model, corrupted, steps, order=2, **options).coefficients[..., 0, 0, :]
+    joint = tj.joint_flow(model, corrupted, steps, controls=0, tolerance=1e9, **options).gradient[:, 0, 0]
+    edges = tj.attribution_patching(model, clean, corrupted, targets=[3, 11]).edges
+    patched = compare_patching(model, clean, corrupted, steps, order=2, targets=[3, 11]).change[..., 0]
+    wanted = series[0, :, 0] - series[0, :, 1]
+    assert wanted.abs().max() > 0.01
+    by_writer = [sum(score for writer, _, score in edges if writer == step) for step in steps]
+    for found in (effect[:, 0] - effect[:, 1], joint[:, 0] - joint[:, 1], torch.tensor(by_writer).double(), patched[1]):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patched[2], wanted + series[1, :, 0] - series[1, :, 1], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_hooked_passes_and_small_stacks_give_the_same_series(hooked, monkeypatch):
     model = zoo.build(next(spec for spec in FAMILIES if spec.name == "llama"))
@@ -83,6 +105,35 @@ def test_hooked_passes_and_small_stacks_give_the_same_series(hooked, monkeypatch
         passes = tj.ablation_effect(model, tokens, STEPS, order=2)
     for other in (small, passes):
         torch.testing.assert_close(other.coefficients, whole.coefficients, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("radius", "order", "converges"),
+    [
+        (20.0, 1, True),
+        (3.0, 1, False),
+        (3.0, 3, True),
+        (1.5, 3, False),
+        (1.5, 8, True),
+        (1.02, 8, False),
+        (0.8, 8, False),
+    ],
+)
+def test_a_series_converges_if_it_is_within_a_tenth_of_a_function_of_known_radius(radius, order, converges):
+    model = tj.load_tinydocs()
+    jet = tj.ablation_effect(model, "This function is", ["3_mlp"], order=order, doses=[0.5])
+
+    def curve(dose):  # a pole at the radius; its series goes to it inside, and away from it outside
+        return torch.full_like(jet.centered, 1 / (1 - dose / radius) - 1)
+
+    terms = torch.stack([torch.full_like(jet.centered, radius**-j) for j in range(1, order + 2)])
+    known = replace(jet, coefficients=terms, centered=curve(1.0), truth=curve(0.5)[None])
+    assert bool(known.converges.all()) is bool(known.converges.any()) is converges
+    assert (float((known.series() / known.centered - 1).abs().max()) < 0.1) >= converges
+    off = replace(known, truth=known.truth + 0.11 * known.centered.abs())  # right at dose 1, wrong before
+    assert not off.converges.any() and not replace(known, centered=1.3 * known.centered).converges.any()
+    nothing = replace(jet, coefficients=0 * terms, centered=0 * jet.centered, truth=0 * jet.truth)
+    assert nothing.converges.all()
 
 
 def test_what_a_result_says():
