@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 import zoo
+from live_memory import peak_bytes
+from transformer_lens.model_bridge import TransformerBridge
 
 import tl_jets as tj
 from tl_jets.calculus import full_precision
@@ -161,6 +164,58 @@ def test_heads_neurons_positions_and_batches_add_up(spec):
         assert edited == ["L0H1_out"]
     alone = tj.flow(model, tokens[1:], tj.ablation_hooks(model, "L0H1"), granularity="head", **options)
     assert torch.allclose(alone.flow[:, 0], heads.flow[:, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", models("gpt2", "llama"), ids=str)
+def test_the_edit_of_a_patched_head_is_all_its_own(spec):
+    """Also where the patch, a constant, replaces what the head writes at a zero stream."""
+    model, name = zoo.build(spec), "blocks.0.attn.hook_z"
+    tokens, other = (zoo.tokens(model, batch=2, seed=seed) for seed in (0, 3))
+    patch = cache_of(model, other)[0][name][:, :, 1]
+
+    def set_head(z, hook):
+        z = z.clone()
+        z[:, :, 1] = patch
+        return z
+
+    found = tj.flow(model, tokens, [(name, set_head)], targets=5, granularity="head", tolerance=1e-3)
+    edited = [found.labels[i] for i in range(len(found.labels)) if bool((found.edit[i].abs() > 1e-9).any())]
+    assert edited == ["L0H1_out"] and torch.allclose(found.edit[0], found.effect, rtol=2e-3)
+
+
+@pytest.mark.parametrize("granularity", ["sublayer", "head"])
+@pytest.mark.parametrize("spec", models("gpt2", "llama"), ids=str)
+def test_low_precision_is_near_the_same_weights_in_float64(spec, granularity):
+    options = {"targets": 5, "nodes": 4, "tolerance": 100.0, "granularity": granularity}
+    exact_model = zoo.fresh(spec, torch.bfloat16).to(torch.float64)
+    tokens = zoo.tokens(exact_model, batch=2)
+    exact = tj.flow(exact_model, tokens, tj.ablation_hooks(exact_model, "0_mlp"), **options)
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        model = zoo.fresh(spec, torch.bfloat16).to(dtype)
+        found = tj.flow(model, tokens, tj.ablation_hooks(model, "0_mlp"), **options)
+        assert found.labels == exact.labels
+        assert float((found.flow - exact.flow).abs().max()) < error * float(exact.flow.abs().max())
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_memory_grows_with_layers_as_two_traces_do(edges):
+    def peaks(n_layers):
+        config = transformers.GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=n_layers, n_head=4)
+        hf = transformers.GPT2LMHeadModel(config)
+        hf.config.architectures = ["GPT2LMHeadModel"]
+        zoo.randomize(hf)
+        bridge = TransformerBridge.boot_transformers(
+            "random", hf_model=hf.eval(), tokenizer=zoo.tokenizer(), device="cpu"
+        )
+        network, tokens = tj.ResidualNetwork(bridge), torch.arange(60)[None]
+        # The first MLP, so that all stages change; the target is in the last layer.
+        hooks = tj.ablation_hooks(network, "0_mlp")
+        run = lambda: tj.flow(network, tokens, hooks, targets=5, nodes=2, tolerance=1e9, edges=edges)  # noqa: E731
+        run()  # checks that are made once
+        return peak_bytes(run), peak_bytes(lambda: [network.trace(tokens), network.trace(tokens)])
+
+    small, large = peaks(2), peaks(8)
+    assert large[0] - small[0] < (1.5 if edges else 1.05) * (large[1] - small[1])
 
 
 @pytest.mark.parametrize("spec", models("gpt2", "llama"), ids=str)

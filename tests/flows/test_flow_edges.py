@@ -143,7 +143,7 @@ def test_flow_is_conserved_at_every_component_of_every_family(spec):
     tokens = zoo.tokens(model, batch=2)
     hooks = tj.ablation_hooks(model, "0_attn", mode="mean", reference=tokens)
     if spec.name == "opt" and spec.world == "bridge":
-        with pytest.raises(NotImplementedError, match="A replay calls the mlp component of block 1"):
+        with pytest.raises(NotImplementedError, match=r"A replay calls the mlp component of block [01]"):
             tj.flow(model, tokens, hooks, edges=True)
         return
     options = {"targets": 5, "nodes": 2, "tolerance": 1e9, "granularity": "head"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,41 @@ def test_flows_agree_with_path_patching(network):
     agreement = tj.flow(network, EIFFEL, hooks, check=6).agreement()
     assert int(agreement["mediators"].iloc[0]) == 12
     assert float(agreement["spearman"].iloc[0]) > 0.8 and float(agreement["relative_error"].iloc[0]) < 0.5
+
+
+def test_an_edge_is_that_of_hugging_face_and_all_components_balance(network, reference):
+    hooks = tj.ablation_hooks(network, "5_mlp", positions=range(1, network.trace(EIFFEL).tokens.shape[1]))
+    found, model = tj.flow(network, EIFFEL, hooks, edges=True, nodes=4), network.view.model
+    answer, effect = int(found.target_ids), float(found.effect)
+    balance = found.balance()
+    assert balance["gap"].abs().sum() < 0.01 * abs(effect) and len(balance) == 50
+    assert float((found.edge_flow.sum(0) - found.flow).abs().max()) < 1e-3 * abs(effect)
+    names = ["blocks.29.hook_resid_mid", "blocks.29.hook_resid_post", "blocks.20.hook_mlp_out"]
+    with torch.no_grad():
+        runs = []
+        for own in ([], hooks):
+            with model.hooks(fwd_hooks=own):
+                runs.append(model.run_with_cache(EIFFEL, names_filter=names)[1])
+    last = reference.layers[29]
+
+    def mean_gradient(function, name):
+        total = 0.0
+        for place, weight in zip(*np.polynomial.legendre.leggauss(4), strict=True):
+            before, after = (run[name] for run in runs)
+            x = (before + (place + 1) / 2 * (after - before)).requires_grad_(True)
+            total = total + weight / 2 * torch.autograd.grad(function(x), x)[0]
+        return total
+
+    def target(x):
+        logits = reference.hf.lm_head(reference.norm(x))[0, -1]
+        return logits[answer] - logits.mean()
+
+    g = mean_gradient(target, names[1])
+    read = mean_gradient(lambda x: (g * last.mlp(last.post_attention_layernorm(x))).sum(), names[0])
+    change = runs[1][names[2]] - runs[0][names[2]]
+    edges = found.edges().set_index(["writer", "reader"])["flow"]
+    for reader, covector in (("29_mlp", read), ("ln_final", g)):
+        assert edges["20_mlp", reader] == pytest.approx(float((covector * change).sum()), abs=1e-4 * abs(effect))
 
 
 def test_induction_heads_stand_in_for_each_other(network):

@@ -13,7 +13,7 @@ of its heads is one reader.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tl_jets.core.protocol import Stage, relative_error
 from tl_jets.flows.two_runs import Change, TwoRuns
+from tl_jets.interventions.replays import NotReplayedError
 
 INPUTS = ("q", "k", "v")
 
@@ -52,20 +53,31 @@ class StageReaders:
             self.part_of += [part] * len(labels)
 
     def gradients(
-        self, point: Float[Tensor, "batch pos d_model"], covectors: Float[Tensor, "cell batch pos d_model"]
+        self,
+        points: Float[Tensor, "points_and_batch pos d_model"],
+        weights: Sequence[float],
+        covectors: Float[Tensor, "cell batch pos d_model"],
     ) -> Float[Tensor, "reader cell batch pos d_model"]:
-        """The transposed derivative of every reader at a point, applied to each covector."""
+        """The transposed derivative of every reader, in its weighted sum over stacked points, applied to each covector."""
+        try:
+            return self._gradients(points, weights, covectors)
+        except NotReplayedError:
+            apart = zip(points.chunk(len(weights)), weights, strict=True)
+            return torch.stack([self._gradients(point, [weight], covectors) for point, weight in apart]).sum(0)
+
+    def _gradients(self, points: Tensor, weights: Sequence[float], covectors: Tensor) -> Tensor:
         with torch.enable_grad():
-            point = point.detach().requires_grad_(True)
-            value, inputs = self._evaluated(point)
+            points = points.detach().requires_grad_(True)
+            value, inputs = self._evaluated(points)
+            at_each = torch.cat([weight * covectors for weight in weights], 1)
             found = []
             for i in self.steps:
                 apart = self._apart and i in self._heads
                 every = [
-                    _through(value[i], inputs, point, g) if apart else _all(value[i], [point], g) for g in covectors
+                    _through(value[i], inputs, points, g) if apart else _all(value[i], [points], g) for g in at_each
                 ]
                 found += [torch.stack(own) for own in zip(*every, strict=True)]
-        return torch.stack(found)
+        return torch.stack(found).unflatten(2, (len(weights), -1)).sum(2)
 
     def _evaluated(self, point: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The stage's writes at a stream, and its queries, keys and values; without these where hooks do not show them."""
@@ -90,6 +102,8 @@ class StageReaders:
     def _can_be_apart(self, stream: Tensor) -> bool:
         """Whether the heads' derivatives are the sums of those through queries, keys and values: tried on a random covector."""
         generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self._function(stream)  # keeps what heads write at a zero stream, so that hooks fire once from here on
         with torch.enable_grad():
             point = stream.detach().requires_grad_(True)
             value, inputs = self._evaluated(point)

@@ -101,7 +101,7 @@ def flow(
     Cost: two forward passes, for hooks a third up to the last hooked block, and 2 to 7 forward-backward passes through the
     changed stages (ablations in SmolLM2), 50 where an attention sink is moved; nodes of a stage are stacked along the batch
     axis, up to 2,048 tokens. All components at once. `check`: two forward passes a component. `edges`: a backward pass
-    through a stage for each of its readers, node by node, and the changes of all writes in memory.
+    through a stage for each of its readers, and the changes of all writes in memory.
     """
     network = ResidualNetwork.of(model, granularity)
     clean = exact_trace(network, prompts, attention_mask)
@@ -187,12 +187,12 @@ class _Sweep:
 
     def _pull(self, index: int, change: Change, covectors: Tensor, point: Tensor, difference: Tensor) -> PulledBack:
         """Covectors carried back through a stage."""
-        function, together = self.runs.stacked(self.runs.base.stages[index])
+        function = self.runs.stacked(self.runs.base.stages[index])
         true = products(covectors, change.writes - change.edits).sum(0)
         found = pull_back(
             lambda stream: function(stream).sum(0),
             point, difference, covectors, true, self._allowed(index + 1),
-            nodes=self.nodes, first=self._first_nodes(), together=together,
+            nodes=self.nodes, first=self._first_nodes(), together=self.runs.together,
         )  # fmt: skip
         self.spent.append(found.gap.abs())
         return found
@@ -204,8 +204,9 @@ class _Sweep:
         readers = StageReaders(self.runs, self.runs.base.stages[index], change)
         true = products(covectors, (change.writes - change.edits)[readers.steps])
         found = pull_back_apart(
-            lambda stream, weights: weights[0] * readers.gradients(stream, covectors),
-            point, difference, readers.part_of, true, self._allowed(index + 1), nodes=self.nodes, first=self._first_nodes(),
+            lambda points, weights: readers.gradients(points, weights, covectors),
+            point, difference, readers.part_of, true, self._allowed(index + 1),
+            nodes=self.nodes, first=self._first_nodes(), together=self.runs.together,
         )  # fmt: skip
         apart = rearrange(found.covectors.double(), "reader cell ... -> (reader cell) ...")
         sent = [products(apart, changes) for place, changes in self.written.items() if place < index]

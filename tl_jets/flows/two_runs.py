@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class TwoRuns:
     def _intervened(self, intervention: Any) -> tuple[Hooks, Trace]:
         hooks = read_hooks(intervention)
         if hooks is None:
-            return [], trace_of(self.base, intervention)
+            return [], trace_of(self.network, intervention).on(self.base)
         first, blocks = self.run(hooks), [_block_of(name) for name, _ in hooks]
         last = self.base.n_layers - 1 if None in blocks else max(block for block in blocks if block is not None)
         stream = FINAL_STREAM if last == self.base.n_layers - 1 else f"{last + 1}_pre"
@@ -82,7 +83,8 @@ class TwoRuns:
         """A trace of the clean input (or of another trace's) under some hooks."""
         of = self.clean if tokens_of is None else tokens_of
         with self.base.view.hooks(hooks) if hooks else nullcontext():  # type: ignore[attr-defined]
-            return self.base.trace(of.tokens, attention_mask=of.recording.memo.get("attention_mask"))
+            trace = self.network.trace(of.tokens, attention_mask=of.recording.memo.get("attention_mask"))
+        return trace.on(self.base)
 
     def stream(self, label: str) -> tuple[Tensor, Tensor]:
         """A clean stream and its change [batch, pos, d_model]; padding does not change."""
@@ -107,28 +109,39 @@ class TwoRuns:
     def change(self, stage: Stage) -> Change:
         """The change of a stage of `base`, by component of `network`."""
         before, after = self.clean.writes(stage), self.other.writes(stage)
-        own = self.clean.stage_function(stage)(self.other[stage.stream]) if self._may_edit(stage) else after
-        fine, function = self._fine(stage), self.function(stage)
+        may_edit, fine = self._may_edit(stage), self._fine(stage)
+        own = self.clean.stage_function(stage)(self.other[stage.stream]) if may_edit else after
         if fine.steps == stage.steps:
             return Change(stage.steps, self._real(after - before), self._real(after - own))
-        at_clean, at_other = function(self.clean[stage.stream]), function(self.other[stage.stream])
+        clean, other = self._by_component
+        at_clean = _components(clean, fine)
+        at_other = self.function(stage)(self.other[stage.stream]) if may_edit else _components(other, fine)
         edits = self._divided(stage, fine, at_other, after, own)
         return Change(fine.steps, self._real(at_other + edits - at_clean), self._real(edits))
 
-    def stacked(self, stage: Stage) -> tuple[Callable[[Tensor], Tensor], int]:
-        """A stage's writes as a function of streams of the clean run, and how many of them it takes along the batch axis."""
-        function = self.clean.stage_function(stage)
-        if is_hooked(self.clean) or isinstance(self.base.view, CallableModel):
-            return function, 1
+    @property
+    def together(self) -> int:
+        """How many streams of the clean run a stage takes along the batch axis."""
+        is_single = is_hooked(self.clean) or isinstance(self.base.view, CallableModel)
+        return 1 if is_single else stack_size(self.clean)
+
+    def stacked(self, stage: Stage) -> Callable[[Tensor], Tensor]:
+        """A stage's writes as a function of `together` streams of the clean run along the batch axis, or fewer."""
+        function, one = self.clean.stage_function(stage), len(self.clean.tokens)
 
         def of_many(streams: Tensor) -> Tensor:
-            try:
-                return replayed(self.clean, stage, streams)
-            except NotReplayedError:
-                apart = streams.split(len(self.clean.tokens))
-                return torch.cat([function(stream) for stream in apart], 1)
+            if len(streams) > one:
+                with suppress(NotReplayedError):
+                    return replayed(self.clean, stage, streams)
+            return torch.cat([function(stream) for stream in streams.split(one)], 1)
 
-        return of_many, stack_size(self.clean)
+        return of_many
+
+    @cached_property
+    def _by_component(self) -> tuple[Trace, Trace]:
+        """Both runs on `network`; of the intervened one, the stages that its hooks do not edit."""
+        unhooked = replace(self.other.recording, hook_state=self.clean.recording.hook_state)
+        return self.clean.on(self.network), Trace(self.network, unhooked)
 
     def _may_edit(self, stage: Stage) -> bool:
         """Whether the intervention may write at a stage itself: not if all its hooks are known to be in other blocks."""
@@ -137,10 +150,14 @@ class TwoRuns:
         return any(_block_of(name) in (None, stage.steps[0].layer) for name, _ in self.hooks)
 
     def function(self, stage: Stage) -> Callable[[Tensor], Tensor]:
-        """A stage of `base` as a function of its stream in the clean run, by component of `network`."""
+        """A stage of `base` as a function of its stream in the clean run, by component of `network`.
+
+        Or of several streams along the batch axis; NotReplayedError if it does not take them.
+        """
         fine = self._fine(stage)
         trace, own = (self.clean, stage) if fine.steps == stage.steps else (self.clean.on(self.network), fine)
-        return trace.stage_function(own)
+        function = trace.stage_function(own)
+        return lambda streams: function(streams) if len(streams) == len(trace.tokens) else replayed(trace, own, streams)
 
     def _fine(self, stage: Stage) -> Stage:
         """The stage of `network` that reads the same stream."""
@@ -154,7 +171,8 @@ class TwoRuns:
         if self.hooks:
             try:
                 with self.base.view.hooks(self.hooks):  # type: ignore[attr-defined]
-                    found = self.network.view.writes(self.other.recording, fine, self.other[stage.stream])
+                    # On the clean recording: heads are counted from what they write, without hooks, at a zero stream.
+                    found = self.network.view.writes(self.clean.recording, fine, self.other[stage.stream])
                 edits = found - at_other
             except NotImplementedError:  # the hooks edit the sum of heads, or what their neurons write
                 pass
@@ -166,6 +184,17 @@ class TwoRuns:
     def _real(self, change: Tensor) -> Tensor:
         """A change [..., batch, pos, d_model] without padding."""
         return change.masked_fill(~self.clean.valid[..., None], 0.0)
+
+
+def _components(trace: Trace, stage: Stage) -> Float[Tensor, "write batch pos d_model"]:
+    """The writes of a stage; those of heads are read off the forward pass where it kept them."""
+    cells = torch.ones_like(trace.valid).nonzero().T
+    heads = trace.network.view.recorded_writes(trace.recording, stage, *cells) or {}
+    known = {label: write.unflatten(0, trace.valid.shape) for label, write in heads.items()}
+    known |= {label: write for label, write in trace.recording.writes.items() if label not in known}
+    if not all(step.write in known for step in stage.steps):
+        return trace.writes(stage)
+    return torch.stack([known[step.write] for step in stage.steps])
 
 
 def read_hooks(intervention: Any) -> Hooks | None:
