@@ -218,7 +218,7 @@ def test_a_cell_is_the_bluer_the_smaller_its_kl(lenses):
 def test_a_joint_table_shows_what_components_add(lenses, network):
     _, joint = lenses
     (rows,) = parsed(views.lens_table(joint)).tables
-    decoder, centers = network.decoder, joint.centers
+    decoder, centers = network.decoder, joint.centers.at(slice(None))
     logits = decoder.logits(centers.jets, 1.0)  # [center, row of both prompts, d_vocab]
     best_ids = logits.argmax(-1)
     logits = (logits - logits.mean(-1, keepdim=True)) * joint.weights[:, joint.valid][..., None]

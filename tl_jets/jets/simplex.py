@@ -215,11 +215,13 @@ def nearest_weights(hessian: Float64[Tensor, "problem n n"]) -> Float64[Tensor, 
     scaled = hessian * root[:, :, None] * root[:, None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    for index in failed.cpu().nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
-        values, vectors = torch.linalg.eigh(scaled[index])
-        factor[index] = vectors * values.clamp_min(0).sqrt()
     sums = root / root.amax(-1, keepdim=True)  # s is the length of the shortest column
-    systems = torch.cat([factor.mT, sums[:, None]], 1).cpu().numpy()
+    # Copied at once: every copy from a device waits for it.
+    rows = torch.cat([factor.mT, sums[:, None], failed[:, None, None].to(root).expand(-1, 1, root.shape[1])], 1).cpu()
+    systems = rows[:, :-1].numpy()
+    for index in rows[:, -1, 0].nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
+        values, vectors = torch.linalg.eigh(scaled[index])
+        systems[index, :-1] = (vectors * values.clamp_min(0).sqrt()).mT.cpu().numpy()
     lifted = (
         root * torch.from_numpy(np.stack([unit_nnls(system) for system in systems])).to(root) if len(root) else root
     )

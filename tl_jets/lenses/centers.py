@@ -10,7 +10,9 @@ Source: Chen et al., *Jet Expansions of Residual Computation*, section 4; norms 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -20,16 +22,21 @@ from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import directions
 from tl_jets.core.decoder import Decoder
-from tl_jets.core.frozen_network import frozen_norm
+from tl_jets.core.free_memory import free_bytes
+from tl_jets.core.frozen_network import Linearize, affine_labels, frozen_norm
 from tl_jets.core.lens_logits import refuse_overflow
+from tl_jets.core.logit_reader import CHUNK_SIZE, slices
 from tl_jets.core.measures import random_directions, split_along
-from tl_jets.core.protocol import State
+from tl_jets.core.protocol import FINAL_STREAM, State
 from tl_jets.core.selection import Rows
 from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 
 # Coefficients whose jets are far from the largest float32, and their products from the largest float64.
 MOST = 1e30
+# Bytes of the components' vectors that are held at once (on a GPU a quarter of what is free), and how many float64
+# vectors a component and position takes meanwhile, with optimal weights (16.1 were measured; detached 6.3).
+TILE_BYTES, COPIES = 2**30, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +44,7 @@ class Centers:
     """Jets of the final norm at many centers, at real positions only.
 
     Attributes:
+        places: The position of every row in its prompt, on the CPU.
         jets: e_i = J^k norm(x_i)(h_L), float64.
         alpha: Coefficients of w * x_i.
         beta: Coefficients of w * h_L.
@@ -46,7 +54,7 @@ class Centers:
     """
 
     network: Structure
-    rows: Rows
+    places: Int[Tensor, " row"]
     jets: Float[Tensor, "center row d_model"]
     alpha: Float[Tensor, "center row"]
     beta: Float[Tensor, "center row"]
@@ -60,7 +68,9 @@ class Centers:
         return self.network.decoder_at(self.state)
 
     @classmethod
-    def of(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor, order: int, scale: CenterScale) -> Centers:
+    def of(
+        cls, trace: Trace, places: Tensor, values: Tensor, variate: Tensor, order: int, scale: CenterScale
+    ) -> Centers:
         """Jets of an order at centers [center, row, d_model], rescaled by `scale`."""
         norm, values = trace.decoder.norm, values.double()
         variate = variate.double().expand_as(values)
@@ -70,18 +80,16 @@ class Centers:
         refuse_overflow((largest < MOST).tolist())
         jets, constants = series.value(order), values.new_ones(len(values))
         alpha, state = series.alpha[-1] * factors, trace.recording.hook_state
-        return cls(trace.network, rows, jets, alpha, series.beta[-1], series.rho, constants, state)
+        return cls(trace.network, places, jets, alpha, series.beta[-1], series.rho, constants, state)
 
     @classmethod
-    def detached(cls, trace: Trace, rows: Rows, values: Tensor, variate: Tensor) -> Centers:
-        """The frozen final norm at many centers; the last one, zero, stands for its constant."""
+    def detached(cls, trace: Trace, places: Tensor, values: Tensor, variate: Tensor, constants: Tensor) -> Centers:
+        """The frozen final norm at many centers; a zero one stands for its constant, where `constants` is 1."""
         norm, values = trace.decoder.norm, values.double()
         linear = frozen_norm(norm, values, variate.double().expand_as(values))
-        constants = values.new_zeros(len(values))
-        constants[-1] = 1
         alpha, beta = linear.alpha[0] * (1 - constants)[:, None], linear.beta[0]
         state = trace.recording.hook_state
-        found = cls(trace.network, rows, values, alpha, beta, linear.rho, constants, state)
+        found = cls(trace.network, places, values, alpha, beta, linear.rho, constants, state)
         return replace(found, jets=found._with_constants(norm.scale(alpha[..., None] * linear.center)))
 
     def _with_constants(self, linear: Tensor) -> Tensor:
@@ -93,7 +101,7 @@ class Centers:
         """Jets at random centers of the same norms and angles to the final stream, thus the same alpha, beta, rho."""
         norm = self.decoder.norm
         plane = split_along(norm, values, variate)
-        jets = random_directions(norm, variate, values.shape[:1], self.rows.places, seed)
+        jets = random_directions(norm, variate, values.shape[:1], self.places, seed)
         jets *= (self.alpha * plane.across)[..., None]
         jets += (self.alpha * plane.along + self.beta)[..., None] * plane.variate
         return replace(self, jets=self._with_constants(norm.scale(jets)))
@@ -112,3 +120,84 @@ class Centers:
     def sum(self, weights: Float[Tensor, "row center"]) -> Float[Tensor, "row d_model"]:
         """sum_i w_i e_i."""
         return torch.einsum("rn,nrd->rd", weights, self.jets)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """What a joint lens sums: its components, and their jets at a few rows at a time, so that memory is bounded.
+
+    Attributes:
+        trace: The run that they are read from.
+        rows: The positions that are read.
+        labels: Components; detached, `ln_final_bias` last.
+        order: Order of the jets.
+        center_scale: Length of the centers.
+        linearize: `"jet"` or `"detached"`.
+        kept: The jets of all rows, if they are few enough to be held.
+    """
+
+    trace: Trace
+    rows: Rows
+    labels: list[str]
+    order: int
+    center_scale: CenterScale
+    linearize: Linearize
+    kept: Centers | None = None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, rows: Rows, embeddings: bool, order: int, scale: CenterScale, linearize: Linearize
+    ) -> Components:
+        """The components of a trace, and what hooks added to its streams."""
+        network = trace.network
+        labels = [label for label in network.components if embeddings or label not in network.sources]
+        labels += [label for stream in network.streams for label in trace.edits(stream)]
+        labels += affine_labels(None)[1] if linearize == "detached" else []
+        return cls(trace, rows, labels, order, scale, linearize)
+
+    @cached_property
+    def tiles(self) -> list[slice]:
+        """Rows that are held at once."""
+        row_bytes = 8 * COPIES * self.trace.decoder.d_model * len(self.labels)
+        most = _tile_bytes(self.trace[FINAL_STREAM].device) // row_bytes
+        return list(slices(len(self.rows.places), min(max(most, 1), CHUNK_SIZE)))
+
+    def at(self, rows: slice | Tensor, labels: Sequence[str] | None = None) -> Centers:
+        """The jets of some rows and components."""
+        if self.kept is None:
+            return self.evaluated(rows, labels)[0]
+        chosen = slice(None) if labels is None else [self.labels.index(label) for label in labels]
+        jets, alpha, beta, rho = (
+            values[chosen][:, rows] for values in (self.kept.jets, self.kept.alpha, self.kept.beta, self.kept.rho)
+        )
+        places = self.kept.places[rows if isinstance(rows, slice) else rows.cpu()]
+        constants = self.kept.constants[chosen]
+        return replace(self.kept, places=places, jets=jets, alpha=alpha, beta=beta, rho=rho, constants=constants)
+
+    def evaluated(
+        self, rows: slice | Tensor, labels: Sequence[str] | None = None
+    ) -> tuple[Centers, Float[Tensor, "center row d_model"], Float[Tensor, "row d_model"]]:
+        """The jets of some rows and components, the components themselves, and the final stream."""
+        labels, (batch, pos) = self.labels if labels is None else list(labels), self.rows.cells_of_rows
+        constant = affine_labels(None)[1] if self.linearize == "detached" else []
+        read = [label for label in labels if label not in constant]
+        values = self.trace.components_at(read, batch[rows], pos[rows])
+        variate = self.trace[FINAL_STREAM][batch[rows], pos[rows]]
+        places = self.rows.places[rows if isinstance(rows, slice) else rows.cpu()]
+        if self.linearize == "jet":
+            return (
+                Centers.of(self.trace, places, values, variate, self.order, self.center_scale),
+                values,
+                variate,
+            )
+        places_of_read = [i for i, label in enumerate(labels) if label not in constant]
+        every = values.new_zeros(len(labels), *variate.shape)
+        every[places_of_read] = values
+        constants = torch.tensor([label in constant for label in labels], device=values.device).double()
+        return Centers.detached(self.trace, places, every, variate, constants), every, variate
+
+
+def _tile_bytes(device: torch.device) -> int:
+    """Bytes that the components' vectors may take at once."""
+    free = free_bytes(device) if device.type == "cuda" else None
+    return TILE_BYTES if free is None else free // 4

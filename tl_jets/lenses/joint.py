@@ -22,7 +22,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -33,19 +33,18 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale
 from tl_jets.core.attribution import mean_logits
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.frozen_network import Linearize, affine_labels, check_detached, read_order
+from tl_jets.core.frozen_network import Linearize, check_detached, read_order
 from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.logit_reader import CHUNK_SIZE, TopTokens, top_tokens
 from tl_jets.core.measures import MEASURES, Measures, geometry
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, renamed
-from tl_jets.core.protocol import FINAL_STREAM, Granularity
+from tl_jets.core.protocol import Granularity
 from tl_jets.core.results import handle
 from tl_jets.core.selection import ANSWER, TargetInput, check_options, positions_at
 from tl_jets.core.tokens import nested_texts, token_names
-from tl_jets.jets.simplex import SimplexSolution
 from tl_jets.jets.weights import OBJECTIVES, Objective, decoder_weights, read_weights, uniform_weights
-from tl_jets.lenses.centers import Centers
+from tl_jets.lenses.centers import Centers, Components
 from tl_jets.lenses.results import LensInput, LensResult, table
 
 
@@ -93,7 +92,7 @@ class JointJetLens(LensResult):
     control_uniform: Measures
     target_ids: Int[Tensor, "batch pos target"]
     target_names: list[str | int]
-    centers: Centers | None = handle()
+    centers: Components | None = handle()
 
     def __repr__(self) -> str:
         kind = f"order {self.order}" if self.linearize == "jet" else self.linearize
@@ -116,10 +115,14 @@ class JointJetLens(LensResult):
 
     def center_top_tokens(self, k: int = 1) -> TopTokens:
         """Best tokens of each center's own jet, with its biases [center, batch, pos, k]; computed on request."""
-        centers = self._centers()
-        found = top_tokens(centers.decoder, centers.jets, bias_weight=centers.bias_weights, k=k)
-        spread = centers.rows.spread
-        return TopTokens(spread(found.values, -2), spread(found.indices, -2, -1))
+        components = self._centers()
+        found = [
+            top_tokens(part.decoder, part.jets, bias_weight=part.bias_weights, k=k)
+            for part in map(components.at, components.tiles)
+        ]
+        values, indices = (torch.cat([getattr(part, name) for part in found], 1) for name in ("values", "indices"))
+        spread = components.rows.spread
+        return TopTokens(spread(values, -2), spread(indices, -2, -1))
 
     def contributions(
         self,
@@ -134,15 +137,15 @@ class JointJetLens(LensResult):
         For one `prompt`, at `places` of the pos axis, and for some `labels` (None for all). Returns values and ids
         [center, place, k], best first; NaN and -1 at padding.
         """
-        centers, decoder = self._centers(), self._centers().decoder
+        components = self._centers()
         wanted = list(range(self.tokens.shape[1])) if places is None else list(places)
         chosen = [self.labels.index(label) for label in (self.labels if labels is None else labels)]
-        keep = centers.rows.keep
+        keep = components.rows.keep
         here = keep[prompt, wanted]
         row = (keep.flatten().cumsum(0) - 1).view_as(keep)[prompt, wanted][here]
-        jets, constants = centers.jets[chosen][:, row], centers.bias_weights[chosen][:, row]
-        found = top_tokens(decoder, jets, bias_weight=constants, k=k)
-        beyond = found.values - mean_logits(decoder, jets, constants)[..., None]
+        centers = components.at(row, labels)
+        found = top_tokens(centers.decoder, centers.jets, bias_weight=centers.bias_weights, k=k)
+        beyond = found.values - mean_logits(centers.decoder, centers.jets, centers.bias_weights)[..., None]
         values = self.weights.new_full((len(chosen), len(wanted), k), float("nan"))
         indices = found.indices.new_full(values.shape, -1)
         values[:, here] = self.weights[chosen][:, prompt, wanted][:, here, None] * beyond.to(values)
@@ -151,9 +154,9 @@ class JointJetLens(LensResult):
 
     def texts(self, ids: Int[Tensor, "*any"]) -> Mapping[int, str]:
         """Texts of any ids, while the model is there: those of `center_top_tokens` and `contributions`, too."""
-        return token_names(self._centers().network.tokenizer, [ids]) | self.token_names
+        return token_names(self._centers().trace.network.tokenizer, [ids]) | self.token_names
 
-    def _centers(self) -> Centers:
+    def _centers(self) -> Components:
         if self.centers is None:
             raise ValueError(
                 "Single components are decoded by the model, which a loaded or concatenated lens is without. Run the lens."
@@ -241,100 +244,121 @@ def joint_jet_lens(
     network = ResidualNetwork.of(model, granularity)
     inputs = LensInput.of(network, text_or_tokens, positions, targets, attention_mask, cache)
     with torch.no_grad():
-        labels, centers, random = _components(inputs, embeddings, order, center_scale, linearize, seed)
-        found = _weighted(inputs, centers, random, weights, objective, linearize, top_k)
+        components = Components.of(inputs.trace, inputs.rows, embeddings, order, center_scale, linearize)
+        found = _weighted(inputs, components, weights, objective, seed, top_k)
         found |= {"center_scale": center_scale, "linearize": linearize, "seed": int(seed)}
-        return JointJetLens(labels=labels, order=order, **found)
+        return JointJetLens(labels=components.labels, order=order, **found)
 
 
-def _components(
-    inputs: LensInput, embeddings: bool, order: int, center_scale: CenterScale, linearize: Linearize, seed: int
-) -> tuple[list[str], Centers, Centers]:
-    """Labels and jets of the components, and the jets of random centers like them."""
-    trace, rows, network = inputs.trace, inputs.rows, inputs.trace.network
-    labels = [label for label in network.components if embeddings or label not in network.sources]
-    labels += [label for stream in network.streams for label in trace.edits(stream)]
-    values, variate = trace.components_at(labels, *rows.cells_of_rows), rows.take(trace[FINAL_STREAM])
-    if linearize == "detached":
-        labels += affine_labels(None)[1]
-        values = torch.cat([values, torch.zeros_like(values[:1])])
-        centers = Centers.detached(trace, rows, values, variate)
-    else:
-        centers = Centers.of(trace, rows, values, variate, order, center_scale)
-    return labels, centers, centers.randomized(values, variate, seed)
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Weights at some rows, and the weighted sums of components and of random centers; `place` is that of each measure's."""
+
+    place: dict[str, int]
+    sums: Float[Tensor, "sum row d_model"]
+    weights: Float[Tensor, "center row"]
+    alpha: Float[Tensor, "center row"]
+    beta: Float[Tensor, "center row"]
+    rho: Float[Tensor, "center row"]
+    gap: Float[Tensor, "1 row"] | None
+    effective_rank: Int[Tensor, "1 row"] | None
+
+    @classmethod
+    def cat(cls, parts: Sequence[_Sums]) -> _Sums:
+        """Those of all rows."""
+        first = parts[0]
+        joined: dict[str, Any] = {
+            name: None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts], 1)
+            for name in ("sums", "weights", "alpha", "beta", "rho", "gap", "effective_rank")
+        }
+        return cls(place=first.place, **joined)
 
 
-def _weighted(
-    inputs: LensInput,
-    centers: Centers,
-    random: Centers,
-    weights: Any,
-    objective: Objective,
-    linearize: Linearize,
-    top_k: int,
-) -> dict[str, Any]:
-    """Fields of the lens: weights, what the weighted sums of components and of random centers say, and their measures."""
-    rows, decoder, spread = inputs.rows, inputs.trace.decoder, inputs.rows.spread
-    truth, solution = decoder.norm(inputs.variate), None
+def _summed(
+    components: Components, part: slice, truth: Tensor, weights: Tensor | str, objective: Objective, seed: int
+) -> tuple[_Sums, Centers]:
+    """The sums of some rows with given weights [row, center], or `"optimal"` or `"uniform"` ones, and the jets."""
+    centers, values, variate = components.evaluated(part)
+    random = centers.randomized(values, variate, seed)
+    del values
     uniform = uniform_weights(len(centers.jets), len(truth), device=truth.device)
-    if linearize == "detached":
+    gap = effective_rank = None
+    if components.linearize == "detached":
         chosen = of_random = uniform = torch.ones_like(uniform)
-        kind = linearize
+    elif isinstance(weights, Tensor):
+        chosen = of_random = weights
+    elif weights == "uniform":
+        chosen = of_random = uniform
     else:
-        chosen, solution = _choose(centers, truth, weights, objective, uniform)
-        of_random = chosen if solution is None else _choose(random, truth, weights, objective, uniform)[0]
-        kind = "given" if not isinstance(weights, str) else weights if solution is None else objective
+        # Those of the control are optimal, too: both are solved at once.
+        jets, n = torch.cat([centers.jets, random.jets], 1), len(truth)
+        solution = decoder_weights(centers.decoder, jets, torch.cat([truth, truth]), objective)
+        chosen, of_random = solution.weights[:n], solution.weights[n:]
+        gap, effective_rank = solution.gap[None, :n], solution.effective_rank[None, :n]
     parts = {"measures": (centers, chosen), "uniform": (centers, uniform)}
     parts |= {"control": (random, of_random), "control_uniform": (random, uniform)}
     # Distinct sums only: with uniform weights there are two.
     distinct = {(id(of), id(w)): (of, w) for of, w in parts.values()}
     place = {name: list(distinct).index((id(of), id(w))) for name, (of, w) in parts.items()}
-    total = torch.stack([of.sum(w) for of, w in distinct.values()])
+    sums = torch.stack([of.sum(w) for of, w in distinct.values()])
+    return _Sums(place, sums, chosen.T, centers.alpha, centers.beta, centers.rho, gap, effective_rank), centers
+
+
+def _weighted(
+    inputs: LensInput, components: Components, weights: Any, objective: Objective, seed: int, top_k: int
+) -> dict[str, Any]:
+    """Fields of the lens: weights, what the weighted sums of components and of random centers say, and their measures."""
+    rows, decoder, spread, tiles = inputs.rows, inputs.trace.decoder, inputs.rows.spread, components.tiles
+    truth, is_detached, n = decoder.norm(inputs.variate), components.linearize == "detached", len(components.labels)
+    given = "uniform" if is_detached else _read(weights, rows.keep, n, truth)
+    parts = []
+    for part in tiles:
+        own = given[part] if isinstance(given, Tensor) else given
+        found, centers = _summed(components, part, truth[part], own, objective, seed)
+        parts.append(found)
+        if len(tiles) == 1:
+            components = replace(components, kept=centers)
+        del centers
+    found = _Sums.cat(parts)
     # The first sum is split into its own and its borrowed part.
-    beta = total.new_zeros(len(total), 1, len(truth))
-    beta[0, 0] = (chosen * centers.beta.T).sum(-1)
+    beta = found.sums.new_zeros(len(found.sums), 1, len(truth))
+    beta[0, 0] = (found.weights * found.beta).sum(0)
     shared = beta[:, 0, :, None] * inputs.shared
-    own = total - shared if decoder.norm.bias is None else total - shared - decoder.norm.bias
+    own = found.sums - shared if decoder.norm.bias is None else found.sums - shared - decoder.norm.bias
     scan = inputs.scan(own, torch.ones_like(beta), beta, top_k=top_k)
-    close = geometry(decoder, total, truth)
+    close = geometry(decoder, found.sums, truth)
     read = {
         name: Measures.of(inputs.rows, {key: values[i] for key, values in close.items()}, scan, inputs.sinks, (i, 0))
-        for name, i in place.items()
+        for name, i in found.place.items()
     }
     lent, mine = (decoder.metric(centered=True).norm(values[0], 0.0) for values in (shared, own))
     answers = spread(scan.model.top.indices[:, 0], fill=-1)
     ids = answers[..., None] if inputs.target_ids is None else inputs.target_ids
+    effects = torch.cat([components.at(part).effects(ids[rows.kept][part]) for part in tiles], 1)
+    kind = "given" if isinstance(given, Tensor) else objective if given == "optimal" else given
     return {
-        "objective": kind,
-        "weights": spread(chosen.T),
-        "gap": None if solution is None else spread(solution.gap),
-        "effective_rank": None if solution is None else spread(solution.effective_rank, fill=-1),
-        "rho": spread(centers.rho),
-        "alpha": spread(centers.alpha),
-        "beta": spread(centers.beta),
-        "effects": spread(chosen.T[..., None] * centers.effects(ids[rows.kept]), 1),
+        "objective": components.linearize if is_detached else kind,
+        "weights": spread(found.weights),
+        "gap": None if found.gap is None else spread(found.gap[0]),
+        "effective_rank": None if found.effective_rank is None else spread(found.effective_rank[0], fill=-1),
+        "rho": spread(found.rho),
+        "alpha": spread(found.alpha),
+        "beta": spread(found.beta),
+        "effects": spread(found.weights[..., None] * effects, 1),
         "target_names": [ANSWER] if inputs.target_names is None else inputs.target_names,
         "borrowed_share": spread(torch.where(beta[0, 0] == 0, 0, lent / (lent + mine))),
-        "centers": centers,
+        "centers": components,
         **read,
         **inputs.fields(scan, (0, 0), ids),
     }
 
 
-def _choose(
-    centers: Centers, truth: Tensor, weights: Any, objective: Objective, uniform: Tensor
-) -> tuple[Tensor, SimplexSolution | None]:
-    """Weights [row, center], and the solution if they were optimized."""
-    if isinstance(weights, str) and weights == "optimal":
-        jets, parts = centers.jets.split(CHUNK_SIZE, 1), truth.split(CHUNK_SIZE)
-        solved = [decoder_weights(centers.decoder, *part, objective) for part in zip(jets, parts, strict=True)]
-        solution = SimplexSolution.cat(solved)
-        return solution.weights, solution
+def _read(weights: Any, keep: Tensor, n: int, truth: Tensor) -> Tensor | str:
+    """Given weights [row, center], `"optimal"` or `"uniform"`."""
     if isinstance(weights, str):
-        if weights != "uniform":
+        if weights not in ("optimal", "uniform"):
             raise ValueError(f"weights must be 'optimal', 'uniform' or numbers on the simplex; got {weights!r}.")
-        return uniform, None
-    keep = centers.rows.keep
+        return weights
     given = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if given.ndim == 3 and given.shape[1:] == keep.shape:
         given = given[:, keep.to(given.device)]  # padding may hold NaN, as a lens' own weights do
@@ -343,4 +367,4 @@ def _choose(
             f"weights must be [center] or [center, batch, pos] with batch and pos {tuple(keep.shape)}, aligned "
             f"with positions; got shape {tuple(given.shape)}."
         )
-    return read_weights(given, len(uniform.T)).movedim(0, -1).to(truth).expand_as(uniform), None
+    return read_weights(given, n).movedim(0, -1).to(truth).expand(len(truth), n)
