@@ -18,13 +18,19 @@ CALLS = {
     "iterative lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
     "followed tokens": (14, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
     "detached lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
-    "joint lens": (20, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
+    "joint lens": (15, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
     "by head": (11, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
+    "flow": (30, lambda network, tokens: ablated(network, tokens, nodes=3, tolerance=1e9)),
     "path sums": (13, lambda network, tokens: tj.path_sums(network, tokens)),
     "ablations": (10, lambda network, tokens: tj.ablation_effect(network, tokens)),
     "first order": (10, lambda network, tokens: tj.first_order_effects(network, tokens)),
     "detached map": (12, lambda network, tokens: tj.detached_jacobian(network, tokens, ordinary=False)),
 }
+
+
+def ablated(network, tokens, **options):
+    """The flow of an ablation, on tokens of a prompt."""
+    return tj.flow(network, tokens, tj.ablation_hooks(network, "0_mlp"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,17 @@ def test_launches_do_not_grow_with_positions(counts, name):
 @pytest.mark.parametrize("name", CALLS)
 def test_bytes_grow_with_positions_at_most(counts, name):
     assert counts[name, 12].peak_bytes < 4 * counts[name, 4].peak_bytes
+
+
+def test_a_flow_waits_once_more_each_time_that_nodes_are_chosen(counts):
+    """Three nodes are at most doubled to 128, in seven tries; with a fixed number no gap is waited for."""
+    model = zoo.fresh(SPEC, torch.float32)
+    tokens, found = zoo.tokens(model, 1, 4), []
+    adaptive = counted(
+        lambda network: found.append(ablated(network, tokens)), model, prepare=lambda: tj.ResidualNetwork(model)
+    )
+    more = adaptive.places - counts["flow", 4].places
+    assert len(more) == 1 and len(found[-1].stages) <= next(iter(more.values())) <= 7 * len(found[-1].stages), more
 
 
 def test_the_counter_counts_what_waits():

@@ -125,17 +125,11 @@ def _check(check: int, nodes: int | str, tolerance: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Written:
-    """Components that changed, in the order of the network, with what changed and what the intervention itself wrote."""
+    """Components in the order of the network, with what changed and what the intervention itself wrote."""
 
     labels: list[str]
     changes: Tensor
     edits: Tensor
-
-    @classmethod
-    def of(cls, labels: list[str], changes: Tensor, edits: Tensor) -> _Written:
-        """Those that changed."""
-        changed = changes.flatten(1).any(1).nonzero()[:, 0].tolist()
-        return cls([labels[i] for i in changed], changes[changed], edits[changed])
 
 
 @dataclass(eq=False)
@@ -153,6 +147,8 @@ class _Sweep:
     by_position: bool
     by_edge: bool
     labels: list[str] = field(default_factory=list)
+    moved: list[bool] = field(default_factory=list)
+    changed: list[Tensor] = field(default_factory=list)
     flow: list[Tensor] = field(default_factory=list)
     edit: list[Tensor] = field(default_factory=list)
     direct: list[Tensor] = field(default_factory=list)
@@ -171,14 +167,17 @@ class _Sweep:
         base = self.runs.base
         self.clean, self.effect = self._values()
         covectors = self.last = self._from_target(len(base.stages) + 1)
+        # Read at once: every look at a device waits for it.
+        flags = [self.runs.stream(stage.stream)[1].any() for stage in base.stages]
+        self.moved = torch.stack(flags).tolist()
         self.written = self._all_written() if self.by_edge else {}
         for index in reversed(range(len(base.stages))):
             stage = base.stages[index]
             change = self.runs.change(stage)
             self._components(self._written(index, change), covectors)
-            point, difference = self.runs.stream(stage.stream)
-            if not bool(difference.any()):
+            if not self.moved[index]:
                 return
+            point, difference = self.runs.stream(stage.stream)
             pull = self._pull_apart if self.by_edge else self._pull
             pulled = pull(index, change, covectors, point, difference)
             covectors = covectors + pulled.covectors
@@ -226,7 +225,7 @@ class _Sweep:
         for index in reversed(range(len(self.runs.base.stages))):
             stage = self.runs.base.stages[index]
             found[index] = self._written(index, self.runs.change(stage)).changes
-            if not bool(self.runs.stream(stage.stream)[1].any()):
+            if not self.moved[index]:
                 break
         else:
             found[-1] = self._written(-1).changes
@@ -239,9 +238,9 @@ class _Sweep:
         added = {**(self.runs.sources() if change is None else {}), **self.runs.stream_edits(following)}
         values = torch.stack([*added.values(), torch.zeros_like(self.last[0])])[:-1]
         if change is None:
-            return _Written.of(list(added), values, values)
+            return _Written(list(added), values, values)
         labels = [*(step.write for step in change.steps), *added]
-        return _Written.of(labels, torch.cat([change.writes, values]), torch.cat([change.edits, values]))
+        return _Written(labels, torch.cat([change.writes, values]), torch.cat([change.edits, values]))
 
     def _values(self) -> tuple[Tensor, Tensor]:
         """The target's clean values and its change, [cell, batch]."""
@@ -277,6 +276,7 @@ class _Sweep:
     def _components(self, written: _Written, covectors: Tensor) -> None:
         """Flows of components, from the last to the first."""
         self.labels += written.labels[::-1]
+        self.changed += written.changes.flatten(1).any(1).flip(0)
         self.flow += products(covectors, written.changes, by_position=self.by_position).flip(0)
         self.edit += products(covectors, written.edits).flip(0)
         self.direct += products(self.last, written.changes).flip(0)
@@ -285,22 +285,22 @@ class _Sweep:
         """Run the sweep and return what it found."""
         self._run()
         runs, ids = self.runs, self.target.ids
-        n_pos = ids.shape[1]
+        n_pos, kept = ids.shape[1], self._kept()
 
         def shaped(values: list[Tensor]) -> Tensor:
             """Values of several cells on a leading axis, from the first to the last."""
             stacked = torch.stack(values[::-1]) if values else self.effect.new_zeros(0, *self.effect.shape)
             return rearrange(stacked, "each (pos target) batch ... -> each batch pos target ...", pos=n_pos)
 
-        every = shaped(self.flow)
+        every = shaped(self.flow)[kept]
         whole = runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
         prompts = [whole, Sinks.of(runs.clean, Rows.of(runs.clean, None)).mask] if self.by_position else []
         tokens, sinks = [each[:, None].repeat(1, n_pos, 1) for each in prompts] or (None, None)
         found = Flow(
-            labels=self.labels[::-1],
+            labels=[self.labels[::-1][i] for i in kept.tolist()],
             flow=every.sum(-1) if self.by_position else every,
-            edit=shaped(self.edit),
-            direct=shaped(self.direct),
+            edit=shaped(self.edit)[kept],
+            direct=shaped(self.direct)[kept],
             effect=shaped([self.effect])[0],
             clean=shaped([self.clean])[0],
             stages=self.stages[::-1],
@@ -311,7 +311,7 @@ class _Sweep:
             measure=self.target.measure,
             tolerance=self.tolerance,
             readers=[*self.readers[::-1], DECODER_STEP] if self.by_edge else None,
-            edge_flow=self._edges(n_pos) if self.by_edge else None,
+            edge_flow=self._edges(n_pos)[:, kept] if self.by_edge else None,
             by_position=every if self.by_position else None,
             prompt_tokens=tokens,
             prompt_sinks=sinks,
@@ -320,6 +320,10 @@ class _Sweep:
         )
         self._warn(found)
         return found
+
+    def _kept(self) -> Tensor:
+        """Indices of the components that changed, from the first to the last."""
+        return torch.stack(self.changed[::-1]).nonzero()[:, 0]
 
     def _edges(self, n_pos: int) -> Tensor:
         """Flows on edges [reader, writer, batch, pos, target]; zero to readers that are not later."""
