@@ -36,6 +36,7 @@ SLOW = {
     "test_cli_jacobian",
     "test_cli_ngrams",
     "test_cli_paths",
+    "test_commands_smollm2",
     "test_demos",
     "test_figure_page",
     "test_detached_chain",

@@ -514,7 +514,7 @@ def test_examples_of_the_help_are_commands(name):
         (
             "lens",
             (iterative_jet_lens, joint_jet_lens, tl_jets.over_prompts, BOS),
-            {"joint_order", "no_embeddings", "all", "averages", "explain"},
+            {"joint_order", "no_embeddings", "all", "averages"},
         ),
         (
             "paths",
@@ -527,14 +527,15 @@ def test_examples_of_the_help_are_commands(name):
             {"ablate", "corrupted", "joint", "keep_bos", "top"},
         ),
         ("ngrams", (tl_jets.jet_bigrams, tl_jets.jet_trigrams), {"trigrams", "token", "scores", "keep_all"}),
-        ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed"}),
+        ("jacobian", (tl_jets.detached_jacobian, BOS), {"targets", "svd", "top_k", "seed", "all"}),
         ("explore", (tl_jets.views.explorer, BOS), {"ablate", "keep_bos", "positions"}),
     ],
 )
 def test_options_are_called_as_the_arguments_of_the_functions(name, functions, own):
     known = {parameter for function in functions for parameter in inspect.signature(function).parameters}
     singular = {"target": "targets", "position": "positions"}
-    given = {action.dest for action in COMMANDS[name]._actions} - {"help", "prompt", "html", "json", "svg", "traceback"}
+    of_all = {"help", "prompt", "html", "json", "svg", "explain", "traceback"}
+    given = {action.dest for action in COMMANDS[name]._actions} - of_all
     if name == "paths":  # positions are an argument of the call
         given -= {"position"}
     assert {singular.get(option, option) for option in given} - own <= known

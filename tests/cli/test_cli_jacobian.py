@@ -93,10 +93,13 @@ def test_other_targets_outputs_and_inputs(capsys, network, J):
 
 def test_a_long_prompt_is_summed_up(capsys):
     prompt = "The value of the option must be a number. " * 6
-    text, found = run(capsys, "jacobian", "--prompt", prompt, "--svd", "0"), None
+    text = run(capsys, "jacobian", "--prompt", prompt, "--svd", "0")
     found = numbers(capsys, "jacobian", "--prompt", prompt, "--svd", "0")
-    others = sorted(found["tokens"], key=lambda row: -abs(row["effect"]))[40:]
-    assert others
+    largest, others = (
+        sorted(found["tokens"], key=lambda row: -abs(row["effect"]))[i] for i in (slice(1), slice(12, None))
+    )
+    assert f"{largest[0]['token']} (position {largest[0]['pos']}) gives most" in text and len(text.splitlines()) <= 45
+    assert "others" not in run(capsys, "jacobian", "--prompt", prompt, "--svd", "0", "--all")
     row = cells(text, f"{len(others)} others", "What each token")
     assert float(row[1]) == pytest.approx(sum(row["effect"] for row in others), abs=0.006)
 

@@ -92,7 +92,7 @@ def test_skip_trigrams(capsys):
     assert list(found["tables"]) == ["L1H0", "L1H2"] and found["ngram"] == "skip-trigram"
     for head, table in tables.items():
         same(found["tables"][f"L1H{head}"], table)
-    text = run(capsys, *options, "--top-k", "4")
+    text = run(capsys, *options, "--top-k", "4", "--explain")
     table = tables[2]
     row = cells(text, "1", "L1H2")
     assert row[1:4] == [visible(table.names[token]) for token in table.ids[0].tolist()]

@@ -64,7 +64,7 @@ def test_components_stand_beside_their_ablation(capsys, network, trace):
 
 
 def test_the_table_shows_the_numbers(capsys):
-    text = run(capsys, *ASKED, "--top", "4", "--ablate")
+    text = run(capsys, *ASKED, "--top", "4", "--ablate", "--explain")
     found = numbers(capsys, *ASKED, "--top", "4", "--ablate")
     assert max(map(len, text.splitlines())) <= 80
     assert "answer  ·is, what the model says after ·and (position 7)" in text

@@ -70,6 +70,14 @@ def test_the_sink_is_at_the_start_and_averages_are_sane_without_it(network, many
     assert with_sinks.kl["12_pre", 0] != without.kl["12_pre", 0]
     table = lens.average(spread=True, group_by=["a", "b", "a"])
     assert table.kl_median.notna().all() and len(table) == 2 * len(lens.labels) * 2
+    rows, kl = table.set_index(["group", "layer", "order"]), lens.kl[20, 1]
+    alone = kl[1][kept[1]]
+    near(rows.kl["b", "20_pre", 1], alone.mean())
+    near(rows.kl_median["b", "20_pre", 1], alone.quantile(0.5))
+    both, row = [float(kl[i][kept[i]].mean()) for i in (0, 2)], rows.loc["a", "20_pre", 1]
+    near(row.kl_median, torch.cat([kl[0][kept[0]], kl[2][kept[2]]]).quantile(0.5))
+    assert min(both) - 1e-4 <= row.kl_low < row.kl < row.kl_high <= max(both) + 1e-4, "the interval is over prompts"
+    assert rows.kl_low["b", "20_pre", 1] != rows.kl_low["b", "20_pre", 1], "one prompt has none"
 
 
 def test_the_page_on_sinks_holds_what_its_demo_prints(folder):

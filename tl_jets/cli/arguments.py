@@ -25,6 +25,8 @@ MODES = ("zero", "mean", "resample")
 FLOW_MEASURES = ("centered", "kl")
 MAX_ORDER = 1000
 MAX_PATHS = 4096
+# How many largest paths are found without --top, and how many of them, and of components, the terminal shows.
+MOST_PATHS, SHOWN_PATHS = 20, 8
 # Maximum number of n-grams per table; the functions allow more.
 MOST = 1_000_000
 # The largest seed of torch.
@@ -118,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "explore":
             command.set_defaults(html="explore.html")
+        command.add_argument("--explain", action="store_true", help="also say what the numbers mean")
         command.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     return top
 
@@ -178,7 +181,6 @@ def _lens(add: Callable[..., Any]) -> None:
     add("--seed", **SEED, help="of the random controls")
     add("--all", action="store_true", help="show every layer and order, the joint lens, averages, and what they mean")
     add("--averages", action="store_true", help="also show averages over the prompt's positions, without sinks")
-    add("--explain", action="store_true", help="also say what the numbers mean")
     add("--svg", metavar="FILE", help="also write the two lenses as a picture")
 
 
@@ -189,7 +191,12 @@ def _paths(add: Callable[..., Any]) -> None:
         metavar="TOKEN",
         help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
     )
-    add("--top", type=at_least(1), default=20, metavar="N", help="how many paths, and components")
+    add(
+        "--top",
+        type=at_least(1),
+        metavar="N",
+        help=f"how many paths, and components (default: {MOST_PATHS}; of one prompt the terminal shows {SHOWN_PATHS})",
+    )
     add(
         "--rank",
         choices=("effect", "length"),
@@ -277,7 +284,8 @@ def _ngrams(add: Callable[..., Any]) -> None:
         "--path",
         action="append",
         metavar="PATH",
-        help="a path of bi-grams, see above; repeat it for more (default: direct, mlps, and each MLP)",
+        help="a path of bi-grams, see above; repeat it for more; all: direct, mlps, and each MLP (default: all of a small "
+        "model; of a deep or large one mlps, with direct after single tokens)",
     )
     add("--per", choices=PER, help="best of all (global), or of each first token (row) (default: global)")
     add(
@@ -343,3 +351,4 @@ def _jacobian(add: Callable[..., Any]) -> None:
     )
     add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
     add("--seed", **SEED, help="of the search for singular values")
+    add("--all", action="store_true", help="show every token of a long prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from typing import Any
 
 from tl_jets.cli.report import Report, header
 from tl_jets.cli.session import UsageError, read, steps
@@ -49,4 +50,35 @@ def report(options: argparse.Namespace) -> Report:
         )
     rows["page"] = f"{options.html}, which opens offline in a browser"
     data = header("explore", model=options.model, prompt=asked.prompt) | page.data
-    return Report(data, rows, (), {}, page=page.page)
+    verdict, further = _verdict(page.data, asked.position, answer["token"]), _further(page.data, options)
+    return Report(data, rows, (), {}, page=page.page, verdict=verdict, further=further)
+
+
+def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
+    """What the page says of the position that was asked for, in words."""
+    lens, parts = data["lens"], data["attribution"]
+    labels, n = lens["labels"], len(lens["labels"])
+    leads = [layer[0][pos] == 0 for layer in lens["rank"]]
+    first = next((i for i in range(n) if all(leads[i:])), n - 1)
+    own = sum(kl[0][pos] < control[0][pos] for kl, control in zip(lens["kl"], lens["control_kl"], strict=True))
+    where = "at the end only" if first == n - 1 else f"from {labels[first]} on"
+    effects = sorted(
+        zip((row[pos] for row in parts["effects"]), parts["labels"], strict=True), key=lambda x: -abs(x[0])
+    )
+    largest = ", ".join(f"{label} {signed(effect)}" for effect, label in effects[:3])
+    total = signed(sum(effect for effect, _ in effects))
+    return [
+        f"The answer {answer} leads {where} (order 0, the logit lens), which beats a random vector at {own} of {n} layers.",
+        f"Components that add most to its centered logit, {total} in all: {largest}.",
+    ]
+
+
+def _further(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """What to run next."""
+    effects = [abs(row[options.position]) for row in data["attribution"]["effects"]]
+    written = [i for i, label in enumerate(data["attribution"]["labels"]) if label.endswith(("_attn_out", "_mlp_out"))]
+    found = ["tl-jets lens: the verdict with eight random vectors a layer; --order 2: other orders on the page"]
+    if options.ablate is None and written:
+        step = data["attribution"]["labels"][max(written, key=effects.__getitem__)].removesuffix("_out")
+        found.insert(0, f"--ablate {step} --keep-bos: what the model does without it, through which components")
+    return found

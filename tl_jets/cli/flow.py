@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from typing import Any
 
@@ -192,9 +193,8 @@ def _of_flow(
             else "a smaller one"
         )
         verdict.append(f"OPEN: {cost}, above {found.tolerance:.0%}: flows explain nothing here. Try {milder}.")
-        return Report(
-            data, asked, [_cut_table(data["cuts"])], legend("flow", "gap", "path patching", *last), verdict=verdict
-        )
+        explained, tables = legend("flow", "gap", "path patching", *last), [_cut_table(data["cuts"])]
+        return Report(data, asked, tables, explained, verdict=verdict, further=["--explain: what the numbers mean"])
     verdict.append(f"Closed: {cost}. {_checked(data['check'])}")
     if data["cancellation"] > LARGE:
         verdict.append(
@@ -213,7 +213,20 @@ def _of_flow(
         on_page=tables,
         views=lambda: [flow_heatmap(found)],
         verdict=verdict,
+        further=_further(data),
     )
+
+
+def _further(data: dict[str, Any]) -> list[str]:
+    """What to run next."""
+    largest = sorted(data["components"], key=lambda row: -abs(row["flow"]))[:3]
+    names = " ".join(re.sub("_out$", "", row["component"]) for row in largest if row["component"] != "embed")
+    check = "" if data["check"] else "--check 5: path patch the largest, and random ones; "
+    return [
+        f"{check}--granularity head; --target TOKEN; --json, --html FILE",
+        f"tl-jets flow --joint {names}: what these do together, beside random sets",
+        "--explain: what the numbers mean; tl-jets explore --ablate ...: the same on a page, with edges",
+    ]
 
 
 def _components(found: Flow) -> list[dict[str, Any]]:
@@ -308,7 +321,9 @@ def _of_joint(
         return Report(data, asked, [], legend("flow", "gap", "alone", *last), verdict=verdict)
     verdict.append(f"Closed: {cost}.")
     table = _joint_table(found, rows, top)
-    return Report(data, asked, [table], legend("flow", "share|joint", "alone", "gradient", *last), verdict=verdict)
+    explained = legend("flow", "share|joint", "alone", "gradient", *last)
+    further = ["--explain: what the numbers mean; --top N, --json; tl-jets flow --ablate ...: what they pass through"]
+    return Report(data, asked, [table], explained, verdict=verdict, further=further)
 
 
 def _joint_table(found: JointFlow, rows: list[dict[str, Any]], top: int) -> Table:

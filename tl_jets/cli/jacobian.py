@@ -19,8 +19,8 @@ from tl_jets.detached_map import DetachedJacobian, detached_jacobian
 from tl_jets.detached_map.composed_jacobian import LOGITS
 from tl_jets.views import detached_tokens
 
-# Of a longer prompt, only this many largest tokens are shown.
-SHOWN = 40
+# Of a longer prompt, only this many largest tokens are shown without --all.
+SHOWN = 12
 
 
 def report(options: argparse.Namespace) -> Report:
@@ -52,8 +52,36 @@ def report(options: argparse.Namespace) -> Report:
     rows["error"] = f"{J.reconstruction_error:.0e}, relative; ordinary Jacobian: {number(J.ordinary_error)}"
     keys = ["error", *([] if target is None else ["effect"]), "share", "raises most"]
     keys += [*(["value"] if options.svd else []), *(["softcap"] if data["is_softcapped"] else [])]
-    tables = [_token_table(data), *([_singular_table(data["svd"])] if options.svd else [])]
-    return Report(data, rows, tables, legend("jacobian", *keys), views=lambda: [detached_tokens(J)])
+    tables = [
+        _token_table(data, len(data["tokens"]) if options.all else SHOWN),
+        *([_singular_table(data["svd"])] if options.svd else []),
+    ]
+    every = [_token_table(data, len(data["tokens"])), *tables[1:]]
+    names, verdict, views = legend("jacobian", *keys), _verdict(data), lambda: [detached_tokens(J)]
+    return Report(data, rows, tables, names, on_page=every, views=views, verdict=verdict, further=_further(data))
+
+
+def _verdict(data: dict[str, Any]) -> list[str]:
+    """How exact the map is, and which token gives most, in words."""
+    misses = f"it misses {data['reconstruction_error']:.0e} of the output; the ordinary Jacobian"
+    found = [f"Frozen at this prompt the model is a linear map: {misses}, the control, {data['ordinary_error']:.0%}."]
+    measure = "share" if data["target"] is None else "effect"
+    most, *others = sorted(data["tokens"], key=lambda row: -abs(row[measure]))
+    total = sum(abs(row[measure]) for row in data["tokens"]) or 1.0
+    of = "the output" if data["target"] is None else f"the centered logit of {data['target']['token']}"
+    said = f"{most['token']} (position {most['pos']}) gives most to {of}: {abs(most[measure]) / total:.0%} of all sizes"
+    following = f"; then {others[0]['token']}, {abs(others[0][measure]) / total:.0%}" if others else ""
+    return [*found, f"{said}{following}. What the model would do without a token is another question."]
+
+
+def _further(data: dict[str, Any]) -> list[str]:
+    """What to run next."""
+    more = "--target TOKEN; " if data["target"] is not None else ""
+    return [
+        f"--all: every token of a long prompt; --explain: what the numbers mean; {more}--json, --html FILE",
+        "--output 2_pre: the map to a stream; --wrt 3_mid --output 3_mlp_out: of one MLP; --svd 10",
+        "tl-jets flow --corrupted TEXT: what changes with another token; tl-jets paths: by component",
+    ]
 
 
 @torch.no_grad()
@@ -120,12 +148,12 @@ def _singular(J: DetachedJacobian, asked: Read, vectors: SingularVectors, top_k:
     return rows
 
 
-def _token_table(data: dict[str, Any]) -> Table:
+def _token_table(data: dict[str, Any], most: int) -> Table:
     """The largest tokens, one a row; others, bias and sum below."""
     target = data["target"]
     measure = "share" if target is None else "effect"
     largest = sorted(data["tokens"], key=lambda row: -abs(row[measure]))
-    shown = {row["pos"] for row in largest[:SHOWN]}
+    shown = {row["pos"] for row in largest[:most]}
 
     def row(name: str, part: dict[str, Any]) -> dict[str, Any]:
         effect = {} if target is None else {"effect": signed(part["effect"])}
@@ -143,7 +171,7 @@ def _token_table(data: dict[str, Any]) -> Table:
         if part["pos"] in shown
     ]
     sums = [row(name, data[name]) for name in ("bias", "sum")]
-    others = largest[SHOWN:]
+    others = largest[most:]
     if others:
         total = {name: sum(part[name] or 0 for part in others) for name in ("effect", "share")}
         sums.insert(0, row(f"{len(others)} others", total))

@@ -67,7 +67,7 @@ def report(options: argparse.Namespace) -> Report:
         step("controls")
         draws = more_draws(iterative, asked, **{name: shared[name] for name in KINDS})
         tables = [] if options.all else summary(iterative, place, asked, options, draws)
-    names = legend("lens", *_legend(iterative)) if options.all or options.explain else {}
+    names = legend("lens", *_legend(iterative))
     answer = asked.token(int(iterative.model_top_ids[0, place]))
     heading, data, verdict = asked.asked(options.model, answer), header("lens"), spoken(iterative, place, draws)
     if joint is None:

@@ -75,7 +75,7 @@ def report(options: argparse.Namespace) -> Report:
         _component_table(one, data["components"]),
     ]
     whole = [*tables, _prompt_table(by_prompt)]
-    names = legend("lens", "verdict", "rank", "leads", "effect") if options.all or options.explain else {}
+    names = legend("lens", "verdict", "rank", "leads", "effect")
     verdict = [*lens.verdict().lines, _first(lens)]
     return Report(
         data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_jets.cli.ngram_paths import EVERY, announce, chosen_paths
 from tl_jets.cli.outputs import STDOUT, check_replaceable, is_folder
 from tl_jets.cli.report import MAX_ROWS, Records, Report, Table, Terminal, header
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, steps, together
@@ -22,7 +24,6 @@ from tl_jets.core.processes import Processes
 from tl_jets.core.tokens import visible
 from tl_jets.ngrams import jet_bigrams_by_path, jet_trigrams, untrained_tokens
 from tl_jets.ngrams.jobs import SUFFIX
-from tl_jets.ngrams.streams import DIRECT, MLPS, mlp_steps
 from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.views import trigram_heatmap
 
@@ -85,7 +86,36 @@ def report(options: argparse.Namespace) -> Report:
         legend("ngrams", *_legend(next(iter(found.values())))),
         on_page=alone,
         views=lambda: [trigram_heatmap(network, table) for table in found.values() if is_trigram],
+        verdict=[_verdict(next(iter(found.values())), None if rows is None else rows[0])],
+        further=_further(options, list(found)),
     )
+
+
+def _verdict(table: NgramTable, token: int | None) -> str:
+    """What the first table says, in words."""
+    own = table if token is None else table[token]
+    if not len(own):
+        return f"{table.path} has no such n-gram."
+    names = [visible(table.names[i]) for i in own.ids[0].tolist()]
+    if table.n == 3:
+        return f"{table.path}: the best of all triples is {names[0]} \u2026 {names[1]} \u2192 {names[2]}."
+    if token is not None:
+        return f"After {names[0]}, {table.path} says {names[1]} first."
+    follow = Counter(own.ids[:, 1].tolist())
+    ((most, count),) = follow.most_common(1)
+    said = f"The {len(own):,} best bi-grams of {table.path} end in {len(follow):,} tokens, {visible(table.names[most])} in {count}"
+    hub = count > len(own) / 2 and table.settings.get("score") == "logprob"
+    return f"{said}{': it follows almost anything, which --score lift takes away.' if hub else '.'}"
+
+
+def _further(options: argparse.Namespace, labels: list[str]) -> list[str]:
+    """What to run next."""
+    found = ["--token TOKEN: after one token; --score lift: over the path's mean; --explain: what the numbers mean"]
+    if options.trigrams is not None:
+        found = ["--head H, --token KEY: of one head or key; --explain: what the numbers mean"]
+    elif len(labels) < 3:
+        found.append(f"--path {EVERY}: direct, mlps and each MLP; --path 0_mlp: one; --trigrams LAYER: of heads")
+    return [*found, "--save FILE: the tables, for tl_jets.studies, which compares them with a text and ablates"]
 
 
 def _check(options: argparse.Namespace, is_trigram: bool) -> None:
@@ -122,13 +152,11 @@ def _check_apart(options: argparse.Namespace) -> None:
 def _bigrams(
     options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
 ) -> dict[str, NgramTable]:
-    paths = options.path
-    if not paths:
-        mlps = mlp_steps(network)
-        paths = [DIRECT, *([MLPS, *mlps] if mlps else [])]
+    paths, firsts = chosen_paths(options.path, network, rows, whole=options.save is not None)
+    announce(network, paths, firsts)
     per = "row" if rows is not None else options.per or "global"
     score = options.score or "logprob"
-    given: dict[str, Any] = {"top_k": options.top_k, "per": per, "score": score, "rows": rows, "folder": folder}
+    given: dict[str, Any] = {"top_k": options.top_k, "per": per, "score": score, "rows": firsts, "folder": folder}
     given |= {"distributed": together()}
     if not options.keep_all:
         given |= _left_out(network, rows)
@@ -189,6 +217,10 @@ def _records(table: NgramTable) -> Iterator[dict[str, Any]]:
 def _what(table: NgramTable, top_k: int) -> str:
     kind = "skip-trigrams (key ... query -> output)" if table.n == 3 else "bi-grams"
     settings = table.settings
+    if settings.get("per") == "global" and settings["rows"] != "all":
+        return (
+            f"the {top_k} best {kind} after {settings['rows']['count']:,} first tokens, evenly spread; --path mlps: all"
+        )
     if settings.get("per") == "row" or settings["rows"] != "all":
         return f"the {top_k} best {kind}{' of each token' if table.n == 2 else ''}"
     return f"the {top_k} best {kind} of the whole vocabulary"

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tl_jets.cli import paths_prompts
+from tl_jets.cli.arguments import MOST_PATHS, SHOWN_PATHS
 from tl_jets.cli.largest_paths import VERDICTS, largest_paths, rank_correlation
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, read, read_token, steps
@@ -20,6 +21,8 @@ from tl_jets.paths.statistics import PathStatistics, path_sums
 
 def report(options: argparse.Namespace) -> Report:
     """The largest paths of one prompt; of many with `--prompts`."""
+    shown = options.top or SHOWN_PATHS
+    options.top = options.top or MOST_PATHS
     if options.prompts is not None:
         return paths_prompts.report(options)
     with steps(6) as step:
@@ -35,15 +38,44 @@ def report(options: argparse.Namespace) -> Report:
             sums = path_sums(asked.network, asked.trace, positions=asked.position, targets=[target])
             step("zero ablation")
             data["components"] = _components(asked, sums, target)
-    tables = [_path_table(data)]
+    tables = [_path_table(data, shown)]
     if data["components"] is not None:
-        tables.append(_component_table(data["components"], options.top, data["unit"]))
+        tables.append(_component_table(data["components"], shown, data["unit"]))
     keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
     keys += ["control" if data["ablation"] is None else "fall"]
     keys += [*(["fall, zeroed"] if data["components"] else []), *(["softcap"] if data["is_softcapped"] else [])]
     asked_for = asked.asked(options.model, data["answer"], data["target"])
     on_page = [*tables, *([_control_table(data["control"])] if data["control"] else [])]
-    return Report(data, asked_for, tables, legend("paths", *keys), on_page=on_page)
+    names, verdict = legend("paths", *keys), _verdict(data)
+    return Report(data, asked_for, tables, names, on_page=on_page, verdict=verdict, further=_further(data))
+
+
+def _verdict(data: dict[str, Any]) -> list[str]:
+    """How much the largest paths hold, and what ablation says of them, in words."""
+    target, n, ablation = data["target"], len(data["paths"]), data["ablation"]
+    total = f"{signed(target['logit'])}{in_unit(data['unit'])}, the centered logit of {target['token']}"
+    kind = f"order-{data['order']} jet paths" if data["linearize"] == "jet" else "paths"
+    found = [
+        f"The {n} largest of {count_text(data['n_paths'])} {kind} give {signed(data['effect_of_shown'])} of {total}."
+    ]
+    if ablation is None:
+        return [*found, "No path was ablated, so that these are what is sent, not what the model would miss: --ablate."]
+    shown = ablation["shown"]
+    found.append(
+        f"Ablation confirms {shown['confirmed']} of {shown['n']} and refutes {shown['refuted']}; "
+        f"{shown['by_chance']:.1f} would be confirmed if falls are shuffled."
+    )
+    return found
+
+
+def _further(data: dict[str, Any]) -> list[str]:
+    """What to run next."""
+    first = "--ablate: take each path away, and as many random ones; " if data["ablation"] is None else ""
+    return [
+        f"{first}--top N, --json, --html FILE; --explain",
+        "--through LABEL, --avoiding mlp, --max-length 2: paths of a kind; --granularity head; --target TOKEN",
+        "tl-jets flow --ablate COMPONENT: what the model does without it; --prompts FILE: many prompts",
+    ]
 
 
 def _components(asked: Read, sums: PathStatistics, target: int) -> dict[str, Any]:
@@ -69,7 +101,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _path_table(data: dict[str, Any]) -> Table:
+def _path_table(data: dict[str, Any], top: int) -> Table:
     """One path a row, with its ablation if there is one; sums below."""
     paths, target, is_jet = data["paths"], data["target"], data["linearize"] == "jet"
     rows = [_row(row) | {"its own best": row["top"]["token"], "path": row["path"]} for row in paths]
@@ -85,7 +117,8 @@ def _path_table(data: dict[str, Any]) -> Table:
     of = f"The {len(paths)} largest of {count_text(data['n_paths'])} {kind} paths"
     of += " that the filters keep" if data["filters"] else ""
     title = f"{of}, by {data['rank']}{'' if data['is_exhaustive'] else ' (beam search)'}{in_unit(data['unit'])}"
-    return Table(title, rows, [{"effect": signed(effect), "path": name} for name, effect in sums.items()], _notes(data))
+    below = [{"effect": signed(effect), "path": name} for name, effect in sums.items()]
+    return Table(title, rows, below, _notes(data), top=top, more="more, all smaller: --top, --json")
 
 
 def _notes(data: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def report(options: argparse.Namespace) -> Report:
     keys += ["fall" if options.ablate else "control", *(["fall, zeroed"] if data["components"] else [])]
     keys += ["softcap"] if data["is_softcapped"] else []
     on_page, verdict = [*tables, _prompt_table(by_prompt)], _verdict(data, len(kept), options.top)
-    names = legend("paths", *keys) if options.html else {}
+    names = legend("paths", *keys)
     return Report(data, many.asked(options), tables, names, on_page=on_page, verdict=verdict)
 
 

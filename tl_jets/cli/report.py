@@ -81,6 +81,7 @@ class Report:
         page: Makes a page that replaces the usual one.
         picture: Tables in the picture.
         verdict: What the terminal says first.
+        further: What to run next, a line each, which the terminal says last.
     """
 
     data: Mapping[str, Any]
@@ -92,6 +93,7 @@ class Report:
     page: Callable[[], str] | None = None
     picture: Sequence[Table] = ()
     verdict: Sequence[str] = ()
+    further: Sequence[str] = ()
 
     @property
     def command(self) -> str:
@@ -120,12 +122,13 @@ class Report:
         picture = console.export_svg(title=f"tl-jets {self.command}")
         return re.sub(r"@font-face\s*\{[^}]*\}\s*", "", picture)
 
-    def show(self) -> None:
-        """Print heading, tables and legend."""
+    def show(self, *, explain: bool = True) -> None:
+        """Print verdict, heading, tables and what to run next; on request the legend."""
         console = Terminal()
         said = [Text(_cell(line), style="bold") for line in self.verdict]
-        legend = [_entries("How to read this", self.legend)] if self.legend else []
-        for part in (*said, _heading(self), *map(_drawn, self.tables), *legend):
+        further = [Text(_cell(line), style="dim") for line in self.further]
+        legend = [_entries("How to read this", self.legend)] if self.legend and explain else []
+        for part in (*said, _heading(self), *map(_drawn, self.tables), *legend, *further):
             console.print(part)
 
 

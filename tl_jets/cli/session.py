@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             if kind in files:
                 write(files[kind], parts())
     if STDOUT not in files.values():
-        report.show()
+        report.show(explain=options.explain or getattr(options, "all", False))
 
 
 def together() -> bool:
