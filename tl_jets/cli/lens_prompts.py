@@ -14,7 +14,7 @@ from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import read_layers, together
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.intervals import bootstrap_intervals, median_intervals
+from tl_jets.core.intervals import FEWEST, bootstrap_intervals, median_intervals
 from tl_jets.core.numerals import signed
 from tl_jets.core.prompts import over_prompts
 from tl_jets.core.selection import ANSWER
@@ -122,13 +122,15 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
             own, other = (rows.loc[(name, k, lens.labels[i])] for name in (ANSWER, OTHER_ANSWER))
             name = "detached" if lens.linearize == "detached" else f"order {k}"
             row[f"rank, {name}"] = f"{_rank(own.rank_median)} ({_rank(other.rank_median)})"
-            row[f"95%, {name}"] = f"{_rank(own.rank_low)}..{_rank(own.rank_high)}"
+            known = own.rank_low == own.rank_low
+            row[f"95%, {name}"] = f"{_rank(own.rank_low)}..{_rank(own.rank_high)}" if known else ""
             # The random vectors' best token is compared with the model's own.
             row[f"leads, {name}"] = f"{own.leads:.0%}" + ("" if of_file else f" ({own.control_leads:.0%})")
         found.append(row)
     some = "" if len(found) == len(lens.labels) else f", where it changes: {len(found)} of {len(lens.labels)} layers"
     notes = ["rank: 1 is the best, median over prompts (of another prompt's answer)"]
     notes[0] += "; leads: from there on" + ("" if of_file else " (random vectors)")
+    notes += [] if len(lens.tokens) >= FEWEST else [f"95% intervals need {FEWEST} prompts"]
     said = "" if lens.sinks is None else lens.sinks.said(lens.valid)
     return Table(f"The answer's rank by layer{some}", found, notes=[*notes, *([said] if said else [])])
 
@@ -160,7 +162,7 @@ def _component_table(lens: JointJetLens, rows: list[dict[str, Any]]) -> Table:
         {
             "component": row["component"],
             "mean effect": signed(row["effect"]),
-            "95%": f"{signed(row['low'])} to {signed(row['high'])}",
+            "95%": f"{signed(row['low'])} to {signed(row['high'])}" if len(lens.tokens) >= FEWEST else "",
             "raises it in": f"{row['raises']:.0%}",
         }
         for row in (rows[i] for i in sorted(largest))

@@ -16,7 +16,7 @@ from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, together
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
-from tl_jets.core.intervals import bootstrap_interval, median_intervals
+from tl_jets.core.intervals import FEWEST, bootstrap_interval, median_intervals
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.processes import Processes
 from tl_jets.core.prompts import over_prompts, read_rows
@@ -101,12 +101,13 @@ def _sums(options: argparse.Namespace, many: Prompts, targets: list[int]) -> dic
 
 
 def _spread(name: str, values: Tensor | None) -> dict[str, float | None]:
-    """Mean over prompts, its 95% bootstrap interval, and the median."""
+    """Mean over prompts, its 95% bootstrap interval (NaN below six), and the median."""
     names = (name, f"{name}_low", f"{name}_high", f"{name}_median")
     if values is None:
         return dict.fromkeys(names)
     values = values.double().cpu()
-    found = float(values.mean()), *bootstrap_interval(values), float(values.quantile(0.5))
+    ends = bootstrap_interval(values) if len(values) >= FEWEST else (float("nan"), float("nan"))
+    found = float(values.mean()), *ends, float(values.quantile(0.5))
     return dict(zip(names, found, strict=True))
 
 

@@ -21,6 +21,8 @@ from tl_jets.core.measures import check_seed
 from tl_jets.core.options import check_choice, check_integers
 
 Reduce = Literal["mean", "sum"]
+# Fewer prompts give no 95% interval worth showing: order statistics have none, and the bootstrap's is too narrow.
+FEWEST = 6
 
 CONFIDENCE = 0.95
 # Size of a batch of resampled values.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.intervals import FEWEST
 from tl_jets.core.measures import MEASURES
 from tl_jets.core.options import check_choice
 from tl_jets.core.selection import positions_of
@@ -119,8 +120,8 @@ def measures(
         ax: Axes to draw on, for a single measure; None for a new figure.
 
     Returns:
-        The figure. Logarithmic axes omit values below 1e-6 (rounding), such as the line of the final stream. Of several
-        prompts, bands (of bars: lines) are the 95% bootstrap intervals of the means over prompts.
+        The figure. Logarithmic axes omit values below 1e-6 (rounding), such as the line of the final stream. Of six or
+        more prompts, bands (of bars: lines) are the 95% bootstrap intervals of the means over prompts.
 
     Raises:
         ValueError: The lens has no measures, a measure is unknown, or one axes is given for several.
@@ -182,7 +183,7 @@ def _iterative_cells(
 
 def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log: bool | None) -> None:
     """Draw one measure of an iterative lens, and its control."""
-    spread = len(lens.tokens) > 1
+    spread = len(lens.tokens) >= FEWEST
     table = lens.average(include_sinks=lens.only_sinks, spread=spread)
     by_order = against == "layer"
     lines, ticks = (lens.orders, lens.labels) if by_order else (lens.labels, lens.orders)
@@ -226,7 +227,7 @@ def _spans_decades(values: np.ndarray) -> bool:
 
 def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
     """Draw one measure of a joint lens, of uniform weights (light), and of random centers with either (gray)."""
-    spread = len(lens.tokens) > 1
+    spread = len(lens.tokens) >= FEWEST
     table = lens.average(include_sinks=lens.only_sinks, spread=spread)
     panel.bar(range(len(table)), table[name], color=[COLORS[0], COLORS[4], "0.55", "0.8"], width=0.6)
     if spread:
