@@ -13,7 +13,7 @@ import zoo
 
 import tl_jets as tj
 from tl_jets.ngrams import untrained_tokens
-from tl_jets.studies import ablation_check, compare_with_counts, diff, mass, ngram_counts, roles, track
+from tl_jets.studies import ablation_check, compare_with_counts, diff, mass, ngram_counts, roles, sketch, track
 
 # Only a base of others.
 BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult"}
@@ -68,6 +68,8 @@ def _of_n_grams(network: Any, other: Any) -> list[Any]:
     made += [mass(network, [(3, 4), (5, 6)], controls=2), diff(network, other, top_k=3, progress=False)]
     made += [track({1: network, "end": other}, pairs=[(3, 4), (5, 6)], controls=2, progress=False)]
     made += [compare_with_counts(network, counts, n=3, controls=2, progress=False)]
+    texts = torch.tensor([[3, 4, 5, 6], [7, 4, 5, 3]])
+    made += [sketch(network, texts[:1], texts[1:], progress=False)]
     return [*made, ablation_check(network, "0_mlp", top_k=3, n_random=2)]
 
 

@@ -17,6 +17,7 @@ from tl_jets.studies.heads import HeadScores, head_scores
 from tl_jets.studies.masses import Mass, mass
 from tl_jets.studies.overlap import hit_ratio, pseudo_joint
 from tl_jets.studies.pairs import RowScores, pair_scores
+from tl_jets.studies.sketches import Sketch, sketch
 from tl_jets.studies.text_comparison import TextComparison, best_joint, compare_with_counts
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ModelDiff",
     "Roles",
     "RowScores",
+    "Sketch",
     "TextComparison",
     "Track",
     "ablation_check",
@@ -40,6 +42,7 @@ __all__ = [
     "pair_scores",
     "pseudo_joint",
     "roles",
+    "sketch",
     "track",
     "track_by_path",
     "unigram_probabilities",
