@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -73,7 +73,9 @@ class KneserNey:
 def _order(ids: np.ndarray, counts: np.ndarray) -> _Order:
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     frame = pd.DataFrame(ids[:, :-1])
-    groups = {(): np.arange(len(ids))} if ids.shape[1] == 1 else frame.groupby(list(frame.columns)).indices
+    groups: dict[Any, np.ndarray] = (
+        {(): np.arange(len(ids))} if ids.shape[1] == 1 else frame.groupby(list(frame.columns)).indices
+    )
     after = {
         tuple(np.atleast_1d(context).tolist()): (ids[rows, -1], counts[rows].astype(float))
         for context, rows in groups.items()
