@@ -28,12 +28,22 @@ KINDS = [
         "DetachedSpectra",
         "FirstOrderEffects",
         "Flow",
+        "HeadScores",
         "Interactions",
         "IterativeJetLens",
         "JetCache",
     ),
     *("JointFlow", "JointJetLens", "Mass", "Measures", "ModelDiff", "NgramTable", "PatchingComparison", "PathCache"),
-    *("PathStatistics", "Roles", "SimplexSolution", "SingularVectors", "Sinks", "TextComparison", "TraceValues"),
+    *(
+        "PathStatistics",
+        "Roles",
+        "SimplexSolution",
+        "SingularVectors",
+        "Sinks",
+        "Sketch",
+        "TextComparison",
+        "TraceValues",
+    ),
     *("Track", "UntrainedTokens", "Verdict"),
 ]
 

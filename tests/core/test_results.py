@@ -114,7 +114,10 @@ def test_top_tokens_say_what_they_take():
         with pytest.raises(ValueError, match=f"k must be between 1 and d_vocab = {zoo.D_VOCAB}, got 0"):
             result.top_tokens(0)
     for result in (joint_jet_lens(network, prompt), tj.iterative_jet_lens(network, prompt), paths.statistics()):
-        with pytest.raises(TypeError, match=r"tokenizer must be a Hugging Face tokenizer, or None; got 3\. How many"):
+        with pytest.raises(
+            TypeError,
+            match=r"tokenizer must be a Hugging Face tokenizer, or None; got 3\. The number of tokens is an option",
+        ):
             result.top_tokens(3)
     best = paths.top_tokens(2)
     assert isinstance(best, tj.TopTokens)
@@ -165,7 +168,16 @@ def test_all_tensors_of_a_result_move(movable):
 # What belongs to another result, which names the model.
 PARTS = {"Measures", "Sinks", "Verdict", "SimplexSolution", "SingularVectors", "BlockNorms"}
 # Results with a control at random hold its seed.
-SEEDED = {"Flow", "IterativeJetLens", "JointJetLens", "Interactions", "JointFlow", "CircuitFaithfulness"}
+SEEDED = {
+    "Flow",
+    "IterativeJetLens",
+    "JointJetLens",
+    "Interactions",
+    "JointFlow",
+    "CircuitFaithfulness",
+    "HeadScores",
+    "Sketch",
+}
 
 
 def test_every_result_names_its_model_and_the_seed_of_its_control(movable, tmp_path):

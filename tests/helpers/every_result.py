@@ -13,7 +13,17 @@ import zoo
 
 import tl_jets as tj
 from tl_jets.ngrams import untrained_tokens
-from tl_jets.studies import ablation_check, compare_with_counts, diff, mass, ngram_counts, roles, sketch, track
+from tl_jets.studies import (
+    ablation_check,
+    compare_with_counts,
+    diff,
+    head_scores,
+    mass,
+    ngram_counts,
+    roles,
+    sketch,
+    track,
+)
 
 # Only a base of others.
 BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult"}
@@ -69,6 +79,7 @@ def _of_n_grams(network: Any, other: Any) -> list[Any]:
     made += [track({1: network, "end": other}, pairs=[(3, 4), (5, 6)], controls=2, progress=False)]
     made += [compare_with_counts(network, counts, n=3, controls=2, progress=False)]
     texts = torch.tensor([[3, 4, 5, 6], [7, 4, 5, 3]])
+    made += [head_scores(network, layers=[0], n_tokens=8, observe=1, length=6, progress=False)]
     made += [sketch(network, texts[:1], texts[1:], progress=False)]
     return [*made, ablation_check(network, "0_mlp", top_k=3, n_random=2)]
 

@@ -123,11 +123,12 @@ def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[
 
 def _readings(asked: Read, acts: Any, target: int) -> dict[str, list[float]]:
     """The target's logit and probability, as the model itself gives them: in the clean and in the intervened run."""
-    other = acts
+    view: Any = asked.network.view
+    runs: list[Any] = [asked.trace, acts]
     if isinstance(acts, list):
-        with asked.network.view.hooks(acts):
-            other = asked.network.trace(asked.trace.tokens)
-    logits = [run.logits[0, asked.position].double() for run in (asked.trace, other)]
+        with view.hooks(acts):
+            runs[1] = asked.network.trace(asked.trace.tokens)
+    logits = [run.logits[0, asked.position].double() for run in runs]
     probabilities = [float(own.softmax(-1)[target]) for own in logits]
     return {"logit": [float(own[target]) for own in logits], "probability": probabilities}
 

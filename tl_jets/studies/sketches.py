@@ -20,7 +20,7 @@ tables are those of shuffled tokens, with weights of its own; and models of a co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.logit_reader import slices
+from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
 from tl_jets.jets.simplex import SimplexSolution, gram, simplex_qp
-from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.head_maps import HeadReader
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams
@@ -66,7 +66,8 @@ class Sketch(Result):
         n_fitted: Number of fitted predictions.
         n_held_out: Number of held-out predictions.
         distance: Places from key to query.
-        fingerprint: Of the model's weights.
+        seed: Seed of the shuffled tokens.
+        model: Name of the model and a digest of its weights.
     """
 
     labels: list[str]
@@ -79,7 +80,8 @@ class Sketch(Result):
     n_fitted: int
     n_held_out: int
     distance: int = 1
-    fingerprint: str = field(default="", repr=False)
+    seed: int = 0
+    model: str | None = None
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per predictor: nats and perplexity per held-out token, and KL(model || predictor) in nats."""
@@ -180,7 +182,8 @@ def sketch(
         nats,
         kl,
         **counts,
-        fingerprint=fingerprint(network),
+        seed=seed,
+        model=model_mark(network),
     )
 
 
