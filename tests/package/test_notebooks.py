@@ -176,7 +176,7 @@ _Steering._map = lambda steering, positions: 1.01 * own(steering, positions)
 FLOWS = """
 import dataclasses, tl_jets.flows.sweep as broken
 own = broken._Sweep.result
-broken._Sweep.result = lambda sweep: dataclasses.replace(own(sweep), flow=1.01 * own(sweep).flow)
+broken._Sweep.result = lambda sweep: dataclasses.replace(found := own(sweep), flow=1.01 * found.flow)
 """
 TRIGRAMS = """
 from tl_jets.ngrams.join import HeadMaps

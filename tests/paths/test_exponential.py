@@ -419,7 +419,7 @@ def test_left_padding_and_batches_change_no_path(spec):
             assert oracles.relative_error(paths[path][row : row + 1, -length:], alone[path]) < 1e-10, path
     assert paths.valid.tolist() == mask.bool().tolist()
     last = detached(net, max_length=2)(tokens, attention_mask=mask, positions=-1)
-    assert last.truth.shape == (2, 1, model.cfg.d_model) and last.positions == [6]
+    assert last.truth.shape == (2, 1, model.cfg.d_model) and last.columns == [6]
     for path in paths:
         assert oracles.relative_error(last[path][:, 0], paths[path][:, -1]) < 1e-12
 

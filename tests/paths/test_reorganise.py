@@ -328,7 +328,7 @@ def test_all_paths_of_a_model_with_padding_hooks_and_heads(spec):
         paths = reorganized_expansion(net, max_centers=512)(trace, positions=[-2, -1])
         for label in ("edit:blocks.1.hook_resid_pre > ln_final", "edit:blocks.0.hook_resid_pre > 0_attn > ln_final"):
             assert label in paths, label
-        assert paths.positions == [5, 6]
+        assert paths.columns == [5, 6]
         whole = reorganized_expansion(net, max_centers=512)(trace)
         assert whole.check().passed and whole.check().sum_error < TOLERANCE
         total = sum(whole.logits(path) for path in whole) + whole.remainder_logits()

@@ -169,7 +169,7 @@ class _Sweep:
         covectors = self.last = self._from_target(len(base.stages) + 1)
         # Read at once: every look at a device waits for it.
         flags = [self.runs.stream(stage.stream)[1].any() for stage in base.stages]
-        self.moved = torch.stack(flags).tolist()
+        self.moved = torch.stack(flags).tolist() if flags else []
         self.written = self._all_written() if self.by_edge else {}
         for index in reversed(range(len(base.stages))):
             stage = base.stages[index]
@@ -323,6 +323,8 @@ class _Sweep:
 
     def _kept(self) -> Tensor:
         """Indices of the components that changed, from the first to the last."""
+        if not self.changed:
+            return torch.arange(0, device=self.effect.device)
         return torch.stack(self.changed[::-1]).nonzero()[:, 0]
 
     def _edges(self, n_pos: int) -> Tensor:
@@ -334,14 +336,15 @@ class _Sweep:
 
     def _warn(self, found: Flow) -> None:
         """Warn of effects that stay open, and of prompts that the intervention does not reach."""
-        missed = (found.effect == 0).flatten(1).all(1).nonzero().flatten().tolist()
+        unmoved, still_open = (found.effect == 0).flatten(1).all(1), (~found.closed).sum()
+        *reached, still_open = torch.cat([~unmoved, still_open[None]]).tolist()  # one wait for a device
+        missed = [prompt for prompt, is_reached in enumerate(reached) if not is_reached]
         if missed:
             warn_caller(
                 f"The intervention moves no target of prompts {missed}: it does nothing there, or acts on padding or after the "
                 f"positions that are read. Positions in hooks are columns of the padded row, -1 its last.",
                 UserWarning,
             )
-        still_open = int((~found.closed).sum())
         if still_open:
             warn_caller(
                 f"{still_open} of {found.closed.numel()} effects stay open: the error of the nodes is up to "

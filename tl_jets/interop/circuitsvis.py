@@ -30,10 +30,11 @@ from tl_jets.core.selection import positions_of
 from tl_jets.core.trace import Trace
 from tl_jets.interop.attention_views import attention_view
 from tl_jets.interop.frames import framed, inert, inert_names
-from tl_jets.interop.values_by_token import series_table
+from tl_jets.interop.values_by_token import series_table, sink_places
 from tl_jets.jets.cache import JetCache
 from tl_jets.lenses.iterative import IterativeJetLens
 from tl_jets.ngrams.tables import NgramTable
+from tl_jets.views.flow_cells import SINK
 from tl_jets.views.pages import View
 
 CircuitsView = Literal[
@@ -100,8 +101,14 @@ def to_circuitsvis(
         return attention_view(view or "attention_heads", result, labels, prompt, top_k, height)
     if view == "token_log_probs":
         return _token_log_probs(result, labels, order, trace, prompt, top_k, height)
-    table = series_table(result, measure, labels, order, target, prompt)
-    return _token_values(view, *table, prompt, top_k, height)
+    table, series, drawn, about = series_table(result, measure, labels, order, target, prompt)
+    places = [pos for pos, _ in table.columns]
+    sinks = sink_places(result, prompt) & set(places)
+    if sinks and len(sinks) < len(places):
+        about += f"; {SINK} an attention sink, which does not set the range of colors"
+    else:
+        sinks = set()
+    return _token_values(view, table, series, drawn, about, [pos in sinks for pos in places], prompt, top_k, height)
 
 
 def _token_values(
@@ -110,14 +117,17 @@ def _token_values(
     series: str,
     measure: str,
     about: str,
+    sinks: list[bool],
     prompt: int,
     top_k: int,
     height: int | None,
 ) -> View:
     """A `series_table` as one of the views of values by token."""
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
-    tokens, names = [inert(token) for _, token in table.columns], [inert(str(label)) for label in table.index]
-    title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
+    tokens = [inert(token) + SINK * sink for (_, token), sink in zip(table.columns, sinks, strict=True)]
+    names = [inert(str(label)) for label in table.index]
+    what = {"effect": "effect on the centered logit"}.get(measure, measure)
+    title = f"{what} by {series.replace('out_pos', 'output position')}{about}"
     if view == "topk_tokens":
         return framed(
             title, "TopkTokens", _topk_tokens(values, tokens, names, series, measure, prompt, top_k), height or 420
@@ -126,7 +136,8 @@ def _token_values(
         props = {"tokens": tokens, "activations": values.T[:, None].tolist(), "firstDimensionName": "Measure"}
         props |= {"secondDimensionName": series, "firstDimensionLabels": [measure], "secondDimensionLabels": names}
         return framed(title, "TextNeuronActivations", props, height or 220)
-    return _colored_tokens(view, title, series, values, tokens, names, height)
+    bound = max(float(values[:, ~torch.tensor(sinks, device="cpu")].abs().max()), 1e-7)
+    return _colored_tokens(view, title, series, values, bound, tokens, names, height)
 
 
 def _colored_tokens(
@@ -134,12 +145,12 @@ def _colored_tokens(
     title: str,
     series: str,
     values: Tensor,
+    bound: float,
     tokens: list[str],
     names: list[str],
     height: int | None,
 ) -> View:
     """Tokens colored by a series, or by several with a button for each; colors are symmetric around 0 if there are signs."""
-    bound = max(float(values.abs().max()), 1e-7)
     is_signed = bool((values < 0).any())
     if view == "colored_tokens":
         if len(names) != 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+import torch
 
 from tl_jets.core.options import check_choice
-from tl_jets.core.selection import ANSWER
+from tl_jets.core.selection import ANSWER, positions_at
 from tl_jets.flows import Flow
 
 # What the rows of one token are told apart by, in tables of results: the first column that is there.
@@ -31,6 +32,20 @@ def _of_flow(flow: Flow) -> pd.DataFrame:
             f"with nodes='auto'."
         )
     return flow.by_position_dataframe().drop(columns=["pos", "closed"]).rename(columns={"write_pos": "pos"})
+
+
+def sink_places(result: Any, prompt: int) -> set[int]:
+    """Positions of a prompt's attention sinks, as such a table counts them; none where the result does not know."""
+    if isinstance(result, Flow):
+        if result.prompt_sinks is None or result.prompt_tokens is None:
+            return set()
+        real = result.prompt_tokens[prompt, 0] >= 0
+        return set(result.prompt_sinks[prompt, 0][real].nonzero().flatten().tolist())
+    sinks, positions = getattr(result, "sinks", None), getattr(result, "positions", None)
+    if sinks is None or positions is None:
+        return set()
+    cells = sinks.mask[prompt].nonzero().flatten()
+    return set(positions_at(positions, torch.full_like(cells, prompt), cells))
 
 
 def is_number(column: pd.Series) -> bool:

@@ -143,7 +143,7 @@ class JointJetLens(LensResult):
         keep = components.rows.keep
         here = keep[prompt, wanted]
         row = (keep.flatten().cumsum(0) - 1).view_as(keep)[prompt, wanted][here]
-        centers = components.at(row, labels)
+        centers = components.at(row, [components.labels[i] for i in chosen])
         found = top_tokens(centers.decoder, centers.jets, bias_weight=centers.bias_weights, k=k)
         beyond = found.values - mean_logits(centers.decoder, centers.jets, centers.bias_weights)[..., None]
         values = self.weights.new_full((len(chosen), len(wanted), k), float("nan"))

@@ -334,7 +334,7 @@ class ReorganizedExpansion(Expansion):
             terms,
             weights=weights[:, None, None].expand(-1, *truth.shape[:-1]),
             truth=truth,
-            positions=list(range(truth.shape[1])),
+            columns=list(range(truth.shape[1])),
         )
         ordered = dict(reversed(remainders.items())) | {DECODER_STEP: found.relative_remainder}
         return replace(found, remainders=ordered)
