@@ -69,6 +69,19 @@ def tokens_of(world, prompt=0):
     return [names[token] for token in world["trace"].tokens[prompt][world["trace"].valid[prompt]].tolist()]
 
 
+def marked(world, result, prompt=0):
+    """The tokens, with a dagger at attention sinks."""
+    sinks = result.sinks.mask[prompt][result.valid[prompt]].tolist()
+    return [token + "\u2020" * sink for token, sink in zip(tokens_of(world, prompt), sinks, strict=True)]
+
+
+def bound_of(values, result, prompt=0):
+    """The largest size of values [series, pos] at real positions that are no attention sinks."""
+    sinks = result.sinks.mask[prompt][result.valid[prompt]]
+    assert bool(sinks.any()) and not bool(sinks.all())
+    return pytest.approx(float(values[:, ~sinks].abs().max()))
+
+
 def test_a_measure_of_every_layer(world):
     lens = world["lens"]
     for prompt, order in ((0, 0), (1, None)):
@@ -76,8 +89,9 @@ def test_a_measure_of_every_layer(world):
         found = props(view)
         wanted = lens.kl[:, -1 if order is None else order, prompt][:, lens.valid[prompt]]
         close(found["values"], wanted.T)
-        assert found["labels"] == lens.labels and found["tokens"] == tokens_of(world, prompt)
-        assert found["positiveBounds"] == [pytest.approx(float(wanted.max()))] * len(lens.labels)
+        assert found["labels"] == lens.labels and found["tokens"] == marked(world, lens, prompt)
+        assert found["positiveBounds"] == [bound_of(wanted, lens, prompt)] * len(lens.labels)
+        assert "an attention sink, which does not set the range of colors" in view.title
         assert set(found["negativeBounds"]) == {-1e-7}  # of what is never below zero, which is white
 
 
@@ -88,9 +102,8 @@ def test_effects_of_components(world, target):
     found = props(tj.to_circuitsvis(joint, target=target))
     wanted = joint.effects[:, 0, :, index][:, joint.valid[0]]
     close(found["values"], wanted.T)
-    bound = float(wanted.abs().max())
-    assert found["positiveBounds"] == [pytest.approx(bound)] * len(joint.labels)
-    assert found["negativeBounds"] == [pytest.approx(-bound)] * len(joint.labels)
+    assert found["positiveBounds"] == [bound_of(wanted, joint)] * len(joint.labels)
+    assert found["negativeBounds"] == [-bound for bound in found["positiveBounds"]]
 
 
 def test_effects_on_the_model_s_own_answer_at_every_position(world):
@@ -122,7 +135,7 @@ def test_one_series(world):
     found = props(tj.to_circuitsvis(lens, "colored_tokens", measure="cosine", labels="1_pre", order=1))
     wanted = lens.cosine[lens.labels.index("1_pre"), 1, 0][lens.valid[0]]
     close(found["values"], wanted)
-    assert found["maxValue"] == pytest.approx(float(wanted.abs().max()))
+    assert found["maxValue"] == bound_of(wanted[None], lens)
     assert found["minValue"] in (0, -found["maxValue"])
 
 

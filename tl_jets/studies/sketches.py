@@ -203,7 +203,10 @@ class _Components:
         if layers is None:
             layers = [] if isinstance(view, CallableModel) else range(view.n_layers)
         self.decoder, self.progress = network.decoder, progress
-        self.readers = [HeadReader(network, layer) for layer in layers]
+        self.readers: list[HeadReader] = []
+        for layer in layers:
+            shared = self.readers[0].streams if self.readers else None
+            self.readers.append(HeadReader(network, layer, shared))
         self.scores = [reader.scores(distance) for reader in self.readers]
         self.labels = [*self.streams.paths, *(f"{layer}_attn" for layer in layers)]
         if not self.labels:
