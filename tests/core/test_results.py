@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 import zoo
-from every_result import classes_of, every_result
+from every_result import classes_of, every_result, of_every_result
 
 import tl_jets as tj
 from tl_jets import ResidualNetwork, jet_expand, joint_jet_lens
@@ -181,7 +181,7 @@ SEEDED = {
 
 
 def test_every_result_names_its_model_and_the_seed_of_its_control(movable, tmp_path):
-    mark = model_mark(ResidualNetwork(zoo.build(RAW[2])))
+    mark = model_mark(ResidualNetwork(zoo.build(of_every_result())))
     for kind, result in movable.items():
         if kind.__name__ not in PARTS:
             assert tj.load(result.save(tmp_path / "result")).model == mark, kind

@@ -413,8 +413,7 @@ def test_only_hooked_blocks_are_edited(tinydocs):
 
 def test_an_intervention_that_reaches_no_prompt_is_said():
     """Positions of hooks are columns of the padded row: the last one of a shorter prompt is padding."""
-    (spec,) = models("llama")
-    model = zoo.build(spec)
+    model = zoo.build(models("llama")[0])
     hooks = tj.ablation_hooks(model, "0_mlp", positions=[-1])
     with pytest.warns(
         UserWarning, match=r"moves no target of prompts \[1\]: it does nothing there, or acts on padding"

@@ -35,10 +35,15 @@ def classes_of(kind: Any) -> set[Any]:
     return found.union(*map(classes_of, kind.__subclasses__()))
 
 
+def of_every_result() -> Any:
+    """The model that `every_result` is of."""
+    return next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw")
+
+
 @cache
 def every_result() -> dict[type, Any]:
     """A result of every kind, by class, of two prompts where it is of prompts."""
-    spec = next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw")
+    spec = of_every_result()
     network, other = (tj.ResidualNetwork(model) for model in (zoo.build(spec), zoo.fresh(spec, seed=1)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -238,7 +238,7 @@ def test_the_command_answers_on_one_screen(folder):
     lines = done.stdout.splitlines()
     assert len(lines) <= 45 and max(map(len, lines)) <= 100
     spoken = " ".join(" ".join(lines[:4]).split())
-    assert "nothing of its own" in spoken and re.search(r"diverges at \d+ of 30 layers", spoken)
+    assert "of its own at any layer: " in spoken and re.search(r"diverges at \d+ of 30 layers", spoken)
     assert any(line.startswith("answer  ·Paris") for line in lines)
     assert any(re.match(r"29_mlp_out\s+\+3\.\d", line) for line in lines)
 

@@ -82,8 +82,8 @@ def _layers(
         rows.append(row)
     some = "" if len(rows) == len(lens.labels) else f", where something changes: {len(rows)} of {len(lens.labels)}"
     title = f"What each layer says{some}"
-    borrowed = "" if lens.orders[-1] == 0 else "; [in square ones]: borrowed from the model's own answer"
-    note = f"(in brackets): the KL of random vectors, median of {1 + len(draws)}; * beats nine in ten of them{borrowed}"
+    borrowed = "" if lens.orders[-1] == 0 else "; [square]: a borrowed answer"
+    note = f"(round): median KL of {1 + len(draws)} random vectors; *: below nine in ten{borrowed}"
     return Table(title, rows, notes=[note])
 
 

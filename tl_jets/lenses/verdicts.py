@@ -114,9 +114,8 @@ class Verdict(Result):
             return "the control is as good"
         best = int(torch.where(chosen, self.ratio[:end, k], torch.inf).argmin())
         return (
-            f"it is nearer to the model than the median control at {_where(self.labels, chosen.tolist())}, but nowhere "
-            f"than nine in ten (best: {self.labels[best]}, KL {float(self.ratio[best, k]):.2f} of the control's, nearer than "
-            f"{float(self.wins[best, k]):.0%} of draws)"
+            f"best at {self.labels[best]}, KL {float(self.ratio[best, k]):.2f} of the median control's, below "
+            f"{float(self.wins[best, k]):.0%} of draws"
         )
 
     def _lead(self) -> str:

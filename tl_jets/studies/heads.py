@@ -2,7 +2,8 @@ r"""Copying and previous-token scores of every head from the weights, and the at
 
 **Copying.** Row z of a head's matrix M holds the centered logits of what the head writes of token z,
 
-.. math:: M_{z z'} = \upsilon_c\bigl(OV_h(x_z)\bigr)_{z'}, \qquad \text{copying} = \sum_i \lambda_i \Big/ \sum_i |\lambda_i| ,
+.. math::
+    M_{z z'} = \upsilon_c\bigl(OV_h(x_z)\bigr)_{z'}, \qquad \text{copying} = \sum_i \lambda_i \Big/ \sum_i |\lambda_i| ,
 
 with the norms at their own scale for each token (`tl_jets.ngrams.head_maps`) and the eigenvalues of M. It is 1 for a head that
 raises what it reads, and -1 for one that lowers it. `copied` is the share of tokens whose own logit is among the largest 1% of

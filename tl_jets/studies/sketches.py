@@ -1,6 +1,7 @@
 r"""The sketch of a model by its n-grams: how well they predict text and the model, mixed with one weight each.
 
-.. math:: \text{sketch}(t) = W_U \sum_i w_i \, e_i(t) + b_U, \qquad w \ge 0, \quad \sum_i w_i \le 1
+.. math::
+    \text{sketch}(t) = W_U \sum_i w_i \, e_i(t) + b_U, \qquad w \ge 0, \quad \sum_i w_i \le 1
 
 The e_i are what paths hold at position t, after the final norm, functions of token ids alone:
 
