@@ -63,6 +63,8 @@ def to_circuitsvis(
 ) -> View:
     """A result as a circuitsvis view: `.html`, `.save(file)`, or the last line of a notebook cell.
 
+    Values by token mark attention sinks by a dagger; the range of colors is that of the other tokens.
+
     Args:
         result: A result whose `to_dataframe()` has values by token: a lens, path statistics, a `JetCache`, a detached
             Jacobian; a `Flow` by position. A list or dict of detached Jacobians is a map per entry. Or a `Trace`, whose
@@ -104,10 +106,7 @@ def to_circuitsvis(
     table, series, drawn, about = series_table(result, measure, labels, order, target, prompt)
     places = [pos for pos, _ in table.columns]
     sinks = sink_places(result, prompt) & set(places)
-    if sinks and len(sinks) < len(places):
-        about += f"; {SINK} an attention sink, which does not set the range of colors"
-    else:
-        sinks = set()
+    sinks = sinks if len(sinks) < len(places) else set()
     return _token_values(view, table, series, drawn, about, [pos in sinks for pos in places], prompt, top_k, height)
 
 
@@ -126,8 +125,7 @@ def _token_values(
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
     tokens = [inert(token) + SINK * sink for (_, token), sink in zip(table.columns, sinks, strict=True)]
     names = [inert(str(label)) for label in table.index]
-    what = {"effect": "effect on the centered logit"}.get(measure, measure)
-    title = f"{what} by {series.replace('out_pos', 'output position')}{about}"
+    title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
     if view == "topk_tokens":
         return framed(
             title, "TopkTokens", _topk_tokens(values, tokens, names, series, measure, prompt, top_k), height or 420

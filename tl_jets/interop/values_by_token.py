@@ -44,7 +44,10 @@ def sink_places(result: Any, prompt: int) -> set[int]:
     sinks, positions = getattr(result, "sinks", None), getattr(result, "positions", None)
     if sinks is None or positions is None:
         return set()
-    cells = sinks.mask[prompt].nonzero().flatten()
+    mask = sinks if isinstance(sinks, torch.Tensor) else sinks.mask
+    if mask.ndim != 2:  # a cut cache
+        return set()
+    cells = mask[prompt].nonzero().flatten()
     return set(positions_at(positions, torch.full_like(cells, prompt), cells))
 
 
