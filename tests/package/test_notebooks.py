@@ -132,19 +132,7 @@ def test_it_runs(path, monkeypatch):
         assert shown(before) == shown(after), before.source
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Circuitsvis",
-        "Detached_Jacobian",
-        "Findings",
-        "Flow",
-        "Jet_Lens",
-        "Jet_Ngrams",
-        "Jet_Paths",
-        "Jets_with_Patching",
-    ],
-)
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_it_is_not_about_the_embedded_model_alone(name, monkeypatch):
     """Another architecture, with random weights: every cell runs and every check holds."""
     notebook = read(ROOT / "demos" / f"{name}.ipynb")

@@ -290,7 +290,7 @@ def test_attributions_add_up_and_stand_beside_ablations(model, network, trace):
         )[0, 3].double()
         assert lost == pytest.approx(float(logits[token] - logits.mean() - hooked[token] + hooked.mean()), abs=1e-4)
     assert marks and "w7" in ax.get_xlabel()
-    with pytest.raises(ValueError, match="cell must be indices of prompt, position and target within"):
+    with pytest.raises(ValueError, match="cell must be indices of prompt, read position and target within"):
         figures.attributions(joint, cell=(0, 9, 0))
     with pytest.raises(ValueError, match="cell must be at a real position"):
         figures.attributions(joint, cell=(1, 0 if not bool(joint.valid[1, 0]) else -1, 0))

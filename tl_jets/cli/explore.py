@@ -9,6 +9,7 @@ from typing import Any
 from tl_jets.cli.report import Report, header
 from tl_jets.cli.session import UsageError, read, steps
 from tl_jets.core.numerals import signed
+from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.flows import flow
 from tl_jets.interventions.hooks import ablation_hooks
 from tl_jets.views import explorer
@@ -60,7 +61,7 @@ def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
     labels, n = lens["labels"], len(lens["labels"])
     leads = [layer[0][pos] == 0 for layer in lens["rank"]]
     first = next((i for i in range(n) if all(leads[i:])), n - 1)
-    own = sum(kl[0][pos] < control[0][pos] for kl, control in zip(lens["kl"], lens["control_kl"], strict=True))
+    own = sum(lens["kl"][i][0][pos] < lens["control_kl"][i][0][pos] for i in range(n) if labels[i] != FINAL_STREAM)
     where = "at the end only" if first == n - 1 else f"from {labels[first]} on"
     effects = sorted(
         zip((row[pos] for row in parts["effects"]), parts["labels"], strict=True), key=lambda x: -abs(x[0])
@@ -68,7 +69,8 @@ def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
     largest = ", ".join(f"{label} {signed(effect)}" for effect, label in effects[:3])
     total = signed(sum(effect for effect, _ in effects))
     return [
-        f"The answer {answer} leads {where} (order 0, the logit lens), which beats a random vector at {own} of {n} layers.",
+        f"The answer {answer} leads {where} (order 0, the logit lens), which is nearer to the model than one random vector at "
+        f"{own} of {n - (FINAL_STREAM in labels)} layers.",
         f"Components that add most to its centered logit, {total} in all: {largest}.",
     ]
 

@@ -46,11 +46,11 @@ def report(options: argparse.Namespace) -> Report:
         if options.measure == "centered":
             target = answer if target is None else target
         given = {"targets": target, "against": against, "measure": options.measure, "positions": asked.position}
-        acts, positions = _intervention(options, kind, asked)
+        acts, ablation, positions = _intervention(options, kind, asked)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", OPEN, UserWarning)
             if kind == "joint":
-                found: Flow | JointFlow = _joint(options, asked, positions, given)
+                found: Flow | JointFlow = _joint(options, asked, ablation, positions, given)
             else:
                 found = _flow(options, asked, acts, given)
     said = asked.token(answer) if target is None else asked.token(target)
@@ -112,13 +112,13 @@ def _ablation(options: argparse.Namespace, asked: Read) -> tuple[dict[str, Any],
     return {"mode": options.mode, "reference": reference, "seed": options.seed}, positions
 
 
-def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[Any, list[int] | None]:
-    """Hooks of an ablation and its positions, or the trace of another prompt."""
+def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[Any, dict[str, Any], list[int] | None]:
+    """Hooks of an ablation, its options and positions, or the trace of another prompt."""
     if kind == "corrupted":
-        return asked.network.trace(asked.network.tokenize(options.corrupted, prepend_bos=options.prepend_bos)), None
+        return asked.network.trace(asked.network.tokenize(options.corrupted, prepend_bos=options.prepend_bos)), {}, None
     ablation, positions = _ablation(options, asked)
     hooks = ablation_hooks(asked.network, getattr(options, kind), positions=positions, **ablation)
-    return hooks, positions
+    return hooks, ablation, positions
 
 
 def _readings(asked: Read, acts: Any, target: int) -> dict[str, list[float]]:
@@ -156,8 +156,13 @@ def _flow(options: argparse.Namespace, asked: Read, acts: Any, given: dict[str, 
     )
 
 
-def _joint(options: argparse.Namespace, asked: Read, positions: list[int] | None, given: dict[str, Any]) -> JointFlow:
-    ablation, _ = _ablation(options, asked)
+def _joint(
+    options: argparse.Namespace,
+    asked: Read,
+    ablation: dict[str, Any],
+    positions: list[int] | None,
+    given: dict[str, Any],
+) -> JointFlow:
     controls = {} if options.controls is None else {"controls": options.controls}
     return joint_flow(
         asked.network, asked.trace, options.joint, ablated_positions=positions, **ablation, **controls, **given

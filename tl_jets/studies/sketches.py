@@ -147,45 +147,35 @@ def sketch(
         >>> sketch(model, texts[:1], texts[1:], paths=["direct", "mlps"], layers=[0]).labels
         ['direct', 'mlps', '0_attn']
     """
-    network = ResidualNetwork(model).at("sublayer")
     _check_texts(fitting, held_out)
+    network = ResidualNetwork(model).at("sublayer")
     decoder = network.decoder
     components = _Components(network, paths, layers, distance, progress)
-    generator = torch.Generator().manual_seed(seed)
-    known = torch.cat([fitting.flatten(), held_out.flatten()]).cpu().unique()
-    shuffled = torch.arange(int(known.max()) + 1, device="cpu")
-    shuffled[known] = known[torch.randperm(len(known), generator=generator, device="cpu")]
-
-    truth = _final_states(network, fitting)
-    states = components(fitting)
-    solution = _fitted(decoder, states, truth)
-    weights = solution.weights[:-1]
+    shuffled = _shuffled(torch.cat([fitting.flatten(), held_out.flatten()]), seed)
+    truth, final = _final_states(network, fitting), _final_states(network, held_out)
+    solution = _fitted(decoder, components(fitting), truth)
     of_shuffled = _fitted(decoder, components(shuffled[fitting.cpu()]), truth).weights[:-1]
-    del states
-    final = _final_states(network, held_out)
     predicted = {
         "model": final,
-        SKETCH: _mixed(components(held_out), weights),
+        SKETCH: _mixed(components(held_out), solution.weights[:-1]),
         SHUFFLED: _mixed(components(shuffled[held_out.cpu()]), of_shuffled),
         "model's mean state": truth.mean(0).expand_as(final),
     }
     readers = {name: _reader(decoder, state) for name, state in predicted.items()}
     readers |= _corpus_readers(fitting if corpus is None else corpus, held_out, decoder.d_vocab)
     nats, kl = _measured(readers, held_out[:, 1:].flatten())
-    counts = {"n_fitted": len(truth), "n_held_out": len(final), "distance": distance}
     unexplained = float(solution.objective / _size(decoder, truth))
-    return Sketch(
-        components.labels,
-        weights,
-        of_shuffled,
-        unexplained,
-        list(readers),
-        nats,
-        kl,
-        **counts,
-        seed=seed,
-        model=model_mark(network),
-    )
+    measured = (unexplained, list(readers), nats, kl, len(truth), len(final), distance, seed, model_mark(network))
+    return Sketch(components.labels, solution.weights[:-1], of_shuffled, *measured)
+
+
+def _shuffled(tokens: Int[Tensor, " token"], seed: int) -> Int[Tensor, " id"]:
+    """A token for each id: those that occur are permuted among themselves, others stay."""
+    known = tokens.cpu().unique()
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.arange(int(known.max()) + 1, device="cpu")
+    found[known] = known[torch.randperm(len(known), generator=generator, device="cpu")]
+    return found
 
 
 class _Components:

@@ -31,12 +31,14 @@ class Grid(NamedTuple):
     values: Float[Tensor, "row write_pos"]
 
 
-def check_cell(found: Flow | JointFlow, cell: Cell) -> None:
-    """Raise ValueError unless a result has the cell."""
-    if len(cell) != 3 or not all(-n <= i < n for i, n in zip(cell, found.effect.shape, strict=True)):
+def check_cell(shape: Sequence[int], cell: Cell) -> Cell:
+    """The cell by indices from 0; ValueError unless it is within a shape [batch, pos, target]."""
+    if len(cell) != 3 or not all(-n <= i < n for i, n in zip(cell, shape, strict=True)):
         raise ValueError(
-            f"cell must be indices of prompt, read position and target within {list(found.effect.shape)}; got {cell!r}."
+            f"cell must be indices of prompt, read position and target within {list(shape)}; got {cell!r}."
         )
+    batch, pos, target = (i % n for i, n in zip(cell, shape, strict=True))
+    return batch, pos, target
 
 
 def of_cell(values: Float[Tensor, "part batch pos target *rest"], cell: Cell) -> Tensor:
@@ -46,7 +48,7 @@ def of_cell(values: Float[Tensor, "part batch pos target *rest"], cell: Cell) ->
 
 def grids(flow: Flow, cell: Cell) -> list[Grid]:
     """Flows by layer and position of the write, real positions only; heads and neurons of a layer are added up."""
-    check_cell(flow, cell)
+    check_cell(flow.effect.shape, cell)
     if flow.by_position is None or flow.prompt_tokens is None:
         raise ValueError("A heatmap of positions needs flows by position; pass by_position=True to tl_jets.flow.")
     real = flow.prompt_tokens[cell[:2]] >= 0
@@ -111,8 +113,7 @@ def largest_first(values: Tensor, top: int | None) -> list[int]:
 
 def effect_text(found: Flow | JointFlow, cell: Cell) -> str:
     """The effect in words: `effect -2.09 logits on ·Paris`."""
-    check_cell(found, cell)
-    b, p, t = (range(n)[i] for i, n in zip(cell, found.effect.shape, strict=True))
+    b, p, t = check_cell(found.effect.shape, cell)
     target = found._target_text(found.token_names, b, p, t)
     return f"effect {float(found.effect[cell]):+.3g} on {target}{in_unit(found.unit)}"
 

@@ -43,7 +43,7 @@ def flow_table(flow: Flow, *, cell: Cell = FIRST, top: int | None = 12) -> View:
     Raises:
         ValueError: There is no such cell, or top is below 1.
     """
-    check_cell(flow, cell)
+    check_cell(flow.effect.shape, cell)
     title = f"Flow: {effect_text(flow, cell)}"
     if not bool(flow.closed[cell]):
         return View(title, f"<p><b>{text(open_text(flow, cell))}</b></p>")
@@ -119,7 +119,7 @@ def joint_table(joint: JointFlow, *, cell: Cell = FIRST) -> View:
     Raises:
         ValueError: There is no such cell.
     """
-    check_cell(joint, cell)
+    check_cell(joint.effect.shape, cell)
     title = f"Joint flow: {effect_text(joint, cell)}"
     if not bool(joint.closed[cell]):
         return View(title, f"<p><b>{text(open_text(joint, cell))}</b></p>")

@@ -11,7 +11,7 @@ from tl_jets.core.selection import positions_at
 from tl_jets.interventions.ablation_effects import AblationEffect
 from tl_jets.lenses import JointJetLens
 from tl_jets.views.figures.axes import COLORS, SMALL, legible, new_panels, plain
-from tl_jets.views.flow_cells import FIRST, Cell, largest_first, shortened
+from tl_jets.views.flow_cells import FIRST, Cell, check_cell, largest_first, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,13 +79,10 @@ def attributions(
 
 def _inside(joint: JointJetLens, cell: Cell) -> Cell:
     """The cell by indices from 0; ValueError unless the lens has it, at a real position."""
-    shape = joint.effects.shape[1:]
-    if len(cell) != 3 or not all(-n <= i < n for i, n in zip(cell, shape, strict=True)):
-        raise ValueError(f"cell must be indices of prompt, position and target within {list(shape)}; got {cell!r}.")
-    index = tuple(i % n for i, n in zip(cell, shape, strict=True))
+    index = check_cell(joint.effects.shape[1:], cell)
     if not bool(joint.valid[index[:2]]):
         raise ValueError(f"cell must be at a real position; prompt {cell[0]} is padded at {cell[1]}.")
-    return index  # type: ignore[return-value]
+    return index
 
 
 def _lost(joint: JointJetLens, ablations: AblationEffect, index: Cell) -> dict[str, float]:

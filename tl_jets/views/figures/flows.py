@@ -56,7 +56,7 @@ def flow_bars(flow: Flow, *, cell: Cell = FIRST, top: int | None = 20, ax: Axes 
         >>> len(flow_bars(found, top=5).axes[0].patches)
         5
     """
-    check_cell(flow, cell)
+    check_cell(flow.effect.shape, cell)
     values = of_cell(flow.flow, cell)
     order = largest_first(values, top)
     sinks, is_open = at_sinks(flow, cell), open_text(flow, cell)
@@ -87,7 +87,7 @@ def joint_shares(joint: JointFlow, *, cell: Cell = FIRST, ax: Axes | None = None
         ValueError: There is no such cell.
         ImportError: matplotlib is not installed.
     """
-    check_cell(joint, cell)
+    check_cell(joint.effect.shape, cell)
     share, single = of_cell(joint.share, cell), of_cell(joint.single, cell)
     order, is_open = largest_first(share, None), open_text(joint, cell)
     figure, (ax,) = new_panels(ax, 1, (5.5, 0.34 * len(order) + 1.0))
