@@ -34,7 +34,17 @@ KINDS = [
         "IterativeJetLens",
         "JetCache",
     ),
-    *("JointFlow", "JointJetLens", "Mass", "Measures", "ModelDiff", "NgramTable", "PatchingComparison", "PathCache"),
+    *(
+        "JointFlow",
+        "JointJetLens",
+        "Mass",
+        "MassChange",
+        "Measures",
+        "ModelDiff",
+        "NgramTable",
+        "PatchingComparison",
+        "PathCache",
+    ),
     *(
         "PathStatistics",
         "Roles",

@@ -122,6 +122,10 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
     ),
     "bootstrap_interval": (lambda **o: studies.bootstrap_interval(torch.rand(9).double(), **o), ("reduce",)),
     "mass": (lambda **o: studies.mass(network(), [[1, 2]], **o), ("reduce",)),
+    "mass_change": (
+        lambda **o: studies.mass_change({"a": network(), "b": network()}, {"x": [[1, 2]]}, **o),
+        ("reduce",),
+    ),
     "diff": (lambda **o: studies.diff(network(), network(), **o), ("change",)),
     "head_scores": (lambda **o: studies.head_scores(network(), length=2, n_tokens=2, **o), ("stream",)),
     "ngram_counts": (lambda **o: studies.ngram_counts([1, 2, 3, 4], n=2, **o), ("score",)),
@@ -195,6 +199,10 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
     ),
     "hit_ratio": (lambda **o: studies.hit_ratio(bigrams(), bigrams(), **o), {"n": 1}),
     "mass": (lambda **o: studies.mass(network(), [[1, 2]], **o), {"controls": 0, "seed": 0, "bootstrap": 0}),
+    "mass_change": (
+        lambda **o: studies.mass_change({"a": network(), "b": network()}, {"x": [[1, 2]]}, **o),
+        {"controls": 0, "seed": 0, "bootstrap": 0, "contexts": 1},
+    ),
     "diff": (lambda **o: studies.diff(network(), network(), **o), {"top_k": 1}),
     "head_scores": (
         lambda **o: studies.head_scores(network(), **{"length": 2, "n_tokens": 2, **o}),

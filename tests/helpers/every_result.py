@@ -19,6 +19,7 @@ from tl_jets.studies import (
     diff,
     head_scores,
     mass,
+    mass_change,
     ngram_counts,
     roles,
     sketch,
@@ -83,6 +84,8 @@ def _of_n_grams(network: Any, other: Any) -> list[Any]:
     made += [mass(network, [(3, 4), (5, 6)], controls=2), diff(network, other, top_k=3, progress=False)]
     made += [track({1: network, "end": other}, pairs=[(3, 4), (5, 6)], controls=2, progress=False)]
     made += [compare_with_counts(network, counts, n=3, controls=2, progress=False)]
+    lists = {"words": ["w3 w4", "w5"], "pairs": [(5, 6)]}
+    made += [mass_change({"a": network, "b": other}, lists, contexts=4, controls=2, progress=False)]
     texts = torch.tensor([[3, 4, 5, 6], [7, 4, 5, 3]])
     made += [head_scores(network, layers=[0], n_tokens=8, observe=1, length=6, progress=False)]
     made += [sketch(network, texts[:1], texts[1:], progress=False)]

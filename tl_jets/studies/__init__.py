@@ -14,6 +14,7 @@ from tl_jets.studies.component_roles import Roles, roles
 from tl_jets.studies.counts import ngram_counts, unigram_probabilities
 from tl_jets.studies.differences import ModelDiff, diff
 from tl_jets.studies.heads import HeadScores, head_scores
+from tl_jets.studies.mass_changes import MassChange, mass_change
 from tl_jets.studies.masses import Mass, mass
 from tl_jets.studies.overlap import hit_ratio, pseudo_joint
 from tl_jets.studies.pairs import RowScores, pair_scores
@@ -24,6 +25,7 @@ __all__ = [
     "AblationCheck",
     "HeadScores",
     "Mass",
+    "MassChange",
     "ModelDiff",
     "Roles",
     "RowScores",
@@ -38,6 +40,7 @@ __all__ = [
     "head_scores",
     "hit_ratio",
     "mass",
+    "mass_change",
     "ngram_counts",
     "pair_scores",
     "pseudo_joint",

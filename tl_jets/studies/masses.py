@@ -128,7 +128,7 @@ def mass(
     Args:
         model: A model or a `ResidualNetwork`.
         words: Bi-grams as in `pair_scores`, or words with their leading space, which give all pairs of neighboring
-            tokens. One-token words are skipped and counted.
+            tokens. One-token words are skipped and counted; `mass_change` reads them.
         path: A path, as in `jet_bigrams`.
         tokenize: Function from a text to ids that replaces the model's tokenizer.
         reduce: Whether `value` is the `"mean"` or the `"sum"` over the list.
@@ -146,13 +146,18 @@ def mass(
     check_integers(0, controls=controls, bootstrap=bootstrap)
     check_seed(seed)
     reader = RowScores(model, path)
-    pairs, words_of, skipped = _read_list(reader, words, tokenize)
+    pairs, words_of, alone = read_list(reader, words, tokenize)
+    if not len(pairs):
+        raise ValueError(
+            f"A list must have a bi-gram at least; none of its {len(alone)} words is more than one token. Give pairs, or take "
+            "mass_change, which reads words of one token."
+        )
     distinct, place = pairs.unique(dim=0, return_inverse=True)  # sorted, whatever the order of the list
     prior = 1.0 if unigram is None else check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
     scores = reader.of(with_shuffles(distinct, controls, seed).flatten(0, 1))[0].view(controls + 1, -1)
     shares = scores.exp() * prior
     values = shares.mean(1) if reduce == "mean" else shares.sum(1)
-    units, of_list = _units(place, words_of), shares[0]
+    units, of_list = units_of(place, words_of), shares[0]
     return Mass(
         value=float(values[0]),
         reduce=reduce,
@@ -163,7 +168,7 @@ def mass(
         rank=1 + int((values[1:] >= values[0] * (1 - _ROUNDING)).sum()),
         size=len(distinct),
         sha256=list_digest(distinct)["sha256"],
-        skipped=skipped,
+        skipped=len(alone),
         repeated=len(pairs) - len(distinct),
         weight="P(z2|z1)" if unigram is None else "P(z2|z1) unigram(z1)",
         path=reader.path,
@@ -172,30 +177,28 @@ def mass(
     )
 
 
-def _read_list(
+def read_list(
     reader: RowScores, words: WordInput, tokenize: Tokenize | None
-) -> tuple[Int[Tensor, "pair 2"], Int[Tensor, " pair"], int]:
-    """Ids of all bi-grams of a list, the list item of each, and the number of items without a bi-gram."""
+) -> tuple[Int[Tensor, "pair 2"], Int[Tensor, " pair"], list[int]]:
+    """Ids of all bi-grams of a list, the list item of each, and the ids of words of one token."""
     if isinstance(words, str):
         raise ValueError(f"A list of words is wanted; got one text, {words[:40]!r}. Put it in a list.")
     if isinstance(words, (NgramTable, Tensor)):
         pairs = read_pairs(reader, words)
-        return pairs, torch.arange(len(pairs), device="cpu"), 0
+        return pairs, torch.arange(len(pairs), device="cpu"), []
     tokenize = tokenize or tokenizer_of(reader.network)
-    rows, items, skipped = [], [], 0
+    rows, items, alone = [], [], []
     for i, item in enumerate(words):
-        found = list(pairwise(tokenize(item))) if isinstance(item, str) else [item]
-        skipped += not found
+        ids = [*tokenize(item)] if isinstance(item, str) else []
+        found = list(pairwise(ids)) if isinstance(item, str) else [item]
+        alone += ids if len(ids) == 1 else []
         rows += found
         items += [i] * len(found)
-    if not rows:
-        raise ValueError(
-            f"A list must have a bi-gram at least; none of its {len(words)} words is more than one token. Give pairs."
-        )
-    return read_pairs(reader, rows, tokenize=tokenize), torch.tensor(items, device="cpu"), skipped
+    pairs = read_pairs(reader, rows, tokenize=tokenize) if rows else torch.empty(0, 2, dtype=torch.long, device="cpu")
+    return pairs, torch.tensor(items, dtype=torch.long, device="cpu"), alone
 
 
-def _units(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:
+def units_of(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:
     """Bootstrap unit of each bi-gram: those of one item, or of items that share a bi-gram, are one unit."""
     n, n_items = int(place.max()) + 1, int(items.max()) + 1
     edges = (np.ones(len(place)), (place.numpy(), n + items.numpy()))

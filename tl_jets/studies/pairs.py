@@ -10,7 +10,7 @@ time, so that no V x V matrix is stored. Cost: distinct first tokens * d_vocab *
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -75,18 +75,24 @@ class RowScores:
 
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
         """Scores of pairs, and log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
-        first, row = pairs[:, 0].unique(return_inverse=True)
         scores = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         log_normalizers = torch.empty_like(scores)
-        # Pairs by their first token, `ROWS` of which are evaluated at a time.
-        parts = list(slices(len(first), ROWS))
+        for found, normalizers, row, mine in self.rows(pairs[:, 0]):
+            scores[mine] = found.cpu()[row, pairs[mine, 1]]
+            log_normalizers[mine] = normalizers.cpu()[row]
+        return scores, log_normalizers
+
+    def rows(self, first: Int[Tensor, " token"]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Read each distinct token of a list once, `ROWS` at a time.
+
+        Yields:
+            Scores [row, d_vocab], log-normalizers [row], and, for the tokens that were read, their rows and places in the list.
+        """
+        distinct, row = first.unique(return_inverse=True)
+        parts = list(slices(len(distinct), ROWS))
         chunk = torch.bucketize(row, torch.tensor([part.stop for part in parts], device="cpu"), right=True)
         for part, mine in zip(parts, chunk.argsort(stable=True).split(chunk.bincount().tolist()), strict=True):
-            found, normalizers = self.read(first[part])
-            local = row[mine] - part.start
-            scores[mine] = found.cpu()[local, pairs[mine, 1]]
-            log_normalizers[mine] = normalizers.cpu()[local]
-        return scores, log_normalizers
+            yield *self.read(distinct[part]), row[mine] - part.start, mine
 
     def table(
         self, ids: Int[Tensor, "pair 2"], scores: Float[Tensor, " pair"], parts: dict[str, Tensor], **settings: Any
