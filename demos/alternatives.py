@@ -5,7 +5,8 @@
 Without MODEL (a local Hugging Face directory, or a model's name) the embedded model is taken. Prints three tables:
 
 1. Relative error of the coefficients of a Taylor series through `torch.nn.functional.layer_norm`, by nested `torch.func.jvp` and by
-   `tj.jet`, means over 100 random points. The reference is nested `torch.func.jvp` through the norm's definition, in float64.
+   `tj.calculus.jet`, means over 100 random points. The reference is nested `torch.func.jvp` through the norm's definition, in
+   float64.
 2. Logits of the logit lens by `ActivationCache.accumulated_resid` and by `tj.iterative_jet_lens(order=0)`: largest difference,
    seconds.
 3. Squared distance of the joint lens to the model's logits: weights by `tj.joint_jet_lens`, and by Adam on a softmax.
@@ -43,7 +44,7 @@ def main() -> None:
     prompt = DOCS if options.model is None else PROMPT
     console = Console(width=100)
 
-    errors = Table("order", "nested jvp", "tj.jet", title="1. Error through layer_norm")
+    errors = Table("order", "nested jvp", "tj.calculus.jet", title="1. Error through layer_norm")
     for order, (nested, ours) in zip(ORDERS, norm_errors(), strict=True):
         errors.add_row(str(order), f"{nested:.2g}", f"{ours:.2g}")
     console.print(errors)
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def norm_errors(points: int = 100, d_model: int = 64) -> list[tuple[float, float]]:
-    """Relative errors by order, of nested jvp through `layer_norm` and of `tj.jet`: means over random points and directions."""
+    """Relative errors by order, of nested jvp through `layer_norm` and of `tj.calculus.jet`: means over points and directions."""
     draw = torch.Generator().manual_seed(0)
     gain = 0.5 + torch.rand(d_model, generator=draw, dtype=torch.float64)
 
@@ -74,7 +75,7 @@ def norm_errors(points: int = 100, d_model: int = 64) -> list[tuple[float, float
     errors = torch.zeros(len(ORDERS), 2, dtype=torch.float64)
     for _ in range(points):
         center, change = torch.randn(2, d_model, generator=draw, dtype=torch.float64)
-        jet = tj.jet(module, center, center + change, ORDERS[-1])
+        jet = tj.calculus.jet(module, center, center + change, ORDERS[-1])
         for order, term in enumerate(jet.coefficients):
             true = coefficient(definition, center, change, order)
             for i, found in enumerate((coefficient(module, center, change, order), term)):

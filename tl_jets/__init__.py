@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets import views as views
     from tl_jets.adapters.callables import CallableModel
     from tl_jets.adapters.dictionaries import with_dictionary
-    from tl_jets.calculus import Jet, Norm, NormJet, Series, jet, norm_jet
+    from tl_jets.calculus.norms import Norm
     from tl_jets.circuits.attribution_patching import attribution_patching
     from tl_jets.circuits.contrast import Contrast, contrast
     from tl_jets.circuits.faithfulness import CircuitFaithfulness, circuit_faithfulness
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.interventions.ablation_jets import AblationJet
     from tl_jets.interventions.effects import AblationEffect
     from tl_jets.interventions.first_order_effects import FirstOrderEffects, first_order_effects
-    from tl_jets.interventions.hooks import ablation_hooks, patch_hooks, without_path
+    from tl_jets.interventions.hooks import ablation_hooks
     from tl_jets.interventions.path_ablations import path_ablation
     from tl_jets.interventions.steering import steering_hooks
     from tl_jets.jets import Expansion, JetCache, Path, Term, jet_expand
@@ -61,13 +61,10 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         joint_jet_lens,
         translated_lens,
     )
-    from tl_jets.ngrams import bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path, jet_trigrams, trigram_scores
-    from tl_jets.ngrams.tables import NgramTable, side_by_side
+    from tl_jets.ngrams import jet_bigrams, jet_trigrams
     from tl_jets.paths.cache import PathCache
     from tl_jets.paths.circuit import Circuit
-    from tl_jets.paths.component_interactions import Interactions, interactions
     from tl_jets.paths.expansion import PathExpansion, exponential_expansion
-    from tl_jets.paths.reorganized import ReorganizedExpansion, reorganized_expansion
     from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
     from tl_jets.pretrained import load_tinycode, load_tinydocs
 
@@ -75,21 +72,11 @@ __version__ = version("tl-jets")
 
 __all__ = [
     "CallableModel",
-    "Circuit",
-    "Decoder",
-    "DivergenceWarning",
-    "JetCache",
-    "NgramTable",
-    "Norm",
-    "Path",
     "ResidualNetwork",
-    "Trace",
-    "TraceValues",
     "ablation_effect",
     "ablation_hooks",
     "answer_lens",
     "attribution_patching",
-    "bigram_log_normalizers",
     "circuit_faithfulness",
     "compare_patching",
     "concat",
@@ -100,11 +87,8 @@ __all__ = [
     "exponential_expansion",
     "first_order_effects",
     "flow",
-    "interactions",
     "iterative_jet_lens",
-    "jet",
     "jet_bigrams",
-    "jet_bigrams_by_path",
     "jet_expand",
     "jet_trigrams",
     "joint_flow",
@@ -112,30 +96,24 @@ __all__ = [
     "load",
     "load_tinycode",
     "load_tinydocs",
-    "norm_jet",
     "over_prompts",
-    "patch_hooks",
     "path_ablation",
     "path_lengths",
     "path_sums",
-    "reorganized_expansion",
-    "side_by_side",
     "steering_hooks",
     "studies",
     "to_activation_cache",
     "to_circuitsvis",
     "translated_lens",
-    "trigram_scores",
     "views",
     "with_dictionary",
-    "without_path",
 ]
 
 # Where each name is: the front door's, and classes of results, which their rooms export.
 _PLACES = {
     "tl_jets.adapters.callables": ("CallableModel",),
     "tl_jets.adapters.dictionaries": ("with_dictionary",),
-    "tl_jets.calculus": ("Jet", "Norm", "NormJet", "Series", "jet", "norm_jet"),
+    "tl_jets.calculus.norms": ("Norm",),
     "tl_jets.circuits.attribution_patching": ("attribution_patching",),
     "tl_jets.circuits.contrast": ("Contrast", "contrast"),
     "tl_jets.circuits.faithfulness": ("CircuitFaithfulness", "circuit_faithfulness"),
@@ -167,7 +145,7 @@ _PLACES = {
     "tl_jets.interventions.ablation_jets": ("AblationJet",),
     "tl_jets.interventions.effects": ("AblationEffect",),
     "tl_jets.interventions.first_order_effects": ("FirstOrderEffects", "first_order_effects"),
-    "tl_jets.interventions.hooks": ("ablation_hooks", "patch_hooks", "without_path"),
+    "tl_jets.interventions.hooks": ("ablation_hooks",),
     "tl_jets.interventions.path_ablations": ("path_ablation",),
     "tl_jets.interventions.steering": ("steering_hooks",),
     "tl_jets.jets": ("Expansion", "JetCache", "Path", "Term", "jet_expand"),
@@ -179,19 +157,10 @@ _PLACES = {
         "joint_jet_lens",
         "translated_lens",
     ),
-    "tl_jets.ngrams": (
-        "bigram_log_normalizers",
-        "jet_bigrams",
-        "jet_bigrams_by_path",
-        "jet_trigrams",
-        "trigram_scores",
-    ),
-    "tl_jets.ngrams.tables": ("NgramTable", "side_by_side"),
+    "tl_jets.ngrams": ("jet_bigrams", "jet_trigrams"),
     "tl_jets.paths.cache": ("PathCache",),
     "tl_jets.paths.circuit": ("Circuit",),
-    "tl_jets.paths.component_interactions": ("Interactions", "interactions"),
     "tl_jets.paths.expansion": ("PathExpansion", "exponential_expansion"),
-    "tl_jets.paths.reorganized": ("ReorganizedExpansion", "reorganized_expansion"),
     "tl_jets.paths.statistics": ("PathStatistics", "path_lengths", "path_sums"),
     "tl_jets.pretrained": ("load_tinycode", "load_tinydocs"),
 }

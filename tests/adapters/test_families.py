@@ -195,7 +195,7 @@ def edits(reference: Reference, layer: int) -> None:
     model, values = reference.model, reference.values
     for kind, other in (("attn", "mlp"), ("mlp", "attn")):
         label, own = f"{layer}_{kind}", reference.trace[f"{layer}_{kind}_out"]
-        with torch.no_grad(), full_precision(), model.hooks(tj.patch_hooks(model, label, own)):
+        with torch.no_grad(), full_precision(), model.hooks(tj.interventions.patch_hooks(model, label, own)):
             reference.agree(model(reference.tokens, use_cache=False), reference.logits)
         read: dict[str, Tensor] = {}
         fixed = {name: values[name] for name in (f"blocks.{layer}.hook_{other}_out",)}

@@ -157,7 +157,7 @@ def test_heads_of_another_layout_are_neither_read_nor_edited(mode):
     with pytest.raises(NotImplementedError, match="attention is not understood"):
         tj.ablation_hooks(model, "L1H1", mode=mode, reference=reference)
     with pytest.raises(NotImplementedError, match="attention is not understood"):
-        tj.patch_hooks(model, "L1H1", zoo.tokens(model))
+        tj.interventions.patch_hooks(model, "L1H1", zoo.tokens(model))
     assert tj.ablation_hooks(model, "1_attn")
 
 

@@ -11,7 +11,8 @@ import zoo
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tl_jets import ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens
+from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens
+from tl_jets.calculus import jet
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.jets.weights import decoder_weights
 

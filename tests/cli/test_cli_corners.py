@@ -104,7 +104,7 @@ def test_no_file_takes_the_name_of_a_table(capsys, monkeypatch, tmp_path, end):
     commands.run(capsys, *asked, "--json", "y.json", "--html", f"y.direct{suffix}")
     saved = {f"z.{path}{suffix}" for path in ("direct", "1_mlp-3_mlp")}
     assert {file.name for file in tmp_path.iterdir()} == {"y.json", f"y.direct{suffix}", *saved}
-    assert {tl_jets.NgramTable.load(tmp_path / name).path for name in saved} == {"direct", "1_mlp > 3_mlp"}
+    assert {tl_jets.ngrams.NgramTable.load(tmp_path / name).path for name in saved} == {"direct", "1_mlp > 3_mlp"}
 
 
 @pytest.mark.parametrize("start", [("-m", "tl_jets"), ("tl-jets",)], ids=" ".join)

@@ -22,7 +22,7 @@ PATHS = ["direct", "mlps", "0_mlp", "1_mlp", "2_mlp", "3_mlp"]
 
 @pytest.fixture(scope="module")
 def tables():
-    return tj.jet_bigrams_by_path(tinydocs(), PATHS, top_k=6)
+    return tj.ngrams.jet_bigrams_by_path(tinydocs(), PATHS, top_k=6)
 
 
 def same(data, table):
@@ -45,7 +45,7 @@ def test_without_options_all_paths_stand_side_by_side(capsys, tables):
     text = run(capsys, "ngrams", "--top-k", "6")
     assert max(map(len, text.splitlines())) <= 80
     assert "the 6 best bi-grams of the whole vocabulary" in text
-    frame = tj.side_by_side(tables, 6)
+    frame = tj.ngrams.side_by_side(tables, 6)
     for label in PATHS:
         for cell in frame[label]:
             assert cell in text
@@ -111,12 +111,12 @@ def test_tables_are_saved(capsys, tmp_path, tables):
     text = run(capsys, "ngrams", "--top-k", "6", "--save", str(file))
     assert not file.exists()
     for label, table in tables.items():
-        saved = tj.NgramTable.load(tmp_path / f"bigrams.{label}.parquet")
+        saved = tj.ngrams.NgramTable.load(tmp_path / f"bigrams.{label}.parquet")
         assert saved.digest == table.digest
     assert "bigrams.direct.parquet" in "".join(text.split())
     file.write_text("old")
     run(capsys, "ngrams", "--path", "1_mlp>3_mlp", "--top-k", "2", "--save", str(file))
-    assert tj.NgramTable.load(file).path == "1_mlp > 3_mlp"
+    assert tj.ngrams.NgramTable.load(file).path == "1_mlp > 3_mlp"
     assert len(list(tmp_path.iterdir())) == 7  # nothing temporary is left
 
 
@@ -146,7 +146,7 @@ def test_of_the_processes_of_torchrun_the_first_saves(capsys, tmp_path):
     alone = numbers(capsys, *command[:-2])["tables"]
     for label, found in json.loads(done.stdout)["tables"].items():
         assert [row["ids"] for row in found["rows"]] == [row["ids"] for row in alone[label]["rows"]]
-        assert tj.NgramTable.load(tmp_path / f"bigrams.{label}.parquet").ids.tolist() == [
+        assert tj.ngrams.NgramTable.load(tmp_path / f"bigrams.{label}.parquet").ids.tolist() == [
             row["ids"] for row in found["rows"]
         ]
 
@@ -184,7 +184,7 @@ def test_a_device_is_not_replaced_by_a_file(capsys, monkeypatch):
     def save(*arguments):
         raise AssertionError("a table was written")
 
-    monkeypatch.setattr(tj.NgramTable, "save", save)
+    monkeypatch.setattr(tj.ngrams.NgramTable, "save", save)
     assert "no regular file" in run(capsys, "ngrams", "--path", "direct", "--save", "/dev/null", status=2)
 
 

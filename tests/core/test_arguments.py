@@ -34,7 +34,7 @@ def callables() -> tj.ResidualNetwork:
 CALLED = {
     "expansion": lambda net: tj.jet_expand(net, "1_mlp", centers=["embed"]),
     "decoder": lambda net: tj.jet_expand(net, "ln_final", centers=["embed"]),
-    "reorganized": lambda net: tj.reorganized_expansion(net),
+    "reorganized": lambda net: tj.paths.reorganized_expansion(net),
     "paths": lambda net: tj.exponential_expansion(net, linearize="detached"),
 }
 
@@ -54,14 +54,14 @@ def test_a_trace_already_holds_its_mask(make: Callable[[Any], Any]):
 READERS: dict[str, Callable[[Any, Any], Any]] = {
     "lens": tj.iterative_jet_lens,
     "joint": tj.joint_jet_lens,
-    "interactions": tj.interactions,
+    "interactions": tj.paths.interactions,
     "expansion": lambda net, trace: tj.jet_expand(net, "ln_final", centers=["embed"])(trace),
     "paths": lambda net, trace: tj.exponential_expansion(net, linearize="detached", max_length=1)(trace),
     "sums": tj.path_sums,
     "jacobian": tj.detached_jacobian,
     "ablation": lambda net, trace: tj.ablation_effect(net, trace, "1_mlp"),
     "path ablation": lambda net, trace: tj.path_ablation(net, trace, "embed > ln_final"),
-    "without path": lambda net, trace: tj.without_path(net, trace, "embed"),
+    "without path": lambda net, trace: tj.interventions.without_path(net, trace, "embed"),
 }
 
 
@@ -174,7 +174,7 @@ def test_the_order_of_paths(as_users_run_it):
     [
         lambda net, tokens, seed: tj.iterative_jet_lens(net, tokens, seed=seed),
         lambda net, tokens, seed: tj.joint_jet_lens(net, tokens, seed=seed),
-        lambda net, tokens, seed: tj.interactions(net, tokens, seed=seed),
+        lambda net, tokens, seed: tj.paths.interactions(net, tokens, seed=seed),
         lambda net, tokens, seed: tj.ablation_hooks(net, "0_mlp", mode="resample", reference=tokens, seed=seed),
     ],
     ids=["lens", "joint", "interactions", "ablation"],

@@ -55,7 +55,7 @@ def everything(network: tj.ResidualNetwork) -> dict[str, Tensor]:
     weighted = tj.joint_jet_lens(network, trace, targets=TARGETS, weights="uniform")
     iterative = tj.iterative_jet_lens(network, trace, order=1, targets=TARGETS)
     paths = tj.exponential_expansion(network, linearize="detached")(trace)
-    pairs = tj.interactions(network, trace, targets=7, minus=12, center_scale="match")
+    pairs = tj.paths.interactions(network, trace, targets=7, minus=12, center_scale="match")
     jacobian = tj.detached_jacobian(network, trace, output="logits", positions=-1)
     decoded = tj.jet_expand(network, "ln_final", centers=["embed", "0_mlp_out"], order=1)(trace)
     steps = ["0_attn", "0_mlp", "1_mlp"]
@@ -115,7 +115,7 @@ def test_effects_sum_to_the_models_own_centered_logit(name):
     paths = tj.exponential_expansion(network, linearize="detached")(TOKENS).statistics(targets=TARGETS)
     assert relative_error(paths.effects.sum(0), own) < 1e-8
     assert relative_error(tj.path_sums(network, TOKENS, by="source", targets=TARGETS).effects.sum(0), own) < 1e-8
-    pairs = tj.interactions(network, TOKENS, targets=TARGETS[0], minus=TARGETS[1], center_scale="match")
+    pairs = tj.paths.interactions(network, TOKENS, targets=TARGETS[0], minus=TARGETS[1], center_scale="match")
     assert relative_error(pairs.logit[:, 0], (own[..., 0] - own[..., 1])[:, -1]) < 1e-8
     hooks = tj.ablation_hooks(model, "0_mlp")
     with model.hooks(fwd_hooks=hooks):
@@ -144,7 +144,7 @@ def test_under_a_softcap_effects_and_ablations_are_both_before_it(spec):
     path = tj.path_ablation(network, TOKENS, "1_mlp_bias > ln_final", targets=TARGETS)
     sums = tj.path_sums(network, TOKENS, targets=TARGETS)
     iterative = tj.iterative_jet_lens(network, TOKENS, targets=TARGETS)
-    pairs = tj.interactions(network, TOKENS, targets=7, center_scale="match")
+    pairs = tj.paths.interactions(network, TOKENS, targets=7, center_scale="match")
     for result in (joint, found, path, sums, iterative, pairs):
         assert result.unit == "logits before the softcap" and "logits before the softcap" in repr(result)
 
@@ -165,7 +165,7 @@ def test_targets_of_every_prompt():
         "ablations": lambda x, t: tj.ablation_effect(network, x, "0_mlp", targets=t).logit[0],
         "path ablations": lambda x, t: tj.path_ablation(network, x, "embed > 0_mlp", targets=t).logit[0],
         "interactions": lambda x, t: (
-            tj.interactions(
+            tj.paths.interactions(
                 network, x, targets=[own[:1] for own in t], minus=[own[1:] for own in t], center_scale="match"
             ).logit
         ),

@@ -265,7 +265,7 @@ def test_autocast_is_refused():
         lambda: lens.center_top_tokens(),
         lambda: tj.jet_bigrams(net, "mlps", top_k=3, progress=False),
         lambda: net.decoder.logits(trace["final_post"]),
-        lambda: tj.jet(torch.sin, torch.ones(2), torch.ones(2), order=1),
+        lambda: tj.calculus.jet(torch.sin, torch.ones(2), torch.ones(2), order=1),
         lambda: tj.detached(model).__enter__(),
     ]
     for call in calls:

@@ -141,7 +141,7 @@ def test_one_result_is_itself_without_its_model(net):
         (tj.joint_jet_lens, {"order": 1}, {"order": 0}, "order must be equal in all results; got 1 and 0"),
         (tj.joint_jet_lens, {}, {"weights": "uniform"}, "objective .* 'centered_l2' and 'uniform'"),
         (tj.joint_jet_lens, {}, {"targets": "w3"}, r"target_names .* \['<answer>'\] and \['w3'\]"),
-        (tj.interactions, {}, {"seed": 1}, "seed must be equal .* 0 and 1"),
+        (tj.paths.interactions, {}, {"seed": 1}, "seed must be equal .* 0 and 1"),
         (
             tj.ablation_effect,
             {"mode": "resample", "reference": ["w1 w2 w3", "w4 w5 w6"]},
@@ -170,7 +170,7 @@ JOINED = [
     tj.path_sums,
     tj.ablation_effect,
     tj.first_order_effects,
-    tj.interactions,
+    tj.paths.interactions,
 ]
 
 

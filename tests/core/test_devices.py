@@ -90,7 +90,7 @@ def test_the_default_device_changes_nothing(spec):
             "expansion": tj.jet_expand(model, "ln_final", centers=["embed", "0_mlp_out"], order=1, weights="optimal")(
                 tokens
             ).stack(),
-            "interactions": tj.interactions(model, tokens, granularity="block").matrix.nan_to_num(),
+            "interactions": tj.paths.interactions(model, tokens, granularity="block").matrix.nan_to_num(),
             "ablation": tj.ablation_effect(model, tokens, ["0_mlp", "L0H1"], mode="resample", reference=TOKENS).logit,
             "zero": tj.ablation_effect(model, tokens, ["0_mlp", "L0H1"], mode="zero").logit,
             "bi-grams": jet_bigrams(model, "mlps", top_k=30, progress=False).scores,

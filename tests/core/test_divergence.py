@@ -72,7 +72,7 @@ def test_paths_and_interactions_are_warned_of():
     assert len(caught) == 1 and caught[0].filename == __file__
     assert f"{max(paths.remainders.values()):,.3g} times" in str(caught[0].message)
     with pytest.warns(DivergenceWarning, match="Order-2 jets of ln_final leave") as caught:
-        tj.interactions(net, TOKENS, center_scale="none")
+        tj.paths.interactions(net, TOKENS, center_scale="none")
     assert len(caught) == 1 and caught[0].filename == __file__
 
 
@@ -81,11 +81,11 @@ def test_the_default_of_interactions_converges():
     prompt = "This function is available on Unix and"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pairs = tj.interactions(tinydocs(), prompt)
+        pairs = tj.paths.interactions(tinydocs(), prompt)
     logit = float(pairs.logit)
     assert pairs.center_scale == "orthogonal" and abs(float(pairs.degrees.sum()) - logit) < 0.3 * abs(logit)
     with pytest.warns(DivergenceWarning):
-        plain = tj.interactions(tinydocs(), prompt, center_scale="none")
+        plain = tj.paths.interactions(tinydocs(), prompt, center_scale="none")
     assert abs(float(plain.degrees.sum()) - logit) > abs(logit)
 
 

@@ -124,7 +124,7 @@ def test_every_kind_is_each_prompt_alone(spec, kind):
     assert trace.valid.long().tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
     own = torch.cat([net.trace(prompt)["final_post"][0] for prompt in PROMPTS])
     torch.testing.assert_close(trace["final_post"][trace.valid], own, rtol=1e-4, atol=1e-5)
-    hooks = tj.patch_hooks(net, "0_mlp", KINDS[kind](model))
+    hooks = tj.interventions.patch_hooks(net, "0_mlp", KINDS[kind](model))
     assert hooks[0][0] == "blocks.0.hook_mlp_out"
 
 
@@ -258,8 +258,8 @@ ASKED: dict[str, Any] = {
     "joint": lambda net: tj.joint_jet_lens(net, "w5", order=10**30),
     "expansion": lambda net: tj.jet_expand(net, "1_mlp", centers=["embed"], order=10**6),
     "paths": lambda net: tj.exponential_expansion(net, 10**6),
-    "jet": lambda net: tj.jet(torch.sin, torch.zeros(2), torch.ones(2), 10**9),
-    "norm": lambda net: tj.norm_jet(tj.Norm("none"), torch.ones(2), torch.ones(2), 10**9),
+    "jet": lambda net: tj.calculus.jet(torch.sin, torch.zeros(2), torch.ones(2), 10**9),
+    "norm": lambda net: tj.calculus.norm_jet(tj.Norm("none"), torch.ones(2), torch.ones(2), 10**9),
 }
 
 
@@ -278,6 +278,6 @@ def test_one_line_each():
         tj.ablation_effect(net, [])
     with pytest.raises(ValueError, match="d_vocab = 61, got 1000"):
         tj.iterative_jet_lens(net, "w5", top_k=1000)
-    for read in (tj.iterative_jet_lens, tj.joint_jet_lens, tj.interactions, tj.path_sums):
+    for read in (tj.iterative_jet_lens, tj.joint_jet_lens, tj.paths.interactions, tj.path_sums):
         with pytest.raises(ValueError, match=r"A target must be text .* got a lone surrogate"):
             read(net, "w5", targets=["\ud800"])

@@ -38,10 +38,10 @@ def asked(monkeypatch):
 
 PATHS = ["direct", "0_mlp", "mlps"]
 SWEEPS: dict[str, Any] = {
-    "rows": lambda: tj.jet_bigrams_by_path(toy(), PATHS, top_k=400, per="row", progress=False),
+    "rows": lambda: tj.ngrams.jet_bigrams_by_path(toy(), PATHS, top_k=400, per="row", progress=False),
     "one path": lambda: tj.jet_bigrams(toy(), top_k=V, per="row", progress=False),
     "more than there are": lambda: tj.jet_bigrams(toy(), top_k=10**30, per="row", progress=False),
-    "all pairs": lambda: tj.jet_bigrams_by_path(toy(), PATHS, top_k=V * V, progress=False),
+    "all pairs": lambda: tj.ngrams.jet_bigrams_by_path(toy(), PATHS, top_k=V * V, progress=False),
     "few of them": lambda: tj.jet_bigrams(toy(), top_k=20_000, rows=range(200), progress=False),
     "skip-trigrams": lambda: tj.jet_trigrams(tinydocs(), 1, 0, top_k=100_000, rows=range(500), progress=False),
 }
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused_before_the_sweep(capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(VocabularyStreams, "states", never)
         with pytest.raises(ValueError, match=r"16,777,216 bi-grams .* 3 GiB is left; it takes about 6\.75 GiB"):
-            tj.jet_bigrams_by_path(model, [*PATHS, "1_mlp", "2_mlp", "3_mlp"], per="row", top_k=100_000)
+            tj.ngrams.jet_bigrams_by_path(model, [*PATHS, "1_mlp", "2_mlp", "3_mlp"], per="row", top_k=100_000)
         for options in (("--per", "row", "--top-k", "100000"), ("--per", "row", "--top-k", "4000", "--json", "-")):
             error = run(capsys, "ngrams", *options, status=2)
             assert "must fit in memory, of which 3 GiB is left" in error and "Take a smaller top_k" in error
@@ -92,19 +92,19 @@ def test_what_is_left(tmp_path, monkeypatch):
 def test_records_are_made_for_json_only_and_one_after_another(capsys, monkeypatch, tmp_path):
     share_models(monkeypatch)
     made, frames = [], []
-    records, to_frame = command._records, tj.NgramTable.to_dataframe
+    records, to_frame = command._records, tj.ngrams.NgramTable.to_dataframe
 
-    def counted(table: tj.NgramTable) -> Any:
+    def counted(table: tj.ngrams.NgramTable) -> Any:
         for record in records(table):
             made.append(1)
             yield record
 
-    def framed(self: tj.NgramTable, **options: Any) -> Any:
+    def framed(self: tj.ngrams.NgramTable, **options: Any) -> Any:
         frames.append(len(self))
         return to_frame(self, **options)
 
     monkeypatch.setattr(command, "_records", counted)
-    monkeypatch.setattr(tj.NgramTable, "to_dataframe", framed)
+    monkeypatch.setattr(tj.ngrams.NgramTable, "to_dataframe", framed)
     asked = ("ngrams", "--path", "mlps", "--per", "row", "--top-k", "2")
     files = ("--save", str(tmp_path / "a.parquet"), "--html", str(tmp_path / "a.html"))
     text = run(capsys, *asked, *files)
@@ -128,6 +128,6 @@ def test_records_are_made_for_json_only_and_one_after_another(capsys, monkeypatc
     run(capsys, *asked, "--json", str(tmp_path / "a.json"))
     assert len(made) == written == 8192 and ahead <= 1
     rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["tables"]["mlps"]["rows"]
-    assert [row["ids"] for row in rows] == tj.NgramTable.load(tmp_path / "a.parquet").ids.tolist()
+    assert [row["ids"] for row in rows] == tj.ngrams.NgramTable.load(tmp_path / "a.parquet").ids.tolist()
     wide = run(capsys, "ngrams", "--path", "direct", "--top-k", "1500")
     assert "500 more" in wide and len(wide.splitlines()) < 1100

@@ -36,17 +36,17 @@ def trace() -> Any:
 
 
 @cache
-def bigrams() -> tj.NgramTable:
+def bigrams() -> tj.ngrams.NgramTable:
     return tj.jet_bigrams(network(), "mlps", top_k=30, progress=False)
 
 
 @cache
-def trigrams() -> tj.NgramTable:
+def trigrams() -> tj.ngrams.NgramTable:
     return tj.jet_trigrams(network(), 0, 0, top_k=5, progress=False)
 
 
 @cache
-def counts() -> tj.NgramTable:
+def counts() -> tj.ngrams.NgramTable:
     return studies.ngram_counts(list(range(20)) * 3, n=2)
 
 
@@ -81,7 +81,10 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
         lambda **o: tj.exponential_expansion(network(), top=2, **o),
         ("linearize", "rank", "center_scale"),
     ),
-    "interactions": (lambda **o: tj.interactions(network(), trace(), **o), ("granularity", "weights", "center_scale")),
+    "interactions": (
+        lambda **o: tj.paths.interactions(network(), trace(), **o),
+        ("granularity", "weights", "center_scale"),
+    ),
     "iterative_jet_lens": (
         lambda **o: tj.iterative_jet_lens(network(), trace(), **o),
         ("center_scale", "linearize"),
@@ -95,11 +98,14 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
         ("weights", "objective", "center_scale", "linearize"),
     ),
     "reorganized_expansion": (
-        lambda **o: tj.reorganized_expansion(network(), "0_mlp", centers=["embed"], **o),
+        lambda **o: tj.paths.reorganized_expansion(network(), "0_mlp", centers=["embed"], **o),
         ("weights", "center_scale"),
     ),
     "jet_bigrams": (lambda **o: tj.jet_bigrams(network(), **o), ("per", "score", "screen")),
-    "jet_bigrams_by_path": (lambda **o: tj.jet_bigrams_by_path(network(), **o), ("paths", "per", "score", "screen")),
+    "jet_bigrams_by_path": (
+        lambda **o: tj.ngrams.jet_bigrams_by_path(network(), **o),
+        ("paths", "per", "score", "screen"),
+    ),
     "jet_trigrams": (lambda **o: tj.jet_trigrams(network(), 0, 0, **o), ("normalize",)),
     "trigram_scores": (lambda **o: trigram_scores(network(), 0, 0, [[1, 2, 3]], **o), ("normalize",)),
     "load_tinydocs": (lambda **o: tj.load_tinydocs(**o), ("model_class",)),
@@ -176,12 +182,12 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
         {"order": 0, "max_length": 0, "top": 1, "max_paths": 1},
     ),
     "reorganized_expansion": (
-        lambda **o: tj.reorganized_expansion(network(), "0_mlp", centers=["embed"], **o),
+        lambda **o: tj.paths.reorganized_expansion(network(), "0_mlp", centers=["embed"], **o),
         {"max_centers": 1},
     ),
-    "interactions": (lambda **o: tj.interactions(network(), trace(), **o), {"seed": 0}),
+    "interactions": (lambda **o: tj.paths.interactions(network(), trace(), **o), {"seed": 0}),
     "jet_bigrams": (lambda **o: tj.jet_bigrams(network(), **o), {"top_k": 1, "chunk_size": 1}),
-    "bigram_log_normalizers": (lambda **o: tj.bigram_log_normalizers(network(), **o), {"chunk_size": 1}),
+    "bigram_log_normalizers": (lambda **o: tj.ngrams.bigram_log_normalizers(network(), **o), {"chunk_size": 1}),
     "jet_trigrams": (
         lambda **o: tj.jet_trigrams(network(), **{"layer": 0, "head": 0} | o),
         {"layer": 0, "top_k": 1, "distance": 1},
@@ -219,8 +225,8 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
         {"top_k": 1, "n_random": 1, "bootstrap": 0, "seed": 0},
     ),
     "roles": (lambda **o: studies.roles(network(), **o), {"n": 1}),
-    "side_by_side": (lambda **o: tj.side_by_side({"a": bigrams()}, **o), {"k": 0}),
-    "jet": (lambda **o: tj.jet(torch.sin, torch.zeros(1), torch.ones(1), **{"order": 1} | o), {"order": 0}),
+    "side_by_side": (lambda **o: tj.ngrams.side_by_side({"a": bigrams()}, **o), {"k": 0}),
+    "jet": (lambda **o: tj.calculus.jet(torch.sin, torch.zeros(1), torch.ones(1), **{"order": 1} | o), {"order": 0}),
 }
 
 

@@ -46,7 +46,7 @@ def results(network: tj.ResidualNetwork, tokens: Any, positions: Any) -> dict[st
     found: dict[str, Any] = {
         "iterative": tj.iterative_jet_lens(network, trace, positions=positions),
         "joint": tj.joint_jet_lens(network, trace, positions=positions, weights="uniform", center_scale="match"),
-        "interactions": tj.interactions(network, trace, positions=positions),
+        "interactions": tj.paths.interactions(network, trace, positions=positions),
         "sums": tj.path_sums(network, trace, positions=positions),
         "lengths": tj.path_lengths(network, trace, positions=positions),
         "paths": paths(trace, positions=positions),

@@ -83,7 +83,7 @@ def test_means_of_measures_and_interactions_leave_out_sinks(network):
         for name, values in lens.measures.items():
             assert torch.allclose(lens.measures.mean()[name], values[..., others].mean(-1))
             assert torch.allclose(lens.measures.mean(include_sinks=True)[name], values.mean((-2, -1)))
-    pairs = tj.interactions(network, PROMPTS, positions=None)
+    pairs = tj.paths.interactions(network, PROMPTS, positions=None)
     first = pairs.average().iloc[0]
     i, j = pairs.labels.index(first["first"]), pairs.labels.index(first["second"])
     wanted = pairs.matrix[i, j] + (pairs.matrix[j, i] if i != j else 0)
@@ -96,7 +96,7 @@ def test_means_of_measures_and_interactions_leave_out_sinks(network):
 def test_what_is_shown_of_sinks_alone(network):
     """A position that is a sink is shown if it is the only one; views choose parts by the other positions."""
     only = PROMPTS[1:2], 1
-    pairs, sums = (of(network, only[0], positions=only[1]) for of in (tj.interactions, path_sums))
+    pairs, sums = (of(network, only[0], positions=only[1]) for of in (tj.paths.interactions, path_sums))
     assert pairs.only_sinks and pairs.counted.all() and "leave out 1 of 1" in repr(pairs)
     assert str(pairs).count("\n") == 1 + len(pairs.average(include_sinks=True))
     assert "<table" in sums._repr_html_() and not path_sums(network, PROMPTS).only_sinks

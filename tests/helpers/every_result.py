@@ -59,9 +59,9 @@ def _of_prompts(network: Any) -> list[Any]:
     paths = tj.exponential_expansion(network, linearize="detached", max_length=1)(trace)
     J = tj.detached_jacobian(network, trace)
     made = [lens, lens.measures, lens.sinks, lens.verdict(), tj.joint_jet_lens(network, trace)]
-    made += [tj.path_sums(network, trace), tj.interactions(network, trace), paths, paths.to_circuit()]
+    made += [tj.path_sums(network, trace), tj.paths.interactions(network, trace), paths, paths.to_circuit()]
     made += [tj.jet_expand(network, "0_mlp", centers=centers)(trace)]
-    made += [tj.reorganized_expansion(network, "0_mlp", centers=centers)(trace)]
+    made += [tj.paths.reorganized_expansion(network, "0_mlp", centers=centers)(trace)]
     made += [tj.jet_expand(network, "ln_final", centers=centers, weights="optimal")(trace).solution]
     made += [trace - network.trace(["w3 w4 w9", "w6 w7 w8"])]
     made += [tj.ablation_effect(network, trace, "0_mlp", order=1), tj.first_order_effects(network, trace, "0_mlp")]

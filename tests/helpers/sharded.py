@@ -71,7 +71,7 @@ def tables(distributed):
         "one row each": tj.jet_bigrams(plain, "mlps", rows=[17], top_k=4, per="row", **options),
         "tinydocs": tj.jet_bigrams(tiny, "mlps", top_k=30, **options),
     }
-    by_path = tj.jet_bigrams_by_path(plain, ["direct", ["0_mlp", "1_mlp"]], **TABLE, distributed=distributed)
+    by_path = tj.ngrams.jet_bigrams_by_path(plain, ["direct", ["0_mlp", "1_mlp"]], **TABLE, distributed=distributed)
     return found | {f"paths {label}": table for label, table in by_path.items()}
 
 
@@ -93,7 +93,7 @@ def trigrams(distributed):
 
 
 def normalizers(distributed):
-    return tj.bigram_log_normalizers(model(), "mlps", chunk_size=37, distributed=distributed)
+    return tj.ngrams.bigram_log_normalizers(model(), "mlps", chunk_size=37, distributed=distributed)
 
 
 def lens(distributed, prompts=PROMPTS, **options):

@@ -27,8 +27,8 @@ EXPANSIONS: dict[str, Any] = {
     "largest paths": lambda net: tj.exponential_expansion(
         net, linearize="detached", top=5, rank="effect", targets=["w7"]
     ),
-    "reorganized stage": lambda net: tj.reorganized_expansion(net, "1_mlp", centers=CENTERS),
-    "reorganized decoder": lambda net: tj.reorganized_expansion(net, "ln_final", centers=net.components),
+    "reorganized stage": lambda net: tj.paths.reorganized_expansion(net, "1_mlp", centers=CENTERS),
+    "reorganized decoder": lambda net: tj.paths.reorganized_expansion(net, "ln_final", centers=net.components),
 }
 SLICES: dict[str, Any] = {
     "whole": lambda cache: cache,

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, iterative_jet_lens, jet, joint_jet_lens, load
-from tl_jets.calculus import full_precision
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, iterative_jet_lens, joint_jet_lens, load
+from tl_jets.calculus import full_precision, jet
 from tl_jets.cli import parser
 from tl_jets.core.measures import MEASURES, Measures, random_directions
 

@@ -96,7 +96,7 @@ def test_higher_orders_are_jets_at_the_translated_stream():
     trace, maps = network.trace(PROMPTS), maps_of(network)
     lens = tj.translated_lens(network, trace, maps, order=2)
     center, y = maps["1_mid"](trace["1_mid"]).double(), trace["final_post"].double()
-    jet = tj.norm_jet(trace.decoder.norm, center, y, 2)
+    jet = tj.calculus.norm_jet(trace.decoder.norm, center, y, 2)
     for order in (0, 1, 2):
         logits = trace.decoder.logits(jet.value(order))
         best = logits.topk(5)

@@ -178,7 +178,7 @@ def test_tables_of_other_scores_are_not_loaded(tmp_path):
     model, file = model_of(), tmp_path / "table.parquet"
     given = {"score": "lift", "exclude_self": True, "exclude": [4], "top_k": 5, "save": file}
     table = jet_bigrams(model, "0_mlp", **given)
-    assert jet_bigrams(model, "0_mlp", **given).digest == table.digest == tj.NgramTable.load(file).digest
+    assert jet_bigrams(model, "0_mlp", **given).digest == table.digest == tj.ngrams.NgramTable.load(file).digest
     for other in ({"exclude_self": False}, {"exclude": [5]}, {"score": "logprob"}, {"unigram": torch.ones(V) / V}):
         with pytest.raises(ValueError, match="same model and settings"):
             jet_bigrams(model, "0_mlp", **{**given, **other})

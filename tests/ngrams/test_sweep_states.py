@@ -29,7 +29,7 @@ def model() -> Any:
     return zoo.build(zoo.available(["llama"])[0])
 
 
-def checkpoints(folder: Path, unigram: torch.Tensor | None) -> dict[str, tj.NgramTable]:
+def checkpoints(folder: Path, unigram: torch.Tensor | None) -> dict[str, tj.ngrams.NgramTable]:
     options: dict[str, Any] = {"path": "mlps", "reference": "last", "n": 9, "controls": 0, "progress": False}
     return {"last": studies.track({"last": model()}, **options, unigram=unigram, folder=folder).tables[0]}
 
@@ -44,7 +44,7 @@ SWEEPS: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "a[1].parquet.state",
         lambda folder: {"table": tj.jet_bigrams(model(), "mlps", **OPTIONS, per="row", save=folder / "a[1].parquet")},
     ),
-    "paths": ("unfinished.state", lambda folder: tj.jet_bigrams_by_path(model(), **OPTIONS, folder=folder)),
+    "paths": ("unfinished.state", lambda folder: tj.ngrams.jet_bigrams_by_path(model(), **OPTIONS, folder=folder)),
     "jobs": ("mlps.parquet.state", lambda folder: sweep([bigram_job(model(), "mlps", **OPTIONS)], folder)),
     "checkpoints": ("last/unfinished.state", lambda folder: checkpoints(folder, None)),
     "joint": ("last/unfinished.state", lambda folder: checkpoints(folder, torch.full((61,), 1 / 61).double())),
@@ -173,7 +173,7 @@ def test_a_bit_of_a_table_that_is_gone_on_from_is_refused(tmp_path):
             file.write_bytes(flipped(good, draw))
             try:
                 # A bit that says nothing of the table.
-                assert tj.NgramTable.load(file).digest in expected.values()
+                assert tj.ngrams.NgramTable.load(file).digest in expected.values()
             except ValueError as error:
                 refused += name in str(error)
                 damaged = file.read_bytes()
@@ -199,7 +199,7 @@ def test_what_cannot_be_written_is_refused_before_the_sweep(tmp_path, monkeypatc
     with pytest.raises(OSError, match="cannot be written"):
         sweep([bigram_job(model(), name=long, **options)], tmp_path)
     with pytest.raises(OSError, match=r"file"):
-        tj.jet_bigrams_by_path(model(), **options, folder=tmp_path / "file")
+        tj.ngrams.jet_bigrams_by_path(model(), **options, folder=tmp_path / "file")
     with pytest.raises(OSError, match=r"file"):
         tj.jet_trigrams(model(), 0, 0, **options, folder=tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]  # nothing temporary is left

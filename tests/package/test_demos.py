@@ -142,9 +142,9 @@ def test_the_detached_map(monkeypatch, capsys):
 
 def test_the_guide_shows_the_bigrams_that_the_library_finds():
     network = tl_jets.ResidualNetwork(tl_jets.load_tinydocs())
-    tables = tl_jets.jet_bigrams_by_path(network, ["direct", "mlps"], top_k=20)
-    tables |= tl_jets.jet_bigrams_by_path(network, top_k=20)
-    found = tl_jets.side_by_side(tables, 20)
+    tables = tl_jets.ngrams.jet_bigrams_by_path(network, ["direct", "mlps"], top_k=20)
+    tables |= tl_jets.ngrams.jet_bigrams_by_path(network, top_k=20)
+    found = tl_jets.ngrams.side_by_side(tables, 20)
     lines = (GUIDES / "ngrams.md").read_text().splitlines()
     start = lines.index("| " + " | ".join(["rank", *found.columns]) + " |")
     shown = [re.findall(r"`` (.*?) ``", line) for line in lines[start + 2 : start + 22]]

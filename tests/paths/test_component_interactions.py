@@ -10,8 +10,8 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, jet
-from tl_jets.calculus import full_precision
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
+from tl_jets.calculus import full_precision, jet
 from tl_jets.paths import component_interactions
 from tl_jets.paths.component_interactions import interactions
 

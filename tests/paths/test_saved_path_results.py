@@ -31,7 +31,7 @@ RESULTS = {
     "lengths": lambda net, trace: tj.path_lengths(net, trace, targets=[3, 5]),
     "sources": lambda net, trace: tj.path_sums(net, trace, by="source"),
     "paths": lambda net, trace: tj.exponential_expansion(net, linearize="detached", top=5)(trace).statistics(),
-    "interactions": lambda net, trace: tj.interactions(net, trace, positions=[0, -1]),
+    "interactions": lambda net, trace: tj.paths.interactions(net, trace, positions=[0, -1]),
     "ablations": lambda net, trace: tj.ablation_effect(net, trace, targets=[3, 5]),
     "path ablations": lambda net, trace: tj.path_ablation(net, trace, "embed > 0_mlp > ln_final"),
     "iterative": lambda net, trace: tj.iterative_jet_lens(net, trace, targets=[3]),

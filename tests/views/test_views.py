@@ -356,7 +356,7 @@ def test_trigram_heatmaps(network, normalize):
     for key in firsts[0]:
         for query in firsts[1]:
             for output in firsts[2]:
-                (score,) = tj.trigram_scores(network, 1, 0, [[key, query, output]], **options).tolist()
+                (score,) = tj.ngrams.trigram_scores(network, 1, 0, [[key, query, output]], **options).tolist()
                 total = shown["key_query", key, query] + shown["key_output", key, output]
                 assert total == pytest.approx(score, abs=0.2, rel=0.02)
     view = views.trigram_heatmap(network, table, axes="query_output", size=4)
@@ -365,7 +365,7 @@ def test_trigram_heatmaps(network, normalize):
         for head, cell in zip(rows[0][1:], row[1:], strict=True):
             triple = [int(table.ids[0, 0]), ids[row[0][0]], ids[head[0]]]
             assert float(cell[0]) == pytest.approx(
-                float(tj.trigram_scores(network, 1, 0, [triple], **options)), rel=0.02
+                float(tj.ngrams.trigram_scores(network, 1, 0, [triple], **options)), rel=0.02
             )
 
 
@@ -442,7 +442,7 @@ def results(network, trace, lenses):
         "trigrams": tj.jet_trigrams(network, 0, 0, top_k=5),
         "ablations": tj.ablation_effect(network, trace),
         "path ablations": tj.path_ablation(network, prompt, whole.labels[:3]),
-        "interactions": tj.interactions(network, prompt, center_scale="orthogonal"),
+        "interactions": tj.paths.interactions(network, prompt, center_scale="orthogonal"),
         "mass": studies.mass(network, pairs, controls=3),
         "diff": studies.diff(network, ResidualNetwork(other), top_k=5, progress=False),
         "track": studies.track({0: network, "end": network}, pairs=pairs, reference="last", n=5, progress=False),

@@ -11,11 +11,13 @@ from tl_jets.ngrams.bigrams import bigram_job, bigram_log_normalizers, jet_bigra
 from tl_jets.ngrams.fingerprints import fingerprint
 from tl_jets.ngrams.jobs import Job, sweep
 from tl_jets.ngrams.streams import VocabularyStreams
+from tl_jets.ngrams.tables import NgramTable, side_by_side
 from tl_jets.ngrams.trigrams import jet_trigrams, trigram_job, trigram_scores
 from tl_jets.ngrams.vocabulary import UntrainedTokens, untrained_tokens
 
 __all__ = [
     "Job",
+    "NgramTable",
     "UntrainedTokens",
     "VocabularyStreams",
     "bigram_job",
@@ -24,6 +26,7 @@ __all__ = [
     "jet_bigrams",
     "jet_bigrams_by_path",
     "jet_trigrams",
+    "side_by_side",
     "sweep",
     "trigram_job",
     "trigram_scores",
