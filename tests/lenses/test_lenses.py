@@ -354,8 +354,6 @@ def test_batch_and_position_slices_commute_with_evaluation(spec, lens_of, monkey
     if lens_of is joint_jet_lens:
         monkeypatch.setattr("tl_jets.lenses.joint.CHUNK_SIZE", 5)  # positions whose weights are solved at once
         same(joint_jet_lens(net, tokens, order=2), whole)
-        with pytest.warns(DeprecationWarning, match="joint_jet_lens no longer needs chunk_size="):
-            same(joint_jet_lens(net, tokens, order=2, chunk_size=5), whole)
     else:
         same(iterative_jet_lens(net, tokens, order=2, chunk_size=5), whole)
 

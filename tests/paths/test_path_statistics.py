@@ -15,7 +15,7 @@ import zoo
 from test_exponential import THREE_STAGES, TOKENS, detached, network, normal, tanh_block
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, Path, ResidualNetwork
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
 from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.selection import Rows
 from tl_jets.paths.cancellation import CancellationWarning
@@ -352,20 +352,6 @@ def test_norms_that_are_zero_have_a_bin_of_their_own():
     counts = replace(found, norm=norm).histogram(bins=7)
     assert len(counts) == 8 and counts["count"].sum() == norm.numel()
     assert counts["count"][0] == 7 and counts.left[0] == 0 and counts.right[0] == norm[norm > 0].min()
-
-
-def test_old_names_work_for_one_release():
-    net = network(*THREE_STAGES)
-    with pytest.warns(DeprecationWarning, match="takes max_length= in place of max_writes="):
-        old = exponential_expansion(net, linearize="detached", max_writes=1)
-    assert list(old) == list(detached(net, max_length=1))
-    with pytest.warns(DeprecationWarning, match="in place of"), pytest.raises(TypeError, match="pass max_length alone"):
-        exponential_expansion(net, max_writes=1, max_length=1)
-    found = old(TOKENS).statistics()
-    with pytest.warns(DeprecationWarning, match="n_writes is now lengths"):
-        assert found.n_writes == found.lengths
-    with pytest.warns(DeprecationWarning, match=r"is now Path\.length"):
-        assert Path("embed", ("0_mlp", "ln_final")).n_writes == 1
 
 
 @pytest.mark.parametrize(("factor", "index"), [(-2.0, 27.0), (-0.25, (1.25 / 0.75) ** 3), (1.0, 1.0)])

@@ -45,7 +45,7 @@ from torch import Tensor
 from tl_jets.adapters.base import TransformerLensView
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.options import check_choice, renamed
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, some
 
 Encodes = Literal["write", "stream"]
@@ -180,7 +180,6 @@ class DictionaryView:
         return self.view.recorded_writes(recording, self._whole(stage), batch, pos)
 
 
-@renamed(write="label")
 def with_dictionary(
     model: Any, label: LabelInput, dictionary: Any, features: int | Sequence[int], *, encodes: Encodes = "write"
 ) -> ResidualNetwork:

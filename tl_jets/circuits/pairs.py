@@ -45,7 +45,7 @@ class PairResult(Result):
         target_names: The targets as requested, or `<clean answer>` and `<corrupted answer>`.
         unit: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights; None in files of older versions.
+        model: Name of the model and a digest of its weights; None: not known.
     """
 
     target_ids: Int[Tensor, "batch 2"]

@@ -211,7 +211,6 @@ def _paths(add: Callable[..., Any]) -> None:
     add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
     add(
         "--max-length",
-        "--max-writes",
         type=at_least(0),
         metavar="N",
         help="keep paths with at most N steps before the final norm",

@@ -12,17 +12,12 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, TypeVar, cast
-
-from tl_jets.core.caller import warn_caller
+from typing import Any
 
 # Choices that an error names.
 MOST_SHOWN = 12
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_integers(least: int, /, **given: Any) -> None:
@@ -44,27 +39,3 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
 def _compares(value: Any) -> bool:
     """Text and integers are compared, and nothing else: True is not 1."""
     return isinstance(value, str | Integral) and not isinstance(value, bool)
-
-
-def renamed(**names: str | None) -> Callable[[Function], Function]:
-    """A decorator for keywords, old=new: old ones work for one release, with a DeprecationWarning; None: without effect."""
-
-    def decorate(function: Function) -> Function:
-        @wraps(function)
-        def called(*args: Any, **given: Any) -> Any:
-            for old, new in names.items():
-                if old in given:
-                    now = "no longer needs" if new is None else f"takes {new}= in place of"
-                    text = f"{function.__name__} {now} {old}=, which the next release will refuse."
-                    warn_caller(text, DeprecationWarning)
-                    value = given.pop(old)
-                    if new is not None and new in given:
-                        raise TypeError(
-                            f"{new} and {old} are the same option of {function.__name__}; pass {new} alone."
-                        )
-                    given |= {} if new is None else {new: value}
-            return function(*args, **given)
-
-        return cast(Function, called)
-
-    return decorate

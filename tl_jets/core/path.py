@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tl_jets.core.caller import warn_caller
 from tl_jets.core.protocol import DECODER_STEP
 
 ARROW = " > "
@@ -41,12 +40,6 @@ class Path:
     def length(self) -> int:
         """Number of writes on the path: its steps without the decoder."""
         return sum(not step.startswith(DECODER_STEP) for step in self.steps)
-
-    @property
-    def n_writes(self) -> int:
-        """The old name of `length`, for one release."""
-        warn_caller("Path.n_writes is now Path.length; the next release will drop the old name.", DeprecationWarning)
-        return self.length
 
     @classmethod
     def parse(cls, text: str) -> Path:

@@ -28,7 +28,7 @@ from dataclasses import field, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -58,9 +58,6 @@ def handle() -> Any:
 
 class Result(Shown):
     """Base of frozen dataclasses of tensors, labels, options, or other results."""
-
-    # Fields that files of older versions have under another name: old -> new.
-    _renamed_fields: ClassVar[Mapping[str, str]] = {}
 
     def to(self: Kind, device: torch.device | str | int) -> Kind:
         """A copy on another device; raises TypeError for a dtype."""
@@ -201,7 +198,7 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_decoded(item, tensors) for item in value["tuple"])
     module, name = value["result"]
     kind = _kind(module, name)
-    given = {kind._renamed_fields.get(key, key): item for key, item in value["fields"].items()}
+    given = value["fields"]
     unknown = sorted(given.keys() - {f.name for f in _saved_fields(kind)})
     if unknown:
         raise _UnknownError(f"the fields {unknown} of its {name}")

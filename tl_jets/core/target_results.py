@@ -29,7 +29,7 @@ class TargetResult(Result):
         target_names: The targets as requested; `<answer>` is the (clean) model's own best token.
         unit: Unit of values: `"logits"`, or `"logits before the softcap"`.
         token_names: Texts of the ids.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        model: Name of the model and a digest of its weights, which `concat` compares; None: not known.
     """
 
     positions: list[int] | Int[Tensor, "batch pos"]

@@ -82,7 +82,7 @@ class DetachedJacobian(Result):
         reconstruction_error: |J e + bias - value| / |value|; `ordinary_error` is that of the ordinary Jacobian.
         token_names: Texts of the ids in `tokens`.
         parts: The contributions of a loaded result; None before.
-        model: Name of the model and a digest of its weights; None in files of older versions.
+        model: Name of the model and a digest of its weights; None: not known.
         map: J: `apply`, `apply_transpose`, `materialize`, `block`, `svd`.
         ordinary: The model's ordinary Jacobian, with the same methods, made anew at each product; None if left out.
         trace: The trace of the input.

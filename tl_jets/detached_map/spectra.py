@@ -83,7 +83,7 @@ class DetachedSpectra(Result):
         stable_rank: frobenius^2 / values[0]^2; 0 for a map that is zero (an MLP alone, between two positions).
         left: Left singular vectors, in the sign of the prompt's own input.
         written: The model's own value at each output; `final` is the final stream at the position.
-        model: Name of the model and a digest of its weights; None in files of older versions.
+        model: Name of the model and a digest of its weights; None: not known.
         trace: The trace of the prompt. A loaded result has none: its directions are decoded after `with_model`.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -59,13 +59,11 @@ class JetCache(Result, Mapping[str, Tensor]):
         solution: The solved weights and their certificate; None for given or uniform weights.
         prompts: Indices of the trace's prompts on the batch axis; an int if a slice dropped the axis; None for all.
         columns: Indices of its cells in the padded rows, likewise; [batch, pos] where prompts differ.
-        model: Name of the model and a digest of its weights; None in files of older versions.
-        sinks: Which of `tokens` are BOS or attention sinks, whose norms notebooks leave out; None in files of older versions.
+        model: Name of the model and a digest of its weights; None: not known.
+        sinks: Which of `tokens` are BOS or attention sinks, whose norms notebooks leave out; None: not known.
         expansion: The expansion.
         trace: The trace of the input.
     """
-
-    _renamed_fields: ClassVar = {"positions": "columns"}
 
     terms: dict[str, Tensor]
     weights: Tensor

@@ -84,7 +84,7 @@ class IterativeJetLens(LensResult):
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
         n_layers: Number of blocks of the model.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        model: Name of the model and a digest of its weights, which `concat` compares; None: not known.
         seed: Seed of the control; None without one.
         translator: Name of the lens whose translators moved the streams (`translated_lens`); None for the streams themselves.
     """

@@ -38,7 +38,7 @@ from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.logit_reader import CHUNK_SIZE, TopTokens, top_tokens
 from tl_jets.core.measures import MEASURES, Measures, geometry
 from tl_jets.core.network import ResidualNetwork
-from tl_jets.core.options import check_choice, renamed
+from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import Granularity
 from tl_jets.core.results import handle
 from tl_jets.core.selection import ANSWER, TargetInput, check_options, positions_at
@@ -73,7 +73,7 @@ class JointJetLens(LensResult):
         token_names: Texts of the ids.
         sinks: Positions that `average` leaves out.
         n_layers: Number of blocks of the model.
-        model: Name of the model and a digest of its weights, which `concat` compares; None in files of older versions.
+        model: Name of the model and a digest of its weights, which `concat` compares; None: not known.
         seed: Seed of the control.
     """
 
@@ -189,7 +189,6 @@ class JointJetLens(LensResult):
         return table(columns | {key: [names[i] for i in values] for key, values in ids.items()})
 
 
-@renamed(chunk_size=None)
 def joint_jet_lens(
     model: Any,
     text_or_tokens: Any,

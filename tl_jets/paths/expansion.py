@@ -58,7 +58,7 @@ from tl_jets.core.attribution import LogitAttribution, Rank
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.frozen_network import FrozenNetwork, Linearize, chunk_size, read_order
 from tl_jets.core.network import ResidualNetwork, trace_of
-from tl_jets.core.options import check_choice, check_integers, renamed
+from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM
 from tl_jets.core.selection import Rows, TargetInput
@@ -82,7 +82,6 @@ MAX_PATHS = 4096
 SHOWN = 10
 
 
-@renamed(max_writes="max_length")
 def exponential_expansion(
     model: Any,
     order: int | None = None,

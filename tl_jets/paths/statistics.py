@@ -46,7 +46,6 @@ from torch import Tensor
 
 from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.averages import Averaged
-from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.logit_reader import top_tokens
@@ -109,12 +108,6 @@ class PathStatistics(Cancelling, TargetResult, Averaged):
     def _body(self) -> str:
         table = self.largest(SHOWN_ROWS, "size", include_sinks=self.only_sinks)
         return dataframe_html(table, total=len(self.labels), whole="average()")
-
-    @property
-    def n_writes(self) -> list[int] | None:
-        """The old name of `lengths`, for one release."""
-        warn_caller("n_writes is now lengths; the next release will drop the old name.", DeprecationWarning)
-        return self.lengths
 
     @property
     def effect(self) -> Float[Tensor, "part batch pos"]:
