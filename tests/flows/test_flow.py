@@ -411,6 +411,26 @@ def test_only_hooked_blocks_are_edited(tinydocs):
     assert torch.equal(by_input.edit[1:], torch.zeros_like(by_input.edit[1:])) and by_input.labels[0] == "embed"
 
 
+@pytest.mark.parametrize("name", ["hook_resid_mid", "ln1.hook_in", "ln2.hook_in"])
+@pytest.mark.parametrize("spec", [spec for spec in models("gpt2", "qwen2") if spec.world == "bridge"], ids=str)
+def test_a_hook_that_edits_the_stream_where_a_sublayer_reads_it_is_told_so(spec, name):
+    model, name = zoo.build(spec), f"blocks.0.{name}"
+    tokens = zoo.tokens(model, batch=2)
+
+    def in_place(x, hook):
+        return x.add_(torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype))
+
+    with pytest.raises(ValueError, match=rf"A hook on .*{name}.* in place.* return a new tensor .* hook_resid_pre"):
+        tj.flow(model, tokens, [(name, in_place)], targets=5)
+    hooks = [(name, lambda x, hook: in_place(x.clone(), hook))]  # the sublayer alone reads it
+    with torch.no_grad(), full_precision():
+        effect = centered_logit(model.run_with_hooks(tokens, fwd_hooks=hooks), 5) - centered_logit(model(tokens), 5)
+    found = tj.flow(model, tokens, hooks, targets=5)
+    assert torch.allclose(found.effect[:, 0, 0], effect, atol=1e-8) and float(effect.abs().min()) > 1e-3
+    assert found.labels[0] == ("0_attn_out" if "ln1" in name else "0_mlp_out") and bool(found.closed.all())
+    assert torch.allclose(found.edit[0], found.effect, rtol=0.011)
+
+
 def test_an_intervention_that_reaches_no_prompt_is_said():
     """Positions of hooks are columns of the padded row: the last one of a shorter prompt is padding."""
     model = zoo.build(models("llama")[0])

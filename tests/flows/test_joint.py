@@ -80,6 +80,14 @@ def test_controls_are_other_components_of_the_same_layers(spec):
     assert again.control_labels == found.control_labels and torch.equal(again.share, found.share)
     with pytest.raises(ValueError, match="none is left beside"):
         tj.joint_flow(model, tokens, ["0_mlp", "1_mlp"], targets=5)
+    few = tj.joint_flow(model, tokens, ["L0H1", "L0H2", "L0H3"], targets=5, controls=0)
+    assert few.control_labels == []
+    pair = tj.joint_flow(
+        model, tokens, ["L0H1", "L0H2"], targets=5, controls=6
+    )  # two others: one set, in whatever order
+    assert [sorted(own) for own in pair.control_labels] == [["L0H0", "L0H3"]] and len(pair.control) == 1
+    with pytest.raises(ValueError, match="none is left beside L0H2"):
+        tj.joint_flow(model, tokens, ["L0H1", "L0H2", "L0H3"], targets=5)
     assert tj.joint_flow(model, tokens, ["0_mlp", "1_mlp"], targets=5, controls=0).control.shape == (0, 1, 1, 1)
 
 

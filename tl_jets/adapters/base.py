@@ -31,7 +31,7 @@ from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.parts import head_writes, keep_heads, neuron_step, neuron_writes, recorded_heads, z_name
 from tl_jets.adapters.reading import working_dtype
 from tl_jets.core.labels import LabelInput
-from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, tolerance
+from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, some, tolerance
 
 
 class TransformerLensView(Blocks):
@@ -211,7 +211,7 @@ def connect(view: Blocks, recording: Recording, saved: dict[str, Tensor], hooked
         name: value.to(view.device, view.dtype if value.is_floating_point() else value.dtype)
         for name, value in saved.items()
     }
-    sums = Sums(recording, hooked)
+    sums = Sums(recording, hooked, view.hook_dict)
     name = "blocks.0.hook_resid_pre"
     first = saved[name]
     recording.sources.update(view.read_sources(saved, first, name in hooked))
@@ -261,8 +261,8 @@ def _pass_block(view: Blocks, sums: Sums, saved: dict[str, Tensor], layer: int) 
 class Sums:
     """Streams against the sums of what was written to them; compared on their device, and read once for all."""
 
-    def __init__(self, recording: Recording, hooked: set[str]) -> None:
-        self.recording, self.hooked = recording, hooked
+    def __init__(self, recording: Recording, hooked: set[str], points: dict[str, Any]) -> None:
+        self.recording, self.hooked, self.points = recording, hooked, points
         # Without a mask, all tokens are real.
         is_masked = recording.memo["attention_mask"] is not None
         self.padding = ~recording.valid[..., None] if is_masked else None
@@ -297,9 +297,21 @@ class Sums:
             if hook not in self.hooked and not error <= self.recording.accuracy:
                 raise ValueError(
                     f"A stream must be the sum of what was written to it; {stream} differs by {error:.1e} (relative) "
-                    f"and no hook on {hook} explains it. This architecture writes to the stream in a way that is not "
-                    f"understood, so it is refused."
+                    f"and no hook on {hook} explains it. {self._remedy(hook)}"
                 )
+
+    def _remedy(self, hook: str) -> str:
+        """What to do about a stream that is not the sum of what was written to it: a hook may have changed it in place."""
+        inner = [
+            name for name, point in self.points.items() if point.fwd_hooks and name.startswith(hook.rsplit(".", 1)[0])
+        ]
+        if not inner:
+            return "This architecture writes to the stream in a way that is not understood, so it is refused."
+        return (
+            f"A hook on {some(inner)} may change what it is given in place, which is the stream itself where a sublayer reads "
+            f"it: return a new tensor (x * 0.5, not x.mul_(0.5)), so that the sublayer alone reads it, or edit the stream at "
+            f"hook_resid_pre or hook_resid_post."
+        )
 
 
 FIRST_STREAM = "blocks.0.hook_resid_pre"

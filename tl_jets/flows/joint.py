@@ -36,7 +36,7 @@ from tl_jets.core.caller import warn_caller
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
-from tl_jets.core.protocol import FINAL_STREAM
+from tl_jets.core.protocol import FINAL_STREAM, Step
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.target_results import target_fields
 from tl_jets.core.trace import Trace
@@ -50,6 +50,8 @@ from tl_jets.interventions.replays import first_stage, hooked_stream, last_strea
 
 # Nodes of the first try.
 FIRST_NODES = 4
+# Draws of a control set, for each that is asked for: small layers have few different ones.
+DRAWS = 20
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -139,7 +141,7 @@ def joint_flow(
         measure: `"centered"` or `"kl"`, as in `flow`.
         positions: Positions to read, counted among each prompt's real tokens; -1 is the last.
         tolerance: Nodes are doubled, up to 128, until the sum is within this share of the effect.
-        controls: How many random sets of the same size and layers are ablated, too.
+        controls: How many random sets of the same size and layers are ablated, too; fewer if there are no more different ones.
         seed: Seed of the random sets, and of `"resample"`.
         attention_mask: Passed to the model (left padding needs it).
 
@@ -263,29 +265,34 @@ def _partial(edit: Any, dose: Float[Tensor, " batch"]) -> Any:
 
 
 def _random_sets(network: ResidualNetwork, labels: list[str], count: int, seed: int) -> list[list[str]]:
-    """Sets of other components: heads and neurons of the same layers, sublayers and blocks of other layers."""
+    """Different sets of other components, of the same layers for heads and neurons; fewer if there are no more."""
     steps = {step.label: step for kind in ("block", "sublayer", "head") for step in network.at(kind).steps}
-    random, taken = np.random.default_rng(seed), set(labels)
-    sets = []
-    for _ in range(count):
+    pools = {label: _others(network, steps, label, set(labels)) for label in labels}
+    random, sets = np.random.default_rng(seed), {}
+    for _ in range(DRAWS * count):
         own: list[str] = []
-        for label in labels:
-            step = steps.get(label) or network.view.fine_step(label)
-            assert step is not None  # ablation_hooks knows it
-            if step.kind == "neuron":
-                size = network.view.blocks[step.layer].mlp.W_out.shape[0]  # type: ignore[attr-defined]
-                others = [f"L{step.layer}N{i}" for i in range(size)]
-            else:
-                same = step.kind == "head"
-                others = [
-                    s.label for s in steps.values() if s.kind == step.kind and (s.layer == step.layer or not same)
-                ]
-            others = [other for other in others if other not in taken and other not in own]
-            if not others:
+        for label, pool in pools.items():
+            left = [other for other in pool if other not in own]
+            if not left:
                 raise ValueError(
                     f"A control set takes as many other components of the same layers; none is left beside {label}. Pass "
                     f"controls=0."
                 )
-            own.append(others[random.integers(len(others))])
-        sets.append(own)
-    return sets
+            own.append(left[random.integers(len(left))])
+        sets.setdefault(frozenset(own), own)
+        if len(sets) == count:
+            break
+    return list(sets.values())
+
+
+def _others(network: ResidualNetwork, steps: dict[str, Step], label: str, taken: set[str]) -> list[str]:
+    """Components that can stand for one in a control set: of its kind, heads and neurons of its layer."""
+    step = steps.get(label) or network.view.fine_step(label)
+    assert step is not None  # ablation_hooks knows it
+    if step.kind == "neuron":
+        size = network.view.blocks[step.layer].mlp.W_out.shape[0]  # type: ignore[attr-defined]
+        found = [f"L{step.layer}N{i}" for i in range(size)]
+    else:
+        is_head = step.kind == "head"
+        found = [s.label for s in steps.values() if s.kind == step.kind and (s.layer == step.layer or not is_head)]
+    return [other for other in found if other not in taken]
