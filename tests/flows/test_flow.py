@@ -19,7 +19,8 @@ PROMPTS = ["This function is available on Unix and", "This is"]
 
 
 def models(*names, processing="raw"):
-    return [spec for spec in zoo.available(list(names)) if spec.processing == processing]
+    """Specs of some families, or of all."""
+    return [spec for spec in zoo.available(list(names) or None) if spec.processing == processing]
 
 
 def cache_of(model, tokens, hooks=()):
@@ -126,6 +127,64 @@ def test_an_ablation_of_every_family_is_explained_to_the_tolerance(spec):
     cuts = found.cuts().set_index(["stage", "batch"])
     assert np.allclose(cuts["edited_later"], 0, atol=1e-9)  # the only edit is at the first stage
     assert np.allclose(cuts["carried"] - cuts["gap"], effect[cuts.index.get_level_values("batch"), 0, 0])
+
+
+def uncapped(model, logits):
+    """Logits before the softcap of the model, if it has one."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    return cap * torch.atanh(logits / cap) if cap > 0 else logits
+
+
+MORE = [zoo.ModelSpec(name, "bridge", "raw") for name in (zoo.FAMILIES if zoo.MAJOR > 3 else ())]
+
+
+@pytest.mark.parametrize("measure", ["kl", "logit difference"])
+@pytest.mark.parametrize("spec", [s for s in models() if s.name != "opt" or s.world != "bridge"] + MORE, ids=str)
+def test_divergences_and_logit_differences_of_every_family_are_those_of_its_own_logits(spec, measure):
+    """Their effects, by the model; their mean gradients at the last stream, by the model run on from there."""
+    model, count = zoo.build(spec), 3
+    tokens = zoo.tokens(model, batch=2)
+    hooks = tj.ablation_hooks(model, "0_attn", mode="mean", reference=tokens)
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    kinds = [kind for kind in ("attn", "mlp") if f"blocks.0.hook_{kind}_out" in model.hook_dict]
+    names = [last, *(f"blocks.{layer}.hook_{kind}_out" for layer in range(model.cfg.n_layers) for kind in kinds)]
+
+    def run(hooks):
+        saved = {}
+        savers = [(name, lambda x, hook, name=name: saved.__setitem__(name, x.clone())) for name in names]
+        with full_precision():
+            logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *savers])[:, -1]
+        return saved, logits
+
+    with torch.no_grad():
+        (before, clean), (after, _) = run([]), run(hooks)
+    p = clean.log_softmax(-1)
+
+    def value(stream):
+        logits = run([(last, lambda x, hook: stream)])[1]
+        if measure == "kl":
+            return (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
+        logits = uncapped(model, logits)
+        return logits[:, 5] - logits[:, 9]
+
+    options = {"measure": "kl"} if measure == "kl" else {"targets": 5, "against": 9}
+    found = tj.flow(model, tokens, hooks, nodes=count, tolerance=1e9, granularity="sublayer", **options)
+    assert found.measure == measure and found.unit.startswith("nats" if measure == "kl" else "logits")
+    assert torch.allclose(found.effect[:, 0, 0], value(after[last]) - value(before[last]), atol=1e-9)
+    assert float(found.effect.abs().min()) > 1e-7
+    places, weights = np.polynomial.legendre.leggauss(count)
+    g = torch.zeros_like(before[last])
+    for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
+        with torch.enable_grad():
+            x = (before[last] + place * (after[last] - before[last])).requires_grad_(True)
+            g += weight * torch.autograd.grad(value(x).sum(), x)[0]
+    for label, own in zip(found.labels, found.direct[:, :, 0, 0], strict=True):
+        layer, kind = label.split("_")[:2]
+        name = f"blocks.{layer}.hook_{kind}_out"
+        wanted = (g * (after[name] - before[name])).sum((1, 2))
+        assert torch.allclose(own, wanted, atol=1e-8 + 1e-7 * float(wanted.abs().max())), label
+    exact = tj.flow(model, tokens, hooks, granularity="sublayer", **options)
+    assert bool(exact.closed.all()) and torch.allclose(exact.edit.sum(0), exact.effect, rtol=0.011, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", models("llama", "pythia", "gemma2"), ids=str)
@@ -367,6 +426,17 @@ def test_what_cannot_be_explained_is_refused(as_users_run_it, tinydocs, interven
     with pytest.raises(ValueError, match=message):
         tj.flow(tinydocs, PROMPTS[0], intervention, **options)
     assert not any(point.fwd_hooks for point in tinydocs.hook_dict.values())
+
+
+def test_two_runs_can_be_passed_and_must_be_of_the_clean_trace(tinydocs):
+    network = tj.ResidualNetwork(tinydocs, "head")
+    clean, hooks = network.trace(PROMPTS[0]), tj.ablation_hooks(tinydocs, "0_mlp")
+    runs = two_runs.TwoRuns(network, clean, hooks)
+    found, wanted = tj.flow(network, clean, runs), tj.flow(network, clean, hooks)
+    assert torch.equal(found.flow, wanted.flow) and found.labels == wanted.labels
+    for given in ((network, PROMPTS[0]), (tinydocs, clean)):
+        with pytest.raises(ValueError, match="must be of the clean trace and the granularity"):
+            tj.flow(*given, runs)
 
 
 def test_agreement_needs_a_check(tinydocs):

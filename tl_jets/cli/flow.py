@@ -16,8 +16,10 @@ from tl_jets.core.numerals import number, signed
 from tl_jets.core.selection import Rows
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import visible
+from tl_jets.core.trace import Trace
 from tl_jets.flows import Flow, JointFlow, flow, joint_flow
 from tl_jets.flows.secants import MOST_NODES
+from tl_jets.flows.two_runs import TwoRuns
 from tl_jets.interventions.hooks import ablation_hooks
 from tl_jets.paths.cancellation import LARGE
 from tl_jets.views import flow_heatmap
@@ -51,8 +53,10 @@ def report(options: argparse.Namespace) -> Report:
             warnings.filterwarnings("ignore", OPEN, UserWarning)
             if kind == "joint":
                 found: Flow | JointFlow = _joint(options, asked, ablation, positions, given)
+                intervened = None
             else:
-                found = _flow(options, asked, acts, given)
+                runs = TwoRuns(asked.network, asked.trace, acts)
+                found, intervened = _flow(options, asked, runs, given), runs.other
     said = asked.token(answer) if target is None else asked.token(target)
     names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the centered logit of {said['token']}")
     if against is not None:
@@ -63,7 +67,9 @@ def report(options: argparse.Namespace) -> Report:
     data |= {"target": None if target is None else asked.token(target), "measure": found.measure, "unit": found.unit}
     data |= {"against": None if against is None else asked.token(against), "effect": float(found.effect)}
     data |= {"is_softcapped": asked.trace.decoder.transform is not None, "is_closed": bool(found.closed)}
-    data["readings"] = None if target is None or against is not None else _readings(asked, acts, target)
+    data["readings"] = None
+    if target is not None and against is None:
+        data["readings"] = _readings(asked, intervened or _hooked(asked, acts), target)
     rows = asked.asked(options.model, data["answer"], data["target"]) | {"intervention": done}
     last = ["effect"] if options.measure == "centered" else []
     last += ["softcap"] if data["is_softcapped"] and options.measure == "centered" else []
@@ -121,14 +127,15 @@ def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[
     return hooks, ablation, positions
 
 
-def _readings(asked: Read, acts: Any, target: int) -> dict[str, list[float]]:
+def _hooked(asked: Read, hooks: Any) -> Trace:
+    """The prompt's run under hooks: a joint flow's own runs stop at the last stream."""
+    with asked.network.view.hooks(hooks):  # type: ignore[attr-defined]
+        return asked.network.trace(asked.trace.tokens)
+
+
+def _readings(asked: Read, intervened: Trace, target: int) -> dict[str, list[float]]:
     """The target's logit and probability, as the model itself gives them: in the clean and in the intervened run."""
-    view: Any = asked.network.view
-    runs: list[Any] = [asked.trace, acts]
-    if isinstance(acts, list):
-        with view.hooks(acts):
-            runs[1] = asked.network.trace(asked.trace.tokens)
-    logits = [run.logits[0, asked.position].double() for run in runs]
+    logits = [run.logits[0, asked.position].double() for run in (asked.trace, intervened)]  # type: ignore[index]
     probabilities = [float(own.softmax(-1)[target]) for own in logits]
     return {"logit": [float(own[target]) for own in logits], "probability": probabilities}
 
@@ -141,12 +148,12 @@ def _read(readings: dict[str, list[float]] | None) -> str:
     return f" Its logit goes from {number(before)} to {number(after)}, its probability from {p:.1%} to {q:.1%}."
 
 
-def _flow(options: argparse.Namespace, asked: Read, acts: Any, given: dict[str, Any]) -> Flow:
+def _flow(options: argparse.Namespace, asked: Read, runs: TwoRuns, given: dict[str, Any]) -> Flow:
     nodes = {} if options.nodes is None else {"nodes": options.nodes}
     return flow(
         asked.network,
         asked.trace,
-        acts,
+        runs,
         by_position=True,
         check=options.check,
         seed=options.seed,

@@ -76,7 +76,8 @@ def flow(
         model: A `TransformerBridge`, a `HookedTransformer`, or a `ResidualNetwork` (of chosen neurons, say).
         prompts: The clean input: a prompt, a list of prompts, token ids [batch, pos], or a `Trace`.
         intervention: TransformerLens hooks, `[(hook_name, function)]` (as of `ablation_hooks`, `patch_hooks`,
-            `steering_hooks`); or another input with as many tokens in every prompt; or a `Trace` of it.
+            `steering_hooks`); or another input with as many tokens in every prompt; or a `Trace` of it; or the
+            `tl_jets.flows.two_runs.TwoRuns` of a trace, whose intervened run can be read, too.
         targets: Tokens whose centered logits are explained; None for the clean run's best.
         against: One token for each target: the logit difference, target - against, is explained.
         measure: `"centered"` (logits, less the mean over the vocabulary), or `"kl"`: KL(clean || intervened), in nats.
@@ -107,7 +108,12 @@ def flow(
     clean = exact_trace(network, prompts, attention_mask)
     _check(check, nodes, tolerance)
     rows = real_rows(clean, positions)
-    runs = TwoRuns(network, clean, intervention)
+    runs = intervention if isinstance(intervention, TwoRuns) else TwoRuns(network, clean, intervention)
+    if runs.clean.recording is not clean.recording or runs.network.granularity != network.granularity:
+        raise ValueError(
+            "Two runs that are passed as an intervention must be of the clean trace and the granularity that are passed, too; "
+            "these are of others. Pass the trace that they were made with, or the hooks themselves."
+        )
     target = read_target(clean, rows, targets, against, measure)
     sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position, edges)
     found = sweep.result()
