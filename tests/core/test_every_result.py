@@ -47,6 +47,7 @@ KINDS = [
     ),
     *(
         "PathStatistics",
+        "Promoters",
         "Roles",
         "SimplexSolution",
         "SingularVectors",

@@ -133,6 +133,7 @@ CALLS: dict[str, tuple[Call, tuple[str, ...]]] = {
         ("reduce",),
     ),
     "diff": (lambda **o: studies.diff(network(), network(), **o), ("change",)),
+    "search": (lambda **o: studies.search(network(), [1], **{n: [v] for n, v in o.items()}), ("kinds",)),
     "head_scores": (lambda **o: studies.head_scores(network(), length=2, n_tokens=2, **o), ("stream",)),
     "ngram_counts": (lambda **o: studies.ngram_counts([1, 2, 3, 4], n=2, **o), ("score",)),
     "pair_scores": (lambda **o: studies.pair_scores(network(), [[1, 2]], **o), ("score",)),
@@ -208,6 +209,10 @@ COUNTED: dict[str, tuple[Call, dict[str, int]]] = {
     "mass_change": (
         lambda **o: studies.mass_change({"a": network(), "b": network()}, {"x": [[1, 2]]}, **o),
         {"controls": 0, "seed": 0, "bootstrap": 0, "contexts": 1},
+    ),
+    "search": (
+        lambda **o: studies.search(network(), [1], layers=[0], **o),
+        {"n_tokens": 1, "controls": 0, "top_k": 1, "seed": 0},
     ),
     "diff": (lambda **o: studies.diff(network(), network(), **o), {"top_k": 1}),
     "head_scores": (

@@ -22,6 +22,7 @@ from tl_jets.studies import (
     mass_change,
     ngram_counts,
     roles,
+    search,
     sketch,
     track,
 )
@@ -88,6 +89,7 @@ def _of_n_grams(network: Any, other: Any) -> list[Any]:
     made += [mass_change({"a": network, "b": other}, lists, contexts=4, controls=2, progress=False)]
     texts = torch.tensor([[3, 4, 5, 6], [7, 4, 5, 3]])
     made += [head_scores(network, layers=[0], n_tokens=8, observe=1, length=6, progress=False)]
+    made += [search(network, [4, 5], layers=[0], n_tokens=4, controls=2, top_k=3, progress=False)]
     made += [sketch(network, texts[:1], texts[1:], progress=False)]
     return [*made, ablation_check(network, "0_mlp", top_k=3, n_random=2)]
 

@@ -164,7 +164,7 @@ def neuron_step(view: Blocks, label: str) -> Step | None:
     if neuron is None:
         return Step(f"{layer}_mlp_bias", layer, "mlp_bias")
     view.refuse(Step(label, layer, "neuron"))
-    index, size = int(neuron[2]), len(_output_weights(view, layer)[0])
+    index, size = int(neuron[2]), len(output_weights(view, layer)[0])
     if index >= size:
         raise ValueError(f"Neurons of layer {layer} are numbered 0..{size - 1}; got {label!r}.")
     return Step(f"L{layer}N{index}", layer, "neuron", neuron=index)
@@ -175,7 +175,7 @@ def neuron_writes(view: Blocks, recording: Recording, calls: Any, stage: Stage, 
     layer = stage.steps[0].layer
     _check(view, recording, calls, layer)
     post, write = _activations(view, calls, layer, stream)
-    W_out, b_out = _output_weights(view, layer)
+    W_out, b_out = output_weights(view, layer)
     parts = [step for step in stage.steps if step.kind in ("neuron", "mlp_bias")]
     biases = [float(step.kind == "mlp_bias") for step in parts]
     units = [b_out.expand_as(write) if s.neuron is None else post[..., s.neuron, None] * W_out[s.neuron] for s in parts]
@@ -188,7 +188,7 @@ def neuron_writes(view: Blocks, recording: Recording, calls: Any, stage: Stage, 
     return found
 
 
-def _output_weights(view: Blocks, layer: int) -> tuple[Tensor, Tensor]:
+def output_weights(view: Blocks, layer: int) -> tuple[Tensor, Tensor]:
     """W_out [d_mlp, d_model] and b_out [d_model]."""
     mlp = view.blocks[layer].mlp
     W_out, b_out = getattr(mlp, "W_out", None), getattr(mlp, "b_out", None)
@@ -217,7 +217,7 @@ def _check(view: Blocks, recording: Recording, calls: Any, layer: int) -> None:
     valid = recording.valid.to(stream.device)
     with torch.no_grad():
         post, write = _activations(view, calls, layer, stream)
-        W_out, b_out = _output_weights(view, layer)
+        W_out, b_out = output_weights(view, layer)
         out = post @ W_out + b_out if post.shape == (*stream.shape[:2], len(W_out)) else torch.zeros_like(write)
         found, post_bias = view.shares(layer, "mlp", out, out), view.post_bias(layer)
         found = found if post_bias is None else found + post_bias

@@ -18,6 +18,7 @@ from tl_jets.studies.mass_changes import MassChange, mass_change
 from tl_jets.studies.masses import Mass, mass
 from tl_jets.studies.overlap import hit_ratio, pseudo_joint
 from tl_jets.studies.pairs import RowScores, pair_scores
+from tl_jets.studies.promoters import Promoters, search
 from tl_jets.studies.sketches import Sketch, sketch
 from tl_jets.studies.text_comparison import TextComparison, best_joint, compare_with_counts
 
@@ -27,6 +28,7 @@ __all__ = [
     "Mass",
     "MassChange",
     "ModelDiff",
+    "Promoters",
     "Roles",
     "RowScores",
     "Sketch",
@@ -45,6 +47,7 @@ __all__ = [
     "pair_scores",
     "pseudo_joint",
     "roles",
+    "search",
     "sketch",
     "track",
     "track_by_path",

@@ -215,7 +215,7 @@ def head_scores(
     network = ResidualNetwork(model).at("sublayer")
     chosen = mlp_steps(network)[: {"direct": 0, "effective": 1, "mlps": None}[stream]]
     single = VocabularyStreams(network, chosen, prompts=ROWS)
-    wanted = _read_layers(layers, network)
+    wanted = read_layers(layers, network)
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(single.n_tokens, generator=draw, device="cpu")[:n_tokens]
     shuffle = torch.randperm(len(tokens), generator=draw, device="cpu")
@@ -264,7 +264,7 @@ def _pattern(
     return trace.network.view.inner(trace.recording, hook, single.alone(f"{layer}_attn"), stream)
 
 
-def _read_layers(layers: Sequence[int] | None, network: ResidualNetwork) -> list[int]:
+def read_layers(layers: Sequence[int] | None, network: ResidualNetwork) -> list[int]:
     """Distinct layers, sorted; ValueError for others than the network's."""
     n_layers = int(getattr(network.view, "n_layers", 0))
     given = list(range(n_layers)) if layers is None else list(layers)
