@@ -513,6 +513,45 @@ def test_no_forward_pass_is_run_twice():
         assert len(calls) == 3 + 2
 
 
+def test_a_model_is_run_and_checked_once_for_the_same_weights_and_hooks(tmp_path, monkeypatch):
+    """Of a network whose weights and hooks are as before, nothing is run again; any change of them is noticed."""
+    spec = zoo.available(["gpt2"])[0]
+    model = zoo.fresh(spec)
+    network, runs = ResidualNetwork(model), []
+    forward = type(network.view).forward
+    monkeypatch.setattr(type(network.view), "forward", lambda *args, **kw: runs.append(1) or forward(*args, **kw))
+
+    def table(of=network, **options):
+        runs.clear()
+        return jet_bigrams(of, "mlps", top_k=5, rows=range(20), progress=False, **options)
+
+    before = table()
+    assert runs and table().ids.equal(before.ids) and not runs
+    assert table().fingerprint == fingerprint(model) and not runs
+    jet_bigrams(network, "0_mlp", top_k=5, rows=[3], progress=False)
+    assert not runs and "0_mlp" in network.view.memo["vocabulary"][2]
+    with torch.no_grad():
+        model.blocks[1].mlp.W_out[0, 0] += 3.0
+    after = table()
+    assert runs and after.fingerprint == fingerprint(model) != before.fingerprint
+    assert after.scores.equal(table(ResidualNetwork(model)).scores) and not after.scores.equal(before.scores)
+    with model.hooks([("blocks.1.mlp.hook_post", lambda x, hook: x * 0)]):
+        hooked = table()
+        assert runs and not hooked.scores.equal(after.scores) and hooked.fingerprint == fingerprint(model)
+    with model.hooks([("blocks.1.hook_resid_pre", lambda x, hook: x + 1)]), pytest.raises(ValueError, match="edits"):
+        table()
+    # What is saved has the fingerprint of every bit, although an entry that no watch compares was changed through `.data`.
+    state = network.view.hook_state()
+    flat = model.embed.W_E.data.view(-1)
+    for place in range(len(flat)):
+        flat[place] *= 1.5
+        if network.view.hook_state() == state:
+            break
+        state = network.view.hook_state()
+    saved = table(save=tmp_path / "table.parquet")
+    assert saved.fingerprint == fingerprint(model)
+
+
 def test_the_path_of_a_table_is_a_path():
     model = zoo.build(zoo.available(["llama"])[0])
     steps = mlp_steps(ResidualNetwork(model))

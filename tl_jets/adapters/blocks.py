@@ -85,6 +85,8 @@ class Blocks(ABC):
         self.name = f"{type(model).__name__}({Path(called).name if Path(called).is_absolute() else called})"
         self.kept = kept_of(model)
         self.checked, self.checks = self.kept.checked, self.kept.replays
+        # Values with the state of weights and hooks that they are of, by the name of their user.
+        self.memo: dict[str, tuple[Any, ...]] = {}
         self._read_state: list[int] = [0] * (1 + self.n_layers)
         self._post_norms: dict[tuple[int, str], Norm | None] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}

@@ -67,6 +67,8 @@ from tl_jets.core.free_memory import free_bytes
 
 # Number of columns of W_U converted to another dtype at a time: about 32 MB.
 CONVERTED_ELEMENTS = 2**22
+# Rows for which converting takes as long as the product, and the number then converted at a time: what stays in cache.
+FEW, FEW_ELEMENTS = 64, 2**18
 # Part of a device's free memory that converted columns may take.
 CONVERTED_SHARE = 8
 LOGITS_UNIT, SOFTCAP_UNIT = "logits", "logits before the softcap"
@@ -238,7 +240,7 @@ class Decoder:
         if self.W_U.dtype == out.dtype:
             torch.mm(states, self.W_U, out=out)
             return
-        for start, columns in self.columns(out.dtype):
+        for start, columns in self.columns(out.dtype, few=len(states) <= FEW):
             torch.mm(states, columns, out=out[:, start : start + columns.shape[1]])
 
     def constant(self, bias: Float[Tensor, " d_model"] | None, dtype: torch.dtype) -> Float[Tensor, " d_vocab"]:
@@ -258,9 +260,10 @@ class Decoder:
         """Values times `logit_scale`."""
         return values if self.logit_scale == 1 else values * self.logit_scale
 
-    def columns(self, dtype: torch.dtype):
-        """Yield (first token id, columns of `W_U` in `dtype`, unscaled) in chunks."""
-        width = max(1, self._converted_elements(dtype) // self.d_model)
+    def columns(self, dtype: torch.dtype, *, few: bool = False):
+        """Yield (first token id, columns of `W_U` in `dtype`, unscaled) in chunks, on a CPU small ones for `few` rows."""
+        elements = FEW_ELEMENTS if few and self.W_U.device.type == "cpu" else self._converted_elements(dtype)
+        width = max(1, elements // self.d_model)
         for start in range(0, self.d_vocab, width):
             yield start, self.W_U[:, start : start + width].to(dtype)
 

@@ -77,7 +77,7 @@ class BigramSweep(Sweep):
     ):
         self.streams = VocabularyStreams(model, _given_paths(model, paths))
         self.network, self.device, self.dtype = self.streams.network, self.streams.device, self.streams.dtype
-        self.decoder = self.network.decoder
+        self.decoder, self.state = self.network.decoder, self.streams.state
         check_choice("per", per, ("global", "row"))
         check_choice("score", score, SCORES)
         self.top_k, self.per, self.screen = top_k, per, screen

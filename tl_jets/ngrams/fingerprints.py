@@ -13,12 +13,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.protocol import State
 
 SAMPLES = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,6 +30,25 @@ _NOT_THE_FUNCTION = {
     *("init_mode", "init_weights", "initializer_range", "load_in_4bit", "from_checkpoint", "checkpoint_index"),
     *("checkpoint_label_type", "checkpoint_value", "n_params", "trust_remote_code", "use_hook_tokens"),
 }
+
+# By model: the state and configuration of which a fingerprint was computed.
+_KNOWN: WeakKeyDictionary[Any, tuple[State, str, str]] = WeakKeyDictionary()
+
+
+def known_fingerprint(network: ResidualNetwork, state: State | None) -> str:
+    """The fingerprint at a state of the view's weights and hooks, computed once for it; None computes it anew.
+
+    A state misses a change through `.data` of entries that are not compared (`tl_jets.core.changes`): tables that are saved
+    or loaded need the fingerprint itself.
+    """
+    if state is None:
+        return fingerprint(network)
+    view: Any = network.view
+    configuration = json.dumps(_configuration(view), sort_keys=True)
+    known = _KNOWN.get(view.model)
+    if known is None or known[:2] != (state, configuration):
+        known = _KNOWN[view.model] = state, configuration, fingerprint(network)
+    return known[2]
 
 
 @torch.no_grad()

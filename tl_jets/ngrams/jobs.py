@@ -38,7 +38,7 @@ from tqdm import tqdm
 from tl_jets.core.atomic_files import check_writable, remove_leftovers, write_atomically
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.processes import ALONE, Distributed, Processes
-from tl_jets.ngrams.fingerprints import fingerprint
+from tl_jets.ngrams.fingerprints import known_fingerprint
 from tl_jets.ngrams.tables import NgramTable
 
 Kind = TypeVar("Kind", bound="Sweep")
@@ -91,6 +91,9 @@ class Sweep:
     network: ResidualNetwork
     settings: dict[str, Any]
     processes: Processes
+    # Whether tables go to files, and the state of weights and hooks that a fingerprint may be known of.
+    saves: bool = True
+    state: Any = None
 
     @classmethod
     def planned(
@@ -98,15 +101,18 @@ class Sweep:
     ) -> Kind:
         """A sweep with checked options, equal in all processes; `saves` says whether its tables go to files."""
         processes = Processes.of(distributed)
-        return processes.agree(
-            lambda: cls(*args, processes=processes, **options),  # type: ignore[call-arg]
-            lambda plan: plan.description() | {"saves": saves},
-        )
+
+        def plan() -> Kind:
+            made = cls(*args, processes=processes, **options)  # type: ignore[call-arg]
+            made.saves = saves
+            return made
+
+        return processes.agree(plan, lambda made: made.description() | {"saves": saves})
 
     @cached_property
     def fingerprint(self) -> str:
         """The model's fingerprint."""
-        return fingerprint(self.network)
+        return known_fingerprint(self.network, None if self.saves else self.state)
 
     def description(self) -> dict[str, Any]:
         """Options and model, which must be equal in all processes."""

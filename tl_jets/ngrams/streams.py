@@ -32,11 +32,12 @@ from tl_jets.core.logit_reader import slices
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.path import ARROW
 from tl_jets.core.protocol import Stage, relative_error, some
+from tl_jets.core.trace import Trace
 from tl_jets.ngrams.float32 import full_float32
 
 DIRECT, MLPS = "direct", "mlps"
-# Rows per call of the MLPs, which are wide.
-STREAM_ROWS = 512
+# Rows per call of the MLPs, which are wide, and prompts of the self-check.
+STREAM_ROWS, PROMPTS = 512, 2
 
 PathInput = str | Sequence[str]
 TokenIds = Sequence[int | str] | Int[Tensor, " token"]
@@ -54,6 +55,7 @@ class VocabularyStreams:
         network: The network at sublayer granularity.
         paths: Steps of each path by label.
         n_tokens: Number of tokens that the model embeds.
+        state: State of the model's weights and hooks; None for plain functions.
         trace: A run on `prompts` prompts of one token, for the arguments of replays.
         device: Device of the streams.
         dtype: Dtype of `states`: float32, or float64 for float64 models.
@@ -64,18 +66,30 @@ class VocabularyStreams:
     """
 
     @full_float32()
-    def __init__(self, model: Any, paths: Sequence[PathInput], *, prompts: int = 2):
+    def __init__(self, model: Any, paths: Sequence[PathInput], *, prompts: int = PROMPTS):
         self.network = ResidualNetwork(model).at("sublayer")
         self.paths = dict(_read_path(self.network, path) for path in paths)
         self.n_tokens = _count_tokens(self.network)
+        view: Any = self.network.view
+        # A model whose weights and hooks are as before is neither run nor checked again.
+        self.state = view.hook_state() if hasattr(view, "memo") else None
+        known = None if self.state is None else view.memo.get("vocabulary")
+        if known is None or known[0] != self.state or len(known[1].tokens) != prompts:
+            known = self.state, self._run(prompts), set()
+        self.trace, checked = known[1:]
+        embed = self.trace["embed"]
+        self.device, self.dtype = embed.device, self.network.decoder.compute_dtype(embed)
+        self._check(self.trace.tokens[:2, 0].cpu(), checked)
+        if self.state is not None and prompts == PROMPTS:
+            view.memo["vocabulary"] = known
+
+    def _run(self, prompts: int) -> Trace:
+        """A run on prompts of one token: the first and the last."""
         first = torch.zeros(prompts, 1, dtype=torch.long, device="cpu")
         first[1:] = self.n_tokens - 1
         # Every id is a token here, those of padding too.
         mask = None if isinstance(self.network.view, CallableModel) else torch.ones_like(first)
-        self.trace = self.network.trace(first, attention_mask=mask)
-        embed = self.trace["embed"]
-        self.device, self.dtype = embed.device, self.network.decoder.compute_dtype(embed)
-        self._check(first[:2, 0])
+        return self.network.trace(first, attention_mask=mask)
 
     @torch.no_grad()
     @full_float32()
@@ -110,18 +124,22 @@ class VocabularyStreams:
         stage = self.network.stage(label)
         return Stage(stage.stream, tuple(step for step in stage.steps if step.label == label))
 
-    def _check(self, ids: Int[Tensor, " token"]) -> None:
-        """Check that no hook edits a stream, and that embedding and MLPs are functions of one token."""
+    def _check(self, ids: Int[Tensor, " token"], checked: set[str]) -> None:
+        """Check that no hook edits a stream, and that embedding and MLPs are functions of one token; adds to those `checked`."""
         if any(self.trace.recording.edits.values()):
             raise ValueError(
                 "A path's streams are those of the model without edits; a hook edits "
                 f"{some(self.trace.recording.edits)}. Take the hook on the stream away; hooks inside steps are kept."
             )
+        steps = {step for steps in self.paths.values() for step in steps} - checked
+        if "embed" in checked and not steps:
+            return
         found = self.embed(torch.cat([ids, torch.arange(min(self.n_tokens, 5), device="cpu")]))
         self._agree("embed", found[:2], self.trace["embed"][:2, 0])
-        for step in {step for steps in self.paths.values() for step in steps}:
+        for step in steps:
             self.trace.stage_function(self.network.stage(step))  # compares the replay with what the model wrote
             self._agree(step, self._write(step, found)[:2], self._write(step, found[:2]))
+        checked |= steps | {"embed"}
 
     def _agree(self, name: str, found: Tensor, wanted: Tensor) -> None:
         error = relative_error(found, wanted)

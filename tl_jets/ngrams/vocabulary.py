@@ -48,6 +48,15 @@ FEWEST = 3
 @torch.no_grad()
 def is_tied(streams: VocabularyStreams) -> bool:
     """Whether W_U is W_E, up to a factor of each dimension and a constant."""
+    view: Any = streams.network.view
+    if streams.state is None:
+        return _is_tied(streams)
+    if view.memo.get("tied", (None,))[0] != streams.state:
+        view.memo["tied"] = streams.state, _is_tied(streams)
+    return view.memo["tied"][1]
+
+
+def _is_tied(streams: VocabularyStreams) -> bool:
     decoder = streams.network.decoder
     size = min(streams.n_tokens, decoder.d_vocab)
     ids = torch.linspace(0, size - 1, min(size, COMPARED), dtype=torch.float64, device="cpu").round().long().unique()
