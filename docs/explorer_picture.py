@@ -34,8 +34,10 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE, device_scale_factor=SCALE)
         page.goto(file.as_uri())
-        page.evaluate("document.getElementById('about').remove()")  # it names the folder
-        page.locator(f'#grid td[data-layer="{CELL[0]}"][data-pos="{CELL[1]}"]').click()
+        page.evaluate(
+            "document.querySelectorAll('main > section:first-of-type, .about').forEach(each => each.remove())"
+        )  # they name the folder
+        page.locator(f'.grid td[data-layer="{CELL[0]}"][data-pos="{CELL[1]}"]').click()
         shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         shot.convert("P", palette=Image.Palette.ADAPTIVE, colors=COLORS).save(PICTURE, optimize=True)
         browser.close()

@@ -210,13 +210,19 @@ def test_files_hold_what_is_printed(capsys, monkeypatch, stories, tmp_path):
     trace = ResidualNetwork(stories).trace(PROMPT)
     data = json.loads(paths["json"].read_text())
     assert list(data)[:2] == ["tl_jets", "command"] and data["command"] == "lens"
-    assert {name: value for name, value in data.items() if name != "command"} == lens_data(
-        iterative_jet_lens(stories, trace, order=1, top_k=3),
+    answers = trace.logits.argmax(-1)[..., None]
+    lenses = (
+        iterative_jet_lens(stories, trace, order=1, top_k=3, targets=answers),
         joint_jet_lens(stories, trace, top_k=3),
-        model="stories",
-        prompt=PROMPT,
     )
-    assert paths["html"].read_text() == lens_page(data | {"shown": trace.tokens.shape[1] - 1})
+    shown = trace.tokens.shape[1] - 1
+    assert {name: value for name, value in data.items() if name != "command"} == lens_data(
+        *lenses, model="stories", prompt=PROMPT
+    ) | {"shown": shown}
+    document = paths["html"].read_text()
+    assert lens_page(*lenses, model="stories", prompt=PROMPT, shown=shown).html in document
+    for part in ("tl-jets lens", "Averages over the prompt&#x27;s positions", "How to read this"):
+        assert part in document
     picture = paths["svg"].read_text()
     assert picture.startswith("<svg") and "final_post" in picture and any("final_post" in line for line in lines)
     assert "@font-face" not in picture and "cdn" not in picture
@@ -323,7 +329,7 @@ def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):
         )
     asked = ("lens", "--model", "stories", "--prompt", PROMPT, *options)
     data = numbers(capsys, *asked)["iterative"]
-    assert [target["id"] for target in data["targets"]] == ids
+    assert data["target_ids"][0][-1] == ids
     assert data["target_ranks"] == plain(lens.target_ranks) and data["labels"] == lens.labels
 
 

@@ -23,14 +23,14 @@ def test_it_writes_a_page_and_its_numbers(tmp_path, capsys):
     shown = capsys.readouterr().out
     document, data = page.read_text(), json.loads(numbers.read_text())
     assert "page.ht" in shown and "0_mlp: " in shown
-    assert data["command"] == "explore" and data["lens"]["orders"] == [0, 2] and data["title"] == PROMPT
+    assert data["command"] == "explore" and data["iterative"]["orders"] == [0, 1, 2] and data["prompt"] == PROMPT
     network = tj.ResidualNetwork(tj.load_tinydocs())
     hooks = tj.ablation_hooks(network, "0_mlp", positions=range(1, network.trace(PROMPT).tokens.shape[1]))
     found = tj.flow(network, PROMPT, hooks)
     (own,) = data["flow"]["effects"]
     assert own["effect"] == pytest.approx(float(found.effect), rel=1e-4) and own["closed"]
     lens = tj.iterative_jet_lens(network, PROMPT, order=2)
-    assert data["lens"]["kl"][1][1] == pytest.approx(lens.kl[1, 2, 0].tolist(), rel=1e-4)
+    assert data["iterative"]["measures"]["kl"][1][2][0] == pytest.approx(lens.kl[1, 2, 0].tolist(), rel=1e-4)
     assert document.startswith("<!DOCTYPE html>") and PROMPT in document
 
 

@@ -91,15 +91,15 @@ def test_jacobian(capsys, trace, reference):
 def test_explore(capsys, trace, reference):
     text, found = answered(capsys, "explore")
     streams, clean = reference.run(trace.tokens)
-    lens, answer = found["lens"], int(clean[-1].argmax())
+    lens, answer = found["iterative"], int(clean[-1].argmax())
     truth = clean.log_softmax(-1)
     for layer in (5, 20, 29):
         logits = reference.normed(streams[layer]) @ reference.W_U
         kl = (truth.exp() * (truth - logits.log_softmax(-1))).sum(-1)
-        assert lens["kl"][layer][0] == pytest.approx(kl.tolist(), rel=5e-3, abs=2e-3)
+        assert lens["measures"]["kl"][layer][0][0] == pytest.approx(kl.tolist(), rel=5e-3, abs=2e-3)
         rank = int((logits[-1] > logits[-1, answer]).sum())
-        assert abs(lens["rank"][layer][0][-1] - rank) <= 1 + rank // 100
-    effects = [row[-1] for row in found["attribution"]["effects"]]
+        assert abs(lens["target_ranks"][layer][0][0][-1][0] - rank) <= 1 + rank // 100
+    effects = [row[0][-1][0] for row in found["joint"]["effects"]]
     assert sum(effects) == pytest.approx(beyond_mean(clean[-1], answer), abs=0.02)  # a page rounds
     assert text.startswith("The answer ·Paris leads at the end only") and "29_mlp_out +3.29" in text
     assert os.path.getsize("explore.html") > 400_000

@@ -232,38 +232,45 @@ def test_a_notebook_s_theme_wins(world, show, theme, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_lens_page(world, show, scheme):
+    """Padded prompts, a joint lens with weights: every number of a cell, by hand from the lenses."""
     iterative, joint = world["iterative"], world["joint"]
-    data = views.lens_data(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0])
     kinds = (joint.measures, joint.control, joint.uniform, joint.control_uniform)
     name = lambda token: visible(zoo.text_of(iterative, int(token)))  # noqa: E731
-    with show(views.lens_page(data | {"shown": 1}), scheme) as opened:
-        assert opened.title() == f"tl-jets lens: {HOSTILE[0]}"
-        chips = opened.locator("button.token")
-        real = [name(token) for b in range(2) for token in iterative.tokens[b][iterative.valid[b]]]
-        assert chips.all_text_contents() == real
-        for p in (1, 2):
-            chips.nth(p).click()
-            assert chips.nth(p).get_attribute("aria-pressed") == "true"
-            assert opened.locator("#answer strong").text_content() == name(iterative.model_top_ids[0, p])
-            rows = opened.locator("#iterative tr")
-            assert rows.count() == 1 + len(iterative.labels)
-            for i in range(len(iterative.labels)):
-                cell = rows.nth(1 + i).locator("td.cell").nth(1)
-                assert cell.locator("bdi").first.text_content() == name(iterative.top_ids[i, 1, 0, p, 0])
-                assert cell.get_attribute("title").startswith(f"{iterative.labels[i]}, order 1\n")
-            weights = opened.locator("#joint tr td:nth-child(2)").all_text_contents()[: len(joint.labels)]
-            assert [float(each) for each in weights] == pytest.approx(joint.weights[:, 0, p].tolist(), abs=6e-4)
-            below = " ".join(opened.locator("#joint tr").last.locator("td.cell > .small").all_text_contents())
-            kl = re.fullmatch(r"KL (\S+) \(control (\S+)\) uniform weights (\S+) \(control (\S+)\)", below).groups()
-            assert [float(each) for each in kl] == pytest.approx([float(kind.kl[0, p]) for kind in kinds], abs=6e-3)
-            worst = opened.evaluate(WORST_CONTRAST)
-            assert worst["contrast"] >= 4.5, worst
-        for i, label in enumerate(("joint", "uniform")):
-            _, order, *cells = opened.locator("#averages tr", has_text=label).locator("td").all_text_contents()
-            assert order == str(joint.order)
-            for shown, (measure, mean) in zip(cells, kinds[2 * i].mean().items(), strict=True):
-                found = [float(each.strip("()")) for each in shown.split(" ")]
-                assert found == pytest.approx([float(mean), float(kinds[2 * i + 1].mean()[measure])], abs=6e-3)
+    made = views.lens_page(iterative, joint, model=HOSTILE[1], prompt=HOSTILE[0], shown=1)
+    with show(made.page(), scheme) as opened:
+        assert opened.title() == opened.locator("h1").text_content() == HOSTILE[0]
+        for b in (0, 1):
+            if b:
+                opened.locator(".controls select").nth(2).select_option(index=1)
+            real = iterative.valid[b].nonzero()[:, 0].tolist()
+            heads = opened.locator(".grid thead th").all_text_contents()
+            assert heads == ["layer", *(name(iterative.tokens[b, p]) for p in real)]
+            rows = opened.locator(".grid tbody tr")
+            assert rows.count() == len(iterative.labels)
+            opened.locator(".order").select_option("1")
+            for p in real[-2:]:
+                rows.nth(1).locator(f'td[data-pos="{p}"]').click()
+                assert opened.locator(".panel p b").first.text_content() == name(iterative.model_top_ids[b, p])
+                for i in range(len(iterative.labels)):
+                    best = rows.nth(i).locator(f'td[data-pos="{p}"] bdi').text_content()
+                    assert best == name(iterative.top_ids[i, 1, b, p, 0])
+                first = opened.locator(".panel table").first.locator("tr").nth(1).locator("td").all_text_contents()
+                own, full = iterative.own_values[1, 1, b, p, 0], iterative.full_values[1, 1, b, p, 0]
+                assert [float(x) for x in first[1:]] == pytest.approx([float(full), float(own)], rel=0.06, abs=6e-3)
+                cells = opened.locator(".panel tr", has_text="centered cosine").locator("td").all_text_contents()
+                wanted = [float(m.centered_cosine[1, 1, b, p]) for m in (iterative.measures, iterative.control)]
+                assert [float(x) for x in cells[1:]] == pytest.approx(wanted, rel=0.06, abs=6e-3)
+                opened.locator(".joint").evaluate("part => { part.open = true }")
+                components = [row.locator("td").all_text_contents() for row in opened.locator(".joint tr").all()[1:]]
+                weights = [float(row[1]) for row in components]
+                assert weights == pytest.approx([*joint.weights[:, b, p].tolist(), 1], abs=6e-4)
+                found = re.search(
+                    r"KL (\S+) \(control (\S+)\); uniform weights (\S+) \(control (\S+)\)$", components[-1][2]
+                )
+                kl = [float(kind.kl[b, p]) for kind in kinds]
+                assert [float(each) for each in found.groups()] == pytest.approx(kl, rel=0.06, abs=6e-3)
+                worst = opened.evaluate(WORST_CONTRAST)
+                assert worst["contrast"] >= 4.5, worst
 
 
 def test_the_page_of_a_detached_lens_shows_effects(world, show):
@@ -275,10 +282,18 @@ def test_the_page_of_a_detached_lens_shows_effects(world, show):
     )
     iterative, joint = (zoo.renamed_tokens(lens, HostileTokenizer()) if world["hostile"] else lens for lens in lenses)
     name = lambda token: visible(zoo.text_of(joint, token))  # noqa: E731
-    with show(views.lens_page(views.lens_data(iterative, joint) | {"shown": 1})) as opened:
-        heads, *rows = (row.locator("th, td").all_text_contents() for row in opened.locator("#joint tr").all())
+    # Beside other parts, and twice on a page.
+    document = page("Lenses", views.lens_page(iterative, joint, shown=1), iterative.average(), world["views"]["lens table"],
+                    views.lens_page(iterative, joint))  # fmt: skip
+    with show(document) as opened:
+        assert opened.locator(".explorer .grid").count() == 2 and opened.locator(".panel").last.inner_text()
+        part = opened.locator(".explorer").first
+        heads, *rows = (row.locator("th, td").all_text_contents() for row in part.locator(".joint tr").all())
         assert heads == ["component", *(f"effect on {name(token)}" for token in targets), "its own best tokens"]
         found = [[float(each) for each in row[1:3]] for row in rows]
         effects = joint.effects[:, 0, 1]
         for shown, values in zip(found, [*effects.tolist(), effects.sum(0).tolist()], strict=True):
             assert shown == pytest.approx(values, rel=0.06, abs=6e-3)
+        ranks = [part.locator(".panel tr", has_text="rank of").nth(t).locator("td").nth(1).inner_text() for t in (0, 1)]
+        last = iterative.target_ranks[-1, 0, 0, 1] + 1
+        assert [int(rank) for rank in ranks] == last.tolist()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pandas as pd
 import pytest
@@ -22,7 +23,7 @@ from tl_jets import ResidualNetwork, iterative_jet_lens, joint_jet_lens, views
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number
 from tl_jets.core.tokens import visible
-from tl_jets.views import View, lens_data, lens_page, page
+from tl_jets.views import Explorer, View, lens_data, lens_page, page
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +108,14 @@ def test_lenses_of_other_tokens_or_without_controls_are_refused(lenses):
 
 
 def test_a_page_holds_its_data_and_asks_for_nothing(lenses):
-    data = lens_data(*lenses, model="m", prompt="p & <q>")
-    text = lens_page(data)
+    made = lens_page(*lenses, model="m", prompt="p & <q>")
+    text = made.page()
     page = Page(text)
     assert page.addresses == []
     assert page.tags.count("script") == 2 and "link" not in page.tags and "img" not in page.tags
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
-    assert json.loads(page.scripts[0]) == data
-    assert "p &amp; &lt;q&gt;" in text and "{{" not in text
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", made.html)
+    assert json.loads(page.scripts[0]) == made.data == lens_data(*lenses, model="m", prompt="p & <q>")
+    assert "<h1>p &amp; &lt;q&gt;</h1>" in text and "{{ " not in text
 
 
 @pytest.mark.parametrize("token", HOSTILE)
@@ -122,11 +123,11 @@ def test_tokens_stay_text(lenses, token):
     data = lens_data(*lenses, prompt=token, model=token)
     data["tokens"] = [[token] * len(row) for row in data["tokens"]]
     data["iterative"]["top_tokens"][0][0][0][0][0] = token
-    text = lens_page(data)
-    page = Page(text)
+    page = Page(Explorer.of(token, data).page())
     assert page.tags.count("script") == 2 and "img" not in page.tags and page.addresses == []
     assert json.loads(page.scripts[0]) == data
-    assert "innerHTML" not in page.scripts[1]
+    drawing = (files("tl_jets") / "views/templates/explorer.js").read_text()
+    assert drawing in page.scripts[1] and "innerHTML" not in drawing
 
 
 # Views

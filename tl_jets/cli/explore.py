@@ -52,19 +52,20 @@ def report(options: argparse.Namespace) -> Report:
     rows["page"] = f"{options.html}, which opens offline in a browser"
     data = header("explore", model=options.model, prompt=asked.prompt) | page.data
     verdict, further = _verdict(page.data, asked.position, answer["token"]), _further(page.data, options)
-    return Report(data, rows, (), {}, page=page.page, verdict=verdict, further=further)
+    return Report(data, rows, (), {}, views=lambda: [page], verdict=verdict, further=further)
 
 
 def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
     """What the page says of the position that was asked for, in words."""
-    lens, parts = data["lens"], data["attribution"]
+    lens, parts = data["iterative"], data["joint"]
     labels, n = lens["labels"], len(lens["labels"])
-    leads = [layer[0][pos] == 0 for layer in lens["rank"]]
+    kl, control = ([layer[0][0][pos] for layer in lens[kind]["kl"]] for kind in ("measures", "control"))
+    leads = [layer[0][0][pos][0] == 0 for layer in lens["target_ranks"]]
     first = next((i for i in range(n) if all(leads[i:])), n - 1)
-    own = sum(lens["kl"][i][0][pos] < lens["control_kl"][i][0][pos] for i in range(n) if labels[i] != FINAL_STREAM)
+    own = sum(kl[i] < control[i] for i in range(n) if labels[i] != FINAL_STREAM)
     where = "at the end only" if first == n - 1 else f"from {labels[first]} on"
     effects = sorted(
-        zip((row[pos] for row in parts["effects"]), parts["labels"], strict=True), key=lambda x: -abs(x[0])
+        zip((row[0][pos][0] for row in parts["effects"]), parts["labels"], strict=True), key=lambda x: -abs(x[0])
     )
     largest = ", ".join(f"{label} {signed(effect)}" for effect, label in effects[:3])
     total = signed(sum(effect for effect, _ in effects))
@@ -77,10 +78,10 @@ def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
 
 def _further(data: dict[str, Any], options: argparse.Namespace) -> list[str]:
     """What to run next."""
-    effects = [abs(row[options.position]) for row in data["attribution"]["effects"]]
-    written = [i for i, label in enumerate(data["attribution"]["labels"]) if label.endswith(("_attn_out", "_mlp_out"))]
+    effects = [abs(row[0][options.position][0]) for row in data["joint"]["effects"]]
+    written = [i for i, label in enumerate(data["joint"]["labels"]) if label.endswith(("_attn_out", "_mlp_out"))]
     found = ["tl-jets lens: the verdict with eight random vectors a layer; --order 2: other orders on the page"]
     if options.ablate is None and written:
-        step = data["attribution"]["labels"][max(written, key=effects.__getitem__)].removesuffix("_out")
+        step = data["joint"]["labels"][max(written, key=effects.__getitem__)].removesuffix("_out")
         found.insert(0, f"--ablate {step} --keep-bos: what the model does without it, through which components")
     return found

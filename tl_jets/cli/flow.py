@@ -22,7 +22,7 @@ from tl_jets.flows.secants import MOST_NODES
 from tl_jets.flows.two_runs import TwoRuns
 from tl_jets.interventions.hooks import ablation_hooks
 from tl_jets.paths.cancellation import LARGE
-from tl_jets.views import flow_heatmap
+from tl_jets.views import flow_heatmap, flow_page
 
 # Options of one kind of intervention, with the kinds that have them.
 OWN = {
@@ -224,7 +224,7 @@ def _of_flow(
         [table],
         legend("flow", *keys),
         on_page=tables,
-        views=lambda: [flow_heatmap(found)],
+        views=lambda: [flow_page(found), flow_heatmap(found)],
         verdict=verdict,
         further=_further(data),
     )

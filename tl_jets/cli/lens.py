@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_jets.cli import lens_prompts
 from tl_jets.cli.lens_summary import more_draws, spoken, summary
-from tl_jets.cli.report import Report, Table, header, plain
+from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, read, read_layers, read_token, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import LOGITS_UNIT, in_unit
@@ -19,7 +19,7 @@ from tl_jets.core.numerals import number, signed
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import ANSWER
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
-from tl_jets.views import lens_data, lens_page
+from tl_jets.views import lens_page
 
 BAR, BAR_WIDTH = "\u2588", 20
 # Components below this weight share one row if there are more than MAX_ROWS.
@@ -42,6 +42,7 @@ def report(options: argparse.Namespace) -> Report:
         network, trace = asked.network, asked.trace
         targets = [read_token(network, target) for target in options.target or []] or None
         shared |= {"targets": targets, "positions": None if is_whole else [asked.position]}
+        answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # ranked on the page
         place = asked.position if is_whole else 0
         step("iterative jet lens")
         iterative = iterative_jet_lens(
@@ -50,7 +51,7 @@ def report(options: argparse.Namespace) -> Report:
             order=options.order,
             layers=read_layers(options.layers, sum(label.endswith("_pre") for label in network.streams)),
             incl_mid=options.incl_mid,
-            **shared,
+            **shared | {"targets": answers},
         )
         joint = None
         if is_whole:
@@ -70,41 +71,24 @@ def report(options: argparse.Namespace) -> Report:
     names = legend("lens", *_legend(iterative))
     answer = asked.token(int(iterative.model_top_ids[0, place]))
     heading, data, verdict = asked.asked(options.model, answer), header("lens"), spoken(iterative, place, draws)
+    targeted = [] if targets is None else [_targets(iterative, place, asked)]
     if joint is None:
-        return Report(data, heading, _with_targets(tables, iterative, place, asked), names, verdict=verdict)
-    whole = [_iterative(iterative, asked), _joint(joint, asked)]
-    data |= _data(options, iterative, joint, asked) if files else {}
+        return Report(data, heading, [*tables[:2], *targeted, *tables[2:]], names, verdict=verdict)
+    whole, averages = [_iterative(iterative, asked), _joint(joint, asked)], _averages(iterative, joint)
+    page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=place)] if files else []
     if options.all:
         tables = whole
-    tables = _with_targets(tables, iterative, place, asked)
-    if options.all or options.averages:
-        tables = [*tables, _averages(iterative, joint)]
+    tables = [*tables[:2], *targeted, *tables[2:], *([averages] if options.all or options.averages else [])]
     return Report(
-        data,
+        data | (page[0].data if page else {}),
         heading,
         tables,
         names,
-        page=lambda: lens_page(plain(data) | {"shown": asked.position}),
+        on_page=[*targeted, averages],
+        views=lambda: page,
         picture=whole,
         verdict=verdict,
     )
-
-
-def _with_targets(tables: list[Table], lens: IterativeJetLens, place: int, asked: Read) -> list[Table]:
-    """The tables with that of the targets, if there are any, after the second."""
-    return tables if lens.target_ids is None else [*tables[:2], _targets(lens, place, asked), *tables[2:]]
-
-
-def _data(options: argparse.Namespace, iterative: IterativeJetLens, joint: JointJetLens, asked: Read) -> dict[str, Any]:
-    """The numbers of both lenses."""
-    data = lens_data(iterative, joint, model=options.model, prompt=asked.prompt)
-    if iterative.target_ids is not None:
-        data["iterative"] |= {
-            "targets": [asked.token(target) for target in iterative.target_ids[0, 0].tolist()],
-            "target_ranks": iterative.target_ranks,
-            "target_logits": iterative.target_logits,
-        }
-    return data
 
 
 def _iterative(lens: IterativeJetLens, asked: Read) -> Table:

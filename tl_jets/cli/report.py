@@ -77,8 +77,7 @@ class Report:
         tables: Tables of the terminal and the page.
         legend: Explanations by name.
         on_page: Tables of the page, if they are others.
-        views: Makes further views of the page.
-        page: Makes a page that replaces the usual one.
+        views: Makes the views of the page, which stand before its tables.
         picture: Tables in the picture.
         verdict: What the terminal says first.
         further: What to run next, a line each, which the terminal says last.
@@ -90,7 +89,6 @@ class Report:
     legend: Mapping[str, str]
     on_page: Sequence[Table] | None = None
     views: Callable[[], Sequence[View]] = tuple
-    page: Callable[[], str] | None = None
     picture: Sequence[Table] = ()
     verdict: Sequence[str] = ()
     further: Sequence[str] = ()
@@ -102,13 +100,12 @@ class Report:
 
     def html(self) -> str:
         """A complete page that opens offline."""
-        if self.page is not None:
-            return self.page()
-        asked = "".join(f"<p>{text(name)}: {text(value)}</p>" for name, value in self.asked.items())
+        asked = "<br>".join(f"{text(name)}: {text(value)}" for name, value in self.asked.items())
+        asked = f"<p>{asked}</p><p>{'<br>'.join(f'<b>{text(line)}</b>' for line in self.verdict)}</p>"
         legend = "".join(f"<p><b>{text(name)}</b>: {text(entry)}</p>" for name, entry in self.legend.items())
         tables = self.tables if self.on_page is None else self.on_page
-        parts = [View("What was asked", asked), *map(_view, tables), *self.views()]
-        return page(f"tl-jets {self.command}", *parts, View("How to read this", legend))
+        parts = [View("What was asked", asked), *self.views(), *map(_view, tables)]
+        return page(f"tl-jets {self.command}", *parts, *([View("How to read this", legend)] if legend else []))
 
     def json(self) -> Iterator[str]:
         """The data as JSON, in parts."""

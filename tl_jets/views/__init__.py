@@ -15,10 +15,9 @@ Example:
 """
 
 import tl_jets.views.figures as figures
-from tl_jets.views.explorers import Explorer, explorer
+from tl_jets.views.explorers import Explorer, explorer, flow_page, lens_data, lens_page
 from tl_jets.views.flows import flow_heatmap, flow_table, joint_table
 from tl_jets.views.heatmaps import trigram_heatmap
-from tl_jets.views.lens_pages import lens_data, lens_page
 from tl_jets.views.lens_tables import lens_table, top_tokens
 from tl_jets.views.pages import View, page
 from tl_jets.views.tokens import detached_tokens, lens_tokens, path_tokens
@@ -30,6 +29,7 @@ __all__ = [
     "explorer",
     "figures",
     "flow_heatmap",
+    "flow_page",
     "flow_table",
     "joint_table",
     "lens_data",

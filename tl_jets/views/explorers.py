@@ -5,6 +5,8 @@ keys; beside the grid stand its best tokens with their control, the rank of the 
 contributions of components to that answer, and the bi-grams of the token. A `Flow` adds what an intervention does through
 every component. The page is one file that asks no network; its charts are drawn by Observable Plot, which it contains.
 
+`explorer` computes what it shows; `lens_page` and `flow_page` show ready results, and are parts of `page` like other views.
+
 Example:
     >>> import tl_jets as tj
     >>> page = explorer(tj.load_tinydocs(), "This function is available on Unix and")
@@ -16,50 +18,65 @@ Example:
 
 from __future__ import annotations
 
-import html
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.resources import files
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tl_jets.core.markup import text
+from tl_jets.core.measures import Measures
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.flows.results import Flow
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
 from tl_jets.ngrams import jet_bigrams
-from tl_jets.views.pages import View, filled, json_in_page, rounded
+from tl_jets.views.pages import View, json_in_page, rounded
 
-# Best tokens of a cell, and bi-grams of a token.
-TOP_K = 5
+# Best tokens of a cell, bi-grams of a token, and best tokens of a component.
+TOP_K, CENTER_TOP_K = 5, 3
 HEIGHT = 900
 # Edges of a flow that are drawn, the largest ones.
 EDGES = 60
+# Fields of the lenses that the data hold.
+SHARED = ("labels", "linearize", "center_scale", "rho", "alpha", "beta", "borrowed_share", "borrowed", "top_ids")
+SHARED += ("measures", "control", "target_ids")
+ITERATIVE = ("orders", "full_values", "own_values", "target_ranks", "target_logits")
+JOINT = ("order", "objective", "weights", "gap", "effective_rank", "effects", "uniform", "control_uniform")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explorer(View):
-    """The page of `explorer`: shown in a sandboxed frame by a notebook, written to a file by `save`.
+    """A part of a page that is clicked through; a notebook shows it in a sandboxed frame, `save` writes it to a file.
 
     Attributes:
-        document: The whole page.
         data: What it shows: plain lists, numbers and texts.
     """
 
-    document: str = field(default="", repr=False)
     data: dict[str, Any] = field(default_factory=dict, repr=False)
+    scripts: ClassVar[tuple[str, ...]] = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "templates/explorer.js")
 
-    def __repr__(self) -> str:
-        return f"Explorer({self.title!r}, {len(self.document.encode()) / 1000:.1f} kB)"
+    @classmethod
+    def of(cls, title: str, data: dict[str, Any]) -> Explorer:
+        """The part that shows these data."""
+        script = f'<script type="application/json">{json_in_page(data)}</script>'
+        without = "<noscript>This part is drawn by a script that the page contains; nothing is loaded from elsewhere.</noscript>"
+        return cls(title, f'<div class="explorer">{script}{without}</div>', data)
 
-    def page(self) -> str:
-        """The page as a complete HTML document that loads no other file."""
-        return self.document
+    def _section(self) -> str:
+        style = f"width:100%;height:{HEIGHT}px;border:0;resize:vertical;overflow:auto"
+        frame = (
+            f'<iframe sandbox="allow-scripts" title="tl-jets" style="{style}" srcdoc="{text(self.page())}"></iframe>'
+        )
+        return f"<section>{frame}</section>"
+
+    def _in_page(self) -> str:
+        return super()._section()
 
 
 def explorer(
@@ -105,21 +122,107 @@ def explorer(
     assert trace.logits is not None, "it ran the model"
     answers = trace.logits.argmax(-1)[..., None]
     lens = iterative_jet_lens(network, trace, order=order, targets=answers, top_k=TOP_K)
-    parts = joint_jet_lens(network, trace, linearize="detached", top_k=1)
-    tokens = {**lens.token_names, **parts.token_names}
-    data: dict[str, Any] = {
+    parts = joint_jet_lens(network, trace, linearize="detached", top_k=CENTER_TOP_K)
+    names = lens.token_names
+    if title is None:
+        title = text_or_tokens if isinstance(text_or_tokens, str) else "".join(map(names.__getitem__, prompt))
+    found = lens_page(lens, parts, model=name or lens.model or "", prompt=title)
+    bi = None if bigrams is None else _bigrams(network, bigrams, lens.tokens)
+    return Explorer.of(title, found.data | {"bigrams": bi, "flow": None if flow is None else _flow(flow)})
+
+
+def lens_page(
+    iterative: IterativeJetLens,
+    joint: JointJetLens,
+    *,
+    model: str = "",
+    prompt: str | None = None,
+    shown: int | None = None,
+) -> Explorer:
+    """Ready lenses of the same input as a page to explore, of any linearization, with several prompts one after another.
+
+    Args:
+        iterative: With measures and a control; its targets are ranked.
+        joint: Its weights, or its effects if it is detached.
+        model: Name of the model.
+        prompt: Title: the text of the input, if it was one.
+        shown: Index of the position that is shown first; None for the last.
+
+    Raises:
+        ValueError: As `lens_data`.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> model, prompt = tj.load_tinydocs(), "This function is available on Unix and"
+        >>> lenses = tj.iterative_jet_lens(model, prompt, order=2), tj.joint_jet_lens(model, prompt)
+        >>> document = tj.views.page("Unix", tj.views.lens_page(*lenses), lenses[0].average())
+        >>> document.count('<div class="explorer">'), document.count("<iframe")
+        (1, 0)
+    """
+    data = lens_data(iterative, joint, model=model, prompt=prompt)
+    return Explorer.of(prompt or model or "Lenses", data | ({} if shown is None else {"shown": shown}))
+
+
+def flow_page(flow: Flow) -> Explorer:
+    """What an intervention does through every component, as a part of a page; of the first of several prompts."""
+    return Explorer.of("What the intervention does, and through which components", {"flow": _flow(flow)})
+
+
+def lens_data(
+    iterative: IterativeJetLens, joint: JointJetLens, *, model: str = "", prompt: str | None = None
+) -> dict[str, Any]:
+    """Both lenses of the same input as nested JSON-ready lists; NaN and infinity become None.
+
+    Args:
+        iterative: Axes [layer, order, batch, pos]; tokens also k.
+        joint: Axes [center, batch, pos].
+        model: Name of the model.
+        prompt: Text of the input, if it was one.
+
+    Returns:
+        `model`, `prompt`, `tokens` [batch][pos], `answer` [batch][pos] (the model's best token), `sinks` [batch][pos]
+        (positions that averages leave out), `unit` (of logits and effects), `iterative` and `joint`, with the lenses' own
+        names. Spaces in tokens are written as `·`.
+
+    Raises:
+        ValueError: The lenses are of different tokens, or the iterative lens has no measures or control.
+    """
+    if iterative.tokens.shape != joint.tokens.shape or bool((iterative.tokens != joint.tokens).any()):
+        raise ValueError(
+            f"Both lenses must be of the same tokens; got {list(iterative.tokens.shape)} and {list(joint.tokens.shape)}. "
+            "Run them on the same trace, at the same positions."
+        )
+    if iterative.measures is None or iterative.control is None:
+        raise ValueError("Measures are shown beside their controls; run the iterative lens with measures and a seed.")
+    centers = joint.center_top_tokens(joint.top_ids.shape[-1]).indices
+    names = {**iterative.token_names, **joint.texts(centers)}
+
+    def texts(ids: Tensor | None) -> Any:
+        return None if ids is None else _nested(ids.tolist(), lambda token: visible(names.get(token)))
+
+    return {
         "tl_jets": version("tl-jets"),
-        "model": name or lens.model or "",
-        "title": title
-        or (text_or_tokens if isinstance(text_or_tokens, str) else "".join(map(tokens.__getitem__, prompt))),
-        "d_vocab": network.decoder.d_vocab,
-        "lens": _lens(lens),
-        "attribution": {"labels": parts.labels, "unit": parts.unit, "effects": _plain(_effects(parts))},
-        "bigrams": None if bigrams is None else _bigrams(network, bigrams, prompt, tokens),
-        "flow": None if flow is None else _flow(flow),
+        "model": model,
+        "prompt": prompt,
+        "positions": torch.as_tensor(iterative.positions, device="cpu").tolist(),
+        "tokens": texts(iterative.tokens),
+        "answer": texts(iterative.model_top_ids),
+        "sinks": None if iterative.sinks is None else iterative.sinks.mask.tolist(),
+        "unit": iterative.unit,
+        "iterative": {
+            "axes": ["layer", "order", "batch", "pos"],
+            "targets": texts(iterative.target_ids),
+            "top_tokens": texts(iterative.top_ids),
+        }
+        | {name: _plain(getattr(iterative, name)) for name in (*SHARED, *ITERATIVE)},
+        "joint": {
+            "axes": ["center", "batch", "pos"],
+            "targets": texts(joint.target_ids),
+            "center_top_tokens": texts(centers),
+            "top_tokens": texts(joint.top_ids),
+        }
+        | {name: _plain(getattr(joint, name)) for name in (*SHARED, *JOINT)},
     }
-    data["names"] = {token: visible(text) for token, text in tokens.items()}
-    return _page(data)
 
 
 def _check_flow(flow: Flow, prompt: list[int]) -> None:
@@ -136,68 +239,31 @@ def _check_flow(flow: Flow, prompt: list[int]) -> None:
         )
 
 
-def _page(data: dict[str, Any]) -> Explorer:
-    """The page of its data."""
-    scripts = "\n".join(
-        files("tl_jets").joinpath(f"views/vendor/{name}").read_text(encoding="utf-8")
-        for name in ("d3.min.js", "plot.umd.min.js")
-    )
-    title = data["title"]
-    document = filled("explorer.html", title=html.escape(f"tl-jets: {title}"), data=json_in_page(data), scripts=scripts)
-    style = f"width:100%;height:{HEIGHT}px;border:0;resize:vertical;overflow:auto"
-    frame = (
-        f'<iframe sandbox="allow-scripts" title="tl-jets" style="{style}" srcdoc="{html.escape(document)}"></iframe>'
-    )
-    return Explorer(title, frame, document, data)
-
-
-def _lens(lens: IterativeJetLens) -> dict[str, Any]:
-    """Cells of the lowest and the highest order, [layer][order][pos]."""
-    orders = sorted({0, len(lens.orders) - 1})
-    ranks = lens.target_ranks
-    assert lens.control is not None
-    assert ranks is not None
-    cells = {"kl": lens.kl, "control_kl": lens.control.kl, "borrowed": lens.borrowed, "share": lens.borrowed_share}
-    cells |= {"ids": lens.top_ids, "values": lens.full_values, "rank": ranks[..., 0]}
-    sinks = torch.zeros_like(lens.valid) if lens.sinks is None else lens.sinks.mask
-    real = lens.valid[0]
-    return {
-        "labels": lens.labels,
-        "orders": [lens.orders[i] for i in orders],
-        "tokens": lens.tokens[0, real].tolist(),
-        "answers": lens.model_top_ids[0, real].tolist(),
-        "sinks": sinks[0, real].tolist(),
-        "unit": lens.unit,
-        "rho": _plain(lens.rho[:, 0, real]),
-        **{key: _plain(values[:, orders, 0][:, :, real]) for key, values in cells.items()},
-    }
-
-
-def _effects(parts: JointJetLens) -> Tensor:
-    """What components add to the answer [center, pos]."""
-    assert parts.effects is not None
-    return parts.effects[:, 0, parts.valid[0], 0]
-
-
-def _bigrams(network: ResidualNetwork, path: str, prompt: list[int], names: dict[int, str]) -> dict[str, Any]:
-    """Second tokens and their scores, by first token; adds to the names of tokens."""
+def _bigrams(network: ResidualNetwork, path: str, tokens: Tensor) -> dict[str, Any]:
+    """Second tokens and their scores after every token [batch][pos]."""
+    ids = tokens.tolist()
     try:
         own = "mlps" if path == "auto" else path
-        table = jet_bigrams(network, own, rows=sorted(set(prompt)), per="row", top_k=TOP_K)
+        table = jet_bigrams(
+            network, own, rows=sorted({i for row in ids for i in row if i >= 0}), per="row", top_k=TOP_K
+        )
     except (ValueError, NotImplementedError) as error:
         if path != "auto":
             raise
-        return {"rows": {}, "left_out": str(error)}
-    names.update(table.names)
+        return {"rows": [], "left_out": str(error)}
     rows: dict[int, list[Any]] = {}
     for (first, second), score in zip(table.ids.tolist(), table.scores.tolist(), strict=True):
-        rows.setdefault(first, []).append([second, rounded(score)])
-    return {"path": table.path, "score": table.settings["score"], "rows": rows}
+        rows.setdefault(first, []).append([visible(table.names.get(second)), rounded(score)])
+    return {
+        "path": table.path,
+        "score": table.settings["score"],
+        "rows": [[rows.get(i, []) for i in row] for row in ids],
+    }
 
 
 def _flow(flow: Flow) -> dict[str, Any]:
     """Flows of each target: components, and the certificate."""
-    first = flow.to_dataframe().query("component == @flow.labels[0]")  # a row per position and target
+    first = flow.to_dataframe().query("component == @flow.labels[0] and batch == 0")  # a row per position and target
     n_targets = len(flow.target_names)
     effects = [
         {
@@ -230,8 +296,12 @@ def _edges(flow: Flow, p: int, t: int) -> list[list[Any]] | None:
     return [[flow.labels[w], names[r], rounded(float(sums[r, w]))] for r, w in cells if float(sums[r, w])]
 
 
-def _plain(values: Tensor) -> Any:
-    """A tensor as nested lists of rounded numbers, None where there is none."""
-    if values.ndim == 1:
-        return [rounded(value) for value in values.tolist()]
-    return [_plain(row) for row in values]
+def _plain(value: Any) -> Any:
+    """A field of a lens as plain values, with rounded numbers."""
+    if isinstance(value, Measures):
+        return {name: _plain(values) for name, values in value.items()}
+    return _nested(value.tolist() if isinstance(value, Tensor) else value, rounded)
+
+
+def _nested(values: Any, change: Callable[[Any], Any]) -> Any:
+    return [_nested(value, change) for value in values] if isinstance(values, list) else change(values)

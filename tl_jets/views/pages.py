@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, singledispatch
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -35,14 +35,18 @@ class View:
 
     title: str
     html: str = field(repr=False)
+    scripts: ClassVar[tuple[str, ...]] = ()  # what a page that contains it runs, beside its tips
 
     def __repr__(self) -> str:
-        return f"View({self.title!r}, {len(self.html.encode()) / 1000:.1f} kB)"
+        return f"{type(self).__name__}({self.title!r}, {len(self.html.encode()) / 1000:.1f} kB)"
 
     def _repr_html_(self) -> str:
         # Style sheet and script go with every output, since a notebook may drop or move the others.
-        style, script = _template("view.css"), _template("view.js")
+        style, script = _file("templates/view.css"), _file("templates/view.js")
         return f'<style>{style}</style><div class="tl-jets">{self._section()}</div><script>{script}</script>'
+
+    def _in_page(self) -> str:
+        return self._section()
 
     def _section(self) -> str:
         return f"<section><h2>{text(self.title)}</h2>{self.html}</section>"
@@ -83,9 +87,12 @@ def page(title: str, *parts: Any) -> str:
     if len(parts) == 1 and isinstance(parts[0], View) and parts[0].title == title:
         body = f"<section>{parts[0].html}</section>"
     else:
-        body = "\n".join(_part(part) for part in parts)
-    style, script = _template("view.css"), _template("view.js")
-    return filled("page.html", title=text(title), style=style, script=script, parts=body)
+        body = "\n".join(part._in_page() if isinstance(part, View) else _part(part) for part in parts)
+    own = [name for part in parts if isinstance(part, View) for name in part.scripts]
+    script = "\n".join(map(_file, dict.fromkeys(["templates/view.js", *own])))
+    filling = {"title": text(title), "style": _file("templates/view.css"), "script": script, "parts": body}
+    # In one pass: what is filled in is not searched again.
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: filling[match[1]], _file("templates/page.html"))
 
 
 def json_in_page(data: Any) -> str:
@@ -100,11 +107,6 @@ def rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def filled(template: str, **values: str) -> str:
-    """Substitute values for names in a template of `tl_jets.views` in one pass; values are not searched again."""
-    return re.sub(r"\{\{ (\w+) \}\}", lambda match: values[match[1]], _template(template))
 
 
 def _part(part: Any) -> str:
@@ -129,5 +131,5 @@ def _part(part: Any) -> str:
 
 
 @cache
-def _template(name: str) -> str:
-    return files("tl_jets").joinpath(f"views/templates/{name}").read_text(encoding="utf-8")
+def _file(name: str) -> str:
+    return files("tl_jets").joinpath(f"views/{name}").read_text(encoding="utf-8")
