@@ -34,15 +34,15 @@ def report(options: argparse.Namespace) -> Report:
     """The first answer, or both lenses of one prompt; of many with `--prompts`."""
     if options.prompts is not None:
         return lens_prompts.report(options)
-    shared = {name: getattr(options, name) for name in ("center_scale", "linearize", "top_k", "seed")}
+    shared: dict[str, Any] = {name: getattr(options, name) for name in ("center_scale", "linearize", "top_k", "seed")}
     files = any(getattr(options, kind) for kind in ("json", "html", "svg"))
     is_whole = options.all or options.averages or files
     with steps(5) as step:
         asked = read(options, options.granularity, step)
         network, trace = asked.network, asked.trace
         targets = [read_token(network, target) for target in options.target or []] or None
-        shared |= {"targets": targets, "positions": None if is_whole else [asked.position]}
-        answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # ranked on the page
+        shared["positions"] = None if is_whole else [asked.position]
+        answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # type: ignore[union-attr]
         place = asked.position if is_whole else 0
         step("iterative jet lens")
         iterative = iterative_jet_lens(
@@ -51,7 +51,8 @@ def report(options: argparse.Namespace) -> Report:
             order=options.order,
             layers=read_layers(options.layers, sum(label.endswith("_pre") for label in network.streams)),
             incl_mid=options.incl_mid,
-            **shared | {"targets": answers},
+            targets=answers,  # a page ranks the model's
+            **shared,
         )
         joint = None
         if is_whole:
@@ -63,6 +64,7 @@ def report(options: argparse.Namespace) -> Report:
                 embeddings=not options.no_embeddings,
                 weights=options.weights,
                 objective=options.objective,
+                targets=targets,
                 **shared,
             )
         step("controls")
@@ -76,19 +78,11 @@ def report(options: argparse.Namespace) -> Report:
         return Report(data, heading, [*tables[:2], *targeted, *tables[2:]], names, verdict=verdict)
     whole, averages = [_iterative(iterative, asked), _joint(joint, asked)], _averages(iterative, joint)
     page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=place)] if files else []
-    if options.all:
-        tables = whole
+    data |= page[0].data if page else {}
+    tables = whole if options.all else tables
     tables = [*tables[:2], *targeted, *tables[2:], *([averages] if options.all or options.averages else [])]
-    return Report(
-        data | (page[0].data if page else {}),
-        heading,
-        tables,
-        names,
-        on_page=[*targeted, averages],
-        views=lambda: page,
-        picture=whole,
-        verdict=verdict,
-    )
+    further = {"on_page": [*targeted, averages], "views": lambda: page, "picture": whole, "verdict": verdict}
+    return Report(data, heading, tables, names, **further)
 
 
 def _iterative(lens: IterativeJetLens, asked: Read) -> Table:
