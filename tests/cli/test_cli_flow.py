@@ -201,5 +201,6 @@ def test_bad_requests_are_one_line(capsys, options, message):
 def test_a_page_holds_components_and_positions(capsys, tmp_path):
     file = tmp_path / "page.html"
     run(capsys, *ASKED, "--ablate", "0_mlp", "--check", "1", "--html", str(file))
-    page = file.read_text()
+    page, _ = file.read_text().split("</main>")  # the rest is the script that draws
     assert "Path patching, one component at a time" in page and "://" not in page and "Unix" in page
+    assert page.count('<div class="explorer">') == 1 and '"flow"' in page

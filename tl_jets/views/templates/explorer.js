@@ -19,7 +19,7 @@ function marked(words, borrowed) { return borrowed ? ["[", token(words[0]), "]"]
 function number(value) {
   if (value === null || value === undefined) return "n/a";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 0.005 || size >= 100000)) return value.toExponential(1);
+  if (size > 1e-6 && (size < 0.005 || size >= 100000)) return value.toExponential(1);  // smaller is rounding
   return value.toFixed(size < 10 ? 2 : size < 100 ? 1 : 0);
 }
 function signed(value) { return (value > 0 ? "+" : "") + number(value); }
