@@ -15,10 +15,10 @@ import zoo
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_jets import ResidualNetwork, jet
+from tl_jets import ResidualNetwork
 from tl_jets.adapters import blocks, parts
 from tl_jets.adapters.reading import read_norm
-from tl_jets.calculus import full_precision
+from tl_jets.calculus import full_precision, jet
 
 TOLERANCE = 1e-10
 CORE = zoo.available(zoo.CORE)

@@ -10,8 +10,8 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, Stage, exponential_expansion, jet, jet_expand
-from tl_jets.calculus import full_precision
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork, Stage, exponential_expansion, jet_expand
+from tl_jets.calculus import full_precision, jet
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.selection import Rows
 from tl_jets.interventions.ablation_effects import ablation_effect
