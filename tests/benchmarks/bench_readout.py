@@ -41,7 +41,7 @@ def measurements(rows: int) -> dict[str, Callable[[], object]]:
         bias=torch.randn(D_MODEL),
     )
     mixture.beta[:, 0] = 0  # order 0 is the logit lens
-    control = Control(torch.randn(rows, D_MODEL), torch.rand(LAYERS, rows), torch.rand(LAYERS, rows))
+    control = Control(torch.randn(1, rows, D_MODEL), torch.rand(LAYERS, rows), torch.rand(LAYERS, rows))
     targets = torch.randint(0, D_VOCAB, (rows,))
     bare, full = torch.randn(13 * rows, D_MODEL), torch.randn(LAYERS * ORDERS * rows, D_MODEL)
     return {

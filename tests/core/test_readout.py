@@ -36,11 +36,16 @@ def make(
     dtype=torch.float64,
     transform=None,
     bias=True,
+    constant=True,
     offset=-20.0,
+    n_draws=2,
+    final=None,
 ):
-    """A decoder, a mixture, a control and targets; every bias and gain random."""
+    """A decoder, a mixture, a control and targets; every bias and gain random. A `final` layer is the model itself."""
     draw = generator(seed)
-    decoder = Decoder(Norm("none"), draw(d_model, d_vocab).to(dtype), (draw(d_vocab) + offset).to(dtype), transform)
+    decoder = Decoder(
+        Norm("none"), draw(d_model, d_vocab).to(dtype), (constant * (draw(d_vocab) + offset)).to(dtype), transform
+    )
     tensors = (
         draw(layers, rows, d_model),
         draw(rows, d_model),
@@ -58,8 +63,11 @@ def make(
         beta[1, 0] = 0
     beta[0, -1, 0] = 0
     mixture = Mixture(own, shared, alpha, beta, gamma, draw(d_model).to(dtype) if bias else None)
-    control = Control(*(x.to(dtype) for x in (draw(rows, d_model), draw(layers, rows), draw(layers, rows))))
+    control = Control(*(x.to(dtype) for x in (draw(n_draws, rows, d_model), draw(layers, rows), draw(layers, rows))))
     targets = torch.randint(d_vocab, (rows, 3), generator=torch.Generator().manual_seed(seed))
+    if final is not None:
+        own[final], alpha[final], beta[final], control.along[final], control.across[final] = shared, gamma, 0, 1, 0
+        mixture = dataclasses.replace(mixture, final=final)
     return decoder, mixture, control, targets
 
 
@@ -81,12 +89,11 @@ def materialised(decoder, mixture):
 
 
 def with_control(mixture, control):
-    """The mixture whose own states are the control's random centers, written out."""
+    """The mixtures whose own states are the random centers of each draw of the control, written out."""
     mixture, control = wide(mixture), wide(control)
-    own = torch.einsum("lr,rd->lrd", control.along, mixture.shared) + torch.einsum(
-        "lr,rd->lrd", control.across, control.random
-    )
-    return dataclasses.replace(mixture, own=own)
+    along = torch.einsum("lr,rd->lrd", control.along, mixture.shared)
+    across = torch.einsum("lr,nrd->nlrd", control.across, control.random)
+    return [dataclasses.replace(mixture, own=along + own) for own in across]
 
 
 def ordered(logits):
@@ -129,7 +136,7 @@ def check_scan(decoder, mixture, control, targets, *, k=4, rtol=1e-10, atol=1e-1
     if control is None:
         assert scan.control is None
     else:
-        random = materialised(decoder, with_control(mixture, control))[0]
+        random = torch.stack([materialised(decoder, own)[0] for own in with_control(mixture, control)])
         check(scan.control, random, model, decoder.transform, 1, None, **tolerance)
     return scan
 
@@ -138,6 +145,22 @@ def check_scan(decoder, mixture, control, targets, *, k=4, rtol=1e-10, atol=1e-1
 @pytest.mark.parametrize("d_vocab", [64, 150, 1000])
 def test_scan(transform, d_vocab):
     check_scan(*make(d_vocab, transform=TRANSFORMS[transform]))
+
+
+@pytest.mark.parametrize("d_vocab", [256, 250])
+def test_scan_without_a_constant(d_vocab):
+    """With and without padding, which no constant fills."""
+    check_scan(*make(d_vocab, bias=False, constant=False, final=1))
+
+
+def test_the_final_layer_is_not_read(monkeypatch):
+    rows = []
+    original = Decoder.project
+    monkeypatch.setattr(
+        Decoder, "project", lambda self, states, out: (rows.append(len(states)), original(self, states, out))
+    )
+    check_scan(*make(layers=3, rows=5, n_draws=4, final=2))
+    assert sum(rows) == 5 + 1 + 4 * 5 + 2 * 5  # shared, constant, draws, two layers
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,12 +173,23 @@ def test_scan(transform, d_vocab):
     chunk_size=st.integers(1, 60),
     scratch=st.integers(1, 4000),
     transform=st.sampled_from(sorted(TRANSFORMS)),
-    bias=st.booleans(),
+    n_draws=st.integers(1, 3),
+    flags=st.tuples(st.booleans(), st.booleans()),
     data=st.data(),
 )
-def test_scan_of_any_shape(d_vocab, layers, orders, rows, d_model, chunk_size, scratch, transform, bias, data):
-    k = data.draw(st.integers(1, d_vocab))
-    inputs = make(d_vocab, layers, orders, rows, d_model, transform=TRANSFORMS[transform], bias=bias, seed=d_vocab)
+def test_scan_of_any_shape(
+    d_vocab, layers, orders, rows, d_model, chunk_size, scratch, transform, n_draws, flags, data
+):
+    k, (bias, constant) = data.draw(st.integers(1, d_vocab)), flags
+    final = data.draw(st.none() | st.integers(0, layers - 1))
+    options = {
+        "bias": bias,
+        "constant": constant,
+        "n_draws": n_draws,
+        "final": final,
+        "transform": TRANSFORMS[transform],
+    }
+    inputs = make(d_vocab, layers, orders, rows, d_model, seed=d_vocab, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "SCRATCH_CPU", scratch)
         check_scan(*inputs, k=k, chunk_size=chunk_size)
@@ -234,7 +268,7 @@ def test_ties_go_to_the_smallest_id(k, distinct):
     copies = torch.randint(distinct, (d_vocab,), generator=torch.Generator().manual_seed(2))
     decoder = Decoder(Norm("none"), tokens[:, copies], torch.zeros(d_vocab, dtype=torch.float64))
     integers = [(draw(*shape) * 2).round() for shape in ((2, 6, 3), (6, 3), (2, 3, 6), (2, 3, 6), (6,))]
-    control = Control(*((draw(*shape) * 2).round() for shape in ((6, 3), (2, 6), (2, 6))))
+    control = Control(*((draw(*shape) * 2).round() for shape in ((2, 6, 3), (2, 6), (2, 6))))
     targets = torch.randint(d_vocab, (6, 2), generator=torch.Generator().manual_seed(3))
     check_scan(decoder, Mixture(*integers), control, targets, k=k)
     states = integers[1]
@@ -267,10 +301,11 @@ def test_top_tokens(transform, tied):
 
 def test_inputs_are_not_changed():
     decoder, mixture, control, targets = make()
-    before = [x.clone() for x in (decoder.W_U, decoder.b_U, *vars(mixture).values(), *vars(control).values(), targets)]
+    given = (decoder.W_U, decoder.b_U, *vars(mixture).values(), *vars(control).values(), targets)
+    after = [x for x in given if x is not None]
+    before = [x.clone() for x in after]
     scan_mixture(decoder, mixture, control=control, targets=targets)
     top_tokens(decoder, mixture.own)
-    after = (decoder.W_U, decoder.b_U, *vars(mixture).values(), *vars(control).values(), targets)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -318,7 +353,7 @@ def test_errors():
     with pytest.raises(ValueError, match="alpha must be finite, got 1 NaN or infinite values of 30"):
         Mixture(**{**fields, "alpha": spoiled})
     with pytest.raises(
-        ValueError, match=r"along must be .* One direction|random must be \[row, d_model\].*One direction"
+        ValueError, match=r"along must be .* One direction|random must be \[draw, row, d_model\].*One direction"
     ):
         Control(control.random, control.along[0], control.across)
     with pytest.raises(ValueError, match=r"across must be \[layer, row\] = \(3, 5\) here"):

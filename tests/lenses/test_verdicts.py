@@ -67,6 +67,19 @@ def test_draws_and_missing_controls():
     kl = lens.kl[0, 0, 0, 0]
     assert verdict.n_controls == 8 and float(verdict.wins[0, 0]) == pytest.approx(float((kl < draws).double().mean()))
     assert float(verdict.ratio[0, 0]) == pytest.approx(float(kl / draws.quantile(0.5)))
+    once = tj.iterative_jet_lens(net, TOKENS, positions=[4], order=0, draws=8)
+    torch.testing.assert_close(once.control_draws[0, 0, 0, 0], draws, rtol=1e-9, atol=0)
+    torch.testing.assert_close(once.verdict().ratio, verdict.ratio)
+    assert once.verdict().n_controls == 8 and once.verdict().lines == verdict.lines and lens.control_draws is None
+    assert once["final_post"].control_draws.shape == (1, 1, 1, 1, 8)
+    both = tj.iterative_jet_lens(net, torch.cat([TOKENS, TOKENS.flip(1)]), order=1, draws=3, seed=2)
+    halves = [tj.iterative_jet_lens(net, x, order=1, draws=3, seed=2) for x in (TOKENS, TOKENS.flip(1))]
+    torch.testing.assert_close(tj.concat(halves).control_draws, both.control_draws)
+    for i in range(3):
+        alone = tj.iterative_jet_lens(net, both.tokens, order=1, seed=2 + i).control
+        torch.testing.assert_close(both.control_draws[..., i], alone.kl)
+    with pytest.raises(ValueError, match="draws must be an integer >= 1"):
+        tj.iterative_jet_lens(net, TOKENS, draws=0)
     for options in ({"seed": None}, {"measures": False}):
         bare = tj.iterative_jet_lens(net, TOKENS, **options).verdict()
         assert bare.own is None and "without a control: it is no evidence about a layer" in bare.lines[0]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_jets.cli import lens_prompts
-from tl_jets.cli.lens_summary import more_draws, spoken, summary
+from tl_jets.cli.lens_summary import DRAWS, summary
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, read, read_layers, read_token, steps
 from tl_jets.cli.texts import legend
@@ -25,8 +25,6 @@ BAR, BAR_WIDTH = "\u2588", 20
 # Components below this weight share one row if there are more than MAX_ROWS.
 SMALL_WEIGHT, MAX_ROWS = 1e-3, 20
 CONSTANT = f"{DECODER_STEP}_bias"
-# Options that further controls share with the lens.
-KINDS = ("center_scale", "linearize", "seed")
 TITLES: dict[str, str] = dict(zip(MEASURES, ("remainder", "cosine", "centered cos", "KL", "top-1 %"), strict=True))
 
 
@@ -37,25 +35,20 @@ def report(options: argparse.Namespace) -> Report:
     shared: dict[str, Any] = {name: getattr(options, name) for name in ("center_scale", "linearize", "top_k", "seed")}
     files = any(getattr(options, kind) for kind in ("json", "html", "svg"))
     is_whole = options.all or options.averages or files
-    with steps(5) as step:
+    with steps(4) as step:
         asked = read(options, options.granularity, step)
         network, trace = asked.network, asked.trace
         targets = [read_token(network, target) for target in options.target or []] or None
-        shared["positions"] = None if is_whole else [asked.position]
-        answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # type: ignore[union-attr]
-        place = asked.position if is_whole else 0
+        layers = read_layers(options.layers, sum(label.endswith("_pre") for label in network.streams))
+        streams = shared | {"order": options.order, "layers": layers, "incl_mid": options.incl_mid}
         step("iterative jet lens")
-        iterative = iterative_jet_lens(
-            network,
-            trace,
-            order=options.order,
-            layers=read_layers(options.layers, sum(label.endswith("_pre") for label in network.streams)),
-            incl_mid=options.incl_mid,
-            targets=answers,  # a page ranks the model's
-            **shared,
-        )
-        joint = None
+        here = iterative_jet_lens(network, trace, positions=[asked.position], targets=targets, draws=DRAWS, **streams)
+        tables = [] if options.all else summary(here, asked, options)
+        iterative = joint = None
         if is_whole:
+            # A page ranks the model's answers.
+            answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # type: ignore[union-attr]
+            iterative = iterative_jet_lens(network, trace, targets=answers, **streams)
             step("joint jet lens")
             joint = joint_jet_lens(
                 network,
@@ -67,17 +60,14 @@ def report(options: argparse.Namespace) -> Report:
                 targets=targets,
                 **shared,
             )
-        step("controls")
-        draws = more_draws(iterative, asked, **{name: shared[name] for name in KINDS})
-        tables = [] if options.all else summary(iterative, place, asked, options, draws)
-    names = legend("lens", *_legend(iterative))
-    answer = asked.token(int(iterative.model_top_ids[0, place]))
-    heading, data, verdict = asked.asked(options.model, answer), header("lens"), spoken(iterative, place, draws)
-    targeted = [] if targets is None else [_targets(iterative, place, asked)]
-    if joint is None:
+    names = legend("lens", *_legend(here))
+    answer = asked.token(int(here.model_top_ids[0, 0]))
+    heading, data, verdict = asked.asked(options.model, answer), header("lens"), here.verdict().lines
+    targeted = [] if targets is None else [_targets(here, asked)]
+    if iterative is None or joint is None:
         return Report(data, heading, [*tables[:2], *targeted, *tables[2:]], names, verdict=verdict)
     whole, averages = [_iterative(iterative, asked), _joint(joint, asked)], _averages(iterative, joint)
-    page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=place)] if files else []
+    page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=asked.position)] if files else []
     data |= page[0].data if page else {}
     tables = whole if options.all else tables
     tables = [*tables[:2], *targeted, *tables[2:], *([averages] if options.all or options.averages else [])]
@@ -141,9 +131,9 @@ def _joint(lens: JointJetLens, asked: Read) -> Table:
     return Table(title, rows, [total], [said])
 
 
-def _targets(lens: IterativeJetLens, place: int, asked: Read) -> Table:
-    """A row for every layer and order: ranks and logits of the targets."""
-    ids, logits, ranks = (getattr(lens, f"target_{name}")[..., 0, place, :] for name in ("ids", "logits", "ranks"))
+def _targets(lens: IterativeJetLens, asked: Read) -> Table:
+    """A row for every layer and order: ranks and logits of the targets at the only position."""
+    ids, logits, ranks = (getattr(lens, f"target_{name}")[..., 0, 0, :] for name in ("ids", "logits", "ranks"))
     names = _headings(asked, ids)
     rows = []
     for i, k, row in _cells(lens):

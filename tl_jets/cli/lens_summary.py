@@ -13,69 +13,52 @@ from tl_jets.cli.session import Read
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.protocol import DECODER_STEP
-from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
+from tl_jets.lenses import IterativeJetLens, JointJetLens, joint_jet_lens
 from tl_jets.lenses.verdicts import changing
 
 # Draws of the control, and how many layers, components and characters of tokens are shown.
 DRAWS, LAYERS, COMPONENTS, WIDTH = 8, 12, 8, 20
 
 
-def summary(
-    lens: IterativeJetLens, place: int, asked: Read, options: argparse.Namespace, draws: Sequence[torch.Tensor]
-) -> list[Table]:
-    """The tables of the first answer; `place` is the index of the position in the lens."""
+def summary(lens: IterativeJetLens, asked: Read, options: argparse.Namespace) -> list[Table]:
+    """The tables of the first answer, from a lens of one position with several controls."""
     one = joint_jet_lens(
         asked.network,
         asked.trace,
         linearize="detached",
         positions=[asked.position],
         embeddings=not options.no_embeddings,
-        targets=None if lens.target_ids is None else lens.target_ids[0, place].tolist(),
+        targets=None if lens.target_ids is None else lens.target_ids[0, 0].tolist(),
         top_k=1,
     )
-    layers = range(len(lens.labels)) if options.layers else _changing(lens, place)
-    return [_layers(lens, place, asked, layers, draws), _components(one, asked, _next(asked))]
+    layers = range(len(lens.labels)) if options.layers else _changing(lens)
+    return [_layers(lens, asked, layers), _components(one, asked, _next(asked))]
 
 
-def more_draws(lens: IterativeJetLens, asked: Read, seed: int, **options: Any) -> list[torch.Tensor]:
-    """KL of further random controls at the position that was asked for: [layer, order, batch, 1]."""
-    options |= {"positions": [asked.position], "layers": lens.labels, "order": lens.orders[-1], "top_k": 1}
-    drawn = (iterative_jet_lens(asked.network, asked.trace, seed=seed + i, **options).control for i in range(1, DRAWS))
-    return [control.kl for control in drawn if control is not None]
-
-
-def spoken(lens: IterativeJetLens, place: int, draws: Sequence[torch.Tensor]) -> list[str]:
-    """The verdict on one position, in words."""
-    return lens.verdict(place=place, controls=[draw.expand_as(lens.kl) for draw in draws]).lines
-
-
-def _changing(lens: IterativeJetLens, place: int) -> list[int]:
-    """The layers where something changes at a position."""
+def _changing(lens: IterativeJetLens) -> list[int]:
+    """The layers where something changes."""
     assert lens.measures is not None, "the command asks for them"
     ends = [0, -1] if len(lens.orders) > 1 else [0]
-    best = lens.top_ids[:, :, 0, place, 0][:, ends].tolist()
-    return changing(lens.measures.kl[:, :, 0, place][:, ends], best, LAYERS)
+    best = lens.top_ids[:, :, 0, 0, 0][:, ends].tolist()
+    return changing(lens.measures.kl[:, :, 0, 0][:, ends], best, LAYERS)
 
 
-def _layers(
-    lens: IterativeJetLens, place: int, asked: Read, layers: Sequence[int], draws: Sequence[torch.Tensor]
-) -> Table:
+def _layers(lens: IterativeJetLens, asked: Read, layers: Sequence[int]) -> Table:
     """A row for each of some layers: the lowest and the highest order, each with KL, controls and best tokens."""
     assert lens.measures is not None, "the command asks for them"
-    assert lens.control is not None, "the command gives a seed"
-    verdict = lens.verdict(place=place, controls=[draw.expand_as(lens.kl) for draw in draws])
+    assert lens.control_draws is not None, "the command asks for several"
+    verdict = lens.verdict()
     own = {} if verdict.own is None else dict(zip(verdict.labels, verdict.own.tolist(), strict=True))
-    controls = torch.stack([lens.control.kl[:, :, 0, place], *(draw[:, :, 0, 0] for draw in draws)]).double()
-    controls = controls.quantile(0.5, 0)
+    controls = lens.control_draws[:, :, 0, 0].double().quantile(0.5, -1)
     ends = [0, len(lens.orders) - 1] if len(lens.orders) > 1 else [0]
     rows = []
     for i in layers:
         row: dict[str, Any] = {"layer": lens.labels[i]}
         if lens.orders[-1]:
-            row["rho"] = number(lens.rho[i, 0, place])
+            row["rho"] = number(lens.rho[i, 0, 0])
         for k in ends:
             name = "detached" if lens.linearize == "detached" else f"order {lens.orders[k]}"
-            at = (i, k, 0, place)
+            at = (i, k, 0, 0)
             mark = "*" if own.get(lens.labels[i], [False] * (k + 1))[k] else ""
             row[f"KL, {name}"] = f"{number(lens.measures.kl[at])} ({number(controls[i, k])}){mark}"
             row["best" if k == 0 else f"best, {name}"] = _tokens(asked, lens.top_ids[at], bool(lens.borrowed[at]))
@@ -83,7 +66,7 @@ def _layers(
     some = "" if len(rows) == len(lens.labels) else f", where something changes: {len(rows)} of {len(lens.labels)}"
     title = f"What each layer says{some}"
     borrowed = "" if lens.orders[-1] == 0 else "; [square]: a borrowed answer"
-    note = f"(round): median KL of {1 + len(draws)} random vectors; *: below nine in ten{borrowed}"
+    note = f"(round): median KL of {lens.control_draws.shape[-1]} random vectors; *: below nine in ten{borrowed}"
     return Table(title, rows, notes=[note])
 
 

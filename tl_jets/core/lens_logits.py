@@ -14,7 +14,8 @@ With :math:`p = \mathrm{softmax}(\tau(T))` and :math:`m = \max \tau(L)`,
     + \log \sum \exp(\tau(L) - m) .
 
 The **control** of a layer replaces :math:`o_{lr}` by :math:`a_{lr} s_r + q_{lr} n_r`, with one random direction
-:math:`n_r` per row, of the same length and angle.
+:math:`n_r` per row, of the same length and angle. Several draws of :math:`n_r` share the scan: a draw costs one more
+row of the product, whatever the number of layers.
 
 ===================================  ==========================================
 symbol                               name here
@@ -71,6 +72,8 @@ class Mixture:
         alpha: Coefficient of `own`.
         beta: Coefficient of `shared`.
         gamma: Coefficient of `shared` in the model's own logits.
+        bias: The norm's bias.
+        final: Index of the layer that is the model itself at every order; it is not read again.
     """
 
     own: Float[Tensor, "layer row d_model"]
@@ -79,6 +82,7 @@ class Mixture:
     beta: Float[Tensor, "layer order row"]
     gamma: Float[Tensor, " row"]
     bias: Float[Tensor, " d_model"] | None = None
+    final: int | None = None
 
     def __post_init__(self) -> None:
         if self.own.ndim != 3 or self.alpha.ndim != 3:
@@ -127,16 +131,16 @@ def refuse_overflow(is_finite: list[bool]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A random center for every layer and row: `along * shared + across * random` in place of `own`."""
+    """Random centers for every layer and row: `along * shared + across * random` in place of `own`, for every draw."""
 
-    random: Float[Tensor, "row d_model"]
+    random: Float[Tensor, "draw row d_model"]
     along: Float[Tensor, "layer row"]
     across: Float[Tensor, "layer row"]
 
     def __post_init__(self) -> None:
-        if self.random.ndim != 2 or self.along.ndim != 2:
+        if self.random.ndim != 3 or self.along.ndim != 2:
             raise ValueError(
-                "random must be [row, d_model] and along [layer, row], got shapes "
+                "random must be [draw, row, d_model] and along [layer, row], got shapes "
                 f"{tuple(self.random.shape)} and {tuple(self.along.shape)}. One direction serves all layers of a row."
             )
         for name, tensor in self.rows().items():
@@ -146,7 +150,7 @@ class Control:
         """The tensors, with the shapes that they must have."""
         layer, row = self.along.shape
         return {
-            "random": (self.random, (row, self.random.shape[1]), "row, d_model"),
+            "random": (self.random, (len(self.random), row, self.random.shape[2]), "draw, row, d_model"),
             "along": (self.along, (layer, row), "layer, row"),
             "across": (self.across, (layer, row), "layer, row"),
         }
@@ -156,7 +160,7 @@ class Control:
         if not measures:
             raise ValueError("A control is read by measures; got measures=False. Pass measures=True or no control.")
         layer, row, d_model = mixture.own.shape
-        check_shape("control.random", self.random, (row, d_model), "row, d_model")
+        check_shape("control.random", self.random, (len(self.random), row, d_model), "draw, row, d_model")
         check_shape("control.along", self.along, (layer, row), "layer, row")
 
     def coefficients(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +171,9 @@ class Control:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """Readings of logit vectors, None where not measured; `cells` are [layer, order, row], or [row] for the model.
+    """Readings of logit vectors, None where not measured.
+
+    `cells` are [layer, order, row], [row] for the model, [draw, layer, order, row] for the control.
 
     Attributes:
         top: The best tokens by additive logit [*cells, k].
@@ -226,7 +232,7 @@ def scan_mixture(
         chunk_size: Rows of d_vocab logits held at once.
 
     Raises:
-        ValueError: Shapes disagree, a target is not a token, a size is out of range, or a control has no measures.
+        ValueError: Shapes disagree, no token, a size out of range, or a control without measures.
     """
     decoder.check_states(mixture.own)
     check_k(top_k, decoder.d_vocab, chunk_size)
@@ -234,10 +240,10 @@ def scan_mixture(
     if control is not None:
         control.check(mixture, measures)
     reader = Reader(decoder, decoder.compute_dtype(mixture.own), mixture.own.device, mixture.bias)
-    (layers, orders, n_rows), n_targets = mixture.alpha.shape, 0 if targets is None else targets.shape[1]
-    store = reader.allocate((layers, orders, n_rows), top_k, n_targets, measures, own=True)
-    model_store = reader.allocate((1, 1, n_rows), top_k, n_targets, measures)
-    control_store = reader.allocate((layers, orders, n_rows), 1, 0, measures)
+    cells, n_targets = tuple(mixture.alpha.shape), 0 if targets is None else targets.shape[1]
+    store = reader.allocate(cells, top_k, n_targets, measures, own=True)
+    model_store = reader.allocate((1, 1, cells[-1]), top_k, n_targets, measures)
+    control_store = reader.allocate((0 if control is None else len(control.random), *cells), 1, 0, measures)
     # [layer, order, row, 1]: coefficients broadcast over the vocabulary.
     alpha, beta = (x.to(reader.dtype).unsqueeze(-1) for x in (mixture.alpha, mixture.beta))
     gamma = mixture.gamma.to(reader.dtype).view(1, -1, 1)
@@ -246,12 +252,15 @@ def scan_mixture(
     for rows, constant, fixed, own_logits in _projections(reader, mixture, control, model_logits, chunk_size):
         row_targets = None if targets is None else targets[rows]
         model = reader.read_model((constant, gamma[:, rows], fixed[0]), row_targets, _view(model_store, 0, rows))
+        if mixture.final is not None:
+            _copy_model(model_store, store, control_store, mixture.final, rows)
         for layer, own in own_logits:
             mix = constant, alpha[layer, :, rows], own, beta[layer, :, rows], fixed[0]
             reader.read(mix, row_targets, model, _view(store, layer, rows), n_plain, is_positive[layer, rows])
-            if lent is not None:
-                mix = constant, lent[0][layer, :, rows], fixed[1], lent[1][layer, :, rows], fixed[0]
-                reader.read(mix, None, model, _view(control_store, layer, rows))
+            for draw, random in enumerate(fixed[1:]):
+                assert lent is not None, "random directions are those of a control"
+                mix = constant, lent[0][layer, :, rows], random, lent[1][layer, :, rows], fixed[0]
+                reader.read(mix, None, model, _view(control_store, (draw, layer), rows))
     return MixtureScan(
         own_values=store["own_values"],
         own_top1=store.get("own_top1"),
@@ -268,15 +277,17 @@ def _projections(
     model_logits: Callable[[slice], Tensor] | None,
     chunk_size: int,
 ) -> Iterator[tuple[slice, Tensor, list[Tensor], Iterator[tuple[int, Tensor]]]]:
-    """Yield (rows, constant, [shared, random], layers) in one shared buffer: consume layers before the next item."""
-    layers, n_rows, _ = mixture.own.shape
+    """Yield (rows, constant, [shared, *random], layers) in one shared buffer: consume layers before the next item."""
+    n_layers, n_rows, _ = mixture.own.shape
+    layers = [i for i in range(n_layers) if i != mixture.final]
     decoder, d_vocab = reader.decoder, reader.decoder.d_vocab
-    n_fixed = 1 if control is None else 2
+    drawn = [] if control is None else list(control.random)
+    n_fixed = 1 + len(drawn)
     # One more set of rows holds the model's distribution.
-    per_set = max(1, min(n_rows, chunk_size // min(layers + n_fixed + 1, MAX_SETS)))
-    groups = list(slices(layers, max(1, chunk_size // per_set - 1 - n_fixed)))
+    per_set = max(1, min(n_rows, chunk_size // min(len(layers) + n_fixed + 1, MAX_SETS + len(drawn))))
+    groups = [layers[group] for group in slices(len(layers), max(1, chunk_size // per_set - 1 - n_fixed))]
     # `shared`, the constant, then the random directions and the layers.
-    buffer = reader.buffer((max(group.stop - group.start for group in groups) + n_fixed) * per_set + 1)
+    buffer = reader.buffer((max(map(len, groups)) + n_fixed) * per_set + 1)
     bias = torch.zeros_like(mixture.shared[:1]) if mixture.bias is None else mixture.bias.unsqueeze(0)
     b_U = decoder.constant(None, reader.dtype)
 
@@ -287,14 +298,14 @@ def _projections(
         return into
 
     def following(rows: slice, first: int, head: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield from enumerate(head)
+        yield from zip(groups[0], head, strict=True)
         for group in groups[1:]:
-            into = project(first, *mixture.own[group, rows])
-            yield from enumerate(into.view(-1, *head.shape[1:]), group.start)
+            into = project(first, *(mixture.own[layer, rows] for layer in group))
+            yield from zip(group, into.view(-1, *head.shape[1:]), strict=True)
 
     for rows in slices(n_rows, per_set):
         count = rows.stop - rows.start
-        states = [*([] if control is None else [control.random[rows]]), *mixture.own[groups[0], rows]]
+        states = [*(random[rows] for random in drawn), *(mixture.own[layer, rows] for layer in groups[0])]
         buffer[:, d_vocab:] = 0
         project(*([count] if model_logits else [0, mixture.shared[rows]]), bias, *states)
         shared, constant = buffer[:count], buffer[count]
@@ -303,14 +314,26 @@ def _projections(
         if model_logits is not None:
             torch.sub(model_logits(rows), constant[:d_vocab], out=shared[:, :d_vocab])
             shared /= mixture.gamma[rows, None].to(reader.dtype)
-        rest = buffer[count + 1 : count + 1 + len(states) * count].view(len(states), count, -1)
+        rest = buffer[count + 1 : count + 1 + len(states) * count].view(len(states), count, reader.width)
         fixed = [shared, *rest[: n_fixed - 1]]
         yield rows, constant, fixed, following(rows, 1 + n_fixed * count, rest[n_fixed - 1 :])
 
 
-def _view(store: dict[str, Tensor], layer: int, rows: slice) -> dict[str, Tensor]:
-    """Views [order, row, ...] of the results of some rows of a layer."""
-    return {name: x[layer, :, rows] for name, x in store.items()}
+def _view(store: dict[str, Tensor], layer: int | tuple[int, int], rows: slice) -> dict[str, Tensor]:
+    """Views [order, row, ...] of the results of some rows of a layer, of the control of a (draw, layer)."""
+    return {name: x[layer][:, rows] for name, x in store.items()}
+
+
+def _copy_model(
+    model: dict[str, Tensor], store: dict[str, Tensor], control: dict[str, Tensor], final: int, rows: slice
+) -> None:
+    """The readings of the layer that is the model itself, whose random centers are, too; its own part is all of it."""
+    own = {"own_values": model["values"], "own_top1": model["indices"][..., 0]}
+    for name, values in store.items():
+        values[final][:, rows] = {**own, **model}[name][0, :, rows]
+    for name, values in control.items():
+        best = model[name][0, :, rows]
+        values[:, final, :, rows] = best if best.ndim == 2 else best[..., :1]
 
 
 def _readings(reader: Reader, store: dict[str, Tensor], model: dict[str, Tensor]) -> Readings:

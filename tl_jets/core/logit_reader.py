@@ -158,6 +158,8 @@ class Reader:
         """`constant + coefficient * logits`, [order, row, 1] times [row, width], in the scratch buffer."""
         orders, rows, _ = coefficient.shape
         scratch = self.rows(orders * rows).view(orders, rows, self.width)
+        if not self.has_constant and self.width == self.decoder.d_vocab:  # a third faster
+            return torch.mul(coefficient, logits, out=scratch)
         return torch.addcmul(constant, coefficient, logits, out=scratch)
 
     def read_top(self, logits: Tensor, targets: Tensor | None, store: dict[str, Tensor]) -> Tensor:

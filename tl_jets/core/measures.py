@@ -43,6 +43,7 @@ from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder, Metric
 from tl_jets.core.lens_logits import Readings
 from tl_jets.core.notebook import dataframe_html
+from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
 from tl_jets.core.selection import Rows
 from tl_jets.core.sinks import Sinks
@@ -140,6 +141,15 @@ def random_directions(norm: Norm, variate: Tensor, shape: tuple[int, ...], place
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
     noise = noise - (noise * y).sum(-1, keepdim=True) * y
     return noise / noise.norm(dim=-1, keepdim=True)
+
+
+def seeds_of(seed: Any, draws: int) -> list[int]:
+    """Seeds of some draws of random directions, from `seed` on; none if it is None."""
+    check_integers(1, draws=draws)
+    if seed is None:
+        return []
+    check_seed(seed)
+    return [int(seed) + i for i in range(draws)]
 
 
 def check_seed(seed: Any) -> None:

@@ -11,8 +11,7 @@ the layer's own reading and *the model's own answer*. For k >= 1 a good score ma
 `control`, a random center of equal norm and angle.
 
 Detached (``linearize="detached"``), the final norm keeps its scale at h_L: alpha = 1 / scale(h_L), beta = 0. This is
-cumulative direct logit attribution: the logit lens times scale(h_l) / scale(h_L), biases apart. Without biases, tokens
-rank as in the logit lens, and differences between layers are the contributions of their writes.
+cumulative direct logit attribution: the logit lens times scale(h_l) / scale(h_L), biases apart.
 
 Source: Chen et al., *Jet Expansions of Residual Computation*, section 4 (iterative jet lens).
 """
@@ -34,7 +33,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.labels import LabelInput, is_label, read_label
 from tl_jets.core.logit_reader import CHUNK_SIZE
-from tl_jets.core.measures import random_directions, split_along
+from tl_jets.core.measures import random_directions, seeds_of, split_along
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice
 from tl_jets.core.protocol import FINAL_STREAM
@@ -49,7 +48,7 @@ from tl_jets.lenses.verdicts import Verdict, verdict_of
 # Fields with a layer axis.
 _LAYERED = {
     *("rho", "tail_bound", "alpha", "beta", "borrowed_share", "top_ids", "full_values", "own_values", "own_top_ids"),
-    *("target_logits", "target_ranks"),
+    *("target_logits", "target_ranks", "control_draws"),
 }
 
 
@@ -60,9 +59,7 @@ class IterativeJetLens(LensResult):
     Attributes:
         labels: Streams: `0_pre`, ..., `final_post` (TransformerLens' names).
         orders: 0..order.
-        positions: Positions in the prompt.
-        tokens: The tokens at those positions [batch, pos].
-        valid: Which of them are real [batch, pos].
+        positions: Positions in the prompt, with their tokens and whether they are real: `tokens`, `valid` [batch, pos].
         linearize: `"jet"`, or `"detached"`, whose only order is 0.
         rho: Radius ratio |v| / |x| of each series, which converges if rho < 1 [layer, batch, pos]; NaN if detached.
         tail_bound: Bound on the sum of all higher orders, RMS before the norm's gain; inf if rho >= 1, NaN if detached.
@@ -70,14 +67,12 @@ class IterativeJetLens(LensResult):
         beta: Coefficient of the model's own answer; 0 for `final_post`, where the two are the same.
         borrowed_share: Length of the beta part over the sum of both lengths, logits centered over the vocabulary.
         top_ids: Best tokens, best first [layer, order, batch, pos, k].
-        full_values: Their additive logits [layer, order, batch, pos, k].
-        own_values: Their additive logits from the own part (without beta) [layer, order, batch, pos, k].
+        full_values: Their additive logits [layer, order, batch, pos, k]; `own_values` from the own part (without beta).
         own_top_ids: Best token of the own part; None if not measured.
         model_top_ids: The model's best token [batch, pos].
-        measures: Measures of each cell against the model; None if not measured.
-        control: Measures of the random center; None without one.
-        target_ids: Token ids of the targets [batch, pos, target].
-        target_names: The targets as given.
+        measures: Measures of each cell against the model; `control` has those of the random center. None if not measured.
+        control_draws: KL of every draw of the random center, `control` first; None if one was drawn.
+        target_ids: Token ids of the targets [batch, pos, target]; `target_names` are the targets as given.
         target_logits: Their additive logits [layer, order, batch, pos, target].
         target_ranks: Their ranks, 0 for the best token [layer, order, batch, pos, target].
         unit: Unit of logits: `"logits"`, or `"logits before the softcap"`.
@@ -85,7 +80,7 @@ class IterativeJetLens(LensResult):
         sinks: Positions that `average` leaves out.
         n_layers: Number of blocks of the model.
         model: Name of the model and a digest of its weights, which `concat` compares; None: not known.
-        seed: Seed of the control; None without one.
+        seed: Seed of the control, or its first draw; None without one.
         translator: Name of the lens whose translators moved the streams (`translated_lens`); None for the streams themselves.
     """
 
@@ -97,6 +92,7 @@ class IterativeJetLens(LensResult):
     target_logits: Float[Tensor, "layer order batch pos target"] | None
     target_ranks: Int[Tensor, "layer order batch pos target"] | None
     translator: str | None = None
+    control_draws: Float[Tensor, "layer order batch pos draw"] | None = None
 
     def __getitem__(self, labels: LabelInput | Sequence[LabelInput]) -> IterativeJetLens:
         """The lens of some layers: `lens["3_pre"].kl[0, 1, 0, -1]`, `lens["resid_pre", 3]`. The layer axis stays."""
@@ -131,8 +127,8 @@ class IterativeJetLens(LensResult):
 
         `len(labels)` where not even the last layer's is. Borrowed answers count: order 0 has none.
         """
-        found = len(self.labels) - leads_from(self.top_ids[..., 0] == self.model_top_ids).long().sum(0)
-        return found.masked_fill(~self.valid, -1)
+        leads = leads_from(self.top_ids[..., 0] == self.model_top_ids)
+        return (len(self.labels) - leads.long().sum(0)).masked_fill(~self.valid, -1)
 
     def trajectories(self, *, include_sinks: bool = False) -> pd.DataFrame:
         """One row per layer, order and target: its rank, and whether it leads, over the positions of all prompts.
@@ -168,8 +164,7 @@ class IterativeJetLens(LensResult):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Additive logits of one layer at one order, before any softcap; NaN at padding.
 
-        A lens keeps its best tokens only; the rest is mixed again from `alpha`, `beta` and the streams of a trace. A loaded
-        lens and one of `concat` have them, too.
+        A lens keeps its best tokens only; the rest is mixed again, for a loaded lens or one of `concat`, too.
 
         Args:
             layer: Its label, or TransformerLens' name.
@@ -178,8 +173,6 @@ class IterativeJetLens(LensResult):
 
         Raises:
             ValueError: No such layer or order, or a trace of another input or model.
-
-        Cost: one product with the unembedding.
 
         Example:
             >>> import tl_jets as tj
@@ -219,7 +212,7 @@ class IterativeJetLens(LensResult):
         Args:
             prompt: Index of a prompt; None for all.
             place: Index along the pos axis; None for all. Attention sinks are left out unless nothing else is there.
-            controls: `control.kl` of the same lens with other seeds: further draws.
+            controls: `control.kl` of the same lens with other seeds, beside the lens' own draws.
 
         Example:
             >>> import tl_jets as tj
@@ -231,14 +224,15 @@ class IterativeJetLens(LensResult):
         chosen[slice(None) if prompt is None else prompt, slice(None) if place is None else place] = True
         cells = self.valid & chosen
         kept = cells & self.counted if bool((cells & self.counted).any()) else cells
-        draws = [*([] if self.control is None else [self.control.kl]), *controls]
+        own = self.control_draws
+        own = [] if self.control is None else [self.control.kl] if own is None else own.unbind(-1)
         return verdict_of(
             self.labels,
             self.orders,
             rho=self.rho[:, kept],
             leads=(self.top_ids[:, 0, ..., 0] == self.model_top_ids)[:, kept],
             kl=None if self.measures is None else self.measures.kl[..., kept],
-            controls=[draw[..., kept] for draw in draws],
+            controls=[draw[..., kept] for draw in (*own, *controls)],
             is_detached=self.linearize == "detached",
         )
 
@@ -298,6 +292,7 @@ def iterative_jet_lens(
     top_k: int = 5,
     measures: bool = True,
     seed: int | None = 0,
+    draws: int = 1,
     attention_mask: Tensor | None = None,
     cache: Any = None,
     chunk_size: int = CHUNK_SIZE,
@@ -318,13 +313,13 @@ def iterative_jet_lens(
         top_k: Number of best tokens per cell.
         measures: Whether to compute measures, their controls and the own part's best token.
         seed: Seed of the control, whose directions all layers and prompts share; None for no control, a fifth faster.
+        draws: Number of random centers, of seeds `seed`, `seed` + 1, ..., by whose KL `verdict` judges; eight are enough.
         attention_mask: Passed to the model (left padding needs it).
         cache: A ready `ActivationCache` of the same input.
         chunk_size: Rows of d_vocab logits held at once.
 
     Raises:
-        ValueError: Bad order, layer, position, option or input; the message says what must hold.
-        TypeError: Order or targets of the wrong type.
+        ValueError, TypeError: Bad order, layer, position, targets, option or input; the message says what must hold.
 
     Source: Chen et al., section 4; nostalgebraist 2020 for order 0. Cost: A forward pass and one product of all layers'
     streams with the unembedding, whatever the order.
@@ -336,10 +331,12 @@ def iterative_jet_lens(
     network = ResidualNetwork.of(model)
     inputs = LensInput.of(network, text_or_tokens, positions, targets, attention_mask, cache)
     labels = stream_labels(network, layers, incl_mid)
-    options = {"top_k": top_k, "measures": measures, "chunk_size": chunk_size}
+    final = labels.index(FINAL_STREAM) if FINAL_STREAM in labels else None
+    options = {"top_k": top_k, "measures": measures, "chunk_size": chunk_size, "final": final}
+    seeds = seeds_of(seed if measures else None, draws)
     with torch.no_grad():
         centers = inputs.streams(labels)
-        found = read_lens(inputs, labels, centers, order, center_scale, linearize, seed if measures else None, options)
+        found = read_lens(inputs, labels, centers, order, center_scale, linearize, seeds, options)
     return replace(found, seed=None if seed is None else int(seed))
 
 
@@ -350,10 +347,10 @@ def read_lens(
     order: int,
     center_scale: CenterScale,
     linearize: Linearize,
-    seed: int | None,
+    seeds: Sequence[int],
     options: dict[str, Any],
 ) -> IterativeJetLens:
-    """The lens of these centers, float64, with a control unless `seed` is None; `options` are those of the scan."""
+    """The lens of these centers, float64, with a control of each seed; `options` are those of the scan."""
     rows, norm = inputs.rows, inputs.trace.decoder.norm
     variate = inputs.variate.expand_as(centers)
     if linearize == "detached":
@@ -366,7 +363,8 @@ def read_lens(
     alpha = torch.where(is_last, inputs.gamma, (series.alpha * scale).transpose(0, 1))
     beta = torch.where(is_last, 0, series.beta.transpose(0, 1))
     plane = split_along(norm, centers, inputs.variate)
-    random = None if seed is None else random_directions(norm, inputs.variate, (), rows.places, seed)
+    drawn = [random_directions(norm, inputs.variate, (), rows.places, seed) for seed in seeds]
+    random = torch.stack(drawn) if drawn else None
     ids = inputs.target_ids
     scan = inputs.scan(
         norm.scale(norm.center(centers)),
@@ -377,7 +375,9 @@ def read_lens(
         **options,
     )
     borrowed, own = inputs.measured(scan, plane, None, alpha, beta)
-    control = None if scan.control is None else inputs.measured(scan.control, plane, random, alpha, beta)[1]
+    control = kl = None
+    if scan.control is not None:
+        control, kl = inputs.measured(scan.control, plane, drawn[0], alpha, beta, 0)[1], scan.control.kl
     spread = rows.spread
     return IterativeJetLens(
         labels=labels,
@@ -391,6 +391,7 @@ def read_lens(
         borrowed_share=borrowed,
         measures=own,
         control=control,
+        control_draws=None if kl is None or len(kl) == 1 else spread(kl.movedim(0, -1), -2),
         target_names=inputs.target_names,
         target_logits=None if scan.target_logits is None else spread(scan.target_logits, -2),
         target_ranks=None if scan.target_ranks is None else spread(scan.target_ranks, -2, -1),

@@ -82,23 +82,24 @@ class LensInput:
         alpha: Float[Tensor, "layer order row"],
         beta: Float[Tensor, "layer order row"],
         control: tuple[Tensor, Tensor, Tensor] | None = None,
+        final: int | None = None,
         **options: Any,
     ) -> MixtureScan:
-        """Read alpha U own + beta U shared in the dtype of the model; `control` as in `Control`."""
+        """Read alpha U own + beta U shared in the dtype of the model; `control` as in `Control`, `final` as in `Mixture`."""
         decoder, dtype = self.trace.decoder, self.trace[FINAL_STREAM].dtype
         mixed = [values.to(dtype) for values in (own, self.shared, alpha, beta, self.gamma)]
         random = None if control is None else Control(*(values.to(dtype) for values in control))
         given = model_logits(self.trace, self.rows)
-        mixture = Mixture(*mixed, bias=decoder.norm.bias)
+        mixture = Mixture(*mixed, bias=decoder.norm.bias, final=final)
         return scan_mixture(decoder, mixture, control=random, model_logits=given, **options)
 
     def measured(
-        self, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor
+        self, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor, cells: Any = ...
     ) -> tuple[Tensor, Measures | None]:
-        """The borrowed share of every cell of jets in a plane, and its measures if they were read."""
+        """The borrowed share of every cell of jets in a plane, and its measures if they were read, those of `cells`."""
         found = geometry_in_plane(self.trace.decoder, plane, random, alpha, beta, self.gamma)
         borrowed = self.rows.spread(found.pop("borrowed_share"))
-        return borrowed, None if read.kl is None else Measures.of(self.rows, found, read, self.sinks)
+        return borrowed, None if read.kl is None else Measures.of(self.rows, found, read, self.sinks, cells)
 
     def fields(self, scan: MixtureScan, cells: Any, target_ids: Tensor | None) -> dict[str, Any]:
         """The fields of a `LensResult` that a scan's `cells` give."""

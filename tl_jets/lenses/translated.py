@@ -99,11 +99,11 @@ def translated_lens(
     with torch.no_grad():
         streams = inputs.streams(list(maps))
         moved = _translated(inputs, maps, streams)
-        found = read_lens(inputs, list(maps), moved, order, "none", "jet", None, options)
+        found = read_lens(inputs, list(maps), moved, order, "none", "jet", [], options)
         if measures and seed is not None:
             random = _translated(inputs, maps, _random_streams(inputs, streams, seed))
             bare, options = replace(inputs, target_ids=None), options | {"top_k": 1}
-            control = read_lens(bare, list(maps), random, order, "none", "jet", None, options).measures
+            control = read_lens(bare, list(maps), random, order, "none", "jet", [], options).measures
             found = replace(found, control=control)
     return replace(found, seed=None if seed is None else int(seed), translator=kind if name is None else name)
 
