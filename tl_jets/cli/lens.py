@@ -67,7 +67,9 @@ def report(options: argparse.Namespace) -> Report:
     if iterative is None or joint is None:
         return Report(data, heading, [*tables[:2], *targeted, *tables[2:]], names, verdict=verdict)
     whole, averages = [_iterative(iterative, asked), _joint(joint, asked)], _averages(iterative, joint)
-    page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=asked.position)] if files else []
+    page = (
+        [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=asked.position)] if files else []
+    )
     data |= page[0].data if page else {}
     tables = whole if options.all else tables
     tables = [*tables[:2], *targeted, *tables[2:], *([averages] if options.all or options.averages else [])]
