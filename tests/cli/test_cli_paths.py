@@ -8,6 +8,7 @@ from commands import cells, numbers, run, tinydocs
 import tl_jets as tj
 from tl_jets.cli.largest_paths import rank_correlation
 from tl_jets.interventions.path_ablations import verdict
+from tl_jets.paths import expansion
 
 COLUMNS = 80
 
@@ -102,6 +103,12 @@ def test_random_paths_are_the_control(capsys, network, trace):
     assert {row["path"] for row in again["control"]} != control.keys()
 
 
+def test_all_paths_are_evaluated_once(capsys, monkeypatch):
+    runs, original = [], expansion.evaluate
+    monkeypatch.setattr(expansion, "evaluate", lambda *given: (runs.append(1), original(*given))[1])
+    assert len(numbers(capsys, *ASKED, "--top", "5", "--ablate")["control"]) == 5 == 5 * len(runs)
+
+
 def test_a_target_and_a_position_of_ones_own(capsys, network, trace):
     found = numbers(capsys, *ASKED, "--target", "·the", "--position", "3", "--no-components", "--top", "12")
     (token,) = network.tokenizer(" the", add_special_tokens=False)["input_ids"]
@@ -152,7 +159,7 @@ def test_what_filters_leave_out_is_not_called_other_paths(capsys, filters):
     text = run(capsys, *ASKED, *filters, "--top", "1", "--no-components")
     found = numbers(capsys, *ASKED, *filters, "--top", "1", "--no-components")
     (line,) = [line for line in text.splitlines() if " other paths" in line]
-    assert f"{found['n_paths'] - 1:,} other paths and what the filters left out" in line
+    assert f"{found['n_paths'] - 1:,} other paths and those filtered out" in line
     assert f"of {found['n_paths']} detached paths that the filters keep" in text
     assert "left out" not in run(capsys, *ASKED, "--top", "1", "--no-components")
 

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pandas as pd
@@ -16,6 +17,7 @@ from tl_jets.core.attribution import additive_logits, centered
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.interventions.path_ablations import path_ablation, verdict
+from tl_jets.paths.cancellation import cancellation
 from tl_jets.paths.expansion import PathExpansion, exponential_expansion
 from tl_jets.paths.statistics import PathStatistics
 
@@ -42,14 +44,20 @@ def largest_paths(
     found = target_of(asked, given)
     target = found["target"]["id"]
     largest = {"top": options.top, "rank": options.rank, "targets": [target] if options.rank == "effect" else None}
-    cache = _expansion(options, asked, options.sources, **largest)(asked.trace, positions=asked.position)
+    expansion = _expansion(options, asked, **largest)
+    # Random paths are drawn from all of them; the largest come first.
+    keeps_all = options.ablate and expansion.count <= options.max_paths
+    asked_for = replace(expansion, top=options.max_paths) if keeps_all else expansion
+    cache = asked_for(asked.trace, positions=asked.position)
     paths, expansion = cache.statistics(targets=[target]), cast(PathExpansion, cache.expansion)
-    drawn, why_none, falls = {}, "", {}
+    labels, drawn, why_none, falls = paths.labels[: options.top], {}, "", {}
     if options.ablate:
         step("path ablation")
-        drawn, why_none = _drawn(options, expansion, asked, target, paths)
-        falls = _falls(asked, list(dict.fromkeys((*paths.labels, *drawn))), target)
-    records = [_path(asked, paths, i, falls) for i in range(len(paths.labels))]
+        why_none = f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-length"
+        if keeps_all:
+            drawn, why_none = _drawn(paths, expansion, options.top, options.seed)
+        falls = _falls(asked, [*labels, *drawn], target)
+    records = [_path(asked, paths, i, falls) for i in range(len(labels))]
     shown = sum(record["effect"] for record in records)
     found |= {
         "linearize": expansion.linearize,
@@ -60,7 +68,7 @@ def largest_paths(
         "is_softcapped": asked.trace.decoder.transform is not None,
         "unit": asked.trace.decoder.unit,
         "remainders": cache.remainders,
-        "cancellation": paths.overall_cancellation,
+        "cancellation": float(cancellation(paths.effects[: options.top].flatten())),
         "effect_of_shown": shown,
         "effect_of_rest": found["target"]["logit"] - shown,
         "paths": records,
@@ -73,33 +81,25 @@ def largest_paths(
     return found
 
 
-def _expansion(options: argparse.Namespace, asked: Read, sources: list[str] | None, **largest: Any) -> PathExpansion:
-    """The requested paths: the largest, or all of them."""
+def _expansion(options: argparse.Namespace, asked: Read, **largest: Any) -> PathExpansion:
+    """The largest of the requested paths."""
     is_jet = options.linearize == "jet"
     if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
         raise UsageError(
             "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
         )
-    named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths")
-    given: dict[str, Any] = {name: getattr(options, name) for name in named} | {"sources": sources} | largest
-    given["max_length"] = options.max_length
+    named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths", "sources", "max_length")
+    given: dict[str, Any] = {name: getattr(options, name) for name in named} | largest
     return exponential_expansion(asked.network, options.order if is_jet else None, **given)
 
 
-def _drawn(
-    options: argparse.Namespace, expansion: PathExpansion, asked: Read, target: int, largest: PathStatistics
-) -> tuple[dict[str, float], str]:
-    """Effects of as many random paths of comparable effect as there are largest ones, or why there are none."""
-    if expansion.count > options.max_paths:
-        return {}, f"drawing them needs all {expansion.count:,} evaluated: --max-paths, --max-length"
-    # By name: otherwise constants that are zero here count against --max-paths.
-    sources = [source.label for source in expansion.graph.sources]
-    every = _expansion(options, asked, sources)(asked.trace, positions=asked.position).statistics(targets=[target])
+def _drawn(every: PathStatistics, expansion: PathExpansion, top: int, seed: int) -> tuple[dict[str, float], str]:
+    """Effects of as many random paths, of effects like the `top` first, as these are, or why there are none."""
     effects = dict(zip(every.labels, every.effect[:, 0, 0].tolist(), strict=True))
-    shown = {path for path in largest.labels if path != CONSTANT}
+    shown = {path for path in every.labels[:top] if path != CONSTANT}
     least = LEAST_OF_CONTROL * min((abs(effects[path]) for path in shown), default=math.inf)
-    others = [path for path in effects if path not in (*shown, CONSTANT) and abs(effects[path]) > least]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(options.seed), device="cpu").tolist()
+    others = [path for path in map(str, expansion) if path not in (*shown, CONSTANT) and abs(effects[path]) > least]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return {others[i]: effects[others[i]] for i in order[: len(shown)]}, "" if others else "no others are comparable"
 
 

@@ -218,9 +218,8 @@ def _what(table: NgramTable, top_k: int) -> str:
     kind = "skip-trigrams (key ... query -> output)" if table.n == 3 else "bi-grams"
     settings = table.settings
     if settings.get("per") == "global" and settings["rows"] != "all":
-        return (
-            f"the {top_k} best {kind} after {settings['rows']['count']:,} first tokens, evenly spread; --path mlps: all"
-        )
+        count = settings["rows"]["count"]
+        return f"the {top_k} best {kind} after {count:,} first tokens, evenly spread; --path {table.path}: all"
     if settings.get("per") == "row" or settings["rows"] != "all":
         return f"the {top_k} best {kind}{' of each token' if table.n == 2 else ''}"
     return f"the {top_k} best {kind} of the whole vocabulary"

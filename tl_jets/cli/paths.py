@@ -63,7 +63,7 @@ def _verdict(data: dict[str, Any]) -> list[str]:
     shown = ablation["shown"]
     found.append(
         f"Ablation confirms {shown['confirmed']} of {shown['n']} and refutes {shown['refuted']}; "
-        f"{shown['by_chance']:.1f} would be confirmed if falls are shuffled."
+        f"shuffled falls would confirm {shown['by_chance']:.1f}."
     )
     return found
 
@@ -106,7 +106,7 @@ def _path_table(data: dict[str, Any], top: int) -> Table:
     paths, target, is_jet = data["paths"], data["target"], data["linearize"] == "jet"
     rows = [_row(row) | {"its own best": row["top"]["token"], "path": row["path"]} for row in paths]
     rest = [f"{count_text(data['n_paths'] - len(paths))} other paths"]
-    rest += ["what the filters left out"] if data["filters"] else []
+    rest += ["those filtered out"] if data["filters"] else []
     rest += ["the remainder"] if is_jet else []
     sums = {
         f"these {len(paths)}": data["effect_of_shown"],
@@ -138,8 +138,8 @@ def _notes(data: dict[str, Any]) -> list[str]:
             found.append(f"no random paths to compare with: {ablation['why_none']}")
             continue
         counts = ", ".join(f"{summary[kind]} {kind}" for kind in VERDICTS)
-        counts += f" ({summary['by_chance']:.1f} confirmed if falls are shuffled)"
-        found.append(f"{name} {summary['n']}: {counts}; rank correlation {signed(summary['rank_correlation'])}")
+        counts += f" ({summary['by_chance']:.1f} by chance)"
+        found.append(f"{name} {summary['n']}: {counts}; rank corr. {signed(summary['rank_correlation'])}")
     return found
 
 
