@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import oracles
 import pytest
 import torch
 import zoo
+from heads_by_hand import attention_table, output_table
 from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, load_tinydocs
-from tl_jets.calculus import full_precision
 from tl_jets.ngrams import join, low_rank_logits
 from tl_jets.ngrams.head_maps import HeadReader
 from tl_jets.ngrams.trigrams import TrigramSweep, jet_trigrams, trigram_scores
@@ -29,105 +28,6 @@ FAMILIES = [
 ]
 SOME = zoo.available(["gpt2", "pythia", "gptj", "llama", "qwen3", "gemma2", "olmo", "attn_only"])
 SOME = [spec for spec in SOME if spec.processing == "raw"]
-
-
-class _StopError(Exception):
-    pass
-
-
-def activation(model: Any, layer: int, streams: Tensor, name: str) -> Tensor:
-    """One activation of a whole forward pass whose stream before a layer is overwritten: what a user would do by hand."""
-    box: list[Tensor] = []
-    tokens = torch.zeros(streams.shape[:2], dtype=torch.long)
-    hooks = [
-        (f"blocks.{layer}.hook_resid_pre", lambda own, hook: streams),
-        (f"blocks.{layer}.attn.{name}", lambda own, hook: box.append(own)),
-        (f"blocks.{layer}.hook_resid_post", lambda own, hook: (_ for _ in ()).throw(_StopError())),
-    ]
-    with torch.no_grad(), full_precision(), model.hooks(hooks), contextlib.suppress(_StopError):
-        model(tokens)
-    return box[-1]
-
-
-def embeddings(model: Any) -> Tensor:
-    """Every token's stream without positions: that at position 0, less the positional embedding where there is one."""
-    box: dict[str, Tensor] = {}
-    names = ["blocks.0.hook_resid_pre", "hook_pos_embed"]
-    learned = getattr(model.cfg, "positional_embedding_type", "standard") == "standard"
-
-    def save(name: str) -> Any:
-        return lambda own, hook: box.__setitem__(name, own)
-
-    with torch.no_grad(), full_precision(), model.hooks([(n, save(n)) for n in names if n in model.hook_dict]):
-        model(torch.arange(V)[:, None])
-    stream = box["blocks.0.hook_resid_pre"][:, 0]
-    return stream - box["hook_pos_embed"][:, 0] if learned and "hook_pos_embed" in box else stream
-
-
-def log_ratios(model: Any, layer: int, head: int, distance: int) -> Tensor:
-    """log of (attention of z2 to z1, `distance` places before it) / (attention of z2 to itself): [z2, z1], from patterns."""
-    embed = embeddings(model)
-    filler = torch.randn(distance - 1, embed.shape[1], dtype=embed.dtype, generator=torch.Generator().manual_seed(5))
-    rows = []
-    for query in range(V):
-        middle = filler.expand(V, -1, -1)
-        streams = torch.cat([embed[:, None], middle, embed[query].expand(V, 1, -1)], dim=1)
-        pattern = activation(model, layer, streams, "hook_pattern")[:, head, -1]
-        rows.append(pattern[:, 0].log() - pattern[:, -1].log())
-    return torch.stack(rows)
-
-
-def raw_scores(model: Any, layer: int, head: int, distance: int) -> Tensor | None:
-    """Scores [z2, z1] as the model shows them before the softmax."""
-    embed = embeddings(model)
-    rows = []
-    for query in range(V):
-        streams = torch.cat([embed[:, None].expand(-1, distance, -1), embed[query].expand(V, 1, -1)], dim=1)
-        rows.append(activation(model, layer, streams, "hook_attn_scores")[:, head, -1, 0])
-    return torch.stack(rows)
-
-
-def attention_table(model: Any, layer: int, head: int, distance: int, normalize: str) -> Tensor:
-    """A(z1 | z2) as [z2, z1]. A ratio of weights is exp(s(z2, z1)) times what depends on z2 only."""
-    if normalize == "none":
-        return raw_scores(model, layer, head, distance)
-    ratios = log_ratios(model, layer, head, distance)
-    if normalize == "pair":
-        return -torch.log1p(torch.exp(-ratios))
-    return ratios - ratios.exp().sum(1, keepdim=True).log()
-
-
-def output_table(model: Any, layer: int, head: int) -> Tensor:
-    """log P(z3 | z1) as [z1, z3]: the head alone, through W_O, norms and unembedding written out."""
-    embed, spec = embeddings(model), model.cfg
-    value = activation(model, layer, embed[:, None], "hook_z")[:, 0]
-    nothing = activation(model, layer, torch.zeros_like(embed[:1, None]), "hook_z")[:, 0]
-    value, nothing = (x.unflatten(-1, (spec.n_heads, -1)) if x.ndim == 2 else x for x in (value, nothing))
-    block = model.blocks[layer]
-    write = (value - nothing)[:, head] @ block.attn.W_O[head].double()
-    post = post_norm(model, block)
-    if post is not None:  # without its bias, that of the zero write
-        with full_precision():
-            write = post(write[:, None])[:, 0] - post(torch.zeros_like(write[:1, None]))[:, 0]
-    write = write * getattr(block, "residual_contribution_scale", 1.0)
-    with torch.no_grad(), full_precision():
-        final = getattr(model, "ln_final", None) if getattr(spec, "normalization_type", 1) is not None else None
-        logits = model.unembed(write[:, None] if final is None else final(write[:, None]))[:, 0]
-        cap = getattr(spec, "output_logits_soft_cap", None) or 0
-        if hasattr(model, "adapter"):
-            logits = model.adapter.apply_output_logits_transform(logits[:, None])[:, 0]
-        elif cap > 0:
-            logits = cap * torch.tanh(logits / cap)
-    return logits - logits.exp().sum(1, keepdim=True).log() if logits.abs().max() < 600 else logits.log_softmax(1)
-
-
-def post_norm(model: Any, block: Any) -> Any:
-    if type(model).__name__ == "HookedTransformer":
-        if model.cfg.use_normalization_before_and_after:
-            return block.ln1_post
-        return block.ln1 if model.cfg.original_architecture == "Olmo2ForCausalLM" else None
-    name = block.hook_aliases.get("hook_attn_out", "attn.hook_out").split(".")[0]
-    return None if name == "attn" else block._modules[name]
 
 
 def brute_force(attention: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

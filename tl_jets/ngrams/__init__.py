@@ -9,6 +9,7 @@ Example:
 
 from tl_jets.ngrams.bigrams import bigram_job, bigram_log_normalizers, jet_bigrams, jet_bigrams_by_path
 from tl_jets.ngrams.fingerprints import fingerprint
+from tl_jets.ngrams.induction import induction_table
 from tl_jets.ngrams.jobs import Job, sweep
 from tl_jets.ngrams.streams import VocabularyStreams
 from tl_jets.ngrams.tables import NgramTable, side_by_side
@@ -23,6 +24,7 @@ __all__ = [
     "bigram_job",
     "bigram_log_normalizers",
     "fingerprint",
+    "induction_table",
     "jet_bigrams",
     "jet_bigrams_by_path",
     "jet_trigrams",

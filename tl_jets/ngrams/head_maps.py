@@ -22,7 +22,7 @@ Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -40,12 +40,12 @@ from tl_jets.core.protocol import Step, relative_error, tolerance
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.low_rank_logits import LowRankLogits
 from tl_jets.ngrams.qk_scores import QKSample, QKScores, rotations
-from tl_jets.ngrams.streams import DIRECT, VocabularyStreams
+from tl_jets.ngrams.streams import DIRECT, VocabularyStreams, head_rows
 
 # Hook points of queries and keys, closest to their product first.
 _POINTS = (("hook_rot_q", "hook_rot_k"), ("hook_q_normed", "hook_k_normed"), ("hook_q", "hook_k"))
-# Logits of the recorded forward pass, and attention weights of the fit, held at once.
-RECORDED_LOGITS, FITTED_WEIGHTS = 2**24, 2**24
+# Attention weights of the fit held at once.
+FITTED_WEIGHTS = 2**24
 # Tolerance of the fit: error of log-ratios in float64, relative to the largest.
 FIT_ERROR = 1e-9
 
@@ -83,9 +83,8 @@ class HeadReader:
         self.view, self.layer, self.n_heads = view, layer, int(view.cfg.n_heads)
         step = f"{layer}_attn"
         view.refuse(Step(step, layer, "attn"))
+        self.streams = streams or VocabularyStreams(self.network, [DIRECT], prompts=head_rows(self.network))
         # Batch size of replays, which is that of the recorded forward pass.
-        rows = max(16, min(512, RECORDED_LOGITS // self.network.decoder.d_vocab))
-        self.streams = streams or VocabularyStreams(self.network, [DIRECT], prompts=rows)
         self._rows = len(self.streams.trace.tokens)
         self.n_tokens, self.device = self.streams.n_tokens, self.streams.device
         trace, self._attention = self.streams.trace, self.streams.alone(step)
@@ -96,21 +95,37 @@ class HeadReader:
         self._zero_value = self._read(torch.zeros_like(trace["embed"][:1, 0]))[2]
 
     @full_float32()
-    def vectors(self, tokens: Int[Tensor, " token"], heads: Sequence[int]) -> HeadVectors:
-        """Queries, keys and values (minus those of the zero stream) of some heads, in working precision."""
+    def vectors(
+        self, tokens: Int[Tensor, " token"], heads: Sequence[int], paths: Mapping[str, str] | None = None
+    ) -> HeadVectors:
+        """Queries, keys and values (minus those of the zero stream) of some heads, in working precision.
+
+        `paths` are labels of paths to a head of the layer, whose streams the `query`, `key` or `value` reads; the embedding
+        where there is none.
+        """
+        labels = [(paths or {}).get(name) for name in HeadVectors._fields]
         kept: list[Tensor] = []
         for part in slices(len(tokens), self._rows):
-            query, key, value = self._read(self.streams.embed(tokens[part]))
-            found = [x[:, list(heads)].transpose(0, 1) for x in (query, key, value - self._zero_value)]
+            embed = self.streams.embed(tokens[part])
+            read = {label: self._read(self._stream(embed, label)) for label in dict.fromkeys(labels)}
+            found = [read[label][place] for place, label in enumerate(labels)]
+            found[2] = found[2] - self._zero_value
+            found = [x[:, list(heads)].transpose(0, 1) for x in found]
             kept = kept or [x.new_empty(len(heads), len(tokens), x.shape[-1]) for x in found]
             for into, vectors in zip(kept, found, strict=True):
                 into[:, part] = vectors
         return HeadVectors(*kept)
 
-    @full_float32()
+    def _stream(self, embed: Float[Tensor, "token d_model"], label: str | None) -> Float[Tensor, "token d_model"]:
+        """The stream that the layer reads at the end of a path to one of its heads."""
+        if label is None:
+            return embed
+        last = next(step for step in self.streams.paths[label].nested if step.startswith(f"L{self.layer}H"))
+        return self.streams.stream(embed, label, before=last)
+
     def values(self, streams: Float[Tensor, "token d_model"]) -> Float[Tensor, "token head d_head"]:
         """Values (minus those of the zero stream) of any streams, each alone at position 0."""
-        return torch.cat([self._read(part)[2] for part in streams.split(self._rows)]) - self._zero_value
+        return self.streams.values(self.layer, streams)
 
     @torch.no_grad()
     def _read(self, stream: Float[Tensor, "token d_model"]) -> tuple[Tensor, Tensor, Tensor]:

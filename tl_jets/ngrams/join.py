@@ -242,6 +242,18 @@ def _pairs(attention: Tensor, log_prob: Tensor, threshold: float, k: int) -> tup
     return row, query[row, i], output[row, j], a[row, i] + p[row, j]
 
 
+def best_sums(first: Float[Tensor, " one"], second: Float[Tensor, " two"], k: int) -> tuple[Tensor, Tensor]:
+    """Positions of the k best pairs by the sum of their two values, and of others, in no order; ties by positions.
+
+    Example:
+        >>> i, j = best_sums(torch.tensor([0.0, 3.0]), torch.tensor([2.0, 0.0, 1.0]), 2)
+        >>> sorted(zip(i.tolist(), j.tolist()))
+        [(0, 0), (1, 0), (1, 2)]
+    """
+    _, i, j, _ = _pairs(first[None].double(), second[None].double(), -math.inf, k)
+    return i, j
+
+
 def _leading(values: Tensor, lowest: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Number [row, 1], positions and values [row, most] of at most k values a row from `lowest` up, best first.
 

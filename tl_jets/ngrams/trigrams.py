@@ -22,6 +22,9 @@ first j are all at least as good (ties by ids).
 2. *Outputs.* The best log P of keys by decreasing bound, until the bound is below the K-th best triple (log P <= 0).
 3. *Join.* For keys whose bounds together reach the K-th best: pairs i j <= K above it, from float64 logits.
 
+**Compositions.** `compose` puts paths before the head's query, key and value, and after its output: virtual attention
+heads, MLPs before and after a head (`tl_jets.ngrams.compositions`). `tl_jets.ngrams.induction` joins a previous-token head.
+
 **Exactness.** The bounds include the rounding of their products. Joined triples have rounded normalizers, so more than
 K are kept and scored again in float64; if the K-th score does not exceed the last kept one by four times the largest
 rounding error seen, the search is repeated with twice as many. The table is exact for float64 models, and for float32
@@ -29,7 +32,8 @@ ones up to the rounding of queries, keys and values (scores to about 1e-6).
 
 Source: Chen et al., *Jet Expansions of Residual Computation* (arXiv 2410.06024), skip-trigrams; Elhage et al. 2021 (QK
 and OV circuits). The normalized A, the distance and the exact join are ours. Cost: at most 2 V^2 d_head multiply-adds a
-head, and the layer's attention on V tokens. Memory: at most 512 MB of queries, keys and values, and 24 V d_head numbers.
+head (with an `"output"`, d_head + d_model for 2 d_head), and the layer's attention on V tokens. Memory: at most 512 MB of
+queries, keys and values, and 24 V d_head numbers.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ from tl_jets.core.logit_reader import check_finite
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
+from tl_jets.ngrams.compositions import OUTPUT, Compose, Compositions
 from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
 from tl_jets.ngrams.jobs import Job, Sweep
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
@@ -70,6 +75,7 @@ def jet_trigrams(
     top_k: int = ...,
     distance: int = ...,
     normalize: Normalize = ...,
+    compose: Compose | None = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
     folder: str | Path | None = ...,
@@ -84,6 +90,7 @@ def jet_trigrams(
     top_k: int = ...,
     distance: int = ...,
     normalize: Normalize = ...,
+    compose: Compose | None = ...,
     rows: TokenIds | None = ...,
     progress: bool = ...,
     folder: str | Path | None = ...,
@@ -98,6 +105,7 @@ def jet_trigrams(
     top_k: int = 1000,
     distance: int = 1,
     normalize: Normalize = "vocab",
+    compose: Compose | None = None,
     rows: TokenIds | None = None,
     progress: bool = True,
     folder: str | Path | None = None,
@@ -112,6 +120,7 @@ def jet_trigrams(
         top_k: Number of triples a head.
         distance: Places from key to query, for rotary embeddings; ALiBi counts with `"pair"`, learned positions never.
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
+        compose: Paths before the head by role (`{"key": "L0H1"}`) and after it (`"output"`), or one for query, key and value.
         rows: Ids or texts of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
         progress: Show a bar in a terminal if the search takes longer than a second.
         folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if they differ.
@@ -133,6 +142,7 @@ def jet_trigrams(
         [(0, 3, ['attention', 'log_prob']), (2, 3, ['attention', 'log_prob'])]
     """
     options = {"top_k": top_k, "distance": distance, "normalize": normalize, "rows": rows, "progress": progress}
+    options["compose"] = compose
     plan = TrigramSweep.planned(model, layer, head, saves=folder is not None, distributed=distributed, **options)
     paths = {index: plan.path(index) for index in plan.chosen}
     found = {} if folder is None else plan.load(folder, paths.values())
@@ -175,6 +185,7 @@ def trigram_scores(
     *,
     distance: int = 1,
     normalize: Normalize = "vocab",
+    compose: Compose | None = None,
 ) -> Float[Tensor, " triple"]:
     """Scores of given skip-trigrams, as in `jet_trigrams`: nats, float64. Shape [triple].
 
@@ -185,6 +196,7 @@ def trigram_scores(
         triples: Ids of key, query and output. Shape [triple, 3].
         distance: See `jet_trigrams`, also for the errors.
         normalize: See `jet_trigrams`.
+        compose: See `jet_trigrams`.
 
     Raises:
         ValueError: `triples` are not ids [triple, 3].
@@ -197,7 +209,8 @@ def trigram_scores(
         >>> bool(torch.allclose(trigram_scores(tj.load_tinydocs(), 1, 0, table.ids), table.scores))
         True
     """
-    attention, log_prob = trigram_parts(model, layer, head, triples, distance=distance, normalize=normalize)
+    options = {"distance": distance, "normalize": normalize, "compose": compose}
+    attention, log_prob = trigram_parts(model, layer, head, triples, **options)
     return attention + log_prob
 
 
@@ -232,17 +245,20 @@ class TrigramSweep(Sweep):
         top_k: int = 1000,
         distance: int = 1,
         normalize: Normalize = "vocab",
+        compose: Compose | None = None,
         rows: TokenIds | None = None,
         progress: bool = True,
         processes: Processes = ALONE,
     ):
         check_integers(1, top_k=top_k)
         check_choice("normalize", normalize, NORMALIZES)
-        self.reader = reader = HeadReader(model, layer)
-        self.network = reader.network
+        self.compose, reader = Compositions.of(compose), HeadReader(model, layer)
+        self.network, self.chosen = reader.network, _read_heads(head, reader.n_heads)
+        if self.compose.paths:
+            reader = self.compose.reader(self.network, layer, self.chosen)
+        self.reader = reader
         self.qk_scores = reader.scores(distance)
         self.normalize: Normalize = normalize
-        self.chosen = _read_heads(head, reader.n_heads)
         self.keys = read_tokens("rows", rows, reader.n_tokens, reader.device, reader.network.tokenizer)
         self.top_k, self.progress, self.processes = top_k, progress, processes
         # At most the number of all triples.
@@ -251,7 +267,7 @@ class TrigramSweep(Sweep):
         what = f"The {self.held:,} best skip-trigrams of {n_heads} {'head' if n_heads == 1 else 'heads'}"
         bytes_held = self.held * (TRIPLE_BYTES + TABLE_BYTES * n_heads)
         check_fits(bytes_held, what, "Take a smaller top_k, or fewer heads at a time.")
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "ngram": "skip-trigram",
             "score": "score" if normalize == "none" else "logprob",
             "top_k": top_k,
@@ -260,6 +276,8 @@ class TrigramSweep(Sweep):
             "rows": described(self.keys, rows),
             "dtype": str(reader.view.dtype).removeprefix("torch."),
         }
+        # Only where it is used, so that older tables are still of the same settings.
+        self.settings |= {"compose": self.compose.paths} if self.compose.paths else {}
 
     def description(self) -> dict[str, Any]:
         """Options and model, which must be equal in all processes."""
@@ -267,7 +285,7 @@ class TrigramSweep(Sweep):
 
     def path(self, head: int) -> str:
         """The path of a head's table."""
-        return f"L{self.reader.layer}H{head}"
+        return self.compose.label(self.reader.layer, head)
 
     @torch.no_grad()
     def tables(self, heads: Sequence[int]) -> Iterator[NgramTable]:
@@ -306,7 +324,7 @@ class TrigramSweep(Sweep):
         size = max(1, HELD // (3 * reader.n_tokens * int(reader.view.cfg.d_head)))
         tokens = torch.arange(reader.n_tokens, device=reader.device)
         for group in (list(heads[start : start + size]) for start in range(0, len(heads), size)):
-            vectors = reader.vectors(tokens, group)
+            vectors = reader.vectors(tokens, group, self.compose.reads(reader.layer, self.chosen[0]))
             for place, head in enumerate(group):
                 own = [x[place] for x in vectors]
                 check_finite(torch.cat(own, 1).abs().amax(1), tokens, "Queries, keys and values")
@@ -317,7 +335,9 @@ class TrigramSweep(Sweep):
         cap = None if found.cap is None else found.capped
         own = found.capped((query.double() * found.own_keys(key.double())).sum(1)) - found.bias[head]
         scores = LowRankLogits(query, found.keys(key).T.contiguous(), transform=cap)
-        return HeadMaps(scores, decoded_writes(self.reader, head, value), own, self.normalize)
+        reader, composes = self.reader, OUTPUT in self.compose.paths
+        outputs = self.compose.outputs(reader, head) if composes else decoded_writes(reader, head, value)
+        return HeadMaps(scores, outputs, own, self.normalize)
 
 
 def _read_heads(head: int | Sequence[int] | None, n_heads: int) -> list[int]:
