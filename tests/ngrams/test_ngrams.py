@@ -632,13 +632,12 @@ def test_what_mixes_tokens_is_refused():
     model = zoo.build(zoo.available(["gpt2"])[0])
     for path, message in [
         (["0_attn"], "function of one token"),
-        ("L0H1", "function of one token"),
         (["0_mlp", "1_attn"], "function of one token"),
-        (["7_mlp"], "each one of '0_mlp', '1_mlp'; got the step '7_mlp'"),
+        (["7_mlp"], "each one of '0_mlp', '1_mlp', or heads such as 'L0H0'; got the step '7_mlp'"),
         ("text", "got the step 'text' in 'text'"),
         ("0_mlp > 1_attn", "function of one token"),
         ("1_mlp > 0_mlp", "in the order of the network"),
-        ("direct > 0_mlp", "got the step 'direct' in 'direct > 0_mlp'"),
+        ("0_mlp > direct", "got the step 'direct' in '0_mlp > direct'"),
         (["1_mlp", "0_mlp"], "in the order of the network"),
         (["1_mlp", "1_mlp"], "each once"),
     ]:

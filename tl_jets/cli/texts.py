@@ -74,6 +74,7 @@ paths (--path):
   mlps              all MLPs, without attention
   3_mlp             one MLP alone, of the embedding
   1_mlp > 3_mlp     one MLP of another's output
+  L0H1 > L2H3       heads, as if each attended to that token alone
 """,
     "jacobian": """\
 Freeze every norm scale, attention pattern and gate at one prompt, and the

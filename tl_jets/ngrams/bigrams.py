@@ -61,7 +61,8 @@ def jet_bigrams(
 
     Args:
         model: A model or a `ResidualNetwork`. Hooks inside MLPs and norms are applied; hooks on streams are refused.
-        path: `"direct"`, `"mlps"`, or MLP steps in order: a list (`["1_mlp", "3_mlp"]`) or a label (`"1_mlp > 3_mlp"`).
+        path: `"direct"`, `"mlps"`, or MLPs and heads in order: a list (`["1_mlp", "3_mlp"]`) or a label (`"L0H1 > 3_mlp"`);
+            `tl_jets.ngrams.streams` lists them.
         top_k: Number of bi-grams.
         per: `"global"`: the best overall; `"row"`: the best of each first token.
         rows: Ids or texts (`[" at"]`) of the first tokens; None for all.

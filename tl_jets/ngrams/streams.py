@@ -262,8 +262,8 @@ def _read_path(network: ResidualNetwork, path: PathInput) -> TokenPath:
             )
         if step not in mlps + heads:
             raise ValueError(
-                f'A path must be "{DIRECT}", "{MLPS}" or steps such as "1_mlp{ARROW}3_mlp", each one of {some(mlps + heads)}; '
-                f"got the step {step!r} in {path!r}."
+                f'A path must be "{DIRECT}", "{MLPS}" or steps such as "1_mlp{ARROW}3_mlp", each one of {some(mlps)}'
+                f"{f', or heads such as {heads[0]!r}' if heads else ''}; got the step {step!r} in {path!r}."
             )
     order = [_place(network, step) for step in given]
     if order != sorted(set(order)):

@@ -111,7 +111,7 @@ def pair_scores(
     Args:
         model: A model or a `ResidualNetwork`.
         pairs: Ids [pair, 2], a list of pairs of ids or of one-token texts, or a table of bi-grams.
-        path: A path, as in `jet_bigrams`: `"direct"`, MLP steps, or `"mlps"`.
+        path: A path, as in `jet_bigrams`: `"direct"`, `"mlps"`, or MLPs and heads.
         score: `"logprob"` (nats), `"logit"`, or `"centered"` (a logit minus its mean over the vocabulary).
 
     Returns:
