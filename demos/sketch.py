@@ -1,6 +1,6 @@
 """How much of a model its n-grams are: bi-grams and skip-trigrams of its weights, mixed, predict held-out text.
 
-    python demos/sketch.py [--model MODEL] [--text FILE] [--fitting 64] [--held-out 64] [--pos 64]
+    python demos/sketch.py [--model MODEL] [--text FILE] [--fitting 64] [--held-out 64] [--pos 64] [--induction L1H2,L3H2 ...]
 
 Without MODEL (a local Hugging Face directory, or `tinydocs` or `tinycode`) the embedded model is taken. Without FILE the
 text is what every Python has: the docstrings of its standard library. With `--text sampled` the model writes it itself.
@@ -11,6 +11,7 @@ fitted on pieces evenly spaced among the others, and all of the others are the c
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--fitting", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--pos", type=int, default=64)
+    parser.add_argument("--induction", nargs="*", default=[], help="previous-token head and induction head, L1H2,L3H2")
     options = parser.parse_args()
     torch.manual_seed(0)
     embedded = {"tinydocs": load_tinydocs, "tinycode": load_tinycode}
@@ -40,7 +42,9 @@ def main() -> None:
     pieces = sampled(model, options.pos) if options.text == "sampled" else cut(model, options.text, options.pos)
     corpus, held_out = pieces[: -options.held_out - GAP], pieces[-options.held_out :]
     fitting = corpus[torch.linspace(0, len(corpus) - 1, options.fitting).long()]
-    found = sketch(model, fitting, held_out, corpus=corpus)
+    numbers = [list(map(int, re.findall(r"\d+", pair))) for pair in options.induction]
+    pairs = [((a, b), (c, d)) for a, b, c, d in numbers]
+    found = sketch(model, fitting, held_out, corpus=corpus, induction=pairs)
     title = f"{options.model}, {options.text}: {corpus.numel():,} tokens of corpus, {found.n_fitted:,} fitted"
     console = Console(width=100)
     console.print(rendered(found.to_dataframe().round(3), f"{title}, {found.n_held_out:,} held out"))

@@ -293,8 +293,8 @@ def test_values_that_are_not_finite_are_refused(monkeypatch):
     vectors = plan.reader.vectors
     for wrong in (torch.nan, torch.inf, -torch.inf):
 
-        def with_wrong(tokens: Any, heads: Any, wrong: float = wrong) -> Any:
-            query, key, value = (x.clone() for x in vectors(tokens, heads))
+        def with_wrong(tokens: Any, heads: Any, paths: Any, wrong: float = wrong) -> Any:
+            query, key, value = (x.clone() for x in vectors(tokens, heads, paths))
             key[:, 3, -1], value[:, 5, 0] = wrong, wrong
             return query, key, value
 

@@ -14,7 +14,7 @@ import zoo
 
 import tl_jets as tj
 from tl_jets.ngrams.head_maps import HeadReader
-from tl_jets.ngrams.trigrams import trigram_parts
+from tl_jets.ngrams.trigrams import TrigramSweep, trigram_parts
 from tl_jets.studies import sketch
 from tl_jets.studies.kneser_ney import KneserNey
 from tl_jets.studies.sketches import _Components
@@ -134,3 +134,29 @@ def test_texts_are_checked(network):
         sketch(network, TEXTS[:, :2], TEXTS[:, 2:4])
     with pytest.raises(ValueError, match="one component"):
         sketch(network, TEXTS[:1], TEXTS[1:], paths=[], layers=[])
+
+
+def test_induction_keys_are_what_a_head_wrote_of_the_token_before():
+    """By loops: the pattern over earlier places from the skip-trigrams of composed heads, moved values of the places themselves."""
+    network = network_of("llama")
+    compose = {"query": "effective", "key": "effective > L1H3", "value": "effective"}
+    found = _Components(network, ["direct"], [], 2, False, [((1, 3), (2, 0))])
+    assert found.labels == ["direct", "L1H3, then L2H0"]
+    text = TEXTS[0].tolist()
+    pairs = torch.cartesian_prod(TEXTS[0], TEXTS[0])
+    triples = torch.cat([pairs, torch.zeros_like(pairs[:, :1])], dim=1)
+    shares = trigram_parts(network, 2, 0, triples, distance=2, normalize="pair", compose=compose)[0].exp()
+    odds = (shares / (1 - shares)).view(len(text), len(text))  # [token before the key, query], against the query's own
+    streams = tj.ngrams.VocabularyStreams(network, ["effective > L2H0"])
+    writes = streams.stream(streams.embed(TEXTS[0]), "effective > L2H0")
+    rows = torch.zeros(len(text) - 1, network.decoder.d_model, dtype=torch.float64)
+    plan = TrigramSweep(network, 2, 0, compose=compose, distance=2)
+    vectors = plan.reader.vectors(TEXTS[0], [0], plan.compose.reads(2, 0))
+    query, key = vectors.query[0], vectors.key[0]
+    itself = query @ plan.qk_scores.own_keys(key).T
+    for end in range(1, len(text) - 1):
+        weights = [float(odds[place - 1, end] * itself[end, end].exp()) for place in range(1, end)]
+        weights.append(float(itself[end, end - 1].exp()))
+        for weight, place in zip(weights, range(1, end + 1), strict=True):
+            rows[end] += weight / sum(weights) * writes[place]
+    torch.testing.assert_close(found(TEXTS[:1])[1], network.decoder.norm(rows), rtol=1e-7, atol=1e-9)

@@ -7,10 +7,10 @@ head (i) looks for that write and raises B:
     \text{score}(A, B) = \log \mathrm{softmax}_z\bigl(q_i(x_A)^\top M_{\text{distance}}\, k_i(OV_p(x_z))\bigr)_{z = A}
     + \log \mathrm{softmax}\bigl(\upsilon(OV_i(x_B))\bigr)_B
 
-(`attention` and `log_prob`) with x the embedding and the first MLP's write (`stream`), and the maps of `tl_jets.ngrams.head_maps`: the model's own norms,
-biases, query and key norms, grouped keys, rotary embedding. Attention is that among one place after each token of the
-vocabulary: log 1 = 0 where the head finds no other token's follower, -log V where it does not tell them apart. `log_prob` is
-copying.
+(`attention` and `log_prob`) with x the embedding and the first MLP's write (`stream`), and the maps of
+`tl_jets.ngrams.head_maps`: the model's own norms, biases, query and key norms, grouped keys, rotary embedding. Attention is
+that among one place after each token of the vocabulary: log 1 = 0 where the head finds no other token's follower, -log V where
+it does not tell them apart. `log_prob` is copying.
 
 **What is left out**, and why the table is a sum of two vectors: the previous-token head's attention is taken as 1; of the
 place of B the key reads that head's write alone, not B itself nor what other components write there; of other places (the
@@ -44,12 +44,14 @@ from tl_jets.ngrams.streams import EFFECTIVE, PathInput, TokenIds, described, pa
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.trigrams import TrigramSweep
 
+Heads = tuple[int, int]
+
 
 @torch.no_grad()
 def induction_table(
     model: Any,
-    previous: tuple[int, int],
-    induction: tuple[int, int],
+    previous: Heads,
+    induction: Heads,
     *,
     stream: PathInput = EFFECTIVE,
     top_k: int = 1000,
@@ -82,9 +84,7 @@ def induction_table(
         >>> len(table), table.path, sorted(table.parts)
         (5, 'effective > L2H3, query effective, key effective > L0H1', ['attention', 'log_prob'])
     """
-    layer, head = _read_head("induction", induction)
-    before, path = "L{}H{}".format(*_read_head("previous", previous)), path_label(stream)
-    compose = {"query": path, "key": ARROW.join([path, before]), "value": path}
+    (layer, head), compose = _read_head("induction", induction), induction_paths(previous, stream)
     plan = TrigramSweep(model, layer, head, top_k=top_k, distance=distance, compose=compose)
     ((_, maps),) = plan.maps([head])
     device, tokenizer, d_vocab = plan.reader.device, plan.network.tokenizer, plan.network.decoder.d_vocab
@@ -94,10 +94,16 @@ def induction_table(
     two, log_prob = _best_own(maps.outputs, second, top_k)
     i, j = best_sums(attention, log_prob, top_k)
     ids, parts = torch.stack([one[i], two[j]], 1), {"attention": attention[i], "log_prob": log_prob[j]}
-    settings = plan.settings | {"ngram": "induction", "previous": before, "rows": described(first, rows)}
+    settings = plan.settings | {"ngram": "induction", "rows": described(first, rows)}
     settings["columns"] = described(second, columns)
     about = plan.header(plan.path(head)) | {"settings": settings, "names": token_names(tokenizer, [ids])}
     return NgramTable.ranked(ids, attention[i] + log_prob[j], parts=parts, top_k=top_k, **about)
+
+
+def induction_paths(previous: Heads, stream: PathInput = EFFECTIVE) -> dict[str, str]:
+    """What an induction head's query, key and value read, for `Compositions`."""
+    path = path_label(stream)
+    return {"query": path, "key": ARROW.join([path, "L{}H{}".format(*_read_head("previous", previous))]), "value": path}
 
 
 @full_float32()
@@ -121,7 +127,7 @@ def _own(product: LowRankLogits, tokens: Int[Tensor, " part"]) -> Float[Tensor, 
     return own - (expected + short)[:, 0].double() / LOG2_E
 
 
-def _read_head(name: str, head: tuple[int, int]) -> tuple[int, int]:
+def _read_head(name: str, head: Heads) -> Heads:
     """A layer and a head."""
     if (
         not isinstance(head, tuple)

@@ -10,7 +10,10 @@ The e_i are what paths hold at position t, after the final norm, functions of to
   alone, weighted by attention from (key token, query token) scores alone, normalized over the context
   (`tl_jets.ngrams.head_maps`). All keys but the query's own stand at one `distance`.
 
-So no layer reads what another attention layer wrote. The weights are the same at all positions. They minimize the squared
+- induction, on request: as a head's skip-trigrams, but the key at a place is what a previous-token head wrote of the token before
+  it, and both heads read embeddings with the first MLP's write (`tl_jets.ngrams.induction`); the first place is no key.
+
+So no other layer reads what an attention layer wrote. The weights are the same at all positions. They minimize the squared
 distance of centered logits to the model's own over a fitting text (before a softcap), a quadratic program, solved exactly;
 what is left of the sum 1 predicts b_U alone. They are not fitted to the tokens of the text.
 
@@ -38,8 +41,10 @@ from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.results import Result
 from tl_jets.jets.simplex import SimplexSolution, gram, simplex_qp
+from tl_jets.ngrams.compositions import Compositions
 from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.head_maps import HeadReader
+from tl_jets.ngrams.induction import Heads, induction_paths
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams
 from tl_jets.studies.counts import TokenInput, unigram_probabilities
 from tl_jets.studies.kneser_ney import KneserNey
@@ -57,7 +62,7 @@ class Sketch(Result):
     """How well a model's n-grams predict held-out text and the model.
 
     Attributes:
-        labels: Components: paths of bi-grams, and layers' skip-trigrams (`3_attn`).
+        labels: Components: paths of bi-grams, layers' skip-trigrams (`3_attn`), and induction (`L0H1, then L2H3`).
         weights: Weight of each component. Shape [component].
         shuffled_weights: Weights with shuffled tokens. Shape [component].
         unexplained: Share of the model's squared centered logits on the fitting text that the sketch leaves.
@@ -114,6 +119,7 @@ def sketch(
     *,
     paths: Sequence[PathInput] | None = None,
     layers: Sequence[int] | None = None,
+    induction: Sequence[tuple[Heads, Heads]] = (),
     distance: int = 1,
     corpus: TokenInput | None = None,
     seed: int = 0,
@@ -127,6 +133,7 @@ def sketch(
         held_out: Token ids of other texts, on which everything is measured. Shape [text, pos].
         paths: Paths of bi-grams, as in `jet_bigrams`; None for `direct`, every MLP, and `mlps`.
         layers: Layers whose heads' skip-trigrams are components; None for all, `[]` for none.
+        induction: Pairs of a previous-token head and an induction head, each (layer, head), that are components, too.
         distance: Places from key to query, for rotary embeddings, as in `jet_trigrams`.
         corpus: Token ids of the texts that unigram and Kneser-Ney models are of; None for `fitting`. None of them may
             occur in `held_out`.
@@ -150,7 +157,7 @@ def sketch(
     _check_texts(fitting, held_out)
     network = ResidualNetwork(model).at("sublayer")
     decoder = network.decoder
-    components = _Components(network, paths, layers, distance, progress)
+    components = _Components(network, paths, layers, distance, progress, induction)
     shuffled = _shuffled(torch.cat([fitting.flatten(), held_out.flatten()]), seed)
     truth, final = _final_states(network, fitting), _final_states(network, held_out)
     solution = _fitted(decoder, components(fitting), truth)
@@ -188,6 +195,7 @@ class _Components:
         layers: Sequence[int] | None,
         distance: int,
         progress: bool,
+        induction: Sequence[tuple[Heads, Heads]] = (),
     ):
         self.streams = VocabularyStreams(network, every_path(network) if paths is None else paths)
         view: Any = network.view
@@ -198,8 +206,16 @@ class _Components:
         for layer in layers:
             shared = self.readers[0].streams if self.readers else None
             self.readers.append(HeadReader(network, layer, shared))
-        self.scores = [reader.scores(distance) for reader in self.readers]
         self.labels = [*self.streams.paths, *(f"{layer}_attn" for layer in layers)]
+        self.heads: list[list[int] | range] = [range(reader.n_heads) for reader in self.readers]
+        self.reads: list[dict[str, str]] = [{} for _ in self.readers]
+        for previous, (layer, head) in induction:
+            compose = Compositions.of(induction_paths(previous))
+            self.readers.append(compose.reader(network, layer, [head]))
+            self.heads.append([head])
+            self.reads.append(compose.reads(layer, head))
+            self.labels.append("L{}H{}, then L{}H{}".format(*previous, layer, head))
+        self.scores = [reader.scores(distance) for reader in self.readers]
         if not self.labels:
             raise ValueError("A sketch needs one component at least; got no paths and no layers.")
 
@@ -219,18 +235,22 @@ class _Components:
 
     def _skip_trigrams(self, index: int, tokens: Tensor, places: Int[Tensor, "text pos"]) -> Tensor:
         """States of a layer's heads, summed, with attention from scores of single tokens."""
-        reader, scores = self.readers[index], self.scores[index]
-        view, block = reader.view, reader.view.blocks[reader.layer]
-        query, key, value = reader.vectors(tokens, range(reader.n_heads))
+        reader, scores, heads, reads = (x[index] for x in (self.readers, self.scores, self.heads, self.reads))
+        view, block, before = reader.view, reader.view.blocks[reader.layer], int("key" in reads)
+        query, key, value = reader.vectors(tokens, heads, reads)
         moved, own = scores.keys(key), scores.own_keys(key)
-        W_O = block.attn.W_O.detach().to(value)
+        W_O = block.attn.W_O.detach().to(value)[list(heads)]
+        bias = scores.bias.to(query)[list(heads), None, None]
         rows: list[Tensor] = []
         for text in places.to(value.device):
-            score = scores.capped(query[:, text] @ moved[:, text].mT) + scores.bias.to(query)[:, None, None]
-            itself = scores.capped((query[:, text] * own[:, text]).sum(-1))
+            earlier = text.roll(before)  # the tokens that keys are of
+            score = scores.capped(query[:, text] @ moved[:, earlier].mT) + bias
+            itself = scores.capped((query[:, text] * own[:, earlier]).sum(-1))
             score = score.diagonal_scatter(itself, dim1=1, dim2=2)
             later = torch.ones(score.shape[1:], dtype=torch.bool, device=score.device).triu(1)
+            later[:, :before] = True
             pattern = score.masked_fill(later, -torch.inf).softmax(-1)
+            pattern[:, :before] = 0.0  # nothing is before the first place
             rows.append(torch.einsum("hqk,hkd,hdm->qm", pattern, value[:, text], W_O))
         write, post = torch.cat(rows), view.post_norm(reader.layer)
         write = write if post is None else post(write)
