@@ -14,12 +14,12 @@ SPEC = next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw
 
 # How often the host may wait for the device, once in the model's own forward pass; none depends on the size of anything.
 CALLS = {
-    "trace": (6, lambda network, tokens: network.trace(tokens)),
-    "iterative lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
-    "followed tokens": (14, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
-    "detached lens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
-    "joint lens": (15, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
-    "by head": (11, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
+    "trace": (4, lambda network, tokens: network.trace(tokens)),
+    "iterative lens": (8, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
+    "followed tokens": (11, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
+    "detached lens": (8, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
+    "joint lens": (10, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
+    "by head": (8, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
     "flow": (30, lambda network, tokens: ablated(network, tokens, nodes=3, tolerance=1e9)),
     "path sums": (13, lambda network, tokens: tj.path_sums(network, tokens)),
     "ablations": (10, lambda network, tokens: tj.ablation_effect(network, tokens)),

@@ -351,7 +351,7 @@ def test_errors():
     spoiled = mixture.alpha.clone()
     spoiled[1, 0, 2] = float("nan")
     with pytest.raises(ValueError, match="alpha must be finite, got 1 NaN or infinite values of 30"):
-        Mixture(**{**fields, "alpha": spoiled})
+        scan_mixture(decoder, Mixture(**{**fields, "alpha": spoiled}))
     with pytest.raises(
         ValueError, match=r"along must be .* One direction|random must be \[draw, row, d_model\].*One direction"
     ):

@@ -249,8 +249,8 @@ class Blocks(ABC):
         if embed is None or embed.shape != first.shape:
             embed = first if positions is None else first - positions
         total = embed if positions is None else embed + positions
-        if not edited and not torch.equal(total, first):
-            embed = first if positions is None else first - positions
+        if not edited and total is not first:  # without a wait for a device to say whether they are equal
+            embed = torch.where((total == first).all(), embed, first if positions is None else first - positions)
         return {"embed": embed} if positions is None else {"embed": embed, "pos_embed": positions}
 
     @under_lock

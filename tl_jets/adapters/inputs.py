@@ -60,7 +60,8 @@ def read_input(
     is_left = getattr(tokenizer, "padding_side", "right") == "left"
     needs_mask = is_left or attention_mask is not None or not bool(valid.all())
     device = next(model.parameters()).device
-    tokens, valid = tokens.to(device), valid.to(device)
+    tokens, valid = torch.stack([tokens, valid.to(tokens)]).to(device)  # one copy, which waits for a device
+    valid = valid.bool()
     return tokens, valid, valid.long() if needs_mask else None
 
 

@@ -90,8 +90,13 @@ class Mixture:
                 "own must be [layer, row, d_model] and alpha [layer, order, row], got shapes "
                 f"{tuple(self.own.shape)} and {tuple(self.alpha.shape)}. Flatten batch and position into one row axis."
             )
-        layer, row, d_model = self.own.shape
-        order = self.alpha.shape[1]
+        for name, given in self.rows().items():
+            check_shape(name, *given)
+
+    def rows(self) -> dict[str, tuple[Tensor, tuple[int, ...], str]]:
+        """The tensors, with the shapes that they must have."""
+        layer, order, row = self.alpha.shape
+        d_model = self.own.shape[2]
         tensors = {
             "alpha": (self.alpha, (layer, order, row), "layer, order, row"),
             "shared": (self.shared, (row, d_model), "row, d_model"),
@@ -101,20 +106,20 @@ class Mixture:
         }
         if self.bias is not None:
             tensors["bias"] = (self.bias, (d_model,), "d_model")
-        try:
-            check_all_rows(tensors)
-        except ValueError:
-            refuse_overflow(self.alpha.isfinite().all(2).all(0).tolist())
-            raise
+        return tensors
 
     def signs(self, control: Control | None) -> tuple[int, Bool[Tensor, "layer row"]]:
         """How many leading orders have no `shared` part, and where alpha is positive at all orders, on the CPU.
 
-        Raises ValueError if the control is not finite: all is read at once.
+        Raises ValueError if the mixture or the control is not finite: all is read at once.
         """
         layer, order, row = self.alpha.shape
         flags = [(self.beta != 0).any(2).any(0), (self.alpha > 0).all(1).flatten()]
-        read = check_all_rows({} if control is None else control.rows(), flags)
+        try:
+            read = check_all_rows(self.rows() | ({} if control is None else control.rows()), flags)
+        except ValueError:
+            refuse_overflow(self.alpha.isfinite().all(2).all(0).tolist())
+            raise
         borrows = read[:order].tolist()
         return borrows.index(True) if any(borrows) else order, read[order:].view(layer, row)
 

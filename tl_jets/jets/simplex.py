@@ -178,7 +178,7 @@ def simplex_qp(
 
     Source: Chen et al. (arXiv 2410.06024), Lemma 1.
     """
-    _check_problem(differences_gram, scale)
+    checks = _check_problem(differences_gram, scale)
     *problems, n, _ = differences_gram.shape
     hessian = differences_gram.double().reshape(-1, n, n)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -186,7 +186,7 @@ def simplex_qp(
     unit = torch.where(unit > 0, unit, 1.0)
     hessian = hessian / unit[:, None, None]
 
-    weights = nearest_weights(hessian)
+    weights = nearest_weights(hessian, checks)
     weights = _trim(hessian, _share(hessian, weights))
 
     gap, objective = _quadratic_gap(hessian, weights)
@@ -208,16 +208,25 @@ def _quadratic_gap(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return frank_wolfe_gap(2 * product, weights), (product * weights).sum(-1).clamp_min(0)
 
 
-def nearest_weights(hessian: Float64[Tensor, "problem n n"]) -> Float64[Tensor, "problem n"]:
-    """Weights that minimize w' H w + delta ||w||^2, H in units of the scale; uniform where nnls does not end."""
+def nearest_weights(
+    hessian: Float64[Tensor, "problem n n"], checks: Bool[Tensor, " 2"] | None = None
+) -> Float64[Tensor, "problem n"]:
+    """Weights that minimize w' H w + delta ||w||^2, H in units of the scale; uniform where nnls does not end.
+
+    `checks`, what `_check_problem` found, are read along with the systems.
+    """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     root = (diagonal * (1 + ROUNDING_RIDGE) + RIDGE).rsqrt()
     scaled = hessian * root[:, :, None] * root[:, None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
     sums = root / root.amax(-1, keepdim=True)  # s is the length of the shortest column
+    rows = torch.cat([factor.mT, sums[:, None], failed[:, None, None].to(root).expand(-1, 1, root.shape[1])], 1)
     # Copied at once: every copy from a device waits for it.
-    rows = torch.cat([factor.mT, sums[:, None], failed[:, None, None].to(root).expand(-1, 1, root.shape[1])], 1).cpu()
+    read = torch.cat([rows.flatten(), *([] if checks is None else [checks.to(root)])]).cpu()
+    if checks is not None:
+        _refuse(*read[-2:].tolist())
+    rows = read[: rows.numel()].view(rows.shape)
     systems = rows[:, :-1].numpy()
     for index in rows[:, -1, 0].nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
         values, vectors = torch.linalg.eigh(scaled[index])
@@ -302,7 +311,8 @@ def identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) -
     return 1 + (eigenvalues > 1).sum(-1), tied.sum(-1)
 
 
-def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
+def _check_problem(differences_gram: Tensor, scale: Tensor) -> Bool[Tensor, " 2"]:
+    """Check the shapes; returns whether the numbers are finite, and whether a square is negative, unread."""
     shape = tuple(differences_gram.shape)
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(
@@ -316,8 +326,11 @@ def _check_problem(differences_gram: Tensor, scale: Tensor) -> None:
     diagonal = differences_gram.diagonal(dim1=-2, dim2=-1)
     below = diagonal < -1e-9 * torch.maximum(scale[..., None], diagonal.abs().amax(-1, keepdim=True))  # beyond rounding
     is_finite = differences_gram.isfinite().all() & scale.isfinite().all()
-    # Read at once: every look at a device waits for it.
-    is_finite, is_negative = torch.stack([is_finite, (scale < 0).any() | below.any()]).tolist()
+    return torch.stack([is_finite, (scale < 0).any() | below.any()])
+
+
+def _refuse(is_finite: float, is_negative: float) -> None:
+    """Raise ValueError for what `_check_problem` found."""
     if not is_finite:
         raise ValueError(
             "differences_gram and scale must be finite; got NaN or infinite values; "

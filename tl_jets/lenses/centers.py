@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
@@ -51,6 +51,7 @@ class Centers:
         rho: Radius ratios.
         constants: Multiple of the norm's bias and of b_U in each jet.
         state: State of the hooks and weights that the jets were computed with.
+        bounded: Whether the coefficients of each order are; None if detached. If not, the jets are NaN.
     """
 
     network: Structure
@@ -61,6 +62,12 @@ class Centers:
     rho: Float[Tensor, "center row"]
     constants: Float[Tensor, " center"]
     state: State
+    bounded: Bool[Tensor, " order"] | None = None
+
+    def refuse_overflow(self) -> None:
+        """Raise ValueError that names the order, if a series overflows."""
+        if self.bounded is not None:
+            refuse_overflow(self.bounded.tolist())
 
     @property
     def decoder(self) -> Decoder:
@@ -77,10 +84,11 @@ class Centers:
         factors = center_scale_factors(norm, values, variate, scale)
         series = norm_jet(norm, values * factors[..., None], variate, order)
         largest = torch.maximum(series.alpha.abs(), series.beta.abs()).flatten(1).amax(1)
-        refuse_overflow((largest < MOST).tolist())
-        jets, constants = series.value(order), values.new_ones(len(values))
+        bounded = largest < MOST
+        # What follows refuses numbers that are not finite; a look of its own would wait for a device.
+        jets, constants = torch.where(bounded.all(), series.value(order), torch.nan), values.new_ones(len(values))
         alpha, state = series.alpha[-1] * factors, trace.recording.hook_state
-        return cls(trace.network, places, jets, alpha, series.beta[-1], series.rho, constants, state)
+        return cls(trace.network, places, jets, alpha, series.beta[-1], series.rho, constants, state, bounded)
 
     @classmethod
     def detached(cls, trace: Trace, places: Tensor, values: Tensor, variate: Tensor, constants: Tensor) -> Centers:

@@ -284,14 +284,17 @@ def _summed(
     gap = effective_rank = None
     if components.linearize == "detached":
         chosen = of_random = uniform = torch.ones_like(uniform)
-    elif isinstance(weights, Tensor):
-        chosen = of_random = weights
-    elif weights == "uniform":
-        chosen = of_random = uniform
+    elif isinstance(weights, Tensor) or weights == "uniform":
+        centers.refuse_overflow()
+        chosen = of_random = weights if isinstance(weights, Tensor) else uniform
     else:
         # Those of the control are optimal, too: both are solved at once.
         jets, n = torch.cat([centers.jets, random.jets], 1), len(truth)
-        solution = decoder_weights(centers.decoder, jets, torch.cat([truth, truth]), objective)
+        try:
+            solution = decoder_weights(centers.decoder, jets, torch.cat([truth, truth]), objective)
+        except ValueError:
+            centers.refuse_overflow()
+            raise
         chosen, of_random = solution.weights[:n], solution.weights[n:]
         gap, effective_rank = solution.gap[None, :n], solution.effective_rank[None, :n]
     parts = {"measures": (centers, chosen), "uniform": (centers, uniform)}
