@@ -21,19 +21,24 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-import zoo
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_jets as tj
+from tl_jets.flows.two_runs import TwoRuns
 from tl_jets.pretrained import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+import zoo
 
 EIFFEL, JAPAN = "The Eiffel Tower is in the city of", "The capital of Japan is"
 MARY = "When Mary and John went to the store, John gave a drink to"
@@ -228,6 +233,8 @@ METHODS: dict[str, Callable[[Case], np.ndarray]] = {
     "length of the change (control)": length_of_change,
 }
 RIVAL = "EAP-IG, 5 steps"
+# A part of a flow's time: both traced passes, and the hooked one that repeats the intervention.
+RUNS = "the runs of a flow alone"
 
 
 def score(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
@@ -240,12 +247,15 @@ def measured(cases: list[Case], rounds: int) -> tuple[pd.DataFrame, pd.DataFrame
     certificates, scores = [], []
     flow(cases[0])  # what is checked once a model is not counted
     for case in cases:
-        values, seconds = {}, {name: [] for name in METHODS}
+        values, seconds = {}, {name: [] for name in [*METHODS, RUNS]}
         for _ in range(rounds):
             for name, method in METHODS.items():
                 start = time.process_time()
                 values[name] = method(case)
                 seconds[name].append(time.process_time() - start)
+            start = time.process_time()
+            TwoRuns(case.network, case.network.trace(case.tokens), case.hooks)
+            seconds[RUNS].append(time.process_time() - start)
         found = case.found
         row = {"case": case.name, "mediators": len(case.mediators), "effect": case.effect}
         row |= {"sum": float(found.edit.sum()), "gap": float(found.gap_share), "closed": bool(found.closed)}
@@ -255,7 +265,8 @@ def measured(cases: list[Case], rounds: int) -> tuple[pd.DataFrame, pd.DataFrame
             for kind, true in case.truth.items():
                 row[f"{kind} rho"], row[f"{kind} L1"] = score(values[name], true)
             scores.append(row)
-        print(certificates[-1], *scores[-len(METHODS) :], sep="\n", file=sys.stderr, flush=True)
+        scores.append({"method": RUNS, "case": case.name, "seconds": float(np.median(seconds[RUNS]))})
+        print(certificates[-1], *scores[-len(METHODS) - 1 :], sep="\n", file=sys.stderr, flush=True)
     return pd.DataFrame(certificates), pd.DataFrame(scores)
 
 
@@ -279,7 +290,8 @@ def print_tables(title: str, cases: list[Case], rounds: int) -> None:
     )
     print("|---|---|---|---|---|---|")
     for name, row in means.iterrows():
-        cells = [f"{row[f'{kind} rho']:.3f} / {row[f'{kind} L1']:.2f}" for kind in ("mean", "restored", "moved")]
+        kinds = ("mean", "restored", "moved")
+        cells = ["" if name == RUNS else f"{row[f'{kind} rho']:.3f} / {row[f'{kind} L1']:.2f}" for kind in kinds]
         print(
             f"| {name} | {' | '.join(cells)} | {row['seconds']:.3f} | {row['seconds'] / means['seconds'][RIVAL]:.2f} |"
         )

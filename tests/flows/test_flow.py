@@ -225,6 +225,24 @@ def test_heads_neurons_positions_and_batches_add_up(spec):
     assert torch.allclose(alone.flow[:, 0], heads.flow[:, 1], atol=1e-9)
 
 
+@pytest.mark.parametrize("spec", models("gpt2", "pythia"), ids=str)
+def test_changes_of_heads_are_the_same_read_off_the_passes_and_replayed(spec, monkeypatch):
+    """Value biases are constants of heads, which cancel; not where one of the two runs kept no heads."""
+    model = zoo.build(spec)
+    tokens, hooks = zoo.tokens(model, batch=2), tj.ablation_hooks(model, "0_mlp")
+    options = {"targets": 5, "nodes": 2, "tolerance": 1e9, "granularity": "head"}
+    found = tj.flow(model, tokens, hooks, **options)
+    without_heads = tj.ResidualNetwork(model, "sublayer").trace(tokens)
+    mixed = tj.flow(tj.ResidualNetwork(model, "head"), without_heads, hooks, **options)
+    view = type(tj.ResidualNetwork(model).view)
+    monkeypatch.setattr(view, "recorded_writes", lambda *args, **kwargs: None)
+    replayed = tj.flow(model, tokens, hooks, **options)
+    for other in (mixed, replayed):
+        of_heads = [i for i, label in enumerate(found.labels) if "bias" not in label]
+        where = [other.labels.index(found.labels[i]) for i in of_heads]
+        assert len(of_heads) > 5 and torch.allclose(other.flow[where], found.flow[of_heads], atol=1e-10)
+
+
 @pytest.mark.parametrize("spec", models("gpt2", "llama"), ids=str)
 def test_the_edit_of_a_patched_head_is_all_its_own(spec):
     """Also where the patch, a constant, replaces what the head writes at a zero stream."""

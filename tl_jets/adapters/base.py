@@ -138,15 +138,18 @@ class TransformerLensView(Blocks):
             return _moved(torch.cat(parts) if len(parts) > 1 else parts[0], own)
 
     def recorded_writes(
-        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False
     ) -> dict[str, Tensor] | None:
-        """The writes of a stage's heads in the recorded pass at some cells, by label; None if they must be replayed."""
+        """The writes of a stage's heads in the recorded pass at some cells, by label; None if they must be replayed.
+
+        `of_changes`: heads may keep constants, which cancel in the difference of two runs.
+        """
         layer = stage.steps[0].layer
         if ("z", layer) not in recording.memo or not any(step.kind == "head" for step in stage.steps):
             return None
         self.refuse(*stage.steps)
         with torch.no_grad(), self.replaying(layer):
-            found = recorded_heads(self, recording, recording.calls, layer, batch, pos)
+            found = recorded_heads(self, recording, recording.calls, layer, batch, pos, of_changes)
         labels = [step.write for step in stage.steps if step.kind in ("head", "attn_bias")]
         return None if found is None else dict(zip(labels, found, strict=True))
 

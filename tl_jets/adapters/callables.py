@@ -89,7 +89,9 @@ class CallableModel:
         gammas = self.gammas[stage.steps[0].layer]
         return torch.stack([gammas[step.label](stream) for step in stage.steps])
 
-    def recorded_writes(self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor) -> None:
+    def recorded_writes(
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False
+    ) -> None:
         """Plain functions have no heads; their writes are in the recording."""
 
     def hook_state(self, layer: int | None = None) -> State:

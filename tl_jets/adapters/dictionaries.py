@@ -175,9 +175,11 @@ class DictionaryView:
                     found.writes |= dict(zip((step.write for step in own.steps), parts, strict=True))
         return found
 
-    def recorded_writes(self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor) -> Any:
+    def recorded_writes(
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False
+    ) -> Any:
         """The writes of a stage's heads in the recorded pass."""
-        return self.view.recorded_writes(recording, self._whole(stage), batch, pos)
+        return self.view.recorded_writes(recording, self._whole(stage), batch, pos, of_changes=of_changes)
 
 
 def with_dictionary(

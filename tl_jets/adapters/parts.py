@@ -67,17 +67,17 @@ def keep_heads(view: Blocks, recording: Recording, saved: dict[str, Tensor]) -> 
 
 
 def recorded_heads(
-    view: Blocks, recording: Recording, calls: Any, layer: int, batch: Tensor, pos: Tensor
+    view: Blocks, recording: Recording, calls: Any, layer: int, batch: Tensor, pos: Tensor, of_changes: bool = False
 ) -> Tensor | None:
     """[head + 1, row, d_model]: every head's write at some cells of the recorded pass, then the attention bias.
 
-    None if the layer has a post-norm or hooks, or a head is not zero at the zero stream.
+    None if the layer has a post-norm or hooks, or a head is not zero at the zero stream (but `of_changes`, where it cancels).
     """
     z, post = recording.memo["z", layer], view.post_norm(layer)
     if recording.hook_state[layer + 1][0] or (post is not None and post.kind != "none"):
         return None
     check_heads(view, recording, calls, layer)
-    if ("heads start at zero", layer, recording.hook_state) not in view.checked:
+    if not of_changes and ("heads start at zero", layer, recording.hook_state) not in view.checked:
         return None
     write = recording.writes[f"{layer}_attn_out"][batch, pos]
     own = z[batch.to(z.device), pos.to(z.device)][None]

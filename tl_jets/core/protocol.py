@@ -139,9 +139,12 @@ class ModelView(Protocol):
         ...
 
     def recorded_writes(
-        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor
+        self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False
     ) -> dict[str, Tensor] | None:
-        """The writes of a stage's heads in the recorded pass at some cells [row], by label; None if they must be replayed."""
+        """The writes of a stage's heads in the recorded pass at some cells [row], by label; None if they must be replayed.
+
+        `of_changes`: heads may keep constants, which cancel in the difference of two runs.
+        """
         ...
 
     def hook_state(self, layer: int | None = None) -> State:

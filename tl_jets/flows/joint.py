@@ -43,10 +43,11 @@ from tl_jets.core.trace import Trace
 from tl_jets.flows.results import FlowResult
 from tl_jets.flows.secants import MOST_NODES, legendre
 from tl_jets.flows.targets import Measure, Target, read_target
+from tl_jets.interventions.ablation_jets import dose_gradients
 from tl_jets.interventions.effects import cells_of, exact_trace, real_rows
 from tl_jets.interventions.hooks import Mode, hookable, hooks_of_each
 from tl_jets.interventions.places import Hooks
-from tl_jets.interventions.replays import first_stage, hooked_stream, last_streams
+from tl_jets.interventions.replays import first_stage, last_streams
 
 # Nodes of the first try.
 FIRST_NODES = 4
@@ -193,19 +194,8 @@ class _Doses:
 
     def gradients(self, labels: list[str], dose: float) -> Float[Tensor, "component batch pos target"]:
         """Derivatives by the doses of single components, with all at one dose."""
-        shape, device = (len(labels), len(self.clean.tokens)), self.clean.tokens.device
-        with torch.inference_mode(False), torch.enable_grad():
-            doses = torch.full(shape, dose, dtype=torch.float64, device=device, requires_grad=True)
-            hooks = [
-                (point, _partial(edit, own))
-                for label, own in zip(labels, doses, strict=True)
-                for point, edit in self.hooks[label]
-            ]
-            value = self.target(self.rows.at(hooked_stream(self.clean, hooks)))
-            cells = value.flatten(1).sum(0)
-            last = len(cells) - 1
-            found = [torch.autograd.grad(c, doses, retain_graph=i < last)[0] for i, c in enumerate(cells)]
-        return torch.stack(found, -1).unflatten(-1, value.shape[1:])
+        each = [self.hooks[label] for label in labels]
+        return dose_gradients(self.clean, each, dose, lambda final: self.target(self.rows.at(final)))
 
     def shares(self, labels: list[str], effect: Tensor, tolerance: float) -> tuple[Tensor, int]:
         """Integrals of the gradients, and their number of nodes."""
@@ -252,16 +242,6 @@ def _warn_of_open(found: JointFlow) -> None:
             f"{100 * missed:.3g}% of the effect. They explain nothing; ablate fewer components, or positions.",
             UserWarning,
         )
-
-
-def _partial(edit: Any, dose: Float[Tensor, " batch"]) -> Any:
-    """A hook that goes from a write to its edit by a dose for each prompt."""
-
-    def hook(write: Tensor, hook: Any = None) -> Tensor:
-        own = dose.to(write).view(-1, *[1] * (write.ndim - 1))
-        return write + own * (edit(write, hook) - write)
-
-    return hook
 
 
 def _random_sets(network: ResidualNetwork, labels: list[str], count: int, seed: int) -> list[list[str]]:

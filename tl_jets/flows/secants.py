@@ -19,7 +19,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ def pull_back_apart(
     index = torch.tensor(part_of, device=point.device)
     while True:
         total: Tensor | float = 0.0
-        places = list(legendre(count))
+        places = legendre(count)
         for start in range(0, count, together):
             some = places[start : start + together]
             points = torch.cat([point + place * change for place, _ in some])
@@ -130,10 +131,11 @@ def pull_back_apart(
         count *= 2
 
 
-def legendre(count: int) -> Iterator[tuple[float, float]]:
+@cache
+def legendre(count: int) -> tuple[tuple[float, float], ...]:
     """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
     places, weights = roots_legendre(count)
-    return zip(((places + 1) / 2).tolist(), (weights / 2).tolist(), strict=True)
+    return tuple(zip(((places + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
 
 
 def _gradients(

@@ -110,13 +110,16 @@ class TwoRuns:
         """The change of a stage of `base`, by component of `network`."""
         before, after = self.clean.writes(stage), self.other.writes(stage)
         may_edit, fine = self._may_edit(stage), self._fine(stage)
-        own = self.clean.stage_function(stage)(self.other[stage.stream]) if may_edit else after
         if fine.steps == stage.steps:
+            own = self.clean.stage_function(stage)(self.other[stage.stream]) if may_edit else after
             return Change(stage.steps, self._real(after - before), self._real(after - own))
         clean, other = self._by_component
-        at_clean = _components(clean, fine)
-        at_other = self.function(stage)(self.other[stage.stream]) if may_edit else _components(other, fine)
-        edits = self._divided(stage, fine, at_other, after, own)
+        if not may_edit:
+            both = all(("z", stage.steps[0].layer) in run.recording.memo for run in (clean, other))
+            at_clean, at_other = (_components(run, fine, of_changes=both) for run in (clean, other))
+            return Change(fine.steps, self._real(at_other - at_clean), torch.zeros_like(at_clean))
+        at_clean, at_other = _components(clean, fine), self.function(stage)(self.other[stage.stream])
+        edits = self._divided(stage, fine, at_other, after)
         return Change(fine.steps, self._real(at_other + edits - at_clean), self._real(edits))
 
     @property
@@ -163,9 +166,11 @@ class TwoRuns:
         """The stage of `network` that reads the same stream."""
         return next((s for s in self.network.stages if s.stream == stage.stream), stage)
 
-    def _divided(self, stage: Stage, fine: Stage, at_other: Tensor, after: Tensor, own: Tensor) -> Tensor:
+    def _divided(self, stage: Stage, fine: Stage, at_other: Tensor, after: Tensor) -> Tensor:
         """The edits of heads or neurons: their own if hooks edit them, else on the last part of the edited sublayer."""
         edits = torch.zeros_like(at_other)
+        parts = [[i for i, part in enumerate(fine.steps) if _sublayer(part) == step.label] for step in stage.steps]
+        own = torch.stack([at_other[of_step].sum(0) for of_step in parts])
         if not relative_error(own[:, self.clean.valid], after[:, self.clean.valid]) > self.clean.recording.accuracy:
             return edits
         if self.hooks:
@@ -176,9 +181,8 @@ class TwoRuns:
                 edits = found - at_other
             except NotImplementedError:  # the hooks edit the sum of heads, or what their neurons write
                 pass
-        for index, step in enumerate(stage.steps):
-            parts = [i for i, part in enumerate(fine.steps) if _sublayer(part) == step.label]
-            edits[parts[-1]] += after[index] - (at_other + edits)[parts].sum(0)
+        for of_step, write in zip(parts, after, strict=True):
+            edits[of_step[-1]] += write - (at_other + edits)[of_step].sum(0)
         return edits
 
     def _real(self, change: Tensor) -> Tensor:
@@ -186,10 +190,10 @@ class TwoRuns:
         return change.masked_fill(~self.clean.valid[..., None], 0.0)
 
 
-def _components(trace: Trace, stage: Stage) -> Float[Tensor, "write batch pos d_model"]:
-    """The writes of a stage; those of heads are read off the forward pass where it kept them."""
+def _components(trace: Trace, stage: Stage, *, of_changes: bool = False) -> Float[Tensor, "write batch pos d_model"]:
+    """The writes of a stage (`of_changes`: but for constants); those of heads are read off the forward pass where it kept them."""
     cells = torch.ones_like(trace.valid).nonzero().T
-    heads = trace.network.view.recorded_writes(trace.recording, stage, *cells) or {}
+    heads = trace.network.view.recorded_writes(trace.recording, stage, *cells, of_changes=of_changes) or {}
     known = {label: write.unflatten(0, trace.valid.shape) for label, write in heads.items()}
     known |= {label: write for label, write in trace.recording.writes.items() if label not in known}
     if not all(step.write in known for step in stage.steps):

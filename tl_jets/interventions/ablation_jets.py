@@ -190,12 +190,29 @@ def jets_of(
 
 
 def at_dose(hooks: Hooks, dose: Any) -> Hooks:
-    """Hooks that move a write by a share `dose` of what the given ones change."""
+    """Hooks that move a write by a share `dose` of what the given ones change; a vector has one dose for each prompt."""
 
     def moved(edit: Any, write: Tensor, hook: Any = None) -> Tensor:
-        return write + dose * (edit(write, hook) - write)
+        is_vector = isinstance(dose, Tensor) and dose.ndim == 1
+        own = dose.to(write).view(-1, *[1] * (write.ndim - 1)) if is_vector else dose
+        return write + own * (edit(write, hook) - write)
 
     return [(name, partial(moved, edit)) for name, edit in hooks]
+
+
+def dose_gradients(
+    trace: Trace, each: Sequence[Hooks], dose: float, value: Callable[[Tensor], Float[Tensor, "batch pos target"]]
+) -> Float[Tensor, "ablation batch pos target"]:
+    """Derivatives of a value of the last stream by the doses of single ablations, with all at one dose; float64."""
+    shape, device = (len(each), len(trace.tokens)), trace.tokens.device
+    with torch.inference_mode(False), torch.enable_grad():
+        doses = torch.full(shape, dose, dtype=torch.float64, device=device, requires_grad=True)
+        hooks = [hook for hooks, own in zip(each, doses, strict=True) for hook in at_dose(hooks, own)]
+        found = value(hooked_stream(trace, hooks))
+        cells = found.flatten(1).sum(0)
+        last = len(cells) - 1
+        gradients = [torch.autograd.grad(cell, doses, retain_graph=i < last)[0] for i, cell in enumerate(cells)]
+    return torch.stack(gradients, -1).unflatten(-1, found.shape[1:])
 
 
 def centered_of(trace: Trace, ids: Int[Tensor, "batch pos target"], rows: Rows) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 r"""First-order effects of many ablations, by one backward pass: attribution patching with an ablation as its other run.
 
-With a gate a on each ablation, w + a (ablated - w) for the write w, the effect of order 1 is the derivative of a target's
-centered logit with respect to the gate at 0: c_1 of `tl_jets.interventions.ablation_jets`.
+With a dose a of each ablation, w + a (ablated - w) for the write w, the effect of order 1 is the derivative of a target's
+centered logit with respect to the dose at 0: c_1 of `tl_jets.interventions.ablation_jets`.
 
 *Read before use*: order 1 alone says nothing of its error. `ablation_effect(order=1)` has an error estimate, `order=None` the
 truth; on SmolLM2-135M 23% of these effects are off by more than the true effect.
@@ -21,9 +21,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -35,14 +34,13 @@ from tl_jets.core.attribution import additive_logits
 from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import trace_of
+from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import ANSWER, TargetInput, read_targets
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult, target_fields
-from tl_jets.interventions.ablation_jets import centered_of
+from tl_jets.interventions.ablation_jets import centered_of, dose_gradients
 from tl_jets.interventions.effects import read_ablations, real_rows
 from tl_jets.interventions.hooks import Mode, Steps, hookable
-from tl_jets.interventions.places import Hooks
-from tl_jets.interventions.replays import hooked_stream
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -111,34 +109,13 @@ def first_order_effects(
         ids, names = read_targets(network, targets, rows)
         if ids is None or names is None:
             ids, names = additive_logits(trace, rows.index).argmax(-1, keepdim=True), [ANSWER]
-        gates = torch.zeros(len(each), len(trace.tokens), device=trace.tokens.device, requires_grad=True)
-        with torch.enable_grad():
-            final = hooked_stream(trace, _gated(each, gates))
-            logits = centered_of(trace, ids, rows)(final[None])[0].sum(0)
-        found = [torch.autograd.grad(logit, gates, retain_graph=True)[0] for logit in logits.flatten()]
+        read = centered_of(trace, ids, rows)
+        effect = dose_gradients(trace, each, 0.0, lambda final: read(final[None])[0])
     return FirstOrderEffects(
         labels=labels,
         mode=mode,
-        effect=torch.stack(found, -1).unflatten(-1, logits.shape),
+        effect=effect.to(trace[FINAL_STREAM].dtype),
         sinks=Sinks.of(trace, rows),
         seed=int(seed) if mode == "resample" else None,
         **target_fields(trace, rows, ids, names),
     )
-
-
-def _gated(each: list[Hooks], gates: Float[Tensor, "ablation batch"]) -> Hooks:
-    """One hook a point, which adds the changes of all ablations there, each times its gate."""
-    by_point: dict[str, list[tuple[int, Callable[..., Tensor]]]] = {}
-    for index, hooks in enumerate(each):
-        for name, edit in hooks:
-            by_point.setdefault(name, []).append((index, edit))
-
-    def add(edits: list[tuple[int, Callable[..., Tensor]]], write: Tensor, hook: Any = None) -> Tensor:
-        own = write.detach()
-        found = write
-        for index, edit in edits:
-            gate = gates[index].to(write).view(-1, *[1] * (write.ndim - 1))
-            found = found + gate * (edit(own, hook) - own)
-        return found
-
-    return [(name, partial(add, edits)) for name, edits in by_point.items()]
