@@ -330,7 +330,7 @@ class Decoder:
             mean = self.mean_column()
             gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
             for chunk in self._centered_columns(mean):
-                _add_gram(gram, chunk)
+                add_gram(gram, chunk)
             gram = self.scaled(self.scaled(gram.tril() + gram.tril(-1).T))
             mean = self.scaled(mean * self.d_vocab**0.5)
             return Metric(gram + torch.outer(mean, mean), False, mean), Metric(gram, True, mean)
@@ -364,8 +364,8 @@ def in_unit(unit: str) -> str:
     return "" if unit == LOGITS_UNIT else f", in {unit}"
 
 
-def _add_gram(gram: Tensor, columns: Tensor) -> None:
-    """Add `columns @ columns.T` to the lower triangle of `gram` in place, with half the work of the full product."""
+def add_gram(gram: Tensor, columns: Tensor) -> None:
+    """Add `columns @ columns.T` to the lower triangle of `gram` in place, with half the work of the full product; float64."""
     if gram.device.type == "cpu":
         # BLAS uses Fortran order, so its upper triangle is the lower one here.
         array = columns.numpy()

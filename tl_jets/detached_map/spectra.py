@@ -51,6 +51,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.decoder import add_gram
 from tl_jets.core.linear_map import MAX_BYTES
 from tl_jets.core.logit_reader import TopTokens, slices
 from tl_jets.core.model_marks import model_mark
@@ -345,7 +346,7 @@ def _sources(trace: Trace, k: int, pos: int | None, max_bytes: int | None) -> li
 def _accumulated(
     trace: Trace, pairs: Sequence[tuple[str, str]], sources: Sequence[int], place: list[int], progress: bool
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]]:
-    """By map: J J' and J e over some input positions, and the model's own value at the output."""
+    """By map: the lower triangle of J J', and J e, over some input positions, and the model's own value at the output."""
     compositions = {
         wrt: ComposedJacobian(trace, wrt, [output for start, output in pairs if start == wrt], place)
         for wrt in dict.fromkeys(wrt for wrt, _ in pairs)
@@ -361,9 +362,10 @@ def _accumulated(
                 chosen = torch.tensor(sources[group], device=point.device)
                 for output, rows in read_on_the_way(composed, _units(composed.point[0], chosen)):
                     columns = rows.double()  # J_t', a row an input coordinate
-                    gram, image = columns.T @ columns, point[chosen].flatten() @ columns
-                    earlier = found.get((wrt, output), (0, 0))
-                    found[wrt, output] = gram + earlier[0], image + earlier[1], composed.truth(output)[0, 0]
+                    image = point[chosen].flatten() @ columns
+                    gram, earlier = found.get((wrt, output), (image.new_zeros(len(image), len(image)), 0))[:2]
+                    add_gram(gram, columns.T)
+                    found[wrt, output] = gram, image + earlier, composed.truth(output)[0, 0]
                     bar.update()
     return found
 
