@@ -235,7 +235,7 @@ class _Components:
 
     def _skip_trigrams(self, index: int, tokens: Tensor, places: Int[Tensor, "text pos"]) -> Tensor:
         """States of a layer's heads, summed, with attention from scores of single tokens."""
-        reader, scores, heads, reads = (x[index] for x in (self.readers, self.scores, self.heads, self.reads))
+        reader, scores, heads, reads = self.readers[index], self.scores[index], self.heads[index], self.reads[index]
         view, block, before = reader.view, reader.view.blocks[reader.layer], int("key" in reads)
         query, key, value = reader.vectors(tokens, heads, reads)
         moved, own = scores.keys(key), scores.own_keys(key)
