@@ -162,7 +162,7 @@ def test_a_key_without_a_triple_is_said_to_have_none(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--path", "1_attn"), "A bi-gram path must be a function of one token"),
+        (("--path", "1_attn"), "A path must be a function of one token"),
         (("--path", "3_mlp > 1_mlp"), "A path must pass its steps in the order of the network"),
         (("--path", "1_mlp >"), "got the step '' in '1_mlp >'"),
         (("--trigrams", "4"), "layer must be one of 0..3; got 4"),

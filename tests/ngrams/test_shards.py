@@ -126,7 +126,7 @@ def test_processes_of_a_smaller_group_need_no_others(together, one_thread):
         ("a head", ["processes 0 and 1 have heads [0] and [1]"] * 2),
         (
             "a path on one",
-            ["RuntimeError: Every process", "ValueError: A bi-gram path must be a function of one token"],
+            ["RuntimeError: Every process", "ValueError: A path must be a function of one token"],
         ),
         ("a row", ["this failed: 1 (ValueError: no stream at token 81)", "ValueError: no stream at token 81"]),
         ("prompts", ["processes 0 and 1 have prompts '"] * 2),
