@@ -19,7 +19,7 @@ from tl_jets.cli import main as command
 PICTURE = Path(__file__).parent / "pages" / "pictures" / "explorer.png"
 PROMPT = "The Eiffel Tower is in the city of"
 # The window, its scale, the cell (layer, position), and the number of colors kept.
-SIZE, SCALE, CELL, COLORS = {"width": 1080, "height": 860}, 1.5, (24, 9), 48
+SIZE, SCALE, CELL, COLORS = {"width": 1080, "height": 1100}, 1.5, (24, 9), 48
 
 
 def main() -> None:
