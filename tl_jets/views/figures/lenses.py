@@ -201,7 +201,7 @@ def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log:
         if above.any():
             panel.plot(range(len(ticks)), rows[column].where(above), **style)
             if spread:
-                ends = [rows[f"{column}_{end}"].where(above).astype(float) for end in ("low", "high")]  # object in pandas 1
+                ends = [rows[f"{column}_{end}"].where(above).to_numpy(float) for end in ("low", "high")]
                 panel.fill_between(range(len(ticks)), *ends, color=style["color"], alpha=0.15, lw=0)
 
     for i, line in enumerate(lines):
