@@ -62,9 +62,12 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
         translated_lens,
     )
     from tl_jets.ngrams import jet_bigrams, jet_trigrams
+    from tl_jets.ngrams.tables import NgramTable
     from tl_jets.paths.cache import PathCache
     from tl_jets.paths.circuit import Circuit
+    from tl_jets.paths.component_interactions import Interactions
     from tl_jets.paths.expansion import PathExpansion, exponential_expansion
+    from tl_jets.paths.reorganized import ReorganizedExpansion
     from tl_jets.paths.statistics import PathStatistics, path_lengths, path_sums
     from tl_jets.pretrained import load_tinycode, load_tinydocs
 
@@ -158,9 +161,12 @@ _PLACES = {
         "translated_lens",
     ),
     "tl_jets.ngrams": ("jet_bigrams", "jet_trigrams"),
+    "tl_jets.ngrams.tables": ("NgramTable",),
     "tl_jets.paths.cache": ("PathCache",),
     "tl_jets.paths.circuit": ("Circuit",),
+    "tl_jets.paths.component_interactions": ("Interactions",),
     "tl_jets.paths.expansion": ("PathExpansion", "exponential_expansion"),
+    "tl_jets.paths.reorganized": ("ReorganizedExpansion",),
     "tl_jets.paths.statistics": ("PathStatistics", "path_lengths", "path_sums"),
     "tl_jets.pretrained": ("load_tinycode", "load_tinydocs"),
 }

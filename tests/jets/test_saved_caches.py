@@ -222,19 +222,3 @@ def test_positions_count_real_tokens(net, side, tmp_path):
     lens = tj.iterative_jet_lens(net, cache.trace, positions=-1)
     assert positions(last) == positions(lens) == [[5], [3]]
     assert positions(tj.load(at.save(tmp_path / "cache.safetensors"))) == positions(at)
-
-
-def test_a_file_with_the_old_name_of_columns(net, monkeypatch, tmp_path):
-    cache = EXPANSIONS["stage"](net)(PROMPTS).apply_slice_to_pos_dim([2, 0])
-    with monkeypatch.context() as patch:
-        encoded = tj.core.results._encoded
-
-        def old(value: Any, *rest: Any) -> Any:
-            found = encoded(value, *rest)
-            if isinstance(value, JetCache):
-                found["fields"]["positions"] = found["fields"].pop("columns")
-            return found
-
-        patch.setattr(tj.core.results, "_encoded", old)
-        file = cache.save(tmp_path / "old.safetensors")
-    assert tj.load(file).columns == [2, 0]
