@@ -7,12 +7,17 @@ bfloat16: a noisy machine moves them together. A ratio is the median over chunks
 clock and of the processors; `--rows` below V reads that many rows only (of a whole sweep the first chunk and the float64
 scoring at the end are shares that shrink; both are printed).
 
+With `--real` it is SmolLM2 (TL_JETS_SMOLLM2=FOLDER) and whole calls of `jet_bigrams`, in time of the processor, medians: 96 first
+tokens again and again, as in a notebook, and `--rows` of them (4,096), against the bare products (of a path of MLPs: and their
+evaluation). The first call of a network, and calls of a bare model, stand beside.
+
 - exact scan 1.15, screened 0.65 where bfloat16 is fast, peak extra memory 150 MB.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -24,11 +29,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import live_memory
 
-from tl_jets import CallableModel, Decoder, Norm
-from tl_jets.ngrams import jet_bigrams
+from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
+from tl_jets.ngrams import VocabularyStreams, jet_bigrams
 from tl_jets.ngrams.bigram_sweep import CHUNK_CPU
 from tl_jets.ngrams.scan import TILE_CPU, TopScan
 from tl_jets.ngrams.screen import RoundedTiles, ScreenedScan, bf16_is_fast
+from tl_jets.pretrained import load_model
 
 D_MODEL, D_VOCAB, TOP_K = 768, 50257, 100
 
@@ -41,7 +47,7 @@ def timed(target: Callable[[], object]) -> tuple[float, float]:
 
 
 def bare(states: torch.Tensor, W_U: torch.Tensor, buffer: torch.Tensor) -> None:
-    for start in range(0, D_VOCAB, TILE_CPU):
+    for start in range(0, W_U.shape[1], TILE_CPU):
         columns = W_U[:, start : start + TILE_CPU]
         torch.mm(states, columns, out=buffer[: len(states) * columns.shape[1]].view(len(states), -1))
 
@@ -60,14 +66,49 @@ def report(seconds: dict[str, list[tuple[float, float]]]) -> float:
 
 
 @torch.no_grad()
+def real(n_rows: int) -> None:
+    """Whole calls on SmolLM2 against the bare products."""
+    model = load_model(os.environ["TL_JETS_SMOLLM2"])
+    print(f"{'':39}{'bare s':>8}{'ratio':>8}{'first':>8}{'bare model':>12}")
+    for path in ("direct", "0_mlp", "mlps"):
+        for count, top_k, rounds in ((96, 10, 7), (96, TOP_K, 7), (n_rows, TOP_K, 2)):
+            network = ResidualNetwork(model)
+            ids = torch.linspace(0, network.decoder.d_vocab - 1, count).long()
+            streams = VocabularyStreams(network, [path])
+            buffer = torch.empty(min(count, CHUNK_CPU) * TILE_CPU)
+
+            def baseline(ids=ids, streams=streams, buffer=buffer, path=path):
+                for part in ids.split(CHUNK_CPU):
+                    bare(streams.states(streams.embed(part), path), streams.network.decoder.W_U, buffer)
+
+            def call(of, ids=ids, path=path, top_k=top_k):
+                return jet_bigrams(of, path, rows=ids, top_k=top_k, screen=None, progress=False)
+
+            baseline()
+            network = ResidualNetwork(model)
+            first = timed(lambda of=network, call=call: call(of))[1]
+            times = [(timed(baseline)[1], timed(lambda of=network, call=call: call(of))[1]) for _ in range(rounds)]
+            own = [(timed(baseline)[1], timed(lambda call=call: call(model))[1]) for _ in range(2)]
+            base = statistics.median(x for x, _ in times)
+            ratio, plain = (statistics.median(y / x for x, y in pairs) for pairs in (times, own))
+            print(
+                f"{path:8} {count:6,} first tokens, best {top_k:4}{base:8.3f}{ratio:8.2f}{first / base:8.2f}{plain:12.2f}"
+            )
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rows", type=int, default=12 * CHUNK_CPU)
+    parser.add_argument("--rows", type=int, help="first tokens; 12 chunks, and 4,096 with --real, by default")
+    parser.add_argument("--real", action="store_true", help="whole calls on SmolLM2")
     parser.add_argument("--bias", action="store_true", help="a random b_U, and logits around -100")
     parser.add_argument("--screen", action="store_true", help="screen in bfloat16 even where it is slow")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.real:
+        return real(arguments.rows or 4 * CHUNK_CPU)
+    arguments.rows = arguments.rows or 12 * CHUNK_CPU
     torch.manual_seed(0)
     embed = torch.nn.Embedding(D_VOCAB, D_MODEL)
     W_U = (torch.randn(D_VOCAB, D_MODEL) * (0.2 if arguments.bias else 0.02)).T

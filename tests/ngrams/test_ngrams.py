@@ -31,6 +31,7 @@ from tl_jets.ngrams import (
     VocabularyStreams,
     bigram_job,
     bigram_log_normalizers,
+    bigram_sweep,
     fingerprint,
     jet_bigrams,
     jet_bigrams_by_path,
@@ -550,6 +551,26 @@ def test_a_model_is_run_and_checked_once_for_the_same_weights_and_hooks(tmp_path
         state = network.view.hook_state()
     saved = table(save=tmp_path / "table.parquet")
     assert saved.fingerprint == fingerprint(model)
+
+
+def test_a_long_sweep_says_how_long_it_will_take(capsys, monkeypatch):
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    scan = bigram_sweep.BigramSweep._scan
+
+    def slow(*args):
+        scan(*args)
+        return 30.0  # seconds
+
+    monkeypatch.setattr(bigram_sweep.BigramSweep, "_scan", slow)
+    for options, said in [
+        ({"chunk_size": 6, "rows": range(30)}, "direct after 30 tokens: about 2 minutes"),  # 24 left
+        ({"chunk_size": 10, "rows": range(30)}, "direct after 30 tokens: about 60 seconds"),
+        ({"chunk_size": 20, "rows": range(30)}, ""),  # 15 seconds left
+        ({"chunk_size": 6, "rows": range(30), "progress": False}, ""),
+    ]:
+        jet_bigrams(model, top_k=3, **options)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tl-jets")]
+        assert lines == ([f"tl-jets: {said}"] if said else [])
 
 
 def test_the_path_of_a_table_is_a_path():

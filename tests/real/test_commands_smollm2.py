@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from tl_jets import cli
 from tl_jets.cli import session
-from tl_jets.cli.ngram_paths import announce
 
 pytestmark = pytest.mark.real
 
@@ -106,7 +104,7 @@ def test_explore(capsys, trace, reference):
 
 
 def test_ngrams(capsys, network, reference):
-    """All MLPs after 4,096 first tokens; what takes minutes is only announced here."""
+    """All MLPs after 4,096 first tokens."""
     text, found = answered(capsys, "ngrams")
     (table,) = found["tables"].values()
     assert list(found["tables"]) == ["mlps"] and len(table["rows"]) == 20
@@ -120,8 +118,6 @@ def test_ngrams(capsys, network, reference):
         assert row["score"] == pytest.approx(float(scores[i, row["ids"][1]]), rel=1e-3, abs=1e-3)
     assert text.startswith("The 20 best bi-grams of mlps end in") and "--path all" in text
     assert table["settings"]["rows"]["count"] == 4096 and "after 4,096 first tokens" in text
-    announce(network, ["mlps"], None)
-    assert re.match(r"tl-jets: mlps after all 49,152 tokens: about \d+ (seconds|minutes)", capsys.readouterr().err)
     _, after = answered(capsys, "ngrams", "--token", " Paris")
     assert list(after["tables"]) == ["direct", "mlps"]
     (paris,) = reference.tokenizer(" Paris")["input_ids"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_jets.cli.ngram_paths import EVERY, announce, chosen_paths
+from tl_jets.cli.ngram_paths import EVERY, chosen_paths
 from tl_jets.cli.outputs import STDOUT, check_replaceable, is_folder
 from tl_jets.cli.report import MAX_ROWS, Records, Report, Table, Terminal, header
 from tl_jets.cli.session import UsageError, load_network, one_line, read_token, steps, together
@@ -153,7 +153,6 @@ def _bigrams(
     options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
 ) -> dict[str, NgramTable]:
     paths, firsts = chosen_paths(options.path, network, rows, whole=options.save is not None)
-    announce(network, paths, firsts)
     per = "row" if rows is not None else options.per or "global"
     score = options.score or "logprob"
     given: dict[str, Any] = {"top_k": options.top_k, "per": per, "score": score, "rows": firsts, "folder": folder}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -39,6 +40,8 @@ Paths = Literal["each_mlp"] | Sequence[PathInput]
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
 # Bytes of a bi-gram while its table is sorted, and in each path's results.
 PAIR_BYTES, FOUND_BYTES = 48, 64
+# Seconds from which a sweep says at its start how long it will take.
+LONG = 20.0
 # Minimum number of multiply-adds for which measuring the speed of bfloat16 pays off.
 WORTH_PROBING = 10**11
 
@@ -249,13 +252,15 @@ class BigramSweep(Sweep):
             _restore(scans, [tensors] if done else [])
             return done
 
-        done = processes.first(resume)
+        began = done = processes.first(resume)
         chunks = 1  # per process, between two synchronizations
         shown = None if self.progress and processes.rank == 0 else True
         with tqdm(total=len(self.rows), initial=done, unit="token", delay=1, leave=False, disable=shown) as bar:
             while done < len(self.rows):
                 stop = min(done + chunks * processes.size * self.chunk_size, len(self.rows))
                 seconds = max(processes.exchange(partial(self._scan, scans, done, stop)))
+                if done == began and shown is None:
+                    self._announce(seconds / (stop - done) * (len(self.rows) - stop))
                 chunks = processes.pace(chunks, seconds)
                 bar.update(stop - done)
                 done = stop
@@ -264,6 +269,14 @@ class BigramSweep(Sweep):
                     processes.first(partial(state.save, done, partial(_named, scans)))
         self._collect(scans, everywhere=True)
         return {label: self._table(label, scan.finish(processes)) for label, scan in scans.items()}
+
+    def _announce(self, seconds: float) -> None:
+        """Say how long a long sweep will take, from the time of its first chunk; on standard error, above the bar."""
+        if seconds > LONG:
+            paths = list(self.streams.paths)
+            what = paths[0] if len(paths) == 1 else f"{len(paths)} paths"
+            time_left = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+            tqdm.write(f"tl-jets: {what} after {len(self.rows):,} tokens: about {time_left}", file=sys.stderr)
 
     def _scan(self, scans: Mapping[str, Any], start: int, stop: int) -> float:
         """Scan this process's chunks of rows start..stop; returns the seconds taken."""

@@ -16,6 +16,7 @@ from tl_jets.views.figures.direct_attribution import attributions
 from tl_jets.views.figures.flows import flow_bars, flow_graph, flow_heatmap, joint_shares
 from tl_jets.views.figures.heads import head_scores
 from tl_jets.views.figures.lenses import lens_table, measures
+from tl_jets.views.figures.ngrams import mass_changes, masses, promoters, roles, sketch
 from tl_jets.views.figures.results import directions, dose_responses, learning_curves, path_shares, spectra
 
 __all__ = [
@@ -29,7 +30,12 @@ __all__ = [
     "joint_shares",
     "learning_curves",
     "lens_table",
+    "mass_changes",
+    "masses",
     "measures",
     "path_shares",
+    "promoters",
+    "roles",
+    "sketch",
     "spectra",
 ]

@@ -84,6 +84,27 @@ def short_legend(
         entry.set_text(legible(entry.get_text()))
 
 
+def named_bars(
+    ax: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    colors: Any = None,
+    intervals: Sequence[tuple[float, float]] | None = None,
+) -> None:
+    """Horizontal bars, the first on top, with their names and intervals (none of NaN); colors of the sign by default."""
+    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in values] if colors is None else colors
+    spread: Any = None
+    if intervals is not None:
+        spread = [[max(value - low, 0.0) for value, (low, _) in zip(values, intervals, strict=True)]]
+        spread += [[max(high - value, 0.0) for value, (_, high) in zip(values, intervals, strict=True)]]
+    ax.barh(range(len(values)), values, xerr=spread, color=colors, height=0.7, error_kw={"lw": 0.8, "ecolor": "0.35"})
+    ax.set_yticks(range(len(names)), [legible(name) for name in names], fontsize=SMALL, parse_math=False)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.axvline(0, color="0.3", lw=0.8)
+    plain(ax)
+
+
 def name_ticks(ax: Axes, names: Sequence[str], most: int = 12) -> None:
     """Slanted names along the horizontal axis; every n-th if there are too many."""
     step = -(-len(names) // most)

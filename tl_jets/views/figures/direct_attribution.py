@@ -10,7 +10,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.selection import positions_at
 from tl_jets.interventions.ablation_effects import AblationEffect
 from tl_jets.lenses import JointJetLens
-from tl_jets.views.figures.axes import COLORS, SMALL, legible, new_panels, plain
+from tl_jets.views.figures.axes import COLORS, SMALL, legible, named_bars, new_panels
 from tl_jets.views.flow_cells import FIRST, Cell, check_cell, largest_first, shortened
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def attributions(
         shown, names = [*shown, rest], [*names, f"{len(values) - len(order)} others"]
         colors.append("0.6")
     figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(shown) + 0.9))
-    ax.barh(range(len(shown)), shown, color=colors, height=0.7)
+    named_bars(ax, shortened(names), shown, colors=colors)
     if ablations is not None:
         lost = _lost(joint, ablations, index)
         places = [(i, lost[name]) for i, name in enumerate(names) if name in lost]
@@ -65,15 +65,11 @@ def attributions(
             [x for _, x in places], [i for i, _ in places], "D", ms=4, mfc="none", mec="0.15", label="lost if ablated"
         )
         ax.legend(fontsize=SMALL - 1, frameon=False, loc="lower right")
-    ax.set_yticks(range(len(names)), shortened(names), fontsize=SMALL, parse_math=False)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.axvline(0, color="0.3", lw=0.8)
     target = joint.token_names.get(int(joint.target_ids[index]), str(joint.target_names[index[2]]))
     what = f"added to the centered logit of {target!r}{in_unit(joint.unit)}; all: {float(values.sum()):+.3g}"
     ax.set_xlabel(legible(what), fontsize=SMALL + 1, parse_math=False)
     kind = "exact (detached)" if joint.linearize == "detached" else f"jets of order {joint.order}"
     ax.set_title(f"Direct attribution, {kind}", fontsize=SMALL + 2, loc="left")
-    plain(ax)
     return figure
 
 

@@ -23,6 +23,7 @@ from tl_jets.views.figures.axes import (
     draw_cells,
     legible,
     name_ticks,
+    named_bars,
     new_panels,
     plain,
     short_legend,
@@ -69,11 +70,8 @@ def path_shares(
     values = means[order].tolist()
     spread = cells[order].std(1).tolist() if cells.shape[1] > 1 else None
     figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(order) + 0.9))
-    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in values]
-    ax.barh(range(len(order)), values, xerr=spread, color=colors, height=0.7, error_kw={"lw": 0.8, "ecolor": "0.35"})
-    ax.set_yticks(range(len(order)), [statistics.labels[i] for i in order], fontsize=SMALL, parse_math=False)
-    ax.set_ylim(len(order) - 0.4, -0.6)
-    ax.axvline(0, color="0.3", lw=0.8)
+    ends = None if spread is None else [(x - d, x + d) for x, d in zip(values, spread, strict=True)]
+    named_bars(ax, [statistics.labels[i] for i in order], values, intervals=ends)
     what = {
         "share": "share of the model's logits",
         "effect": f"effect on {statistics.target_names[0]} ({statistics.unit})",
@@ -85,7 +83,6 @@ def path_shares(
     ax.set_title(
         f"Paths{'' if statistics.by == 'path' else ' by ' + statistics.by}: {hidden}", fontsize=SMALL + 2, loc="left"
     )
-    plain(ax)
     return figure
 
 
