@@ -105,7 +105,8 @@ class Report:
         legend = "".join(f"<p><b>{text(name)}</b>: {text(entry)}</p>" for name, entry in self.legend.items())
         tables = self.tables if self.on_page is None else self.on_page
         parts = [View("What was asked", asked), *self.views(), *map(_view, tables)]
-        return page(f"tl-jets {self.command}", *parts, *([View("How to read this", legend)] if legend else []))
+        title = ": ".join([f"tl-jets {self.command}", *([self.data["prompt"]] if "prompt" in self.data else [])])
+        return page(title, *parts, *([View("How to read this", legend)] if legend else []))
 
     def json(self) -> Iterator[str]:
         """The data as JSON, in parts."""
