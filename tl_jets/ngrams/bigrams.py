@@ -74,8 +74,7 @@ def jet_bigrams(
         exclude: Ids or texts of tokens to leave out on both sides, such as `untrained_tokens(model).ids`.
         chunk_size: First tokens scanned at a time; None for a default that suits the device.
         screen: `"bf16"` skips hopeless rows in bfloat16, `"auto"` if that is fast, None never; the table is the same.
-        progress: Show a bar in a terminal if the sweep takes longer than a second; one of more than 20 seconds says how long
-            it will take, from the time of its first chunk, anywhere.
+        progress: Show a bar in a terminal after a second, and say after the first chunk how long a long sweep will take.
         save: File for the table. An existing table with equal settings and model is loaded, another one refused. An
             unfinished sweep is saved beside it every half a minute and resumed by the same version of tl-jets.
         distributed: True or a process group: its processes, all called with the same model and options, divide the rows

@@ -147,11 +147,7 @@ def mass(
     check_seed(seed)
     reader = RowScores(model, path)
     pairs, words_of, alone = read_list(reader, words, tokenize)
-    if not len(pairs):
-        raise ValueError(
-            f"A list must have a bi-gram at least; none of its {len(alone)} words is more than one token. Give pairs, or take "
-            "mass_change, which reads words of one token."
-        )
+    _check_pairs(pairs, alone)
     distinct, place = pairs.unique(dim=0, return_inverse=True)  # sorted, whatever the order of the list
     prior = 1.0 if unigram is None else check_unigram(unigram, size=reader.d_vocab)[distinct[:, 0]]
     scores = reader.of(with_shuffles(distinct, controls, seed).flatten(0, 1))[0].view(controls + 1, -1)
@@ -196,6 +192,14 @@ def read_list(
         items += [i] * len(found)
     pairs = read_pairs(reader, rows, tokenize=tokenize) if rows else torch.empty(0, 2, dtype=torch.long, device="cpu")
     return pairs, torch.tensor(items, dtype=torch.long, device="cpu"), alone
+
+
+def _check_pairs(pairs: Int[Tensor, "pair 2"], alone: list[int]) -> None:
+    if not len(pairs):
+        raise ValueError(
+            f"A list must have a bi-gram at least; none of its {len(alone)} words is more than one token. Give pairs, or take "
+            "mass_change, which reads words of one token."
+        )
 
 
 def units_of(place: Int[Tensor, " pair"], items: Int[Tensor, " pair"]) -> Int[Tensor, " distinct"]:

@@ -152,8 +152,7 @@ def search(
         ValueError: A token, layer or option is invalid, or there is no component of these kinds.
         NotImplementedError: Plain functions; neurons or heads that are not understood: leave their kind out.
 
-    Source: Geva et al. 2021, arXiv 2012.14913, and 2022, arXiv 2203.14680 (rows of W_out promote tokens); normalization, heads
-    and controls are ours.
+    Source: Geva et al., arXiv 2012.14913 and 2203.14680 (rows of W_out promote tokens); heads and controls are ours.
 
     Example:
         >>> import tl_jets as tj
@@ -161,14 +160,10 @@ def search(
         >>> found.counts, len(found.labels)
         ({'neuron': 1792, 'mlp': 4, 'head': 16}, 9)
     """
-    for kind in kinds:
-        check_choice("kinds", kind, get_args(Kind))
     check_integers(0, controls=controls)
     check_integers(1, n_tokens=n_tokens, top_k=top_k)
     check_seed(seed)
-    network = ResidualNetwork(model).at("sublayer")
-    if isinstance(network.view, CallableModel):
-        raise NotImplementedError("`search` reads weights of MLPs and heads; plain functions have none. Pass a model.")
+    network = _network(model, kinds)
     wanted = read_layers(layers, network)
     single = VocabularyStreams(network, mlp_steps(network), prompts=PROMPTS)
     ids = read_tokens("tokens", tokens, network.decoder.d_vocab, "cpu", network.tokenizer)
@@ -180,9 +175,32 @@ def search(
     for layer in tqdm(wanted, unit="layer", delay=1, leave=False, disable=None if progress else True):
         for kind in kinds:
             best[kind].add(*reader.read(kind, layer))
-    best = {kind: own for kind, own in best.items() if own.count}
-    if not best:
+    if not any(own.count for own in best.values()):
         raise ValueError(f"There must be components to search; layers {wanted} have none of the kinds {list(kinds)}.")
+    about: dict[str, Any] = {
+        "tokens": ids,
+        "token_names": token_names(network.tokenizer, [ids]),
+        "n_tokens": len(words),
+    }
+    about |= {
+        "matched_by": "embedding norm" if unigram is None else "unigram",
+        "seed": seed,
+        "model": model_mark(network),
+    }
+    return _result({kind: own for kind, own in best.items() if own.count}, about)
+
+
+def _network(model: Any, kinds: Sequence[Kind]) -> ResidualNetwork:
+    """The network whose components of some kinds are searched."""
+    for kind in kinds:
+        check_choice("kinds", kind, get_args(Kind))
+    network = ResidualNetwork(model).at("sublayer")
+    if isinstance(network.view, CallableModel):
+        raise NotImplementedError("`search` reads weights of MLPs and heads; plain functions have none. Pass a model.")
+    return network
+
+
+def _result(best: dict[str, _Best], about: dict[str, Any]) -> Promoters:
     return Promoters(
         labels=[label for own in best.values() for label in own.labels],
         kinds=[kind for kind, own in best.items() for _ in own.labels],
@@ -190,12 +208,7 @@ def search(
         controls=torch.cat([own.scores[:, 1:] for own in best.values()]),
         chance=torch.cat([own.chance() for own in best.values()]),
         counts={kind: own.count for kind, own in best.items()},
-        tokens=ids,
-        token_names=token_names(network.tokenizer, [ids]),
-        n_tokens=len(words),
-        matched_by="embedding norm" if unigram is None else "unigram",
-        seed=seed,
-        model=model_mark(network),
+        **about,
     )
 
 
