@@ -43,6 +43,7 @@ from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import target_fields
+from tl_jets.core.trace import Trace
 from tl_jets.flows.checks import path_patched
 from tl_jets.flows.readers import StageReaders
 from tl_jets.flows.results import Flow
@@ -108,16 +109,21 @@ def flow(
     clean = exact_trace(network, prompts, attention_mask)
     _check(check, nodes, tolerance)
     rows = real_rows(clean, positions)
+    runs = _two_runs(network, clean, intervention)
+    target = read_target(clean, rows, targets, against, measure)
+    found = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position, edges).result()
+    return path_patched(found, runs, rows, target, check, seed) if check else found
+
+
+def _two_runs(network: ResidualNetwork, clean: Trace, intervention: Any) -> TwoRuns:
+    """The runs of an intervention; raises ValueError for given ones of another clean trace or granularity."""
     runs = intervention if isinstance(intervention, TwoRuns) else TwoRuns(network, clean, intervention)
     if runs.clean.recording is not clean.recording or runs.network.granularity != network.granularity:
         raise ValueError(
             "Two runs that are passed as an intervention must be of the clean trace and the granularity that are passed, too; "
             "these are of others. Pass the trace that they were made with, or the hooks themselves."
         )
-    target = read_target(clean, rows, targets, against, measure)
-    sweep = _Sweep(runs, rows, target, None if nodes == "auto" else nodes, tolerance, by_position, edges)
-    found = sweep.result()
-    return path_patched(found, runs, rows, target, check, seed) if check else found
+    return runs
 
 
 def _check(check: int, nodes: int | str, tolerance: float) -> None:

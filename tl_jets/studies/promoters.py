@@ -175,19 +175,11 @@ def search(
     for layer in tqdm(wanted, unit="layer", delay=1, leave=False, disable=None if progress else True):
         for kind in kinds:
             best[kind].add(*reader.read(kind, layer))
-    if not any(own.count for own in best.values()):
+    found = {kind: own for kind, own in best.items() if own.count}
+    if not found:
         raise ValueError(f"There must be components to search; layers {wanted} have none of the kinds {list(kinds)}.")
-    about: dict[str, Any] = {
-        "tokens": ids,
-        "token_names": token_names(network.tokenizer, [ids]),
-        "n_tokens": len(words),
-    }
-    about |= {
-        "matched_by": "embedding norm" if unigram is None else "unigram",
-        "seed": seed,
-        "model": model_mark(network),
-    }
-    return _result({kind: own for kind, own in best.items() if own.count}, about)
+    matched_by = "embedding norm" if unigram is None else "unigram"
+    return _result(found, network, tokens=ids, n_tokens=len(words), matched_by=matched_by, seed=seed)
 
 
 def _network(model: Any, kinds: Sequence[Kind]) -> ResidualNetwork:
@@ -200,7 +192,7 @@ def _network(model: Any, kinds: Sequence[Kind]) -> ResidualNetwork:
     return network
 
 
-def _result(best: dict[str, _Best], about: dict[str, Any]) -> Promoters:
+def _result(best: dict[str, _Best], network: ResidualNetwork, tokens: Tensor, **about: Any) -> Promoters:
     return Promoters(
         labels=[label for own in best.values() for label in own.labels],
         kinds=[kind for kind, own in best.items() for _ in own.labels],
@@ -208,6 +200,9 @@ def _result(best: dict[str, _Best], about: dict[str, Any]) -> Promoters:
         controls=torch.cat([own.scores[:, 1:] for own in best.values()]),
         chance=torch.cat([own.chance() for own in best.values()]),
         counts={kind: own.count for kind, own in best.items()},
+        tokens=tokens,
+        token_names=token_names(network.tokenizer, [tokens]),
+        model=model_mark(network),
         **about,
     )
 

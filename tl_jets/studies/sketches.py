@@ -135,8 +135,7 @@ def sketch(
         layers: Layers whose heads' skip-trigrams are components; None for all, `[]` for none.
         induction: Pairs of a previous-token head and an induction head, each (layer, head), that are components, too.
         distance: Places from key to query, for rotary embeddings, as in `jet_trigrams`.
-        corpus: Token ids of the texts that unigram and Kneser-Ney models are of; None for `fitting`. None of them may
-            occur in `held_out`.
+        corpus: Token ids of the texts of unigram and Kneser-Ney models, none of them held out; None for `fitting`.
         seed: Random seed of the shuffled tokens.
         progress: Show a bar in a terminal over components.
 
@@ -145,7 +144,7 @@ def sketch(
         NotImplementedError: A layer's heads have no skip-trigrams; pass `layers`.
 
     Source: Chen et al., arXiv 2410.06024 (n-grams of paths, Lemma 1); weights shared by positions are ours. Cost: both
-    texts' forward passes, a path's MLPs on their tokens, and logits of six predictors. Memory: states of all components.
+    texts' forward passes, a path's MLPs on their tokens, logits of six predictors. Memory: states of all components.
 
     Example:
         >>> import tl_jets as tj
@@ -171,9 +170,8 @@ def sketch(
     readers = {name: _reader(decoder, state) for name, state in predicted.items()}
     readers |= _corpus_readers(fitting if corpus is None else corpus, held_out, decoder.d_vocab)
     nats, kl = _measured(readers, held_out[:, 1:].flatten())
-    unexplained = float(solution.objective / _size(decoder, truth))
-    measured = (unexplained, list(readers), nats, kl, len(truth), len(final), distance, seed, model_mark(network))
-    return Sketch(components.labels, solution.weights[:-1], of_shuffled, *measured)
+    measured = (float(solution.objective / _size(decoder, truth)), list(readers), nats, kl, len(truth), len(final))
+    return Sketch(components.labels, solution.weights[:-1], of_shuffled, *measured, distance, seed, model_mark(network))
 
 
 def _shuffled(tokens: Int[Tensor, " token"], seed: int) -> Int[Tensor, " id"]:
