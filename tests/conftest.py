@@ -36,25 +36,24 @@ SLOW = {
     "test_cli_jacobian",
     "test_cli_ngrams",
     "test_cli_paths",
-    "test_commands_smollm2",
+    "test_cli_paths_prompts",
     "test_demos",
-    "test_figure_page",
     "test_detached_chain",
+    "test_device_work",
     "test_devices",
     "test_docs",
+    "test_explorer",
     "test_families",
     "test_figures",
-    "test_flow_smollm2",
     "test_front_door",
     "test_head_scores",
-    "test_many_prompts",
     "test_memory",
     "test_ngrams",
     "test_notebooks",
     "test_pretrained",
     "test_readme",
+    "test_scores",
     "test_shards",
-    "test_smollm2",
     "test_studies",
     "test_sweep_states",
     "test_trigram_sweeps",
@@ -70,5 +69,6 @@ def pytest_collection_modifyitems(items):
     """Mark the fast tier: `pytest -m fast`."""
     for item in items:
         family = re.search(r"(?:bridge|hooked)-\w+-(?:raw|processed)", item.nodeid)
-        if item.path.stem not in SLOW and (family is None or family[0] in FAST_FAMILIES):
+        slow = item.path.stem in SLOW or item.get_closest_marker("real") is not None
+        if not slow and (family is None or family[0] in FAST_FAMILIES):
             item.add_marker("fast")
