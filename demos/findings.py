@@ -75,7 +75,7 @@ def lenses(network: tj.ResidualNetwork, prompts: list[str]) -> Table:
     ranks = tj.answer_lens(network, prompts, order=0).trajectories().set_index(["target", "layer"])
     table = _table(
         f"KL less that of a random center, nats: {int(kept.sum())} positions of {len(prompts)} prompts, without sinks",
-        "layer", "order 0", "order 1", "borrowed at 1", "answer's rank", "of another prompt's answer",
+        "layer", "order 0", "order 1", "borrowed at 1", "answer's rank (0: best)", "of another prompt's answer",
     )  # fmt: skip
     better = {0: 0, 1: 0}
     for i, label in enumerate(lens.labels):
@@ -87,8 +87,8 @@ def lenses(network: tj.ResidualNetwork, prompts: list[str]) -> Table:
             row.append(f"{excess.mean():+.2f} [{low:+.2f}, {high:+.2f}]{' *' if high < 0 else ''}")
         row.append(f"{lens.borrowed_share[i, 1][kept].median():.0%}")
         own, other = ranks.loc[("<answer>", label)], ranks.loc[("<other answer>", label)]
-        row.append(f"{own.rank_median + 1:,.0f} [{own.rank_low + 1:,.0f}, {own.rank_high + 1:,.0f}]")
-        row.append(f"{other.rank_median + 1:,.0f}")
+        row.append(f"{own.rank_median:,.0f} [{own.rank_low:,.0f}, {own.rank_high:,.0f}]")
+        row.append(f"{other.rank_median:,.0f}")
         table.add_row(*row)
     table.caption = (
         f"* the interval lies below 0: order 0 at {better[0]} layers, order 1 at {better[1]} of {len(lens.labels)}"
@@ -250,7 +250,7 @@ def directions(network: tj.ResidualNetwork, prompts: list[str]) -> Table:
         random = torch.randn(vectors.right.shape, generator=torch.Generator().manual_seed(i), dtype=vectors.right.dtype)
         drawn = torch.cat([J.apply(each[None].to(J.value)) for each in random])
         written, by_chance = (_ranks(network, J, each, [answers[i], other]) for each in (vectors.left, drawn))
-        rows.setdefault("best rank of the answer in 4 output directions", []).append(written[0])
+        rows.setdefault("best rank (0: best) of the answer in 4 output directions", []).append(written[0])
         rows.setdefault("the same of another prompt's answer (control)", []).append(written[1])
         rows.setdefault("the answer, in J of 4 random inputs (control)", []).append(by_chance[0])
         shares = vectors.right.norm(dim=-1).square()
@@ -278,11 +278,11 @@ def directions(network: tj.ResidualNetwork, prompts: list[str]) -> Table:
 
 
 def _ranks(network: tj.ResidualNetwork, J: Any, states: Tensor, tokens: list[int]) -> list[float]:
-    """The best rank (1 is first) of each token over output directions [k, 1, d_model], of either sign."""
+    """The best rank (0 is first) of each token over output directions [k, 1, d_model], of either sign."""
     directions = J.directions
     logits = network.decoder.logits(directions.normalized(states[:, 0]), 0.0)
     both = torch.cat([logits, -logits])
-    return [float((both > both[:, token, None]).sum(1).min()) + 1 for token in tokens]
+    return [float((both > both[:, token, None]).sum(1).min()) for token in tokens]
 
 
 def _table(title: str, *columns: Any) -> Table:

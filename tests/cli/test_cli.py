@@ -322,7 +322,7 @@ def test_targets_are_followed_through_the_layers(capsys, monkeypatch, stories):
         found = re.findall(r"([\d,]+) \(([-+][\d.e-]+)\)", both)
         expected = [(t, k) for k in range(2) for t in range(2)]
         assert [int(rank.replace(",", "")) for rank, _ in found] == [
-            int(lens.target_ranks[i, k, 0, -1, t]) + 1 for t, k in expected
+            int(lens.target_ranks[i, k, 0, -1, t]) for t, k in expected
         ]
         assert [float(logit) for _, logit in found] == pytest.approx(
             [float(lens.target_logits[i, k, 0, -1, t]) for t, k in expected], rel=0.05, abs=6e-3

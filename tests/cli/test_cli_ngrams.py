@@ -58,7 +58,7 @@ def test_one_path_is_shown_with_its_scores(capsys):
     table = tj.jet_bigrams(tinydocs(), ["1_mlp", "3_mlp"], top_k=4)
     for i, ids in enumerate(table.ids.tolist()):
         score = float(table.scores[i])
-        row = cells(text, str(i + 1), "1_mlp > 3_mlp")
+        row = cells(text, str(i), "1_mlp > 3_mlp")
         assert row[1:3] == [visible(table.names[token]) for token in ids]
         assert float(row[3]) == pytest.approx(score, rel=0.1, abs=0.006) and row[4] == f"{math.exp(score):.1%}"
     wide = run(capsys, "ngrams", "--path", "direct", "--path", "mlps", "--top-k", "2", "--scores")
@@ -75,14 +75,14 @@ def test_the_row_of_a_token(capsys):
     same(found["tables"]["mlps"], table)
     text = run(capsys, "ngrams", "--token", "\u00b7Victor", "--path", "mlps", "--top-k", "3")
     assert "mlps after \u00b7Victor" in text
-    assert cells(text, "1", "mlps after")[1:3] == ["\u00b7Victor", "\u00b7Stinner"]
+    assert cells(text, "0", "mlps after")[1:3] == ["\u00b7Victor", "\u00b7Stinner"]
 
 
 def test_a_row_for_every_token(capsys):
     text = run(capsys, "ngrams", "--path", "direct", "--per", "row", "--score", "logit", "--top-k", "2")
     table = tj.jet_bigrams(tinydocs(), "direct", per="row", score="logit", top_k=2)
     assert f"{len(table) - 20:,} more: --json, --save" in text and "probability" not in text
-    assert float(cells(text, "20", "direct")[3]) == pytest.approx(float(table.scores[19]), rel=0.01)
+    assert float(cells(text, "19", "direct")[3]) == pytest.approx(float(table.scores[19]), rel=0.01)
 
 
 def test_skip_trigrams(capsys):
@@ -94,7 +94,7 @@ def test_skip_trigrams(capsys):
         same(found["tables"][f"L1H{head}"], table)
     text = run(capsys, *options, "--top-k", "4", "--explain")
     table = tables[2]
-    row = cells(text, "1", "L1H2")
+    row = cells(text, "0", "L1H2")
     assert row[1:4] == [visible(table.names[token]) for token in table.ids[0].tolist()]
     expected = [table.scores[0], table.parts["attention"][0], table.parts["log_prob"][0]]
     assert [float(x) for x in row[4:]] == pytest.approx([float(x) for x in expected], abs=0.006)

@@ -59,8 +59,8 @@ def test_answers_of_the_file_and_what_is_shown(capsys, answered):
         table.query(f"layer == '1_pre' and order == 0 and target == '{t}'").iloc[0] for t in lens.target_names
     )
     assert row[1:4] == [
-        f"{own.rank_median + 1:,.0f} ({other.rank_median + 1:,.0f})",
-        f"{own.rank_low + 1:,.0f}..{own.rank_high + 1:,.0f}",
+        f"{own.rank_median:,.0f} ({other.rank_median:,.0f})",
+        f"{own.rank_low:,.0f}..{own.rank_high:,.0f}",
         f"{own.leads:.0%}",
     ]
     assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 100

@@ -936,6 +936,8 @@ REFUSED_BY_THE_ITERATIVE_LENS = [
     ({"layers": [1], "incl_mid": True}, ValueError, "incl_mid adds streams to layers=None; got layers, too"),
     ({"targets": "w3 w4"}, ValueError, "A target must be a single token; 'w3 w4' is 2"),
     ({"targets": ""}, ValueError, "A target must be a single token; '' is 0"),
+    ({"targets": "unheard"}, ValueError, r"A target must be a single token; 'unheard' is 1: \['<unk>'\]"),
+    ({"targets": "id:61"}, ValueError, r"targets must be token ids in 0\.\.60, or strings of one; got 'id:61'"),
     ({"targets": zoo.D_VOCAB}, ValueError, r"targets must be token ids in 0\.\.60, or strings of one; got 61"),
     ({"targets": [3, -1]}, ValueError, r"targets must be token ids in 0\.\.60, or strings of one; got -1"),
     ({"targets": []}, ValueError, "targets must name at least one token; got none"),

@@ -101,3 +101,12 @@ def test_refusals(net):
         tj.iterative_jet_lens(net, only_bos, targets="w3").trajectories()
     with pytest.raises(ValueError, match="single token"):
         tj.answer_lens(net, PROMPTS[:2], ["w3 w4", "w5"])
+
+
+def test_targets_as_tables_and_commands_write_them():
+    network = tj.ResidualNetwork(tj.load_tinydocs())
+    (ids,) = network.tokenizer([" is"], add_special_tokens=False)["input_ids"]
+    written = ["\u00b7is", f"id:{ids[0]}", " is", ids[0], "\\n"]
+    lens = tj.iterative_jet_lens(network, "A list of", order=0, positions=-1, targets=written)
+    newline = network.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    assert lens.target_ids.flatten().tolist()[-5:] == [ids[0]] * 4 + [newline]

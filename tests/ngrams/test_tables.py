@@ -134,9 +134,9 @@ def test_side_by_side():
     short = NgramTable.ranked(torch.tensor([[0, 6]]), torch.tensor([-1.5]), names=NAMES, path="direct")
     frame = side_by_side({"direct": short, "deep": table(5)}, 3, scores=True)
     assert list(frame.columns) == ["direct", "direct score", "deep", "deep score"]
-    assert frame.index.tolist() == [1, 2, 3]
+    assert frame.index.tolist() == [0, 1, 2]
     assert frame["direct"].tolist() == ["\u00b7at \u00b7least", "", ""]
-    assert frame["direct score"][1] == -1.5 and np.isnan(frame["direct score"][2])
+    assert frame["direct score"][0] == -1.5 and np.isnan(frame["direct score"][1])
     assert frame["deep score"].tolist() == table(5).scores[:3].tolist()
 
 

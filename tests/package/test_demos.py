@@ -146,7 +146,7 @@ def test_the_guide_shows_the_bigrams_that_the_library_finds():
     tables |= tl_jets.ngrams.jet_bigrams_by_path(network, top_k=20)
     found = tl_jets.ngrams.side_by_side(tables, 20)
     lines = (GUIDES / "ngrams.md").read_text().splitlines()
-    start = lines.index("| " + " | ".join(["rank", *found.columns]) + " |")
+    start = lines.index("| " + " | ".join(["rank (0: best)", *found.columns]) + " |")
     shown = [re.findall(r"`` (.*?) ``", line) for line in lines[start + 2 : start + 22]]
     wanted = [[cell.replace("|", "\\|") for cell in row] for row in found.to_numpy().tolist()]
     same = sum(a == b for row, cells in zip(shown, wanted, strict=True) for a, b in zip(row, cells, strict=True))

@@ -140,9 +140,9 @@ def _targets(lens: IterativeJetLens, asked: Read) -> Table:
     rows = []
     for i, k, row in _cells(lens):
         for name, rank, logit in zip(names, ranks[i, k].tolist(), logits[i, k].tolist(), strict=True):
-            row[name] = f"{rank + 1:,} ({signed(logit)})"
+            row[name] = f"{rank:,} ({signed(logit)})"
         rows.append(row)
-    return Table(f"Targets: rank, 1 is the best (logit{in_unit(lens.unit)})", rows)
+    return Table(f"Targets: rank, 0 is the best (logit{in_unit(lens.unit)})", rows)
 
 
 def _averages(iterative: IterativeJetLens, joint: JointJetLens) -> Table:

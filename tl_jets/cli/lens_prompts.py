@@ -112,7 +112,7 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
     """A row for each of some layers: ranks of both answers, and how often the answer leads from there on."""
     rows = lens.trajectories().set_index(["target", "order", "layer"])
     ends = list(dict.fromkeys([lens.orders[0], lens.orders[-1]]))
-    found_medians = [[rows.loc[(ANSWER, k, label)].rank_median + 1 for k in ends] for label in lens.labels]
+    found_medians = [[rows.loc[(ANSWER, k, label)].rank_median for k in ends] for label in lens.labels]
     medians = torch.tensor(found_medians, device="cpu")
     shown = range(len(lens.labels)) if every else changing(medians, [[0]] * len(lens.labels), LAYERS)
     found = []
@@ -128,7 +128,7 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
             row[f"leads, {name}"] = f"{own.leads:.0%}" + ("" if of_file else f" ({own.control_leads:.0%})")
         found.append(row)
     some = "" if len(found) == len(lens.labels) else f", where it changes: {len(found)} of {len(lens.labels)} layers"
-    notes = ["rank: 1 is the best, median over prompts (of another prompt's answer)"]
+    notes = ["rank: 0 is the best, median over prompts (of another prompt's answer)"]
     notes[0] += "; leads: from there on" + ("" if of_file else " (random vectors)")
     notes += [] if len(lens.tokens) >= FEWEST else [f"95% intervals need {FEWEST} prompts"]
     said = "" if lens.sinks is None else lens.sinks.said(lens.valid)
@@ -136,10 +136,10 @@ def _layer_table(lens: IterativeJetLens, every: bool, of_file: bool) -> Table:
 
 
 def _rank(rank: float) -> str:
-    """A rank that begins with 1; from 10,000 on in thousands."""
+    """A rank, 0 for the best token; from 10,000 on in thousands."""
     if rank != rank:
         return "?"
-    return f"{rank + 1:,.0f}" if rank < 9999 else f"{(rank + 1) / 1000:.0f}k"
+    return f"{rank:,.0f}" if rank < 9999.5 else f"{rank / 1000:.0f}k"
 
 
 def _components(lens: JointJetLens) -> list[dict[str, Any]]:

@@ -232,7 +232,7 @@ def _alone(title: str, table: NgramTable, of: str = "") -> Table:
     frame = frame.rename(columns=lambda name: names.get(name, name.replace("_", " ")))
     if table.n == 2 and table.settings.get("score", "logprob") == "logprob":
         frame.insert(3, "probability", [f"{share:.1%}" for share in np.exp(frame["score"])])
-    frame.insert(0, "rank", range(1, len(frame) + 1))
+    frame.insert(0, "rank", range(len(frame)))
     notes = [table.note] if table.note else []
     return Table(f"{title}{of}", frame, notes=notes, top=_top(table, of), total=len(table), more="more: --json, --save")
 
@@ -245,7 +245,7 @@ def _beside(found: Mapping[str, NgramTable], of: str, scores: bool) -> Iterator[
     group: list[pd.DataFrame] = []
     used = 0
     for label, table in found.items():
-        frame = side_by_side({label: table}, top, scores=scores).reindex(range(1, top + 1))
+        frame = side_by_side({label: table}, top, scores=scores).reindex(range(top))
         frame[label] = frame[label].fillna("")
         width = frame[label].str.len().max() + GAP + (RANK_WIDTH + GAP if scores else 0)
         if group and used + width > room:

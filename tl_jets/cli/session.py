@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import os
 import re
@@ -25,7 +24,7 @@ from tl_jets.core.divergence import DivergenceWarning
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
 from tl_jets.core.structure import Structure
-from tl_jets.core.tokens import token_text, visible
+from tl_jets.core.tokens import token_text, unescaped, visible
 from tl_jets.core.trace import Trace
 from tl_jets.paths.cancellation import CancellationWarning
 from tl_jets.pretrained import load_model, load_tinydocs
@@ -206,7 +205,7 @@ def read_token(network: Structure, given: str, n_tokens: int | None = None) -> i
         return token
     if tokenizer is None:
         raise UsageError(f"the model has no tokenizer; give a token by its id, as id:317, not {given!r}")
-    texts = list(dict.fromkeys((given, _unescaped(given), f" {given}")))
+    texts = list(dict.fromkeys((given, unescaped(given), f" {given}")))
     by_text: dict[str, list[int]] | None = None
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -227,12 +226,3 @@ def read_token(network: Structure, given: str, n_tokens: int | None = None) -> i
     raise UsageError(
         f"no single token reads {visible(given)!r}; it is {parts}. Give one token, with its leading space, or id:317"
     )
-
-
-def _unescaped(text: str) -> str:
-    """Undo `tl_jets.core.tokens.visible`."""
-    text = text.replace("\u00b7", " ")
-    try:
-        return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text
-    except (SyntaxError, ValueError):
-        return text

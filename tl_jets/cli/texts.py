@@ -111,7 +111,7 @@ LEGENDS: dict[str, dict[str, str]] = {
         "KL (control)": "KL(model || lens) in nats, 0 is best. In round brackets: the same for one random vector of the "
         "layer's length and angle to the final stream, which has that much of the answer and nothing else of the layer; a KL "
         "no better is no evidence about the layer. One draw scatters by tens of percent: compare averages.",
-        "rank": "Of the answers to --prompts among all tokens, 1 is the best: median over prompts, and its 95% interval. In round "
+        "rank": "Of the answers to --prompts among all tokens, 0 is the best: median over prompts, and its 95% interval. In round "
         "brackets: the rank of the answer to another prompt, which a layer that has read nothing ranks as well.",
         "leads": "Share of prompts whose answer is a layer's best token from that layer on. In round brackets: the same for "
         "random vectors and the model's own answer.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.structure import Structure
-from tl_jets.core.tokens import check_text
+from tl_jets.core.tokens import check_text, unescaped
 from tl_jets.core.trace import Trace
 
 # Texts or ids for all prompts; a list of such lists, one per prompt; or ids [batch, pos, target].
@@ -276,16 +277,22 @@ def _token_id(network: Structure, target: Any) -> int:
             return _index(target)
         except TypeError as error:
             raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
-    if network.tokenizer is None:
+    by_id, tokenizer = re.fullmatch(r"id:(\d+)", target), network.tokenizer
+    if tokenizer is None and not by_id:
         raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
     check_text("A target", target)
-    ids = network.tokenizer(target, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(
-            f"A target must be a single token; {target!r} is {len(ids)}: "
-            f"{[network.tokenizer.decode([i]) for i in ids]}. Mind the leading space, or pass a token id."
-        )
-    return int(ids[0])
+    ids: list[int] = []
+    for text in () if tokenizer is None else dict.fromkeys((target, unescaped(target))):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        unknown = ids == [getattr(tokenizer, "unk_token_id", None)] and text != tokenizer.unk_token
+        if len(ids) == 1 and not unknown:
+            return int(ids[0])
+    if by_id:
+        return int(by_id[1])
+    raise ValueError(
+        f"A target must be a single token; {target!r} is {len(ids)}: "
+        f"{[network.tokenizer.decode([i]) for i in ids]}. Mind the leading space, or pass a token id."
+    )
 
 
 # As in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.

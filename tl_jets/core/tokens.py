@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,6 +92,15 @@ def nested_texts(names: Mapping[int, str], ids: Tensor) -> Any:
         return [nested(value) for value in values] if isinstance(values, list) else names.get(values)
 
     return nested(ids.tolist())
+
+
+def unescaped(text: str) -> str:
+    """The text that `visible` shows as `text`."""
+    text = text.replace("\u00b7", " ")
+    try:
+        return ast.literal_eval(f"'{text}'") if "\\" in text and "'" not in text and "\n" not in text else text
+    except (SyntaxError, ValueError):
+        return text
 
 
 def visible(text: str | None) -> str:

@@ -308,8 +308,8 @@ def iterative_jet_lens(
         incl_mid: With `layers=None`, also read streams between attention and MLP.
         center_scale: Length of centers: `"none"` (the paper's), or `"match"` or `"orthogonal"`, whose series converge.
         linearize: `"jet"`, or `"detached"` (direct logit attribution), without order or center_scale.
-        targets: Tokens to follow: strings or ids, a list of them per prompt, or ids [batch, pos] aligned with
-            `positions`.
+        targets: Tokens to follow: strings (`" is"`, or `"·is"` as tables write it), ids, a list of them per prompt,
+            or ids [batch, pos] aligned with `positions`.
         top_k: Number of best tokens per cell.
         measures: Whether to compute measures, their controls and the own part's best token.
         seed: Seed of the control, whose directions all layers and prompts share; None for no control, a fifth faster.

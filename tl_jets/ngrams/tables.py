@@ -374,7 +374,7 @@ def _read(cls: type[NgramTable], found: Any, about: dict[str, Any], file: str) -
 
 
 def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool = False) -> pd.DataFrame:
-    """The best n-grams of several tables by rank from 1, a column each, as `·more·than`; short columns are padded.
+    """The best n-grams of several tables by rank (0 is the best), a column each, as `·more·than`; short columns are padded.
 
     Args:
         tables: Tables by column name.
@@ -396,5 +396,5 @@ def side_by_side(tables: Mapping[str, NgramTable], k: int = 20, *, scores: bool 
             columns[f"{name} score"] = pd.Series(best.scores.tolist(), dtype=float)
     frame = pd.DataFrame(columns)
     frame = frame.fillna({name: "" for name in tables})
-    frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
+    frame.index = pd.RangeIndex(len(frame), name="rank")
     return frame

@@ -67,7 +67,8 @@ const COLORS = {
     name: "rank of the answer",
     legend: `bluer: the answer ranks higher, on a logarithmic scale of ${(mostRank + 1).toLocaleString("en")} tokens`,
     of: (l, p) => [1 - Math.log1p(at(lens.target_ranks, l)[p][0]) / Math.log1p(mostRank || 1), "below"],
-    lines: l => [["rank", at(lens.target_ranks, l)[state.pos][0] + 1]], y: { type: "log", reverse: true, label: "rank", tickFormat: ",d" },
+    lines: l => [["rank", at(lens.target_ranks, l)[state.pos][0]]],
+    y: { type: "symlog", reverse: true, label: "rank (0: best)", tickFormat: ",d", ticks: [0, ...[1, 10, 100, 1000, 10000, 100000].filter(n => n <= mostRank)] },
   },
   control: {
     name: "KL against its control",
@@ -140,7 +141,7 @@ function drawPanel() {
   parts.push(table(["", "cell", "random vector"], [
     ...Object.entries(NAMES).map(([name, said]) => [words(said), number(cell(lens.measures[name])), beside(name)]),
     ...(lens.target_ranks ? lens.targets[b][p].map((text, t) =>
-      [words("rank of ", token(text)), (cell(lens.target_ranks)[t] + 1).toLocaleString("en"), words("")]) : []),
+      [words("rank (0: best) of ", token(text)), cell(lens.target_ranks)[t].toLocaleString("en"), words("")]) : []),
     ...(frozen ? [] : [
       [words("borrowed share"), number(cell(lens.borrowed_share)), words("")],
       [words("alpha, beta (own stream, the model's)"), number(cell(lens.alpha)), number(cell(lens.beta))],
@@ -149,11 +150,11 @@ function drawPanel() {
   ]));
   const color = COLORS[state.color], lines = lens.labels.flatMap((_, i) => color.lines(i).map(([kind, value]) => ({ layer: i, kind, value })));
   const kinds = [...new Set(lines.map(d => d.kind))], stroke = d => d.kind === kinds[0] ? "var(--focus)" : "var(--dim)";
-  const title = state.color === "rank" ? ["Rank of ", token(lens.targets[b][p][0]), " by layer"] : [`${color.name} by layer`, kinds.length > 1 ? `; grey: ${kinds[1]}` : ""];
+  const title = state.color === "rank" ? ["Rank of ", token(lens.targets[b][p][0]), " by layer, 0 is the best"] : [`${color.name} by layer`, kinds.length > 1 ? `; grey: ${kinds[1]}` : ""];
   parts.push(element("h3", title), chart({
     height: 170, marginLeft: 48, ariaLabel: `${color.name} by layer`,
     x: { label: "layer", ticks: d3.range(0, n_layers, Math.ceil(n_layers / 8)), tickFormat: i => lens.labels[i].split("_")[0] },
-    y: { domain: [state.color === "rank" ? 1 : 0, Math.max(state.color === "rank" ? 10 : 0, d3.max(lines, d => d.value))], ticks: 4, grid: true, ...color.y },
+    y: { domain: [0, Math.max(state.color === "rank" ? 10 : 0, d3.max(lines, d => d.value))], ticks: 4, grid: true, ...color.y },
     marks: [Plot.line(lines, { x: "layer", y: "value", z: "kind", stroke }), Plot.dot(lines, { x: "layer", y: "value", fill: stroke, r: 4, filter: d => d.layer === l })],
   }));
   parts.push(...jointParts(b, p));
