@@ -23,11 +23,12 @@ if TYPE_CHECKING:  # what type checkers and the documentation read
     from tl_jets.circuits.faithfulness import CircuitFaithfulness, circuit_faithfulness
     from tl_jets.circuits.patching import PatchingComparison, compare_patching
     from tl_jets.core.concatenation import concat
-    from tl_jets.core.decoder import Decoder, Metric
+    from tl_jets.core.decoder import Decoder
     from tl_jets.core.divergence import DivergenceWarning
     from tl_jets.core.linear_map import LinearMap, SingularVectors
     from tl_jets.core.logit_reader import TopTokens
     from tl_jets.core.measures import Measures
+    from tl_jets.core.metric import Metric
     from tl_jets.core.network import ResidualNetwork
     from tl_jets.core.prompts import over_prompts
     from tl_jets.core.protocol import Stage, Step
@@ -122,9 +123,10 @@ _PLACES = {
     "tl_jets.circuits.faithfulness": ("CircuitFaithfulness", "circuit_faithfulness"),
     "tl_jets.circuits.patching": ("PatchingComparison", "compare_patching"),
     "tl_jets.core.concatenation": ("concat",),
-    "tl_jets.core.decoder": ("Decoder", "Metric"),
+    "tl_jets.core.decoder": ("Decoder",),
     "tl_jets.core.linear_map": ("LinearMap", "SingularVectors"),
     "tl_jets.core.measures": ("Measures",),
+    "tl_jets.core.metric": ("Metric",),
     "tl_jets.core.network": ("ResidualNetwork",),
     "tl_jets.core.prompts": ("over_prompts",),
     "tl_jets.core.protocol": ("Stage", "Step"),

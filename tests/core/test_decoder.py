@@ -87,6 +87,22 @@ def test_metric_keeps_digits_under_a_large_offset():
     torch.testing.assert_close(shifted.metric(True).gram, decoder.metric(True).gram, rtol=1e-9, atol=1e-7)
 
 
+def test_metric_is_made_once_it_costs_less_than_logits(monkeypatch):
+    """Inner products of few vectors do not need it; what all calls asked for counts, until the weights change."""
+    monkeypatch.setattr(decoder_module, "FEW_VECTORS", 1)
+    decoder = make_decoder(offset=0.0)
+    shifted = Decoder(decoder.norm, decoder.W_U + 1e5, decoder.b_U - 1e5)
+    vectors = draw(2, 1, 7), draw(2, 7, seed=2)
+    few = [made.grams(*vectors)[1] for made in (decoder, shifted)]
+    torch.testing.assert_close(few[1], few[0], rtol=1e-9, atol=1e-6)
+    assert not decoder._metrics and few[0][0][1].shape == (2, 2)
+    torch.testing.assert_close(decoder.grams(*vectors)[1], few[0], rtol=1e-12, atol=1e-12)
+    assert decoder._metrics
+    decoder.W_U.mul_(2)
+    by_hand = materialised(decoder, vectors[0][..., :-1], vectors[0][..., -1], False)
+    torch.testing.assert_close(decoder.grams(vectors[0])[0][0][0], by_hand.square().sum(-1), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_metric_is_float64_whatever_the_weights(dtype):
     decoder = make_decoder(dtype=dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tl_jets.core.decoder as decoder_module
 from tl_jets.calculus import Norm
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.measures import (
@@ -39,10 +40,19 @@ def wanted(truth: Tensor, lens: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.fixture(params=["by logits", "by the metric"])
+def way(request, monkeypatch):
+    """Both ways to take inner products of logits, whatever the number of vectors; chunks of several columns."""
+    monkeypatch.setattr(decoder_module, "FEW_VECTORS", 0 if request.param == "by logits" else V)
+    monkeypatch.setattr(decoder_module, "PANEL", 9)
+    monkeypatch.setattr(decoder_module, "FEW_ELEMENTS", 9 * (D + 1))
+    return request.param
+
+
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("kind", ["LN", "RMS", "none"])
-def test_geometry_in_the_plane_of_the_jet(kind, plain, control):
+def test_geometry_in_the_plane_of_the_jet(kind, plain, control, way):
     """Six inner products give what full logits give; also where a lens borrows nothing, or is the model."""
     dec = decoder(kind, plain=plain)
     centers, variate = normal(LAYERS, ROWS, D, seed=5), normal(ROWS, D, seed=6)
@@ -53,7 +63,7 @@ def test_geometry_in_the_plane_of_the_jet(kind, plain, control):
     alpha[1, 1], beta[1, 1] = 0, gamma
     plane = split_along(dec.norm, centers, variate)
     random = random_directions(dec.norm, variate, (), torch.arange(ROWS), seed=3) if control else None
-    found = geometry_in_plane(dec, plane, random, alpha, beta, gamma)
+    found = geometry_in_plane(dec, plane, random, alpha, beta, gamma)[-1]
     if control:
         centers = plane.along[..., None] * plane.variate + plane.across[..., None] * random
     x, y = (dec.norm.scale(dec.norm.center(value)) for value in (centers, variate))
@@ -65,15 +75,20 @@ def test_geometry_in_the_plane_of_the_jet(kind, plain, control):
     lengths = [(part - part.mean(-1, keepdim=True)).norm(dim=-1) for part in (own, borrowed)]
     torch.testing.assert_close(found["borrowed_share"], lengths[1] / (lengths[0] + lengths[1]), rtol=1e-10, atol=1e-10)
     assert not bool(found["borrowed_share"][:, 0].any()) and bool((found["borrowed_share"][1, 1] == 1).all())
+    assert bool(dec._metrics) == (way == "by the metric")
 
 
 @pytest.mark.parametrize("kind", ["LN", "RMS"])
+@pytest.mark.usefixtures("way")
 def test_geometry_of_any_states(kind):
     dec = decoder(kind)
     states, truth = normal(LAYERS, ROWS, D, seed=5), normal(ROWS, D, seed=6)
-    found = geometry(dec, states, truth)
+    found, lengths = geometry(dec, states, truth, truth, states[0])
     for name, value in wanted(dec.logits(truth), dec.logits(states)).items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+    for part, length in zip((truth, states[0]), lengths, strict=True):
+        logits = part @ dec.W_U
+        torch.testing.assert_close(length, (logits - logits.mean(-1, keepdim=True)).norm(dim=-1))
 
 
 @pytest.mark.parametrize("kind", ["LN", "RMS", "none"])

@@ -19,7 +19,6 @@ from tl_jets.core.numerals import number, signed
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.core.selection import ANSWER
 from tl_jets.lenses import IterativeJetLens, JointJetLens, iterative_jet_lens, joint_jet_lens
-from tl_jets.views import lens_page
 
 BAR, BAR_WIDTH = "\u2588", 20
 # Components below this weight share one row if there are more than MAX_ROWS.
@@ -67,9 +66,11 @@ def report(options: argparse.Namespace) -> Report:
     if iterative is None or joint is None:
         return Report(data, heading, [*tables[:2], *targeted, *tables[2:]], names, verdict=verdict)
     whole, averages = [_iterative(iterative, asked), _joint(joint, asked)], _averages(iterative, joint)
-    page = (
-        [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=asked.position)] if files else []
-    )
+    page = []
+    if files:
+        from tl_jets.views import lens_page  # a first answer takes no pages
+
+        page = [lens_page(iterative, joint, model=options.model, prompt=asked.prompt, shown=asked.position)]
     data |= page[0].data if page else {}
     tables = whole if options.all else tables
     tables = [*tables[:2], *targeted, *tables[2:], *([averages] if options.all or options.averages else [])]

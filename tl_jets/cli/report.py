@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
@@ -25,7 +25,9 @@ from torch import Tensor
 from tl_jets.core.markup import text
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.numerals import number
-from tl_jets.views import View, page
+
+if TYPE_CHECKING:
+    from tl_jets.views import View
 
 # Minimum width of tables, the width if COLUMNS=0 (unknown), and that of pictures.
 LEAST_WIDTH, USUAL_WIDTH, PICTURE_WIDTH = 40, 80, 84
@@ -100,6 +102,8 @@ class Report:
 
     def html(self) -> str:
         """A complete page that opens offline."""
+        from tl_jets.views import View, page  # views take longer to load than a table to print
+
         asked = "<br>".join(f"{text(name)}: {text(value)}" for name, value in self.asked.items())
         asked = f"<p>{asked}</p><p>{'<br>'.join(f'<b>{text(line)}</b>' for line in self.verdict)}</p>"
         legend = "".join(f"<p><b>{text(name)}</b>: {text(entry)}</p>" for name, entry in self.legend.items())
@@ -178,6 +182,8 @@ def plain(value: Any) -> Any:
 
 def _view(table: Table) -> View:
     """A table on a page."""
+    from tl_jets.views import View
+
     frame = table.frame(MAX_ROWS)
     total = len(frame) + table.hidden(MAX_ROWS)
     shown = dataframe_html(frame, rows=len(frame), columns=frame.shape[1], total=total, whole="--json has them")

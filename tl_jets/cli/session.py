@@ -20,13 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT, UsageError, one_line
 from tl_jets.cli.outputs import STDOUT, output_files, write
-from tl_jets.core.divergence import DivergenceWarning
+from tl_jets.core.divergence import CancellationWarning, DivergenceWarning
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
 from tl_jets.core.structure import Structure
 from tl_jets.core.tokens import token_text, unescaped, visible
 from tl_jets.core.trace import Trace
-from tl_jets.paths.cancellation import CancellationWarning
 from tl_jets.pretrained import load_model, load_tinydocs
 
 

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.logit_reader import top_tokens
+from tl_jets.core.metric import augmented
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import ANSWER, Rows, TargetInput, read_targets
 from tl_jets.core.trace import Trace
@@ -61,8 +62,8 @@ def mean_logits(
     decoder: Decoder, states: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"]
 ) -> Float[Tensor, "*rows"]:
     """Mean over the vocabulary of the additive logits of states [*rows], float64."""
-    metric = decoder.metric(centered=True)
-    return metric.augment(states, bias_weight) @ metric.mean / decoder.d_vocab**0.5
+    decoder.check_states(states)
+    return augmented(states, bias_weight) @ decoder.scaled(decoder.mean_column())
 
 
 def centered(

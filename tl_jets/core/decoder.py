@@ -51,7 +51,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,7 @@ from tl_jets.calculus import Norm
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.changes import Watch
 from tl_jets.core.free_memory import free_bytes
+from tl_jets.core.metric import Gram, Metric, added, products
 
 # Number of columns of W_U converted to another dtype at a time: about 32 MB.
 CONVERTED_ELEMENTS = 2**22
@@ -72,70 +73,10 @@ FEW, FEW_ELEMENTS = 64, 2**18
 # Part of a device's free memory that converted columns may take.
 CONVERTED_SHARE = 8
 LOGITS_UNIT, SOFTCAP_UNIT = "logits", "logits before the softcap"
+# Inner products of up to d_model / FEW_VECTORS vectors are taken of their logits, which cost less than the metric.
+FEW_VECTORS = 4
 # Number of rows of the Gram matrix computed at a time, on and below the diagonal only.
 PANEL = 192
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """Inner products of logit vectors, computed from d_model-sized vectors.
-
-    Attributes:
-        gram: G or G_c, float64; the last row and column belong to `b_U` [d_model + 1, d_model + 1].
-        centered: Whether logits are centered over the vocabulary.
-        mean: sqrt(V) times the mean column: G = G_c + mean mean' [d_model + 1].
-    """
-
-    gram: Float[Tensor, "d_model_and_bias d_model_and_bias"]
-    centered: bool
-    mean: Float[Tensor, " d_model_and_bias"]
-
-    def augment(
-        self, states: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"] = 0.0
-    ) -> Float[Tensor, "*rows d_model_and_bias"]:
-        """Append the multiple `bias_weight` of `b_U` to normalized states, in float64; ValueError for another width."""
-        d_model = self.gram.shape[0] - 1
-        if states.shape[-1] != d_model:
-            raise ValueError(
-                f"States must have d_model = {d_model} as their last dimension, got shape {tuple(states.shape)}. "
-                "Pass what the unembedding reads, not logits."
-            )
-        weight = torch.as_tensor(bias_weight, dtype=torch.float64, device=states.device)
-        return torch.cat([states.double(), weight.expand(states.shape[:-1]).unsqueeze(-1)], dim=-1)
-
-    def inner(
-        self,
-        x: Float[Tensor, "*#rows d_model"],
-        y: Float[Tensor, "*#rows d_model"],
-        x_bias: float | Float[Tensor, "*#rows"] = 1.0,
-        y_bias: float | Float[Tensor, "*#rows"] = 1.0,
-    ) -> Float[Tensor, "*rows"]:
-        """Inner product of the logit vectors of normalized states `x` and `y`, in logits squared, float64.
-
-        `x_bias` and `y_bias` are the multiples of `b_U` in these logits: numbers, or one per row.
-        """
-        return ((self.augment(x, x_bias) @ self.gram) * self.augment(y, y_bias)).sum(-1)
-
-    def norm(
-        self, x: Float[Tensor, "*rows d_model"], bias_weight: float | Float[Tensor, "*#rows"] = 1.0
-    ) -> Float[Tensor, "*rows"]:
-        """Euclidean length of the logit vector of a normalized state, in logits, float64.
-
-        For a difference of states, `bias_weight` is the difference of the multiples of `b_U`.
-        """
-        # Rounding can leave a null vector slightly below zero.
-        return self.inner(x, x, bias_weight, bias_weight).clamp_min(0).sqrt()
-
-    def cosine(
-        self,
-        x: Float[Tensor, "*#rows d_model"],
-        y: Float[Tensor, "*#rows d_model"],
-        x_bias: float | Float[Tensor, "*#rows"] = 1.0,
-        y_bias: float | Float[Tensor, "*#rows"] = 1.0,
-    ) -> Float[Tensor, "*rows"]:
-        """Cosine between the logit vectors of `x` and `y` (arguments of `inner`), float64; NaN where one is zero."""
-        cosine = self.inner(x, y, x_bias, y_bias) / (self.norm(x, x_bias) * self.norm(y, y_bias))
-        return cosine.clamp(-1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +103,8 @@ class Decoder:
     # By the state of the weights; only the last one is kept.
     _metrics: dict[int, tuple[Metric, Metric]] = field(default_factory=dict, init=False, repr=False)
     _means: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    # Number of vectors whose inner products were taken.
+    _asked: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _biases: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
     _watch: Watch = field(default_factory=Watch, init=False, repr=False)
 
@@ -190,7 +133,7 @@ class Decoder:
     @property
     def has_bias(self) -> bool:
         """Whether `b_U` is not zero everywhere; computed once for the same weights."""
-        now = self._watch.number([self.W_U, self.b_U])
+        now = self._now()
         if now not in self._biases:
             self._biases.clear()
             self._biases[now] = bool(self.b_U.any())
@@ -262,8 +205,7 @@ class Decoder:
 
     def columns(self, dtype: torch.dtype, *, few: bool = False):
         """Yield (first token id, columns of `W_U` in `dtype`, unscaled) in chunks, on a CPU small ones for `few` rows."""
-        elements = FEW_ELEMENTS if few and self.W_U.device.type == "cpu" else self._converted_elements(dtype)
-        width = max(1, elements // self.d_model)
+        width = max(1, self._chunk(dtype, few) // self.d_model)
         for start in range(0, self.d_vocab, width):
             yield start, self.W_U[:, start : start + width].to(dtype)
 
@@ -274,6 +216,9 @@ class Decoder:
         if self.W_U.numel() > self._converted_elements(dtype):
             return self
         return replace(self, W_U=self.W_U.to(dtype))
+
+    def _chunk(self, dtype: torch.dtype, few: bool) -> int:
+        return FEW_ELEMENTS if few and self.W_U.device.type == "cpu" else self._converted_elements(dtype)
 
     def _converted_elements(self, dtype: torch.dtype) -> int:
         """How many numbers are converted at once: what stays in a CPU's cache, or a share of a device's free memory."""
@@ -307,27 +252,62 @@ class Decoder:
         Args:
             centered: Subtract each logit vector's mean over the vocabulary, which the softmax ignores.
         """
-        now = self._watch.number([self.W_U, self.b_U])
+        now = self._now()
         if now not in self._metrics:
             self._metrics.clear()
-            self._metrics[now] = self._both_metrics()
+            self._metrics[now] = self._both_metrics(self._mean(now))
         return self._metrics[now][int(centered)]
+
+    def grams(self, *vectors: Float[Tensor, "... d_model_and_bias"]) -> tuple[Gram, Gram]:
+        """Inner products of the plain and of the centered logits of each two of some vectors (x, s), float64.
+
+        Rows broadcast. Few vectors are read through their logits, until as many were asked for as pay for the metric.
+        """
+        now = self._now()
+        mean, asked = self._mean(now), self._asked.pop(now, 0) + sum(len(v.flatten(0, -2)) for v in vectors)
+        self._asked.clear()
+        self._asked[now] = asked
+        with torch.no_grad():
+            if now in self._metrics or asked * FEW_VECTORS > self.d_model:
+                gram = self.metric(centered=True).gram
+                centered = products([v @ gram for v in vectors], vectors)
+            else:
+                centered = self._products_of_logits(mean, vectors)
+            means = [v @ self.scaled(mean * self.d_vocab**0.5) for v in vectors]
+        return added(centered, products(*[[x[..., None] for x in means]] * 2)), centered
+
+    def _products_of_logits(self, mean: Tensor, vectors: Sequence[Tensor]) -> Gram:
+        """Inner products of centered logits, by chunks of the vocabulary that stay in cache."""
+        flat = self.scaled(torch.cat([v.flatten(0, -2) for v in vectors]))
+        sizes, found = [len(v.flatten(0, -2)) for v in vectors], None
+        for chunk in self._centered_columns(mean, few=True):
+            parts = zip((flat @ chunk).split(sizes), vectors, strict=True)
+            logits = [part.view(*v.shape[:-1], -1) for part, v in parts]
+            more = products(logits, logits)
+            found = more if found is None else added(found, more)
+        assert found is not None
+        return found
 
     def mean_column(self) -> Float[Tensor, " d_model_and_bias"]:
         """Mean over the vocabulary of the columns of [W_U; b_U], unscaled, in float64; kept until they change."""
-        now = self._watch.number([self.W_U, self.b_U])
+        return self._mean(self._now())
+
+    def _now(self) -> int:
+        """The number of the state of the weights."""
+        return self._watch.number([self.W_U, self.b_U])
+
+    def _mean(self, now: int) -> Tensor:
         if now not in self._means:
             self._means.clear()
             with torch.no_grad():
                 # In chunks: `mean(dtype=...)` would convert all of W_U at once.
-                total = sum(columns.sum(1) for _, columns in self.columns(torch.float64))
+                total = sum(columns.sum(1) for _, columns in self.columns(torch.float64, few=True))
                 total = torch.as_tensor(total, device=self.W_U.device)
                 self._means[now] = torch.cat([total, self.b_U.double().sum()[None]]) / self.d_vocab
         return self._means[now]
 
-    def _both_metrics(self) -> tuple[Metric, Metric]:
+    def _both_metrics(self, mean: Tensor) -> tuple[Metric, Metric]:
         with torch.no_grad():
-            mean = self.mean_column()
             gram = torch.zeros(self.d_model + 1, self.d_model + 1, dtype=torch.float64, device=self.W_U.device)
             for chunk in self._centered_columns(mean):
                 add_gram(gram, chunk)
@@ -335,10 +315,12 @@ class Decoder:
             mean = self.scaled(mean * self.d_vocab**0.5)
             return Metric(gram + torch.outer(mean, mean), False, mean), Metric(gram, True, mean)
 
-    def _centered_columns(self, mean: Tensor) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
-        """Columns of [W_U; b_U] minus their mean, in float64, in chunks that share one buffer."""
+    def _centered_columns(
+        self, mean: Tensor, *, few: bool = False
+    ) -> Iterator[Float[Tensor, "d_model_and_bias columns"]]:
+        """Columns of [W_U; b_U] minus their mean, in float64, in chunks that share one buffer; as `columns`."""
         size = self.d_model + 1
-        width = max(PANEL, self._converted_elements(torch.float64) // size)
+        width = max(PANEL, self._chunk(torch.float64, few) // size)
         buffer = torch.empty(size * min(width, self.d_vocab), dtype=torch.float64, device=self.W_U.device)
         tied = self.W_U.stride(0) < self.W_U.stride(1)
         for start in range(0, self.d_vocab, width):

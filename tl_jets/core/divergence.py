@@ -10,6 +10,10 @@ from __future__ import annotations
 from tl_jets.core.caller import warn_caller
 
 
+class CancellationWarning(UserWarning):
+    """Effects that are listed add up to much less than their sizes, so that single ones say little of the sum."""
+
+
 class DivergenceWarning(UserWarning):
     """The remainder of a jet expansion is larger than the expanded quantity: its terms do not approximate it.
 

@@ -40,8 +40,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.calculus import Norm
-from tl_jets.core.decoder import Decoder, Metric
+from tl_jets.core.decoder import Decoder
 from tl_jets.core.lens_logits import Readings
+from tl_jets.core.metric import Gram, augmented
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
 from tl_jets.core.results import Result
@@ -165,59 +166,58 @@ def check_seed(seed: Any) -> None:
 
 def geometry_in_plane(
     decoder: Decoder, plane: Plane, control: Tensor | None, alpha: Tensor, beta: Tensor, gamma: Tensor
-) -> dict[str, Tensor]:
+) -> list[dict[str, Tensor]]:
     """Remainder norm, both cosines and the borrowed share of jets in the plane of y and q: each [layer, order, *row].
 
     Jets are L = alpha U(w * x) + beta U(w * y) + c, the model is T = gamma U(w * y) + c. The unit vectors `control`, if
-    given, replace the direction of q.
+    given, replace the direction of q: theirs come second.
     """
-    norm, metric = decoder.norm, decoder.metric(centered=True)
-    along = plane.along[:, None]
-    direction, length = (plane.orthogonal, 1) if control is None else (control, plane.across[:, None])
+    norm, along = decoder.norm, plane.along[:, None]
+    given = [plane.orthogonal, *([] if control is None else [control])]
     bias = torch.zeros_like(plane.variate[:1]) if norm.bias is None else norm.bias[None]
-    s, q, c = norm.scale(plane.variate), norm.scale(direction), metric.augment(bias, 1.0)
-    vectors = metric.augment(s, 0.0), metric.augment(q, 0.0), c
-    plain, centered = _grams(metric, *(v[:, None] if v.ndim > s.ndim else v for v in vectors))
-    # Coefficients of s, q and c: the lens, the model, their difference, the lens' own part, and the borrowed one.
-    A, B = alpha * along + beta, alpha * length
-    lens, model, short, own, lent = (A, B, 1), (gamma, 0, 1), (gamma - A, -B, 0), (along, length, 0), (1, 0, 0)
-    mine, lent = alpha.abs() * _length(centered, own), beta.abs() * _length(centered, lent)
-    return {
-        "cosine": _cosine(plain, lens, model),
-        "remainder_norm": _length(plain, short) / _length(plain, model),
-        "centered_cosine": _cosine(centered, lens, model),
-        "borrowed_share": torch.where(lent == 0, 0, lent / (mine + lent)),
+    s, q = augmented(norm.scale(plane.variate), 0.0), [augmented(norm.scale(direction), 0.0) for direction in given]
+    vectors = [s, augmented(bias, 1.0), *q]
+    grams = decoder.grams(*(v[:, None] if v.ndim > s.ndim else v for v in vectors))
+    found = []
+    for i, length in zip(range(2, len(vectors)), (1, plane.across[:, None]), strict=False):
+        plain, centered = ([[gram[a][b] for b in (0, i, 1)] for a in (0, i, 1)] for gram in grams)
+        # Coefficients of s, q and c: the lens, the model, their difference, the lens' own part, and the borrowed one.
+        A, B = alpha * along + beta, alpha * length
+        lens, model, short, own, lent = (A, B, 1), (gamma, 0, 1), (gamma - A, -B, 0), (along, length, 0), (1, 0, 0)
+        mine, lent = alpha.abs() * _length(centered, own), beta.abs() * _length(centered, lent)
+        found.append(
+            {
+                "cosine": _cosine(plain, lens, model),
+                "remainder_norm": _length(plain, short) / _length(plain, model),
+                "centered_cosine": _cosine(centered, lens, model),
+                "borrowed_share": torch.where(lent == 0, 0, lent / (mine + lent)),
+            }
+        )
+    return found
+
+
+def geometry(decoder: Decoder, states: Tensor, truth: Tensor, *parts: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Remainder norm and both cosines of logits of `states` against `truth`, inputs of the unembedding.
+
+    Second: lengths of the centered logits of `parts`, without `b_U`.
+    """
+    given = [augmented(states.double() - truth.double(), 0.0), *(augmented(part, 0.0) for part in parts)]
+    plain, centered = decoder.grams(augmented(states, 1.0), augmented(truth, 1.0), *given)
+    one, other, difference = (1, 0, 0), (0, 1, 0), (0, 0, 1)
+    found = {
+        "cosine": _cosine(plain, one, other),
+        "centered_cosine": _cosine(centered, one, other),
+        "remainder_norm": _length(plain, difference) / _length(plain, other),
     }
+    return found, [centered[i][i].clamp_min(0).sqrt() for i in range(3, 3 + len(parts))]
 
 
-def geometry(decoder: Decoder, states: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Remainder norm and both cosines of logits of `states` against `truth`, inputs of the unembedding."""
-    metric = decoder.metric(centered=True)
-    plain, centered = _grams(metric, metric.augment(states, 1.0), metric.augment(truth, 1.0))
-    difference = decoder.metric(False).norm(states.double() - truth.double(), 0.0)
-    return {
-        "cosine": _cosine(plain, (1, 0), (0, 1)),
-        "centered_cosine": _cosine(centered, (1, 0), (0, 1)),
-        "remainder_norm": difference / _length(plain, (0, 1)),
-    }
-
-
-# Inner products of some vectors, and a combination of these vectors.
-Gram = list[list[Tensor]]
+# A combination of vectors, whose inner products are a `Gram`.
 Combination = Sequence[Tensor | int]
 
 
-def _grams(metric: Metric, *vectors: Tensor) -> tuple[Gram, Gram]:
-    """Inner products of the plain and of the centered logits of vectors [..., d_model + 1], by the centered metric."""
-    images, means = [v @ metric.gram for v in vectors], [v @ metric.mean for v in vectors]
-    centered = [[(image * v).sum(-1) for v in vectors] for image in images]
-    n = range(len(vectors))
-    plain = [[centered[i][j] + means[i] * means[j] for j in n] for i in n]
-    return plain, centered
-
-
 def _product(gram: Gram, u: Combination, v: Combination) -> Tensor:
-    first, *others = (a * b * value for a, row in zip(u, gram, strict=True) for b, value in zip(v, row, strict=True))
+    first, *others = (a * b * value for a, row in zip(u, gram, strict=False) for b, value in zip(v, row, strict=False))
     return sum(others, first)
 
 

@@ -374,11 +374,8 @@ def read_lens(
         targets=None if ids is None else ids[rows.kept],
         **options,
     )
-    borrowed, own = inputs.measured(scan, plane, None, alpha, beta)
-    control = kl = None
-    if scan.control is not None:
-        control, kl = inputs.measured(scan.control, plane, drawn[0], alpha, beta, 0)[1], scan.control.kl
-    spread = rows.spread
+    borrowed, own, control = inputs.measured(scan, plane, drawn[0] if drawn else None, alpha, beta)
+    spread, kl = rows.spread, None if scan.control is None else scan.control.kl
     return IterativeJetLens(
         labels=labels,
         orders=list(range(order + 1)),

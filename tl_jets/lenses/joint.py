@@ -328,12 +328,11 @@ def _weighted(
     shared = beta[:, 0, :, None] * inputs.shared
     own = found.sums - shared if decoder.norm.bias is None else found.sums - shared - decoder.norm.bias
     scan = inputs.scan(own, torch.ones_like(beta), beta, top_k=top_k)
-    close = geometry(decoder, found.sums, truth)
+    close, (lent, mine) = geometry(decoder, found.sums, truth, shared[0], own[0])
     read = {
         name: Measures.of(inputs.rows, {key: values[i] for key, values in close.items()}, scan, inputs.sinks, (i, 0))
         for name, i in found.place.items()
     }
-    lent, mine = (decoder.metric(centered=True).norm(values[0], 0.0) for values in (shared, own))
     answers = spread(scan.model.top.indices[:, 0], fill=-1)
     ids = answers[..., None] if inputs.target_ids is None else inputs.target_ids
     effects = torch.cat([components.at(part).effects(ids[rows.kept][part]) for part in tiles], 1)

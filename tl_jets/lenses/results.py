@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.core.averages import Averaged
 from tl_jets.core.frozen_network import Linearize
-from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, Readings, scan_mixture
+from tl_jets.core.lens_logits import Control, Mixture, MixtureScan, scan_mixture
 from tl_jets.core.measures import MEASURES, Measures, Plane, geometry_in_plane
 from tl_jets.core.model_marks import model_mark
 from tl_jets.core.network import ResidualNetwork, trace_of
@@ -94,12 +94,14 @@ class LensInput:
         return scan_mixture(decoder, mixture, control=random, model_logits=given, **options)
 
     def measured(
-        self, read: Readings, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor, cells: Any = ...
-    ) -> tuple[Tensor, Measures | None]:
-        """The borrowed share of every cell of jets in a plane, and its measures if they were read, those of `cells`."""
+        self, scan: MixtureScan, plane: Plane, random: Tensor | None, alpha: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Measures | None, Measures | None]:
+        """The borrowed share of jets in a plane, their measures if they were read, and those of the first control."""
         found = geometry_in_plane(self.trace.decoder, plane, random, alpha, beta, self.gamma)
-        borrowed = self.rows.spread(found.pop("borrowed_share"))
-        return borrowed, None if read.kl is None else Measures.of(self.rows, found, read, self.sinks, cells)
+        borrowed = [self.rows.spread(values.pop("borrowed_share")) for values in found]
+        own = None if scan.kl is None else Measures.of(self.rows, found[0], scan, self.sinks)
+        control = None if scan.control is None else Measures.of(self.rows, found[1], scan.control, self.sinks, 0)
+        return borrowed[0], own, control
 
     def fields(self, scan: MixtureScan, cells: Any, target_ids: Tensor | None) -> dict[str, Any]:
         """The fields of a `LensResult` that a scan's `cells` give."""

@@ -20,13 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
+from tl_jets.core.divergence import CancellationWarning
 
 # Parts whose cancellation is above this are said to cancel.
 LARGE = 3.0
-
-
-class CancellationWarning(UserWarning):
-    """Effects that are listed add up to much less than their sizes, so that single ones say little of the sum."""
 
 
 class Cancelling:
