@@ -149,3 +149,11 @@ def test_the_first_layer_that_leads_is_found_by_looking():
         wanted[order, b, pos] = next(i for i in range(len(layers) + 1) if all(token == answer for token in layers[i:]))
     assert torch.equal(found, wanted) and (found == -1).any() and len(found[0].unique()) > 2
     assert (lens[["0_pre"]].first_leads()[0][lens.valid] == 1).any(), "after the last layer: it never leads"
+
+
+def test_a_verdict_on_some_layers_says_nothing_of_the_others():
+    net, prompt = tj.ResidualNetwork(tj.load_tinydocs()), "This function is available on Unix and"
+    (some,) = tj.iterative_jet_lens(net, prompt, order=0, layers=[1], positions=-1, draws=8).verdict().lines
+    assert "at any layer read" in some and some.endswith("the answer leads at none of the layers read.")
+    (every,) = tj.iterative_jet_lens(net, prompt, order=0, positions=-1, draws=8).verdict().lines
+    assert "layer read" not in every and "layers read" not in every

@@ -38,6 +38,7 @@ class Verdict(Result):
         ratio: Median KL of the layer over that of its controls; None without.
         leads: Share of positions at which the best token of the lowest order is the model's.
         n_controls: Number of comparisons by layer: positions times draws.
+        is_whole: Whether all layers were read; a sentence on some of them says so.
     """
 
     labels: list[str]
@@ -48,6 +49,7 @@ class Verdict(Result):
     ratio: Float[Tensor, "layer order"] | None
     leads: Float[Tensor, " layer"]
     n_controls: int
+    is_whole: bool = True
 
     def __repr__(self) -> str:
         return "\n".join(self.lines)
@@ -99,8 +101,9 @@ class Verdict(Result):
         if first < len(own) and not all(own[first:]):
             return f"beats its control at {_where(self.labels, own)}, not elsewhere"
         if first == 0:
-            return "beats its control at every layer"
-        where = "at any layer" if first == len(own) else f"before {self.labels[first]}"
+            return "beats its control at every layer" + ("" if self.is_whole else " read")
+        read = "" if self.is_whole else " read"
+        where = f"at any layer{read}" if first == len(own) else f"before {self.labels[first]}"
         certain = "" if self.undecided is None or not self.undecided[:first, k].any() else " certain"
         return f"says nothing{certain} of its own {where}: {self._nearest(k, first)}"
 
@@ -124,7 +127,7 @@ class Verdict(Result):
         mixed = bool(((self.leads > 0) & (self.leads < 1)).any())
         most = " at most positions" if mixed else ""
         if not any(leads):
-            return f"the answer leads{most} at the end only"
+            return f"the answer leads{most} at " + ("the end only" if self.is_whole else "none of the layers read")
         first = leads.index(True)
         if all(leads[first:]):
             return f"the answer first leads{most} at {self.labels[first]}, and from there on"
@@ -144,6 +147,8 @@ def verdict_of(
     """The verdict on some cells of a lens; `controls` are draws of the control's KL."""
     shown = [i for i, label in enumerate(labels) if label != FINAL_STREAM]
     wins = ratio = None
+    blocks = {label.split("_")[0] for label in labels} - {FINAL_STREAM.split("_")[0]}
+    is_whole = FINAL_STREAM in labels and blocks == {str(i) for i in range(len(blocks))}
     if kl is not None and controls:
         draws = torch.stack(list(controls), -1)[shown]
         wins = (kl[shown][..., None] < draws).double().mean((-2, -1))
@@ -157,6 +162,7 @@ def verdict_of(
         ratio=ratio,
         leads=leads[shown].double().mean(-1),
         n_controls=len(controls) * rho.shape[-1],
+        is_whole=is_whole,
     )
 
 
