@@ -41,6 +41,8 @@ from tl_jets.paths.circuit import Circuit
 Scores = dict[tuple[str, str], Tensor]
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def attribution_patching(
     model: Any,
     clean: Any,

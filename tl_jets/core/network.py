@@ -46,6 +46,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -140,8 +141,10 @@ class ResidualNetwork(Structure):
         """
         refuse_autocast(self.decoder.W_U.device)
         heads = {"heads": True} if self.granularity == "head" else {}
-        trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache, **heads))
-        check_decoder(trace)
+        # Derivatives are taken at a trace, which inference tensors do not allow.
+        with torch.inference_mode(False), torch.no_grad():
+            trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache, **heads))
+            check_decoder(trace)
         return trace
 
 

@@ -111,6 +111,8 @@ class JointFlow(FlowResult):
         return self._table("component", self.labels, {name: getattr(self, name) for name in names})
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def joint_flow(
     model: Any,
     prompts: Any,

@@ -53,6 +53,8 @@ from tl_jets.flows.two_runs import Change, TwoRuns
 from tl_jets.interventions.effects import exact_trace, real_rows
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def flow(
     model: Any,
     prompts: Any,
