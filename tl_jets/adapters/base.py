@@ -31,7 +31,7 @@ from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.parts import head_writes, keep_heads, neuron_step, neuron_writes, recorded_heads, z_name
 from tl_jets.adapters.reading import working_dtype
 from tl_jets.core.labels import LabelInput
-from tl_jets.core.protocol import FINAL_STREAM, Granularity, Recording, Stage, Step, some, tolerance
+from tl_jets.core.protocol import FINAL_STREAM, UNCHECKED, Granularity, Recording, Stage, Step, some, tolerance
 
 
 class TransformerLensView(Blocks):
@@ -232,7 +232,7 @@ def connect(view: Blocks, recording: Recording, saved: dict[str, Tensor], hooked
         else:
             name = f"blocks.{layer + 1}.hook_resid_pre"
             sums.arrive(following, post, saved[name], name)
-    sums.check()
+    recording.memo[UNCHECKED] = sums.sizes, sums.check
 
 
 def _pass_block(view: Blocks, sums: Sums, saved: dict[str, Tensor], layer: int) -> Tensor:
@@ -262,7 +262,7 @@ def _pass_block(view: Blocks, sums: Sums, saved: dict[str, Tensor], layer: int) 
 
 
 class Sums:
-    """Streams against the sums of what was written to them; compared on their device, and read once for all."""
+    """Streams against the sums of what was written to them; compared on their device, and read with the trace's own check."""
 
     def __init__(self, recording: Recording, hooked: set[str], points: dict[str, Any]) -> None:
         self.recording, self.hooked, self.points = recording, hooked, points
@@ -287,9 +287,9 @@ class Sums:
         smallest, largest = torch.aminmax(values)  # half the time of abs().max()
         return torch.maximum(-smallest, largest)
 
-    def check(self) -> None:
-        """Raise ValueError for the first stream that is not finite, or not the sum of what was written to it."""
-        sizes = iter(torch.stack(self.sizes).tolist())
+    def check(self, read: list[float]) -> None:
+        """Raise ValueError for the first stream that is not finite, or not the sum of what was written to it; from `sizes`."""
+        sizes = iter(read)
         for (stream, hook), size, difference in zip(self.arrivals, sizes, sizes, strict=True):
             if not math.isfinite(size):
                 raise ValueError(

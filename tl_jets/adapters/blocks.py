@@ -25,7 +25,7 @@ from tl_jets.adapters.reading import (
     working_dtype,
 )
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.changes import Watch, look
+from tl_jets.core.changes import Found, Watch, look, numbers
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import State, Step
 
@@ -169,9 +169,13 @@ class Blocks(ABC):
                 f"Make the ResidualNetwork again."
             )
         parts = range(self.n_layers + 1) if layer is None else [layer + 1]
-        return tuple(self._part_state(part) for part in parts)
+        found = [self._look(part) for part in parts]
+        watches = [self.kept.watches[part] for part in parts]
+        states = numbers(watches, [(own.weights, own.modules) for own in found])
+        return tuple((own.hooks, number) for own, number in zip(found, states, strict=True))
 
-    def _part_state(self, part: int) -> tuple[tuple[int, ...], int]:
+    def _look(self, part: int) -> Found:
+        """The contents of a block, or of what is outside the blocks (0); ValueError in training mode."""
         blocks = list(self.model.blocks)
         roots = (
             [blocks[part - 1]] if part else [self.model, *filter(None, [getattr(self.model, "original_model", None)])]
@@ -179,7 +183,7 @@ class Blocks(ABC):
         found = look(roots, without=() if part else blocks)
         if found.is_training:
             refuse_training(self.model)
-        return found.hooks, self.kept.watches[part].number(found.weights, found.modules)
+        return found
 
     @under_lock
     def follow(self, *, everywhere: bool = True) -> State:

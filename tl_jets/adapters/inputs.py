@@ -172,7 +172,7 @@ def _read_ids(given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(ids: Any) -> Tensor:
-    """Ids as int64."""
+    """Ids as int64, on the CPU: every look at them on a device would wait for it."""
     try:
         tokens = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -185,7 +185,7 @@ def _tensor(ids: Any) -> Tensor:
         raise TypeError(
             f"Token ids must be integers [batch, pos]; got dtype {tokens.dtype}. Convert them with .long()."
         )
-    return tokens.long()
+    return tokens.long().cpu()
 
 
 def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def _read_mask(attention_mask: Any, tokens: Tensor, filled: Bool[Tensor, "batch 
         mask, found = _padded([torch.as_tensor(row).flatten() for row in attention_mask], 0)
         mask = mask if torch.equal(found, filled.to(found.device)) else mask[:0]
     else:
-        mask = torch.as_tensor(attention_mask)
+        mask = torch.as_tensor(attention_mask).cpu()
     if mask.shape != tokens.shape:
         raise ValueError(f"attention_mask must have the tokens' shape {tuple(tokens.shape)}; got {tuple(mask.shape)}.")
     if not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.bool().any(-1).all()):

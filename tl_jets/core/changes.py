@@ -18,7 +18,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import gcd
@@ -44,20 +44,41 @@ class Watch:
 
     def number(self, tensors: Iterable[Tensor], also: Hashable = ()) -> int:
         """Number of the tensors' current state; `also` counts as a part of the state."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            by_device: dict[torch.device, list[Tensor]] = {}
-            places: list[Hashable] = []
-            for tensor in tensors:
-                version = None if tensor.is_inference() else tensor._version
-                places.append((tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()))
-                by_device.setdefault(tensor.device, []).append(_some_entries(tensor))
-            entries = {device: torch.cat(parts).view(torch.uint8) for device, parts in by_device.items()}
-            same = (also, places) == self._places and all(
-                torch.equal(x, self._entries[device]) for device, x in entries.items()
-            )
-        if not same:
-            self._places, self._entries, self._number = (also, places), entries, next(_numbers)
-        return self._number
+        return numbers([self], [(tensors, also)])[0]
+
+
+def numbers(watches: Sequence[Watch], states: Sequence[tuple[Iterable[Tensor], Hashable]]) -> list[int]:
+    """The number of each watch; entries are compared on their devices, each of which is waited for once."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        looks = [_look(watch, *state) for watch, state in zip(watches, states, strict=True)]
+        differ = _read([flag for *_, flags in looks if flags is not None for flag in flags])
+    for watch, (places, entries, flags) in zip(watches, looks, strict=True):
+        if flags is None or any([next(differ) for _ in flags]):
+            watch._places, watch._entries, watch._number = places, entries, next(_numbers)
+    return [watch._number for watch in watches]
+
+
+def _look(watch: Watch, tensors: Iterable[Tensor], also: Hashable) -> tuple[Hashable, dict[torch.device, Tensor], Any]:
+    """What is remembered of tensors, and flags on their devices whether entries differ; None if it is known that they do."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    places: list[Hashable] = []
+    for tensor in tensors:
+        version = None if tensor.is_inference() else tensor._version
+        places.append((tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()))
+        by_device.setdefault(tensor.device, []).append(_some_entries(tensor))
+    entries = {device: torch.cat(parts).view(torch.uint8) for device, parts in by_device.items()}
+    if (also, places) != watch._places:
+        return (also, places), entries, None
+    return (also, places), entries, [(x != watch._entries[device]).any() for device, x in entries.items()]
+
+
+def _read(flags: Sequence[Tensor]) -> Iterator[bool]:
+    """The values of flags, in their order, by one read of each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        by_device.setdefault(flag.device, []).append(flag)
+    read = {device: iter(torch.stack(own).tolist()) for device, own in by_device.items()}
+    return iter([next(read[flag.device]) for flag in flags])
 
 
 def _some_entries(tensor: Tensor) -> Tensor:

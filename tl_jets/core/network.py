@@ -53,7 +53,7 @@ from torch import Tensor
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.protocol import Granularity
 from tl_jets.core.structure import Structure
-from tl_jets.core.trace import Trace, check_decoder
+from tl_jets.core.trace import Trace, check_run
 
 
 class ResidualNetwork(Structure):
@@ -144,7 +144,7 @@ class ResidualNetwork(Structure):
         # Derivatives are taken at a trace, which inference tensors do not allow.
         with torch.inference_mode(False), torch.no_grad():
             trace = Trace(self, self.view.record(text_or_tokens, attention_mask, cache, **heads))
-            check_decoder(trace)
+            check_run(trace)
         return trace
 
 

@@ -70,6 +70,10 @@ class Stage:
         return not kinds.isdisjoint({"neuron", "mlp_bias"}) and "mlp_rest" not in kinds
 
 
+# Of a recording's memo: sizes on the device that say whether it is sound, and what raises ValueError once they are read.
+UNCHECKED = "unchecked"
+
+
 @dataclass
 class Recording:
     """Activations of one forward pass on one input, at the finest granularity that the view records.

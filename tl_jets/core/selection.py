@@ -49,23 +49,21 @@ class Rows:
     @classmethod
     def of(cls, trace: Trace, positions: int | Sequence[int] | None) -> Rows:
         """The tokens at `positions` among each prompt's real tokens, -1 its last; None for all, as in the padded row."""
-        valid, lengths = trace.valid, trace.valid.sum(1)
+        valid = trace.valid
         if positions is None:
             return cls.at_cells(valid, torch.arange(valid.shape[1], device=valid.device).expand(valid.shape))
-        wanted = torch.tensor(_read_positions(positions, lengths.tolist()), device=valid.device)
-        places = torch.where(wanted < 0, lengths[:, None] + wanted, wanted)
-        exists = (places >= 0) & (places < lengths[:, None])
-        # Real tokens first; what a shorter prompt does not have is its last padding.
-        order = (~valid).long().argsort(dim=1, stable=True)
-        return cls.at_cells(valid, order.gather(1, torch.where(exists, places, valid.shape[1] - 1)))
+        # Found on the device and on the CPU: every copy, either way, waits for the device.
+        on_host = valid.cpu()
+        wanted = _read_positions(positions, on_host.sum(1).tolist())
+        index, places = _cells_at(valid, wanted), _places(on_host, _cells_at(on_host, wanted))
+        return cls(shared_positions(places, places >= 0, _places(valid, index)), index, valid.gather(1, index), places)
 
     @classmethod
     def at_cells(cls, valid: Bool[Tensor, "batch length"], index: Int[Tensor, "batch pos"]) -> Rows:
         """The real tokens among the cells at `index` of the padded rows."""
-        keep = valid.gather(1, index)
-        places = (valid.cumsum(1) - 1).gather(1, index).masked_fill(~keep, -1)
+        places = _places(valid, index)
         cells = places.cpu()  # one copy: every look at a device waits for it
-        return cls(shared_positions(cells, cells >= 0, places), index, keep, cells)
+        return cls(shared_positions(cells, cells >= 0, places), index, valid.gather(1, index), cells)
 
     @property
     def places(self) -> Int[Tensor, " row"]:
@@ -130,6 +128,20 @@ class Rows:
         out[tuple(cells.to(out.device) for cells in self.kept)] = moved
         axis = axis % values.ndim
         return out.movedim((0, 1), (axis, axis + 1))
+
+
+def _cells_at(valid: Bool[Tensor, "batch length"], wanted: list[int]) -> Int[Tensor, "batch pos"]:
+    """Cells in the padded rows of positions among each prompt's real tokens; its last padding for those that it has not."""
+    lengths, at = valid.sum(1)[:, None], torch.tensor(wanted, device=valid.device)
+    places = torch.where(at < 0, lengths + at, at)
+    exists = (places >= 0) & (places < lengths)
+    order = (~valid).long().argsort(dim=1, stable=True)  # real tokens first
+    return order.gather(1, torch.where(exists, places, valid.shape[1] - 1))
+
+
+def _places(valid: Bool[Tensor, "batch length"], index: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The position of every cell in its prompt, -1 at padding."""
+    return (valid.cumsum(1) - 1).gather(1, index).masked_fill(~valid.gather(1, index), -1)
 
 
 def shared_positions(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_jets.calculus.modes import refuse_autocast
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.labels import LabelInput
-from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Recording, Stage, relative_error, some
+from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, UNCHECKED, Recording, Stage, relative_error, some
 from tl_jets.core.structure import Structure
 from tl_jets.core.trace_values import FINAL_SCALE, TraceValues, final_scale
 
@@ -244,14 +244,25 @@ def _check_writes(trace: Trace, stage: Stage) -> None:
     checked.add(key)
 
 
-def check_decoder(trace: Trace) -> None:
-    """Check that the decoder reproduces the model's logits, at some positions of every trace.
+def check_run(trace: Trace) -> None:
+    """Check a run: its streams, as its view asks, and that the decoder reproduces the model's logits; by one read of a device."""
+    sizes, check = trace.recording.memo.pop(UNCHECKED, ([], lambda read: None))
+    error = _decoder_error(trace)
+    every = [*sizes, *([] if error is None else [error.to(sizes[0].device) if sizes else error])]
+    read = torch.stack([size.double() for size in every]).tolist() if every else []
+    check(read[: len(sizes)])
+    for error in read[len(sizes) :]:
+        _check_decoder(trace, error)
+
+
+def _decoder_error(trace: Trace) -> Tensor | None:
+    """Relative error of the decoder at some positions; None without logits.
 
     The first check per network, weights and hooks takes the whole vocabulary, later ones the next part.
     """
     network, record = trace.network, trace.recording
     if record.logits is None:
-        return
+        return None
     key, decoder = (DECODER_STEP, record.hook_state), network.decoder
     with torch.no_grad():
         # Four real tokens, from the first to the last, without waiting for a device to count them.
@@ -268,7 +279,12 @@ def check_decoder(trace: Trace) -> None:
         if decoder.transform is not None:
             logits = decoder.transform(logits)
         difference = (logits.to(wanted.dtype) - wanted).abs().max()
-        error = float(difference / size.clamp_min(torch.finfo(wanted.dtype).tiny))
+        return difference / size.clamp_min(torch.finfo(wanted.dtype).tiny)
+
+
+def _check_decoder(trace: Trace, error: float) -> None:
+    """Raise ValueError for a decoder that does not reproduce the logits."""
+    network, record = trace.network, trace.recording
     if not error <= 16 * record.accuracy:
         raise ValueError(
             f"The final norm, unembedding and output transform must reproduce the model's logits from its last "
@@ -276,4 +292,4 @@ def check_decoder(trace: Trace) -> None:
             f"of an edited decoder are not supported: remove it), or weights were changed since the ResidualNetwork was "
             f"built (build it again), or this architecture's decoder is not understood."
         )
-    network.checks.add(key)
+    network.checks.add((DECODER_STEP, record.hook_state))

@@ -29,7 +29,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -299,22 +299,22 @@ class _Sweep:
         """Run the sweep and return what it found."""
         self._run()
         runs, ids = self.runs, self.target.ids
-        n_pos, kept = ids.shape[1], self._kept()
+        n_pos = ids.shape[1]
 
         def shaped(values: list[Tensor]) -> Tensor:
             """Values of several cells on a leading axis, from the first to the last."""
             stacked = torch.stack(values[::-1]) if values else self.effect.new_zeros(0, *self.effect.shape)
             return rearrange(stacked, "each (pos target) batch ... -> each batch pos target ...", pos=n_pos)
 
-        every = shaped(self.flow)[kept]
+        every = shaped(self.flow)
         whole = runs.clean.tokens.masked_fill(~runs.clean.valid, -1)
         prompts = [whole, Sinks.of(runs.clean, Rows.of(runs.clean, None)).mask] if self.by_position else []
         tokens, sinks = [each[:, None].repeat(1, n_pos, 1) for each in prompts] or (None, None)
         found = Flow(
-            labels=[self.labels[::-1][i] for i in kept.tolist()],
+            labels=self.labels[::-1],
             flow=every.sum(-1) if self.by_position else every,
-            edit=shaped(self.edit)[kept],
-            direct=shaped(self.direct)[kept],
+            edit=shaped(self.edit),
+            direct=shaped(self.direct),
             effect=shaped([self.effect])[0],
             clean=shaped([self.clean])[0],
             stages=self.stages[::-1],
@@ -325,21 +325,25 @@ class _Sweep:
             measure=self.target.measure,
             tolerance=self.tolerance,
             readers=[*self.readers[::-1], DECODER_STEP] if self.by_edge else None,
-            edge_flow=self._edges(n_pos)[:, kept] if self.by_edge else None,
+            edge_flow=self._edges(n_pos) if self.by_edge else None,
             by_position=every if self.by_position else None,
             prompt_tokens=tokens,
             prompt_sinks=sinks,
             sinks=Sinks.of(runs.clean, self.rows),
             **target_fields(runs.clean, self.rows, ids, self.target.names, unit=self.target.unit, named=[whole]),
         )
-        self._warn(found)
-        return found
+        return self._checked(found)
 
-    def _kept(self) -> Tensor:
-        """Indices of the components that changed, from the first to the last."""
-        if not self.changed:
-            return torch.arange(0, device=self.effect.device)
-        return torch.stack(self.changed[::-1]).nonzero()[:, 0]
+    def _checked(self, found: Flow) -> Flow:
+        """The flow of the components that changed; warns. All is read at once, as every look at a device waits for it."""
+        flags = [*self.changed[::-1], *(found.effect != 0).flatten(1).any(1), (~found.closed).sum()]
+        *flags, still_open = torch.stack([flag.long() for flag in flags]).tolist()
+        self._warn(found, flags[len(found.labels) :], still_open)
+        kept = [i for i, changed in enumerate(flags[: len(found.labels)]) if changed]
+        labels = [found.labels[i] for i in kept]
+        names = ("flow", "edit", "direct", "by_position")
+        parts = {name: _chosen(getattr(found, name), kept, 0) for name in names}
+        return replace(found, labels=labels, edge_flow=_chosen(found.edge_flow, kept, 1), **parts)
 
     def _edges(self, n_pos: int) -> Tensor:
         """Flows on edges [reader, writer, batch, pos, target]; zero to readers that are not later."""
@@ -348,10 +352,8 @@ class _Sweep:
         stacked = torch.stack([*rows, direct])
         return rearrange(stacked, "reader writer (pos target) batch -> reader writer batch pos target", pos=n_pos)
 
-    def _warn(self, found: Flow) -> None:
+    def _warn(self, found: Flow, reached: list[int], still_open: int) -> None:
         """Warn of effects that stay open, and of prompts that the intervention does not reach."""
-        unmoved, still_open = (found.effect == 0).flatten(1).all(1), (~found.closed).sum()
-        *reached, still_open = torch.cat([~unmoved, still_open[None]]).tolist()  # one wait for a device
         missed = [prompt for prompt, is_reached in enumerate(reached) if not is_reached]
         if missed:
             warn_caller(
@@ -366,6 +368,14 @@ class _Sweep:
                 f"Flows of open effects explain nothing; take nodes='auto', or a smaller intervention.",
                 UserWarning,
             )
+
+
+def _chosen(values: Tensor | None, kept: list[int], axis: int) -> Tensor | None:
+    """Some slices of an axis, without an index, whose copy to a device waits for it."""
+    if values is None:
+        return None
+    parts = [values.narrow(axis, i, 1) for i in kept]
+    return torch.cat(parts, axis) if parts else values.narrow(axis, 0, 0)
 
 
 def products(covectors: Tensor, changes: Tensor, *, by_position: bool = False) -> Tensor:

@@ -26,7 +26,7 @@ from tl_jets.adapters.callables import CallableModel
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.protocol import FINAL_STREAM, Stage, Step, relative_error
 from tl_jets.core.trace import Trace
-from tl_jets.interventions.replays import NotReplayedError, hooked_stream, is_hooked, replayed, stack_size
+from tl_jets.interventions.replays import NotReplayedError, clean_error, hooked_stream, is_hooked, replayed, stack_size
 
 Hooks = list[tuple[Any, Callable[..., Any]]]
 
@@ -54,30 +54,32 @@ class TwoRuns:
         self.network = network
         self.base = _base(network)
         self.clean = clean.on(self.base)
-        self.hooks, self.other = self._intervened(intervention)
-        if self.other.tokens.shape != clean.tokens.shape or not torch.equal(self.other.valid, clean.valid):
+        hooks = read_hooks(intervention)
+        self.hooks = hooks or []
+        self.other = trace_of(network, intervention).on(self.base) if hooks is None else self.run(hooks)
+        alike = self.other.tokens.shape == clean.tokens.shape
+        differs = (self.other.valid != clean.valid).any() if alike else clean.valid.any()
+        differs, *error = torch.stack([differs.double(), *(self._error() if self.hooks else [])]).tolist()
+        if differs:
             raise ValueError(
                 f"Both runs must have the same numbers of prompts and tokens, and the same padding; got "
                 f"{self.other.valid.sum(1).tolist()} tokens by prompt, and {clean.valid.sum(1).tolist()} in the clean run. "
                 f"Choose prompts that have the same number of tokens."
             )
+        if error and not error[0] <= self.other.recording.accuracy:
+            raise ValueError(
+                f"An intervention must do the same in every forward pass; two passes under these hooks differ by {error[0]:.1e} "
+                f"(relative). Seed what they draw, and let them keep nothing from earlier passes."
+            )
 
-    def _intervened(self, intervention: Any) -> tuple[Hooks, Trace]:
-        hooks = read_hooks(intervention)
-        if hooks is None:
-            return [], trace_of(self.network, intervention).on(self.base)
-        first, blocks = self.run(hooks), [_block_of(name) for name, _ in hooks]
+    def _error(self) -> list[Tensor]:
+        """How far another pass under the hooks is from the intervened run after the last hooked block, relative to it."""
+        blocks = [_block_of(name) for name, _ in self.hooks]
         last = self.base.n_layers - 1 if None in blocks else max(block for block in blocks if block is not None)
         stream = FINAL_STREAM if last == self.base.n_layers - 1 else f"{last + 1}_pre"
         with torch.no_grad():
-            second = hooked_stream(self.clean, hooks, last)
-        error = relative_error(second[first.valid], first[stream][first.valid])
-        if not error <= first.recording.accuracy:
-            raise ValueError(
-                f"An intervention must do the same in every forward pass; two passes under these hooks differ by {error:.1e} "
-                f"(relative). Seed what they draw, and let them keep nothing from earlier passes."
-            )
-        return hooks, first
+            second = hooked_stream(self.clean, self.hooks, last)
+        return [clean_error(self.other, second, self.other[stream]).double().to(self.clean.valid.device)]
 
     def run(self, hooks: Hooks, tokens_of: Trace | None = None) -> Trace:
         """A trace of the clean input (or of another trace's) under some hooks."""
