@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +28,10 @@ from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.jobs import Job, State, Sweep
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
-from tl_jets.ngrams.scoring import SCORES, Score, Scoring, baseline_offsets
+from tl_jets.ngrams.scoring import SCORES, Score, Scoring, check_unigram
 from tl_jets.ngrams.screen import RoundedTiles, Screen, ScreenedScan, bf16_is_fast
 from tl_jets.ngrams.streams import PathInput, TokenIds, VocabularyStreams, described, mlp_steps, read_tokens
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.unigrams import check_unigram
 from tl_jets.ngrams.vocabulary import is_tied
 
 Per = Literal["global", "row"]
@@ -146,19 +147,23 @@ class BigramSweep(Sweep):
 
     @torch.no_grad()
     def _scoring(self, label: str) -> Scoring:
-        """How pairs of a path are scored."""
-        offsets = None
-        if self.score == "lift" and self.unigram is not None:
-            offsets = baseline_offsets(self.unigram)
-        elif self.score == "lift":
-            every = torch.arange(self.streams.n_tokens, device=self.device)
+        """How pairs of a path are scored: the same for all, but for lifts over mean logits."""
+        if self.score != "lift" or self.unigram is not None:
+            return self._same_scoring
+        every = torch.arange(self.streams.n_tokens, device=self.device)
 
-            def total(part: slice) -> Tensor:
-                return self.streams.states(self.streams.embed(every[part]), label).sum(0, dtype=torch.float64)
+        def total(part: slice) -> Tensor:
+            return self.streams.states(self.streams.embed(every[part]), label).sum(0, dtype=torch.float64)
 
-            totals = self.processes.map(total, list(slices(len(every), CHUNK_CPU)))
-            mean = torch.stack(totals).sum(0, keepdim=True).to(self.device) / len(every)
-            offsets = baseline_offsets(None, exact_logits(self.decoder, mean)[0])
+        totals = self.processes.map(total, list(slices(len(every), CHUNK_CPU)))
+        mean = torch.stack(totals).sum(0, keepdim=True).to(self.device) / len(every)
+        return replace(self._same_scoring, offsets=-exact_logits(self.decoder, mean)[0].double().log_softmax(0))
+
+    @cached_property
+    def _same_scoring(self) -> Scoring:
+        """How pairs of every path are scored; tokens that a unigram does not know are left out."""
+        known = self.unigram
+        offsets = None if known is None else torch.where(known > 0, -known.log(), -math.inf)
         return Scoring(self.score, self.columns, offsets, self.exclude_self)
 
     def _check_memory(self) -> None:
@@ -194,7 +199,7 @@ class BigramSweep(Sweep):
     @cached_property
     def tiles(self) -> Tiles:
         """Tile buffers, shared by all paths."""
-        return Tiles(self.decoder, self.dtype, self.device, Scoring(self.score, self.columns, None, self.exclude_self))
+        return Tiles(self.decoder, self.dtype, self.device, self._same_scoring)
 
     def description(self) -> dict[str, Any]:
         """Options and model, which must be equal in all processes."""
@@ -205,18 +210,11 @@ class BigramSweep(Sweep):
         scorings = {label: self._scoring(label) for label in labels}
         shared: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         if self.per == "row":
-            one = (
-                None
-                if self.score == "lift"
-                else RowReader(self.decoder, self.top_k, scoring=scorings[labels[0]], **shared)
-            )
-            return {
-                label: RowScan(one or RowReader(self.decoder, self.top_k, scoring=scorings[label], **shared))
-                for label in labels
-            }
+            readers = {x: RowReader(self.decoder, self.top_k, scoring=x, **shared) for x in {*scorings.values()}}
+            return {label: RowScan(readers[x]) for label, x in scorings.items()}
         scans = {
-            label: TopScan(self.decoder, self.top_k, scoring=scorings[label], **shared, tiles=self.tiles)
-            for label in labels
+            label: TopScan(self.decoder, self.top_k, scoring=x, **shared, tiles=self.tiles)
+            for label, x in scorings.items()
         }
         if not self.screens:
             return {**scans}

@@ -112,27 +112,18 @@ def _best_own(
 ) -> tuple[Int[Tensor, " best"], Float[Tensor, " best"]]:
     """Tokens whose log-probability of themselves may be among the k largest, and it, in float64."""
     if len(tokens) > k:
-        rough = torch.cat([_own(product, part) for part in tokens.split(TILE_ROWS)])
+        # With normalizers in working precision.
+        norms = [
+            torch.stack(normalizers(product, product.rows[part], lambda *_: None)).sum(0)
+            for part in tokens.split(TILE_ROWS)
+        ]
+        rough = product.at(tokens, tokens) - torch.cat(norms)[:, 0].double() / LOG2_E
         tokens = tokens[rough >= rough.topk(k).values[-1] - 2 * product.rounding()]
     return tokens, log_softmax_at(product, tokens, tokens)
 
 
-def _own(product: LowRankLogits, tokens: Int[Tensor, " part"]) -> Float[Tensor, " part"]:
-    """The log-probability of tokens themselves, with normalizers in working precision."""
-    rows, columns = product.rows[tokens], product.columns[:, tokens]
-    own = (rows.double() * columns.double().T).sum(1)
-    own = own if product.constant is None else own + product.constant[tokens]
-    own = own if product.transform is None else product.transform(own)
-    expected, short = normalizers(product, rows, lambda columns, tile: None)
-    return own - (expected + short)[:, 0].double() / LOG2_E
-
-
 def _read_head(name: str, head: Heads) -> Heads:
     """A layer and a head."""
-    if (
-        not isinstance(head, tuple)
-        or len(head) != 2
-        or any(isinstance(x, bool) or not isinstance(x, int) for x in head)
-    ):
+    if not isinstance(head, tuple) or [type(x) for x in head] != [int, int]:
         raise ValueError(f"{name} must be a layer and a head, such as (2, 3) for L2H3; got {head!r}.")
     return head

@@ -52,8 +52,7 @@ class HeadMaps:
         log_prob = log_softmax_at(self.outputs, key, output)
         if self.normalize == "vocab":
             return log_softmax_at(self.scores, query, key), log_prob
-        raw = (self.scores.rows[query].double() * self.scores.columns[:, key].double().T).sum(1)
-        raw = raw if self.scores.transform is None else self.scores.transform(raw)
+        raw = self.scores.at(query, key)
         return self.attention(raw if self.normalize == "none" else raw - self.own[query].double()), log_prob
 
 

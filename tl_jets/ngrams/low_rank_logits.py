@@ -86,6 +86,12 @@ class LowRankLogits:
         tilted = tilted if self.transform is None else self.transform(tilted)
         return ((log_size + tilted) * LOG2_E).to(rows.dtype)
 
+    def at(self, rows: Int[Tensor, " pair"], columns: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """Logits of pairs (row, column) in float64, in nats."""
+        logits = (self.rows[rows].double() * self.columns[:, columns].double().T).sum(1)
+        logits = logits if self.constant is None else logits + self.constant[columns]
+        return logits if self.transform is None else self.transform(logits)
+
     @cached_property
     def _precise(self) -> Float[Tensor, "inner column"]:
         return self.columns.double()

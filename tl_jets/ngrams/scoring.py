@@ -32,6 +32,8 @@ from torch import Tensor
 
 Score = Literal["logprob", "logit", "centered", "lift"]
 SCORES: tuple[Score, ...] = ("logprob", "logit", "centered", "lift")
+# Tolerance for the sum of a unigram's float32 probabilities.
+NORMALIZED = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +96,17 @@ class Scoring:
         return logits if self.offsets is None else logits + self.offsets
 
 
-def baseline_offsets(
-    baseline: Float[Tensor, " d_vocab"] | None, mean_logits: Float[Tensor, " d_vocab"] | None = None
-) -> Float[Tensor, " d_vocab"]:
-    """Minus the log of a unigram (-inf where it is 0: unknown tokens are left out), or of the softmax of mean logits."""
-    if baseline is None:
-        assert mean_logits is not None
-        return -mean_logits.double().log_softmax(0)
-    return torch.where(baseline > 0, -baseline.double().log(), -math.inf)
+def check_unigram(
+    unigram: Float[Tensor, " token"], *, size: int | None = None, at_least: int = 1
+) -> Float[Tensor, " token"]:
+    """The unigram in float64 on the CPU; ValueError unless it is a distribution over `size` (or `at_least`) tokens."""
+    found = unigram.detach().cpu().double()
+    total = float(found.sum())
+    fits = found.ndim == 1 and (len(found) == size if size is not None else len(found) >= at_least)
+    if not fits or not bool((found >= 0).all()) or not abs(total - 1) <= NORMALIZED:
+        wanted = f"{size}" if size is not None else f"at least {at_least}"
+        raise ValueError(
+            f"A unigram must be a probability for every token of the vocabulary ({wanted}), none negative, that sum to 1; got "
+            f"shape {tuple(unigram.shape)} with sum {total:.6g}. `unigram_probabilities` counts tokens."
+        )
+    return found

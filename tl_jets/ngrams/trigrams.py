@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -66,35 +66,27 @@ HELD = 2**27
 TRIPLE_BYTES, TABLE_BYTES = 600, 48
 
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class TrigramOptions(TypedDict, total=False):
+        """Options of `jet_trigrams`."""
+
+        top_k: int
+        distance: int
+        normalize: Normalize
+        compose: Compose | None
+        rows: TokenIds | None
+        progress: bool
+        folder: str | Path | None
+        distributed: Distributed
+
+
+@overload
+def jet_trigrams(model: Any, layer: int, head: int, **options: Unpack[TrigramOptions]) -> NgramTable: ...
 @overload
 def jet_trigrams(
-    model: Any,
-    layer: int,
-    head: int,
-    *,
-    top_k: int = ...,
-    distance: int = ...,
-    normalize: Normalize = ...,
-    compose: Compose | None = ...,
-    rows: TokenIds | None = ...,
-    progress: bool = ...,
-    folder: str | Path | None = ...,
-    distributed: Distributed = ...,
-) -> NgramTable: ...
-@overload
-def jet_trigrams(
-    model: Any,
-    layer: int,
-    head: Sequence[int] | None = None,
-    *,
-    top_k: int = ...,
-    distance: int = ...,
-    normalize: Normalize = ...,
-    compose: Compose | None = ...,
-    rows: TokenIds | None = ...,
-    progress: bool = ...,
-    folder: str | Path | None = ...,
-    distributed: Distributed = ...,
+    model: Any, layer: int, head: Sequence[int] | None = None, **options: Unpack[TrigramOptions]
 ) -> dict[int, NgramTable]: ...
 @torch.no_grad()
 def jet_trigrams(

@@ -46,7 +46,7 @@ from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
 from tl_jets.core.tokens import token_names, visible
 from tl_jets.ngrams.streams import PathInput
-from tl_jets.ngrams.unigrams import check_unigram
+from tl_jets.ngrams.scoring import check_unigram
 from tl_jets.studies.masses import WordInput, read_list, units_of
 from tl_jets.studies.matched_tokens import frequency_key, matched
 from tl_jets.studies.pairs import RowScores, Tokenize, with_shuffles

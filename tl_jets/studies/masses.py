@@ -35,7 +35,7 @@ from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
 from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.unigrams import check_unigram
+from tl_jets.ngrams.scoring import check_unigram
 from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of, with_shuffles
 
 WordInput = NgramTable | Tensor | Sequence[str | Sequence[str | int]]
