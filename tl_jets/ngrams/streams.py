@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ HEAD = re.compile(r"L(\d+)H(\d+)")
 
 PathInput = str | Sequence[str]
 TokenIds = Sequence[int | str] | Int[Tensor, " token"]
+Tokenize = Callable[[str], Sequence[int]]
 
 
 class TokenPath(NamedTuple):
@@ -315,7 +316,8 @@ def read_tokens(
             f"{name} must be a list of ids or of texts of one token; got the text {ids!r}. Pass [{ids!r}]."
         )
     if not isinstance(ids, Tensor):
-        ids = [_id_of(name, token, tokenizer) if isinstance(token, str) else token for token in ids]
+        tokenize = tokenizing(tokenizer)
+        ids = [one_token(name, token, tokenize) if isinstance(token, str) else token for token in ids]
     found = torch.as_tensor(ids, device=device)
     if found.ndim != 1 or not len(found) or found.is_floating_point() or found.dtype is torch.bool:
         raise ValueError(f"{name} must be a list of token ids, at least one; got {ids!r}. Pass None for all.")
@@ -324,14 +326,23 @@ def read_tokens(
     return found.long().unique()
 
 
-def _id_of(name: str, text: str, tokenizer: Any) -> int:
-    """The id of a text of one token."""
-    if tokenizer is None:
-        raise ValueError(f"{name} must be token ids, for the model has no tokenizer; got {text!r}.")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def tokenizing(tokenizer: Any) -> Tokenize:
+    """A tokenizer as a function from a text to its ids without special tokens; ValueError for a text without a tokenizer."""
+
+    def tokenize(text: str) -> Sequence[int]:
+        if tokenizer is None:
+            raise ValueError(f"Texts need a tokenizer, and the model has no tokenizer. Give the ids of {text!r}.")
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return tokenize
+
+
+def one_token(name: str, text: str, tokenize: Tokenize) -> int:
+    """The id of a text of one token; ValueError, with `name`, for others."""
+    ids = list(tokenize(text))
     if len(ids) != 1:
         raise ValueError(
-            f"A text in {name} must be one token; {text!r} is {len(ids)}: {list(ids)[:6]}. Mind the leading space, or give ids."
+            f"A text in {name} must be one token; {text!r} is {len(ids)}: {ids[:6]}. Mind the leading space, or give ids."
         )
     return int(ids[0])
 

@@ -45,11 +45,11 @@ from tl_jets.core.model_marks import model_mark
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
 from tl_jets.core.tokens import token_names, visible
-from tl_jets.ngrams.streams import PathInput
 from tl_jets.ngrams.scoring import check_unigram
+from tl_jets.ngrams.streams import PathInput, Tokenize
 from tl_jets.studies.masses import WordInput, read_list, units_of
 from tl_jets.studies.matched_tokens import frequency_key, matched
-from tl_jets.studies.pairs import RowScores, Tokenize, with_shuffles
+from tl_jets.studies.pairs import RowScores, with_shuffles
 from tl_jets.studies.vocabularies import check_vocabulary, vocabulary_of
 
 BIGRAMS, TOKENS = "bi-grams", "tokens"
@@ -199,14 +199,11 @@ def mass_change(
     values = []  # [list, entry, model] of each plan: the list itself, then its controls
     for plan in tqdm(plans, unit="list", delay=1, leave=False, disable=None if progress else True):
         sides = [mean[plan.ids] for mean in means] if plan.kind == TOKENS else _probabilities(readers, plan.ids, prior)
-        values.append(torch.stack([*sides], dim=-1))
-    about = {"path": readers[0].path, "reduce": reduce, "contexts": n_contexts, "seed": seed}
-    about |= {"models": list(models), "marks": [model_mark(reader.network) for reader in readers]}
+        values.append(torch.stack(sides, dim=-1))
+    about = {"models": list(models), "reduce": reduce, "path": readers[0].path, "contexts": n_contexts, "seed": seed}
+    about |= {"marks": [model_mark(reader.network) for reader in readers]}
     about |= {"matched_by": "embedding norm" if unigram is None else "unigram"}
-    masses = [x.mean(1) if reduce == "mean" else x.sum(1) for x in values]
-    options = {"resamples": bootstrap, "seed": seed, "reduce": reduce}
-    intervals = [_intervals(x[0], plan.units, options) for x, plan in zip(values, plans, strict=True)]
-    return _result(readers[0], plans, values, masses, intervals, _controls(masses, plans, controls), about)
+    return _result(readers[0], plans, values, controls, bootstrap, about)
 
 
 class _Plan(NamedTuple):
@@ -257,7 +254,9 @@ def _planned(
         if len(pairs):
             plans.append(_of_pairs(base, name, pairs, items, key, controls, seed, draw))
         if alone:
-            plans.append(_of_tokens(name, torch.tensor(alone, device="cpu").unique(), means[0], key, controls, draw))
+            tokens = torch.tensor(alone, device="cpu").unique()
+            lists = torch.cat([tokens[None], *(matched(tokens, x, controls, draw) for x in (key, means[0]))])
+            plans.append(_Plan(name, TOKENS, lists, torch.arange(len(tokens), device="cpu")))
     return plans, means, n_contexts
 
 
@@ -316,30 +315,12 @@ def _of_pairs(
     return _Plan(name, BIGRAMS, ids, units_of(place, items))
 
 
-def _of_tokens(
-    name: str,
-    tokens: Int[Tensor, " token"],
-    mean: Float[Tensor, " d_vocab"],
-    key: Float[Tensor, " id"],
-    controls: int,
-    draw: np.random.Generator,
-) -> _Plan:
-    """The distinct words of one token of a list, and its controls."""
-    alike = [matched(tokens, values, controls, draw) for values in (key, mean)]
-    return _Plan(name, TOKENS, torch.cat([tokens[None], *alike]), torch.arange(len(tokens), device="cpu"))
-
-
 def _probabilities(
     readers: list[RowScores], ids: Int[Tensor, "list pair 2"], prior: Float[Tensor, " d_vocab"] | None
 ) -> list[Float[Tensor, "list pair"]]:
     """P(z2|z1) of bi-grams in each model, times the unigram of z1 if any."""
     weights = 1.0 if prior is None else prior[ids[..., 0]]
     return [reader.of(ids.flatten(0, 1))[0].exp().view(ids.shape[:2]) * weights for reader in readers]
-
-
-def _intervals(entries: Float[Tensor, "entry model"], units: Int[Tensor, " entry"], options: dict[str, Any]) -> Tensor:
-    """Bootstrap interval of each model's change [model, 2], from the same resamples."""
-    return bootstrap_intervals((entries - entries[:, :1]).T, units=units, **options).T
 
 
 def _controls(masses: list[Tensor], plans: list[_Plan], count: int) -> dict[str, Float[Tensor, "row model control"]]:
@@ -353,26 +334,24 @@ def _controls(masses: list[Tensor], plans: list[_Plan], count: int) -> dict[str,
 
 
 def _result(
-    base: RowScores,
-    plans: list[_Plan],
-    values: list[Tensor],
-    masses: list[Tensor],
-    intervals: list[Tensor],
-    controls: dict[str, Tensor],
-    about: dict[str, Any],
+    base: RowScores, plans: list[_Plan], values: list[Tensor], controls: int, bootstrap: int, about: dict[str, Any]
 ) -> MassChange:
+    """The result, from the probabilities [list, entry, model] of each plan's lists."""
+    masses = [x.mean(1) if about["reduce"] == "mean" else x.sum(1) for x in values]
+    own, sizes = [x[0] for x in values], [x.shape[1] for x in values]
+    options: dict[str, Any] = {"resamples": bootstrap, "seed": about["seed"], "reduce": about["reduce"]}
+    changes = [((x - x[:, :1]).T, plan.units) for x, plan in zip(own, plans, strict=True)]
     names = token_names(base.network.tokenizer, [plan.ids[0] for plan in plans])
-    entries = [plan.ids[0].reshape(len(plan.units), -1).tolist() for plan in plans]
-    sizes = [len(own) for own in entries]
+    entries = [entry for plan in plans for entry in plan.ids[0].reshape(len(plan.units), -1).tolist()]
     return MassChange(
         lists=[plan.name for plan in plans],
         kinds=[plan.kind for plan in plans],
         sizes=sizes,
-        masses=torch.stack([own[0] for own in masses]),
-        intervals=torch.stack(intervals),
-        controls=controls,
-        texts=[" ".join(visible(names[token]) for token in entry) for own in entries for entry in own],
+        masses=torch.stack([x[0] for x in masses]),
+        intervals=torch.stack([bootstrap_intervals(x, units=units, **options).T for x, units in changes]),
+        controls=_controls(masses, plans, controls),
+        texts=[" ".join(visible(names[token]) for token in entry) for entry in entries],
         row_of=torch.arange(len(plans), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu")),
-        entries=torch.cat([x[0] for x in values]),
+        entries=torch.cat(own),
         **about,
     )

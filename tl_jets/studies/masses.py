@@ -33,10 +33,10 @@ from tl_jets.core.intervals import Reduce, bootstrap_interval, central
 from tl_jets.core.measures import check_seed
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.results import Result
-from tl_jets.ngrams.streams import PathInput
-from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.scoring import check_unigram
-from tl_jets.studies.pairs import RowScores, Tokenize, list_digest, read_pairs, tokenizer_of, with_shuffles
+from tl_jets.ngrams.streams import PathInput, Tokenize, tokenizing
+from tl_jets.ngrams.tables import NgramTable
+from tl_jets.studies.pairs import RowScores, list_digest, read_pairs, with_shuffles
 
 WordInput = NgramTable | Tensor | Sequence[str | Sequence[str | int]]
 
@@ -182,7 +182,7 @@ def read_list(
     if isinstance(words, (NgramTable, Tensor)):
         pairs = read_pairs(reader, words)
         return pairs, torch.arange(len(pairs), device="cpu"), []
-    tokenize = tokenize or tokenizer_of(reader.network)
+    tokenize = tokenize or tokenizing(reader.network.tokenizer)
     rows, items, alone = [], [], []
     for i, item in enumerate(words):
         ids = [*tokenize(item)] if isinstance(item, str) else []

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_jets.core.logit_reader import slices
-from tl_jets.ngrams.streams import VocabularyStreams
 from tl_jets.ngrams.scoring import check_unigram
+from tl_jets.ngrams.streams import VocabularyStreams
 
 # Tokens on each side of a token, in the order of what is matched, among which a control is drawn; and the part of a small
 # vocabulary that both sides are at most.

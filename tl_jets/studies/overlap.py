@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tl_jets.core.logit_reader import rounded
 from tl_jets.core.options import check_integers
-from tl_jets.ngrams.tables import NgramTable
 from tl_jets.ngrams.scoring import check_unigram
+from tl_jets.ngrams.tables import NgramTable
 
 
 def pseudo_joint(table: NgramTable, unigram: Float[Tensor, " d_vocab"]) -> NgramTable:

@@ -10,7 +10,7 @@ time, so that no V x V matrix is stored. Cost: distinct first tokens * d_vocab *
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -21,17 +21,16 @@ from torch import Tensor
 
 from tl_jets.core.decoder import exact_logits
 from tl_jets.core.logit_reader import check_finite, log_parts, slices
-from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_choice
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams import VocabularyStreams, fingerprint
-from tl_jets.ngrams.streams import PathInput
+from tl_jets.ngrams.scoring import Scoring
+from tl_jets.ngrams.streams import PathInput, Tokenize, one_token, tokenizing
 from tl_jets.ngrams.tables import NgramTable
 from tl_jets.studies.vocabularies import check_table
 
 PairScore = Literal["logprob", "logit", "centered"]
 PairInput = NgramTable | Tensor | Sequence[Sequence[str | int]]
-Tokenize = Callable[[str], Sequence[int]]
 
 # First tokens whose logits are held in float64 at a time: 26 MB for GPT-2.
 ROWS = 64
@@ -54,6 +53,7 @@ class RowScores:
         self.streams = VocabularyStreams(model, [path])
         (self.path,) = self.streams.paths
         self.network, self.score = self.streams.network, score
+        self._scoring = Scoring(score)
         self.d_vocab, self.n_tokens = self.network.decoder.d_vocab, self.streams.n_tokens
 
     @cached_property
@@ -67,11 +67,7 @@ class RowScores:
         logits = exact_logits(self.network.decoder, self.streams.states(self.streams.embed(first), self.path))
         top, rest = log_parts(logits)
         check_finite(logits.sum(1), first)
-        if self.score == "logprob":
-            logits = (logits - top.unsqueeze(1)) - rest.unsqueeze(1)
-        elif self.score == "centered":
-            logits = logits - logits.mean(1, keepdim=True)
-        return logits, top + rest
+        return self._scoring.scores(logits, top, rest), top + rest
 
     def of(self, pairs: Int[Tensor, "pair 2"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
         """Scores of pairs, and log-normalizers of their first tokens, in the order of the pairs; on the CPU."""
@@ -148,8 +144,8 @@ def read_pairs(reader: RowScores, pairs: PairInput, *, tokenize: Tokenize | None
             raise ValueError(
                 f"A bi-gram is two tokens; got {odd[0]!r}. Give pairs of ids, or of texts of one token each."
             )
-        tokenize = tokenize or tokenizer_of(reader.network)
-        rows = [[_one_token(tokenize, x) if isinstance(x, str) else int(x) for x in pair] for pair in pairs]
+        tokenize = tokenize or tokenizing(reader.network.tokenizer)
+        rows = [[one_token("a pair", x, tokenize) if isinstance(x, str) else int(x) for x in pair] for pair in pairs]
         pairs = torch.tensor(rows, dtype=torch.long, device="cpu").reshape(-1, 2)
     whole = not pairs.is_floating_point() and pairs.dtype is not torch.bool
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or not whole:
@@ -172,26 +168,6 @@ def with_shuffles(pairs: Int[Tensor, "pair 2"], count: int, seed: int) -> Int[Te
     first, second = pairs.unbind(1)
     seconds = [second, *(second[torch.from_numpy(draw.permutation(len(pairs)))] for _ in range(count))]
     return torch.stack([torch.stack([first, other], dim=1) for other in seconds])
-
-
-def tokenizer_of(network: ResidualNetwork) -> Tokenize:
-    """The model's tokenizer as a function from a text to ids, without special tokens."""
-
-    def tokenize(text: str) -> Sequence[int]:
-        if network.tokenizer is None:
-            raise ValueError(f"Text needs a tokenizer; the model has none. Give the ids of {text!r}, or tokenize=...")
-        return network.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    return tokenize
-
-
-def _one_token(tokenize: Tokenize, text: str) -> int:
-    ids = list(tokenize(text))
-    if len(ids) != 1:
-        raise ValueError(
-            f"A text of a pair must be one token; {text!r} is {len(ids)}: {ids[:6]}. Mind the leading space, or give ids."
-        )
-    return int(ids[0])
 
 
 def list_digest(ids: Int[Tensor, "row n"]) -> dict[str, Any]:

@@ -171,15 +171,16 @@ def search(
     sets = torch.cat([ids[None], matched(ids, frequency_key(single, unigram), controls, draw)])
     words = torch.from_numpy(draw.permutation(single.n_tokens)[:n_tokens])
     reader = _Reader(single, sets, words)
-    best = {kind: _Best(top_k) for kind in kinds}
+    found: dict[str, tuple[list[str], list[Tensor]]] = {kind: ([], []) for kind in kinds}
     for layer in tqdm(wanted, unit="layer", delay=1, leave=False, disable=None if progress else True):
         for kind in kinds:
-            best[kind].add(*reader.read(kind, layer))
-    found = {kind: own for kind, own in best.items() if own.count}
-    if not found:
+            own, scores = reader.read(kind, layer)
+            found[kind][0].extend(own)
+            found[kind][1].append(scores)
+    if not any(labels for labels, _ in found.values()):
         raise ValueError(f"There must be components to search; layers {wanted} have none of the kinds {list(kinds)}.")
     matched_by = "embedding norm" if unigram is None else "unigram"
-    return _result(found, network, tokens=ids, n_tokens=len(words), matched_by=matched_by, seed=seed)
+    return _result(found, top_k, network, tokens=ids, n_tokens=len(words), matched_by=matched_by, seed=seed)
 
 
 def _network(model: Any, kinds: Sequence[Kind]) -> ResidualNetwork:
@@ -192,44 +193,33 @@ def _network(model: Any, kinds: Sequence[Kind]) -> ResidualNetwork:
     return network
 
 
-def _result(best: dict[str, _Best], network: ResidualNetwork, tokens: Tensor, **about: Any) -> Promoters:
+def _result(
+    found: dict[str, tuple[list[str], list[Tensor]]], top_k: int, network: ResidualNetwork, tokens: Tensor, **about: Any
+) -> Promoters:
+    """The largest components of each kind, from the labels of all and their scores [component, set] by layer."""
+    labels, kinds, best, chance = [], [], [], []
+    found = {kind: own for kind, own in found.items() if own[0]}
+    for kind, (names, parts) in found.items():
+        every = torch.cat(parts)
+        order = every[:, 0].abs().sort(descending=True, stable=True).indices[:top_k]
+        own, peaks = every[order], every[:, 1:].abs().amax(0)
+        labels += [names[i] for i in order.tolist()]
+        kinds += [kind] * len(order)
+        best.append(own)
+        # The set itself counts among them.
+        chance.append((1 + (peaks >= own[:, :1].abs()).sum(1)).double() / every.shape[1])
     return Promoters(
-        labels=[label for own in best.values() for label in own.labels],
-        kinds=[kind for kind, own in best.items() for _ in own.labels],
-        scores=torch.cat([own.scores[:, 0] for own in best.values()]),
-        controls=torch.cat([own.scores[:, 1:] for own in best.values()]),
-        chance=torch.cat([own.chance() for own in best.values()]),
-        counts={kind: own.count for kind, own in best.items()},
+        labels=labels,
+        kinds=kinds,
+        scores=torch.cat(best)[:, 0],
+        controls=torch.cat(best)[:, 1:],
+        chance=torch.cat(chance),
+        counts={kind: len(names) for kind, (names, _) in found.items()},
         tokens=tokens,
         token_names=token_names(network.tokenizer, [tokens]),
         model=model_mark(network),
         **about,
     )
-
-
-class _Best:
-    """The largest of many components by the size of their score, and the largest score of every set."""
-
-    def __init__(self, k: int):
-        self.k, self.count = k, 0
-        self.labels: list[str] = []
-        self.scores = self.peaks = torch.empty(0, 0, dtype=torch.float64, device="cpu")
-
-    def add(self, labels: list[str], scores: Float[Tensor, "component set"]) -> None:
-        """Look at some more components, with their scores of the set and of control sets."""
-        if not labels:
-            return
-        peaks = scores.abs().amax(0)
-        self.peaks = torch.maximum(self.peaks, peaks) if self.count else peaks
-        every, names = (torch.cat([self.scores, scores]), self.labels + labels) if self.count else (scores, labels)
-        order = every[:, 0].abs().sort(descending=True, stable=True).indices[: self.k]
-        self.labels, self.scores = [names[i] for i in order.tolist()], every[order]
-        self.count += len(labels)
-
-    def chance(self) -> Float[Tensor, " component"]:
-        """Share of sets, the set itself among them, whose largest score is as large."""
-        reached = (self.peaks[1:] >= self.scores[:, :1].abs()).sum(1)
-        return (1 + reached).double() / len(self.peaks)
 
 
 class _Reader:
@@ -242,6 +232,7 @@ class _Reader:
         self.norm = decoder.norm
         self.goal = torch.stack([directions(decoder, ids)[:, :-1].mean(0) for ids in sets], dim=1)  # [d_model, set]
         self.gram = decoder.metric(centered=True).gram[:-1, :-1] / decoder.d_vocab
+        self._none = torch.empty(0, len(sets), dtype=torch.float64, device="cpu")
         embed = single.embed(words.to(single.device))
         first = "0_mlp"
         self.first, self.later = embed, embed + single.stream(embed, first) if first in single.paths else embed
@@ -252,7 +243,7 @@ class _Reader:
 
     def _neurons(self, layer: int) -> tuple[list[str], Tensor]:
         if f"{layer}_mlp" not in self.single.paths:
-            return [], self.goal
+            return [], self._none
         label = f"L{layer}N0_out"
         self.single.trace[label]  # compares all neurons with what the MLP wrote
         W_out, _ = output_weights(self.view, layer)
@@ -263,14 +254,14 @@ class _Reader:
     def _mlp(self, layer: int) -> tuple[list[str], Tensor]:
         label = f"{layer}_mlp"
         if label not in self.single.paths:
-            return [], self.goal
+            return [], self._none
         writes = self._decoded(self.single.stream(self._stream(layer), label), None)
         mean, square = writes.mean(0, keepdim=True), ((writes @ self.gram) * writes).sum(-1).mean(0, keepdim=True)
         return [label], self._scores(mean @ self.goal, square)
 
     def _heads(self, layer: int) -> tuple[list[str], Tensor]:
         if f"{layer}_attn" not in {step.label for step in self.single.network.steps}:
-            return [], self.goal
+            return [], self._none
         reader = HeadReader(self.single.network, layer, self.single)
         values = reader.values(self._stream(layer)).double()
         W_O = self.view.blocks[layer].attn.W_O.detach()

@@ -32,9 +32,9 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.results import Result
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
+from tl_jets.ngrams.scoring import check_unigram
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
-from tl_jets.ngrams.scoring import check_unigram
 from tl_jets.studies.overlap import pseudo_joint, share_found
 from tl_jets.studies.pairs import RowScores, list_digest, with_shuffles
 from tl_jets.studies.vocabularies import check_table
