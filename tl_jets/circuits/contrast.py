@@ -55,7 +55,7 @@ from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
 from tl_jets.lenses import iterative_jet_lens, joint_jet_lens
 from tl_jets.paths.circuit import Circuit
-from tl_jets.paths.evaluation import read_path
+from tl_jets.paths.evaluation import along, read_path
 from tl_jets.paths.expansion import exponential_expansion
 from tl_jets.paths.statistics import path_lengths, path_sums
 
@@ -230,21 +230,9 @@ def _path_effects(pair: Pair, trace: Trace, labels: Sequence[str]) -> Float[Tens
     """The effects of detached paths in one run; a prefix that several share is evaluated once."""
     with torch.enable_grad():
         frozen = FrozenNetwork.of(trace)
-    nothing = torch.zeros_like(trace[FINAL_STREAM])
-    sent: dict[Path, Tensor] = {}
-    ends: dict[int, dict[Path, tuple[Path, int]]] = {}
-    constant = Path(DECODER_STEP + BIAS)
-    paths = [constant if label == str(constant) else read_path(trace, label)[0] for label in labels]
-    for path in paths:
-        prefix = Path(path.source)
-        sent[prefix] = frozen.sources.get(path.source, nothing)
-        for step, (stage, row) in zip(path.steps, [] if path == constant else read_path(trace, path)[1], strict=True):
-            ends.setdefault(stage, {})[prefix.then(step)] = prefix, row
-            prefix = prefix.then(step)
-    for stage in sorted(ends):
-        before = list(dict.fromkeys(prefix for prefix, _ in ends[stage].values()))
-        writes = frozen.writes(stage, torch.stack([sent[prefix] for prefix in before]))
-        sent |= {path: writes[row, before.index(prefix)] for path, (prefix, row) in ends[stage].items()}
+    nothing, constant = torch.zeros_like(trace[FINAL_STREAM]), Path(DECODER_STEP + BIAS)
+    read = [(constant, []) if label == str(constant) else read_path(trace, label) for label in labels]
+    sent, paths = along(read, lambda source: frozen.sources.get(source, nothing), frozen.writes), [x for x, _ in read]
     effects = pair.said(frozen.decode(torch.stack([sent[path] for path in paths]), pair.rows)[:, :, 0])
     if constant in sent:  # of the decoder: the norm's bias and the unembedding's
         effects[paths.index(constant)] = pair.said(pair.rows.at(sent[constant])[:, 0]) + pair.direction[:, -1]

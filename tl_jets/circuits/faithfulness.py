@@ -50,12 +50,13 @@ from tl_jets.circuits.contrast import Contrast
 from tl_jets.circuits.controls import Level, attributed, random_edges, random_paths, writer_of
 from tl_jets.circuits.pairs import Pair, PairResult, Writes, mean_of, readers_of, run, writes_of
 from tl_jets.core.measures import check_seed
-from tl_jets.core.network import ResidualNetwork, trace_of
+from tl_jets.core.network import trace_of
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP, some
 from tl_jets.core.selection import Rows, TargetInput
+from tl_jets.interventions.sites import network_of
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.circuit import Circuit, node_of, ranked
 from tl_jets.paths.statistics import PathStatistics
@@ -178,15 +179,15 @@ def circuit_faithfulness(
         NotImplementedError: A step that cannot be replayed.
 
     Cost: an attribution patching; for each circuit and baseline an evaluation of the network, or at most one per reader (edges).
-
     Example: in the docstring of `tl_jets.circuits.faithfulness`.
     """
     check_choice("level", level, get_args(Level))
     check_integers(0, random=random)
     check_seed(seed)
-    pair, candidates = _candidates(
-        model, clean, corrupted, paths, k, level, targets, position, random, seed, attention_mask
-    )
+    chosen = paths.merged() if isinstance(paths, Circuit) else ordered_paths(paths, targets)
+    labels = chosen.nodes if isinstance(chosen, Circuit) else [x for path in chosen for x in (path.source, *path.steps)]
+    pair = Pair.of(network_of(model, labels), clean, corrupted, targets, position, attention_mask)
+    candidates = _candidates(pair, chosen, k, level, random, seed)
     ends, baselines = pair.ends(), _baselines(pair, reference)
     with torch.no_grad():
         kept = [_kept(pair, circuit, level) for _, _, circuit in candidates]
@@ -197,40 +198,27 @@ def circuit_faithfulness(
 
 
 def _candidates(
-    model: Any,
-    clean: Any,
-    corrupted: Any,
-    paths: Any,
-    k: Any,
-    level: Level,
-    targets: Any,
-    position: int,
-    random: int,
-    seed: int,
-    mask: Any,
-) -> tuple[Pair, list[tuple[str, int, Circuit]]]:
-    """The traced inputs, and the circuits to measure: kind, k and circuit."""
-    whole = paths.merged() if isinstance(paths, Circuit) else None
-    chosen = [] if isinstance(paths, Circuit) else ordered_paths(paths, targets)
-    labels = whole.nodes if whole else [label for path in chosen for label in (path.source, *path.steps)]
-    pair = Pair.of(_network(model, labels), clean, corrupted, targets, position, mask)
-    known, kind, draw = len(whole.edges) if whole else len(chosen), "circuit" if whole else "paths", chance.Random(seed)
+    pair: Pair, chosen: Circuit | list[Path], k: int | Sequence[int] | None, level: Level, random: int, seed: int
+) -> list[tuple[str, int, Circuit]]:
+    """The circuits to measure, of the first k of some edges or paths and controls: kind, k and circuit."""
+    whole = isinstance(chosen, Circuit)
+    known, draw = len(chosen.edges if whole else chosen), chance.Random(seed)
     sizes = [known] if k is None else [k] if isinstance(k, int) else list(k)
     for size in sizes:
         check_integers(1, k=size)
         if size > known:
             raise ValueError(f"k must be at most the number of {'edges' if whole else 'paths'}, {known}; got {size}.")
-    scores = edge_scores(pair)
-    found = [("nothing", 0, Circuit([], []))]
+    found, scores = [("nothing", 0, Circuit([], []))], edge_scores(pair)
     for size in sizes:
-        circuit = whole.top(size) if whole else Circuit.of_paths(chosen[:size])
-        found += [(kind, size, circuit), ("attribution", size, attributed(pair, scores, circuit, level))]
+        circuit = chosen.top(size) if whole else Circuit.of_paths(chosen[:size])
+        found.append(("circuit" if whole else "paths", size, circuit))
+        found.append(("attribution", size, attributed(pair, scores, circuit, level)))
         for _ in range(random):
             like = (
                 random_edges(pair, circuit, draw) if whole else random_paths(pair, chosen[:size], circuit, level, draw)
             )
             found.append(("random", size, like))
-    return pair, found
+    return found
 
 
 def ordered_paths(paths: Any, targets: TargetInput | None) -> list[Path]:
@@ -243,16 +231,6 @@ def ordered_paths(paths: Any, targets: TargetInput | None) -> list[Path]:
     if isinstance(paths, PathStatistics):
         return [path for path, _ in ranked(paths)]
     return [Path.parse(str(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-
-
-def _network(model: Any, labels: Sequence[str]) -> ResidualNetwork:
-    """The network of a model at the granularity of some labels; a network as it is."""
-    network = ResidualNetwork.of(model)
-    if isinstance(model, ResidualNetwork):
-        return network
-    neurons = [label for label in labels if getattr(network.view.fine_step(label), "kind", None) == "neuron"]
-    heads = any(label.startswith("L") for label in labels if label not in neurons)
-    return ResidualNetwork(network, "head" if heads else "sublayer", neurons) if heads or neurons else network
 
 
 def _baselines(pair: Pair, reference: Any) -> dict[str, Writes]:

@@ -44,7 +44,7 @@ from tl_jets.core.path import Path
 from tl_jets.core.protocol import some
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.places import Hooks, cells_at, only_at
-from tl_jets.interventions.sites import Site, Steps, check_parts, grabbing, heads_at_zero, sites_of
+from tl_jets.interventions.sites import Site, Steps, check_parts, grabbing, heads_at_zero, network_of, sites_of
 from tl_jets.paths.evaluation import read_path
 
 Mode = Literal["zero", "mean", "resample"]
@@ -179,12 +179,8 @@ def without_path(model: Any, text_or_tokens: Any, path: str | Path) -> Hooks:
     Source: Golden, arXiv 2505.24293, section 3 (the frozen map); Elhage et al. 2021 (paths). Cost: freezing, once a
     trace, and one linear application per step.
     """
-    network = hookable(model)
-    if not isinstance(model, ResidualNetwork):
-        steps = (Path.parse(path) if isinstance(path, str) else path).steps
-        neurons = [step for step in steps if getattr(network.view.fine_step(step), "kind", None) == "neuron"]
-        heads = any(step.startswith("L") for step in steps if step not in neurons)
-        network = ResidualNetwork(network, "head" if heads else "sublayer", neurons)
+    hookable(model)
+    network = network_of(model, (Path.parse(path) if isinstance(path, str) else path).steps)
     trace = trace_of(network, text_or_tokens)
     path, order = read_path(trace, path)
     frozen = FrozenNetwork.of(trace)

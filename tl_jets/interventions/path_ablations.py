@@ -31,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.core.frozen_network import FrozenNetwork
@@ -42,7 +41,7 @@ from tl_jets.core.selection import TargetInput
 from tl_jets.core.trace import Trace
 from tl_jets.interventions.effects import AblationEffect, cells_of, effect_of, real_rows
 from tl_jets.interventions.replays import changes_without, logits_of, stack_size
-from tl_jets.paths.evaluation import read_path
+from tl_jets.paths.evaluation import along, read_path
 
 
 @torch.no_grad()
@@ -82,8 +81,14 @@ def path_ablation(
         raise ValueError("path_ablation needs at least one path; got none.")
     parsed = [read_path(trace, path) for path in wanted]
     rows = real_rows(trace, positions)
-    where = cells_of(trace, ablated_positions)
-    sent, final = _sent(trace, parsed, where), trace[FINAL_STREAM]
+    where, final = cells_of(trace, ablated_positions), trace[FINAL_STREAM]
+
+    def source(label: str) -> Tensor:
+        whole = _source(trace, label)
+        return whole if where is None else torch.where(where[..., None], whole, 0.0)
+
+    stages = trace.network.stages
+    sent = along(parsed, source, lambda stage, parts: changes_without(trace, stages[stage], parts).transpose(0, 1))
 
     def answers() -> Iterator[Tensor]:
         for start in range(0, len(parsed), stack_size(trace)):
@@ -92,28 +97,6 @@ def path_ablation(
 
     clean = next(logits_of(trace, final[None], rows))
     return effect_of(trace, clean, answers(), [str(path) for path in wanted], "path", rows, targets=targets)
-
-
-def _sent(
-    trace: Trace, paths: list[tuple[Path, list[tuple[int, int]]]], where: Bool[Tensor, "batch pos"] | None
-) -> dict[Path, Float[Tensor, "batch pos d_model"]]:
-    """What arrives at the ends of paths and of their prefixes, by path, if sources are sent from some positions only."""
-    sent: dict[Path, Tensor] = {}
-    ends: dict[int, dict[Path, tuple[Path, int]]] = {}
-    for path, order in paths:
-        prefix = Path(path.source)
-        if prefix not in sent:
-            source = _source(trace, path.source)
-            sent[prefix] = source if where is None else torch.where(where[..., None], source, 0.0)
-        for step, (stage, row) in zip(path.steps, order, strict=True):
-            ends.setdefault(stage, {})[prefix.then(step)] = prefix, row
-            prefix = prefix.then(step)
-    for stage in sorted(ends):
-        before = list(dict.fromkeys(prefix for prefix, _ in ends[stage].values()))
-        found = changes_without(trace, trace.network.stages[stage], torch.stack([sent[prefix] for prefix in before]))
-        changes = dict(zip(before, found, strict=True))
-        sent |= {path: changes[prefix][row] for path, (prefix, row) in ends[stage].items()}
-    return sent
 
 
 def _source(trace: Trace, label: str) -> Tensor:

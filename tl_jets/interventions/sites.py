@@ -33,6 +33,16 @@ class Site(NamedTuple):
         return self.point.endswith("hook_z")
 
 
+def network_of(model: Any, labels: Sequence[str]) -> ResidualNetwork:
+    """The network of a model at the granularity of some labels; a network as it is."""
+    network = ResidualNetwork.of(model)
+    if isinstance(model, ResidualNetwork):
+        return network
+    neurons = [label for label in labels if getattr(network.view.fine_step(label), "kind", None) == "neuron"]
+    heads = any(label.startswith("L") for label in labels if label not in neurons)
+    return ResidualNetwork(network, "head" if heads else "sublayer", neurons) if heads or neurons else network
+
+
 def sites_of(network: ResidualNetwork, steps: Steps) -> list[Site]:
     """Where the writes of some steps are edited, without duplicates."""
     known = {step.label: step for kind in GRANULARITIES for stage in network.view.stages(kind) for step in stage.steps}

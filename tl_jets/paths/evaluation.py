@@ -297,6 +297,33 @@ def with_constants(graph: PathGraph, frozen: FrozenNetwork) -> PathGraph:
     return replace(graph, sources=(*graph.sources, *added), absent=graph.absent - there)
 
 
+def along(
+    paths: Iterable[tuple[Path, list[tuple[int, int]]]],
+    source: Callable[[str], Tensor],
+    writes: Callable[[int, Tensor], Tensor],
+) -> dict[Path, Tensor]:
+    """What arrives at the ends of paths and of their prefixes, by path: each is evaluated once, those into a stage together.
+
+    Args:
+        paths: Paths with their places, as of `read_path`.
+        source: The value of a source.
+        writes: What a stage's steps make [write, path, ...] of values [path, ...].
+    """
+    sent: dict[Path, Tensor] = {}
+    ends: dict[int, dict[Path, tuple[Path, int]]] = {}
+    for path, order in paths:
+        prefix = Path(path.source)
+        sent[prefix] = sent[prefix] if prefix in sent else source(path.source)
+        for step, (stage, row) in zip(path.steps, order, strict=True):
+            ends.setdefault(stage, {})[prefix.then(step)] = prefix, row
+            prefix = prefix.then(step)
+    for stage in sorted(ends):
+        before = list(dict.fromkeys(prefix for prefix, _ in ends[stage].values()))
+        found = writes(stage, torch.stack([sent[prefix] for prefix in before]))
+        sent |= {path: found[row, before.index(prefix)] for path, (prefix, row) in ends[stage].items()}
+    return sent
+
+
 def read_path(trace: Trace, path: str | Path) -> tuple[Path, list[tuple[int, int]]]:
     """A detached path of a trace's network without the decoder, and the (stage, write) index of each step.
 

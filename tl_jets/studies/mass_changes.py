@@ -255,8 +255,8 @@ def _planned(
             plans.append(_of_pairs(base, name, pairs, items, key, controls, seed, draw))
         if alone:
             tokens = torch.tensor(alone, device="cpu").unique()
-            lists = torch.cat([tokens[None], *(matched(tokens, x, controls, draw) for x in (key, means[0]))])
-            plans.append(_Plan(name, TOKENS, lists, torch.arange(len(tokens), device="cpu")))
+            ids = torch.cat([tokens[None], *(matched(tokens, x, controls, draw) for x in (key, means[0]))])
+            plans.append(_Plan(name, TOKENS, ids, torch.arange(len(tokens), device="cpu")))
     return plans, means, n_contexts
 
 
