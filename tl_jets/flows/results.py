@@ -16,9 +16,8 @@ from tl_jets.core.averages import Averaged
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.target_results import TargetResult
-from tl_jets.flows.edges import Level, balance_of, circuit_of, edge_table, graph_of, still_open
+from tl_jets.flows.edges import EdgeFlows, largest
 from tl_jets.paths.cancellation import LARGE, cancellation
-from tl_jets.paths.circuit import Circuit
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -48,7 +47,7 @@ class FlowResult(TargetResult):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Flow(FlowResult, Averaged):
+class Flow(EdgeFlows, FlowResult, Averaged):
     """Flows of an intervention. Axes: [component, batch, pos, target] and [stage, batch, pos, target], float64.
 
     Positions, targets, their unit and the tolerance as in `FlowResult`.
@@ -124,7 +123,7 @@ class Flow(FlowResult, Averaged):
     @property
     def gap_share(self) -> Float[Tensor, "batch pos target"]:
         """The absolute gaps of stages (with edges: of components) in sum, as a share of the effect; 0 where both are 0."""
-        gap = self.gap if self.edge_flow is None else balance_of(self)[1]["gap"]
+        gap = self.gap if self.edge_flow is None else self._balance()[1]["gap"]
         total = gap.abs().sum(0)
         return torch.where(total == 0, 0.0, total / self.effect.abs())
 
@@ -166,12 +165,11 @@ class Flow(FlowResult, Averaged):
         Raises:
             ValueError: Every effect is open.
         """
-        frame = self.to_dataframe()
+        frame: Any = self.to_dataframe()
         frame = frame[frame["closed"]]
         if frame.empty:
-            raise ValueError(still_open(self))
-        order = np.argsort(-np.abs(np.asarray(frame["flow"])), kind="stable")
-        return frame.iloc[order].groupby(["batch", "pos", "target"], sort=False).head(k).reset_index(drop=True)
+            raise ValueError(self._still_open())
+        return largest(frame, k)
 
     def by_position_dataframe(self) -> pd.DataFrame:
         """One row per component, prompt, position, target and position of the write.
@@ -194,58 +192,6 @@ class Flow(FlowResult, Averaged):
             "flow": self.by_position[real].tolist(),
         }
         return pd.DataFrame(index | {"closed": self.closed[b, p, t].tolist()})
-
-    def edges(self, top: int | None = None) -> pd.DataFrame:
-        """Flows on edges, one row per edge, prompt, position and target, without open effects and flows that are 0.
-
-        Columns: writer, reader (a step; the queries of a head, `L1H2_q`; `ln_final`), batch, pos, target; flow, share (of
-        the effect).
-
-        Args:
-            top: How many of the largest absolute flow for each prompt, position and target, largest first; None for all.
-
-        Raises:
-            ValueError: Edges were not asked for, or every effect is open.
-        """
-        return edge_table(self, top)
-
-    def balance(self) -> pd.DataFrame:
-        """The certificate of edges: what every component receives, what is edited there, and what it passes on.
-
-        One row per component (and `ln_final`, which passes on the effect), prompt, position and target. Columns: component,
-        batch, pos, target, received, edit, flow, gap (received + edit - flow, in the target's unit).
-
-        Raises:
-            ValueError: Edges were not asked for.
-        """
-        return self._table("component", *balance_of(self))
-
-    def graph(self, target: int = 0) -> Any:
-        """A `networkx.DiGraph` of the components and `ln_final`: nodes have `flow` and `edit`, edges `flow`.
-
-        Edges into heads have `q`, `k` and `v`, too, where these are apart. Flows are means over prompts and positions.
-
-        Args:
-            target: The index of the target.
-
-        Raises:
-            ValueError: Edges were not asked for, or an effect is open.
-        """
-        return graph_of(self, target)
-
-    def to_circuit(self, share: float = 0.9, *, level: Level = "edge", target: int = 0) -> Circuit:
-        """The smallest `Circuit` that carries a share of the absolute flow, its edges scored by flow.
-
-        Args:
-            share: Of the sum of absolute flows (means over prompts and positions) over all edges, or components.
-            level: `"edge"`: the fewest edges, largest first. `"node"`: the fewest components, and all edges between them and
-                to `ln_final`.
-            target: The index of the target.
-
-        Raises:
-            ValueError: Edges were not asked for, or an effect is open.
-        """
-        return circuit_of(self, share, level, target)
 
     def cuts(self) -> pd.DataFrame:
         """The certificate: at each stream, what it carries and what is edited later, less the effect.

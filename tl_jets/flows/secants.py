@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -57,10 +57,7 @@ def pull_back(
     covectors: Float[Tensor, "covector ..."],
     true: Float[Tensor, "covector ..."],
     allowed: Float[Tensor, "covector ..."],
-    *,
-    nodes: int | None = None,
-    first: int = FIRST_NODES,
-    together: int = 1,
+    **options: Any,
 ) -> PulledBack:
     """The secant map's transpose, applied to covectors; nodes double until every gap is at most `allowed`, or rounding.
 
@@ -71,13 +68,11 @@ def pull_back(
         covectors: g, each of the shape of f's output.
         true: The products of g with f(h + d) - f(h).
         allowed: The largest absolute gap.
-        nodes: A fixed number of nodes; None to double them, up to `MOST_NODES`.
-        first: Nodes of the first try.
-        together: How many points f takes at once, stacked along the first dimension.
+        **options: `nodes`, `first` and `together`, as in `pull_back_apart`.
     """
     found = pull_back_apart(
         lambda points, weights: _gradients(function, points, weights, covectors)[None],
-        point, change, [0], true[None], allowed, nodes=nodes, first=first, together=together,
+        point, change, [0], true[None], allowed, **options,
     )  # fmt: skip
     return found._replace(covectors=found.covectors[0], gap=found.gap[0])
 
@@ -106,7 +101,7 @@ def pull_back_apart(
         allowed: The largest sum of the parts' absolute gaps.
         nodes: A fixed number of nodes; None to double them, up to `MOST_NODES`.
         first: Nodes of the first try.
-        together: How many points are stacked.
+        together: How many points are evaluated at once, stacked along the first dimension.
 
     Returns:
         A `PulledBack` with covectors [reader, covector, *shape], and gaps [part, covector, ...].
