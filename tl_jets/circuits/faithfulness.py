@@ -110,22 +110,11 @@ class CircuitFaithfulness(PairResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per circuit and baseline: circuit, k, baseline, nodes, edges, logit_difference, recovered."""
-        recovered, means = self.recovered, self.logit_difference.mean(-1)
-        return pd.DataFrame(
-            [
-                {
-                    "circuit": self.kinds[i],
-                    "k": self.k[i],
-                    "baseline": baseline,
-                    "nodes": len(circuit.nodes),
-                    "edges": len(circuit.edges),
-                    "logit_difference": float(means[i, j]),
-                    "recovered": float(recovered[i, j]),
-                }
-                for i, circuit in enumerate(self.circuits)
-                for j, baseline in enumerate(self.baselines)
-            ]
-        )
+        every = zip(self.kinds, self.k, self.circuits, strict=True)
+        rows = [(kind, k, base, len(x.nodes), len(x.edges)) for kind, k, x in every for base in self.baselines]
+        values = {"logit_difference": self.logit_difference.mean(-1), "recovered": self.recovered}
+        frame = pd.DataFrame(rows, columns=["circuit", "k", "baseline", "nodes", "edges"])
+        return frame.assign(**{name: x.flatten().tolist() for name, x in values.items()})
 
     def summary(self) -> pd.DataFrame:
         """The same with one row for all random draws: their mean, and the lowest and highest `recovered`."""

@@ -82,19 +82,10 @@ class PatchingComparison(PairResult):
         closer (share of sites where it is closer to `activation` than `attribution` is).
         """
         table = self.to_dataframe().drop(columns="site")
-        exact = table.activation
-        far = (table.attribution - exact).abs()
-        rows = [
-            {
-                "method": name,
-                "pearson": table[name].corr(exact),
-                "spearman": table[name].rank().corr(exact.rank()),
-                "error": (table[name] - exact).abs().mean() / exact.abs().mean(),
-                "closer": ((table[name] - exact).abs() < far).mean(),
-            }
-            for name in self.methods[1:]
-        ]
-        return pd.DataFrame(rows)
+        exact, errors = table.activation, table.sub(table.activation, axis=0).abs()
+        columns = {"pearson": table.corrwith(exact), "spearman": table.rank().corrwith(exact.rank())}
+        columns |= {"error": errors.mean() / exact.abs().mean(), "closer": errors.lt(errors.attribution, axis=0).mean()}
+        return pd.DataFrame(columns, index=self.methods[1:]).rename_axis("method").reset_index()
 
 
 def compare_patching(

@@ -146,7 +146,7 @@ class EdgeFlows:
         return self.readers, self.edge_flow
 
     def _balance(self: Any) -> tuple[list[str], dict[str, Tensor]]:
-        """Components, those that only read, and `ln_final`; what each receives, edits and passes on, and its gap [component, ...]."""
+        """All components and `ln_final`; what each receives, edits and passes on, and its gap [component, ...]."""
         readers, values = self._edge_flow()
         nodes = list(dict.fromkeys([*self._writers, *map(node_of, readers)]))
         place = torch.tensor([nodes.index(node_of(reader)) for reader in readers], device=values.device)

@@ -60,9 +60,8 @@ class Compositions:
 
     def through(self, role: str, layer: int, head: int) -> str:
         """The path through a head of what it reads in a role; or of its value and on to the output."""
-        before, after = self.paths.get("value" if role == OUTPUT else role), None
-        if role == OUTPUT:
-            after = self.paths.get(OUTPUT)
+        before = self.paths.get("value" if role == OUTPUT else role)
+        after = self.paths.get(OUTPUT) if role == OUTPUT else None
         return ARROW.join(step for step in (before, f"L{layer}H{head}", after) if step is not None)
 
     def label(self, layer: int, head: int) -> str:

@@ -200,20 +200,19 @@ class _Components:
         if layers is None:
             layers = [] if isinstance(view, CallableModel) else range(view.n_layers)
         self.decoder, self.progress = network.decoder, progress
-        self.readers: list[HeadReader] = []
+        # By label: a reader of a layer, some of its heads, and paths that their queries, keys and values read.
+        self.heads: dict[str, tuple[HeadReader, list[int], dict[str, str]]] = {}
+        shared = None
         for layer in layers:
-            shared = self.readers[0].streams if self.readers else None
-            self.readers.append(HeadReader(network, layer, shared))
-        self.labels = [*self.streams.paths, *(f"{layer}_attn" for layer in layers)]
-        self.heads: list[list[int] | range] = [range(reader.n_heads) for reader in self.readers]
-        self.reads: list[dict[str, str]] = [{} for _ in self.readers]
+            reader = HeadReader(network, layer, shared)
+            shared = reader.streams
+            self.heads[f"{layer}_attn"] = reader, list(range(reader.n_heads)), {}
         for previous, (layer, head) in induction:
-            compose = Compositions.of(induction_paths(previous))
-            self.readers.append(compose.reader(network, layer, [head]))
-            self.heads.append([head])
-            self.reads.append(compose.reads(layer, head))
-            self.labels.append("L{}H{}, then L{}H{}".format(*previous, layer, head))
-        self.scores = [reader.scores(distance) for reader in self.readers]
+            compose, label = Compositions.of(induction_paths(previous)), "L{}H{}, then L{}H{}"
+            found = compose.reader(network, layer, [head]), [head], compose.reads(layer, head)
+            self.heads[label.format(*previous, layer, head)] = found
+        self.scores = {label: reader.scores(distance) for label, (reader, *_) in self.heads.items()}
+        self.labels = [*self.streams.paths, *self.heads]
         if not self.labels:
             raise ValueError("A sketch needs one component at least; got no paths and no layers.")
 
@@ -223,22 +222,21 @@ class _Components:
         found: list[Tensor] = []
         embed = self.streams.embed(tokens)
         bar = tqdm(self.labels, desc="components", delay=1, leave=False, disable=None if self.progress else True)
-        for index, label in enumerate(bar):
-            head = index - len(self.streams.paths)
-            if head < 0:
-                found.append(self.streams.states(embed, label)[places.flatten().to(embed.device)])
+        for label in bar:
+            if label in self.heads:
+                found.append(self._skip_trigrams(label, tokens, places))
             else:
-                found.append(self._skip_trigrams(head, tokens, places))
+                found.append(self.streams.states(embed, label)[places.flatten().to(embed.device)])
         return torch.stack([state.to(found[0]) for state in found])
 
-    def _skip_trigrams(self, index: int, tokens: Tensor, places: Int[Tensor, "text pos"]) -> Tensor:
+    def _skip_trigrams(self, label: str, tokens: Tensor, places: Int[Tensor, "text pos"]) -> Tensor:
         """States of a layer's heads, summed, with attention from scores of single tokens."""
-        reader, scores, heads, reads = self.readers[index], self.scores[index], self.heads[index], self.reads[index]
+        (reader, heads, reads), scores = self.heads[label], self.scores[label]
         view, block, before = reader.view, reader.view.blocks[reader.layer], int("key" in reads)
         query, key, value = reader.vectors(tokens, heads, reads)
         moved, own = scores.keys(key), scores.own_keys(key)
-        W_O = block.attn.W_O.detach().to(value)[list(heads)]
-        bias = scores.bias.to(query)[list(heads), None, None]
+        W_O = block.attn.W_O.detach().to(value)[heads]
+        bias = scores.bias.to(query)[heads, None, None]
         rows: list[Tensor] = []
         for text in places.to(value.device):
             earlier = text.roll(before)  # the tokens that keys are of

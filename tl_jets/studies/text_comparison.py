@@ -32,6 +32,7 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.results import Result
 from tl_jets.ngrams import jet_bigrams, jet_bigrams_by_path
+from tl_jets.ngrams.join import best_sums
 from tl_jets.ngrams.scoring import check_unigram
 from tl_jets.ngrams.streams import DIRECT, MLPS, PathInput, mlp_steps
 from tl_jets.ngrams.tables import NgramTable
@@ -264,13 +265,10 @@ def _frequencies(counts: NgramTable, place: int, d_vocab: int) -> Float[Tensor, 
 
 
 def _best_products(first: Tensor, second: Tensor, n: int) -> Int[Tensor, "pair 2"]:
-    """The n pairs with the largest first(z1) second(z2), ties by ids; their ranks i, j have i j <= n."""
-    one, two = (x.argsort(descending=True, stable=True)[:n] for x in (first, second))
-    fitting = (n // torch.arange(1, len(one) + 1, device="cpu")).clamp_max(len(two))
-    i = torch.arange(len(one), device="cpu").repeat_interleave(fitting)
-    j = torch.arange(len(i), device="cpu") - (fitting.cumsum(0) - fitting)[i]
-    pairs = torch.stack([one[i], two[j]], dim=1)
-    return pairs[rank(pairs, first[pairs[:, 0]] * second[pairs[:, 1]])[:n]]
+    """The n pairs with the largest first(z1) second(z2), ties by ids."""
+    i, j = best_sums(first.log(), second.log(), n)
+    pairs = torch.stack([i, j], dim=1)
+    return pairs[rank(pairs, first[i] * second[j])[:n]]
 
 
 def _check_counts(counts: NgramTable, network: ResidualNetwork) -> None:
