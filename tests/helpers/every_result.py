@@ -28,7 +28,7 @@ from tl_jets.studies import (
 )
 
 # Only a base of others.
-BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult"}
+BASES = {"LensResult", "TargetResult", "FlowResult", "PairResult", "AblationResult"}
 
 
 def classes_of(kind: Any) -> set[Any]:

@@ -45,7 +45,6 @@ from torch import Tensor
 from tl_jets.calculus.jet import jet
 from tl_jets.calculus.norms import check_order
 from tl_jets.core.attribution import directions
-from tl_jets.core.decoder import in_unit
 from tl_jets.core.protocol import FINAL_STREAM, relative_error
 from tl_jets.core.selection import Rows
 from tl_jets.core.trace import Trace
@@ -103,12 +102,8 @@ class AblationJet(AblationEffect):
         errors = [self.error_estimate, *((self.series(dose) - truth).abs() for dose, truth in ends)]
         return torch.stack(errors).amax(0) <= CONVERGED * self.centered.abs()
 
-    def __repr__(self) -> str:
-        good = f"{int(self.converges.sum())} of {self.converges.numel()} converge"
-        return (
-            f"AblationJet({len(self.labels)} ablations, {self.mode}; order {self.order}, {good}; {len(self.tokens)} prompts at "
-            f"{self.positions}; of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
-        )
+    def _of_series(self) -> str:
+        return f"; order {self.order}, {int(self.converges.sum())} of {self.converges.numel()} converge"
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Those of `AblationEffect`, then series, error_estimate, and converges (the share of cells)."""

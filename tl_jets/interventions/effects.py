@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_jets.core.attribution import centered
@@ -26,32 +26,44 @@ from tl_jets.interventions.places import Hooks
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class AblationEffect(TargetResult, Averaged):
-    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos]. Targets as in `TargetResult`.
+class AblationResult(TargetResult, Averaged):
+    """Base of results of ablations, one at a time. Targets as in `TargetResult`.
 
     Attributes:
         labels: The ablated steps, aligned to the ablation axis.
         mode: The mode of `ablation_hooks`; `"path"` for ablations of single paths.
-        logit: Change of the targets' additive logits (before a softcap).
-        centered: The same, less the change of the mean over the vocabulary.
-        kl: KL(clean || ablated) of the model's own predictions, in nats.
         sinks: Positions that `average` leaves out.
         seed: Seed of `"resample"`; None in other modes.
     """
 
     labels: list[str]
     mode: str
-    logit: Float[Tensor, "ablation batch pos target"]
-    centered: Float[Tensor, "ablation batch pos target"]
-    kl: Float[Tensor, "ablation batch pos"]
     sinks: Sinks | None = None
     seed: int | None = None
 
     def __repr__(self) -> str:
         return (
-            f"AblationEffect({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at {self.positions}; "
-            f"of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
+            f"{type(self).__name__}({len(self.labels)} ablations, {self.mode}{self._of_series()}; {len(self.tokens)} prompts at "
+            f"{self.positions}; of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
         )
+
+    def _of_series(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class AblationEffect(AblationResult):
+    """Changes under ablations, ablated - clean. Axes: [ablation, batch, pos]. Ablations and targets as in `AblationResult`.
+
+    Attributes:
+        logit: Change of the targets' additive logits (before a softcap).
+        centered: The same, less the change of the mean over the vocabulary.
+        kl: KL(clean || ablated) of the model's own predictions, in nats.
+    """
+
+    logit: Float[Tensor, "ablation batch pos target"]
+    centered: Float[Tensor, "ablation batch pos target"]
+    kl: Float[Tensor, "ablation batch pos"]
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Columns step, logit, centered, kl; logits averaged over targets, too."""
@@ -75,9 +87,7 @@ def effect_of(
     targets: TargetInput | None,
 ) -> AblationEffect:
     """The effects of ablations from additive logits, `clean` and `ablated`, at some positions, in float64."""
-    ids, names = read_targets(trace.network, targets, rows)
-    if ids is None or names is None:
-        ids, names = clean.argmax(-1, keepdim=True), [ANSWER]
+    ids, names = targets_or_answer(trace, targets, rows, lambda: clean)
     decoder = trace.decoder
     logit, beyond, kl = [], [], []
     before = decoder.transformed(clean).log_softmax(-1)
@@ -96,6 +106,14 @@ def effect_of(
         sinks=Sinks.of(trace, rows),
         **target_fields(trace, rows, ids, names),
     )
+
+
+def targets_or_answer(
+    trace: Trace, targets: TargetInput | None, rows: Rows, logits: Callable[[], Float[Tensor, "batch pos d_vocab"]]
+) -> tuple[Int[Tensor, "batch pos target"], list[str | int]]:
+    """Ids and names of targets; None for the best token of the clean logits."""
+    ids, names = read_targets(trace.network, targets, rows)
+    return (logits().argmax(-1, keepdim=True), [ANSWER]) if ids is None or names is None else (ids, names)
 
 
 def exact_trace(network: ResidualNetwork, prompts: Any, attention_mask: Tensor | None) -> Trace:

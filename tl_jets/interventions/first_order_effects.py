@@ -31,43 +31,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits
-from tl_jets.core.averages import Averaged
-from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import trace_of
 from tl_jets.core.protocol import FINAL_STREAM
-from tl_jets.core.selection import ANSWER, TargetInput, read_targets
+from tl_jets.core.selection import TargetInput
 from tl_jets.core.sinks import Sinks
-from tl_jets.core.target_results import TargetResult, target_fields
+from tl_jets.core.target_results import target_fields
 from tl_jets.interventions.ablation_jets import centered_of, dose_gradients
-from tl_jets.interventions.effects import read_ablations, real_rows
+from tl_jets.interventions.effects import AblationResult, read_ablations, real_rows, targets_or_answer
 from tl_jets.interventions.hooks import Mode, Steps, hookable
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class FirstOrderEffects(TargetResult, Averaged):
+class FirstOrderEffects(AblationResult):
     """First-order changes of centered logits under ablations, ablated - clean. Axes: [ablation, batch, pos, target].
 
-    Targets as in `TargetResult`.
+    Ablations and targets as in `AblationResult`.
 
     Attributes:
-        labels: The ablated steps, aligned to the ablation axis.
-        mode: The mode of `ablation_hooks`.
         effect: c_1 of each effect on the centered logit.
-        sinks: Positions that `average` leaves out.
-        seed: Seed of `"resample"`; None in other modes.
     """
 
-    labels: list[str]
-    mode: str
     effect: Float[Tensor, "ablation batch pos target"]
-    sinks: Sinks | None = None
-    seed: int | None = None
-
-    def __repr__(self) -> str:
-        return (
-            f"FirstOrderEffects({len(self.labels)} ablations, {self.mode}; {len(self.tokens)} prompts at "
-            f"{self.positions}; of {self.target_names}{in_unit(self.unit)}{self._left_out()})"
-        )
 
     def _columns(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Columns step and effect, averaged over targets, too."""
@@ -106,9 +90,7 @@ def first_order_effects(
         trace = trace_of(network, prompts, attention_mask)
         rows = real_rows(trace, positions)
         labels, each = read_ablations(trace, steps, mode, reference, ablated_positions, seed)
-        ids, names = read_targets(network, targets, rows)
-        if ids is None or names is None:
-            ids, names = additive_logits(trace, rows.index).argmax(-1, keepdim=True), [ANSWER]
+        ids, names = targets_or_answer(trace, targets, rows, lambda: additive_logits(trace, rows.index))
         read = centered_of(trace, ids, rows)
         effect = dose_gradients(trace, each, 0.0, lambda final: read(final[None])[0])
     return FirstOrderEffects(
