@@ -48,7 +48,7 @@ def parts_of_cut(pair: Pair, stream: str, is_by_write: bool) -> dict[str, Float[
         for name, values in zip(names, by_place.unbind(-1), strict=True):
             key = f"{label} @ {name}" if is_by_write else name
             found[key] = found.get(key, 0) + values
-    for label in effects.keys() - set(held) if is_by_write else []:
+    for label in [label for label in effects if label not in held] if is_by_write else []:
         found[label] = effects[label].sum(-1)
     constant = torch.stack([pair.said(_norm_bias(pair)) + pair.direction[:, -1]] * 2)
     found[DECODER_STEP + BIAS if is_by_write else "bias"] = torch.cat([constant, torch.zeros_like(constant)])

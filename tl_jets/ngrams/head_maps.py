@@ -23,7 +23,7 @@ Cost: the layer's attention on every token (4 d_model^2 a token), and about 50 (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -144,15 +144,11 @@ class HeadReader:
     def _savers(self, found: dict[str, Tensor], *more: str) -> list[tuple[str, Callable[..., None]]]:
         """Hooks that save queries, keys and the activations `more` of the layer's attention, where the model has them."""
 
-        def saver(name: str) -> Callable[..., None]:
-            def save(tensor: Tensor, hook: Any) -> None:
-                found[name] = tensor.detach().to(self.device)
+        def save(tensor: Tensor, hook: Any, name: str) -> None:
+            found[name] = tensor.detach().to(self.device)
 
-            return save
-
-        prefix = f"blocks.{self.layer}.attn."
-        names = [name for pair in _POINTS for name in pair] + list(more)
-        return [(prefix + name, saver(name)) for name in names if prefix + name in self.view.hook_dict]
+        prefix, names = f"blocks.{self.layer}.attn.", [name for pair in _POINTS for name in pair] + list(more)
+        return [(prefix + name, partial(save, name=name)) for name in names if prefix + name in self.view.hook_dict]
 
     def _query_and_key(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys [batch, pos, head, d_head], grouped keys repeated."""

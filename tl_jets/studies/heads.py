@@ -299,10 +299,8 @@ def _copying(
     for head in range(reader.n_heads):
         logits = decoded_writes(reader, head, values[:, head])
         own = (logits.columns - logits.columns.mean(1, keepdim=True))[:, tokens.to(logits.columns.device)]
-        centered = LowRankLogits(logits.rows, own)
-        permuted = LowRankLogits(logits.rows, own[:, shuffle.to(own.device)])
-        rows.append([_eigenvalue_ratio(centered), _share_copied(centered)])
-        rows[-1] += [_eigenvalue_ratio(permuted), _share_copied(permuted)]
+        matrices = [LowRankLogits(logits.rows, x) for x in (own, own[:, shuffle.to(own.device)])]
+        rows.append([score(matrix) for matrix in matrices for score in (_eigenvalue_ratio, _share_copied)])
     names = ("copying", "copied", "copying_control", "copied_control")
     return dict(zip(names, torch.tensor(rows, dtype=torch.float64, device="cpu").unbind(1), strict=True))
 
