@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor
 
 import tl_jets as tj
-from tl_jets.circuits.cuts import parts_of_cut
+from tl_jets.circuits.contrast import parts_of_cut
 from tl_jets.circuits.pairs import Pair
 from tl_jets.core.network import trace_of
 

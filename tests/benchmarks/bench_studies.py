@@ -22,8 +22,8 @@ from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.ngrams.bigram_sweep import CHUNK_CPU
 from tl_jets.ngrams.scan import TopScan
 from tl_jets.studies import diff
+from tl_jets.studies.differences import RowChanges
 from tl_jets.studies.pairs import RowScores
-from tl_jets.studies.row_changes import RowChanges
 
 D_MODEL, D_VOCAB, TOP_K = 768, 50257, 100
 

@@ -47,8 +47,8 @@ from tl_jets.studies import (
     track_by_path,
     unigram_probabilities,
 )
+from tl_jets.studies.differences import RowChanges
 from tl_jets.studies.pairs import RowScores
-from tl_jets.studies.row_changes import RowChanges
 from tl_jets.studies.text_comparison import NO_MODEL, _best_products
 from tl_jets.studies.vocabularies import check_vocabulary
 

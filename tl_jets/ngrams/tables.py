@@ -111,10 +111,13 @@ class NgramTable(Result):
             raise ValueError(f"settings must be plain JSON values; got {self.settings!r} ({error}).") from error
         ids = self.ids.detach().cpu().long()
         present = ids.unique().tolist()
+        nameless = [token for token in present if token not in self.names]
+        if nameless:
+            raise ValueError(f"Every id of a table must have a name; {nameless[:5]} have none. See tokens.token_names.")
         for token in present:
-            if not isinstance(self.names.get(token), str):
+            if not isinstance(self.names[token], str):
                 raise ValueError(
-                    f"The names of ids must be texts; id {token} has {self.names.get(token)!r}. See tokens.token_names."
+                    f"The names of ids must be texts; id {token} has {self.names[token]!r}. See tokens.token_names."
                 )
         own: dict[str, Any] = {"ids": ids, "settings": settings, "scores": self.scores.detach().cpu().double()}
         own["names"] = {token: writable(self.names[token]) for token in present}
