@@ -16,7 +16,7 @@ import tl_jets as tj
 from tl_jets.ngrams.head_maps import HeadReader
 from tl_jets.ngrams.trigrams import TrigramSweep, trigram_parts
 from tl_jets.studies import sketch
-from tl_jets.studies.kneser_ney import KneserNey
+from tl_jets.studies.counts import KneserNey
 from tl_jets.studies.sketches import _Components
 
 TEXTS = torch.randint(3, 20, (6, 7), generator=torch.Generator().manual_seed(3))

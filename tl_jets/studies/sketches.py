@@ -46,8 +46,7 @@ from tl_jets.ngrams.float32 import full_float32
 from tl_jets.ngrams.head_maps import HeadReader
 from tl_jets.ngrams.induction import Heads, induction_paths
 from tl_jets.ngrams.streams import PathInput, VocabularyStreams
-from tl_jets.studies.counts import TokenInput, unigram_probabilities
-from tl_jets.studies.kneser_ney import KneserNey
+from tl_jets.studies.counts import KneserNey, TokenInput, unigram_probabilities
 from tl_jets.studies.text_comparison import every_path
 
 # Positions whose logits are held at once, and texts in one forward pass.
