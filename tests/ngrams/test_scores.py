@@ -165,7 +165,7 @@ def test_options_that_do_not_go_together():
         ({"exclude": [V]}, "exclude must be ids"),
         ({"screen": "bf16", "exclude_self": True}, "all columns and pairs"),
         ({"screen": "bf16", "score": "lift"}, 'score="logprob"'),
-        ({"rows": [" more"]}, "has no tokenizer"),
+        ({"rows": [" more"]}, "the model has none"),
         ({"rows": "more"}, "must be a list"),
     ):
         with pytest.raises(ValueError, match=words):

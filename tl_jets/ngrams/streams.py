@@ -331,7 +331,7 @@ def tokenizing(tokenizer: Any) -> Tokenize:
 
     def tokenize(text: str) -> Sequence[int]:
         if tokenizer is None:
-            raise ValueError(f"Texts need a tokenizer, and the model has no tokenizer. Give the ids of {text!r}.")
+            raise ValueError(f"A text needs a tokenizer; the model has none. Give the ids of {text!r}.")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     return tokenize
