@@ -52,6 +52,9 @@ from tl_jets.flows.targets import Measure, Target, read_target
 from tl_jets.flows.two_runs import Change, TwoRuns
 from tl_jets.interventions.effects import exact_trace, real_rows
 
+# An effect below so many roundings of the target's value is none.
+UNMOVED = 8
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -336,7 +339,10 @@ class _Sweep:
 
     def _checked(self, found: Flow) -> Flow:
         """The flow of the components that changed; warns. All is read at once, as every look at a device waits for it."""
-        flags = [*self.changed[::-1], *(found.effect != 0).flatten(1).any(1), (~found.closed).sum()]
+        # The same run is not always the same to the last bit: matrix products depend on where memory lies.
+        rounding = UNMOVED * torch.finfo(self.last.dtype).eps * found.clean.abs().clamp_min(1.0)
+        reached = (found.effect.abs() > rounding).flatten(1).any(1)
+        flags = [*self.changed[::-1], *reached, (~found.closed).sum()]
         *flags, still_open = torch.stack([flag.long() for flag in flags]).tolist()
         self._warn(found, flags[len(found.labels) :], still_open)
         kept = [i for i, changed in enumerate(flags[: len(found.labels)]) if changed]
