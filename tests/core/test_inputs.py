@@ -234,6 +234,10 @@ def test_a_hugging_face_model_is_told_how_to_be_wrapped():
         TypeError, match=r"got builtins.str. Load it first: TransformerBridge.boot_transformers\('gpt2'\)"
     ):
         tj.ResidualNetwork("gpt2")
+    with pytest.raises(
+        TypeError, match=r"got torch\..*OptimizedModule. Pass the model that was compiled.*model\._orig_mod"
+    ):
+        tj.ResidualNetwork(torch.compile(zoo.build(zoo.available(["llama"])[0])))
 
 
 # N-grams, orders, steps, targets

@@ -295,9 +295,8 @@ def _token_id(network: Structure, target: Any) -> int:
     check_text("A target", target)
     ids: list[int] = []
     for text in () if tokenizer is None else dict.fromkeys((target, unescaped(target))):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        unknown = ids == [getattr(tokenizer, "unk_token_id", None)] and text != tokenizer.unk_token
-        if len(ids) == 1 and not unknown:
+        ids, is_known = _encoded(tokenizer, text)
+        if len(ids) == 1 and is_known:
             return int(ids[0])
     if by_id:
         return int(by_id[1])
@@ -305,6 +304,12 @@ def _token_id(network: Structure, target: Any) -> int:
         f"A target must be a single token; {target!r} is {len(ids)}: "
         f"{[network.tokenizer.decode([i]) for i in ids]}. Mind the leading space, or pass a token id."
     )
+
+
+def _encoded(tokenizer: Any, text: str) -> tuple[list[int], bool]:
+    """The ids of a text, and whether they are not the token for what is unknown."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, text == getattr(tokenizer, "unk_token", None) or ids != [getattr(tokenizer, "unk_token_id", None)]
 
 
 # As in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.

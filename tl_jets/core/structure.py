@@ -201,6 +201,8 @@ def unknown_model(model: Any) -> str:
     remedy = ""
     if isinstance(model, str):
         remedy = f" Load it first: TransformerBridge.boot_transformers({model!r})."
+    elif hasattr(model, "_orig_mod"):
+        remedy = " Pass the model that was compiled, not what torch.compile returned: model._orig_mod."
     elif "transformers" in roots and isinstance(model, torch.nn.Module):
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or "its name on the hub"
         remedy = f" Wrap it first: TransformerBridge.boot_transformers({name!r}, hf_model=model)."
