@@ -90,15 +90,17 @@ def test_what_is_printed_fits_a_screen(capsys, monkeypatch, network, columns, st
     assert cells(text, f"all {len(found.labels)}", "The components")[-1] == f"{float(found.effect):+.2f}"
 
 
-def test_no_forward_pass_is_made_for_the_readings(capsys, monkeypatch, network):
-    """Two whole passes, clean and ablated; the third ends at the last hooked block."""
+@pytest.mark.parametrize(("acts", "count"), [(["--ablate", "0_mlp"], 2), (["--joint", "0_mlp", "--controls", "0"], 1)])
+def test_no_forward_pass_is_made_for_the_readings(capsys, monkeypatch, network, acts, count):
+    """Two whole passes, clean and ablated, the third of an ablation ends at the last hooked block; a joint flow replays."""
     passes, forward = [], type(network.view).forward
     monkeypatch.setattr(
         type(network.view), "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs)
     )
-    data = numbers(capsys, *ASKED, "--ablate", "0_mlp")
-    assert len(passes) == 2
-    assert data["readings"]["logit"] == pytest.approx([value for value, _ in model_readings("0_mlp")], abs=1e-4)
+    data = numbers(capsys, *ASKED, *acts)
+    assert len(passes) == count
+    for own, name in enumerate(("logit", "probability")):
+        assert data["readings"][name] == pytest.approx([values[own] for values in model_readings("0_mlp")], abs=1e-4)
 
 
 def test_an_open_effect_is_said_and_no_flow_is_shown(capsys, network):

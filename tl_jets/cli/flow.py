@@ -7,16 +7,18 @@ import re
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from tl_jets.cli.prompt_files import read_prompts
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, UsageError, read, read_token, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
+from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import Rows
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import visible
-from tl_jets.core.trace import Trace
 from tl_jets.flows import Flow, JointFlow, flow, joint_flow
 from tl_jets.flows.secants import MOST_NODES
 from tl_jets.flows.two_runs import TwoRuns
@@ -53,10 +55,11 @@ def report(options: argparse.Namespace) -> Report:
             warnings.filterwarnings("ignore", OPEN, UserWarning)
             if kind == "joint":
                 found: Flow | JointFlow = _joint(options, asked, ablation, positions, given)
-                intervened = None
+                assert found.final is not None, "it was just run"
+                ablated = found.final[:, 0]
             else:
                 runs = TwoRuns(asked.network, asked.trace, acts)
-                found, intervened = _flow(options, asked, runs, given), runs.other
+                found, ablated = _flow(options, asked, runs, given), runs.other[FINAL_STREAM][:, asked.position]
     said = asked.token(answer) if target is None else asked.token(target)
     names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the centered logit of {said['token']}")
     if against is not None:
@@ -69,7 +72,7 @@ def report(options: argparse.Namespace) -> Report:
     data |= {"is_softcapped": asked.trace.decoder.transform is not None, "is_closed": bool(found.closed)}
     data["readings"] = None
     if target is not None and against is None:
-        data["readings"] = _readings(asked, intervened or _hooked(asked, acts), target)
+        data["readings"] = _readings(asked, ablated, target)
     rows = asked.asked(options.model, data["answer"], data["target"]) | {"intervention": done}
     last = ["effect"] if options.measure == "centered" else []
     last += ["softcap"] if data["is_softcapped"] and options.measure == "centered" else []
@@ -127,17 +130,13 @@ def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[
     return hooks, ablation, positions
 
 
-def _hooked(asked: Read, hooks: Any) -> Trace:
-    """The prompt's run under hooks: a joint flow's own runs stop at the last stream."""
-    with asked.network.view.hooks(hooks):  # type: ignore[attr-defined]
-        return asked.network.trace(asked.trace.tokens)
-
-
-def _readings(asked: Read, intervened: Trace, target: int) -> dict[str, list[float]]:
-    """The target's logit and probability, as the model itself gives them: in the clean and in the intervened run."""
-    logits = [run.logits[0, asked.position].double() for run in (asked.trace, intervened)]  # type: ignore[index]
-    probabilities = [float(own.softmax(-1)[target]) for own in logits]
-    return {"logit": [float(own[target]) for own in logits], "probability": probabilities}
+def _readings(asked: Read, intervened: Tensor, target: int) -> dict[str, list[float]]:
+    """The target's logit and probability: the model's own in the clean run, and those of an intervened last stream."""
+    decoder = asked.trace.decoder
+    own = asked.trace.logits[0, asked.position]  # type: ignore[index]
+    logits = [each.double() for each in (own, decoder.transformed(decoder.logits(decoder.norm(intervened)))[0])]
+    probabilities = [float(each.softmax(-1)[target]) for each in logits]
+    return {"logit": [float(each[target]) for each in logits], "probability": probabilities}
 
 
 def _read(readings: dict[str, list[float]] | None) -> str:

@@ -37,6 +37,7 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM, Step
+from tl_jets.core.results import handle
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.target_results import target_fields
 from tl_jets.core.trace import Trace
@@ -73,6 +74,7 @@ class JointFlow(FlowResult):
         gap: Sum of shares less the effect: the error of the nodes.
         nodes: Nodes of the last try.
         seed: Seed of the random sets.
+        final: The last stream with all ablated, at the positions that are read [batch, pos, d_model]; None in a loaded result.
     """
 
     labels: list[str]
@@ -86,6 +88,7 @@ class JointFlow(FlowResult):
     gap: Float[Tensor, "batch pos target"]
     nodes: int
     seed: int | None = None
+    final: Float[Tensor, "batch pos d_model"] | None = handle()
 
     def __repr__(self) -> str:
         sets = (
@@ -185,14 +188,14 @@ class _Doses:
     hooks: dict[str, Hooks]
 
     @torch.no_grad()
-    def ablated(self, sets: list[list[str]]) -> Float[Tensor, "set batch pos target"]:
-        """The target with each set ablated."""
+    def ablated(self, sets: list[list[str]]) -> list[Float[Tensor, "batch pos d_model"]]:
+        """The last streams with each set ablated, at the positions that are read."""
         runs = [[hook for label in own for hook in self.hooks[label]] for own in sets]
         order = sorted(range(len(runs)), key=lambda i: first_stage(self.clean, runs[i]))
         found = {}
         for final in chain.from_iterable(last_streams(self.clean, [runs[i] for i in order])):
-            found[order[len(found)]] = self.target(self.rows.at(final))
-        return torch.stack([found[i] for i in range(len(runs))])
+            found[order[len(found)]] = self.rows.at(final)
+        return [found[i] for i in range(len(runs))]
 
     def gradients(self, labels: list[str], dose: float) -> Float[Tensor, "component batch pos target"]:
         """Derivatives by the doses of single components, with all at one dose."""
@@ -212,7 +215,8 @@ class _Doses:
     def result(self, labels: list[str], sets: list[list[str]], mode: str, tolerance: float) -> JointFlow:
         """The shares of the components, beside single ablations, gradients and the control sets."""
         before = self.target(self.rows.at(self.clean[FINAL_STREAM]))
-        effect, *others = self.ablated([labels, *([label] for label in labels), *sets]) - before
+        finals = self.ablated([labels, *([label] for label in labels), *sets])
+        effect, *others = (self.target(final) - before for final in finals)
         share, nodes = self.shares(labels, effect, tolerance)
         single, control = others[: len(labels)], others[len(labels) :]
         target = self.target
@@ -227,6 +231,7 @@ class _Doses:
             control=torch.stack(control) if control else effect.new_zeros(0, *effect.shape),
             gap=share.sum(0) - effect,
             nodes=nodes,
+            final=finals[0],
             tolerance=tolerance,
             measure=target.measure,
             **target_fields(self.clean, self.rows, target.ids, target.names, unit=target.unit),
