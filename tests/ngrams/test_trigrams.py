@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import zoo
 from heads_by_hand import attention_table, output_table
 from torch import Tensor
 
+import tl_jets.ngrams.trigrams as trigrams_module
 from tl_jets import CallableModel, Decoder, Norm, load_tinydocs
 from tl_jets.ngrams import join, low_rank_logits
 from tl_jets.ngrams.head_maps import HeadReader
@@ -454,3 +456,18 @@ def test_what_float32_bounds_lose_to_cancellation_is_found(which, normalize):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
         assert winner in ids[place, 0]
     assert any(lost), "the test must be one of cancellation"
+
+
+def test_a_long_search_says_how_long_it_will_take(capsys, monkeypatch):
+    """From the first chunk of queries, with keys counted alike: here all queries, so that half of the first head is left."""
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(trigrams_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    model = zoo.build(zoo.available(["gpt2"])[0])
+    for head, options, said in [
+        (1, {}, "L1H1: about 30 seconds"),
+        ([0, 1], {}, "2 heads of layer 1: about 90 seconds"),
+        (1, {"progress": False}, ""),
+    ]:
+        jet_trigrams(model, 1, head, top_k=3, **options)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tl-jets")]
+        assert lines == ([f"tl-jets: {said}"] if said else [])

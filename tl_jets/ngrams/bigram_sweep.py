@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from tl_jets.core.options import check_choice, check_integers
 from tl_jets.core.processes import ALONE, Processes
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.float32 import full_float32
-from tl_jets.ngrams.jobs import Job, State, Sweep
+from tl_jets.ngrams.jobs import Job, State, Sweep, say_how_long
 from tl_jets.ngrams.rows import RowReader, RowScan
 from tl_jets.ngrams.scan import BestPairs, Tiles, TopScan
 from tl_jets.ngrams.scoring import SCORES, Score, Scoring, check_unigram
@@ -41,8 +40,6 @@ Paths = Literal["each_mlp"] | Sequence[PathInput]
 CHUNK_CPU, CHUNK_DEVICE = 1024, 8192
 # Bytes of a bi-gram while its table is sorted, and in each path's results.
 PAIR_BYTES, FOUND_BYTES = 48, 64
-# Seconds from which a sweep says at its start how long it will take.
-LONG = 20.0
 # Minimum number of multiply-adds for which measuring the speed of bfloat16 pays off.
 WORTH_PROBING = 10**11
 
@@ -258,7 +255,10 @@ class BigramSweep(Sweep):
                 stop = min(done + chunks * processes.size * self.chunk_size, len(self.rows))
                 seconds = max(processes.exchange(partial(self._scan, scans, done, stop)))
                 if done == began and shown is None:
-                    self._announce(seconds / (stop - done) * (len(self.rows) - stop))
+                    paths = list(self.streams.paths)
+                    what = paths[0] if len(paths) == 1 else f"{len(paths)} paths"
+                    left = seconds / (stop - done) * (len(self.rows) - stop)
+                    say_how_long(f"{what} after {len(self.rows):,} tokens", left)
                 chunks = processes.pace(chunks, seconds)
                 bar.update(stop - done)
                 done = stop
@@ -267,14 +267,6 @@ class BigramSweep(Sweep):
                     processes.first(partial(state.save, done, partial(_named, scans)))
         self._collect(scans, everywhere=True)
         return {label: self._table(label, scan.finish(processes)) for label, scan in scans.items()}
-
-    def _announce(self, seconds: float) -> None:
-        """Say how long a long sweep will take, from the time of its first chunk; on standard error, above the bar."""
-        if seconds > LONG:
-            paths = list(self.streams.paths)
-            what = paths[0] if len(paths) == 1 else f"{len(paths)} paths"
-            time_left = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-            tqdm.write(f"tl-jets: {what} after {len(self.rows):,} tokens: about {time_left}", file=sys.stderr)
 
     def _scan(self, scans: Mapping[str, Any], start: int, stop: int) -> float:
         """Scan this process's chunks of rows start..stop; returns the seconds taken."""

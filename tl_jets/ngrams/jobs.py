@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.ngrams.fingerprints import known_fingerprint
 from tl_jets.ngrams.tables import NgramTable
+
+# Seconds from which a sweep says at its start how long it will take.
+LONG = 20.0
 
 Kind = TypeVar("Kind", bound="Sweep")
 SUFFIX = ".parquet"
@@ -267,3 +271,10 @@ def _digest(about: bytes, data: bytes) -> bytes:
     total = hashlib.sha256(about + b"\n")
     total.update(data)
     return total.hexdigest().encode()
+
+
+def say_how_long(what: str, seconds: float) -> None:
+    """Say how long a long sweep will take, from the time of its first chunk; on standard error, above the bar."""
+    if seconds > LONG:
+        time_left = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+        tqdm.write(f"tl-jets: {what}: about {time_left}", file=sys.stderr)

@@ -38,6 +38,7 @@ queries, keys and values, and 24 V d_head numbers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -54,7 +55,7 @@ from tl_jets.core.processes import ALONE, Distributed, Processes
 from tl_jets.core.tokens import token_names
 from tl_jets.ngrams.compositions import OUTPUT, Compose, Compositions
 from tl_jets.ngrams.head_maps import HeadReader, decoded_writes
-from tl_jets.ngrams.jobs import Job, Sweep
+from tl_jets.ngrams.jobs import Job, Sweep, say_how_long
 from tl_jets.ngrams.join import NORMALIZES, HeadMaps, Normalize, Search
 from tl_jets.ngrams.low_rank_logits import LowRankLogits
 from tl_jets.ngrams.streams import TokenIds, described, read_tokens
@@ -114,7 +115,7 @@ def jet_trigrams(
         normalize: `"vocab"`, `"pair"` or `"none"`, see the module.
         compose: Paths before the head by role (`{"key": "L0H1"}`) and after it (`"output"`), or one for query, key and value.
         rows: Ids or texts of the key tokens; None for all. Attention is always normalized over the whole vocabulary.
-        progress: Show a bar in a terminal if the search takes longer than a second.
+        progress: Show a bar in a terminal after a second, and say after the first chunk how long a long search will take.
         folder: Folder for tables `L<layer>H<head>.parquet`. Existing ones are loaded, or refused if they differ.
         distributed: True or a process group, whose processes all make this call and divide the work.
 
@@ -290,9 +291,24 @@ class TrigramSweep(Sweep):
         shown = None if self.progress and processes.rank == 0 else True
         with tqdm(total=total, unit="token", delay=1, leave=False, disable=shown) as bar:
             own = self.maps(heads[processes.rank : whole : processes.size])
+            is_said = shown is not None
 
             def search(maps: HeadMaps, among: Processes) -> tuple[Tensor, Tensor, Tensor]:
-                return Search(maps, self.held, bar.update, among).run(self.keys)
+                began = time.monotonic()
+
+                def advance(count: int) -> None:
+                    nonlocal is_said
+                    bar.update(count)
+                    if not is_said:
+                        is_said = True
+                        what = (
+                            self.path(heads[0])
+                            if len(heads) == 1
+                            else f"{len(heads)} heads of layer {self.reader.layer}"
+                        )
+                        say_how_long(what, (time.monotonic() - began) / count * (total - count))
+
+                return Search(maps, self.held, advance, among).run(self.keys)
 
             def search_next() -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
                 head, maps = next(own)
