@@ -37,7 +37,6 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import FINAL_STREAM, Step
-from tl_jets.core.results import handle
 from tl_jets.core.selection import Rows, TargetInput
 from tl_jets.core.target_results import target_fields
 from tl_jets.core.trace import Trace
@@ -74,7 +73,7 @@ class JointFlow(FlowResult):
         gap: Sum of shares less the effect: the error of the nodes.
         nodes: Nodes of the last try.
         seed: Seed of the random sets.
-        final: The last stream with all ablated, at the positions that are read [batch, pos, d_model]; None in a loaded result.
+        final: The last stream with all ablated, at the positions that are read; None in an older file.
     """
 
     labels: list[str]
@@ -88,7 +87,7 @@ class JointFlow(FlowResult):
     gap: Float[Tensor, "batch pos target"]
     nodes: int
     seed: int | None = None
-    final: Float[Tensor, "batch pos d_model"] | None = handle()
+    final: Float[Tensor, "batch pos d_model"] | None = None
 
     def __repr__(self) -> str:
         sets = (
