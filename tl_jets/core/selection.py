@@ -289,7 +289,8 @@ def _token_id(network: Structure, target: Any) -> int:
             return _index(target)
         except TypeError as error:
             raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
-    by_id, tokenizer = re.fullmatch(r"id:(\d+)", target), network.tokenizer
+    tokenizer: Any = network.tokenizer
+    by_id = re.fullmatch(r"id:(\d+)", target)
     if tokenizer is None and not by_id:
         raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
     check_text("A target", target)
