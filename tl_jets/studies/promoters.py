@@ -24,7 +24,8 @@ promotes no set. Under a post-norm a neuron's or head's write passes its weight,
 **Control.** Sets of as many random tokens, as frequent as those of the set (`tl_jets.studies.matched_tokens`). `chance` asks the
 whole network: the share of these sets (and the set itself) of which some component of the kind has a score as large.
 
-Cost: the Gram matrix of W_U, and d_model^2 multiply-adds a neuron; no vector of the size of the vocabulary per component.
+Cost: the Gram matrix of W_U, and d_model^2 multiply-adds a neuron; no vector of the size of the vocabulary per component, but
+its scores of all sets: 8 bytes a component and set.
 """
 
 from __future__ import annotations
