@@ -289,16 +289,17 @@ def _token_id(network: Structure, target: Any) -> int:
             return _index(target)
         except TypeError as error:
             raise TypeError(f"targets must be strings, token ids, or a tensor of ids; got {target!r}.") from error
-    tokenizer: Any = network.tokenizer
-    by_id = re.fullmatch(r"id:(\d+)", target)
+    by_id, tokenizer = re.fullmatch(r"id:(\d+)", target), network.tokenizer
     if tokenizer is None and not by_id:
         raise ValueError(f"A target string needs a tokenizer; the model has none. Pass the id of {target!r}.")
     check_text("A target", target)
     ids: list[int] = []
-    for text in () if tokenizer is None else dict.fromkeys((target, unescaped(target))):
-        ids, is_known = _encoded(tokenizer, text)
-        if len(ids) == 1 and is_known:
-            return int(ids[0])
+    if tokenizer is not None:
+        for text in dict.fromkeys((target, unescaped(target))):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            unknown = ids == [getattr(tokenizer, "unk_token_id", None)] and text != tokenizer.unk_token
+            if len(ids) == 1 and not unknown:
+                return int(ids[0])
     if by_id:
         return int(by_id[1])
     raise ValueError(
