@@ -263,7 +263,6 @@ def test_names_of_ticks_do_not_overlap(n_layers):
     figure, (ax,) = axes.new_panels(None, 1, (3.1, 2.5))
     ax.plot(range(n_layers), range(n_layers))
     axes.name_ticks(ax, [f"{i}_pre" for i in range(n_layers)])
-    axes.plain(ax)
     drawn(figure)
     places = [label.get_window_extent() for label in ax.get_xticklabels()]
     apart = (places[1].x1 - places[0].x1) * math.sin(math.radians(40))

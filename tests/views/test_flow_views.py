@@ -178,7 +178,7 @@ def test_a_graph_shows_the_largest_edges(network):
     (ax,) = drawn(figures.flow_graph(heads, top=60)).axes
     at = [tuple(float(x[0]) for x in line.get_data()) for line in ax.lines]
     assert len(set(at)) == len(at)  # heads of a layer stand apart
-    with pytest.raises(ValueError, match="top must be 1 or more"):
+    with pytest.raises(ValueError, match="top must be an integer >= 1"):
         figures.flow_graph(found, top=0)
     with pytest.raises(ValueError, match="edges"):
         figures.flow_graph(tj.flow(network, "w3 w4 w5 w6", hooks, tolerance=0.05))

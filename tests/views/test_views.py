@@ -385,7 +385,7 @@ def test_views_refuse(lenses, network, trace):
         "this lens was run without": lambda: views.lens_tokens(bare),
         "position must be among": lambda: views.top_tokens(iterative, position=-9),
         "k must lie in 1..5": lambda: views.top_tokens(iterative, k=6),
-        "top must be 1 or more, or None for all components": lambda: views.lens_table(joint, top=0),
+        "top must be 1 or more, or None for all": lambda: views.lens_table(joint, top=0),
         "top must be 1 or more": lambda: views.path_tokens(tj.path_sums(network, trace), top=0),
         "of the same model": lambda: views.trigram_heatmap(network, replace(table, fingerprint="other")),
         "of one head": lambda: views.trigram_heatmap(network, table[:0]),

@@ -70,10 +70,8 @@ class Explorer(View):
 
     def _section(self) -> str:
         style = f"width:100%;height:{HEIGHT}px;border:0;resize:vertical;overflow:auto"
-        frame = (
-            f'<iframe sandbox="allow-scripts" title="tl-jets" style="{style}" srcdoc="{text(self.page())}"></iframe>'
-        )
-        return f"<section>{frame}</section>"
+        page = f'title="tl-jets" style="{style}" srcdoc="{text(self.page())}"'
+        return f'<section><iframe sandbox="allow-scripts" {page}></iframe></section>'
 
     def _in_page(self) -> str:
         return super()._section()
@@ -200,6 +198,10 @@ def lens_data(
     def texts(ids: Tensor | None) -> Any:
         return None if ids is None else _nested(ids.tolist(), lambda token: visible(names.get(token)))
 
+    def own(lens: IterativeJetLens | JointJetLens, axes: list[str], fields: tuple[str, ...]) -> dict[str, Any]:
+        found = {"axes": axes, "targets": texts(lens.target_ids), "top_tokens": texts(lens.top_ids)}
+        return found | {name: _plain(getattr(lens, name)) for name in (*SHARED, *fields)}
+
     return {
         "tl_jets": version("tl-jets"),
         "model": model,
@@ -209,30 +211,16 @@ def lens_data(
         "answer": texts(iterative.model_top_ids),
         "sinks": None if iterative.sinks is None else iterative.sinks.mask.tolist(),
         "unit": iterative.unit,
-        "iterative": {
-            "axes": ["layer", "order", "batch", "pos"],
-            "targets": texts(iterative.target_ids),
-            "top_tokens": texts(iterative.top_ids),
-        }
-        | {name: _plain(getattr(iterative, name)) for name in (*SHARED, *ITERATIVE)},
-        "joint": {
-            "axes": ["center", "batch", "pos"],
-            "targets": texts(joint.target_ids),
-            "center_top_tokens": texts(centers),
-            "top_tokens": texts(joint.top_ids),
-        }
-        | {name: _plain(getattr(joint, name)) for name in (*SHARED, *JOINT)},
+        "iterative": own(iterative, ["layer", "order", "batch", "pos"], ITERATIVE),
+        "joint": own(joint, ["center", "batch", "pos"], JOINT) | {"center_top_tokens": texts(centers)},
     }
 
 
 def _check_flow(flow: Flow, prompt: list[int]) -> None:
     """The flow must be of the page's prompt, as far as its positions tell."""
     positions = positions_of(flow.positions, 0)
-    if (
-        len(flow.tokens) != 1
-        or max(positions) >= len(prompt)
-        or flow.tokens[0].tolist() != [prompt[p] for p in positions]
-    ):
+    is_one = len(flow.tokens) == 1 and max(positions) < len(prompt)
+    if not is_one or flow.tokens[0].tolist() != [prompt[p] for p in positions]:
         raise ValueError(
             f"flow must be of the prompt of the page; got one of {len(flow.tokens)} prompts, with tokens "
             f"{flow.tokens[0].tolist()} at positions {positions}. Compute it for this prompt alone."
@@ -241,12 +229,9 @@ def _check_flow(flow: Flow, prompt: list[int]) -> None:
 
 def _bigrams(network: ResidualNetwork, path: str, tokens: Tensor) -> dict[str, Any]:
     """Second tokens and their scores after every token [batch][pos]."""
-    ids = tokens.tolist()
+    ids, own = tokens.tolist(), "mlps" if path == "auto" else path
     try:
-        own = "mlps" if path == "auto" else path
-        table = jet_bigrams(
-            network, own, rows=sorted({i for row in ids for i in row if i >= 0}), per="row", top_k=TOP_K
-        )
+        table = jet_bigrams(network, own, rows=tokens[tokens >= 0].unique().tolist(), per="row", top_k=TOP_K)
     except (ValueError, NotImplementedError) as error:
         if path != "auto":
             raise
@@ -254,17 +239,15 @@ def _bigrams(network: ResidualNetwork, path: str, tokens: Tensor) -> dict[str, A
     rows: dict[int, list[Any]] = {}
     for (first, second), score in zip(table.ids.tolist(), table.scores.tolist(), strict=True):
         rows.setdefault(first, []).append([visible(table.names.get(second)), rounded(score)])
-    return {
-        "path": table.path,
-        "score": table.settings["score"],
-        "rows": [[rows.get(i, []) for i in row] for row in ids],
-    }
+    found = [[rows.get(i, []) for i in row] for row in ids]
+    return {"path": table.path, "score": table.settings["score"], "rows": found}
 
 
 def _flow(flow: Flow) -> dict[str, Any]:
     """Flows of each target: components, and the certificate."""
     first = flow.to_dataframe().query("component == @flow.labels[0] and batch == 0")  # a row per position and target
     n_targets = len(flow.target_names)
+    cells = product(range(len(first) // n_targets), range(n_targets))
     effects = [
         {
             "position": position,
@@ -275,9 +258,7 @@ def _flow(flow: Flow) -> dict[str, Any]:
             **{key: _plain(getattr(flow, key)[:, 0, p, t]) for key in ("flow", "edit", "direct")},
             "edges": _edges(flow, p, t),
         }
-        for (p, t), position, target in zip(
-            product(range(len(first) // n_targets), range(n_targets)), first["pos"], first["target"], strict=True
-        )
+        for (p, t), position, target in zip(cells, first["pos"], first["target"], strict=True)
     ]
     return {"labels": flow.labels, "unit": flow.unit, "measure": flow.measure, "effects": effects}
 

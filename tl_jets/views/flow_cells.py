@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.decoder import in_unit
+from tl_jets.core.markup import largest
 from tl_jets.core.protocol import DECODER_STEP
 from tl_jets.flows import Flow, JointFlow
 
@@ -65,6 +66,19 @@ def grids(flow: Flow, cell: Cell) -> list[Grid]:
     return [Grid(kind, list(rows), torch.stack(list(rows.values()))) for kind, rows in found.items() if rows]
 
 
+def columns(flow: Flow, cell: Cell) -> tuple[list[str], list[bool]]:
+    """Texts of the tokens whose positions are the columns of `grids`, and whether each is an attention sink."""
+    assert flow.prompt_tokens is not None, "grids has refused a flow without positions"
+    assert flow.prompt_sinks is not None
+    ids, sinks = flow.prompt_tokens[cell[:2]], flow.prompt_sinks[cell[:2]]
+    return [flow.token_names[i] for i in ids[ids >= 0].tolist()], sinks[ids >= 0].tolist()
+
+
+def scale_of(found: list[Grid]) -> float:
+    """The largest value of all, which has full color."""
+    return largest(value for grid in found for value in grid.values.flatten().tolist())
+
+
 def _place(label: str) -> tuple[str, str]:
     """Kind and row of a component."""
     match = _LAYER.match(label)
@@ -102,13 +116,6 @@ def at_sinks(flow: Flow, cell: Cell) -> list[bool]:
         return [False] * len(flow.labels)
     sizes = of_cell(flow.by_position, cell).abs()
     return (sizes[:, flow.prompt_sinks[cell[:2]]].sum(1) > sizes.sum(1) / 2).tolist()
-
-
-def largest_first(values: Tensor, top: int | None) -> list[int]:
-    """Indices of the largest absolute values; ValueError if top is below 1."""
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
-    return values.abs().argsort(descending=True, stable=True).tolist()[:top]
 
 
 def effect_text(found: Flow | JointFlow, cell: Cell) -> str:

@@ -23,12 +23,14 @@ from tl_jets.views.flow_cells import (
     Cell,
     at_sinks,
     check_cell,
+    columns,
     effect_text,
     grids,
-    largest_first,
     of_cell,
     open_text,
+    scale_of,
 )
+from tl_jets.views.names import largest_first
 from tl_jets.views.pages import View, view_of
 
 
@@ -46,7 +48,7 @@ def flow_table(flow: Flow, *, cell: Cell = FIRST, top: int | None = 12) -> View:
     check_cell(flow.effect.shape, cell)
     title = f"Flow: {effect_text(flow, cell)}"
     if not bool(flow.closed[cell]):
-        return View(title, f"<p><b>{text(open_text(flow, cell))}</b></p>")
+        return _open(title, flow, cell)
     values = of_cell(flow.flow, cell)
     order = range(len(values)) if top is None else largest_first(values, top)
     scale, sinks = largest(values.tolist()), at_sinks(flow, cell)
@@ -77,32 +79,21 @@ def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> View:
         ValueError: Flows by position were not kept, or there is no such cell.
     """
     found = grids(flow, cell)
-    assert flow.prompt_tokens is not None
-    assert flow.prompt_sinks is not None
     title = f"Flow by layer and position: {effect_text(flow, cell)}"
     if not bool(flow.closed[cell]):
-        return View(title, f"<p><b>{text(open_text(flow, cell))}</b></p>")
-    real = flow.prompt_tokens[cell[:2]] >= 0
-    names = [flow.token_names[token_id] for token_id in flow.prompt_tokens[cell[:2]][real].tolist()]
-    sinks = flow.prompt_sinks[cell[:2]][real].tolist()
-    scale = largest(value for grid in found for row in grid.values.tolist() for value in row)
-    heads = [
-        f"{token(name)}{SINK if sink else ''}<small>{pos}</small>"
-        for pos, (name, sink) in enumerate(zip(names, sinks, strict=True))
-    ]
+        return _open(title, flow, cell)
+    (names, sinks), scale = columns(flow, cell), scale_of(found)
+    marked = [f"{token(name)}{SINK * sink}" for name, sink in zip(names, sinks, strict=True)]
+    heads = [f"{name}<small>{pos}</small>" for pos, name in enumerate(marked)]
     parts = []
     for kind, rows, values in found:
         body = []
         for row, own in zip(rows, values.tolist(), strict=True):
-            cells = [
-                drawn(
-                    signed(value),
-                    diverging(value, scale),
-                    hover=f"{KINDS[kind]} {row}\n{pos} {visible(name)}\nflow {precise(value)}",
-                )
-                for pos, (name, value) in enumerate(zip(names, own, strict=True))
-            ]
-            body.append([row_head(text(row)), *cells])
+            cells = [row_head(text(row))]
+            for pos, (name, value) in enumerate(zip(names, own, strict=True)):
+                hover = f"{KINDS[kind]} {row}\n{pos} {visible(name)}\nflow {precise(value)}"
+                cells.append(drawn(signed(value), diverging(value, scale), hover=hover))
+            body.append(cells)
         parts.append(table([text(KINDS[kind]), *heads], body))
     marks = f" {SINK}: attention sink." if any(sinks) else ""
     caption = f"<p>Where components write what carries the effect; orange is above zero, blue below.{marks}</p>"
@@ -122,7 +113,7 @@ def joint_table(joint: JointFlow, *, cell: Cell = FIRST) -> View:
     check_cell(joint.effect.shape, cell)
     title = f"Joint flow: {effect_text(joint, cell)}"
     if not bool(joint.closed[cell]):
-        return View(title, f"<p><b>{text(open_text(joint, cell))}</b></p>")
+        return _open(title, joint, cell)
     columns = {name: of_cell(getattr(joint, name), cell) for name in ("share", "single", "gradient")}
     scale = largest(value for values in columns.values() for value in values.tolist())
     rows = []
@@ -138,6 +129,11 @@ def joint_table(joint: JointFlow, *, cell: Cell = FIRST) -> View:
         said += f"{signed(max(control.tolist(), key=abs))} at most"
     caption = f"{joint.mode} ablation together; {said}."
     return View(title, table(["component", "share", "alone", "gradient"], rows, caption=text(caption.capitalize())))
+
+
+def _open(title: str, found: Flow | JointFlow, cell: Cell) -> View:
+    """Of an open effect only that it is open."""
+    return View(title, f"<p><b>{text(open_text(found, cell))}</b></p>")
 
 
 @view_of.register(Flow)

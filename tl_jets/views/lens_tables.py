@@ -31,13 +31,15 @@ from tl_jets.core.selection import positions_of
 from tl_jets.core.tokens import visible
 from tl_jets.lenses import IterativeJetLens, JointJetLens
 from tl_jets.lenses.verdicts import changing
-from tl_jets.views.names import MEASURE_NAMES, mean_weights, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, best_of_components, of_prompts, places_of
 from tl_jets.views.pages import View, view_of
 
 # Limits of a lens shown in a notebook.
 SHOWN_POSITIONS, SHOWN_COMPONENTS, SHOWN_LAYERS = 8, 16, 12
 # Larger KLs (nats) have no color.
 FAR = 10.0
+# Indices of a cell: layer, order, prompt, and place on the pos axis.
+At = tuple[int, int, int, int]
 
 
 def lens_table(
@@ -122,18 +124,14 @@ def lens_summary(lens: IterativeJetLens | JointJetLens) -> View:
         return View(repr(lens), f"<p>{text(view.title)}</p>{view.html}")
     ends = [0, -1] if len(lens.orders) > 1 else [0]
     best = lens.top_ids[:, :, prompt, places[-1], 0][:, ends]
-    kl = (
-        torch.zeros(best.shape, device="cpu")
-        if lens.measures is None
-        else lens.measures.kl[:, :, prompt, places[-1]][:, ends]
-    )
+    kl = torch.zeros(best.shape, device="cpu")
+    if lens.measures is not None:
+        kl = lens.measures.kl[:, :, prompt, places[-1]][:, ends]
     shown = [lens.labels[i] for i in changing(kl, best.tolist(), SHOWN_LAYERS)]
     tables = [_iterative_table(lens[shown], k % len(lens.orders), "kl", prompt, places) for k in ends]
     said = [*lens.verdict().lines]
-    if len(shown) < len(lens.labels):
-        said.append(
-            f"Shown: {len(shown)} of {len(lens.labels)} layers, where something changes; all: lens_table(lens)."
-        )
+    if len(shown) < (n := len(lens.labels)):
+        said.append(f"Shown: {len(shown)} of {n} layers, where something changes; all: lens_table(lens).")
     parts = [f"<p>{text(line)}</p>" for line in said] + [f"<p>{text(view.title)}</p>{view.html}" for view in tables]
     return View(repr(lens), "".join(parts))
 
@@ -145,17 +143,24 @@ def closeness(measure: str, value: float) -> float:
     return 1 - min(value, 1.0) if measure == "remainder_norm" else max(value, 0.0)
 
 
-def describe(lens: IterativeJetLens, layer: int, order: int, prompt: int, place: int, names: dict[int, str]) -> str:
+def measured(lens: IterativeJetLens, measure: str, at: At) -> tuple[str, str]:
+    """A cell's measure with its control in brackets, and its color; both empty if the lens has no measures."""
+    if lens.measures is None:
+        return "", ""
+    value = float(getattr(lens.measures, measure)[at])
+    control = "" if lens.control is None else f" ({number(float(getattr(lens.control, measure)[at]))})"
+    return f"{number(value)}{control}", rising(closeness(measure, value))
+
+
+def describe(lens: IterativeJetLens, at: At) -> str:
     """All numbers of one cell, one per line."""
-    at = (layer, order, prompt, place)
-    lines = [
-        f"{lens.labels[layer]}, order {lens.orders[order]}, position {positions_of(lens.positions, prompt)[place]}"
-    ]
-    for token_id, full, own in zip(
-        *(values[at].tolist() for values in (lens.top_ids, lens.full_values, lens.own_values)), strict=True
-    ):
+    layer, order, prompt, place = at
+    position = positions_of(lens.positions, prompt)[place]
+    lines = [f"{lens.labels[layer]}, order {lens.orders[order]}, position {position}"]
+    columns = (values[at].tolist() for values in (lens.top_ids, lens.full_values, lens.own_values))
+    for token_id, full, own in zip(*columns, strict=True):
         part = f", own part {precise(own)}" if lens.orders[order] else ""
-        lines.append(f"{visible(names[token_id])}  logit {precise(full)}{part}{in_unit(lens.unit)}")
+        lines.append(f"{visible(lens.token_names[token_id])}  logit {precise(full)}{part}{in_unit(lens.unit)}")
     for name, values in [] if lens.measures is None else lens.measures.items():
         control = "" if lens.control is None else f" (control {precise(float(getattr(lens.control, name)[at]))})"
         lines.append(f"{MEASURE_NAMES[name]} {precise(float(values[at]))}{control}")
@@ -191,39 +196,39 @@ def _order_name(lens: IterativeJetLens, index: int) -> str:
 
 def _iterative_table(lens: IterativeJetLens, k: int, measure: str, prompt: int, places: list[int]) -> View:
     names = lens.token_names
-    borrowed = None if lens.own_top_ids is None else lens.borrowed[:, k, prompt].tolist()
     rows = []
     for i, label in enumerate(lens.labels):
         cells = [row_head(text(label))]
         for p in places:
-            inner = answer(names[int(lens.top_ids[i, k, prompt, p, 0])], borrowed is not None and borrowed[i][p])
-            color = ""
-            if lens.measures is not None:
-                value = float(getattr(lens.measures, measure)[i, k, prompt, p])
-                color = rising(closeness(measure, value))
-                beside = lens.control
-                control = "" if beside is None else f" ({number(float(getattr(beside, measure)[i, k, prompt, p]))})"
-                inner += f"<small>{number(value)}{control}</small>"
-            cells.append(cell(inner, color, hover=describe(lens, i, k, prompt, p, names)))
+            at = (i, k, prompt, p)
+            below, color = measured(lens, measure, at)
+            inner = _best(lens, at) + (f"<small>{below}</small>" if below else "")
+            cells.append(cell(inner, color, hover=describe(lens, at)))
         rows.append(cells)
-    rows.append([row_head("model"), *(cell(answer(names[int(lens.model_top_ids[prompt, p])], False)) for p in places)])
+    rows.append(_model_row(lens, prompt, places))
     scale = "" if lens.center_scale == "none" else f", center_scale={lens.center_scale}"
     title = f"Iterative jet lens, {_order_name(lens, k)}{scale}{of_prompts(lens, prompt)}"
-    return View(
-        title, table(_read_heads(lens, prompt, places, names, "layer"), rows, caption=_legend(lens, k, measure))
-    )
+    heads = _read_heads(lens, prompt, places, names, "layer")
+    return View(title, table(heads, rows, caption=_legend(lens, k, measure)))
+
+
+def _best(lens: IterativeJetLens, at: At) -> str:
+    """The best token of a cell."""
+    return answer(lens.token_names[int(lens.top_ids[at][0])], lens.own_top_ids is not None and bool(lens.borrowed[at]))
+
+
+def _model_row(lens: IterativeJetLens | JointJetLens, prompt: int, places: list[int]) -> list[str]:
+    """The model's own answers."""
+    ids = lens.model_top_ids[prompt, places].tolist()
+    return [row_head("model"), *(cell(answer(lens.token_names[i], False)) for i in ids)]
 
 
 def _legend(lens: IterativeJetLens, k: int, measure: str) -> str:
     if lens.measures is None:
         return "The best token of every layer. Run the lens with measures=True and a seed for its measures and their controls."
     parts = [f"Under each token its {MEASURE_NAMES[measure]}; bluer is closer to the model."]
-    if lens.control is None:
-        parts.append("No control: run the lens with a seed.")
-    else:
-        parts.append(
-            "In (round) brackets that of a random center of equal length and angle, which knows nothing of the layer."
-        )
+    control = "In (round) brackets that of a random center of equal length and angle, which knows nothing of the layer."
+    parts.append("No control: run the lens with a seed." if lens.control is None else control)
     if lens.orders[k]:
         parts.append("[Square] brackets: borrowed from the model's own final stream.")
     return " ".join(parts)
@@ -237,23 +242,15 @@ def _read_heads(
 
 
 def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | None) -> View:
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, or None for all components; got {top}.")
-    weights, means = lens.weights[:, prompt, places], mean_weights(lens, prompt, places)
-    # The largest weights, in the order of the network.
-    chosen = sorted(means.argsort(descending=True, stable=True)[:top].tolist())
-    found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
+    means, chosen, found = best_of_components(lens, prompt, places, top)
     names = lens.texts(found.indices)
     values, ids = found.values[..., 0].tolist(), found.indices[..., 0].tolist()
     scale = largest(value for row in values for value in row)
-    rows, own = [], positions_of(lens.positions, prompt)
+    weights, rows, own = lens.weights[:, prompt, places], [], positions_of(lens.positions, prompt)
     for row, i in enumerate(chosen):
         label, mean = lens.labels[i], float(means[i])
-        cells = [
-            row_head(
-                f"{text(label)}<small>{number(mean)}</small>", "weight, mean of the columns without attention sinks"
-            )
-        ]
+        weighed = "weight, mean of the columns without attention sinks"
+        cells = [row_head(f"{text(label)}<small>{number(mean)}</small>", weighed)]
         for value, best, weight, p in zip(values[row], ids[row], weights[i].tolist(), places, strict=True):
             hover = (
                 f"{label}, position {own[p]}\n{visible(names[best])}  contribution {precise(value)}\n"
@@ -272,7 +269,7 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
         shown = answer(names[int(lens.top_ids[prompt, p, 0])], bool(lens.borrowed[prompt, p]))
         total.append(cell(f"{shown}<small>{number(kl)} ({number(control)})</small>", hover=hover))
     rows.append(total)
-    rows.append([row_head("model"), *(cell(answer(names[int(lens.model_top_ids[prompt, p])], False)) for p in places)])
+    rows.append(_model_row(lens, prompt, places))
     caption = (
         "Each component's own best token; under it, and as color, what the component adds to its logit beyond the mean of the "
         f"vocabulary (weights included{in_unit(lens.unit)}). Under the component its mean weight. Under the sum its KL to the "
@@ -286,26 +283,17 @@ def _joint_table(lens: JointJetLens, prompt: int, places: list[int], top: int | 
 
 
 def _iterative_best(lens: IterativeJetLens, prompt: int, place: int, k: int) -> str:
-    ids = lens.top_ids[:, :, prompt, place, :k]
-    names = lens.token_names
-    borrowed = None if lens.own_top_ids is None else lens.borrowed[:, :, prompt, place].tolist()
     rows = []
     for i, label in enumerate(lens.labels):
         cells = [row_head(text(label))]
-        for o, order in enumerate(lens.orders):
-            values = lens.full_values[i, o, prompt, place, :k].tolist()
-            shown = [
-                f"{answer(names[best], order > 0 and borrowed is not None and borrowed[i][o]) if j == 0 else token(names[best])} "
-                f"{number(value)}"
-                for j, (best, value) in enumerate(zip(ids[i, o].tolist(), values, strict=True))
-            ]
-            color, below = "", ""
-            if lens.measures is not None:
-                kl = float(lens.measures.kl[i, o, prompt, place])
-                control = "" if lens.control is None else f" ({number(float(lens.control.kl[i, o, prompt, place]))})"
-                color, below = rising(closeness("kl", kl)), f"<small>KL {number(kl)}{control}</small>"
-            hover = describe(lens, i, o, prompt, place, names)
-            cells.append(cell("<br>".join(shown) + below, color, hover=hover))
+        for o in range(len(lens.orders)):
+            at = (i, o, prompt, place)
+            best = [token(lens.token_names[each]) for each in lens.top_ids[at][:k].tolist()]
+            shown = zip([_best(lens, at), *best[1:]], lens.full_values[at][:k].tolist(), strict=True)
+            below, color = measured(lens, "kl", at)
+            inner = "<br>".join(f"{each} {number(value)}" for each, value in shown)
+            inner += f"<small>KL {below}</small>" if below else ""
+            cells.append(cell(inner, color, hover=describe(lens, at)))
         rows.append(cells)
     heads = ["layer", *(_order_name(lens, o) for o in range(len(lens.orders)))]
     caption = f"Tokens with their additive logits{in_unit(lens.unit)}. " + _legend(lens, len(lens.orders) - 1, "kl")
@@ -325,10 +313,8 @@ def _joint_best(lens: JointJetLens, prompt: int, place: int, k: int) -> str:
             shown = f"{token(names[best])} {number(value)}" if abs(value) > 1e-6 else "\u2013"  # all tokens are equal
             cells.append(cell(shown, diverging(value, scale), hover=hover))
         rows.append(cells)
-    best = [
-        cell(answer(names[token_id], j == 0 and bool(lens.borrowed[prompt, place])))
-        for j, token_id in enumerate(lens.top_ids[prompt, place, :k].tolist())
-    ]
+    borrowed = bool(lens.borrowed[prompt, place])
+    best = [cell(answer(names[i], borrowed and not j)) for j, i in enumerate(lens.top_ids[prompt, place, :k].tolist())]
     rows.append([row_head("sum"), cell(number(float(lens.weights[:, prompt, place].sum()))), *best])
     heads = ["component", "weight", *(str(j + 1) for j in range(k))]
     added = f"what the component adds to their logits beyond the mean of the vocabulary{in_unit(lens.unit)}"

@@ -1,4 +1,4 @@
-"""Names of measures in views, and the selection of positions and prompts."""
+"""What tables and figures share: names of measures, and the selection of prompts, positions and the largest parts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.logit_reader import TopTokens
 from tl_jets.core.selection import positions_of
 from tl_jets.lenses import JointJetLens
 
@@ -29,9 +30,7 @@ def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: i
         positions: Positions in the prompt; None for all.
         most: Keep only the last `most`.
     """
-    n_prompts = len(result.tokens)
-    if not 0 <= prompt < n_prompts:
-        raise ValueError(f"prompt must lie in 0..{n_prompts - 1}, the prompts of the result; got {prompt}.")
+    check_prompt(result, prompt)
     own = positions_of(result.positions, prompt)
     wanted = range(len(own)) if positions is None else [own.index(p) for p in positions if p in own]
     if positions is not None and len(wanted) < len(positions):
@@ -41,6 +40,12 @@ def places_of(result: Any, prompt: int, positions: Sequence[int] | None, most: i
     if not places:
         raise ValueError(f"positions must hold a real token; those of prompt {prompt} are padding. Choose others.")
     return places if most is None else places[-most:]
+
+
+def check_prompt(result: Any, prompt: int) -> None:
+    """ValueError unless the result has such a prompt."""
+    if not 0 <= prompt < len(result.tokens):
+        raise ValueError(f"prompt must lie in 0..{len(result.tokens) - 1}, the prompts of the result; got {prompt}.")
 
 
 def of_prompts(result: Any, prompt: int) -> str:
@@ -53,6 +58,22 @@ def counted_of(result: Any, prompt: int, places: list[int]) -> list[int]:
     return [place for place in places if bool(result.counted[prompt, place])] or places
 
 
-def mean_weights(lens: JointJetLens, prompt: int, places: list[int]) -> Float[Tensor, " center"]:
-    """Weights of a joint lens averaged over some positions of a prompt, without attention sinks unless all are sinks."""
-    return lens.weights[:, prompt, counted_of(lens, prompt, places)].mean(1)
+def largest_first(values: Tensor, top: int | None) -> list[int]:
+    """Indices of the largest absolute values; ValueError if top is below 1."""
+    if top is not None and top < 1:
+        raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
+    return values.abs().argsort(descending=True, stable=True).tolist()[:top]
+
+
+def shown_of(shown: int, total: int) -> str:
+    """`all 8`, or `the 3 largest of 1,024`."""
+    return f"all {total:,}" if shown == total else f"the {shown} largest of {total:,}"
+
+
+def best_of_components(
+    lens: JointJetLens, prompt: int, places: list[int], top: int | None
+) -> tuple[Float[Tensor, " center"], list[int], TopTokens]:
+    """Mean weights of a joint lens without sinks, the components of the `top` largest, in order, and their best tokens."""
+    weights = lens.weights[:, prompt, counted_of(lens, prompt, places)].mean(1)
+    chosen = sorted(largest_first(weights, top))
+    return weights, chosen, lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])

@@ -13,7 +13,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -29,8 +29,8 @@ from tl_jets.lenses import IterativeJetLens
 from tl_jets.paths.cache import PathCache
 from tl_jets.paths.statistics import MEASURES as PATH_MEASURES
 from tl_jets.paths.statistics import PathStatistics
-from tl_jets.views.lens_tables import closeness, describe, order_index
-from tl_jets.views.names import MEASURE_NAMES, counted_of, of_prompts, places_of
+from tl_jets.views.lens_tables import describe, measured, order_index
+from tl_jets.views.names import MEASURE_NAMES, check_prompt, counted_of, largest_first, of_prompts, places_of
 from tl_jets.views.pages import View
 
 Contribution = Literal["share", "norm"]
@@ -71,16 +71,11 @@ def lens_tokens(
     for i, label in enumerate(lens.labels):
         chips = []
         for p in places:
-            value = float(getattr(lens.measures, measure)[i, k, prompt, p])
-            below = number(value)
-            if lens.control is not None:
-                below += f" ({number(float(getattr(lens.control, measure)[i, k, prompt, p]))})"
-            hover = describe(lens, i, k, prompt, p, names)
-            chips.append(_chip(names[int(lens.tokens[prompt, p])], below, rising(closeness(measure, value)), hover))
+            at = (i, k, prompt, p)
+            chips.append(_chip(names[int(lens.tokens[prompt, p])], *measured(lens, measure, at), describe(lens, at)))
         rows.append([row_head(text(label)), _strip(chips)])
-    control = (
-        "No control: run the lens with a seed." if lens.control is None else "In (round) brackets: a random center."
-    )
+    control = "No control: run the lens with a seed."
+    control = control if lens.control is None else "In (round) brackets: a random center."
     title = f"Iterative jet lens by token: {MEASURE_NAMES[measure]}, order {lens.orders[k]}{of_prompts(lens, prompt)}"
     caption = f"What is read after each token, a layer a row; bluer is closer to the model. {control}"
     return View(title, table(["layer", "tokens"], rows, caption=caption))
@@ -113,14 +108,12 @@ def path_tokens(
     """
     statistics = paths.statistics() if isinstance(paths, PathCache) else paths
     check_choice("measure", measure, PATH_MEASURES)
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
     places = places_of(statistics, prompt, positions)
     values = getattr(statistics, measure)[:, prompt, places].double()
-    chosen: list[int] = list(range(len(statistics.labels)))
-    if top is not None and top < len(chosen):
-        counted = [places.index(place) for place in counted_of(statistics, prompt, places)]
-        chosen = values[:, counted].abs().nanmean(1).argsort(descending=True, stable=True)[:top].tolist()
+    counted = [places.index(place) for place in counted_of(statistics, prompt, places)]
+    chosen = largest_first(values[:, counted].abs().nanmean(1), top)
+    if len(chosen) == len(statistics.labels):
+        chosen.sort()
     names = statistics.token_names
     scale = largest(value for i in chosen for value in values[i].tolist())
     rows = []
@@ -164,10 +157,8 @@ def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", p
         >>> detached_tokens(tj.detached_jacobian(tj.load_tinydocs(), "is available on")).title
         'Detached map embed > final_post: share of each token'
     """
-    if by not in ("share", "norm"):
-        raise ValueError(f"by must be 'share' or 'norm'; got {by!r}.")
-    if not 0 <= prompt < len(jacobian.tokens):
-        raise ValueError(f"prompt must lie in 0..{len(jacobian.tokens) - 1}, the prompts of the map; got {prompt}.")
+    check_choice("by", by, get_args(Contribution))
+    check_prompt(jacobian, prompt)
     frame: Any = jacobian.to_dataframe(k=k)
     frame = frame[frame["batch"] == prompt]
     scale = largest(frame[by])
@@ -176,13 +167,10 @@ def detached_tokens(jacobian: DetachedJacobian, *, by: Contribution = "share", p
         chips = []
         for row in group.itertuples(index=False):
             value, bias = getattr(row, by), bool(pd.isna(row.pos))
-            lines = [
-                "bias" if bias else f"position {int(row.pos)}",
-                f"share {precise(row.share)}, norm {precise(row.norm)}",
-            ]
+            lines = ["bias" if bias else f"position {int(row.pos)}"]
+            lines.append(f"share {precise(row.share)}, norm {precise(row.norm)}")
             if row.top_tokens is not None:
-                raised = [visible(str(each)) for each in row.top_tokens]
-                lines.append(f"raises {' '.join(raised)}")
+                lines.append(f"raises {' '.join(visible(str(each)) for each in row.top_tokens)}")
             name = "bias" if bias else row.token
             chips.append(_chip(name, _shown(by, value), _color(by, value, scale), "\n".join(lines)))
         read = jacobian.token_names[int(jacobian.tokens[prompt, out_pos])]

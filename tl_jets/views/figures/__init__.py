@@ -2,7 +2,7 @@
 
 Every function returns a matplotlib `Figure` and shows nothing. Colors suit color-blind readers: Okabe and Ito's
 palette, a blue-orange map around zero, cividis for depth. Controls are dashed, in the color of what they control.
-matplotlib is an extra, `pip install "tl-jets[plots]"`, imported when a figure is drawn.
+matplotlib is an extra, `pip install "tl-jets[plots]"`, imported when a figure is drawn (else ImportError).
 
 Example:
     >>> import tl_jets as tj
@@ -14,10 +14,9 @@ Example:
 
 from tl_jets.views.figures.direct_attribution import attributions
 from tl_jets.views.figures.flows import flow_bars, flow_graph, flow_heatmap, joint_shares
-from tl_jets.views.figures.heads import head_scores
 from tl_jets.views.figures.lenses import lens_table, measures
-from tl_jets.views.figures.ngrams import mass_changes, masses, promoters, roles, sketch
 from tl_jets.views.figures.results import directions, dose_responses, learning_curves, path_shares, spectra
+from tl_jets.views.figures.studies import head_scores, mass_changes, masses, promoters, roles, sketch
 
 __all__ = [
     "attributions",

@@ -30,16 +30,37 @@ def pyplot() -> Any:
 
 
 def new_panels(ax: Axes | None, n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """The figure and N axes side by side, each of this size in inches, or the given one; ValueError if it is to hold several."""
+    """N plain axes side by side, each of this size in inches, or the given one; ValueError if it is to hold several."""
     plt = pyplot()
     if n < 1 or (ax is not None and n > 1):
         raise ValueError(f"A figure has a panel at least, and ax= is for a single one; {n} panels are asked for.")
-    if ax is not None:
-        return ax.figure, [ax]  # type: ignore[return-value]
-    figure, axes = plt.subplots(1, n, figsize=(n * size[0], size[1]), layout="constrained", squeeze=False)
-    # Closed, because pyplot shows its open figures at the end of a cell: the returned one would appear twice.
-    plt.close(figure)
-    return figure, list(axes[0])
+    if ax is None:
+        figure, axes = plt.subplots(1, n, figsize=(n * size[0], size[1]), layout="constrained", squeeze=False)
+        # Closed, because pyplot shows its open figures at the end of a cell: the returned one would appear twice.
+        plt.close(figure)
+    else:
+        figure, axes = ax.figure, [[ax]]  # type: ignore[assignment]
+    for panel in axes[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=SMALL)
+    return figure, list(axes[0])  # type: ignore[return-value]
+
+
+def name_axes(ax: Axes, title: str = "", *, x: str = "", y: str = "") -> None:
+    """Title, and names of the axes, where given; legible, and not read as mathematics."""
+    style: Any = {"fontsize": SMALL + 1, "parse_math": False}
+    if title:
+        ax.set_title(legible(title), loc="left", **style)
+    if x:
+        ax.set_xlabel(legible(x), **style)
+    if y:
+        ax.set_ylabel(legible(y), **style)
+
+
+def small_legend(ax: Axes, **options: Any) -> None:
+    """A small legend of what is labelled, if anything is."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=SMALL - 1, frameon=False, **options)
 
 
 def legible(text: str) -> str:
@@ -60,17 +81,18 @@ def legible(text: str) -> str:
     )
 
 
+def color_map(colors: Sequence[str]) -> Any:
+    """A color map between these colors."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("tl_jets", colors)
+
+
 def depth_color(index: int, n: int) -> Any:
     """The color of one of n layers, from dark to bright."""
     import matplotlib
 
     return matplotlib.colormaps["cividis"](0.92 * index / max(n - 1, 1))
-
-
-def plain(ax: Axes) -> None:
-    """Remove the top and right spines, and shrink the tick labels."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=SMALL)
 
 
 def short_legend(
@@ -84,6 +106,11 @@ def short_legend(
         entry.set_text(legible(entry.get_text()))
 
 
+def sign_colors(values: Sequence[float]) -> list[str]:
+    """Orange from zero up, blue below."""
+    return [COLORS[1] if value >= 0 else COLORS[0] for value in values]
+
+
 def named_bars(
     ax: Axes,
     names: Sequence[str],
@@ -91,18 +118,25 @@ def named_bars(
     *,
     colors: Any = None,
     intervals: Sequence[tuple[float, float]] | None = None,
-) -> None:
+    **style: Any,
+) -> Any:
     """Horizontal bars, the first on top, with their names and intervals (none of NaN); colors of the sign by default."""
-    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in values] if colors is None else colors
     spread: Any = None
     if intervals is not None:
         spread = [[max(value - low, 0.0) for value, (low, _) in zip(values, intervals, strict=True)]]
         spread += [[max(high - value, 0.0) for value, (_, high) in zip(values, intervals, strict=True)]]
-    ax.barh(range(len(values)), values, xerr=spread, color=colors, height=0.7, error_kw={"lw": 0.8, "ecolor": "0.35"})
+    errors = {"xerr": spread, "error_kw": {"lw": 0.8, "ecolor": "0.35"}}
+    colors = sign_colors(values) if colors is None else colors
+    bars = ax.barh(range(len(values)), values, color=colors, height=0.7, **errors, **style)
+    name_rows(ax, names)
+    return bars
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Names of horizontal bars, the first on top, and a line at zero."""
     ax.set_yticks(range(len(names)), [legible(name) for name in names], fontsize=SMALL, parse_math=False)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.axvline(0, color="0.3", lw=0.8)
-    plain(ax)
 
 
 def name_ticks(ax: Axes, names: Sequence[str], most: int = 12) -> None:
@@ -125,13 +159,13 @@ def draw_cells(
         diverging: Whether colors diverge at zero, or start at 0 (blue).
         bar: Label of the color bar.
     """
-    from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
+    from matplotlib.colors import Normalize, PowerNorm
 
     n_rows, n_columns = len(texts), len(texts[0])
     colors: dict[tuple[int, int], Any] = {}
     if values is not None:
         top = largest(value for row in values for value in row)
-        cmap = LinearSegmentedColormap.from_list("tl_jets", BELOW_TO_ABOVE if diverging else NEAR_TO_FAR)
+        cmap = color_map(BELOW_TO_ABOVE if diverging else NEAR_TO_FAR)
         norm = Normalize(-top, top) if diverging else PowerNorm(0.5, 0.0, min(top, FAR), clip=True)
         image = ax.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
         shown = ax.figure.colorbar(

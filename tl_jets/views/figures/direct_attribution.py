@@ -10,8 +10,9 @@ from tl_jets.core.decoder import in_unit
 from tl_jets.core.selection import positions_at
 from tl_jets.interventions.ablation_effects import AblationEffect
 from tl_jets.lenses import JointJetLens
-from tl_jets.views.figures.axes import COLORS, SMALL, legible, named_bars, new_panels
-from tl_jets.views.flow_cells import FIRST, Cell, check_cell, largest_first, shortened
+from tl_jets.views.figures.axes import name_axes, named_bars, new_panels, sign_colors, small_legend
+from tl_jets.views.flow_cells import FIRST, Cell, check_cell, shortened
+from tl_jets.views.names import largest_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,6 @@ def attributions(
 
     Raises:
         ValueError: There is no such cell, top is below 1, or the ablations are of other prompts or targets.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -52,7 +52,7 @@ def attributions(
     order = largest_first(values, top)
     shown, names = values[order].tolist(), [joint.labels[i] for i in order]
     rest = float(values.sum()) - sum(shown)
-    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in shown]
+    colors = sign_colors(shown)
     if len(order) < len(values):
         shown, names = [*shown, rest], [*names, f"{len(values) - len(order)} others"]
         colors.append("0.6")
@@ -64,12 +64,11 @@ def attributions(
         ax.plot(
             [x for _, x in places], [i for i, _ in places], "D", ms=4, mfc="none", mec="0.15", label="lost if ablated"
         )
-        ax.legend(fontsize=SMALL - 1, frameon=False, loc="lower right")
+        small_legend(ax, loc="lower right")
     target = joint.token_names.get(int(joint.target_ids[index]), str(joint.target_names[index[2]]))
     what = f"added to the centered logit of {target!r}{in_unit(joint.unit)}; all: {float(values.sum()):+.3g}"
-    ax.set_xlabel(legible(what), fontsize=SMALL + 1, parse_math=False)
     kind = "exact (detached)" if joint.linearize == "detached" else f"jets of order {joint.order}"
-    ax.set_title(f"Direct attribution, {kind}", fontsize=SMALL + 2, loc="left")
+    name_axes(ax, f"Direct attribution, {kind}", x=what)
     return figure
 
 

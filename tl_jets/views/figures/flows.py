@@ -6,9 +6,22 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tl_jets.core.markup import largest
+from tl_jets.core.options import check_integers
 from tl_jets.core.tokens import visible
 from tl_jets.flows import Flow, JointFlow
-from tl_jets.views.figures.axes import BELOW_TO_ABOVE, COLORS, SMALL, legible, new_panels, plain, short_legend
+from tl_jets.views.figures.axes import (
+    BELOW_TO_ABOVE,
+    COLORS,
+    SMALL,
+    color_map,
+    legible,
+    name_axes,
+    name_rows,
+    named_bars,
+    new_panels,
+    short_legend,
+    sign_colors,
+)
 from tl_jets.views.flow_cells import (
     FIRST,
     KINDS,
@@ -16,14 +29,16 @@ from tl_jets.views.flow_cells import (
     Cell,
     at_sinks,
     check_cell,
+    columns,
     effect_text,
     grids,
-    largest_first,
     of_cell,
     open_text,
     places_in_depth,
+    scale_of,
     shortened,
 )
+from tl_jets.views.names import largest_first, shown_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +62,6 @@ def flow_bars(flow: Flow, *, cell: Cell = FIRST, top: int | None = 20, ax: Axes 
 
     Raises:
         ValueError: There is no such cell, or top is below 1.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -62,14 +76,14 @@ def flow_bars(flow: Flow, *, cell: Cell = FIRST, top: int | None = 20, ax: Axes 
     sinks, is_open = at_sinks(flow, cell), open_text(flow, cell)
     figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(order) + 0.9))
     shown = values[order].tolist()
-    colors = [COLORS[1] if value >= 0 else COLORS[0] for value in shown]
-    bars = ax.barh(range(len(order)), shown, color=colors, height=0.7, hatch="////" if is_open else None)
+    names = shortened([flow.labels[i] for i in order])
+    bars = named_bars(ax, names, shown, hatch="////" if is_open else None)
     for bar, i in zip(bars, order, strict=True):
         bar.set_alpha(0.4 if sinks[i] or is_open else 1.0)
-    _rows(ax, [flow.labels[i] for i in order], shown)
+    _symmetric(ax, shown)
     marks = "; light: at attention sinks" if any(sinks[i] for i in order) else ""
-    ax.set_xlabel(legible(f"flow; {effect_text(flow, cell)}{marks}"), fontsize=SMALL + 1, parse_math=False)
-    ax.set_title(is_open or f"Flow: {_count(len(order), len(values))}", fontsize=SMALL + 2, loc="left")
+    title = is_open or f"Flow: {shown_of(len(order), len(values))}"
+    name_axes(ax, title, x=f"flow; {effect_text(flow, cell)}{marks}")
     return figure
 
 
@@ -85,7 +99,6 @@ def joint_shares(joint: JointFlow, *, cell: Cell = FIRST, ax: Axes | None = None
 
     Raises:
         ValueError: There is no such cell.
-        ImportError: matplotlib is not installed.
     """
     check_cell(joint.effect.shape, cell)
     share, single = of_cell(joint.share, cell), of_cell(joint.single, cell)
@@ -97,11 +110,11 @@ def joint_shares(joint: JointFlow, *, cell: Cell = FIRST, ax: Axes | None = None
     alone = ax.barh([p + 0.19 for p in places], single[order].tolist(), color=COLORS[5], label="alone", height=0.36)
     control = (of_cell(joint.control, cell) / len(order)).tolist()
     lines = [ax.axvline(value, color="0.5", ls="--", lw=0.8, label="random sets, per component") for value in control]
-    _rows(ax, [joint.labels[i] for i in order], [*share.tolist(), *single.tolist(), *control])
+    name_rows(ax, shortened([joint.labels[i] for i in order]))
+    _symmetric(ax, [*share.tolist(), *single.tolist(), *control])
     short_legend(ax, [drawn, alone], lines[:1])
-    ax.set_xlabel(legible(effect_text(joint, cell)), fontsize=SMALL + 1, parse_math=False)
-    total = f"alone they add up to {float(single.sum()):+.3g}"
-    ax.set_title(is_open or f"Joint {joint.mode} ablation; {total}", fontsize=SMALL + 2, loc="left")
+    title = f"Joint {joint.mode} ablation; alone they add up to {float(single.sum()):+.3g}"
+    name_axes(ax, is_open or title, x=effect_text(joint, cell))
     return figure
 
 
@@ -116,31 +129,24 @@ def flow_heatmap(flow: Flow, *, cell: Cell = FIRST) -> Figure:
 
     Raises:
         ValueError: Flows by position were not kept, or there is no such cell.
-        ImportError: matplotlib is not installed.
     """
     found = [grid for grid in grids(flow, cell) if grid.kind != "other"] or grids(flow, cell)
-    assert flow.prompt_tokens is not None
-    assert flow.prompt_sinks is not None
-    real = flow.prompt_tokens[cell[:2]] >= 0
-    ids, sinks = flow.prompt_tokens[cell[:2]][real].tolist(), flow.prompt_sinks[cell[:2]][real].tolist()
-    names = [f"{visible(flow.token_names[i])}{SINK if sink else ''}" for i, sink in zip(ids, sinks, strict=True)]
+    texts, sinks = columns(flow, cell)
+    names = [f"{visible(text)}{SINK * sink}" for text, sink in zip(texts, sinks, strict=True)]
     rows = max(len(grid.rows) for grid in found)
     size = (max(3.0, 0.22 * len(names) + 1.2), max(2.4, 0.14 * rows + 1.4))
     figure, panels = new_panels(None, len(found), size)
-    scale = largest(value for grid in found for row in grid.values.tolist() for value in row)
+    scale, cmap = scale_of(found), color_map(BELOW_TO_ABOVE)
     image: Any = None
     for panel, (kind, labels, values) in zip(panels, found, strict=True):
         image = panel.imshow(
-            values.tolist(), cmap=_colors(), vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest"
+            values.tolist(), cmap=cmap, vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest"
         )
         step = -(-len(labels) // MOST_TICKS)
         panel.set_yticks(range(0, len(labels), step), labels[::step], parse_math=False)
-        panel.set_xticks(
-            range(len(names)), [legible(name) for name in shortened(names, 14)], rotation=90, parse_math=False
-        )
-        panel.set_title(KINDS[kind], fontsize=SMALL + 2, loc="left")
-        plain(panel)
-    panels[0].set_ylabel("layer", fontsize=SMALL + 1)
+        ticks = [legible(name) for name in shortened(names, 14)]
+        panel.set_xticks(range(len(names)), ticks, rotation=90, parse_math=False)
+        name_axes(panel, KINDS[kind], y="layer" if panel is panels[0] else "")
     bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=30)
     bar.set_label("flow", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL - 1)
@@ -162,7 +168,6 @@ def flow_graph(flow: Flow, *, target: int = 0, top: int = 40, ax: Axes | None = 
 
     Raises:
         ValueError: Edges were not asked for, an effect is open, or top is below 1.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -172,26 +177,20 @@ def flow_graph(flow: Flow, *, target: int = 0, top: int = 40, ax: Axes | None = 
         10
     """
     graph = flow.graph(target)
-    if top < 1:
-        raise ValueError(f"top must be 1 or more; got {top}.")
+    check_integers(1, top=top)
     edges = sorted(graph.edges(data="flow"), key=lambda edge: -abs(edge[2]))[:top]
     drawn = [name for name in graph.nodes if any(name in edge[:2] for edge in edges)]
     places = places_in_depth(drawn)
     figure, (ax,) = new_panels(ax, 1, (9.0, 3.4))
+    from matplotlib.patches import FancyArrowPatch
+
     scale = largest(value for _, _, value in edges)
     for writer, reader, value in reversed(edges):
         (x0, y0), (x1, y1) = places[writer], places[reader]
         bend = 0.0 if y0 != y1 else math.copysign(0.35 / (1 + 0.25 * abs(x1 - x0)), -y0)
-        style = {
-            "arrowstyle": "-|>",
-            "connectionstyle": f"arc3,rad={bend}",
-            "mutation_scale": 7,
-            "shrinkA": 3,
-            "shrinkB": 4,
-        }
-        color = COLORS[1] if value >= 0 else COLORS[0]
-        width = 0.4 + 3.2 * abs(value) / scale
-        ax.add_patch(_patches().FancyArrowPatch((x0, y0), (x1, y1), color=color, lw=width, alpha=0.7, **style))
+        look = {"color": sign_colors([value])[0], "lw": 0.4 + 3.2 * abs(value) / scale, "alpha": 0.7}
+        look |= {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={bend}", "shrinkA": 3, "shrinkB": 4}
+        ax.add_patch(FancyArrowPatch((x0, y0), (x1, y1), mutation_scale=7, **look))
     for name, (x, y) in places.items():
         own = graph.nodes[name]
         is_edited = abs(own["edit"]) > 1e-3 * max(abs(own["flow"]), 1e-12)
@@ -205,32 +204,12 @@ def flow_graph(flow: Flow, *, target: int = 0, top: int = 40, ax: Axes | None = 
     ax.axis("off")
     share = sum(abs(value) for _, _, value in edges) / sum(abs(value) for _, _, value in graph.edges(data="flow"))
     effect = float(flow.effect[..., target].mean())
-    title = f"Flow on edges, effect {effect:+.3g}: {_count(len(edges), graph.number_of_edges())}, {share:.0%} of all in size"
-    ax.set_title(legible(title), fontsize=SMALL + 2, loc="left")
+    shown = shown_of(len(edges), graph.number_of_edges())
+    name_axes(ax, f"Flow on edges, effect {effect:+.3g}: {shown}, {share:.0%} of all in size")
     return figure
 
 
-def _patches() -> Any:
-    import matplotlib.patches
-
-    return matplotlib.patches
-
-
-def _colors() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("tl_jets", BELOW_TO_ABOVE)
-
-
-def _rows(ax: Axes, names: list[str], values: list[float]) -> None:
-    """Names of horizontal bars from the top, and an axis of values that is symmetric around zero."""
-    ax.set_yticks(range(len(names)), shortened(names), fontsize=SMALL, parse_math=False)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.axvline(0, color="0.3", lw=0.8)
+def _symmetric(ax: Axes, values: list[float]) -> None:
+    """An axis of values that is symmetric around zero."""
     bound = 1.05 * largest(values)
     ax.set_xlim(-bound, bound)
-    plain(ax)
-
-
-def _count(shown: int, total: int) -> str:
-    return f"all {total}" if shown == total else f"the {shown} largest of {total:,}"

@@ -22,13 +22,13 @@ from tl_jets.views.figures.axes import (
     depth_color,
     draw_cells,
     legible,
+    name_axes,
     name_ticks,
     new_panels,
-    plain,
     short_legend,
 )
 from tl_jets.views.lens_tables import order_index
-from tl_jets.views.names import MEASURE_NAMES, mean_weights, of_prompts, places_of
+from tl_jets.views.names import MEASURE_NAMES, best_of_components, of_prompts, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,6 @@ def lens_table(
 
     Raises:
         ValueError: Unknown order, prompt or position.
-        ImportError: matplotlib is not installed.
 
     Source: Chen et al., arXiv 2410.06024, figure 3. Cost: for a joint lens, its components' jets at these positions
     through the unembedding.
@@ -93,7 +92,7 @@ def lens_table(
     ax.set_yticks(range(len(labels)), labels, fontsize=SMALL, parse_math=False)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
-    ax.set_title(title + of_prompts(lens, prompt), fontsize=SMALL + 2, loc="left")
+    name_axes(ax, title + of_prompts(lens, prompt))
     return figure
 
 
@@ -125,7 +124,6 @@ def measures(
 
     Raises:
         ValueError: The lens has no measures, a measure is unknown, or one axes is given for several.
-        ImportError: matplotlib is not installed.
 
     Source: Chen et al., arXiv 2410.06024, figure 3, bottom; the controls are ours.
     """
@@ -134,15 +132,14 @@ def measures(
         check_choice("measure", name, MEASURES)
     if lens.measures is None:
         raise ValueError("A figure of measures needs them; this lens was run without. Run it with measures=True.")
-    if against not in ("layer", "order"):
-        raise ValueError(f"against must be 'layer' or 'order'; got {against!r}.")
+    check_choice("against", against, ("layer", "order"))
     figure, panels = new_panels(ax, len(names), (3.1, 2.5))
     for panel, name in zip(panels, names, strict=True):
         if isinstance(lens, JointJetLens):
             _bars_of(panel, lens, name)
         else:
             _lines_of(panel, lens, name, against, log)
-        panel.set_title(MEASURE_NAMES[name], fontsize=SMALL + 1, loc="left")
+        name_axes(panel, MEASURE_NAMES[name])
     if legend and isinstance(lens, IterativeJetLens):
         drawn = max((panel.lines for panel in panels), key=len)  # a logarithmic axis may omit some
         controls = [line for line in drawn if line.get_label() == "control"]
@@ -155,9 +152,7 @@ def _joint_cells(
     lens: JointJetLens, prompt: int, places: list[int], top: int | None
 ) -> tuple[list[str], list[list[str]], list[list[float]]]:
     """Row labels with weights, best tokens, and what is added to their logits."""
-    weights = mean_weights(lens, prompt, places)
-    chosen = sorted(weights.argsort(descending=True, stable=True)[:top].tolist())
-    found = lens.contributions(1, prompt=prompt, places=places, labels=[lens.labels[i] for i in chosen])
+    weights, chosen, found = best_of_components(lens, prompt, places, top)
     names = lens.texts(found.indices)
     labels = [f"{lens.labels[i]}  {float(weights[i]):.2f}" for i in chosen]
     texts = [[visible(names[best]) for best in row] for row in found.indices[..., 0].tolist()]
@@ -215,8 +210,7 @@ def _lines_of(panel: Axes, lens: IterativeJetLens, name: str, against: str, log:
         name_ticks(panel, lens.labels)
     else:
         panel.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
-        panel.set_xlabel("order", fontsize=SMALL + 1)
-    plain(panel)
+        name_axes(panel, x="order")
 
 
 def _spans_decades(values: np.ndarray) -> bool:
@@ -233,4 +227,3 @@ def _bars_of(panel: Axes, lens: JointJetLens, name: str) -> None:
     if spread:
         panel.vlines(range(len(table)), table[f"{name}_low"], table[f"{name}_high"], color="0.2", lw=1)
     panel.set_xticks(range(len(table)), [kind.replace("_", "\n") for kind in table["weights"]])
-    plain(panel)

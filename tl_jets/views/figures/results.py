@@ -21,13 +21,13 @@ from tl_jets.views.figures.axes import (
     SMALL,
     depth_color,
     draw_cells,
-    legible,
+    name_axes,
     name_ticks,
     named_bars,
     new_panels,
-    plain,
     short_legend,
 )
+from tl_jets.views.names import largest_first, shown_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,6 @@ def path_shares(
 
     Raises:
         ValueError: Unknown measure, or top is below 1.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -59,29 +58,24 @@ def path_shares(
     """
     statistics = paths.statistics() if isinstance(paths, PathCache) else paths
     check_choice("measure", measure, MEASURES)
-    if top is not None and top < 1:
-        raise ValueError(f"top must be 1 or more, or None for all; got {top}.")
     cells = getattr(statistics, measure)[:, statistics.counted].double()
     means = cells.nanmean(1)
-    order = range(len(means))
-    if statistics.by != "length":
-        order = means.abs().argsort(descending=True, stable=True).tolist()
-    order = list(order)[:top]
+    order = largest_first(means, top)
+    if statistics.by == "length":
+        order = list(range(len(order)))
     values = means[order].tolist()
     spread = cells[order].std(1).tolist() if cells.shape[1] > 1 else None
     figure, (ax,) = new_panels(ax, 1, (5.5, 0.24 * len(order) + 0.9))
     ends = None if spread is None else [(x - d, x + d) for x, d in zip(values, spread, strict=True)]
     named_bars(ax, [statistics.labels[i] for i in order], values, intervals=ends)
-    what = {
-        "share": "share of the model's logits",
-        "effect": f"effect on {statistics.target_names[0]} ({statistics.unit})",
-    }
-    ax.set_xlabel(legible(what.get(measure, measure)), fontsize=SMALL + 1, parse_math=False)
-    if statistics.by == "length":
-        ax.set_ylabel("number of writes", fontsize=SMALL + 1)
-    hidden = f"the {len(order)} largest of {len(means):,}" if len(order) < len(means) else f"all {len(means):,}"
-    ax.set_title(
-        f"Paths{'' if statistics.by == 'path' else ' by ' + statistics.by}: {hidden}", fontsize=SMALL + 2, loc="left"
+    unit = f"effect on {statistics.target_names[0]} ({statistics.unit})"
+    what = {"share": "share of the model's logits", "effect": unit}.get(measure, measure)
+    by = "" if statistics.by == "path" else f" by {statistics.by}"
+    name_axes(
+        ax,
+        f"Paths{by}: {shown_of(len(order), len(means))}",
+        x=what,
+        y="number of writes" if statistics.by == "length" else "",
     )
     return figure
 
@@ -99,7 +93,6 @@ def dose_responses(
 
     Raises:
         ValueError: Unknown or no steps, or several on given axes.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -108,8 +101,8 @@ def dose_responses(
         >>> [line.get_label() for line in dose_responses(jet, steps=["3_mlp"]).axes[0].lines]
         ['order 1', 'order 2', 'truth']
     """
-    largest_first = jet.centered.flatten(1).mean(1).abs().argsort(descending=True, stable=True).tolist()
-    chosen = [jet.labels[i] for i in largest_first[:top]] if steps is None else list(steps)
+    found = [jet.labels[i] for i in largest_first(jet.centered.flatten(1).mean(1), top)]
+    chosen = found if steps is None else list(steps)
     unknown = [step for step in chosen if step not in jet.labels]
     if unknown:
         raise ValueError(f"steps must be of {some(jet.labels)}; got {unknown}.")
@@ -120,18 +113,13 @@ def dose_responses(
         for order in range(1, jet.order + 1):
             curve = [float(jet.series(dose, order)[i].mean()) for dose in grid]
             panel.plot(grid, curve, color=COLORS[(order - 1) % len(COLORS)], lw=1.2, label=f"order {order}")
-        doses, truth = (
-            [0.0, *jet.doses, 1.0],
-            [0.0, *jet.truth[:, i].flatten(1).mean(1).tolist(), float(jet.centered[i].mean())],
-        )
-        panel.plot(doses, truth, color="0.15", ls="none", marker="o", ms=4, label="truth")
+        truth = [0.0, *jet.truth[:, i].flatten(1).mean(1).tolist(), float(jet.centered[i].mean())]
+        panel.plot([0.0, *jet.doses, 1.0], truth, color="0.15", ls="none", marker="o", ms=4, label="truth")
         top_value = max(map(abs, truth)) or 1.0
         panel.set_ylim(-2 * top_value, 2 * top_value)  # a diverging series leaves the panel
         converges = "" if bool(jet.converges[i].all()) else ": does not converge"
-        panel.set_title(f"{step}{converges}", fontsize=SMALL + 2, loc="left", parse_math=False)
-        panel.set_xlabel("dose", fontsize=SMALL + 1)
-        plain(panel)
-    axes[0].set_ylabel(legible(f"effect on {jet.target_names[0]} ({jet.unit})"), fontsize=SMALL + 1, parse_math=False)
+        name_axes(panel, f"{step}{converges}", x="dose")
+    name_axes(axes[0], y=f"effect on {jet.target_names[0]} ({jet.unit})")
     short_legend(axes[0], axes[0].lines)
     return figure
 
@@ -155,7 +143,6 @@ def learning_curves(
 
     Raises:
         ValueError: Unknown bi-gram, no path, or a logarithmic scale for checkpoints that are not numbers from 0 up.
-        ImportError: matplotlib is not installed.
 
     Source: Chen et al., arXiv 2410.06024, section 5.2.
 
@@ -182,16 +169,14 @@ def learning_curves(
     figure, panels = new_panels(None, (first.n > 0) + len(groups), (4.2, 2.8))
     if first.n:
         _hit_ratios(panels[0], x, {"hit ratio": first} if is_one else tracks)
-        panels[0].set_title(title, fontsize=SMALL + 1, loc="left", parse_math=False)
+        name_axes(panels[0], title)
     for panel, (name, group) in zip(panels[first.n > 0 :], groups.items(), strict=True):
         if is_one:
             _curves(panel, x, {first.pairs[i]: first.scores[:, i] for i in group})
+            panel.plot(x, first.scores.mean(1).tolist(), color="0.1", lw=2, label=f"mean of all {len(first.pairs):,}")
         else:
             _curves(panel, x, {path: each.scores[:, group].mean(1) for path, each in tracks.items()})
-        if is_one:
-            panel.plot(x, first.scores.mean(1).tolist(), color="0.1", lw=2, label=f"mean of all {len(first.pairs):,}")
-        panel.set_ylabel("log-probability (nats)", fontsize=SMALL + 1)
-        panel.set_title(name, fontsize=SMALL + 1, loc="left", parse_math=False)
+        name_axes(panel, name, y="log-probability (nats)")
         short_legend(panel, panel.lines, most=len(panel.lines))
     for panel in panels:
         _checkpoint_axis(panel, x, log, [] if numeric else [str(name) for name in first.checkpoints])
@@ -204,8 +189,7 @@ def _checkpoint_axis(panel: Axes, x: list[Any], log: bool, names: list[str]) -> 
         panel.set_xscale("symlog", linthresh=min(step for step in x if step > 0), linscale=0.3)
     if names:
         panel.set_xticks(x, names, rotation=30, ha="right", parse_math=False)
-    panel.set_xlabel("checkpoint", fontsize=SMALL + 1)
-    plain(panel)
+    name_axes(panel, x="checkpoint")
 
 
 def _groups(track: Track, pairs: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
@@ -226,7 +210,7 @@ def _hit_ratios(panel: Axes, x: list[Any], tracks: Mapping[str, Track]) -> None:
             panel.plot(x, track.hit_control.mean(1).tolist(), ls="--", lw=1, color=line.get_color(), label="control")
     short_legend(panel, lines, panel.lines[len(lines) :][:1], most=len(lines))
     panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])
-    panel.set_ylabel(f"share of the reference's {next(iter(tracks.values())).n:,} best", fontsize=SMALL + 1)
+    name_axes(panel, y=f"share of the reference's {next(iter(tracks.values())).n:,} best")
 
 
 def _curves(panel: Axes, x: list[Any], curves: Mapping[str, Tensor]) -> None:
@@ -247,9 +231,6 @@ def spectra(spectra: DetachedSpectra) -> Figure:
         stable ranks; shares of the final stream and of the map's own write inside its left directions, with the share
         inside as many random directions (dashed).
 
-    Raises:
-        ImportError: matplotlib is not installed.
-
     Source: Golden, arXiv 2505.24293, figures 3 and 4; explained shares are ours.
 
     Example:
@@ -260,8 +241,7 @@ def spectra(spectra: DetachedSpectra) -> Figure:
     """
     figure, (left, middle, right) = new_panels(None, 3, (3.3, 2.9))
     n_maps, k = spectra.values.shape
-    shared = len(set(spectra.wrt)) == 1
-    labels = spectra.outputs if shared else spectra.labels
+    labels, whose = _maps(spectra)
     for i, values in enumerate(spectra.values.tolist()):
         left.plot(range(1, k + 1), values, color=depth_color(i, n_maps), lw=1.2, marker=".", label=labels[i])
     positive = [value for value in spectra.values.flatten().tolist() if value > 0]
@@ -269,11 +249,10 @@ def spectra(spectra: DetachedSpectra) -> Figure:
         left.set_yscale("log")
     left.set_ylim(top=left.get_ylim()[1] * (8 if left.get_yscale() == "log" else 1.5))  # room for the legend
     short_legend(left, left.lines)
-    left.set_xlabel("singular value", fontsize=SMALL + 1)
-    left.set_title("size", fontsize=SMALL + 1, loc="left")
+    name_axes(left, "size", x="singular value")
     # Maps alternate between streams and writes: a line would zigzag.
     middle.plot(range(n_maps), spectra.stable_rank.tolist(), color=COLORS[0], marker="o", ms=5, ls="none")
-    middle.set_title("stable rank", fontsize=SMALL + 1, loc="left")
+    name_axes(middle, "stable rank")
     middle.set_ylim(bottom=0)
     for values, label, color, marker in (
         (spectra.explained, "of the final stream", COLORS[0], "o"),
@@ -281,15 +260,12 @@ def spectra(spectra: DetachedSpectra) -> Figure:
     ):
         right.plot(range(n_maps), values.tolist(), color=color, marker=marker, ms=5, ls="none", label=label)
     right.axhline(spectra.chance, color="0.4", ls="--", lw=1, label=f"{k} random directions")
-    right.set_title(f"share inside the {k} left directions", fontsize=SMALL + 1, loc="left")
+    name_axes(right, f"share inside the {k} left directions")
     right.set_ylim(0, 1.5)  # room for the legend
     right.set_yticks([0, 0.5, 1])
     short_legend(right, right.lines)
     for panel in (middle, right):
         name_ticks(panel, labels)
-    for panel in (left, middle, right):
-        plain(panel)
-    whose = f"maps from {spectra.wrt[0]}" if shared else "maps"
     figure.suptitle(f"Detached {whose}, position {spectra.position}", fontsize=SMALL + 2, x=0.01, ha="left")
     return figure
 
@@ -304,7 +280,6 @@ def directions(spectra: DetachedSpectra, *, vectors: int = 3, words: int = 2) ->
 
     Raises:
         ValueError: The result was loaded, and has no model that decodes (`with_model`), or a number is below 1.
-        ImportError: matplotlib is not installed.
 
     Source: Golden, arXiv 2505.24293, tables of decoded singular vectors.
 
@@ -329,10 +304,15 @@ def directions(spectra: DetachedSpectra, *, vectors: int = 3, words: int = 2) ->
         ax, texts, [own["relative"].tolist() for own in rows], diverging=True, bar="singular value, of the largest"
     )
     figure.axes[-1].set_ylim(0, 1)  # singular values have no sign
-    shared = len(set(spectra.wrt)) == 1
-    ax.set_yticks(range(len(rows)), spectra.outputs if shared else spectra.labels, fontsize=SMALL, parse_math=False)
+    labels, whose = _maps(spectra)
+    ax.set_yticks(range(len(rows)), labels, fontsize=SMALL, parse_math=False)
     ax.set_xticks(range(len(texts[0])), [str(i) for i in range(len(texts[0]))], fontsize=SMALL)
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    whose = f"maps from {spectra.wrt[0]}" if shared else "maps"
-    ax.set_title(f"Directions of detached {whose}, position {spectra.position}", fontsize=SMALL + 2, loc="left")
+    name_axes(ax, f"Directions of detached {whose}, position {spectra.position}")
     return figure
+
+
+def _maps(spectra: DetachedSpectra) -> tuple[list[str], str]:
+    """Names of the maps, and what they are maps of, in words."""
+    shared = len(set(spectra.wrt)) == 1
+    return (spectra.outputs, f"maps from {spectra.wrt[0]}") if shared else (spectra.labels, "maps")

@@ -1,4 +1,4 @@
-"""Figures of studies of n-grams: masses and their changes, roles, promoters of tokens, and sketches."""
+"""Figures of studies: masses of n-grams and their changes, roles, promoters of tokens, sketches, scores of heads."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tl_jets.core.options import check_choice, check_integers
-from tl_jets.views.figures.axes import COLORS, SMALL, draw_cells, named_bars, new_panels
+from tl_jets.views.figures.axes import COLORS, SMALL, draw_cells, name_axes, named_bars, new_panels, small_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tl_jets.studies import Mass, MassChange, Promoters, Roles, Sketch
+    from tl_jets.studies import HeadScores, Mass, MassChange, Promoters, Roles, Sketch
 
 WIDTH, BAR = 4.6, 0.24  # inches
 
@@ -27,7 +27,6 @@ def masses(found: Mass | Mapping[str, Mass], *, log: bool = False, ax: Axes | No
 
     Raises:
         ValueError: There is no mass, or the masses are of different kinds (`weight`, `reduce`).
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -47,8 +46,8 @@ def masses(found: Mass | Mapping[str, Mass], *, log: bool = False, ax: Axes | No
     _controls(ax, [each.control_interval for each in named.values()], COLORS[1], "shuffled lists", 0.0)
     if log:
         ax.set_xscale("log")
-    ax.set_xlabel(f"{reduce} of {weight}", fontsize=SMALL + 1)
-    _legend(ax)
+    name_axes(ax, x=f"{reduce} of {weight}")
+    small_legend(ax, loc="best")
     return figure
 
 
@@ -64,7 +63,6 @@ def mass_changes(found: MassChange, *, model: str | None = None) -> Figure:
 
     Raises:
         ValueError: Unknown model.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -86,9 +84,9 @@ def mass_changes(found: MassChange, *, model: str | None = None) -> Figure:
         for place, control in enumerate(found.controls):
             ends = list(zip(own[f"{control}_low"], own[f"{control}_high"], strict=True))
             _controls(panel, ends, COLORS[2 + place], control.replace("_", " "), 0.25 * (place - 1))
-        panel.set_xlabel(f"change of the {found.reduce}, path {found.path}", fontsize=SMALL + 1)
-        panel.set_title(f"{kind}: {model} less {found.models[0]}", fontsize=SMALL + 1, loc="left", parse_math=False)
-    _legend(panels[0])
+        title, change = f"{kind}: {model} less {found.models[0]}", f"change of the {found.reduce}, path {found.path}"
+        name_axes(panel, title, x=change)
+    small_legend(panels[0], loc="best")
     return figure
 
 
@@ -98,9 +96,6 @@ def roles(found: Roles, *, ax: Axes | None = None) -> Figure:
     Args:
         found: Result of `tl_jets.studies.roles`.
         ax: Axes to draw on; None for a new figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -119,7 +114,7 @@ def roles(found: Roles, *, ax: Axes | None = None) -> Figure:
     ax.images[0].colorbar.ax.set_ylim(0.0, ax.images[0].get_clim()[1])  # type: ignore[union-attr]
     ax.set_yticks(range(n), found.labels, fontsize=SMALL, parse_math=False)
     ax.set_xticks(range(n), found.labels, fontsize=SMALL, rotation=90, parse_math=False)
-    ax.set_title(f"The {found.n} best bi-grams of each path", fontsize=SMALL + 2, loc="left")
+    name_axes(ax, f"The {found.n} best bi-grams of each path")
     return figure
 
 
@@ -135,7 +130,6 @@ def promoters(found: Promoters, *, top: int = 10) -> Figure:
 
     Raises:
         ValueError: top is below 1.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -152,9 +146,8 @@ def promoters(found: Promoters, *, top: int = 10) -> Figure:
             bar.set_alpha(1.0 if chance < 0.05 else 0.35)
         ends = list(zip(frame["control_low"], frame["control_high"], strict=True))
         _controls(panel, ends, "0.25", "control sets", 0.0)
-        panel.set_xlabel("effect in own units", fontsize=SMALL + 1)
-        panel.set_title(f"{found.counts[kind]:,} {kind}s", fontsize=SMALL + 1, loc="left")
-    _legend(panels[-1])
+        name_axes(panel, f"{found.counts[kind]:,} {kind}s", x="effect in own units")
+    small_legend(panels[-1], loc="best")
     return figure
 
 
@@ -167,7 +160,6 @@ def sketch(found: Sketch, *, top: int = 12) -> Figure:
 
     Raises:
         ValueError: top is below 1.
-        ImportError: matplotlib is not installed.
 
     Example:
         >>> import tl_jets as tj
@@ -182,17 +174,49 @@ def sketch(found: Sketch, *, top: int = 12) -> Figure:
     weights = weights.sort_values("weight", ascending=False, kind="stable").head(top)
     figure, panels = new_panels(None, 3, (3.4, BAR * max(len(frame), len(weights)) + 0.9))
     colors = ["0.3" if name == "model" else COLORS[0] if name == "sketch" else "0.7" for name in frame["predictor"]]
-    names = frame["predictor"].tolist()
+    names, shuffled = frame["predictor"].tolist(), weights["shuffled"].tolist()
     named_bars(panels[0], names, frame["perplexity"].tolist(), colors=colors)
     panels[0].set_xscale("log")
-    panels[0].set_xlabel("perplexity", fontsize=SMALL + 1)
     named_bars(panels[1], [""] * len(names), frame["kl"].tolist(), colors=colors)
-    panels[1].set_xlabel("KL from the model (nats)", fontsize=SMALL + 1)
     named_bars(panels[2], weights["component"].tolist(), weights["weight"].tolist(), colors=COLORS[0])
-    places = range(len(weights))
-    panels[2].plot(weights["shuffled"].tolist(), places, "D", ms=4, mfc="none", mec="0.3", label="shuffled tokens")
-    panels[2].set_xlabel("weight", fontsize=SMALL + 1)
-    panels[2].legend(fontsize=SMALL - 1, frameon=False, loc="lower right")
+    panels[2].plot(shuffled, range(len(weights)), "D", ms=4, mfc="none", mec="0.3", label="shuffled tokens")
+    for panel, name in zip(panels, ("perplexity", "KL from the model (nats)", "weight"), strict=True):
+        name_axes(panel, x=name)
+    small_legend(panels[2], loc="lower right")
+    return figure
+
+
+def head_scores(scores: HeadScores) -> Figure:
+    """Scores of every head, one panel each of layers by heads: first from the weights, then what was observed.
+
+    Args:
+        scores: Result of `tl_jets.studies.head_scores`.
+
+    Returns:
+        The figure; titles of scores from the weights have the mean of their control in brackets.
+
+    Example:
+        >>> import tl_jets as tj
+        >>> found = tj.studies.head_scores(tj.load_tinydocs(), n_tokens=64, length=8, progress=False)
+        >>> [panel.get_title(loc="left") for panel in head_scores(found).axes[:1]]
+        ['copied (control 0.01)']
+    """
+    grids = {
+        f"copied (control {float(scores.copied_control.mean()):.2f})": scores.copied,
+        f"previous token (control {scores.previous_token_control:.2f})": scores.previous_token,
+    }
+    grids |= {f"observed: {name.replace('_', ' ')}": grid for name, grid in scores.observed.items()}
+    figure, panels = new_panels(None, len(grids), (2.6, 3.4))
+    for panel, (title, grid) in zip(panels, grids.items(), strict=True):
+        # Copying in a run is in logits and has both signs; the others are shares.
+        size = float(grid.abs().max()) or 1.0
+        signed = bool((grid < 0).any())
+        colors = {"cmap": "RdBu_r" if signed else "cividis", "vmin": -size if signed else 0.0, "vmax": size}
+        image = panel.imshow(grid.tolist(), aspect="auto", interpolation="nearest", **colors)
+        figure.colorbar(image, ax=panel, shrink=0.7).ax.tick_params(labelsize=SMALL)
+        step = -(-len(scores.layers) // 16)
+        panel.set_yticks(range(0, len(scores.layers), step), [str(layer) for layer in scores.layers[::step]])
+        name_axes(panel, title, x="head", y="layer" if panel is panels[0] else "")
     return figure
 
 
@@ -201,8 +225,3 @@ def _controls(ax: Axes, ends: list[tuple[float, float]], color: str, label: str,
     known = [(i + shift, low, high) for i, (low, high) in enumerate(ends) if low == low]
     for i, low, high in known:
         ax.plot([low, high], [i, i], color=color, lw=2.2, marker="|", ms=5, label=label if i == known[0][0] else None)
-
-
-def _legend(ax: Axes) -> None:
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=SMALL - 1, frameon=False, loc="best")
