@@ -69,7 +69,7 @@ def test_commands_of_the_pages_are_those_of_the_terminal():
     assert len(commands) >= 4
     for command in commands:
         tl_jets.cli.parser().parse_args(shlex.split(command)[1:])
-    assert {shlex.split(command)[1] for command in commands} == set(tl_jets.cli.texts.SUMMARIES)
+    assert {shlex.split(command)[1] for command in commands} == set(tl_jets.cli.texts.DESCRIPTIONS)
 
 
 def test_every_public_name_is_in_the_reference():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from tl_jets.cli.texts import DESCRIPTION, EPILOG, SUMMARIES, TOKEN_HELP, description, epilog
+from tl_jets.cli.texts import DESCRIPTION, EPILOG, TOKEN_HELP, description, epilog
 
 EMBEDDED = "tinydocs"
 EMBEDDED_PROMPT = "If the file does not exist, an error is"
@@ -85,13 +85,24 @@ def at_least(least: int, *, at_most: int | None = None) -> Callable[[str], int]:
     return read
 
 
-ORDER: dict[str, Any] = {"type": at_least(0, at_most=MAX_ORDER), "metavar": "K"}
-PROMPTS: dict[str, Any] = {
-    "metavar": "FILE",
-    "help": 'read many prompts, not one: a line each, or in a file .jsonl {"prompt": ..., "answer": TOKEN}; without answers '
-    "they are the model's own; processes that torchrun started divide them",
-}
-SEED: dict[str, Any] = {"type": at_least(0, at_most=MAX_SEED), "default": 0, "metavar": "N"}
+Options = dict[str, Any]
+ORDER: Options = {"type": at_least(0, at_most=MAX_ORDER), "metavar": "K"}
+COUNT: Options = {"type": at_least(1), "metavar": "N"}
+NUMBER: Options = {"type": at_least(0), "metavar": "N"}
+SEED: Options = {"type": at_least(0, at_most=MAX_SEED), "default": 0, "metavar": "N"}
+FLAG: Options = {"action": "store_true"}
+FILE: Options = {"metavar": "FILE"}
+TOKEN: Options = {"metavar": "TOKEN"}
+LABELS: Options = {"action": "append", "metavar": "LABEL"}
+COMPONENTS: Options = {"nargs": "+", "metavar": "COMPONENT"}
+GRANULARITY: Options = {"choices": GRANULARITIES, "default": "sublayer"}
+CENTER_SCALE: Options = {"choices": CENTER_SCALES, "default": "none"}
+EXPLAINED = f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)"
+KEEP_BOS = "leave the first position, on which attention rests, as it is"
+PROMPTS = (
+    'read many prompts, not one: a line each, or in a file .jsonl {"prompt": ..., "answer": TOKEN}; without answers '
+    "they are the model's own; processes that torchrun started divide them"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,25 +114,20 @@ def parser() -> argparse.ArgumentParser:
     options |= {"explore": _explore}
     for name, add_options in options.items():
         command = commands.add_parser(
-            name,
-            help=SUMMARIES[name],
-            description=description(name),
-            epilog=epilog(name),
-            formatter_class=Help,
-            allow_abbrev=False,
+            name, description=description(name), epilog=epilog(name), formatter_class=Help, allow_abbrev=False
         )
         _add_input(command, prompt=name != "ngrams")
         add_options(command.add_argument)
-        command.add_argument("--html", metavar="FILE", help="also write one page that opens offline in a browser")
+        command.add_argument("--html", **FILE, help="also write one page that opens offline in a browser")
         command.add_argument(
             "--json",
-            metavar="FILE",
+            **FILE,
             help="also write all numbers, tokens with their spaces shown (\u00b7); what is no number is null",
         )
         if name == "explore":
             command.set_defaults(html="explore.html")
-        command.add_argument("--explain", action="store_true", help="also say what the numbers mean")
-        command.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+        command.add_argument("--explain", **FLAG, help="also say what the numbers mean")
+        command.add_argument("--traceback", **FLAG, help="show where an unexpected error came from")
     return top
 
 
@@ -150,7 +156,7 @@ def _add_input(parser: argparse.ArgumentParser, *, prompt: bool) -> None:
 
 
 def _lens(add: Callable[..., Any]) -> None:
-    add("--prompts", **PROMPTS)
+    add("--prompts", **FILE, help=PROMPTS)
     add("--order", **ORDER, help="highest order of the iterative lens (default: 1; detached 0)")
     add("--joint-order", **ORDER, default=0, help="order of the joint lens")
     add(
@@ -159,42 +165,37 @@ def _lens(add: Callable[..., Any]) -> None:
         default="jet",
         help="jet: the paper's lenses; detached: the final norm keeps its scale, direct logit attribution",
     )
-    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the centers")
-    add("--incl-mid", action="store_true", help="also read the streams between attention and MLP")
+    add("--center-scale", **CENTER_SCALE, help="length of the centers")
+    add("--incl-mid", **FLAG, help="also read the streams between attention and MLP")
     add(
         "--layers",
         action="append",
         metavar="LAYER",
         help="read this stream only (3, -1, 3_pre, 3_mid), or a range of layers (20:30, without 30); repeat it for more",
     )
-    add("--granularity", choices=GRANULARITIES, default="sublayer", help="components of the joint lens")
-    add("--no-embeddings", action="store_true", help="leave the embeddings out of the components")
+    add("--granularity", **GRANULARITY, help="components of the joint lens")
+    add("--no-embeddings", **FLAG, help="leave the embeddings out of the components")
     add("--weights", choices=("optimal", "uniform"), help="of the components (default: optimal; detached 1)")
     add("--objective", choices=OBJECTIVES, default="centered_l2", help="what the joint weights minimize")
     add(
         "--target",
         action="append",
-        metavar="TOKEN",
+        **TOKEN,
         help=f"a token to follow through the layers and components, {TOKEN_HELP}; repeat it for more",
     )
-    add("--top-k", type=at_least(1), default=3, metavar="N", help="best tokens a row")
+    add("--top-k", **COUNT, default=3, help="best tokens a row")
     add("--seed", **SEED, help="of the random controls")
-    add("--all", action="store_true", help="show every layer and order, the joint lens, averages, and what they mean")
-    add("--averages", action="store_true", help="also show averages over the prompt's positions, without sinks")
-    add("--svg", metavar="FILE", help="also write the two lenses as a picture")
+    add("--all", **FLAG, help="show every layer and order, the joint lens, averages, and what they mean")
+    add("--averages", **FLAG, help="also show averages over the prompt's positions, without sinks")
+    add("--svg", **FILE, help="also write the two lenses as a picture")
 
 
 def _paths(add: Callable[..., Any]) -> None:
-    add("--prompts", **PROMPTS)
-    add(
-        "--target",
-        metavar="TOKEN",
-        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
-    )
+    add("--prompts", **FILE, help=PROMPTS)
+    add("--target", **TOKEN, help=EXPLAINED)
     add(
         "--top",
-        type=at_least(1),
-        metavar="N",
+        **COUNT,
         help=f"how many paths, and components (default: {MOST_PATHS}; of one prompt the terminal shows {SHOWN_PATHS})",
     )
     add(
@@ -203,19 +204,14 @@ def _paths(add: Callable[..., Any]) -> None:
         default="effect",
         help="what is large: the effect on the target, or the length of a path's logits",
     )
-    add("--granularity", choices=GRANULARITIES, default="sublayer", help="what a step of a path is")
-    add("--ablate", action="store_true", help="also ablate each path alone, and as many random ones")
-    add("--no-components", action="store_true", help="leave out the sums through each component")
-    add("--through", action="append", metavar="LABEL", help="keep paths through this")
-    add("--avoiding", action="append", metavar="LABEL", help="keep paths that do not pass through this")
-    add("--sources", action="append", metavar="LABEL", help="keep paths that start here")
-    add(
-        "--max-length",
-        type=at_least(0),
-        metavar="N",
-        help="keep paths with at most N steps before the final norm",
-    )
-    add("--max-paths", type=at_least(1), default=MAX_PATHS, metavar="N", help="evaluate at most so many")
+    add("--granularity", **GRANULARITY, help="what a step of a path is")
+    add("--ablate", **FLAG, help="also ablate each path alone, and as many random ones")
+    add("--no-components", **FLAG, help="leave out the sums through each component")
+    add("--through", **LABELS, help="keep paths through this")
+    add("--avoiding", **LABELS, help="keep paths that do not pass through this")
+    add("--sources", **LABELS, help="keep paths that start here")
+    add("--max-length", **NUMBER, help="keep paths with at most N steps before the final norm")
+    add("--max-paths", **COUNT, default=MAX_PATHS, help="evaluate at most so many")
     add(
         "--linearize",
         choices=("detached", "jet"),
@@ -223,46 +219,31 @@ def _paths(add: Callable[..., Any]) -> None:
         help="detached: exact paths; jet: the paper's, which carry the model's answer into most paths",
     )
     add("--order", **ORDER, default=1, help="of the jets of --linearize jet")
-    add("--center-scale", choices=CENTER_SCALES, default="none", help="length of the jets' centers")
-    add("--renormalize", action="store_true", help="spread the weights of jets over the paths that are kept")
+    add("--center-scale", **CENTER_SCALE, help="length of the jets' centers")
+    add("--renormalize", **FLAG, help="spread the weights of jets over the paths that are kept")
     add("--seed", **SEED, help="of the random paths")
 
 
 def _flow(add: Callable[..., Any]) -> None:
-    add("--ablate", nargs="+", metavar="COMPONENT", help="ablate these (8_mlp, 3_attn, 3_block, L17H3, L2N17)")
+    add("--ablate", **COMPONENTS, help="ablate these (8_mlp, 3_attn, 3_block, L17H3, L2N17)")
     add("--corrupted", metavar="TEXT", help="run this prompt instead, of as many tokens")
-    add(
-        "--joint",
-        nargs="+",
-        metavar="COMPONENT",
-        help="ablate these, and divide the effect over themselves (joint flow)",
-    )
-    add("--keep-bos", action="store_true", help="leave the first position, on which attention rests, as it is")
+    add("--joint", **COMPONENTS, help="ablate these, and divide the effect over themselves (joint flow)")
+    add("--keep-bos", **FLAG, help=KEEP_BOS)
     add("--mode", choices=MODES, default="zero", help="what ablated writes become; mean and resample need --reference")
-    add("--reference", metavar="FILE", help="prompts of the mean, or to resample from, a line each")
-    add(
-        "--target",
-        metavar="TOKEN",
-        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
-    )
-    add("--against", metavar="TOKEN", help="explain the difference of the target's logit and this token's")
+    add("--reference", **FILE, help="prompts of the mean, or to resample from, a line each")
+    add("--target", **TOKEN, help=EXPLAINED)
+    add("--against", **TOKEN, help="explain the difference of the target's logit and this token's")
     add(
         "--measure",
         choices=FLOW_MEASURES,
         default="centered",
         help="centered: logits less the vocabulary's mean; kl: KL(clean || intervened) in nats",
     )
-    add("--granularity", choices=GRANULARITIES, default="sublayer", help="the components that carry flow")
-    add("--nodes", type=at_least(1), metavar="N", help="gradients of every stage (default: as many as the gap needs)")
-    add(
-        "--check",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="path patch the N components of the largest flow, and N random ones",
-    )
-    add("--controls", type=at_least(0), metavar="N", help="random sets beside --joint (default: 6)")
-    add("--top", type=at_least(1), default=12, metavar="N", help="how many components")
+    add("--granularity", **GRANULARITY, help="the components that carry flow")
+    add("--nodes", **COUNT, help="gradients of every stage (default: as many as the gap needs)")
+    add("--check", **NUMBER, default=0, help="path patch the N components of the largest flow, and N random ones")
+    add("--controls", **NUMBER, help="random sets beside --joint (default: 6)")
+    add("--top", **COUNT, default=12, help="how many components")
     add("--seed", **SEED, help="of random components, sets and --mode resample")
 
 
@@ -274,8 +255,8 @@ def _explore(add: Callable[..., Any]) -> None:
         metavar="PATH",
         help="path of each token's bi-grams, as in `ngrams`; auto is mlps, where the model has them; none for none",
     )
-    add("--ablate", nargs="+", metavar="COMPONENT", help="also show what the ablation of these does (8_mlp, L17H3)")
-    add("--keep-bos", action="store_true", help="leave the first position, on which attention rests, as it is")
+    add("--ablate", **COMPONENTS, help="also show what the ablation of these does (8_mlp, L17H3)")
+    add("--keep-bos", **FLAG, help=KEEP_BOS)
 
 
 def _ngrams(add: Callable[..., Any]) -> None:
@@ -294,12 +275,12 @@ def _ngrams(add: Callable[..., Any]) -> None:
     )
     add(
         "--keep-all",
-        action="store_true",
+        **FLAG,
         help="of bi-grams, where embeddings are tied: keep each token after itself, and tokens never trained",
     )
     add("--trigrams", type=at_least(0), metavar="LAYER", help="skip-trigrams of this layer's heads, not bi-grams")
     add("--head", action="append", type=at_least(0), metavar="H", help="a head; repeat it for more (default: all)")
-    add("--distance", type=at_least(0), metavar="N", help="places from key to query (default: 1)")
+    add("--distance", **NUMBER, help="places from key to query (default: 1)")
     add(
         "--normalize",
         choices=NORMALIZES,
@@ -308,7 +289,7 @@ def _ngrams(add: Callable[..., Any]) -> None:
     add(
         "--token",
         action="append",
-        metavar="TOKEN",
+        **TOKEN,
         help=f"only n-grams whose first token (of skip-trigrams: the key) is this, {TOKEN_HELP}; repeat it for more",
     )
     add(
@@ -318,7 +299,7 @@ def _ngrams(add: Callable[..., Any]) -> None:
         metavar="N",
         help="how many n-grams a table, or a row of it",
     )
-    add("--scores", action="store_true", help="show scores beside tables that stand side by side, too")
+    add("--scores", **FLAG, help="show scores beside tables that stand side by side, too")
     add(
         "--save",
         metavar="FILE|DIR/",
@@ -329,11 +310,7 @@ def _ngrams(add: Callable[..., Any]) -> None:
 
 
 def _jacobian(add: Callable[..., Any]) -> None:
-    add(
-        "--target",
-        metavar="TOKEN",
-        help=f"the token whose logit is explained, {TOKEN_HELP} (default: the model's answer)",
-    )
+    add("--target", **TOKEN, help=EXPLAINED)
     add(
         "--output",
         default=LOGITS,
@@ -341,13 +318,7 @@ def _jacobian(add: Callable[..., Any]) -> None:
         help="what is mapped to: logits, ln_final, a stream (final_post, 3_pre) or a write (3_mlp_out, L3H2_out)",
     )
     add("--wrt", default="embed", metavar="LABEL", help="what it is a map of: embed, pos_embed, or a stream (3_mid)")
-    add(
-        "--svd",
-        type=at_least(0),
-        default=4,
-        metavar="K",
-        help="how many singular values, with their directions; 0 for none",
-    )
-    add("--top-k", type=at_least(1), default=3, metavar="N", help="tokens by which a direction is described")
+    add("--svd", **NUMBER, default=4, help="how many singular values, with their directions; 0 for none")
+    add("--top-k", **COUNT, default=3, help="tokens by which a direction is described")
     add("--seed", **SEED, help="of the search for singular values")
-    add("--all", action="store_true", help="show every token of a long prompt")
+    add("--all", **FLAG, help="show every token of a long prompt")

@@ -6,8 +6,8 @@ import argparse
 import warnings
 from typing import Any
 
-from tl_jets.cli.report import Report, header
-from tl_jets.cli.session import UsageError, read, steps
+from tl_jets.cli.report import Report
+from tl_jets.cli.session import UsageError, ablated_positions, read, steps
 from tl_jets.core.numerals import signed
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.flows import flow
@@ -21,36 +21,22 @@ def report(options: argparse.Namespace) -> Report:
         asked = read(options, "sublayer", step)
         found = None
         if options.ablate is not None:
-            length = asked.trace.tokens.shape[1]
-            if options.keep_bos and length == 1:
-                raise UsageError("--keep-bos leaves the first position as it is; this prompt has no other")
-            positions = list(range(1, length)) if options.keep_bos else None
-            hooks = ablation_hooks(asked.network, options.ablate, positions=positions)
+            hooks = ablation_hooks(asked.network, options.ablate, positions=ablated_positions(options, asked))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"\d+ of \d+ effects stay open", UserWarning)  # the page says so
                 found = flow(asked.network, asked.trace, hooks, positions=asked.position, edges=True)
         elif options.keep_bos:
             raise UsageError("--keep-bos goes with --ablate")
         step("page")
-        bigrams = None if options.bigrams == "none" else options.bigrams
-        page = explorer(
-            asked.network,
-            asked.trace,
-            order=options.order,
-            bigrams=bigrams,
-            flow=found,
-            title=asked.prompt,
-            name=options.model,
-        )
-    answer = asked.token(int(asked.trace.logits[0, asked.position].argmax()))  # type: ignore[index]
+        given = {"order": options.order, "bigrams": None if options.bigrams == "none" else options.bigrams}
+        page = explorer(asked.network, asked.trace, flow=found, title=asked.prompt, name=options.model, **given)
+    answer = asked.token(asked.answer)
     rows = asked.asked(options.model, answer)
     if found is not None and options.ablate is not None:
-        said = "" if bool(found.closed) else "; its flows are OPEN, and explain nothing"
-        rows["ablation"] = (
-            f"{', '.join(options.ablate)}: {signed(float(found.effect))} on the centered logit of {answer['token']}{said}"
-        )
+        said = f"{', '.join(options.ablate)}: {signed(found.effect)} on the centered logit of {answer['token']}"
+        rows["ablation"] = said + ("" if bool(found.closed) else "; its flows are OPEN, and explain nothing")
     rows["page"] = f"{options.html}, which opens offline in a browser"
-    data = header("explore", model=options.model, prompt=asked.prompt) | page.data
+    data = asked.header(options) | page.data
     verdict, further = _verdict(page.data, asked.position, answer["token"]), _further(page.data, options)
     return Report(data, rows, (), {}, views=lambda: [page], verdict=verdict, further=further)
 
@@ -64,9 +50,8 @@ def _verdict(data: dict[str, Any], pos: int, answer: str) -> list[str]:
     first = next((i for i in range(n) if all(leads[i:])), n - 1)
     own = sum(kl[i] < control[i] for i in range(n) if labels[i] != FINAL_STREAM)
     where = "at the end only" if first == n - 1 else f"from {labels[first]} on"
-    effects = sorted(
-        zip((row[0][pos][0] for row in parts["effects"]), parts["labels"], strict=True), key=lambda x: -abs(x[0])
-    )
+    pairs = zip((row[0][pos][0] for row in parts["effects"]), parts["labels"], strict=True)
+    effects = sorted(pairs, key=lambda x: -abs(x[0]))
     largest = ", ".join(f"{label} {signed(effect)}" for effect, label in effects[:3])
     total = signed(sum(effect for effect, _ in effects))
     return [

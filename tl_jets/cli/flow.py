@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from tl_jets.cli.prompt_files import read_prompts
-from tl_jets.cli.report import Report, Table, header
-from tl_jets.cli.session import Read, UsageError, read, read_token, steps
+from tl_jets.cli.report import Report, Table
+from tl_jets.cli.session import Read, UsageError, ablated_positions, read, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
@@ -43,43 +43,41 @@ def report(options: argparse.Namespace) -> Report:
     kind = _kind(options)
     with steps(3) as step:
         asked = read(options, options.granularity, step)
-        answer = int(asked.trace.logits[0, asked.position].argmax())  # type: ignore[index]
-        target = None if options.target is None else read_token(asked.network, options.target)
-        against = None if options.against is None else read_token(asked.network, options.against)
+        answer, target, against = asked.answer, asked.given(options.target), asked.given(options.against)
         step("flow")
         if options.measure == "centered":
             target = answer if target is None else target
         given = {"targets": target, "against": against, "measure": options.measure, "positions": asked.position}
-        acts, ablation, positions = _intervention(options, kind, asked)
+        acts, ablation = _intervention(options, kind, asked)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", OPEN, UserWarning)
             if kind == "joint":
-                found: Flow | JointFlow = _joint(options, asked, ablation, positions, given)
+                found: Flow | JointFlow = _joint(options, asked, ablation, given)
                 assert found.final is not None, "it was just run"
                 ablated = found.final[:, 0]
             else:
                 runs = TwoRuns(asked.network, asked.trace, acts)
                 found, ablated = _flow(options, asked, runs, given), runs.other[FINAL_STREAM][:, asked.position]
-    said = asked.token(answer) if target is None else asked.token(target)
-    names = {"KL": "KL(clean || intervened)"}.get(str(found.target_names[0]), f"the centered logit of {said['token']}")
-    if against is not None:
-        names = f"the logit of {said['token']} less that of {asked.token(against)['token']}"
+    said, other = (None if token is None else asked.token(token) for token in (target, against))
+    what = "KL(clean || intervened)"
+    if said is not None and options.measure != "kl":
+        what = f"the centered logit of {said['token']}"
+    if said is not None and other is not None:
+        what = f"the logit of {said['token']} less that of {other['token']}"
     done = _done(options, kind)
-    data = header("flow", model=options.model, prompt=asked.prompt, position=asked.position, read=asked.last)
-    data |= {"intervention": done, "granularity": options.granularity, "answer": asked.token(answer)}
-    data |= {"target": None if target is None else asked.token(target), "measure": found.measure, "unit": found.unit}
-    data |= {"against": None if against is None else asked.token(against), "effect": float(found.effect)}
-    data |= {"is_softcapped": asked.trace.decoder.transform is not None, "is_closed": bool(found.closed)}
-    data["readings"] = None
+    data = asked.header(options) | {"intervention": done, "granularity": options.granularity}
+    data |= {"answer": asked.token(answer), "target": said, "measure": found.measure, "unit": found.unit}
+    data |= {"against": other, "effect": float(found.effect), "is_closed": bool(found.closed)}
+    data |= {"is_softcapped": asked.trace.decoder.transform is not None, "readings": None}
     if target is not None and against is None:
         data["readings"] = _readings(asked, ablated, target)
-    rows = asked.asked(options.model, data["answer"], data["target"]) | {"intervention": done}
+    rows = asked.asked(options.model, data["answer"], said) | {"intervention": done}
     last = ["effect"] if options.measure == "centered" else []
-    last += ["softcap"] if data["is_softcapped"] and options.measure == "centered" else []
+    last += ["softcap"] if data["is_softcapped"] and last else []
     if isinstance(found, JointFlow):
-        return _of_joint(found, data, rows, names, last, options.top)
+        return _of_joint(found, data, rows, what, last, options.top)
     sink = kind == "ablate" and not options.keep_bos and _first_is_sink(asked)
-    return _of_flow(found, data, rows, names, last, options.top, sink)
+    return _of_flow(found, data, rows, what, last, options.top, sink)
 
 
 def _kind(options: argparse.Namespace) -> str:
@@ -92,9 +90,8 @@ def _kind(options: argparse.Namespace) -> str:
         if getattr(options, name) and kinds[0] not in kinds_of:
             of = " or ".join(f"--{own}" for own in kinds_of)
             raise UsageError(f"--{name.replace('_', '-')} goes with {of}, not with --{kinds[0]}")
-    if (options.mode != "zero") != (options.reference is not None) or (
-        options.mode != "zero" and kinds[0] == "corrupted"
-    ):
+    is_zero = options.mode == "zero"
+    if is_zero != (options.reference is None) or not (is_zero or kinds[0] != "corrupted"):
         raise UsageError(
             f"--mode mean and resample, of an ablation, need --reference FILE, and zero none; got --mode {options.mode}"
         )
@@ -109,25 +106,18 @@ def _done(options: argparse.Namespace, kind: str) -> str:
     return f"{options.mode} ablation of {', '.join(getattr(options, kind))} at {where}"
 
 
-def _ablation(options: argparse.Namespace, asked: Read) -> tuple[dict[str, Any], list[int] | None]:
-    """Mode, reference and seed of an ablation, and its positions; None for all."""
-    reference = None if options.reference is None else read_prompts(options.reference)[0]
-    if reference is not None:
-        reference = asked.network.trace(asked.network.tokenize(reference, prepend_bos=options.prepend_bos))
-    length = asked.trace.tokens.shape[1]
-    if options.keep_bos and length == 1:
-        raise UsageError("--keep-bos leaves the first position as it is; this prompt has no other")
-    positions = list(range(1, length)) if options.keep_bos else None
-    return {"mode": options.mode, "reference": reference, "seed": options.seed}, positions
+def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[Any, dict[str, Any]]:
+    """Hooks of an ablation with its mode, reference and seed; or the trace of another prompt."""
 
+    def traced(prompts: Any) -> Trace:
+        return asked.network.trace(asked.network.tokenize(prompts, prepend_bos=options.prepend_bos))
 
-def _intervention(options: argparse.Namespace, kind: str, asked: Read) -> tuple[Any, dict[str, Any], list[int] | None]:
-    """Hooks of an ablation, its options and positions, or the trace of another prompt."""
     if kind == "corrupted":
-        return asked.network.trace(asked.network.tokenize(options.corrupted, prepend_bos=options.prepend_bos)), {}, None
-    ablation, positions = _ablation(options, asked)
-    hooks = ablation_hooks(asked.network, getattr(options, kind), positions=positions, **ablation)
-    return hooks, ablation, positions
+        return traced(options.corrupted), {}
+    reference = None if options.reference is None else traced(read_prompts(options.reference)[0])
+    ablation = {"mode": options.mode, "reference": reference, "seed": options.seed}
+    positions = ablated_positions(options, asked)
+    return ablation_hooks(asked.network, getattr(options, kind), positions=positions, **ablation), ablation
 
 
 def _readings(asked: Read, intervened: Tensor, target: int) -> dict[str, list[float]]:
@@ -148,31 +138,15 @@ def _read(readings: dict[str, list[float]] | None) -> str:
 
 
 def _flow(options: argparse.Namespace, asked: Read, runs: TwoRuns, given: dict[str, Any]) -> Flow:
-    nodes = {} if options.nodes is None else {"nodes": options.nodes}
-    return flow(
-        asked.network,
-        asked.trace,
-        runs,
-        by_position=True,
-        check=options.check,
-        seed=options.seed,
-        granularity=options.granularity,
-        **nodes,
-        **given,
-    )
+    given |= {} if options.nodes is None else {"nodes": options.nodes}
+    given |= {name: getattr(options, name) for name in ("check", "seed", "granularity")}
+    return flow(asked.network, asked.trace, runs, by_position=True, **given)
 
 
-def _joint(
-    options: argparse.Namespace,
-    asked: Read,
-    ablation: dict[str, Any],
-    positions: list[int] | None,
-    given: dict[str, Any],
-) -> JointFlow:
-    controls = {} if options.controls is None else {"controls": options.controls}
-    return joint_flow(
-        asked.network, asked.trace, options.joint, ablated_positions=positions, **ablation, **controls, **given
-    )
+def _joint(options: argparse.Namespace, asked: Read, ablation: dict[str, Any], given: dict[str, Any]) -> JointFlow:
+    given |= {} if options.controls is None else {"controls": options.controls}
+    positions = ablated_positions(options, asked)
+    return joint_flow(asked.network, asked.trace, options.joint, ablated_positions=positions, **ablation, **given)
 
 
 def _first_is_sink(asked: Read) -> bool:
@@ -184,49 +158,33 @@ def _of_flow(
     found: Flow, data: dict[str, Any], asked: dict[str, str], names: str, last: list[str], top: int, sink: bool
 ) -> Report:
     components = _components(found)
-    gap, clean = float(found.gap_share), float(found.clean)
+    gap, clean, place = float(found.gap_share), float(found.clean), ["batch", "pos", "target"]
     data |= {"clean": clean, "gap": gap, "tolerance": found.tolerance, "passes": found.passes}
-    data["cancellation"] = float(found.cancellation)
-    data |= {"components": components, "cuts": found.cuts().drop(columns=["batch", "pos", "target"]).to_dict("records")}
-    data["check"] = None
+    data |= {"cancellation": float(found.cancellation), "components": components, "check": None}
+    data["cuts"] = found.cuts().drop(columns=place).to_dict("records")
     if found.check is not None:
         data["check"] = found.agreement().iloc[0, 3:].to_dict()
-        data["check"]["rows"] = found.check.drop(columns=["batch", "pos", "target"]).to_dict("records")
+        data["check"]["rows"] = found.check.drop(columns=place).to_dict("records")
     verdict = [f"{_capital(names)} moves by {signed(data['effect'])}, from {number(clean)}{in_unit(found.unit)}."]
     verdict[0] += _read(data["readings"])
     cost = f"gap {100 * gap:.2g}% of the effect, up to {max(found.nodes)} nodes, {found.passes:.1f} passes"
     if not data["is_closed"]:
-        milder = "more --nodes, " if max(found.nodes) < MOST_NODES else ""
-        milder += (
-            "--keep-bos, or a smaller intervention"
-            if sink
-            else "or a smaller intervention"
-            if milder
-            else "a smaller one"
-        )
+        ways = ["more --nodes"] if max(found.nodes) < MOST_NODES else []
+        ways += ["--keep-bos"] if sink else []
+        milder = f"{', '.join(ways)}, or a smaller intervention" if ways else "a smaller one"
         verdict.append(f"OPEN: {cost}, above {found.tolerance:.0%}: flows explain nothing here. Try {milder}.")
         explained, tables = legend("flow", "gap", "path patching", *last), [_cut_table(data["cuts"])]
         return Report(data, asked, tables, explained, verdict=verdict, further=["--explain: what the numbers mean"])
     verdict.append(f"Closed: {cost}. {_checked(data['check'])}")
     if data["cancellation"] > LARGE:
-        verdict.append(
-            f"Its parts cancel: the sizes of the direct ones add up to {number(data['cancellation'])} times the effect, so "
-            "that single flows are no shares of it."
-        )
+        times = f"the sizes of the direct ones add up to {number(data['cancellation'])} times the effect"
+        verdict.append(f"Its parts cancel: {times}, so that single flows are no shares of it.")
     table = _flow_table(found, components, data["check"], top, sink)
     tables = [table, *([_check_table(data["check"]["rows"])] if data["check"] else [])]
     shares = [] if data["cancellation"] > LARGE else ["share"]
     keys = ["flow", *shares, "direct", "largest at", "gap", "path patching", *last]
-    return Report(
-        data,
-        asked,
-        [table],
-        legend("flow", *keys),
-        on_page=tables,
-        views=lambda: [flow_page(found), flow_heatmap(found)],
-        verdict=verdict,
-        further=_further(data),
-    )
+    page: dict[str, Any] = {"on_page": tables, "views": lambda: [flow_page(found), flow_heatmap(found)]}
+    return Report(data, asked, [table], legend("flow", *keys), verdict=verdict, further=_further(data), **page)
 
 
 def _further(data: dict[str, Any]) -> list[str]:
@@ -244,24 +202,19 @@ def _further(data: dict[str, Any]) -> list[str]:
 def _components(found: Flow) -> list[dict[str, Any]]:
     """Every component that changed, in the order of the network."""
     frame: Any = found.to_dataframe()[["component", "flow", "share", "edit", "direct"]]
-    places = found.by_position_dataframe()
+    places: Any = found.by_position_dataframe()
     rows = []
     for row in frame.to_dict("records"):
-        own: Any = places[places["component"] == row["component"]]
-        by_position = [
-            {"pos": p, "token": visible(t), "flow": v} for p, t, v in own[["write_pos", "token", "flow"]].to_numpy()
-        ]
-        rows.append(row | {"by_position": by_position})
+        own = places[places["component"] == row["component"]][["write_pos", "token", "flow"]].to_numpy()
+        rows.append(row | {"by_position": [{"pos": p, "token": visible(t), "flow": v} for p, t, v in own]})
     return rows
 
 
 def _checked(check: dict[str, Any] | None) -> str:
     if check is None:
         return "Not checked by path patching: --check 5."
-    return (
-        f"Path patching of {check['mediators']:.0f} mediators: Spearman {number(check['spearman'])}, relative error "
-        f"{number(check['relative_error'])}."
-    )
+    rank, error = number(check["spearman"]), number(check["relative_error"])
+    return f"Path patching of {check['mediators']:.0f} mediators: Spearman {rank}, relative error {error}."
 
 
 def _flow_table(
@@ -293,11 +246,11 @@ def _check_table(rows: list[dict[str, Any]]) -> Table:
 
 def _cut_table(cuts: list[dict[str, Any]]) -> Table:
     """Where the gap of an open effect is."""
-    rows = [
+    shown = [
         {"read from": row["stage"], "carried": signed(row["carried"]), "gap": signed(row["gap"]), "nodes": row["nodes"]}
-        for row in cuts
+        for i, row in enumerate(cuts)
+        if i % max(1, len(cuts) // 12) == 0 or i == len(cuts) - 1
     ]
-    shown = [row for i, row in enumerate(rows) if i % max(1, len(rows) // 12) == 0 or i == len(rows) - 1]
     return Table("Where it opens: gap of all stages from here to the end", shown)
 
 
@@ -309,27 +262,21 @@ def _of_joint(
     rows = frame.to_dict("records")
     control = [float(value) for value in found.control]
     data |= {"gap": gap, "tolerance": found.tolerance, "nodes": found.nodes, "components": rows}
-    data["controls"] = [
-        {"components": own, "effect": value} for own, value in zip(found.control_labels, control, strict=True)
-    ]
-    alone = sum(row["single"] for row in rows)
+    sets = zip(found.control_labels, control, strict=True)
+    data["controls"] = [{"components": own, "effect": value} for own, value in sets]
+    alone, read = sum(row["single"] for row in rows), _read(data["readings"])
+    together = f"{_capital(names)} moves by {signed(effect)}{in_unit(found.unit)} together"
     verdict = [
-        f"{_capital(names)} moves by {signed(effect)}{in_unit(found.unit)} together, by {signed(alone)} one by one in sum."
-        + _read(data["readings"])
+        f"{together}, by {signed(alone)} one by one in sum.{read}",
+        "No random sets to compare with: --controls 6.",
     ]
     if control:
-        worst = max(control, key=abs)
-        mean = sum(control) / len(control)
-        verdict.append(
-            f"{len(control)} random sets of the same layers: {signed(mean)} in the mean, {signed(worst)} at most."
-        )
-    else:
-        verdict.append("No random sets to compare with: --controls 6.")
+        mean, worst = signed(sum(control) / len(control)), signed(max(control, key=abs))
+        verdict[1] = f"{len(control)} random sets of the same layers: {mean} in the mean, {worst} at most."
     cost = f"gap {100 * abs(gap):.2g}% of the effect, {found.nodes} nodes"
     if not data["is_closed"]:
-        verdict.append(
-            f"OPEN: {cost}, above {found.tolerance:.1%}: shares explain nothing. Ablate fewer, or --keep-bos."
-        )
+        explains = f"above {found.tolerance:.1%}: shares explain nothing. Ablate fewer, or --keep-bos."
+        verdict.append(f"OPEN: {cost}, {explains}")
         return Report(data, asked, [], legend("flow", "gap", "alone", *last), verdict=verdict)
     verdict.append(f"Closed: {cost}.")
     table = _joint_table(found, rows, top)
@@ -345,11 +292,9 @@ def _joint_table(found: JointFlow, rows: list[dict[str, Any]], top: int) -> Tabl
         | {"alone": signed(row["single"]), "gradient": signed(row["gradient"])}
         for row in sorted(rows, key=lambda row: -abs(row["share"]))
     ]
-    total = {
-        name: signed(sum(row[key] for row in rows))
-        for name, key in (("share", "share"), ("alone", "single"), ("gradient", "gradient"))
-    }
-    return Table(f"Components ablated together{in_unit(found.unit)}", shown, [{"component": "sum"} | total], top=top)
+    keys = {"share": "share", "alone": "single", "gradient": "gradient"}
+    total = {"component": "sum"} | {name: signed(sum(row[key] for row in rows)) for name, key in keys.items()}
+    return Table(f"Components ablated together{in_unit(found.unit)}", shown, [total], top=top)
 
 
 def _capital(text: str) -> str:

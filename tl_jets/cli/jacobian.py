@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_jets.cli.report import Report, Table, header
-from tl_jets.cli.session import Read, UsageError, one_line, read, read_token, steps
+from tl_jets.cli.report import Report, Table
+from tl_jets.cli.session import Read, UsageError, one_line, read, steps
 from tl_jets.cli.texts import legend
 from tl_jets.core.attribution import centered
 from tl_jets.core.decoder import in_unit
@@ -32,16 +32,14 @@ def report(options: argparse.Namespace) -> Report:
         network, trace = asked.network, asked.trace
         if options.top_k > network.decoder.d_vocab:
             raise UsageError(f"--top-k must be at most {network.decoder.d_vocab}, the vocabulary; got {options.top_k}")
-        assert trace.logits is not None, "it ran the model"
-        answer = int(trace.logits[0, asked.position].argmax())
-        target = None
-        if options.output == LOGITS:
-            target = answer if options.target is None else read_token(network, options.target)
+        answer, target = asked.answer, asked.given(options.target)
+        if options.output == LOGITS and target is None:
+            target = answer
         step("linear map")
         J = detached_jacobian(network, trace, output=options.output, wrt=options.wrt, positions=asked.position)
         step("contributions")
-        data = header("jacobian", model=options.model, prompt=asked.prompt, position=asked.position, read=asked.last)
-        data |= {"answer": asked.token(answer), "target": None if target is None else asked.token(target)}
+        data: dict[str, Any] = asked.header(options) | {"answer": asked.token(answer)}
+        data |= {"target": None if target is None else asked.token(target)}
         data |= _contributions(J, asked, target, options.top_k)
         if options.svd:
             step("singular values")
@@ -52,13 +50,11 @@ def report(options: argparse.Namespace) -> Report:
     rows["error"] = f"{J.reconstruction_error:.0e}, relative; ordinary Jacobian: {number(J.ordinary_error)}"
     keys = ["error", *([] if target is None else ["effect"]), "share", "raises most"]
     keys += [*(["value"] if options.svd else []), *(["softcap"] if data["is_softcapped"] else [])]
-    tables = [
-        _token_table(data, len(data["tokens"]) if options.all else SHOWN),
-        *([_singular_table(data["svd"])] if options.svd else []),
-    ]
-    every = [_token_table(data, len(data["tokens"])), *tables[1:]]
-    names, verdict, views = legend("jacobian", *keys), _verdict(data), lambda: [detached_tokens(J)]
-    return Report(data, rows, tables, names, on_page=every, views=views, verdict=verdict, further=_further(data))
+    whole, directions = _token_table(data, len(data["tokens"])), [_singular_table(data["svd"])] if options.svd else []
+    tables = [whole if options.all else _token_table(data, SHOWN), *directions]
+    page: dict[str, Any] = {"on_page": [whole, *directions], "views": lambda: [detached_tokens(J)]}
+    names, verdict = legend("jacobian", *keys), _verdict(data)
+    return Report(data, rows, tables, names, verdict=verdict, further=_further(data), **page)
 
 
 def _verdict(data: dict[str, Any]) -> list[str]:
@@ -140,10 +136,8 @@ def _singular(J: DetachedJacobian, asked: Read, vectors: SingularVectors, top_k:
         row["raises"] = [asked.token(token) for token in raised[i]]
         row |= {"pos": pos, "part_at_pos": float((lengths[i, pos] / lengths[i].norm()).square())}
         row["at"] = asked.token(int(J.tokens[0, pos]))
-        if nearest is None:
-            row |= {"reads": None, "why_not_read": reason}
-        else:
-            row["reads"] = [asked.token(token) for token in nearest[i, pos].tolist()]
+        row["reads"] = None if nearest is None else [asked.token(token) for token in nearest[i, pos].tolist()]
+        row |= {"why_not_read": reason} if nearest is None else {}
         rows.append(row)
     return rows
 
@@ -157,13 +151,8 @@ def _token_table(data: dict[str, Any], most: int) -> Table:
 
     def row(name: str, part: dict[str, Any]) -> dict[str, Any]:
         effect = {} if target is None else {"effect": signed(part["effect"])}
-        return {
-            "pos": part.get("pos"),
-            "token": name,
-            **effect,
-            "share": f"{part['share']:.1%}",
-            "norm": part.get("norm"),
-        }
+        first = {"pos": part.get("pos"), "token": name}
+        return first | effect | {"share": f"{part['share']:.1%}", "norm": part.get("norm")}
 
     rows = [
         row(part["token"], part) | {"raises most": [token["token"] for token in part["top"]]}
@@ -189,7 +178,6 @@ def _singular_table(found: list[dict[str, Any]]) -> Table:
         if row["reads"] is not None:
             cells["nearest embeddings"] = [token["token"] for token in row["reads"]]
         rows.append(cells)
-    notes = [
-        f"input directions are not read as tokens: {row['why_not_read']}" for row in found[:1] if "why_not_read" in row
-    ]
+    why = [row["why_not_read"] for row in found[:1] if "why_not_read" in row]
+    notes = [f"input directions are not read as tokens: {reason}" for reason in why]
     return Table(f"The {len(found)} largest singular values of J", rows, notes=notes)

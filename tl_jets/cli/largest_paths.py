@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from tl_jets.cli.session import Read, UsageError
+from tl_jets.cli.texts import legend
 from tl_jets.core.attribution import additive_logits, centered
 from tl_jets.core.path import Path
 from tl_jets.core.protocol import DECODER_STEP
@@ -81,13 +82,24 @@ def largest_paths(
     return found
 
 
+def kind_of(data: dict[str, Any]) -> str:
+    """The kind of paths: `detached`, or `order-1 jet`."""
+    return f"order-{data['order']} jet" if data["linearize"] == "jet" else "detached"
+
+
+def explained(data: dict[str, Any], *, is_ablated: bool) -> dict[str, str]:
+    """The entries of the legend that tables of paths and components need."""
+    keys = ["effect|jet" if data["linearize"] == "jet" else "effect", "path", "fall" if is_ablated else "control"]
+    keys += ["fall, zeroed"] if data["components"] else []
+    return legend("paths", *keys, *(["softcap"] if data["is_softcapped"] else []))
+
+
 def _expansion(options: argparse.Namespace, asked: Read, **largest: Any) -> PathExpansion:
     """The largest of the requested paths."""
     is_jet = options.linearize == "jet"
     if not is_jet and (options.order != 1 or options.center_scale != "none" or options.renormalize):
-        raise UsageError(
-            "--order, --center-scale and --renormalize are of jets, and these paths are detached: add --linearize jet"
-        )
+        of_jets = "--order, --center-scale and --renormalize are of jets, and these paths are detached"
+        raise UsageError(f"{of_jets}: add --linearize jet")
     named = ("linearize", "through", "avoiding", "center_scale", "renormalize", "max_paths", "sources", "max_length")
     given: dict[str, Any] = {name: getattr(options, name) for name in named} | largest
     return exponential_expansion(asked.network, options.order if is_jet else None, **given)

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_jets.cli.prompt_files import Prompts
+from tl_jets.cli.prompt_files import Prompts, prompt_text
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import read_layers, together
 from tl_jets.cli.texts import legend
@@ -24,8 +25,8 @@ from tl_jets.lenses.answers import OTHER_ANSWER
 from tl_jets.lenses.trajectories import leads_from
 from tl_jets.lenses.verdicts import changing
 
-# How many layers, components and characters of a prompt are shown.
-LAYERS, COMPONENTS, WIDTH = 12, 8, 30
+# How many layers and components are shown.
+LAYERS, COMPONENTS = 12, 8
 # Options of a single prompt, with their defaults.
 SINGLE = {
     "prompt": None,
@@ -41,51 +42,26 @@ def report(options: argparse.Namespace) -> Report:
     """Both lenses over the prompts of a file."""
     many = Prompts.of(options, SINGLE)
     network, tokens = many.network, many.tokens
-    lens = answer_lens(
-        network,
-        tokens,
-        many.answers,
-        distributed=together(),
-        position=options.position,
-        layers=read_layers(options.layers, network.n_layers),
-        top_k=1,
-        **{name: getattr(options, name) for name in ("order", "incl_mid", "center_scale", "linearize", "seed")},
-    )
+    shared = {"distributed": together(), "top_k": 1}
+    own = {
+        name: getattr(options, name) for name in ("position", "order", "incl_mid", "center_scale", "linearize", "seed")
+    }
+    own |= {"layers": read_layers(options.layers, network.n_layers)}
+    lens = answer_lens(network, tokens, many.answers, **own, **shared)
     assert lens.target_ids is not None, "it follows the answers"
-    one = over_prompts(
-        joint_jet_lens,
-        network,
-        tokens,
-        distributed=together(),
-        linearize="detached",
-        positions=options.position,
-        embeddings=not options.no_embeddings,
-        targets=lens.target_ids[:, 0, :1].tolist(),
-        top_k=1,
-    )
+    own = {"positions": options.position, "targets": lens.target_ids[:, 0, :1].tolist()}
+    own |= {"linearize": "detached", "embeddings": not options.no_embeddings}
+    one = over_prompts(joint_jet_lens, network, tokens, **own, **shared)
     by_prompt = _by_prompt(lens, many.texts)
     data = header("lens", model=options.model, prompts=options.prompts, position=options.position)
-    data |= {
-        "trajectories": lens.trajectories().to_dict("records"),
-        "components": _components(one),
-        "by_prompt": by_prompt,
-    }
-    tables = [
-        _layer_table(lens, options.all or bool(options.layers), many.answers is not None),
-        _component_table(one, data["components"]),
-    ]
-    whole = [*tables, _prompt_table(by_prompt)]
+    data |= {"trajectories": lens.trajectories().to_dict("records"), "components": _components(one)}
+    data["by_prompt"] = by_prompt
+    tables = [_layer_table(lens, options.all or bool(options.layers), many.answers is not None)]
+    tables.append(_component_table(one, data["components"]))
+    whole, verdict = [*tables, _prompt_table(by_prompt)], [*lens.verdict().lines, _first(lens)]
     names = legend("lens", "verdict", "rank", "leads", "effect")
-    verdict = [*lens.verdict().lines, _first(lens)]
-    return Report(
-        data,
-        many.asked(options),
-        whole if options.all else tables,
-        names,
-        on_page=whole,
-        picture=tables,
-        verdict=verdict,
-    )
+    shown = whole if options.all else tables
+    return Report(data, many.asked(options), shown, names, on_page=whole, picture=tables, verdict=verdict)
 
 
 def _led(lens: IterativeJetLens) -> Tensor:
@@ -94,10 +70,14 @@ def _led(lens: IterativeJetLens) -> Tensor:
     return len(lens.labels) - leads_from(lens.target_ranks[:, :, :, 0, 0] == 0).long().sum(0)
 
 
+def _kept(lens: IterativeJetLens | JointJetLens) -> Tensor:
+    """Which prompts count: those that are read at no attention sink."""
+    return lens.valid[:, 0] if lens.sinks is None else (lens.valid & ~lens.sinks.mask)[:, 0]
+
+
 def _first(lens: IterativeJetLens) -> str:
     """From where on the answer leads in most prompts, in words: the lowest order, without sinks."""
-    kept = lens.valid[:, 0] if lens.sinks is None else (lens.valid & ~lens.sinks.mask)[:, 0]
-    found = _led(lens)[0, kept].double().sort().values
+    found = _led(lens)[0, _kept(lens)].double().sort().values
     names = [*lens.labels, "nowhere"]
     low, high = median_intervals(found[None])[:, 0].tolist()
     said = "" if low != low else f" (95%: {names[int(low)]}..{names[int(high)]})"
@@ -144,29 +124,21 @@ def _rank(rank: float) -> str:
 
 def _components(lens: JointJetLens) -> list[dict[str, Any]]:
     """What every component adds to the answer: mean over prompts with its 95% interval, and how often it is above zero."""
-    kept = lens.valid[:, 0] if lens.sinks is None else (lens.valid & ~lens.sinks.mask)[:, 0]
-    effects = lens.effects[:, kept, 0, 0].double()
+    effects = lens.effects[:, _kept(lens), 0, 0].double()
     low, high = bootstrap_intervals(effects)
     columns = {"effect": effects.mean(1), "low": low, "high": high, "raises": (effects > 0).double().mean(1)}
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        {"component": label, **dict(zip(columns, own, strict=True))}
-        for label, own in zip(lens.labels, values, strict=True)
-    ]
+    frame = pd.DataFrame({"component": lens.labels} | {name: values.tolist() for name, values in columns.items()})
+    return frame.to_dict("records")
 
 
 def _component_table(lens: JointJetLens, rows: list[dict[str, Any]]) -> Table:
     """The components with the largest mean effects, in the order of the model, and the sum of all."""
     largest = sorted(range(len(rows)), key=lambda i: -abs(rows[i]["effect"]))[:COMPONENTS]
-    found = [
-        {
-            "component": row["component"],
-            "mean effect": signed(row["effect"]),
-            "95%": f"{signed(row['low'])} to {signed(row['high'])}" if len(lens.tokens) >= FEWEST else "",
-            "raises it in": f"{row['raises']:.0%}",
-        }
-        for row in (rows[i] for i in sorted(largest))
-    ]
+    found = []
+    for row in (rows[i] for i in sorted(largest)):
+        interval = f"{signed(row['low'])} to {signed(row['high'])}" if len(lens.tokens) >= FEWEST else ""
+        cells = {"component": row["component"], "mean effect": signed(row["effect"]), "95%": interval}
+        found.append(cells | {"raises it in": f"{row['raises']:.0%}"})
     total, shown = sum(row["effect"] for row in rows), sum(rows[i]["effect"] for i in largest)
     sums = [{"component": f"all {len(rows)}", "mean effect": signed(total)}]
     if len(rows) > len(found):
@@ -180,14 +152,14 @@ def _by_prompt(lens: IterativeJetLens, prompts: Sequence[str]) -> list[dict[str,
     assert lens.target_ids is not None, "it follows the answers"
     names, led = [*lens.labels, None], _led(lens)
 
-    def token(i: int) -> dict[str, Any]:
-        return {"token": visible(lens.token_names[i]), "id": i}
+    def token(i: Tensor) -> dict[str, Any]:
+        return {"token": visible(lens.token_names[int(i)]), "id": int(i)}
 
     return [
         {
             "prompt": prompt,
-            "answer": token(int(lens.target_ids[b, 0, 0])),
-            "model_says": token(int(lens.model_top_ids[b, 0])),
+            "answer": token(lens.target_ids[b, 0, 0]),
+            "model_says": token(lens.model_top_ids[b, 0]),
             "leads_from": {str(order): names[int(led[k, b])] for k, order in enumerate(lens.orders)},
         }
         for b, prompt in enumerate(prompts)
@@ -198,8 +170,7 @@ def _prompt_table(by_prompt: list[dict[str, Any]]) -> Table:
     """A row for every prompt."""
     rows = []
     for found in by_prompt:
-        shown = visible(found["prompt"]).replace("\u00b7", " ")
-        row = {"prompt": shown if len(shown) <= WIDTH else f"\u2026{shown[-WIDTH + 1 :]}"}
-        row |= {"answer": found["answer"]["token"], "the model says": found["model_says"]["token"]}
+        row = {"prompt": prompt_text(found["prompt"]), "answer": found["answer"]["token"]}
+        row["the model says"] = found["model_says"]["token"]
         rows.append(row | {f"leads from, order {k}": label or "nowhere" for k, label in found["leads_from"].items()})
     return Table("Every prompt", rows)

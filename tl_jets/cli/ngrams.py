@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,10 @@ def report(options: argparse.Namespace) -> Report:
     # Outside `steps`: the sweeps draw their own bars.
     folder = Path(options.save) if options.save and is_folder(options.save) else None
     found = (_trigrams if is_trigram else _bigrams)(options, network, rows, folder)
-    asked = {"model": options.model, "n-grams": _what(next(iter(found.values())), options.top_k)}
-    settings = next(iter(found.values())).settings
-    if settings.get("exclude_self"):
-        count = settings.get("exclude", {}).get("count", 0)
+    first = next(iter(found.values()))
+    asked = {"model": options.model, "n-grams": _what(first, options.top_k)}
+    if first.settings.get("exclude_self"):
+        count = first.settings.get("exclude", {}).get("count", 0)
         asked["left out"] = f"each token after itself (embeddings are tied), {count} tokens never trained (--keep-all)"
     if folder is not None:
         asked["saved"] = ", ".join(str(folder / f"{label}{SUFFIX}") for label in found)
@@ -64,31 +64,27 @@ def report(options: argparse.Namespace) -> Report:
     data["tables"] = {
         label: {**table.header, "rows": Records(len(table), partial(_records, table))} for label, table in found.items()
     }
-    tables = []
-    for token in [None] if rows is None else rows:
-        chosen, of = dict(found), ""
-        if token is not None:
-            chosen = {label: table[token] for label, table in found.items()}
-            names = [table.names[token] for table in found.values() if token in table.names]
-            of = f" {'of the key' if is_trigram else 'after'} {visible(names[0] if names else f'id:{token}')}"
-        if is_trigram or len(chosen) == 1:
-            tables += [_alone(label, table, of) for label, table in chosen.items()]
-        else:
-            tables += _beside(chosen, of, options.scores)
+    tables = [shown for token in rows or [None] for shown in _shown(found, token, options.scores)]
     alone = [_alone(f"{label}: {len(table):,} n-grams", table) for label, table in found.items()]
     if len(found) > 1 and not is_trigram:
         longest = max(map(len, found.values()))
         alone.insert(0, Table("Side by side", side_by_side(found, min(longest, MAX_ROWS)), total=longest))
-    return Report(
-        data,
-        asked,
-        tables,
-        legend("ngrams", *_legend(next(iter(found.values())))),
-        on_page=alone,
-        views=lambda: [trigram_heatmap(network, table) for table in found.values() if is_trigram],
-        verdict=[_verdict(next(iter(found.values())), None if rows is None else rows[0])],
-        further=_further(options, list(found)),
-    )
+    heads = found.values() if is_trigram else ()
+    page: dict[str, Any] = {"on_page": alone, "views": lambda: [trigram_heatmap(network, table) for table in heads]}
+    verdict, further = [_verdict(first, rows[0] if rows else None)], _further(options, list(found))
+    return Report(data, asked, tables, legend("ngrams", *_legend(first)), verdict=verdict, further=further, **page)
+
+
+def _shown(found: dict[str, NgramTable], token: int | None, scores: bool) -> Iterable[Table]:
+    """The tables of the terminal, of all n-grams or of one first token."""
+    is_trigram, of = next(iter(found.values())).n == 3, ""
+    if token is not None:
+        names = [table.names[token] for table in found.values() if token in table.names]
+        of = f" {'of the key' if is_trigram else 'after'} {visible(names[0] if names else f'id:{token}')}"
+        found = {label: table[token] for label, table in found.items()}
+    if not is_trigram and len(found) > 1:
+        return _beside(found, of, scores)
+    return [_alone(label, table, of) for label, table in found.items()]
 
 
 def _verdict(table: NgramTable, token: int | None) -> str:
@@ -174,17 +170,10 @@ def _left_out(network: ResidualNetwork, rows: list[int] | None) -> dict[str, Any
 def _trigrams(
     options: argparse.Namespace, network: ResidualNetwork, rows: list[int] | None, folder: Path | None
 ) -> dict[str, NgramTable]:
-    tables = jet_trigrams(
-        network,
-        options.trigrams,
-        options.head,
-        top_k=options.top_k,
-        distance=1 if options.distance is None else options.distance,
-        normalize=options.normalize or "vocab",
-        rows=rows,
-        folder=folder,
-        distributed=together(),
-    )
+    given: dict[str, Any] = {"top_k": options.top_k, "rows": rows, "folder": folder, "distributed": together()}
+    given |= {"distance": 1 if options.distance is None else options.distance}
+    given |= {"normalize": options.normalize or "vocab"}
+    tables = jet_trigrams(network, options.trigrams, options.head, **given)
     return {table.path: table for table in tables.values()}
 
 

@@ -19,16 +19,12 @@ def output_files(options: argparse.Namespace) -> dict[str, str]:
     """The files of a command line by kind; UsageError if one cannot be written, or two are the same."""
     files = {kind: file for kind in KINDS if (file := getattr(options, kind, None)) is not None}
     for kind, file in files.items():
-        if kind == "save" and is_folder(file):
-            check_folder(Path(file))
+        if kind == "save":
+            check_tables(file)
         elif file != STDOUT:
             check_writable(Path(file))
-        elif kind == "save":
-            raise UsageError("--save writes Parquet to a file, not to standard output; use --json - for that")
         elif sys.stdout is None:
             raise UsageError(f"--{kind} {STDOUT} writes to standard output, which is closed; give a file")
-        if kind == "save" and not is_folder(file):
-            check_replaceable(Path(file))
     places = [file if file == STDOUT else str(Path(file).resolve()) for file in files.values()]
     twice = [file for file, place in zip(files.values(), places, strict=True) if places.count(place) > 1]
     if twice:
@@ -66,11 +62,18 @@ def is_folder(file: str) -> bool:
     return file.endswith(("/", os.sep)) or Path(file).is_dir()
 
 
-def check_folder(path: Path) -> None:
-    """Raise UsageError if a folder cannot be created or written to."""
-    if path.exists() and not path.is_dir():
+def check_tables(file: str) -> None:
+    """Raise UsageError if tables cannot be saved to a file, or into a folder."""
+    path = Path(file)
+    if file == STDOUT:
+        raise UsageError("--save writes Parquet to a file, not to standard output; use --json - for that")
+    if not is_folder(file):
+        check_writable(path)
+        check_replaceable(path)
+    elif path.exists() and not path.is_dir():
         raise UsageError(f"cannot write into {str(path)!r}: it is no directory")
-    check_writable(path / "table" if path.is_dir() else path)
+    else:
+        check_writable(path / "table" if path.is_dir() else path)
 
 
 def check_replaceable(path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 from tl_jets.cli import paths_prompts
 from tl_jets.cli.arguments import MOST_PATHS, SHOWN_PATHS
-from tl_jets.cli.largest_paths import VERDICTS, largest_paths, rank_correlation
-from tl_jets.cli.report import Report, Table, header
-from tl_jets.cli.session import Read, read, read_token, steps
-from tl_jets.cli.texts import legend
+from tl_jets.cli.largest_paths import VERDICTS, explained, kind_of, largest_paths, rank_correlation
+from tl_jets.cli.report import Report, Table
+from tl_jets.cli.session import Read, read, steps
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.numerals import number, signed
 from tl_jets.interventions.ablation_effects import ablation_effect
@@ -28,10 +27,8 @@ def report(options: argparse.Namespace) -> Report:
     with steps(6) as step:
         asked = read(options, options.granularity, step)
         step("paths")
-        given = None if options.target is None else read_token(asked.network, options.target)
-        data = header("paths", model=options.model, prompt=asked.prompt, rank=options.rank)
-        data |= {"granularity": options.granularity, "position": asked.position, "read": asked.last}
-        data |= largest_paths(options, asked, given, step) | {"components": None}
+        data = asked.header(options) | {"rank": options.rank, "granularity": options.granularity}
+        data |= largest_paths(options, asked, asked.given(options.target), step) | {"components": None}
         target = data["target"]["id"]
         if options.linearize == "detached" and not options.no_components:
             step("sums through components")
@@ -41,12 +38,9 @@ def report(options: argparse.Namespace) -> Report:
     tables = [_path_table(data, shown)]
     if data["components"] is not None:
         tables.append(_component_table(data["components"], shown, data["unit"]))
-    keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
-    keys += ["control" if data["ablation"] is None else "fall"]
-    keys += [*(["fall, zeroed"] if data["components"] else []), *(["softcap"] if data["is_softcapped"] else [])]
     asked_for = asked.asked(options.model, data["answer"], data["target"])
     on_page = [*tables, *([_control_table(data["control"])] if data["control"] else [])]
-    names, verdict = legend("paths", *keys), _verdict(data)
+    names, verdict = explained(data, is_ablated=data["ablation"] is not None), _verdict(data)
     return Report(data, asked_for, tables, names, on_page=on_page, verdict=verdict, further=_further(data))
 
 
@@ -54,10 +48,9 @@ def _verdict(data: dict[str, Any]) -> list[str]:
     """How much the largest paths hold, and what ablation says of them, in words."""
     target, n, ablation = data["target"], len(data["paths"]), data["ablation"]
     total = f"{signed(target['logit'])}{in_unit(data['unit'])}, the centered logit of {target['token']}"
-    kind = f"order-{data['order']} jet paths" if data["linearize"] == "jet" else "paths"
-    found = [
-        f"The {n} largest of {count_text(data['n_paths'])} {kind} give {signed(data['effect_of_shown'])} of {total}."
-    ]
+    kind = "paths" if data["linearize"] == "detached" else f"{kind_of(data)} paths"
+    gives = f"{count_text(data['n_paths'])} {kind} give {signed(data['effect_of_shown'])}"
+    found = [f"The {n} largest of {gives} of {total}."]
     if ablation is None:
         return [*found, "No path was ablated, so that these are what is sent, not what the model would miss: --ablate."]
     shown = ablation["shown"]
@@ -113,8 +106,7 @@ def _path_table(data: dict[str, Any], top: int) -> Table:
         " and ".join([", ".join(rest[:-1]), rest[-1]] if len(rest) > 1 else rest): data["effect_of_rest"],
         f"the model: the centered logit of {target['token']}{in_unit(data['unit'])}": target["logit"],
     }
-    kind = f"order-{data['order']} jet" if is_jet else "detached"
-    of = f"The {len(paths)} largest of {count_text(data['n_paths'])} {kind} paths"
+    of = f"The {len(paths)} largest of {count_text(data['n_paths'])} {kind_of(data)} paths"
     of += " that the filters keep" if data["filters"] else ""
     title = f"{of}, by {data['rank']}{'' if data['is_exhaustive'] else ' (beam search)'}{in_unit(data['unit'])}"
     below = [{"effect": signed(effect), "path": name} for name, effect in sums.items()]

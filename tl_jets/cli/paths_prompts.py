@@ -10,24 +10,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_jets.cli.largest_paths import CONSTANT, VERDICTS, largest_paths, rank_correlation
-from tl_jets.cli.prompt_files import Prompts
+from tl_jets.cli.largest_paths import CONSTANT, VERDICTS, explained, kind_of, largest_paths, rank_correlation
+from tl_jets.cli.prompt_files import Prompts, prompt_text
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import Read, together
-from tl_jets.cli.texts import legend
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.intervals import FEWEST, bootstrap_interval, median_intervals
 from tl_jets.core.numerals import number, signed
 from tl_jets.core.processes import Processes
 from tl_jets.core.prompts import over_prompts, read_rows
-from tl_jets.core.tokens import visible
 from tl_jets.interventions.ablation_effects import ablation_effect
 from tl_jets.paths.cancellation import LARGE
 from tl_jets.paths.graph import count_text
 from tl_jets.paths.statistics import path_lengths, path_sums
 
-# How many paths and components are shown, and characters of a prompt.
-PATHS, COMPONENTS, WIDTH = 8, 8, 30
+# How many paths and components are shown.
+PATHS, COMPONENTS = 8, 8
 # Options of a single prompt, with their defaults.
 SINGLE = {"prompt": None, "target": None}
 
@@ -47,11 +45,8 @@ def report(options: argparse.Namespace) -> Report:
     tables = [_path_table(data, len(kept), options.top)]
     if data["components"] is not None:
         tables.append(_component_table(data, options.top))
-    keys = ["effect" if options.linearize == "detached" else "effect|jet", "path"]
-    keys += ["fall" if options.ablate else "control", *(["fall, zeroed"] if data["components"] else [])]
-    keys += ["softcap"] if data["is_softcapped"] else []
     on_page, verdict = [*tables, _prompt_table(by_prompt)], _verdict(data, len(kept), options.top)
-    names = legend("paths", *keys)
+    names = explained(data, is_ablated=options.ablate)
     return Report(data, many.asked(options), tables, names, on_page=on_page, verdict=verdict)
 
 
@@ -90,10 +85,8 @@ def _sums(options: argparse.Namespace, many: Prompts, targets: list[int]) -> dic
         rows.append(row | _spread("zero_ablation", falls.get(label)) | _spread("kl", losses.get(label)))
     rows.sort(key=lambda row: -abs(row["effect"]))
     both = [label for label in effects if label in falls]
-    correlations = [
-        rank_correlation([(float(effects[label][b]), float(falls[label][b])) for label in both])
-        for b in range(int(counted.sum()))
-    ]
+    pairs = ([(float(effects[label][b]), float(falls[label][b])) for label in both] for b in range(int(counted.sum())))
+    correlations = [rank_correlation(own) for own in pairs]
     found = {"components": rows, "rank_correlation": _middle([x for x in correlations if x is not None])}
     found["cancellation_by_length"] = _middle(lengths.cancellation[counted, 0, 0].tolist())
     said = "" if sums.sinks is None else sums.sinks.said(sums.valid)
@@ -162,18 +155,17 @@ def _recurring(by_prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _verdict(data: dict[str, Any], n: int, top: int) -> list[str]:
     """How much the largest paths hold, how paths cancel, and what ablation says, in words."""
     overall = data["overall"]
-    found = [
-        f"The {top} largest paths hold {_of(overall['held'], '.0%')} of the answer's logit: median of {n} prompts."
-    ]
+    held = _of(overall["held"], ".0%")
+    found = [f"The {top} largest paths hold {held} of the answer's logit: median of {n} prompts."]
     index = data.get("cancellation_by_length", overall["cancellation"])
     of = "All paths, by length," if "cancellation_by_length" in data else "The largest paths"
     does = "cancel" if index["median"] > LARGE else "hardly cancel"
     found.append(f"{of} {does}: sizes are {_of(index, '.3g')} times the size of their sum.")
     if overall["ablation"] is not None:
         shown = overall["ablation"]["shown"]
+        interval = f"95%: {shown['low']:.0%} to {shown['high']:.0%}"
         found.append(
-            f"Ablation confirms {shown['confirmed']:.0%} of them (95%: {shown['low']:.0%} to {shown['high']:.0%}); with falls "
-            f"shuffled {shown['by_chance']:.0%}."
+            f"Ablation confirms {shown['confirmed']:.0%} of them ({interval}); with falls shuffled {shown['by_chance']:.0%}."
         )
     return found
 
@@ -194,20 +186,12 @@ def _path_table(data: dict[str, Any], n: int, top: int) -> Table:
     """The paths that are large in most prompts."""
     rows = []
     for row in data["paths"]:
-        cells = {
-            "in": f"{row['prompts'] / n:.0%}",
-            "mean effect": signed(row["effect"]),
-            "95%": _interval(row, "effect"),
-        }
-        cells |= {"raises": f"{row['raises']:.0%}"}
-        cells |= (
-            {"confirmed": f"{row['confirmed']:.0%}" if "confirmed" in row else ""}
-            if data["overall"]["ablation"]
-            else {}
-        )
+        cells = {"in": f"{row['prompts'] / n:.0%}", "mean effect": signed(row["effect"])}
+        cells |= {"95%": _interval(row, "effect"), "raises": f"{row['raises']:.0%}"}
+        if data["overall"]["ablation"]:
+            cells["confirmed"] = f"{row['confirmed']:.0%}" if "confirmed" in row else ""
         rows.append(cells | {"path": row["path"]})
-    kind = f"order-{data['order']} jet" if data["linearize"] == "jet" else "detached"
-    of = f"the {top} largest of {count_text(data['n_paths'])} {kind} paths by {data['rank']}"
+    of = f"the {top} largest of {count_text(data['n_paths'])} {kind_of(data)} paths by {data['rank']}"
     title = f"Paths that most prompts have among {of}{in_unit(data['unit'])}"
     notes = ["in: share of prompts; effects, intervals and raises are over these prompts"]
     if data["overall"]["ablation"] is not None:
@@ -242,10 +226,8 @@ def _prompt_table(by_prompt: list[dict[str, Any]]) -> Table:
     """A row for every prompt."""
     rows = []
     for record in by_prompt:
-        shown = visible(record["prompt"]).replace("\u00b7", " ")
-        row = {"prompt": shown if len(shown) <= WIDTH else f"\u2026{shown[-WIDTH + 1 :]}"}
         target = record["target"]
-        row |= {"token": target["token"], "its logit": signed(target["logit"])}
+        row = {"prompt": prompt_text(record["prompt"]), "token": target["token"], "its logit": signed(target["logit"])}
         row |= {"held": f"{record['effect_of_shown'] / target['logit']:.0%}", "largest path": _first(record["paths"])}
         rows.append(row)
     return Table("Every prompt", rows)

@@ -12,9 +12,12 @@ from typing import Any
 from tl_jets.cli.arguments import UsageError, one_line
 from tl_jets.cli.session import load_network, read_token, steps
 from tl_jets.core.network import ResidualNetwork
+from tl_jets.core.tokens import visible
 
 JSON_LINES = ".jsonl"
 KEYS = {"prompt", "answer"}
+# Characters of a prompt in a table.
+WIDTH = 30
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,8 @@ class Prompts:
         """Read the file and load the model; `single` are options of a single prompt with their defaults, which are refused."""
         for name, usual in single.items():
             if getattr(options, name) != usual:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is of a single prompt, and --prompts of many; leave one out"
-                )
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is of a single prompt, and --prompts of many; leave one out")
         texts, given = read_prompts(options.prompts)
         with steps(1) as step:
             step("loading TransformerLens and the model")
@@ -66,6 +68,12 @@ class Prompts:
         return {"model": options.model, "prompts": f"{of}, read at the {where}", "answers": answers}
 
 
+def prompt_text(prompt: str) -> str:
+    """The end of a prompt, for a row of a table."""
+    shown = visible(prompt).replace("\u00b7", " ")
+    return shown if len(shown) <= WIDTH else f"\u2026{shown[-WIDTH + 1 :]}"
+
+
 def read_prompts(file: str) -> tuple[list[str], list[str] | None]:
     """The prompts of a file, and their answers if it gives them; UsageError names the line that is wrong.
 
@@ -87,9 +95,8 @@ def read_prompts(file: str) -> tuple[list[str], list[str] | None]:
             raise UsageError(f"{file!r} must hold a prompt in every line; line {number} has none")
     given = ["answer" in record for record in read]
     if any(given) and not all(given):
-        raise UsageError(
-            f"{file!r} must give the answer of every prompt or of none; line {given.index(False) + 1} has none"
-        )
+        missing = given.index(False) + 1
+        raise UsageError(f"{file!r} must give the answer of every prompt or of none; line {missing} has none")
     return [record["prompt"] for record in read], [record["answer"] for record in read] if all(given) else None
 
 

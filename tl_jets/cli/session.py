@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tl_jets.cli.arguments import EMBEDDED, EMBEDDED_PROMPT, UsageError, one_line
 from tl_jets.cli.outputs import STDOUT, output_files, write
+from tl_jets.cli.report import header
 from tl_jets.core.divergence import CancellationWarning, DivergenceWarning
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.protocol import some
@@ -41,6 +42,21 @@ class Read:
     def token(self, token: int) -> dict[str, Any]:
         """A token for a file: its visible text and its id."""
         return {"token": visible(token_text(self.network.tokenizer, token)), "id": token}
+
+    @property
+    def answer(self) -> int:
+        """What the model says at the position."""
+        assert self.trace.logits is not None, "it ran the model"
+        return int(self.trace.logits[0, self.position].argmax())
+
+    def given(self, token: str | None) -> int | None:
+        """The id of a token that an option names; None without the option."""
+        return None if token is None else read_token(self.network, token)
+
+    def header(self, options: argparse.Namespace) -> dict[str, Any]:
+        """The first entries of the JSON file of one prompt."""
+        place = {"position": self.position, "read": self.last}
+        return header(options.command, model=options.model, prompt=self.prompt, **place)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -124,6 +140,14 @@ def read(options: argparse.Namespace, granularity: Any, step: Callable[[str], No
     if not -length <= options.position < length:
         raise UsageError(f"--position must lie in {-length}..{length - 1} for this prompt; got {options.position}")
     return Read(network, trace, prompt, options.position % length)
+
+
+def ablated_positions(options: argparse.Namespace, asked: Read) -> list[int] | None:
+    """Where `--ablate` and `--joint` ablate: everywhere (None), or with `--keep-bos` at all positions but the first."""
+    length = asked.trace.tokens.shape[1]
+    if options.keep_bos and length == 1:
+        raise UsageError("--keep-bos leaves the first position as it is; this prompt has no other")
+    return list(range(1, length)) if options.keep_bos else None
 
 
 @contextmanager

@@ -36,14 +36,6 @@ error; 130 interrupted; 141 the output's reader went away.
 """
 TOKEN_HELP = "as text (' is', or \u00b7is as the tables write it) or as id:317"
 
-SUMMARIES = {
-    "lens": "the iterative and the joint jet lens of a prompt",
-    "paths": "the largest paths of a prediction, and what ablation says of them",
-    "flow": "the effect of an ablation or another prompt, by component",
-    "ngrams": "bi-grams and skip-trigrams of the weights, without a corpus",
-    "jacobian": "the model as an exact linear map at one prompt",
-    "explore": "one page to click through: layers, components, bi-grams, an ablation",
-}
 DESCRIPTIONS = {
     "lens": """\
 What every layer's stream says about the next token (the iterative lens, a row
