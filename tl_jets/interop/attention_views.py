@@ -52,11 +52,9 @@ class _Maps:
 def _jacobians(result: Any, labels: Any, prompt: int) -> _Maps:
     """Share of every input token in every output position, a map per Jacobian."""
     maps = result if type(result) in (dict, list, tuple) else [result]
-    named = (
-        maps
-        if isinstance(maps, dict)
-        else {f"{x.wrt} to {x.output}": x for x in maps if isinstance(x, DetachedJacobian)}
-    )
+    named: Any = maps
+    if not isinstance(maps, dict):
+        named = {f"{x.wrt} to {x.output}": x for x in maps if isinstance(x, DetachedJacobian)}
     if not named or not all(isinstance(x, DetachedJacobian) for x in named.values()) or len(named) != len(maps):
         raise TypeError(
             "attention_heads needs a DetachedJacobian, or a list or dict of some with different names; or a Trace, or a "
@@ -71,16 +69,10 @@ def _jacobians(result: Any, labels: Any, prompt: int) -> _Maps:
     shares = torch.zeros(len(tables), len(places), len(places), dtype=torch.float64, device="cpu")
     rows = {pos: i for i, (pos, _) in enumerate(places)}
     for i, table in enumerate(tables):
-        shares[i, [rows[pos] for pos in table.index]] = torch.tensor(
-            table.to_numpy(dtype=float), device="cpu"
-        ).nan_to_num()
-    return _Maps(
-        "Share of each input token (across) in each output position (down)",
-        shares,
-        [inert(token) for _, token in places],
-        [inert(name) for name in named],
-        float(shares.abs().max()),
-    )
+        share = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()
+        shares[i, [rows[pos] for pos in table.index]] = share
+    title, tokens = "Share of each input token (across) in each output position (down)", [inert(t) for _, t in places]
+    return _Maps(title, shares, tokens, [inert(name) for name in named], float(shares.abs().max()))
 
 
 def _patterns(trace: Trace, labels: Any, prompt: int) -> _Maps:
@@ -95,13 +87,10 @@ def _patterns(trace: Trace, labels: Any, prompt: int) -> _Maps:
     tokens = trace.tokens[prompt][real]
     text = inert_names(trace.network.tokenizer, [tokens])
     what = f"layer {labels}" if isinstance(labels, int) else "some heads"
-    return _Maps(
-        f"Attention patterns of {what}: query tokens down, key tokens across",
-        torch.stack([by_layer[layer][head] for layer, head in chosen]),
-        [text[token] for token in tokens.tolist()],
-        [f"L{layer}H{head}" for layer, head in chosen],
-        1.0,
-    )
+    title = f"Attention patterns of {what}: query tokens down, key tokens across"
+    patterns = torch.stack([by_layer[layer][head] for layer, head in chosen])
+    names = [f"L{layer}H{head}" for layer, head in chosen]
+    return _Maps(title, patterns, [text[token] for token in tokens.tolist()], names, 1.0)
 
 
 def _heads(trace: Trace, labels: Any) -> list[tuple[int, int | None]]:
@@ -137,7 +126,5 @@ def _skip_trigrams(table: NgramTable, labels: Any, top_k: int) -> _Maps:
     title = (
         f"{table.path}: {what} of the pairs in the {len(best)} best skip-trigrams, query down, key across; others blank"
     )
-    # Attention over a vocabulary is far below 1.
-    return _Maps(
-        title, maps, [inert(table.names[token]) for token in tokens], [inert(table.path)], float(maps.abs().max())
-    )
+    names = [inert(table.names[token]) for token in tokens]
+    return _Maps(title, maps, names, [inert(table.path)], float(maps.abs().max()))  # a vocabulary's are far below 1

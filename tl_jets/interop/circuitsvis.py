@@ -103,52 +103,36 @@ def to_circuitsvis(
         return attention_view(view or "attention_heads", result, labels, prompt, top_k, height)
     if view == "token_log_probs":
         return _token_log_probs(result, labels, order, trace, prompt, top_k, height)
-    table, series, drawn, about = series_table(result, measure, labels, order, target, prompt)
+    table, *words = series_table(result, measure, labels, order, target, prompt)
     places = [pos for pos, _ in table.columns]
     sinks = sink_places(result, prompt) & set(places)
-    sinks = sinks if len(sinks) < len(places) else set()
-    return _token_values(view, table, series, drawn, about, [pos in sinks for pos in places], prompt, top_k, height)
+    is_sink = [pos in sinks and len(sinks) < len(places) for pos in places]
+    return _token_values(view, table, words, is_sink, prompt, top_k, height)
 
 
 def _token_values(
     view: CircuitsView | None,
     table: pd.DataFrame,
-    series: str,
-    measure: str,
-    about: str,
-    sinks: list[bool],
+    words: list[str],
+    is_sink: list[bool],
     prompt: int,
     top_k: int,
     height: int | None,
 ) -> View:
-    """A `series_table` as one of the views of values by token."""
+    """A `series_table` as one of the views of values by token; colors are symmetric around 0 if there are signs."""
     values = torch.tensor(table.to_numpy(dtype=float), device="cpu").nan_to_num()  # [series, pos]
-    tokens = [inert(token) + SINK * sink for (_, token), sink in zip(table.columns, sinks, strict=True)]
-    names = [inert(str(label)) for label in table.index]
+    tokens = [inert(token) + SINK * sink for (_, token), sink in zip(table.columns, is_sink, strict=True)]
+    names, (series, measure, about) = [inert(str(label)) for label in table.index], words
     title = f"{measure} by {series.replace('out_pos', 'output position')}{about}"
+    props: dict[str, Any]
     if view == "topk_tokens":
-        return framed(
-            title, "TopkTokens", _topk_tokens(values, tokens, names, series, measure, prompt, top_k), height or 420
-        )
+        props = _topk_tokens(values, tokens, names, series, measure, prompt, top_k)
+        return framed(title, "TopkTokens", props, height or 420)
     if view == "text_neuron_activations":
         props = {"tokens": tokens, "activations": values.T[:, None].tolist(), "firstDimensionName": "Measure"}
         props |= {"secondDimensionName": series, "firstDimensionLabels": [measure], "secondDimensionLabels": names}
         return framed(title, "TextNeuronActivations", props, height or 220)
-    bound = max(float(values[:, ~torch.tensor(sinks, device="cpu")].abs().max()), 1e-7)
-    return _colored_tokens(view, title, series, values, bound, tokens, names, height)
-
-
-def _colored_tokens(
-    view: CircuitsView | None,
-    title: str,
-    series: str,
-    values: Tensor,
-    bound: float,
-    tokens: list[str],
-    names: list[str],
-    height: int | None,
-) -> View:
-    """Tokens colored by a series, or by several with a button for each; colors are symmetric around 0 if there are signs."""
+    bound = max(float(values[:, ~torch.tensor(is_sink, device="cpu")].abs().max()), 1e-7)
     is_signed = bool((values < 0).any())
     if view == "colored_tokens":
         if len(names) != 1:
@@ -179,31 +163,38 @@ def _token_log_probs(
 ) -> View:
     """Log-probabilities at every position but the last, of a cache's terms, their sum, or a layer of a lens."""
     if isinstance(result, IterativeJetLens):
-        return _of_lens(result, labels, order, trace, prompt, top_k, height)
-    if not isinstance(result, JetCache) or not result.is_decoded or result.truth.ndim != 3:
+        what, log_probs, trace = _of_lens(result, labels, order, trace, prompt)
+    elif isinstance(result, JetCache) and result.is_decoded and result.truth.ndim == 3:
+        if labels is not None:
+            check_choice("labels", labels, result.labels)
+        check_choice("prompt", prompt, range(len(result.tokens)))
+        trace = result.traced("Log-probabilities")
+        log_probs = trace.decoder.transformed(result.logits(labels)[prompt][result.valid[prompt]]).log_softmax(-1)
+        what = "the sum of all terms" if labels is None else str(labels)
+    else:
         raise TypeError(
             f"token_log_probs needs a JetCache of the decoder [batch, pos, d_model], as jet_expand(model, 'ln_final', ...) gives, "
             f"or an iterative lens; got {type(result).__name__}."
         )
-    if labels is not None:
-        check_choice("labels", labels, result.labels)
-    check_choice("prompt", prompt, range(len(result.tokens)))
-    real, own = result.valid[prompt], result.traced("Log-probabilities")
-    log_probs = own.decoder.transformed(result.logits(labels)[prompt][real]).log_softmax(-1)
-    what = "the sum of all terms" if labels is None else str(labels)
-    return _log_probs(what, log_probs, result.tokens[prompt][real], own, top_k, height)
+    # The last position has no next token.
+    tokens, log_probs = result.tokens[prompt][result.valid[prompt]].to(log_probs.device), log_probs[:-1]
+    best = log_probs.topk(min(top_k, log_probs.shape[-1]), -1)
+    own = log_probs.gather(-1, tokens[1:, None])
+    text = inert_names(trace.network.tokenizer, [tokens, best.indices])
+    props = {
+        "prompt": [text[token] for token in tokens.tolist()],
+        "topKLogProbs": best.values,
+        "topKTokens": [[text[token] for token in row] for row in best.indices.tolist()],
+        "correctTokenRank": (log_probs > own).sum(-1),
+        "correctTokenLogProb": own[:, 0],
+    }
+    return framed(f"Log-probabilities (nats) of {what}", "TokenLogProbs", props, height or 120 + 36 * top_k)
 
 
 def _of_lens(
-    lens: IterativeJetLens,
-    label: Any,
-    order: int | None,
-    trace: Trace | None,
-    prompt: int,
-    top_k: int,
-    height: int | None,
-) -> View:
-    """Log-probabilities of a layer of a lens that was read at consecutive positions."""
+    lens: IterativeJetLens, label: Any, order: int | None, trace: Trace | None, prompt: int
+) -> tuple[str, Tensor, Trace]:
+    """Name, log-probabilities [pos, d_vocab] and trace of a layer of a lens that was read at consecutive positions."""
     if trace is None or not is_label(label):
         raise ValueError(
             f"token_log_probs of a lens needs a layer and a trace of its prompts: labels={lens.labels[-1]!r}, "
@@ -218,21 +209,4 @@ def _of_lens(
         )
     order = lens.orders[-1] if order is None else order
     check_choice("order", order, lens.orders)
-    log_probs = lens.log_probs(label, order, trace=trace)[prompt][real]
-    return _log_probs(f"{label}, order {order}", log_probs, lens.tokens[prompt][real], trace, top_k, height)
-
-
-def _log_probs(what: str, log_probs: Tensor, tokens: Tensor, trace: Trace, top_k: int, height: int | None) -> View:
-    """Log-probabilities [pos, d_vocab] of next tokens; those of the last position have none."""
-    log_probs, tokens = log_probs[:-1], tokens.to(log_probs.device)
-    best = log_probs.topk(min(top_k, log_probs.shape[-1]), -1)
-    own = log_probs.gather(-1, tokens[1:, None])
-    text = inert_names(trace.network.tokenizer, [tokens, best.indices])
-    props = {
-        "prompt": [text[token] for token in tokens.tolist()],
-        "topKLogProbs": best.values,
-        "topKTokens": [[text[token] for token in row] for row in best.indices.tolist()],
-        "correctTokenRank": (log_probs > own).sum(-1),
-        "correctTokenLogProb": own[:, 0],
-    }
-    return framed(f"Log-probabilities (nats) of {what}", "TokenLogProbs", props, height or 120 + 36 * top_k)
+    return f"{label}, order {order}", lens.log_probs(label, order, trace=trace)[prompt][real], trace
