@@ -602,31 +602,13 @@ def test_weights_sum_to_one_up_to_a_millionth(off: float) -> None:
     assert read_weights(weights, 3) is weights
 
 
-def test_bad_problems_are_refused() -> None:
-    eye, one = torch.eye(3, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    for h, scale, message in [
-        (torch.zeros(3, 2), one, r"\[\*problems, n, n\] with n >= 1; got shape \(3, 2\)"),
-        (eye, torch.ones(2), r"one entry a problem, shape \(\); got shape \(2,\)"),
-        (eye * torch.nan, one, "must be finite"),
-        (eye, one * torch.inf, "must be finite"),
-        (-eye, one, "squared norms"),
-        (eye, -one, "squared norms"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            unwrap(simplex_qp)(h, scale)
-    with pytest.raises(ValueError, match=r"metric must be \[d_model, d_model\] = \[4, 4\]; got shape \(3, 3\)"):
-        unwrap(gram)(torch.zeros(2, 4), torch.eye(3))
-    with pytest.raises(ValueError, match="at least one center n"):
-        unwrap(gram)(torch.zeros(0, 4))
-
-
-def test_bad_kl_problems_are_refused() -> None:
-    logits, target = kl_instance("random")
-    for z, t, message in [
-        (logits[:, :, :-1], target, r"\[n, 5, 40\].*got shape \(6, 5, 39\)"),
-        (logits, target[0], r"\[problems, d_vocab\]; got shape \(40,\)"),
-        (logits, target + 1, "sum to 1 after exp"),
-        (logits * torch.inf, target, "logits must be finite"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            unwrap(simplex_kl)(z, t)
+def test_problems_that_are_not_finite_are_refused() -> None:
+    gram_of_nan = torch.eye(3, dtype=torch.float64).expand(2, 3, 3).clone()
+    gram_of_nan[1, 2, 1] = torch.nan
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="must be finite"):
+            simplex_qp(gram_of_nan.nan_to_num(nan=value), torch.ones(2, dtype=torch.float64))
+        logits, target = kl_instance("random")
+        logits[1, 2, 3] = value
+        with pytest.raises(ValueError, match="must be finite"):
+            simplex_kl(logits, target)

@@ -132,23 +132,10 @@ def gram(
     Returns:
         [*problems, n, n], exactly symmetric, in squared units of the metric (squared logits for U'U).
 
-    Raises:
-        ValueError: the metric does not fit d_model, or there are no centers.
-
     Source: Chen et al. (arXiv 2410.06024), Lemma 1.
     """
-    if differences.ndim < 2 or differences.shape[0] == 0:
-        raise ValueError(
-            "differences must be [n, *problems, d_model] with at least one center n; "
-            f"got shape {tuple(differences.shape)}; stack the terms on a new leading axis"
-        )
     n, *problems, d_model = differences.shape
     rows = differences.double().reshape(-1, d_model)
-    if metric is not None and metric.shape != (d_model, d_model):
-        raise ValueError(
-            f"metric must be [d_model, d_model] = [{d_model}, {d_model}]; got shape {tuple(metric.shape)}; "
-            "pass U'U of the unembedding, e.g. W_U @ W_U.T for TransformerLens' W_U [d_model, d_vocab]"
-        )
     measured = rows if metric is None else rows @ metric.double()
     # A view; bmm takes its strides.
     left, right = (rearrange(x, "(n problem) d_model -> problem n d_model", n=n) for x in (measured, rows))
@@ -174,11 +161,10 @@ def simplex_qp(
         The shortest optimal weights, `gap` relative to scale. No gradients flow through the solve.
 
     Raises:
-        ValueError: shapes do not fit, values are not finite, or a scale or diagonal entry is negative.
+        ValueError: values are not finite.
 
     Source: Chen et al. (arXiv 2410.06024), Lemma 1.
     """
-    checks = _check_problem(differences_gram, scale)
     *problems, n, _ = differences_gram.shape
     hessian = differences_gram.double().reshape(-1, n, n)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -186,8 +172,7 @@ def simplex_qp(
     unit = torch.where(unit > 0, unit, 1.0)
     hessian = hessian / unit[:, None, None]
 
-    weights = nearest_weights(hessian, checks)
-    weights = _trim(hessian, _share(hessian, weights))
+    weights = _trim(hessian, _share(hessian, nearest_weights(hessian)))
 
     gap, objective = _quadratic_gap(hessian, weights)
     effective_rank, tied = identified(hessian, 2 * (hessian @ weights[..., None])[..., 0], weights, tie=RIDGE)
@@ -208,25 +193,21 @@ def _quadratic_gap(hessian: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return frank_wolfe_gap(2 * product, weights), (product * weights).sum(-1).clamp_min(0)
 
 
-def nearest_weights(
-    hessian: Float64[Tensor, "problem n n"], checks: Bool[Tensor, " 2"] | None = None
-) -> Float64[Tensor, "problem n"]:
-    """Weights that minimize w' H w + delta ||w||^2, H in units of the scale; uniform where nnls does not end.
-
-    `checks`, what `_check_problem` found, are read along with the systems.
-    """
+def nearest_weights(hessian: Float64[Tensor, "problem n n"]) -> Float64[Tensor, "problem n"]:
+    """Weights that minimize w' H w + delta ||w||^2, H in units of the scale; uniform where nnls does not end."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     root = (diagonal * (1 + ROUNDING_RIDGE) + RIDGE).rsqrt()
     scaled = hessian * root[:, :, None] * root[:, None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(scaled)
     sums = root / root.amax(-1, keepdim=True)  # s is the length of the shortest column
-    rows = torch.cat([factor.mT, sums[:, None], failed[:, None, None].to(root).expand(-1, 1, root.shape[1])], 1)
+    failed = torch.where(hessian.isfinite().all(-1).all(-1), failed.to(root), torch.nan)
     # Copied at once: every copy from a device waits for it.
-    read = torch.cat([rows.flatten(), *([] if checks is None else [checks.to(root)])]).cpu()
-    if checks is not None:
-        _refuse(*read[-2:].tolist())
-    rows = read[: rows.numel()].view(rows.shape)
+    rows = torch.cat([factor.mT, sums[:, None], failed[:, None, None].expand(-1, 1, root.shape[1])], 1).cpu()
+    if bool(rows[:, -1].isnan().any()):
+        raise ValueError(
+            "The terms and what they approximate must be finite; got NaN or infinite values. Check the terms, or lower the order."
+        )
     systems = rows[:, :-1].numpy()
     for index in rows[:, -1, 0].nonzero()[:, 0].tolist():  # rounding left a negative eigenvalue
         values, vectors = torch.linalg.eigh(scaled[index])
@@ -309,35 +290,3 @@ def identified(hessian: Tensor, gradient: Tensor, weights: Tensor, tie: float) -
     scaled = scaled - (scaled @ normal[:, :, None]) * normal[:, None, :]
     eigenvalues = torch.linalg.eigvalsh((scaled + scaled.mT) / 2)
     return 1 + (eigenvalues > 1).sum(-1), tied.sum(-1)
-
-
-def _check_problem(differences_gram: Tensor, scale: Tensor) -> Bool[Tensor, " 2"]:
-    """Check the shapes; returns whether the numbers are finite, and whether a square is negative, unread."""
-    shape = tuple(differences_gram.shape)
-    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
-        raise ValueError(
-            f"differences_gram must be [*problems, n, n] with n >= 1; got shape {shape}; build it with gram()"
-        )
-    if tuple(scale.shape) != shape[:-2]:
-        raise ValueError(
-            f"scale must have one entry a problem, shape {shape[:-2]}; got shape {tuple(scale.shape)}; "
-            "pass the squared metric norm of each target"
-        )
-    diagonal = differences_gram.diagonal(dim1=-2, dim2=-1)
-    below = diagonal < -1e-9 * torch.maximum(scale[..., None], diagonal.abs().amax(-1, keepdim=True))  # beyond rounding
-    is_finite = differences_gram.isfinite().all() & scale.isfinite().all()
-    return torch.stack([is_finite, (scale < 0).any() | below.any()])
-
-
-def _refuse(is_finite: float, is_negative: float) -> None:
-    """Raise ValueError for what `_check_problem` found."""
-    if not is_finite:
-        raise ValueError(
-            "differences_gram and scale must be finite; got NaN or infinite values; "
-            "check the terms, or lower the expansion's order"
-        )
-    if is_negative:
-        raise ValueError(
-            "differences_gram and scale must be squared norms, so that no diagonal entry and no scale is negative; "
-            "got a negative one; check that the metric is positive semidefinite"
-        )

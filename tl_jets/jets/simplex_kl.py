@@ -60,9 +60,8 @@ def simplex_kl(
         A `SimplexSolution` with weights [problems, n].
 
     Raises:
-        ValueError: shapes do not fit, values are not finite, or the target is not normalized.
+        ValueError: values are not finite.
     """
-    _check(logits, target_log_probs)
     n, count, _ = logits.shape
     weights = torch.zeros(count, n, dtype=torch.float64, device=logits.device)
     value, gradient, hessian = weights[:, 0].clone(), weights.clone(), weights.new_zeros(count, n, n)
@@ -157,27 +156,3 @@ def _newton(hessian: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
         return vertex
     x = normalize(torch.from_numpy(unit_nnls(system.cpu().numpy())).to(weights) / lengths)
     return x if float(gradient @ (x - weights)) < 0 else vertex
-
-
-def _check(logits: Tensor, target_log_probs: Tensor) -> None:
-    if target_log_probs.ndim != 2:
-        raise ValueError(
-            f"target_log_probs must be [problems, d_vocab]; got shape {tuple(target_log_probs.shape)}; "
-            "flatten batch and position into one axis"
-        )
-    expected = tuple(target_log_probs.shape)
-    if logits.ndim != 3 or tuple(logits.shape[1:]) != expected or logits.shape[0] == 0:
-        raise ValueError(
-            f"logits must be [n, {expected[0]}, {expected[1]}], as the target, with n >= 1; got shape "
-            f"{tuple(logits.shape)}; stack the terms' logits on a leading axis"
-        )
-    total = target_log_probs.double().logsumexp(-1)
-    if not bool(target_log_probs.isfinite().all()) or bool((total.abs() > 1e-2).any()):
-        raise ValueError(
-            "target_log_probs must be finite log-probabilities that sum to 1 after exp; got others; "
-            "pass logits.log_softmax(-1) of the model's own logits"
-        )
-    if not bool(logits.isfinite().all()):
-        raise ValueError(
-            "logits must be finite; got NaN or infinite values; check the terms, or lower the expansion's order"
-        )
