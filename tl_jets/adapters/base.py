@@ -305,9 +305,8 @@ class Sums:
 
     def _remedy(self, hook: str) -> str:
         """What to do about a stream that is not the sum of what was written to it: a hook may have changed it in place."""
-        inner = [
-            name for name, point in self.points.items() if point.fwd_hooks and name.startswith(hook.rsplit(".", 1)[0])
-        ]
+        block = hook.rsplit(".", 1)[0]
+        inner = [name for name, point in self.points.items() if point.fwd_hooks and name.startswith(block)]
         if not inner:
             return "This architecture writes to the stream in a way that is not understood, so it is refused."
         return (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -134,9 +134,8 @@ class Blocks(ABC):
 
     def cannot(self, step: Step) -> str | None:
         """Why a step cannot be replayed on another stream, frozen or split into parts; None if it can."""
-        which = {"block": ("attn", "mlp"), "attn": ("attn",), "head": ("attn",), "attn_bias": ("attn",)}.get(
-            step.kind, ("mlp",)
-        )
+        attn = {"block": ("attn", "mlp"), "attn": ("attn",), "head": ("attn",), "attn_bias": ("attn",)}
+        which = attn.get(step.kind, ("mlp",))
         if (step.layer, which) not in self._reasons:
             self._reasons[step.layer, which] = unreplayable(self.model, step.layer, *which)
         return self._reasons[step.layer, which]
@@ -270,23 +269,15 @@ class Blocks(ABC):
         # Layers share a tensor as last and first stream, and a user's hook may write to it.
         shared = any(point.fwd_hooks for point in self.hook_dict.values())
 
-        def save_call(module: Any, args: tuple, kwargs: dict, key: Hashable) -> None:
+        def save_call(key: Hashable, module: Any, args: tuple, kwargs: dict) -> None:
             calls[key] = (args, dict(kwargs))
 
-        def callsaver(key: Hashable) -> Any:
-            return lambda module, args, kwargs: save_call(module, args, kwargs, key)
-
-        handles = [
-            module.register_forward_pre_hook(callsaver(key), with_kwargs=True, prepend=True)
-            for key, module in self._call_modules()
-        ]
-        try:
-            with torch.no_grad(), self.precision():
-                savers = [saver(saved, name, copies=shared) for name in (*self.stream_names, *also)]
-                logits = self.run_until(until, tokens, savers, attention_mask)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack, torch.no_grad(), self.precision():
+            for key, module in self._call_modules():
+                save = partial(save_call, key)
+                stack.enter_context(module.register_forward_pre_hook(save, with_kwargs=True, prepend=True))
+            savers = [saver(saved, name, copies=shared) for name in (*self.stream_names, *also)]
+            logits = self.run_until(until, tokens, savers, attention_mask)
         return saved, calls, None if logits is None else logits.to(self.device)
 
     def run_until(

@@ -77,21 +77,16 @@ class TransformerBridgeView(TransformerLensView):
                 f"that it is not supported. Lenses and direct attribution read streams only."
             )
         args, kwargs = calls[layer, which]
-        kwargs = {
-            name: None if name in _KV_CACHE_ARGUMENTS else False if name == "use_cache" else value
-            for name, value in kwargs.items()
-        }
+        no_cache = dict.fromkeys(_KV_CACHE_ARGUMENTS) | {"use_cache": False}
+        kwargs = {name: no_cache.get(name, value) for name, value in kwargs.items()}
         module = block._modules[which]
         args, kwargs = _without_residual(module, stream, args, kwargs)
         out = module(stream, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": stream})
         return out[0] if isinstance(out, (tuple, list)) else out
 
-    def _finish(self, layer: int, which: str, out: Tensor) -> Tensor:
-        block = self.blocks[layer]
-        _, post = self._norms(layer, which)
-        if post is not None:
-            out = block._modules[post](out)
-        scale = float(getattr(block, "residual_contribution_scale", 1.0))
+    def _finish(self, layer: int, which: Sublayer, out: Tensor) -> Tensor:
+        post, scale = self._post_norm_module(layer, which), self._scale(layer)
+        out = out if post is None else post(out)
         return out if scale == 1.0 else out * scale
 
     def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_jets.core.caller import warn_caller
 from tl_jets.core.tokens import check_text, token_text
@@ -122,28 +123,22 @@ def _plain(given: Any) -> Any:
     if isinstance(given, (bytes, bytearray)) or not isinstance(given, Sequence):
         raise TypeError(f"Input must be {_KINDS}; got {_described(given)}.")
     given = list(given)
-    first = [
-        row[0] if isinstance(row, (list, tuple)) and row else row for row in given
-    ]  # of several chats, the first message
+    # Of several chats, the first message.
+    first = [row[0] if isinstance(row, (list, tuple)) and row else row for row in given]
     if any(isinstance(item, Mapping) for item in first):
         is_chat = all(isinstance(item, Mapping) and "role" in item for item in first)
         raise TypeError(_CHAT if is_chat else f"Input must be {_KINDS}; got a list of dicts.")
-    texts = [isinstance(item, str) for item in given]
-    if any(texts) and not all(texts):
-        raise TypeError(
-            f"Prompts must all be text; item {texts.index(False)} is {_described(given[texts.index(False)])}."
-        )
+    others = [i for i, item in enumerate(given) if not isinstance(item, str)]
+    if 0 < len(others) < len(given):
+        raise TypeError(f"Prompts must all be text; item {others[0]} is {_described(given[others[0]])}.")
     return given
 
 
 def _encoded(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
     """Ids and mask of a tokenizer's output."""
     if "input_ids" not in given:
-        raise TypeError(
-            _CHAT
-            if "role" in given
-            else f"A dict must hold input_ids, and may hold an attention_mask; got one of {sorted(map(str, given))}."
-        )
+        keys = f"A dict must hold input_ids, and may hold an attention_mask; got one of {sorted(map(str, given))}."
+        raise TypeError(_CHAT if "role" in given else keys)
     own = given.get("attention_mask")
     if own is not None and attention_mask is not None:
         raise ValueError("A dict already holds its attention_mask; got another. Leave one out.")
@@ -176,9 +171,8 @@ def _tensor(ids: Any) -> Tensor:
     try:
         tokens = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(
-            f"Input must be {_KINDS}; got {_described(ids)}, which is no array of ids ({error})."
-        ) from error
+        got = f"{_described(ids)}, which is no array of ids ({error})"
+        raise TypeError(f"Input must be {_KINDS}; got {got}.") from error
     if tokens.is_meta:
         raise ValueError("Token ids must have values; got a tensor on the meta device, which has none.")
     if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool):
@@ -190,11 +184,10 @@ def _tensor(ids: Any) -> Tensor:
 
 def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
     """Rows [pos], padded on the right to [batch, pos], and mask of those not filled in."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    tokens = torch.full(valid.shape, fill, dtype=torch.long, device=lengths.device)
-    tokens[valid] = torch.cat([row.to(lengths.device) for row in rows])
-    return tokens, valid
+    device = rows[0].device
+    tokens = pad_sequence([row.to(device) for row in rows], batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
 
 
 def _read_mask(attention_mask: Any, tokens: Tensor, filled: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

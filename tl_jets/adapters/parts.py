@@ -152,15 +152,11 @@ _BIAS = re.compile(r"(\d+)_mlp_bias")
 
 def neuron_step(view: Blocks, label: str) -> Step | None:
     """The neuron or MLP bias that a label or write label names, or None; ValueError if the layer has no such neuron."""
-    bias, neuron = _BIAS.fullmatch(label), _NEURON.fullmatch(label)
-    found = bias or neuron
-    if (
-        found is None
-        or int(found[1]) >= view.n_layers
-        or not (int(found[1]) in view.opaque or view.has_mlp(int(found[1])))
-    ):
+    neuron = _NEURON.fullmatch(label)
+    found = neuron or _BIAS.fullmatch(label)
+    layer = view.n_layers if found is None else int(found[1])
+    if layer >= view.n_layers or not (layer in view.opaque or view.has_mlp(layer)):
         return None
-    layer = int(found[1])
     if neuron is None:
         return Step(f"{layer}_mlp_bias", layer, "mlp_bias")
     view.refuse(Step(label, layer, "neuron"))

@@ -18,6 +18,7 @@ from tl_jets.core.protocol import some
 
 _HALF = (torch.float16, torch.bfloat16)
 _EPS_NAMES = ("eps", "variance_epsilon", "layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps")
+_QUANTIZED = ("quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit")
 _BLOCK_PARTS = {"_original_component", "attn", "ln1", "ln1_post", "ln2", "ln2_post", "mlp"}
 
 
@@ -45,9 +46,8 @@ def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: 
     device = device if own is None else own.device
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(4, 2, d_model, generator=generator, dtype=torch.float64, device="cpu") + 0.3
-    probe = (probe * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64, device="cpu")[:, None, None]).to(
-        device, dtype
-    )
+    sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float64, device="cpu")
+    probe = (probe * sizes[:, None, None]).to(device, dtype)
     with torch.no_grad(), full_precision():
         wanted = module(probe)
     if not bool(wanted.isfinite().all()):
@@ -71,27 +71,16 @@ def read_norm(module: Any, cfg: Any, d_model: int, device: torch.device, dtype: 
 
 def _norm_candidates(module: Any, cfg: Any, dtype: torch.dtype) -> list[Norm]:
     sources = [module, getattr(module, "original_component", None)]
-    weights: list[Tensor | None] = [None]
-    biases: list[Tensor | None] = [None]
-    epsilons: dict[float, None] = {}
-    for source in sources:
-        for name in ("w", "weight"):
-            weight = getattr(source, name, None)
-            if isinstance(weight, Tensor):
-                weight = weight.detach().to(dtype)
-                weights += [weight, weight + 1]
-        for name in ("b", "bias"):
-            bias = getattr(source, name, None)
-            if isinstance(bias, Tensor):
-                biases.append(bias.detach().to(dtype))
-    for source, name in product([*sources, cfg], _EPS_NAMES):
-        value = getattr(source, name, None)
-        if isinstance(value, (float, int, Tensor)):
-            epsilons[float(value)] = None
-    candidates = [Norm("none")]
-    for kind, weight, bias, eps in product(("RMS", "LN"), weights, biases, epsilons):
-        candidates.append(Norm(kind, weight=weight, bias=bias, eps=eps))
-    return candidates
+
+    def tensors(*names: str) -> list[Tensor]:
+        found = (getattr(source, name, None) for source in sources for name in names)
+        return [value.detach().to(dtype) for value in found if isinstance(value, Tensor)]
+
+    weights = [None, *(weight for own in tensors("w", "weight") for weight in (own, own + 1))]
+    numbers = (getattr(source, name, None) for source, name in product([*sources, cfg], _EPS_NAMES))
+    epsilons = dict.fromkeys(float(value) for value in numbers if isinstance(value, float | int | Tensor))
+    options = product(("RMS", "LN"), weights, [None, *tensors("b", "bias")], epsilons)
+    return [Norm("none"), *(Norm(kind, weight=weight, bias=bias, eps=eps) for kind, weight, bias, eps in options)]
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -134,9 +123,7 @@ def unreplayable(model: Any, layer: int, *which: str) -> str | None:
         if names & {"experts", "router"}:
             return "it routes tokens to experts (mixture of experts), and the choice of experts is not differentiable"
         reason = next(filter(None, map(_quantization, modules)), None)
-        if reason is None and _option(
-            model, "quantization_config", "quantization_method", "load_in_4bit", "load_in_8bit"
-        ):
+        if reason is None and _option(model, *_QUANTIZED):
             reason = "quantized weights (the configuration says so)"
         if reason:
             return f"it has {reason}, and jets need floating-point arithmetic: load the model in float32"
