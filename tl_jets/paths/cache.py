@@ -122,11 +122,8 @@ class PathCache(JetCache):
                 "A bound on missed paths is for detached paths without through= and max_length=, of one prompt, position and "
                 f"target; got {found!r} at {effects[0].numel()} of them."
             )
-        known = sum(
-            float(value) ** 2
-            for path, value in zip(self.paths, effects, strict=True)
-            if path.source != DECODER_STEP + BIAS
-        )
+        pairs = zip(self.paths, effects, strict=True)
+        known = sum(float(value) ** 2 for path, value in pairs if path.source != DECODER_STEP + BIAS)
         signs, count = patterns(sum(map(len, found.graph.stages)), sweeps, seed)
         total = sum_of_squares(self.traced("A bound"), found.graph, rows, targets, signs, count)
         return max(0.0, total - known) ** 0.5

@@ -82,14 +82,22 @@ class Circuit(Result):
         """
         parsed = [Path.parse(str(path)) for path in paths]
         weights = [1.0] * len(parsed) if scores is None else [float(score) for score in scores]
-        total: dict[tuple[str, str, int | None], float] = {}
+        found = []
         for path, score in zip(parsed, weights, strict=True):
             steps = [step for step in path.steps if not step.startswith(DECODER_STEP)]
             labels = [] if path.source.startswith(DECODER_STEP) else [path.source, *steps, DECODER_STEP]
             for index, (writer, reader) in enumerate(pairwise(labels), 1):
                 stays = all(_STAYS.fullmatch(step) for step in labels[index:])
-                key = (writer, reader, position if stays else None)
-                total[key] = total.get(key, 0.0) + score
+                found.append((writer, reader, score, position if stays else None))
+        return cls._summed(found)
+
+    @classmethod
+    def _summed(cls, found: Iterable[tuple[str, str, float, int | None]]) -> Circuit:
+        """A circuit of edges with positions; scores of the same edge add up."""
+        total: dict[tuple[str, str, int | None], float] = {}
+        for writer, reader, score, position in found:
+            key = (writer, reader, position)
+            total[key] = total.get(key, 0.0) + score
         return cls([(w, r, score) for (w, r, _), score in total.items()], [place for _, _, place in total])
 
     @property
@@ -100,11 +108,8 @@ class Circuit(Result):
 
     def merged(self) -> Circuit:
         """The circuit with a head's inputs q, k and v as one edge, whose score is their sum."""
-        total: dict[tuple[str, str, int | None], float] = {}
-        for (writer, reader, score), position in zip(self.edges, self.positions, strict=True):
-            key = (writer, node_of(reader), position)
-            total[key] = total.get(key, 0.0) + score
-        return Circuit([(w, r, score) for (w, r, _), score in total.items()], [place for _, _, place in total])
+        pairs = zip(self.edges, self.positions, strict=True)
+        return self._summed((writer, node_of(reader), score, place) for (writer, reader, score), place in pairs)
 
     def top(self, k: int) -> Circuit:
         """The k edges with the largest absolute scores, largest first."""

@@ -147,9 +147,7 @@ class PathStatistics(Cancelling, TargetResult, Averaged):
         values = getattr(self, measure)[:, self.valid].flatten().double().cpu().numpy()
         edges: Any = bins
         if isinstance(bins, int) and measure == "norm" and (values > 0).any():
-            least = values[values > 0].min()
-            edges = np.geomspace(least, values.max() * (1 + 1e-9), bins + 1)
-            edges[0] = least
+            edges = np.geomspace(values[values > 0].min(), values.max() * (1 + 1e-9), bins + 1)
             edges = np.concatenate([[0.0], edges]) if (values == 0).any() else edges
         counts, edges = np.histogram(values, edges)
         return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
