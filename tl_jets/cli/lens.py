@@ -49,16 +49,8 @@ def report(options: argparse.Namespace) -> Report:
             answers = trace.logits.argmax(-1)[..., None] if files and targets is None else targets  # type: ignore[union-attr]
             iterative = iterative_jet_lens(network, trace, targets=answers, **streams)
             step("joint jet lens")
-            joint = joint_jet_lens(
-                network,
-                trace,
-                order=options.joint_order,
-                embeddings=not options.no_embeddings,
-                weights=options.weights,
-                objective=options.objective,
-                targets=targets,
-                **shared,
-            )
+            own = {"order": options.joint_order, "embeddings": not options.no_embeddings, "weights": options.weights}
+            joint = joint_jet_lens(network, trace, objective=options.objective, targets=targets, **own, **shared)
     names = legend("lens", *_legend(here))
     answer = asked.token(int(here.model_top_ids[0, 0]))
     heading, data, verdict = asked.asked(options.model, answer), header("lens"), here.verdict().lines

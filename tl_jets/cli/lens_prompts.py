@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_jets.cli.lens_summary import sums_below
 from tl_jets.cli.prompt_files import Prompts, prompt_text
 from tl_jets.cli.report import Report, Table, header
 from tl_jets.cli.session import read_layers, together
@@ -139,10 +140,8 @@ def _component_table(lens: JointJetLens, rows: list[dict[str, Any]]) -> Table:
         interval = f"{signed(row['low'])} to {signed(row['high'])}" if len(lens.tokens) >= FEWEST else ""
         cells = {"component": row["component"], "mean effect": signed(row["effect"]), "95%": interval}
         found.append(cells | {"raises it in": f"{row['raises']:.0%}"})
-    total, shown = sum(row["effect"] for row in rows), sum(rows[i]["effect"] for i in largest)
-    sums = [{"component": f"all {len(rows)}", "mean effect": signed(total)}]
-    if len(rows) > len(found):
-        sums.insert(0, {"component": f"{len(rows) - len(found)} others", "mean effect": signed(total - shown)})
+    effects = torch.tensor([row["effect"] for row in rows], dtype=torch.float64, device="cpu")
+    sums = sums_below(effects, largest, "mean effect")
     title = f"What components add to the answer's logit{in_unit(lens.unit)}, exactly: the {len(found)} largest"
     return Table(title, found, sums, ["--all: every layer, and every prompt; --json, --html FILE"])
 

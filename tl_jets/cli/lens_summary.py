@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tl_jets.cli.report import Table
 from tl_jets.cli.session import Read
@@ -22,15 +22,9 @@ DRAWS, LAYERS, COMPONENTS, WIDTH = 8, 12, 8, 20
 
 def summary(lens: IterativeJetLens, asked: Read, options: argparse.Namespace) -> list[Table]:
     """The tables of the first answer, from a lens of one position with several controls."""
-    one = joint_jet_lens(
-        asked.network,
-        asked.trace,
-        linearize="detached",
-        positions=[asked.position],
-        embeddings=not options.no_embeddings,
-        targets=None if lens.target_ids is None else lens.target_ids[0, 0].tolist(),
-        top_k=1,
-    )
+    given: dict[str, Any] = {"positions": [asked.position], "embeddings": not options.no_embeddings, "top_k": 1}
+    given["targets"] = None if lens.target_ids is None else lens.target_ids[0, 0].tolist()
+    one = joint_jet_lens(asked.network, asked.trace, linearize="detached", **given)
     layers = range(len(lens.labels)) if options.layers else _changing(lens)
     return [_layers(lens, asked, layers), _components(one, asked, _next(asked))]
 
@@ -81,15 +75,16 @@ def _components(lens: JointJetLens, asked: Read, notes: list[str]) -> Table:
     for i, label, ids in zip(largest, labels, found, strict=True):
         best = "" if label == f"{DECODER_STEP}_bias" else _tokens(asked, ids, False)
         rows.append({"component": label, "effect": signed(effects[i]), "its own best tokens": best})
-    rest = len(effects) - len(largest)
-    sums: list[dict[str, Any]] = [{"component": f"all {len(effects)}", "effect": signed(effects.sum())}]
-    if rest:
-        others = effects.sum() - effects[largest].sum()
-        sums.insert(0, {"component": f"{rest} others", "effect": signed(others)})
-    title = (
-        f"What components add to the centered logit of {target}{in_unit(lens.unit)}, exactly: the {len(rows)} largest"
-    )
-    return Table(title, rows, sums, notes)
+    of = f"the centered logit of {target}{in_unit(lens.unit)}"
+    title = f"What components add to {of}, exactly: the {len(rows)} largest"
+    return Table(title, rows, sums_below(effects, largest, "effect"), notes)
+
+
+def sums_below(effects: Tensor, shown: list[int], name: str) -> list[dict[str, str]]:
+    """The rows below the components that are shown: the sum of the others, if there are any, and that of all."""
+    total, rest = effects.sum(), len(effects) - len(shown)
+    others = [{"component": f"{rest} others", name: signed(total - effects[shown].sum())}] if rest else []
+    return [*others, {"component": f"all {len(effects)}", name: signed(total)}]
 
 
 def _next(asked: Read) -> list[str]:
@@ -102,7 +97,7 @@ def _next(asked: Read) -> list[str]:
     ]
 
 
-def _tokens(asked: Read, ids: torch.Tensor, borrowed: bool) -> str:
+def _tokens(asked: Read, ids: Tensor, borrowed: bool) -> str:
     """Best tokens in a bounded width, the first in brackets if borrowed."""
     first, *others = [asked.token(token)["token"] for token in ids.tolist()]
     shown = " ".join([f"[{first}]" if borrowed else first, *others])
