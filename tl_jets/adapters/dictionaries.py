@@ -153,11 +153,12 @@ class DictionaryView:
         found = self.view.writes(recording, whole, stream)
         if whole == stage:
             return found
-        own, writes = (
-            {dictionary.place: dictionary for dictionary in self.dictionaries},
-            zip(whole.steps, found, strict=True),
-        )
-        return torch.cat([own[step].parts(write, stream) if step in own else write[None] for step, write in writes])
+        own = {dictionary.place: dictionary for dictionary in self.dictionaries}
+        parts = [
+            own[step].parts(write, stream) if step in own else write[None]
+            for step, write in zip(whole.steps, found, strict=True)
+        ]
+        return torch.cat(parts)
 
     def record(self, *args: Any, **kwargs: Any) -> Recording:
         """Run the model once, and divide the writes and the first stream; edits of that stay apart from its rest."""

@@ -185,7 +185,7 @@ def _tensor(ids: Any) -> Tensor:
 def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
     """Rows [pos], padded on the right to [batch, pos], and mask of those not filled in."""
     device = rows[0].device
-    tokens = pad_sequence([row.to(device) for row in rows], batch_first=True, padding_value=fill)
+    tokens = pad_sequence([row.to(device, torch.long) for row in rows], batch_first=True, padding_value=fill)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return tokens, torch.arange(tokens.shape[1], device=device) < lengths[:, None]
 
