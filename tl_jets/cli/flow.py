@@ -19,6 +19,7 @@ from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import Rows
 from tl_jets.core.sinks import Sinks
 from tl_jets.core.tokens import visible
+from tl_jets.core.trace import Trace
 from tl_jets.flows import Flow, JointFlow, flow, joint_flow
 from tl_jets.flows.secants import MOST_NODES
 from tl_jets.flows.two_runs import TwoRuns
