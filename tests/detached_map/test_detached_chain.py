@@ -9,11 +9,14 @@ import pytest
 import torch
 import zoo
 from live_memory import peak_bytes
+from torch import Tensor
 
 from tl_jets import CallableModel, Decoder, Norm, ResidualNetwork
-from tl_jets.detached_map import composed_jacobian, detached_jacobian
+from tl_jets.core.factors import Span
+from tl_jets.core.frozen_network import freeze_stacked
+from tl_jets.detached_map import composed_jacobian, detached_jacobian, detached_spectra
 from tl_jets.detached_map.composed_jacobian import ComposedJacobian
-from tl_jets.detached_map.stage_products import StageProducts, read_on_the_way
+from tl_jets.detached_map.stage_products import StageProducts
 
 
 @pytest.fixture(
@@ -80,29 +83,67 @@ def test_one_pass_through_many_maps(model, many):
     outputs = ["1_mlp_out", "0_attn_out", "final_post", "1_pre"]
     composed = ComposedJacobian(trace, "embed", outputs, [2])
     u = torch.randn(many, *composed.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = dict(read_on_the_way(composed, u[:, 0].transpose(0, 1)))
+    found = {output: part.T for output, (part,) in composed.on_the_way(spans_of(u))}
     assert set(found) == set(outputs)
     for output in outputs:
         alone = detached_jacobian(network, trace, output=output, positions=2, ordinary=False)
         assert oracles.relative_error(found[output], alone.apply(u)[:, 0, 0]) < 1e-13
 
 
-def test_a_stage_that_mixes_positions_has_no_matrices(model):
-    """A hook on the neurons that averages over positions: the product of the whole stage is taken."""
-    trace = ResidualNetwork(model).trace(zoo.tokens(model, batch=1, pos=4))
-    if "1_mid" not in trace:
-        pytest.skip("attention and MLP read the same stream, so that the stage mixes positions anyway")
-    stage = trace.network.at("sublayer").stage("1_mlp")
-    composed = ComposedJacobian(trace, "1_mid", ["1_mlp_out"], [2])
-    assert StageProducts.of(composed.trace, stage, 100).matrices is not None
-    with model.hooks([("blocks.1.mlp.hook_post", lambda post, hook: post + post.mean(1, keepdim=True))]):
-        trace = ResidualNetwork(model).trace(trace.tokens)
-        composed = ComposedJacobian(trace, "1_mid", ["1_mlp_out"], [2])
-        assert StageProducts.of(composed.trace, stage, 100).matrices is None
-        u = torch.randn(100, *composed.point.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        ((_, found),) = read_on_the_way(composed, u[:, 0].transpose(0, 1))
-        alone = detached_jacobian(trace.network, trace, output="1_mlp_out", wrt="1_mid", positions=2, ordinary=False)
-        assert oracles.relative_error(found, alone.apply(u)[:, 0, 0]) < 1e-13
+def spans_of(vectors: Tensor, start: int = 0) -> list[Span]:
+    """Vectors [many, 1, pos, d_model] from one position on."""
+    return [Span(start, vectors[:, 0, start:].permute(1, 2, 0).clone())]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in zoo.available() if spec.processing == "raw"], ids=str)
+def test_factors_are_the_graph_of_every_family(spec):
+    """Forwards from a position on, and backwards, with few vectors and with many, against the frozen stage's own graph."""
+    network = ResidualNetwork(zoo.build(spec)).at("sublayer")
+    trace = network.trace(zoo.tokens(network.view.model, batch=1, pos=6))
+    unread = {"olmo": "attn", "solu_ln": "mlp"}.get(spec.name)  # values are clamped; neurons pass a norm
+    for stage in network.stages:
+        products, graph = (
+            StageProducts.of(trace, stage),
+            freeze_stacked(trace.stage_function(stage), trace[stage.stream])[0],
+        )
+        assert (products.factors is None) == (unread in [step.kind for step in stage.steps])
+        for many, start in ((2, 0), (70, 3)):
+            u = torch.randn(
+                many, *trace[stage.stream].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
+            u[:, :, :start] = 0
+            ((*writes,),) = products.writes(spans_of(u, start))
+            wanted = graph.apply_rows(u)[:, 0].split(u.shape[-1], -1)
+            for write, own in zip(writes, wanted, strict=True):
+                assert oracles.relative_error(write.over(0, 6).vectors.permute(2, 0, 1), own) < 1e-13
+            if products.factors is not None:
+                (back,) = products.pulled_back(spans_of(u, start))
+                wanted = u + graph.apply_transpose_rows(u.repeat(1, 1, 1, len(stage.steps)))
+                assert oracles.relative_error(back.over(0, 6).vectors.permute(2, 0, 1), wanted[:, 0]) < 1e-13
+                assert back.start == (start if products.factors[0].is_local else 0)
+
+
+def test_what_factors_do_not_see_is_left_to_the_graph(model):
+    """Hooks that average neurons or values over positions, or make a pattern look ahead."""
+    tokens = zoo.tokens(model, batch=1, pos=4)
+    hooks = {
+        "mlp.hook_post": lambda post, hook: post + post.mean(1, keepdim=True),
+        "attn.hook_z": lambda z, hook: z + z.flip(1),
+        "attn.hook_pattern": lambda pattern, hook: (pattern + pattern.mT) / 2,
+    }
+    for name, hook in hooks.items():
+        with model.hooks([(f"blocks.1.{name}", hook)]):
+            network = ResidualNetwork(model)
+            trace = network.trace(tokens)
+            stage = next(stage for stage in network.at("sublayer").stages if stage.steps[0].layer == 1)
+            stage = network.at("sublayer").stage("1_mlp") if "mlp" in name else stage
+            is_read = StageProducts.of(trace, stage).factors is not None
+            assert is_read == (name == "attn.hook_pattern")
+            spectra = detached_spectra(network, trace, position=2, k=3)
+            J = detached_jacobian(network, trace, positions=2, ordinary=False)
+            by_rows = J.materialize(chunk_size=7)  # by the graph
+            assert oracles.relative_error(J.materialize(), by_rows) < 1e-13
+            assert oracles.relative_error(spectra.values[-1], torch.linalg.svdvals(by_rows[0, 0].flatten(1))[:3]) < 1e-7
 
 
 def deep(layers: int) -> CallableModel:

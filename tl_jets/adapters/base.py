@@ -27,9 +27,11 @@ from torch.utils._pytree import tree_map
 
 from tl_jets.adapters.activations import inner_activation, inner_stage
 from tl_jets.adapters.blocks import Blocks, saver, under_lock
+from tl_jets.adapters.factors import factors
 from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.parts import head_writes, keep_heads, neuron_step, neuron_writes, recorded_heads, z_name
 from tl_jets.adapters.reading import working_dtype
+from tl_jets.core.factors import Factors
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.protocol import FINAL_STREAM, UNCHECKED, Granularity, Recording, Stage, Step, some, tolerance
 
@@ -136,6 +138,20 @@ class TransformerLensView(Blocks):
             if kinds & {"neuron", "mlp_bias"}:
                 parts += [neuron_writes(self, recording, calls, stage, stream)]
             return _moved(torch.cat(parts) if len(parts) > 1 else parts[0], own)
+
+    def factors(self, recording: Recording, stage: Stage, stream: Tensor) -> list[Factors] | None:
+        """A stage's steps as products of matrices, frozen at one prompt's stream; None where one is not understood."""
+        layer, own = stage.steps[0].layer, stream.device
+        if len(stream) > 1 or any(step.kind not in ("attn", "mlp") or self.cannot(step) for step in stage.steps):
+            return None
+        calls, stream = self.calls_of(recording), _moved(stream, self.device_of(layer))
+        try:
+            with torch.inference_mode(False), self.replaying(layer):
+                found = [factors(self, calls, layer, step.kind, stream) for step in stage.steps]
+        except (ValueError, NotImplementedError):  # a norm or an MLP that cannot be read
+            return None
+        moved = [Factors(*(_moved(x, own) for x in (f.first, f.middle, f.last))) for f in found if f is not None]
+        return moved if len(moved) == len(found) else None
 
     def recorded_writes(
         self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False

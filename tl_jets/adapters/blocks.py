@@ -88,7 +88,7 @@ class Blocks(ABC):
         # Values with the state of weights and hooks that they are of, by the name of their user.
         self.memo: dict[str, tuple[Any, ...]] = {}
         self._read_state: list[int] = [0] * (1 + self.n_layers)
-        self._post_norms: dict[tuple[int, str], Norm | None] = {}
+        self._norms_read: dict[tuple[int, str, bool], Norm | None] = {}
         self._reasons: dict[tuple[int, tuple[str, ...]], str | None] = {}
         self.follow()
         for layer, which in product(sorted({*range(self.n_layers)} - self.opaque), get_args(Sublayer)):
@@ -115,6 +115,10 @@ class Blocks(ABC):
     @abstractmethod
     def _post_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
         """The module between a sublayer and the stream, or None."""
+
+    @abstractmethod
+    def _pre_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
+        """The module between the stream and a sublayer, or None."""
 
     @abstractmethod
     def is_parallel(self, layer: int) -> bool:
@@ -207,8 +211,8 @@ class Blocks(ABC):
             if 0 in changed:
                 self.decoder = self._read_decoder(*state[0])
         for part in changed:
-            for which in get_args(Sublayer):
-                self._post_norms.pop((part - 1, which), None)
+            for which, is_post in product(get_args(Sublayer), (False, True)):
+                self._norms_read.pop((part - 1, which, is_post), None)
             self._read_state[part] = state[part][1]
         return state
 
@@ -297,10 +301,17 @@ class Blocks(ABC):
 
     def post_norm(self, layer: int, which: Sublayer = "attn") -> Norm | None:
         """The norm between a sublayer and the stream, or None; reread after changes of the block."""
-        if (layer, which) not in self._post_norms:
-            module = self._post_norm_module(layer, which)
-            self._post_norms[layer, which] = None if module is None else self._read_norm(module)
-        return self._post_norms[layer, which]
+        return self._norm_at(layer, which, True)
+
+    def pre_norm(self, layer: int, which: Sublayer) -> Norm | None:
+        """The norm between the stream and a sublayer, or None; reread after changes of the block."""
+        return self._norm_at(layer, which, False)
+
+    def _norm_at(self, layer: int, which: Sublayer, is_post: bool) -> Norm | None:
+        if (layer, which, is_post) not in self._norms_read:
+            module = (self._post_norm_module if is_post else self._pre_norm_module)(layer, which)
+            self._norms_read[layer, which, is_post] = None if module is None else self._read_norm(module)
+        return self._norms_read[layer, which, is_post]
 
     def shares(self, layer: int, which: Sublayer, parts: Tensor, out: Tensor) -> Tensor:
         """Contributions of parts of a sublayer's output `out` to its write, at the post-norm's scale, without bias."""
@@ -308,14 +319,15 @@ class Blocks(ABC):
         if post is not None and post.kind != "none":
             centered = post.center(out)
             parts = post.scale(post.center(parts) * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + post.eps))
-        return parts * self._scale(layer)
+        return parts * self.residual_scale(layer)
 
     def post_bias(self, layer: int) -> Tensor | None:
         """The bias of a norm after the MLP, as added to the write [d_model]."""
         post = self.post_norm(layer, "mlp")
-        return None if post is None or post.bias is None else post.bias * self._scale(layer)
+        return None if post is None or post.bias is None else post.bias * self.residual_scale(layer)
 
-    def _scale(self, layer: int) -> float:
+    def residual_scale(self, layer: int) -> float:
+        """What all writes of a block are multiplied by (Granite)."""
         return float(getattr(self.blocks[layer], "residual_contribution_scale", 1.0))
 
     def has_biases(self, layer: int) -> bool:

@@ -105,6 +105,10 @@ class TransformerBridgeView(TransformerLensView):
         _, post = self._norms(layer, which)
         return None if post is None else self.blocks[layer]._modules[post]
 
+    def _pre_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
+        pre, _ = self._norms(layer, which)
+        return None if pre is None else self.blocks[layer]._modules[pre]
+
     def forget_replay(self, layer: int) -> None:
         """Clean up the model's modules after a replay."""
         # Components keep their last input; a Taylor tensor there breaks copy.deepcopy(model).

@@ -89,6 +89,9 @@ class CallableModel:
         gammas = self.gammas[stage.steps[0].layer]
         return torch.stack([gammas[step.label](stream) for step in stage.steps])
 
+    def factors(self, recording: Recording, stage: Stage, stream: Tensor) -> None:
+        """Plain functions have no weights to read."""
+
     def recorded_writes(
         self, recording: Recording, stage: Stage, batch: Tensor, pos: Tensor, *, of_changes: bool = False
     ) -> None:

@@ -44,6 +44,10 @@ class HookedTransformerView(TransformerLensView):
             return None
         return getattr(block, name, None)  # attention-only blocks have none for an MLP
 
+    def _pre_norm_module(self, layer: int, which: Sublayer) -> torch.nn.Module | None:
+        name = {"attn": "ln1", "mlp": "ln2"}[which]
+        return None if self._is_post_norm else getattr(self.blocks[layer], name, None)
+
     def call_attn(self, calls: Any, layer: int, stream: Tensor) -> Tensor:
         """Pre-norm and attention, before any post-norm."""
         block, cfg = self.blocks[layer], self.cfg

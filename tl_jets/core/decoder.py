@@ -53,11 +53,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from tl_jets.calculus import Norm
@@ -348,12 +346,5 @@ def in_unit(unit: str) -> str:
 
 def add_gram(gram: Tensor, columns: Tensor) -> None:
     """Add `columns @ columns.T` to the lower triangle of `gram` in place, with half the work of the full product; float64."""
-    if gram.device.type == "cpu":
-        # BLAS uses Fortran order, so its upper triangle is the lower one here.
-        array = columns.numpy()
-        array, transposed = (array, 0) if array.flags.f_contiguous else (array.T, 1)
-        syrk: Any = get_blas_funcs("syrk", dtype="float64")
-        syrk(1.0, array, trans=transposed, beta=1.0, c=gram.numpy().T, overwrite_c=1)
-        return
     for row in range(0, len(gram), PANEL):
         gram[row:, row : row + PANEL].addmm_(columns[row:], columns[row : row + PANEL].T)

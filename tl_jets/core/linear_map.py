@@ -135,7 +135,8 @@ class LinearMap(ABC):
 
         Cost: A backward pass per output position and row before the readout (d_model of them for logits).
         """
-        chunk_size = self._chunk_size(chunk_size)
+        if chunk_size is not None:
+            check_integers(1, chunk_size=chunk_size)
         if max_bytes is not None and self.n_bytes > max_bytes:
             raise ValueError(
                 f"The matrix {[self.out_shape[0], *self.out_shape[1:], *self.in_shape[1:]]} must take at most "
@@ -143,14 +144,20 @@ class LinearMap(ABC):
                 f"positions, or max_bytes=None."
             )
         batch, out_pos, rows = self.value.shape
+        found = self._all_rows(chunk_size).view(batch, out_pos, rows, *self.in_shape[1:])
+        return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
+
+    def _all_rows(self, chunk_size: int | None) -> Float[Tensor, "batch row pos d_model"]:
+        """The rows of J before the readout, those of an output position after the other."""
+        chunk_size = self._chunk_size(chunk_size)
+        batch, out_pos, rows = self.value.shape
         units = torch.eye(out_pos * rows, dtype=self.value.dtype, device=self.value.device)
         found = self.point.new_empty(batch, out_pos * rows, *self.in_shape[1:])
         for start in range(0, len(units), chunk_size):
             chunk = units[start : start + chunk_size].view(-1, 1, out_pos, rows).expand(-1, batch, -1, -1)
             here = self.apply_transpose_rows(chunk, chunk_size=chunk_size)
             found[:, start : start + chunk_size] = here.transpose(0, 1)
-        found = found.view(batch, out_pos, rows, *self.in_shape[1:])
-        return found if self.readout is None else torch.einsum("bortd,rv->bovtd", found, self.readout)
+        return found
 
     def block(
         self, *, out_pos: int = -1, pos: int | None = None, prompt: int = 0, chunk_size: int | None = None

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_jets.core.decoder import Decoder
+from tl_jets.core.factors import Factors
 
 Granularity = Literal["block", "sublayer", "head"]
 StepKind = Literal[
@@ -140,6 +141,10 @@ class ModelView(Protocol):
 
     def writes(self, recording: Recording, stage: Stage, stream: Tensor) -> Tensor:
         """The stage's writes at any `stream` [batch, pos, d_model], stacked: [write, batch, pos, d_model]."""
+        ...
+
+    def factors(self, recording: Recording, stage: Stage, stream: Tensor) -> list[Factors] | None:
+        """A stage's steps as products of matrices, frozen at one prompt's stream; None where that is not known."""
         ...
 
     def recorded_writes(

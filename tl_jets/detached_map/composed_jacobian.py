@@ -12,7 +12,7 @@ The bias goes through the same frozen stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -20,15 +20,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_jets.core.factors import Span
 from tl_jets.core.frozen_network import freeze
-from tl_jets.core.linear_map import CHUNK_SIZE, GraphMap, LinearMap
+from tl_jets.core.linear_map import CHUNK_ELEMENTS, CHUNK_SIZE, GraphMap, LinearMap
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Stage, some
 from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
+from tl_jets.detached_map.stage_products import StageProducts
 
 LOGITS = "logits"
 # Graphs up to this size are always kept.
 GRAPH_BYTES = 2**26
+# Number of elements of the covectors that run together where a matrix is made.
+SPAN_ELEMENTS = 2**25
 
 Function = Callable[[Tensor], Tensor]
 
@@ -41,12 +45,14 @@ class StageMap:
         function: Returns the function; called at each use, because the hooks must still be those of the trace.
         is_frozen: Whether norm scales, patterns and gates are constants.
         kept: The graph, if it is kept.
+        products: Returns the stage's products, if it is a stage of the network.
     """
 
     point: Tensor
     function: Callable[[], Function]
     is_frozen: bool = True
     kept: GraphMap | None = None
+    products: Callable[[], StageProducts | None] = lambda: None
 
     def graph(self) -> GraphMap:
         """The derivative at the point."""
@@ -90,10 +96,50 @@ class ComposedMap(LinearMap):
             vectors = part.graph().apply_transpose_rows(vectors, chunk_size=chunk_size)
         return vectors
 
+    def _all_rows(self, chunk_size: int | None) -> Tensor:
+        """By factors of the stages where they are known, if the matrix is of one prompt."""
+        batch, out_pos, rows = self.value.shape
+        if batch > 1 or chunk_size is not None or not self.parts[0].is_frozen:
+            return super()._all_rows(chunk_size)
+        step = max(1, SPAN_ELEMENTS // self.point.numel())
+        units = torch.eye(out_pos * rows, dtype=self.value.dtype, device=self.value.device).view(-1, 1, out_pos, rows)
+        *stages, tail = self.parts
+        spans = [_span(_pulled_back(tail, part)) for part in units.split(step)]
+        for stage in reversed(stages):
+            products = stage.products()
+            if products is not None and products.factors is not None:
+                spans = products.pulled_back(spans)
+            else:
+                spans = [Span(0, _columns(_pulled_back(stage, _each(x, self.point.shape[1])))) for x in spans]
+        found = self.point.new_zeros(1, out_pos * rows, *self.in_shape[1:])
+        for span, part in zip(spans, found[0].split(step), strict=True):
+            part[:, span.start : span.stop] = span.vectors.permute(2, 0, 1)
+        return found
+
     def ordinary(self) -> ComposedMap:
         """The same composition with nothing frozen; its graphs are not kept."""
         parts = [part.ordinary() for part in self.parts]
         return ComposedMap(self.point, self.value, self.readout, parts=parts)
+
+
+def _pulled_back(part: StageMap, vectors: Tensor) -> Tensor:
+    """J' v of one part, for many v at once."""
+    graph = part.graph()
+    return graph.apply_transpose_rows(vectors, chunk_size=max(CHUNK_SIZE, CHUNK_ELEMENTS // graph.point.numel()))
+
+
+def _columns(vectors: Float[Tensor, "many 1 pos d_model"]) -> Float[Tensor, "pos d_model many"]:
+    return vectors[:, 0].permute(1, 2, 0).contiguous()
+
+
+def _each(span: Span, length: int) -> Float[Tensor, "many 1 pos d_model"]:
+    return span.over(0, length).vectors.permute(2, 0, 1)[:, None]
+
+
+def _span(vectors: Float[Tensor, "many 1 pos d_model"]) -> Span:
+    """From the first to the last position at which vectors are not zero."""
+    places = (vectors[:, 0] != 0).any(2).any(0).nonzero().flatten().tolist() or [0]
+    return Span(places[0], _columns(vectors[:, :, places[0] : places[-1] + 1]))
 
 
 class ComposedJacobian:
@@ -176,7 +222,27 @@ class ComposedJacobian:
             gamma = trace.stage_function(stage)
             return lambda stream: stream + gamma(stream).sum(0) + edits
 
-        return StageMap(trace[stage.stream], function)
+        def products() -> StageProducts | None:
+            layer = stage.steps[0].layer
+            is_traced = trace.network.view.hook_state(layer) == trace.recording.hook_state[layer + 1 : layer + 2]
+            return StageProducts.of(trace, stage) if is_traced else None  # a kept graph serves a changed model
+
+        return StageMap(trace[stage.stream], function, products=products)
+
+    def on_the_way(self, spans: Sequence[Span]) -> Iterator[tuple[str, list[Float[Tensor, "d_model many"]]]]:
+        """J u of every output, by label, at the only output position, by span; the spans are overwritten."""
+        network, (place,) = self.trace.network, self.positions
+        if network.streams[self.start] in self.outputs:
+            yield network.streams[self.start], [span.at(place).clone() for span in spans]
+        for stage in self.stages:
+            written = StageProducts.of(self.trace, stage).writes(spans)
+            for index, step in enumerate(stage.steps):
+                if step.write in self.outputs:
+                    yield step.write, [parts[index].at(place) for parts in written]
+            spans = [span.plus(parts) for span, parts in zip(spans, written, strict=True)]
+            following = network.next_stream(stage)
+            if following in self.outputs:
+                yield following, [span.at(place).clone() for span in spans]
 
     def _tail(self, output: str) -> StageMap:
         """The function from the last stage's stream to an output at the output positions."""

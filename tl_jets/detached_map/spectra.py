@@ -45,12 +45,12 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from tl_jets.core.decoder import add_gram
+from tl_jets.core.factors import Span
 from tl_jets.core.linear_map import MAX_BYTES
 from tl_jets.core.logit_reader import TopTokens, slices
 from tl_jets.core.model_marks import model_mark
@@ -65,7 +65,6 @@ from tl_jets.core.structure import Structure
 from tl_jets.core.trace import Trace
 from tl_jets.detached_map.composed_jacobian import LOGITS, ComposedJacobian
 from tl_jets.detached_map.decoding import Directions, check_same, of_model
-from tl_jets.detached_map.stage_products import read_on_the_way
 
 Maps = Literal["cumulative", "layers"]
 # Size of the vectors of several input positions that run together.
@@ -359,8 +358,8 @@ def _accumulated(
             point = composed.point[0].double()
             for group in groups:
                 chosen = torch.tensor(sources[group], device=point.device)
-                for output, rows in read_on_the_way(composed, _units(composed.point[0], chosen)):
-                    columns = rows.double()  # J_t', a row an input coordinate
+                for output, parts in composed.on_the_way(_units(composed.point[0], sources[group])):
+                    columns = torch.cat([part.mT for part in parts]).double()  # J_t', a row an input coordinate
                     image = point[chosen].flatten() @ columns
                     gram, earlier = found.get((wrt, output), (image.new_zeros(len(image), len(image)), 0))[:2]
                     add_gram(gram, columns.T)
@@ -369,13 +368,13 @@ def _accumulated(
     return found
 
 
-def _units(like: Tensor, sources: Tensor) -> Float[Tensor, "pos many d_model"]:
-    """Every coordinate at every source, one after the other; zero at other positions."""
+def _units(like: Tensor, sources: Sequence[int]) -> list[Span]:
+    """Every coordinate at every source; zero from there to the last position."""
     length, d_model = like.shape
-    units = like.new_zeros(length, len(sources), d_model, d_model)
-    each = torch.arange(len(sources), device=like.device)
-    units[sources, each] = torch.eye(d_model, dtype=like.dtype, device=like.device)
-    return rearrange(units, "pos source coordinate d_model -> pos (source coordinate) d_model")
+    spans = [Span(source, like.new_zeros(length - source, d_model, d_model)) for source in sources]
+    for span in spans:
+        span.vectors[0].fill_diagonal_(1)
+    return spans
 
 
 def _decomposed(gram: Tensor, image: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
