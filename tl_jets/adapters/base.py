@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tl_jets.adapters.activations import inner_activation, inner_stage
-from tl_jets.adapters.blocks import Blocks, saver, under_lock
+from tl_jets.adapters.blocks import Blocks, Sublayer, saver, under_lock
 from tl_jets.adapters.factors import factors
 from tl_jets.adapters.inputs import read_input, read_text
 from tl_jets.adapters.parts import head_writes, keep_heads, neuron_step, neuron_writes, recorded_heads, z_name
@@ -147,7 +147,8 @@ class TransformerLensView(Blocks):
         calls, stream = self.calls_of(recording), _moved(stream, self.device_of(layer))
         try:
             with torch.inference_mode(False), self.replaying(layer):
-                found = [factors(self, calls, layer, step.kind, stream) for step in stage.steps]
+                kinds: list[Sublayer] = ["attn" if step.kind == "attn" else "mlp" for step in stage.steps]
+                found = [factors(self, calls, layer, kind, stream) for kind in kinds]
         except (ValueError, NotImplementedError):  # a norm or an MLP that cannot be read
             return None
         moved = [Factors(*(_moved(x, own) for x in (f.first, f.middle, f.last))) for f in found if f is not None]

@@ -20,7 +20,7 @@ J_t e_t                 `contributions` [batch, pos, out_pos, width]
 
 Source: Golden, *Equivalent Linear Mappings of Large Language Models* (arXiv 2505.24293, v3), sections 2.2 and 3. Cost:
 a trace, a forward pass under autograd and one for the bias. J' v costs a backward pass, J u two; many vectors run as
-one batch. The matrix costs a backward pass for each of its d_model rows, for logits, too.
+one batch. The matrix costs d_model vectors through all stages (`tl_jets.core.factors`), for logits, too.
 
 Example:
     >>> import torch

@@ -17,8 +17,8 @@ A subspace of k random directions has an overlap and an explained share of k / d
 `explained` says that the layer's map *writes* where the final stream points, not that it has computed the answer.
 
 Source: Golden (arXiv 2505.24293, v3), section 3.5 and figure 4; `overlap`, `explained` and `chance` are ours. Cost: for
-each input position, d_model vectors through all stages once (attention by two backward passes, in chunks; MLPs as a matrix for
-each position). Matrices are never held, only their Gram matrices [d_model, d_model] in float64.
+each input position, d_model vectors through all stages once, at positions that it reaches (`tl_jets.core.factors`; an MLP as a
+matrix at each position). Matrices are never held, only their Gram matrices [d_model, d_model] in float64.
 
 Example:
     >>> import torch
