@@ -85,7 +85,7 @@ class TransformerBridgeView(TransformerLensView):
         return out[0] if isinstance(out, (tuple, list)) else out
 
     def _finish(self, layer: int, which: Sublayer, out: Tensor) -> Tensor:
-        post, scale = self._post_norm_module(layer, which), self._scale(layer)
+        post, scale = self._post_norm_module(layer, which), self.residual_scale(layer)
         out = out if post is None else post(out)
         return out if scale == 1.0 else out * scale
 
