@@ -13,19 +13,20 @@ import tl_jets.core.changes as changes
 
 SPEC = next(spec for spec in zoo.available(["llama"]) if spec.processing == "raw")
 
-# How often the host may wait for the device, once in the model's own forward pass; none depends on the size of anything.
+# How often the host may wait for the device, once in the model's own forward pass and once for each look at its weights; none
+# depends on the size of anything. `by head` and `flow` look twice: another granularity, and hooks, are calls of their own.
 CALLS = {
-    "trace": (3, lambda network, tokens: network.trace(tokens)),
-    "iterative lens": (7, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
-    "followed tokens": (9, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
-    "detached lens": (7, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
-    "joint lens": (9, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
-    "by head": (7, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
-    "flow": (14, lambda network, tokens: ablated(network, tokens, nodes=3, tolerance=1e9)),
-    "path sums": (9, lambda network, tokens: tj.path_sums(network, tokens)),
-    "ablations": (6, lambda network, tokens: tj.ablation_effect(network, tokens)),
-    "first order": (6, lambda network, tokens: tj.first_order_effects(network, tokens)),
-    "detached map": (7, lambda network, tokens: tj.detached_jacobian(network, tokens, ordinary=False)),
+    "trace": (4, lambda network, tokens: network.trace(tokens)),
+    "iterative lens": (8, lambda network, tokens: tj.iterative_jet_lens(network, tokens, order=2)),
+    "followed tokens": (10, lambda network, tokens: tj.iterative_jet_lens(network, tokens, targets=[3, 5])),
+    "detached lens": (8, lambda network, tokens: tj.iterative_jet_lens(network, tokens, linearize="detached")),
+    "joint lens": (10, lambda network, tokens: tj.joint_jet_lens(network, tokens, order=1)),
+    "by head": (9, lambda network, tokens: tj.joint_jet_lens(network.at("head"), tokens, linearize="detached")),
+    "flow": (16, lambda network, tokens: ablated(network, tokens, nodes=3, tolerance=1e9)),
+    "path sums": (10, lambda network, tokens: tj.path_sums(network, tokens)),
+    "ablations": (7, lambda network, tokens: tj.ablation_effect(network, tokens)),
+    "first order": (7, lambda network, tokens: tj.first_order_effects(network, tokens)),
+    "detached map": (8, lambda network, tokens: tj.detached_jacobian(network, tokens, ordinary=False)),
 }
 
 
@@ -96,19 +97,27 @@ def test_the_counter_counts_what_waits():
     assert found.peak_bytes > 0
 
 
-def test_weights_are_compared_by_one_read_a_look(monkeypatch):
-    """The counter does not see these reads, which bypass it: blocks are looked at together, so that layers do not count."""
-    reads = []
-    own = changes._read
-    monkeypatch.setattr(changes, "_read", lambda flags: reads.append(len(flags)) or own(flags))
+def test_weights_are_compared_once_a_call(monkeypatch):
+    """At its first look, whatever the layers; storages and versions at every look, and entries again in the next call."""
+    looks = []
+    own = changes._look
+    monkeypatch.setattr(changes, "_look", lambda *given, is_seen: looks.append(is_seen) or own(*given, is_seen=is_seen))
     model = zoo.fresh(SPEC, torch.float32)
     network, tokens = tj.ResidualNetwork(model), zoo.tokens(model, 1, 4)
-    network.trace(tokens)
-    reads.clear()
     trace = network.trace(tokens)
-    assert reads == [1 + network.n_layers]
+    looks.clear()
+    tj.path_sums(network, tokens)
+    assert looks.count(False) == 2 + network.n_layers < looks.count(True)  # outside the blocks, blocks, decoder
+    with changes.one_look():
+        trace.check_model()
+        with torch.no_grad():
+            model.blocks[0].mlp.out.weight[0, 0] += 1
+        trace.check_model(1)
+        with pytest.raises(ValueError, match="hooks on the model have changed"):
+            trace.check_model(0)
+    trace = network.trace(tokens)
     with torch.no_grad():
         model.blocks[1].mlp.out.weight.data[0, 0] += 1
     trace.check_model(0)
-    with pytest.raises(ValueError, match="hooks on the model have changed"):
+    with changes.one_look(), pytest.raises(ValueError, match="hooks on the model have changed"):
         trace.check_model()

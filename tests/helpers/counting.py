@@ -4,7 +4,8 @@ Tensors carry the name of a device that is not there (`tests/helpers/two_devices
 operation on named tensors that is no view, about a kernel launch. A *synchronisation* is what makes the host wait for the
 device, as `torch.cuda.set_sync_debug_mode` defines it: reading a value (`.item()`, `bool(x)`, `.tolist()`), a copy to or from
 the host, and operations whose result has a size that depends on values (`nonzero`, masks as indices, `unique`) or that look
-at an error code. What is read on the host is free. Bytes are those alive at once (`tests/helpers/live_memory.py`).
+at an error code. What is read on the host is free. Looks at weights, whether they have changed, bypass the names of devices, and
+are counted where they are read. Bytes are those alive at once (`tests/helpers/live_memory.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from live_memory import Live
 from torch.utils._pytree import tree_leaves
 from two_devices import CPU, DEVICES, TwoDevices
+
+import tl_jets.core.changes as changes
 
 aten = torch.ops.aten
 # Operations that make the host wait, whatever their arguments are.
@@ -116,8 +120,14 @@ def counted(run: Callable[..., Any], *modules: torch.nn.Module, prepare: Callabl
 
     With `prepare`, `run` takes its result, and its second call is counted, when what is kept with a model is there.
     """
-    counts = Counts()
-    with _Device(counts) as device, _Operations(device) as operations:
+    counts, read = Counts(), changes._read
+
+    def looked(flags: Any) -> Any:
+        if flags:
+            device.wait()
+        return read(flags)
+
+    with _Device(counts) as device, _Operations(device) as operations, mock.patch.object(changes, "_read", looked):
         for module in modules:
             device.put(module, DEVICES[0])
         given = [] if prepare is None else [prepare()]

@@ -25,7 +25,7 @@ from tl_jets.adapters.reading import (
     working_dtype,
 )
 from tl_jets.calculus import Norm, full_precision
-from tl_jets.core.changes import Found, Watch, look, numbers
+from tl_jets.core.changes import Found, Watch, is_first_look, look, numbers
 from tl_jets.core.decoder import Decoder
 from tl_jets.core.protocol import State, Step
 
@@ -164,29 +164,37 @@ class Blocks(ABC):
     def hook_state(self, layer: int | None = None) -> State:
         """Ids of forward hooks and number of the weights' state: outside the blocks, then by block.
 
-        `layer` restricts it to one block, or to outside the blocks (-1). Raises ValueError in training mode.
+        `layer` restricts it to one block, or to outside the blocks (-1). Raises ValueError in training mode. The first look
+        of a call (`one_look`) is at everything, the decoder's weights too, so that a device is waited for once.
         """
         if len(self.model.blocks) != self.n_layers:
             raise ValueError(
                 f"A network is of the blocks that its model had; it had {self.n_layers} and has {len(self.model.blocks)} now. "
                 f"Make the ResidualNetwork again."
             )
-        parts = range(self.n_layers + 1) if layer is None else [layer + 1]
-        found = [self._look(part) for part in parts]
-        watches = [self.kept.watches[part] for part in parts]
-        states = numbers(watches, [(own.weights, own.modules) for own in found])
-        return tuple((own.hooks, number) for own, number in zip(found, states, strict=True))
+        every = range(self.n_layers + 1)
+        wanted = every if layer is None else [layer + 1]
+        is_first = is_first_look([self.kept.watches[part] for part in wanted])
+        found = {part: self._look(part) for part in wanted}
+        found |= {part: self._contents(part) for part in every if is_first and part not in found}
+        watched = [(self.kept.watches[part], (own.weights, own.modules)) for part, own in found.items()]
+        watched += [self.decoder.watched] if is_first and self._read_state[0] else []
+        states = dict(zip(found, numbers(*zip(*watched, strict=True)), strict=False))
+        return tuple((found[part].hooks, states[part]) for part in wanted)
 
     def _look(self, part: int) -> Found:
         """The contents of a block, or of what is outside the blocks (0); ValueError in training mode."""
+        found = self._contents(part)
+        if found.is_training:
+            refuse_training(self.model)
+        return found
+
+    def _contents(self, part: int) -> Found:
         blocks = list(self.model.blocks)
         roots = (
             [blocks[part - 1]] if part else [self.model, *filter(None, [getattr(self.model, "original_model", None)])]
         )
-        found = look(roots, without=() if part else blocks)
-        if found.is_training:
-            refuse_training(self.model)
-        return found
+        return look(roots, without=() if part else blocks)
 
     @under_lock
     def follow(self, *, everywhere: bool = True) -> State:

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.circuits.pairs import Pair, readers_of, run, writes_of
+from tl_jets.core.changes import one_look
 from tl_jets.core.options import check_integers
 from tl_jets.core.selection import TargetInput
 from tl_jets.paths.circuit import Circuit
@@ -43,6 +44,7 @@ Scores = dict[tuple[str, str], Tensor]
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@one_look()
 def attribution_patching(
     model: Any,
     clean: Any,

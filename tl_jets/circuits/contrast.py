@@ -58,6 +58,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.circuits.pairs import Pair, PairResult
+from tl_jets.core.changes import one_look
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.notebook import SHOWN_ROWS, dataframe_html
@@ -142,6 +143,7 @@ class Contrast(PairResult):
         return Circuit.of_paths(self.labels[:k], self.difference.mean(-1).tolist()[:k])
 
 
+@one_look()
 def contrast(
     model: Any,
     clean: Any,

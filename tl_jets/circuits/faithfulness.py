@@ -49,6 +49,7 @@ from tl_jets.circuits.attribution_patching import edge_scores
 from tl_jets.circuits.contrast import Contrast
 from tl_jets.circuits.controls import Level, attributed, random_edges, random_paths, writer_of
 from tl_jets.circuits.pairs import Pair, PairResult, Writes, mean_of, readers_of, run, writes_of
+from tl_jets.core.changes import one_look
 from tl_jets.core.measures import check_seed
 from tl_jets.core.network import trace_of
 from tl_jets.core.notebook import dataframe_html
@@ -124,6 +125,7 @@ class CircuitFaithfulness(PairResult):
         return table.reset_index()
 
 
+@one_look()
 def circuit_faithfulness(
     model: Any,
     clean: Any,

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from tl_jets.calculus import jet
 from tl_jets.circuits.pairs import Pair, PairResult, writes_of
+from tl_jets.core.changes import one_look
 from tl_jets.core.labels import LabelInput, is_label
 from tl_jets.core.notebook import dataframe_html
 from tl_jets.core.options import check_integers
@@ -88,6 +89,7 @@ class PatchingComparison(PairResult):
         return pd.DataFrame(columns, index=self.methods[1:]).rename_axis("method").reset_index()
 
 
+@one_look()
 def compare_patching(
     model: Any,
     clean: Any,

@@ -4,7 +4,8 @@ Autograd's version counter misses changes through `.data` or in inference mode, 
 storage and version of a weight, evenly spaced entries are compared, at least one of every row and column. This detects
 a scaled or zeroed head, neuron or token, but not a change through `.data` of entries that are not compared.
 
-Cost: 1 / d_model of the weights is read (SmolLM2-135M on one core: 11 to 14 ms; a forward pass on 12 tokens: 150 ms).
+Cost: 1 / d_model of the weights is read (SmolLM2-135M on one core: 11 to 14 ms; a forward pass on 12 tokens: 150 ms), and a
+GPU is waited for. Inside `one_look` entries are compared once, storages and versions at every look.
 
 Example:
     >>> weight, watch = torch.ones(3, 4), Watch()
@@ -19,6 +20,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
 from math import gcd
@@ -32,6 +35,25 @@ from torch.nn.modules import module as torch_module
 MAX_ENTRIES = 2**20
 _THE_SAME = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 _numbers = count(1)
+# Watches whose entries were compared inside `one_look`.
+_seen: ContextVar[set[Watch] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Inside, entries of weights are compared once: for one call of a tool, which no user's code interrupts. Decorates, too."""
+    token = _seen.set(set()) if _seen.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _seen.reset(token)
+
+
+def is_first_look(watches: Iterable[Watch]) -> bool:
+    """Whether `one_look` has begun, and has not yet seen all of some watches."""
+    seen = _seen.get()
+    return seen is not None and not seen.issuperset(watches)
 
 
 class Watch:
@@ -49,25 +71,38 @@ class Watch:
 
 def numbers(watches: Sequence[Watch], states: Sequence[tuple[Iterable[Tensor], Hashable]]) -> list[int]:
     """The number of each watch; entries are compared on their devices, each of which is waited for once."""
+    seen = _seen.get()
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        looks = [_look(watch, *state) for watch, state in zip(watches, states, strict=True)]
+        looks = [
+            _look(watch, *state, is_seen=seen is not None and watch in seen)
+            for watch, state in zip(watches, states, strict=True)
+        ]
         differ = _read([flag for *_, flags in looks if flags is not None for flag in flags])
     for watch, (places, entries, flags) in zip(watches, looks, strict=True):
         if flags is None or any([next(differ) for _ in flags]):
             watch._places, watch._entries, watch._number = places, entries, next(_numbers)
+    if seen is not None:
+        seen.update(watches)
     return [watch._number for watch in watches]
 
 
-def _look(watch: Watch, tensors: Iterable[Tensor], also: Hashable) -> tuple[Hashable, dict[torch.device, Tensor], Any]:
+def _look(
+    watch: Watch, tensors: Iterable[Tensor], also: Hashable, is_seen: bool
+) -> tuple[Hashable, dict[torch.device, Tensor], Any]:
     """What is remembered of tensors, and flags on their devices whether entries differ; None if it is known that they do."""
     by_device: dict[torch.device, list[Tensor]] = {}
     places: list[Hashable] = []
     for tensor in tensors:
         version = None if tensor.is_inference() else tensor._version
         places.append((tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()))
-        by_device.setdefault(tensor.device, []).append(_some_entries(tensor))
-    entries = {device: torch.cat(parts).view(torch.uint8) for device, parts in by_device.items()}
-    if (also, places) != watch._places:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    is_known = (also, places) == watch._places
+    if is_known and is_seen:
+        return watch._places, watch._entries, []
+    entries = {
+        device: torch.cat([_some_entries(x) for x in own]).view(torch.uint8) for device, own in by_device.items()
+    }
+    if not is_known:
         return (also, places), entries, None
     return (also, places), entries, [(x != watch._entries[device]).any() for device, x in entries.items()]
 

@@ -119,6 +119,11 @@ class Decoder:
             object.__setattr__(self, "logit_scale", self.logit_scale * factor)
 
     @property
+    def watched(self) -> tuple[Watch, tuple[list[Tensor], tuple[()]]]:
+        """What tells whether the weights have changed, and the weights, as `tl_jets.core.changes.numbers` takes them."""
+        return self._watch, ([self.W_U, self.b_U], ())
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.W_U.shape[0]

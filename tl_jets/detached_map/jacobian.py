@@ -50,6 +50,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_jets.core.changes import one_look
 from tl_jets.core.frozen_network import not_affine, rounding
 from tl_jets.core.labels import LabelInput
 from tl_jets.core.linear_map import CHUNK_SIZE, MAX_BYTES, LinearMap, SingularVectors
@@ -280,6 +281,7 @@ class DetachedJacobian(Result):
         return pd.DataFrame(rows)
 
 
+@one_look()
 def detached_jacobian(
     model: Any,
     text_or_tokens: Any,

@@ -49,6 +49,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import add_gram
 from tl_jets.core.factors import Span
 from tl_jets.core.linear_map import MAX_BYTES
@@ -218,6 +219,7 @@ class DetachedSpectra(Result):
         return index
 
 
+@one_look()
 def detached_spectra(
     model: Any,
     text_or_tokens: Any,

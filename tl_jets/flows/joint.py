@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_jets.core.caller import warn_caller
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
@@ -115,6 +116,7 @@ class JointFlow(FlowResult):
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@one_look()
 def joint_flow(
     model: Any,
     prompts: Any,

@@ -37,6 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tl_jets.core.caller import warn_caller
+from tl_jets.core.changes import one_look
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.options import check_integers
 from tl_jets.core.protocol import DECODER_STEP, FINAL_STREAM, Granularity
@@ -58,6 +59,7 @@ UNMOVED = 8
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@one_look()
 def flow(
     model: Any,
     prompts: Any,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_jets.core.changes import one_look
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput
 from tl_jets.interventions.ablation_jets import AblationJet, check_doses, jets_of
@@ -36,6 +37,7 @@ from tl_jets.interventions.replays import first_stage, last_streams, logits_of
 
 
 @torch.no_grad()
+@one_look()
 def ablation_effect(
     model: Any,
     prompts: Any,

@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.core.attribution import additive_logits
+from tl_jets.core.changes import one_look
 from tl_jets.core.network import trace_of
 from tl_jets.core.protocol import FINAL_STREAM
 from tl_jets.core.selection import TargetInput
@@ -62,6 +63,7 @@ class FirstOrderEffects(AblationResult):
         return self._table("step", self.labels, {"effect": self.effect}, tokenizer)
 
 
+@one_look()
 def first_order_effects(
     model: Any,
     prompts: Any,

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_jets.core.changes import one_look
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.network import ResidualNetwork, trace_of
 from tl_jets.core.path import Path
@@ -45,6 +46,7 @@ from tl_jets.paths.evaluation import along, read_path
 
 
 @torch.no_grad()
+@one_look()
 def path_ablation(
     model: Any,
     prompts: Any,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tl_jets.core.changes import one_look
 from tl_jets.core.network import ResidualNetwork
 from tl_jets.core.processes import Distributed
 from tl_jets.core.prompts import over_prompts
@@ -26,6 +27,7 @@ from tl_jets.lenses.iterative import IterativeJetLens, iterative_jet_lens
 OTHER_ANSWER = "<other answer>"
 
 
+@one_look()
 def answer_lens(
     model: Any,
     prompts: Any,

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, frozen_norm, read_order
 from tl_jets.core.labels import LabelInput, is_label, read_label
@@ -278,6 +279,7 @@ class IterativeJetLens(LensResult):
         return table(columns | {name: values[tuple(at)].cpu().numpy() for name, values in scores.items()})
 
 
+@one_look()
 def iterative_jet_lens(
     model: Any,
     text_or_tokens: Any,

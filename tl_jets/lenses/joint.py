@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale
 from tl_jets.core.attribution import mean_logits
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import Linearize, check_detached, read_order
 from tl_jets.core.labels import LabelInput, is_label, read_label
@@ -189,6 +190,7 @@ class JointJetLens(LensResult):
         return table(columns | {key: [names[i] for i in values] for key, values in ids.items()})
 
 
+@one_look()
 def joint_jet_lens(
     model: Any,
     text_or_tokens: Any,

@@ -36,6 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_jets.calculus.norms import check_order
+from tl_jets.core.changes import one_look
 from tl_jets.core.logit_reader import CHUNK_SIZE
 from tl_jets.core.measures import random_directions, split_along
 from tl_jets.core.network import ResidualNetwork
@@ -46,6 +47,7 @@ from tl_jets.lenses.results import LensInput
 from tl_jets.lenses.translators import Translator, read_translators
 
 
+@one_look()
 def translated_lens(
     model: Any,
     text_or_tokens: Any,

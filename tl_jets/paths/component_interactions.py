@@ -62,6 +62,7 @@ from tl_jets.calculus import CenterScale, Norm, norm_jet
 from tl_jets.calculus import center_scale as center_scale_factors
 from tl_jets.core.attribution import ANSWER, LogitAttribution
 from tl_jets.core.averages import Averaged
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.divergence import warn_of
 from tl_jets.core.measures import random_directions, split_along
@@ -170,6 +171,7 @@ class Interactions(TargetResult, Averaged):
 
 
 @torch.no_grad()
+@one_look()
 def interactions(
     model: Any,
     text_or_tokens: Any,

@@ -76,6 +76,7 @@ from torch import Tensor
 
 from tl_jets.calculus import CenterScale, Norm, Series, rescaled
 from tl_jets.calculus.rules_structure import lift
+from tl_jets.core.changes import one_look
 from tl_jets.core.frozen_network import chunk_size
 from tl_jets.core.linear_map import GraphMap
 from tl_jets.core.network import ResidualNetwork
@@ -95,6 +96,7 @@ REST = "rest"
 MAX_CENTERS = 256
 
 
+@one_look()
 def reorganized_expansion(
     model: Any,
     step: str = DECODER_STEP,

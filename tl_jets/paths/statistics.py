@@ -46,6 +46,7 @@ from torch import Tensor
 
 from tl_jets.core.attribution import LogitAttribution
 from tl_jets.core.averages import Averaged
+from tl_jets.core.changes import one_look
 from tl_jets.core.decoder import in_unit
 from tl_jets.core.frozen_network import FrozenNetwork
 from tl_jets.core.logit_reader import top_tokens
@@ -219,6 +220,7 @@ def statistics_of(
     return found
 
 
+@one_look()
 def path_lengths(
     model: Any,
     text_or_tokens: Any,
@@ -264,6 +266,7 @@ def path_lengths(
     return sums.measured(parts, "length", list(graph.count_by_length), targets, constant="0")
 
 
+@one_look()
 def path_sums(
     model: Any,
     text_or_tokens: Any,
