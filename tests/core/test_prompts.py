@@ -16,7 +16,7 @@ from tl_jets.core import prompts as module
 from tl_jets.core.prompts import batches_of, pattern_bytes, token_bytes
 
 PROMPTS = ["w21 w7 w5", "w3", "w5 w9 w33 w4 w8", "w7 w8", "w30", "w6 w4 w1 w2", "w5 w5 w8"]
-LISTS = [[f"w{i}", f"w{i + 9}"] for i in range(len(PROMPTS))]
+LISTS = [[f"w{i + 3}", f"w{i + 9}"] for i in range(len(PROMPTS))]
 CALLS: dict[str, Any] = {
     "iterative": (tj.iterative_jet_lens, {"order": 2, "targets": LISTS}),
     "last": (tj.iterative_jet_lens, {"positions": -1, "targets": ["w40", "w17"]}),

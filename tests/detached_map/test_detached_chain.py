@@ -95,7 +95,11 @@ def spans_of(vectors: Tensor, start: int = 0) -> list[Span]:
     return [Span(start, vectors[:, 0, start:].permute(1, 2, 0).clone())]
 
 
-@pytest.mark.parametrize("spec", [spec for spec in zoo.available() if spec.processing == "raw"], ids=str)
+# A bridge's OPT has no MLP that can be called.
+READ = [spec for spec in zoo.available() if spec.processing == "raw" and (spec.world, spec.name) != ("bridge", "opt")]
+
+
+@pytest.mark.parametrize("spec", READ, ids=str)
 def test_factors_are_the_graph_of_every_family(spec):
     """Forwards from a position on, and backwards, with few vectors and with many, against the frozen stage's own graph."""
     network = ResidualNetwork(zoo.build(spec)).at("sublayer")

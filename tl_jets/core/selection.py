@@ -303,15 +303,9 @@ def _token_id(network: Structure, target: Any) -> int:
     if by_id:
         return int(by_id[1])
     raise ValueError(
-        f"A target must be a single token; {target!r} is {len(ids)}: "
+        f"A target must be a single token that the tokenizer knows; {target!r} is {len(ids)}: "
         f"{[network.tokenizer.decode([i]) for i in ids]}. Mind the leading space, or pass a token id."
     )
-
-
-def _encoded(tokenizer: Any, text: str) -> tuple[list[int], bool]:
-    """The ids of a text, and whether they are not the token for what is unknown."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids, text == getattr(tokenizer, "unk_token", None) or ids != [getattr(tokenizer, "unk_token_id", None)]
 
 
 # As in TransformerLens, a tuple is (start, stop, step), and an int drops the dimension.
