@@ -179,7 +179,7 @@ class Blocks(ABC):
         found |= {part: self._contents(part) for part in every if is_first and part not in found}
         watched = [(self.kept.watches[part], (own.weights, own.modules)) for part, own in found.items()]
         watched += [self.decoder.watched] if is_first and self._read_state[0] else []
-        states = dict(zip(found, numbers(*zip(*watched, strict=True)), strict=False))
+        states = dict(zip(found, numbers(*zip(*watched, strict=True))[: len(found)], strict=True))
         return tuple((found[part].hooks, states[part]) for part in wanted)
 
     def _look(self, part: int) -> Found:

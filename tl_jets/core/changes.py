@@ -41,7 +41,10 @@ _seen: ContextVar[set[Watch] | None] = ContextVar("seen", default=None)
 
 @contextmanager
 def one_look() -> Iterator[None]:
-    """Inside, entries of weights are compared once: for one call of a tool, which no user's code interrupts. Decorates, too."""
+    """Inside, entries of weights are compared once; a context for one call of a tool, or a decorator.
+
+    A change through `.data` in the middle of the call, by a user's hook, is then seen by the next call only.
+    """
     token = _seen.set(set()) if _seen.get() is None else None
     try:
         yield

@@ -179,7 +179,7 @@ def geometry_in_plane(
     vectors = [s, augmented(bias, 1.0), *q]
     grams = decoder.grams(*(v[:, None] if v.ndim > s.ndim else v for v in vectors))
     found = []
-    for i, length in zip(range(2, len(vectors)), (1, plane.across[:, None]), strict=False):
+    for i, length in enumerate([1, plane.across[:, None]][: len(given)], 2):
         plain, centered = ([[gram[a][b] for b in (0, i, 1)] for a in (0, i, 1)] for gram in grams)
         # Coefficients of s, q and c: the lens, the model, their difference, the lens' own part, and the borrowed one.
         A, B = alpha * along + beta, alpha * length
@@ -202,14 +202,15 @@ def geometry(decoder: Decoder, states: Tensor, truth: Tensor, *parts: Tensor) ->
     Second: lengths of the centered logits of `parts`, without `b_U`.
     """
     given = [augmented(states.double() - truth.double(), 0.0), *(augmented(part, 0.0) for part in parts)]
-    plain, centered = decoder.grams(augmented(states, 1.0), augmented(truth, 1.0), *given)
+    plain, every = decoder.grams(augmented(states, 1.0), augmented(truth, 1.0), *given)
+    plain, centered = ([row[:3] for row in gram[:3]] for gram in (plain, every))
     one, other, difference = (1, 0, 0), (0, 1, 0), (0, 0, 1)
     found = {
         "cosine": _cosine(plain, one, other),
         "centered_cosine": _cosine(centered, one, other),
         "remainder_norm": _length(plain, difference) / _length(plain, other),
     }
-    return found, [centered[i][i].clamp_min(0).sqrt() for i in range(3, 3 + len(parts))]
+    return found, [every[i][i].clamp_min(0).sqrt() for i in range(3, 3 + len(parts))]
 
 
 # A combination of vectors, whose inner products are a `Gram`.
@@ -217,7 +218,7 @@ Combination = Sequence[Tensor | int]
 
 
 def _product(gram: Gram, u: Combination, v: Combination) -> Tensor:
-    first, *others = (a * b * value for a, row in zip(u, gram, strict=False) for b, value in zip(v, row, strict=False))
+    first, *others = (a * b * value for a, row in zip(u, gram, strict=True) for b, value in zip(v, row, strict=True))
     return sum(others, first)
 
 
